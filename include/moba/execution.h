@@ -1,0 +1,55 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "moba/export.h"
+
+namespace moba {
+
+/// How work is spread. `run(tasks, body)` calls `body(task, worker)` once for every task in [0, tasks), in any order, with
+/// `worker` in [0, threads) and never the same worker twice at a time, and returns when all are done. The body never throws.
+struct Parallel {
+  using Body = std::function<void(std::int64_t task, int worker)>;
+
+  int threads = 1;
+  std::function<void(std::int64_t tasks, const Body& body)> run;
+};
+
+/// OpenMP's threads; 0: as many as OpenMP would use.
+MOBA_EXPORT Parallel openmp(int threads = 0);
+/// Plain std::thread, started for each call: for ThreadSanitizer, which cannot see through OpenMP, and for hosts without it.
+MOBA_EXPORT Parallel std_threads(int threads);
+/// The calling thread alone.
+MOBA_EXPORT Parallel serial();
+
+/// Where scratch memory comes from. Both or neither must be set; the default is the C++ heap, 64-byte aligned.
+struct Allocator {
+  std::function<void*(std::size_t bytes)> allocate;
+  std::function<void(void* memory, std::size_t bytes)> release;
+};
+
+/// Seconds spent in each stage, summed over head groups, and the most scratch memory held at once.
+struct Profile {
+  double centroids = 0, gate = 0, plan = 0, attend = 0;
+  std::size_t workspace_bytes = 0;
+};
+
+/// Everything about a call that does not change its result. The defaults serve a person who has just installed the library.
+struct Execution {
+  /// "reference", "cpu" or "cuda"; empty: the environment's MOBA_BACKEND, else the best that is built for the device.
+  std::string backend;
+  /// Unset: OpenMP.
+  Parallel parallel;
+  Allocator scratch;
+  /// Scratch memory is kept below this many bytes; long inputs with many heads are then worked through in groups.
+  std::size_t workspace_bytes = std::size_t{256} << 20;
+  /// The CUDA stream, as a cudaStream_t.
+  void* stream = nullptr;
+  /// Where to add up what the call cost, if anybody asks.
+  Profile* profile = nullptr;
+};
+
+}  // namespace moba
