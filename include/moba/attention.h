@@ -11,13 +11,13 @@
 #include "moba/export.h"
 #include "moba/tensor.h"
 
-/// Mixture of Block Attention (arXiv 2502.13189). Shapes below: `Tq`, `Tk` packed tokens; `Hq`, `Hkv` heads with
-/// `Hq % Hkv == 0`; `D` head dimension.
+/// Mixture of Block Attention (arXiv 2502.13189). Shapes below: `Tq`, `Tk` packed tokens; `Hq`, `Hkv` heads
+/// with `Hq % Hkv == 0`; `D` head dimension.
 namespace moba {
 
-/// How a packed batch is cut into sequences: sequence `s` holds queries `[q[s], q[s + 1])` and keys `[k[s], k[s + 1])`. Both
-/// lists start at 0, never decrease and are equally long. Queries are aligned to the end of their keys, so a sequence with
-/// more keys than queries continues a cached prefix. Length 0 is legal.
+/// How a packed batch is cut into sequences: sequence `s` holds queries `[q[s], q[s + 1])` and keys `[k[s],
+/// k[s + 1])`. Both lists start at 0, never decrease and are equally long. Queries are aligned to the end of
+/// their keys, so a sequence with more keys than queries continues a cached prefix. Length 0 is legal.
 struct Sequences {
   std::vector<std::int32_t> q, k;
 };
@@ -35,7 +35,8 @@ struct Routing {
   std::int64_t block_size = 512;
   /// Blocks a query attends to, its own included, at least 1. At least as many as there are: dense attention.
   std::int64_t top_k = 3;
-  /// The first blocks of a sequence, selected before any other and counted in top_k; at most top_k - 1 when causal.
+  /// The first blocks of a sequence, selected before any other and counted in top_k; at most top_k - 1 when
+  /// causal.
   std::int64_t sink_blocks = 0;
   /// Causal: own block plus the best complete blocks before it. Otherwise: the best of all blocks.
   bool causal = true;
@@ -61,14 +62,15 @@ struct Outputs {
 /// Most blocks any query of this batch can select: min(top_k, blocks of the longest sequence).
 MOBA_EXPORT std::int64_t selection_width(const Sequences& sequences, const Routing& routing);
 
-/// out = softmax(scale q k^T over the selected blocks) v. `q` [Tq, Hq, D], `k` and `v` [Tk, Hkv, D], of one dtype.
-/// Bit-identical on repetition and for any number of threads. Throws Error on bad arguments.
+/// out = softmax(scale q k^T over the selected blocks) v. `q` [Tq, Hq, D], `k` and `v` [Tk, Hkv, D], of one
+/// dtype. Bit-identical on repetition and for any number of threads. Throws Error on bad arguments.
 MOBA_EXPORT void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
                            const Routing& routing, const Outputs& outputs, const Execution& execution = {});
 
 /// The routing alone: writes `selection` [Hq, Tq, selection_width()] as `Outputs::selection` describes it.
-MOBA_EXPORT void select_blocks(const Tensor& q, const Tensor& k, const Sequences& sequences, const Routing& routing,
-                               std::int32_t* selection, const Execution& execution = {});
+MOBA_EXPORT void select_blocks(const Tensor& q, const Tensor& k, const Sequences& sequences,
+                               const Routing& routing, std::int32_t* selection,
+                               const Execution& execution = {});
 
 /// What the backward pass reads besides q, k and v: the forward's results, and the gradient of `out`.
 struct Saved {
@@ -84,7 +86,8 @@ struct Gradients {
   Tensor dq, dk, dv;
 };
 
-/// Gradients of `attention` for `d_out` [Tq, Hq, D]. The selection counts as a constant: none flows through the gate.
+/// Gradients of `attention` for `d_out` [Tq, Hq, D]. The selection counts as a constant: none flows through
+/// the gate.
 MOBA_EXPORT void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
                                     const Saved& saved, const Sequences& sequences, const Routing& routing,
                                     const Gradients& gradients, const Execution& execution = {});

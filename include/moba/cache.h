@@ -7,14 +7,16 @@
 
 namespace moba {
 
-/// Keys and values of past tokens, in pages of one block each, with the mean of every complete block kept beside it, so that
-/// a decoded token is routed without reading the keys again. Holds several independent sequences of one layer.
+/// Keys and values of past tokens, in pages of one block each, with the mean of every complete block kept
+/// beside it, so that a decoded token is routed without reading the keys again. Holds several independent
+/// sequences of one layer.
 class MOBA_EXPORT KvCache {
  public:
   struct Shape {
     std::int64_t kv_heads = 1;
     std::int64_t head_dim = 64;
-    /// The block size of every routing this cache is asked with; any routing with top_k = kEverything goes too.
+    /// The block size of every routing this cache is asked with; any routing with top_k = kEverything goes
+    /// too.
     std::int64_t block_size = 512;
     /// How keys and values are stored: f32, bf16, f16, or i8 with one scale a row.
     DType dtype = DType::f32;
@@ -45,13 +47,14 @@ class MOBA_EXPORT KvCache {
   std::unique_ptr<State> state_;
 };
 
-/// `attention` of new queries against a cache that already holds their own keys: `q` [n, Hq, D] are the last n tokens of
-/// `sequence`. Chunked prefill.
-MOBA_EXPORT void attention(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing,
-                           const Outputs& outputs, const Execution& execution = {});
+/// `attention` of new queries against a cache that already holds their own keys: `q` [n, Hq, D] are the last
+/// n tokens of `sequence`. Chunked prefill.
+MOBA_EXPORT void attention(const Tensor& q, const KvCache& cache, std::int64_t sequence,
+                           const Routing& routing, const Outputs& outputs, const Execution& execution = {});
 
-/// One new token for every sequence of the cache: `q` and `outputs.out` [sequences, Hq, D], `outputs.lse` [Hq, sequences]. Each
-/// query is the last token of its sequence, whose key the cache already holds. An empty sequence gets 0.
+/// One new token for every sequence of the cache: `q` and `outputs.out` [sequences, Hq, D], `outputs.lse`
+/// [Hq, sequences]. Each query is the last token of its sequence, whose key the cache already holds. An empty
+/// sequence gets 0.
 MOBA_EXPORT void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const Outputs& outputs,
                         const Execution& execution = {});
 

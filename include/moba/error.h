@@ -5,8 +5,8 @@
 
 namespace moba {
 
-/// Thrown at the door, before any work is done and before anything is written. The message names the function, the
-/// argument, what was expected and what was found.
+/// Thrown at the door, before any work is done and before anything is written. The message names the
+/// function, the argument, what was expected and what was found.
 class Error : public std::invalid_argument {
  public:
   using std::invalid_argument::invalid_argument;

@@ -9,8 +9,9 @@
 
 namespace moba {
 
-/// How work is spread. `run(tasks, body)` calls `body(task, worker)` once for every task in [0, tasks), in any order, with
-/// `worker` in [0, threads) and never the same worker twice at a time, and returns when all are done. The body never throws.
+/// How work is spread. `run(tasks, body)` calls `body(task, worker)` once for every task in [0, tasks), in
+/// any order, with `worker` in [0, threads) and never the same worker twice at a time, and returns when all
+/// are done. The body never throws.
 struct Parallel {
   using Body = std::function<void(std::int64_t task, int worker)>;
 
@@ -20,12 +21,14 @@ struct Parallel {
 
 /// OpenMP's threads; 0: as many as OpenMP would use.
 MOBA_EXPORT Parallel openmp(int threads = 0);
-/// Plain std::thread, started for each call: for ThreadSanitizer, which cannot see through OpenMP, and for hosts without it.
+/// Plain std::thread, started for each call: for ThreadSanitizer, which cannot see through OpenMP, and for
+/// hosts without it.
 MOBA_EXPORT Parallel std_threads(int threads);
 /// The calling thread alone.
 MOBA_EXPORT Parallel serial();
 
-/// Where scratch memory comes from. Both or neither must be set; the default is the C++ heap, 64-byte aligned.
+/// Where scratch memory comes from. Both or neither must be set; the default is the C++ heap, 64-byte
+/// aligned.
 struct Allocator {
   std::function<void*(std::size_t bytes)> allocate;
   std::function<void(void* memory, std::size_t bytes)> release;
@@ -37,14 +40,17 @@ struct Profile {
   std::size_t workspace_bytes = 0;
 };
 
-/// Everything about a call that does not change its result. The defaults serve a person who has just installed the library.
+/// Everything about a call that does not change its result. The defaults serve a person who has just
+/// installed the library.
 struct Execution {
-  /// "reference", "cpu" or "cuda"; empty: the environment's MOBA_BACKEND, else the best that is built for the device.
+  /// "reference", "cpu" or "cuda"; empty: the environment's MOBA_BACKEND, else the best that is built for the
+  /// device.
   std::string backend;
   /// Unset: OpenMP.
   Parallel parallel;
   Allocator scratch;
-  /// Scratch memory is kept below this many bytes; long inputs with many heads are then worked through in groups.
+  /// Scratch memory is kept below this many bytes; long inputs with many heads are then worked through in
+  /// groups.
   std::size_t workspace_bytes = std::size_t{256} << 20;
   /// The CUDA stream, as a cudaStream_t.
   void* stream = nullptr;

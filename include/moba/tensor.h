@@ -21,8 +21,8 @@ struct float16 {
   std::uint16_t bits;
 };
 
-/// A view of somebody else's memory: a pointer with its shape. Strides count elements, not bytes, and may be anything,
-/// except that the last dimension is contiguous. Copying a view copies no data.
+/// A view of somebody else's memory: a pointer with its shape. Strides count elements, not bytes, and may be
+/// anything, except that the last dimension is contiguous. Copying a view copies no data.
 struct Tensor {
   static constexpr int kMaxRank = 4;
 
@@ -49,7 +49,8 @@ constexpr DType dtype_of() {
   }
 }
 
-/// A view with given strides, in elements. Inputs are never written through, so a pointer to const is accepted.
+/// A view with given strides, in elements. Inputs are never written through, so a pointer to const is
+/// accepted.
 template <typename T>
 Tensor view(T* data, std::initializer_list<std::int64_t> sizes, std::initializer_list<std::int64_t> strides) {
   Tensor tensor{.data = const_cast<std::remove_const_t<T>*>(data), .dtype = dtype_of<T>()};
@@ -74,22 +75,31 @@ Tensor view(T* data, std::initializer_list<std::int64_t> sizes) {
 /// Bytes of one element.
 constexpr std::size_t size_of(DType dtype) {
   switch (dtype) {
-    case DType::f64: return 8;
-    case DType::f32: return 4;
+    case DType::f64:
+      return 8;
+    case DType::f32:
+      return 4;
     case DType::bf16:
-    case DType::f16: return 2;
-    case DType::i8: return 1;
+    case DType::f16:
+      return 2;
+    case DType::i8:
+      return 1;
   }
   return 0;
 }
 
 constexpr const char* name_of(DType dtype) {
   switch (dtype) {
-    case DType::f64: return "f64";
-    case DType::f32: return "f32";
-    case DType::bf16: return "bf16";
-    case DType::f16: return "f16";
-    case DType::i8: return "i8";
+    case DType::f64:
+      return "f64";
+    case DType::f32:
+      return "f32";
+    case DType::bf16:
+      return "bf16";
+    case DType::f16:
+      return "f16";
+    case DType::i8:
+      return "i8";
   }
   return "?";
 }
