@@ -19,7 +19,7 @@ namespace moba {
 /// k[s + 1])`. Both lists start at 0, never decrease and are equally long. Queries are aligned to the end of
 /// their keys, so a sequence with more keys than queries continues a cached prefix. Length 0 is legal.
 struct Sequences {
-  std::vector<std::int32_t> q, k;
+  std::vector<std::int32_t> q{}, k{};
 };
 
 /// One sequence of as many queries as keys.
@@ -43,7 +43,7 @@ struct Routing {
   /// Non-causal only: a query's own block is selected first and counted in top_k.
   bool own_block = false;
   /// Of the logits; unset: D^-0.5. Scores for the gate are unscaled.
-  std::optional<float> scale;
+  std::optional<float> scale{};
 
   /// Dense attention.
   static Routing full(bool causal = true) { return {.top_k = kEverything, .causal = causal}; }
@@ -52,7 +52,7 @@ struct Routing {
 /// What a call writes. Only `out` is required.
 struct Outputs {
   /// [Tq, Hq, D], in the dtype of q.
-  Tensor out;
+  Tensor out{};
   /// [Hq, Tq], natural logarithm of the softmax denominator over everything selected; -inf where nothing was.
   float* lse = nullptr;
   /// [Hq, Tq, selection_width()], block numbers within the sequence, ascending, padded with -1.
@@ -74,7 +74,7 @@ MOBA_EXPORT void select_blocks(const Tensor& q, const Tensor& k, const Sequences
 
 /// What the backward pass reads besides q, k and v: the forward's results, and the gradient of `out`.
 struct Saved {
-  Tensor out;
+  Tensor out{};
   /// [Hq, Tq].
   const float* lse = nullptr;
   /// As Outputs::selection; null: selected again from q and k, to the same blocks.
@@ -83,7 +83,7 @@ struct Saved {
 
 /// Gradients in the shapes of q, k and v.
 struct Gradients {
-  Tensor dq, dk, dv;
+  Tensor dq{}, dk{}, dv{};
 };
 
 /// Gradients of `attention` for `d_out` [Tq, Hq, D]. The selection counts as a constant: none flows through

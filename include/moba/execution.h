@@ -16,7 +16,7 @@ struct Parallel {
   using Body = std::function<void(std::int64_t task, int worker)>;
 
   int threads = 1;
-  std::function<void(std::int64_t tasks, const Body& body)> run;
+  std::function<void(std::int64_t tasks, const Body& body)> run{};
 };
 
 /// OpenMP's threads; 0: as many as OpenMP would use.
@@ -30,8 +30,8 @@ MOBA_EXPORT Parallel serial();
 /// Where scratch memory comes from. Both or neither must be set; the default is the C++ heap, 64-byte
 /// aligned.
 struct Allocator {
-  std::function<void*(std::size_t bytes)> allocate;
-  std::function<void(void* memory, std::size_t bytes)> release;
+  std::function<void*(std::size_t bytes)> allocate{};
+  std::function<void(void* memory, std::size_t bytes)> release{};
 };
 
 /// Seconds spent in each stage, summed over head groups, and the most scratch memory held at once.
@@ -45,10 +45,10 @@ struct Profile {
 struct Execution {
   /// "reference", "cpu" or "cuda"; empty: the environment's MOBA_BACKEND, else the best that is built for the
   /// device.
-  std::string backend;
+  std::string backend{};
   /// Unset: OpenMP.
-  Parallel parallel;
-  Allocator scratch;
+  Parallel parallel{};
+  Allocator scratch{};
   /// Scratch memory is kept below this many bytes; long inputs with many heads are then worked through in
   /// groups.
   std::size_t workspace_bytes = std::size_t{256} << 20;

@@ -1,0 +1,107 @@
+#include "moba/attention.h"
+
+#include <chrono>
+#include <utility>
+
+#include "backend.h"
+#include "cache_state.h"
+#include "checks.h"
+#include "groups.h"
+
+namespace moba {
+namespace {
+
+/// Runs one stage and adds its seconds to where they belong.
+template <typename Stage>
+auto timed(double Profile::*seconds, Profile& profile, Stage&& stage) {
+  struct Clock {
+    double& total;
+    std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
+    ~Clock() { total += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); }
+  };
+  const Clock clock{profile.*seconds};
+  return stage();
+}
+
+/// The flow: average the keys of each block, score every query against those averages and keep the best,
+/// invert the routing, attend inside the chosen blocks. `cached` are the means of a KV cache, if there is
+/// one.
+void run(std::string_view function, const Problem& problem, const Means* cached, const Outputs& outputs,
+         const Execution& execution) {
+  const Backend& backend = choose_backend(execution.backend, problem, function);
+  const Parallel parallel = execution.parallel.run ? execution.parallel : openmp();
+  Scratch scratch(execution.scratch);
+  Resources resources{parallel, scratch, execution.workspace_bytes};
+  Profile profile;
+
+  for (const HeadGroup& heads :
+       groups_within(function, backend, problem, parallel.threads, execution.workspace_bytes)) {
+    const Means computed = timed(&Profile::centroids, profile, [&] {
+      return cached != nullptr || !problem.needs_scores()
+                 ? Means{}
+                 : backend.centroids(problem, heads.head0, heads.head1, resources);
+    });
+    const Means& means = cached != nullptr ? *cached : computed;
+
+    for (const Group& group : heads.groups) {
+      const Selection selection =
+          timed(&Profile::gate, profile, [&] { return backend.gate(problem, means, group, resources); });
+      if (outputs.selection != nullptr) write_selection(problem, selection, outputs.selection);
+      if (outputs.out.data == nullptr) continue;  // the routing alone was asked for
+
+      const Plan plan =
+          timed(&Profile::plan, profile, [&] { return backend.plan(problem, selection, resources); });
+      timed(&Profile::attend, profile, [&] { backend.attend(problem, selection, plan, outputs, resources); });
+    }
+  }
+  add_profile(execution, profile, scratch);
+}
+
+}  // namespace
+
+void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
+               const Routing& routing, const Outputs& outputs, const Execution& execution) {
+  check_attention("attention", q, k, v, sequences, routing);
+  check_outputs("attention", q, outputs);
+  check_execution("attention", execution);
+  run("attention", make_problem(q, k, v, sequences, routing), nullptr, outputs, execution);
+}
+
+void select_blocks(const Tensor& q, const Tensor& k, const Sequences& sequences, const Routing& routing,
+                   std::int32_t* selection, const Execution& execution) {
+  check_attention("select_blocks", q, k, k, sequences, routing);
+  check_execution("select_blocks", execution);
+  if (selection == nullptr)
+    throw Error("select_blocks: selection is null; [Hq, Tq, selection_width()] int32 is needed");
+  run("select_blocks", make_problem(q, k, k, sequences, routing), nullptr, {.selection = selection},
+      execution);
+}
+
+void attention(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing,
+               const Outputs& outputs, const Execution& execution) {
+  check_sequence("attention", cache, sequence);
+  check_cached("attention", q, cache, routing);
+  check_outputs("attention", q, outputs);
+  check_execution("attention", execution);
+  const Problem problem = cached_problem(q, cache, sequence, routing);
+  const Means means = cached_means(cache, sequence);
+  run("attention", problem, &means, outputs, execution);
+}
+
+void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const Outputs& outputs,
+            const Execution& execution) {
+  check_cached("decode", q, cache, routing);
+  check_outputs("decode", q, outputs);
+  check_execution("decode", execution);
+  const Problem problem = decode_problem(q, cache, routing);
+  const Means means = cached_means(cache);
+  const Backend& backend = choose_backend(execution.backend, problem, "decode");
+  const Parallel parallel = execution.parallel.run ? execution.parallel : openmp();
+  Scratch scratch(execution.scratch);
+  Resources resources{parallel, scratch, execution.workspace_bytes};
+  Profile profile;
+  timed(&Profile::attend, profile, [&] { backend.decode(problem, means, outputs, resources); });
+  add_profile(execution, profile, scratch);
+}
+
+}  // namespace moba

@@ -1,0 +1,224 @@
+#include "moba/cache.h"
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+#include <utility>
+
+#include "cache_state.h"
+#include "checks.h"
+#include "number.h"
+
+namespace moba {
+namespace {
+
+constexpr std::align_val_t kPageAlignment{64};
+constexpr std::int64_t kMinPageTokens = 64, kMaxPageTokens = 1024;
+
+/// One block a page; several when blocks are tiny, a part when they are huge.
+std::int64_t page_tokens_for(std::int64_t block_size) {
+  if (block_size >= kMinPageTokens) return std::min(block_size, kMaxPageTokens);
+  return (kMinPageTokens + block_size - 1) / block_size * block_size;
+}
+
+/// Rounds one row to the storage dtype and widens it again into `seen`, which is what attention and the means
+/// work with.
+void store_row(const float* row, std::int64_t size, DType dtype, void* to, float* scale, float* seen) {
+  if (dtype == DType::f32) {
+    std::copy_n(row, size, static_cast<float*>(to));
+    std::copy_n(row, size, seen);
+  } else if (dtype == DType::i8) {
+    float most = 0;
+    for (std::int64_t d = 0; d < size; ++d) most = std::max(most, std::fabs(row[d]));
+    *scale = most / 127;
+    const float inverse = most > 0 ? 127 / most : 0;
+    for (std::int64_t d = 0; d < size; ++d) {
+      const auto level = static_cast<std::int8_t>(std::lrint(std::clamp(row[d] * inverse, -127.0F, 127.0F)));
+      static_cast<std::int8_t*>(to)[d] = level;
+      seen[d] = static_cast<float>(level) * *scale;
+    }
+  } else {
+    for (std::int64_t d = 0; d < size; ++d) {
+      store(to, dtype, d, row[d]);
+      seen[d] = static_cast<float>(load(to, dtype, d));
+    }
+  }
+}
+
+void widen_row(const Tensor& t, std::int64_t token, std::int64_t head, float* out) {
+  const std::int64_t offset = token * t.strides[0] + head * t.strides[1];
+  for (std::int64_t d = 0; d < t.sizes[2]; ++d)
+    out[d] = static_cast<float>(load(t.data, t.dtype, offset + d));
+}
+
+}  // namespace
+
+void KvCache::State::Page::Free::operator()(std::byte* memory) const {
+  ::operator delete[](memory, kPageAlignment);
+}
+
+KvLayout KvCache::State::layout() const {
+  return {shape.dtype, page_tokens, shape.head_dim, page_tokens * shape.head_dim, scale_offset};
+}
+
+KvCache::KvCache(const Shape& shape) {
+  check_cache_shape(shape);
+  state_ = std::make_unique<State>();
+  state_->shape = shape;
+  state_->page_tokens = page_tokens_for(shape.block_size);
+  const auto rows = static_cast<std::size_t>(shape.kv_heads * state_->page_tokens);
+  std::size_t bytes = rows * static_cast<std::size_t>(shape.head_dim) * size_of(shape.dtype);
+  if (shape.dtype == DType::i8) {
+    bytes = (bytes + sizeof(float) - 1) / sizeof(float) * sizeof(float);
+    state_->scale_offset = bytes;
+    bytes += rows * sizeof(float);
+  }
+  state_->half_page_bytes = (bytes + 63) / 64 * 64;
+  state_->sequences.resize(static_cast<std::size_t>(shape.sequences));
+  for (State::Sequence& s : state_->sequences)
+    s.sum.assign(static_cast<std::size_t>(shape.kv_heads * shape.head_dim), 0.0F);
+}
+
+KvCache::~KvCache() = default;
+KvCache::KvCache(KvCache&&) noexcept = default;
+KvCache& KvCache::operator=(KvCache&&) noexcept = default;
+
+const KvCache::Shape& KvCache::shape() const {
+  return state_->shape;
+}
+
+std::int64_t KvCache::length(std::int64_t sequence) const {
+  check_sequence("KvCache::length", *this, sequence);
+  return state_->sequences[static_cast<std::size_t>(sequence)].length;
+}
+
+std::size_t KvCache::bytes() const {
+  std::size_t total = 0;
+  for (const State::Sequence& s : state_->sequences) {
+    total += s.pages.size() * 2 * state_->half_page_bytes +
+             (s.means.capacity() + s.sum.capacity()) * sizeof(float);
+  }
+  return total;
+}
+
+void KvCache::append(const Tensor& k, const Tensor& v, std::int64_t sequence) {
+  check_append(*this, k, v, sequence);
+  const auto [kv_heads, head_dim, block_size, dtype, sequences] = state_->shape;
+  State::Sequence& s = state_->sequences[static_cast<std::size_t>(sequence)];
+  const std::int64_t added = k.sizes[0], page_tokens = state_->page_tokens;
+
+  const std::int64_t row_floats = kv_heads * head_dim;
+  s.means.resize(static_cast<std::size_t>((s.length + added) / block_size * row_floats));
+  while (static_cast<std::int64_t>(s.pages.size()) * page_tokens < s.length + added) {
+    State::Page page{
+        decltype(State::Page::memory)(new (kPageAlignment) std::byte[2 * state_->half_page_bytes])};
+    s.k_pages.push_back(page.memory.get());
+    s.v_pages.push_back(page.memory.get() + state_->half_page_bytes);
+    s.pages.push_back(std::move(page));
+  }
+
+  std::vector<float> row(static_cast<std::size_t>(head_dim)), seen(row.size());
+  for (std::int64_t token = 0; token < added; ++token) {
+    std::byte* page = s.pages[static_cast<std::size_t>(s.length / page_tokens)].memory.get();
+    for (const Tensor* t : {&k, &v}) {
+      std::byte* half = t == &k ? page : page + state_->half_page_bytes;
+      for (std::int64_t head = 0; head < kv_heads; ++head) {
+        const std::int64_t slot = head * page_tokens + s.length % page_tokens;
+        widen_row(*t, token, head, row.data());
+        store_row(row.data(), head_dim, dtype,
+                  half + slot * head_dim * static_cast<std::int64_t>(size_of(dtype)),
+                  reinterpret_cast<float*>(half + state_->scale_offset) + slot, seen.data());
+        if (t == &v) continue;
+        float* sum = s.sum.data() + head * head_dim;
+        for (std::int64_t d = 0; d < head_dim; ++d) sum[d] += seen[static_cast<std::size_t>(d)];
+      }
+    }
+    ++s.length;
+    if (s.length % block_size != 0) continue;
+    float* mean = s.means.data() + (s.length / block_size - 1) * row_floats;
+    for (std::int64_t i = 0; i < row_floats; ++i) {
+      const float exact = s.sum[static_cast<std::size_t>(i)] / static_cast<float>(block_size);
+      mean[i] = dtype == DType::bf16  ? float_of(to_bfloat16(exact))
+                : dtype == DType::f16 ? float_of(to_float16(exact))
+                                      : exact;
+    }
+    std::fill(s.sum.begin(), s.sum.end(), 0.0F);
+  }
+}
+
+void KvCache::truncate(std::int64_t tokens, std::int64_t sequence) {
+  check_sequence("KvCache::truncate", *this, sequence);
+  State::Sequence& s = state_->sequences[static_cast<std::size_t>(sequence)];
+  if (tokens < 0 || tokens > s.length) {
+    throw Error("KvCache::truncate: tokens is " + std::to_string(tokens) + "; 0 to " +
+                std::to_string(s.length) + " are held");
+  }
+  if (tokens == s.length) return;
+  const auto [kv_heads, head_dim, block_size, dtype, sequences] = state_->shape;
+  const auto pages = static_cast<std::size_t>((tokens + state_->page_tokens - 1) / state_->page_tokens);
+  s.length = tokens;
+  s.pages.resize(pages);
+  s.k_pages.resize(pages);
+  s.v_pages.resize(pages);
+  s.means.resize(static_cast<std::size_t>(tokens / block_size * kv_heads * head_dim));
+
+  std::fill(s.sum.begin(), s.sum.end(), 0.0F);
+  const KvLayout layout = state_->layout();
+  for (std::int64_t token = tokens / block_size * block_size; token < tokens; ++token) {
+    const std::byte* page = s.k_pages[static_cast<std::size_t>(token / layout.page_tokens)];
+    for (std::int64_t head = 0; head < kv_heads; ++head) {
+      const std::int64_t slot = head * layout.page_tokens + token % layout.page_tokens;
+      const float scale =
+          dtype == DType::i8 ? reinterpret_cast<const float*>(page + layout.scale_offset)[slot] : 1.0F;
+      for (std::int64_t d = 0; d < head_dim; ++d) {
+        s.sum[static_cast<std::size_t>(head * head_dim + d)] +=
+            static_cast<float>(load(page, dtype, slot * head_dim + d)) * scale;
+      }
+    }
+  }
+}
+
+namespace {
+
+SequenceView view_of(const KvCache::State::Sequence& s, std::int64_t q_begin, std::int64_t queries) {
+  return {
+      .q_begin = q_begin, .queries = queries, .keys = s.length, .k_pages = s.k_pages, .v_pages = s.v_pages};
+}
+
+Means means_of(const KvCache::State& state) {
+  return {.head_stride = state.shape.head_dim, .block_stride = state.shape.kv_heads * state.shape.head_dim};
+}
+
+}  // namespace
+
+Problem cached_problem(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing) {
+  const KvCache::State& state = cache.state();
+  Problem problem{.q = q, .k = state.layout(), .v = state.layout()};
+  problem.sequences.push_back(view_of(state.sequences[static_cast<std::size_t>(sequence)], 0, q.sizes[0]));
+  finish_problem(problem, routing, state.shape.kv_heads);
+  return problem;
+}
+
+Problem decode_problem(const Tensor& q, const KvCache& cache, const Routing& routing) {
+  const KvCache::State& state = cache.state();
+  Problem problem{.q = q, .k = state.layout(), .v = state.layout()};
+  for (const KvCache::State::Sequence& s : state.sequences) {
+    problem.sequences.push_back(view_of(s, static_cast<std::int64_t>(problem.sequences.size()), 1));
+  }
+  finish_problem(problem, routing, state.shape.kv_heads);
+  return problem;
+}
+
+Means cached_means(const KvCache& cache, std::int64_t sequence) {
+  Means means = means_of(cache.state());
+  means.base.push_back(cache.state().sequences[static_cast<std::size_t>(sequence)].means.data());
+  return means;
+}
+
+Means cached_means(const KvCache& cache) {
+  Means means = means_of(cache.state());
+  for (const KvCache::State::Sequence& s : cache.state().sequences) means.base.push_back(s.means.data());
+  return means;
+}
+
+}  // namespace moba

@@ -1,0 +1,26 @@
+#pragma once
+
+#include <cstdint>
+#include <string_view>
+
+#include "moba/cache.h"
+
+/// The door: every public function checks its arguments here before it does or writes anything. All throw
+/// Error.
+namespace moba {
+
+/// q [Tq, Hq, D], k and v [Tk, Hkv, D], the sequences, the routing, and that each view is one the library can
+/// walk.
+void check_attention(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const Sequences& sequences, const Routing& routing);
+void check_routing(std::string_view function, const Routing& routing);
+void check_outputs(std::string_view function, const Tensor& q, const Outputs& outputs);
+void check_execution(std::string_view function, const Execution& execution);
+void check_backward(std::string_view function, const Tensor& d_out, const Tensor& q, const Tensor& k,
+                    const Tensor& v, const Saved& saved, const Gradients& gradients);
+void check_cache_shape(const KvCache::Shape& shape);
+void check_append(const KvCache& cache, const Tensor& k, const Tensor& v, std::int64_t sequence);
+void check_cached(std::string_view function, const Tensor& q, const KvCache& cache, const Routing& routing);
+void check_sequence(std::string_view function, const KvCache& cache, std::int64_t sequence);
+
+}  // namespace moba

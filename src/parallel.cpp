@@ -1,0 +1,42 @@
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "moba/execution.h"
+
+namespace moba {
+
+Parallel serial() {
+  return {1, [](std::int64_t tasks, const Parallel::Body& body) {
+            for (std::int64_t task = 0; task < tasks; ++task) body(task, 0);
+          }};
+}
+
+Parallel openmp(int threads) {
+  const int count = threads > 0 ? threads : omp_get_max_threads();
+  return {count, [count](std::int64_t tasks, const Parallel::Body& body) {
+            if (tasks <= 1 || count == 1) return serial().run(tasks, body);
+#pragma omp parallel for schedule(dynamic, 1) num_threads(count)
+            for (std::int64_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
+          }};
+}
+
+Parallel std_threads(int threads) {
+  const int count = std::max(threads, 1);
+  return {count, [count](std::int64_t tasks, const Parallel::Body& body) {
+            std::atomic<std::int64_t> next{0};
+            const auto work = [&](int worker) {
+              for (std::int64_t task = next++; task < tasks; task = next++) body(task, worker);
+            };
+            std::vector<std::thread> others;
+            for (int worker = 1; worker < std::min<std::int64_t>(count, tasks); ++worker)
+              others.emplace_back(work, worker);
+            work(0);
+            for (std::thread& other : others) other.join();
+          }};
+}
+
+}  // namespace moba

@@ -1,0 +1,63 @@
+#include "problem.h"
+
+#include <cmath>
+
+namespace moba {
+namespace {
+
+KvLayout layout_of(const Tensor& t) {
+  return {.dtype = t.dtype,
+          .page_tokens = std::max<std::int64_t>(t.sizes[0], 1),
+          .token_stride = t.strides[0],
+          .head_stride = t.strides[1]};
+}
+
+const std::byte* row_of(const Tensor& t, std::int64_t token) {
+  return static_cast<const std::byte*>(t.data) +
+         token * t.strides[0] * static_cast<std::int64_t>(size_of(t.dtype));
+}
+
+}  // namespace
+
+void finish_problem(Problem& problem, const Routing& routing, std::int64_t kv_heads) {
+  problem.tokens = problem.q.sizes[0];
+  problem.q_heads = problem.q.sizes[1];
+  problem.head_dim = problem.q.sizes[2];
+  problem.kv_heads = kv_heads;
+  problem.group = problem.q_heads / kv_heads;
+  for (const SequenceView& s : problem.sequences) problem.longest = std::max(problem.longest, s.keys);
+  problem.asked = problem.routing = routing;
+  problem.scale = routing.scale.value_or(1 / std::sqrt(static_cast<float>(problem.head_dim)));
+
+  const std::int64_t longest = std::max<std::int64_t>(problem.longest, 1);
+  if (routing.top_k >= (longest - 1) / routing.block_size + 1) {
+    problem.everything = true;
+    problem.routing.block_size = longest;
+    problem.routing.top_k = 1;
+    problem.routing.sink_blocks = 0;
+    problem.routing.own_block = false;
+  }
+}
+
+Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
+                     const Routing& routing) {
+  Problem problem{.q = q, .k = layout_of(k), .v = layout_of(v)};
+  const std::size_t count = sequences.q.size() - 1;
+  problem.page_storage.reserve(2 * count);
+  for (std::size_t s = 0; s < count; ++s) {
+    problem.page_storage.push_back(row_of(k, sequences.k[s]));
+    problem.page_storage.push_back(row_of(v, sequences.k[s]));
+  }
+  const std::byte* const* pages = problem.page_storage.data();
+  for (std::size_t s = 0; s < count; ++s) {
+    problem.sequences.push_back({.q_begin = sequences.q[s],
+                                 .queries = sequences.q[s + 1] - sequences.q[s],
+                                 .keys = sequences.k[s + 1] - sequences.k[s],
+                                 .k_pages = {pages + 2 * s, 1},
+                                 .v_pages = {pages + 2 * s + 1, 1}});
+  }
+  finish_problem(problem, routing, k.sizes[1]);
+  return problem;
+}
+
+}  // namespace moba

@@ -1,0 +1,175 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "moba/attention.h"
+#include "scratch.h"
+
+/// What the door hands to a backend: everything checked, plain data, the same letters as docs/mathematics.md.
+namespace moba {
+
+/// Keys or values of one head that follow each other in memory, `stride` elements apart. `scales`, one a row,
+/// for i8 alone.
+struct Rows {
+  const std::byte* data = nullptr;
+  std::int64_t stride = 0;
+  std::int64_t count = 0;
+  const float* scales = nullptr;
+};
+
+/// Where keys or values lie: pages of `page_tokens` tokens, alike for all sequences. A plain tensor is one
+/// page a sequence.
+struct KvLayout {
+  DType dtype = DType::f32;
+  std::int64_t page_tokens = 1;
+  std::int64_t token_stride = 0, head_stride = 0;  // elements
+  std::size_t scale_offset = 0;  // bytes from a page's start to its f32 scales [Hkv, page_tokens]; i8 alone
+};
+
+struct SequenceView {
+  std::int64_t q_begin = 0;            // its first query among the packed ones
+  std::int64_t queries = 0, keys = 0;  // Lq, Lk
+  std::span<const std::byte*const> k_pages{}, v_pages{};
+
+  /// Key position of query i: bottom-right aligned (semantics: causal, `p`). Negative: the query sees nothing
+  /// when causal.
+  std::int64_t position(std::int64_t query) const { return query + keys - queries; }
+};
+
+/// One call. `routing` is normalised: when top_k covers every block of every sequence, block_size is the
+/// longest sequence and top_k is 1, so that dense attention is the one-block case of everything below.
+struct Problem {
+  Tensor q{};  // [Tq, Hq, D]
+  KvLayout k{}, v{};
+  std::vector<SequenceView> sequences{};
+  Routing routing{};
+  Routing asked{};          // as the caller gave it
+  bool everything = false;  // the normalisation took place
+  float scale = 1;
+  std::int64_t tokens = 0;  // Tq
+  std::int64_t q_heads = 0, kv_heads = 0, group = 1, head_dim = 0;
+  std::int64_t longest = 0;  // most keys in any sequence
+  std::vector<const std::byte*> page_storage{};
+
+  std::int64_t blocks(const SequenceView& s) const {
+    return (s.keys + routing.block_size - 1) / routing.block_size;
+  }
+  /// Blocks whose mean the gate may need: the ragged tail is a candidate only when not causal.
+  std::int64_t candidate_blocks(const SequenceView& s) const {
+    return routing.causal ? s.keys / routing.block_size : blocks(s);
+  }
+  /// Block of query i, -1 before the first key. Also the number of its candidates when causal.
+  std::int64_t own_block(const SequenceView& s, std::int64_t query) const {
+    const std::int64_t p = s.position(query);
+    return p < 0 ? -1 : p / routing.block_size;
+  }
+  /// Entries of a row of the selection: blocks picked by the gate. A causal query's own block goes without
+  /// saying.
+  std::int64_t width() const {
+    const std::int64_t most =
+        std::max<std::int64_t>((longest + routing.block_size - 1) / routing.block_size, 1);
+    return std::min(routing.top_k, most) - (routing.causal ? 1 : 0);
+  }
+  /// Whether any query has to choose.
+  bool needs_scores() const { return !everything && width() > 0; }
+
+  Rows keys(const SequenceView& s, std::int64_t head, std::int64_t first) const {
+    return rows(k, s.k_pages, s.keys, head, first);
+  }
+  Rows values(const SequenceView& s, std::int64_t head, std::int64_t first) const {
+    return rows(v, s.v_pages, s.keys, head, first);
+  }
+  /// Element offset of query `i` of sequence `s` at `head` in any [Tq, Hq, D] tensor.
+  static std::int64_t offset(const Tensor& t, const SequenceView& s, std::int64_t query, std::int64_t head) {
+    return (s.q_begin + query) * t.strides[0] + head * t.strides[1];
+  }
+
+ private:
+  /// The rows from `first` to the end of its page or of the sequence.
+  static Rows rows(const KvLayout& layout, std::span<const std::byte* const> pages, std::int64_t length,
+                   std::int64_t head, std::int64_t first) {
+    const std::int64_t page = first / layout.page_tokens, row = first % layout.page_tokens;
+    const std::byte* base = pages[static_cast<std::size_t>(page)];
+    const std::int64_t element = head * layout.head_stride + row * layout.token_stride;
+    const auto* scales =
+        layout.scale_offset == 0
+            ? nullptr
+            : reinterpret_cast<const float*>(base + layout.scale_offset) + head * layout.page_tokens + row;
+    return {base + element * static_cast<std::int64_t>(size_of(layout.dtype)), layout.token_stride,
+            std::min(layout.page_tokens - row, length - first), scales};
+  }
+};
+
+/// The share of a problem that is worked on at a time, so that scratch memory stays within its budget: kv
+/// heads [head0, head1) and packed queries [token0, token1).
+struct Group {
+  std::int64_t head0 = 0, head1 = 0, token0 = 0, token1 = 0;
+
+  std::int64_t heads() const { return head1 - head0; }
+  std::int64_t tokens() const { return token1 - token0; }
+  /// The queries [first, last) of `s` that belong to this group, counted within the sequence.
+  std::pair<std::int64_t, std::int64_t> queries_of(const SequenceView& s) const {
+    const std::int64_t first = std::clamp<std::int64_t>(token0 - s.q_begin, 0, s.queries);
+    const std::int64_t last = std::clamp<std::int64_t>(token1 - s.q_begin, 0, s.queries);
+    return {first, last};
+  }
+};
+
+/// Means of the candidate blocks, f32 (already rounded to the dtype of k): mean of block j of sequence s at
+/// kv head h is `of(s, h) + j * block_stride`, D values.
+struct Means {
+  std::vector<const float*> base{};  // by sequence, at kv head `head0`
+  std::int64_t head0 = 0, head_stride = 0, block_stride = 0;
+  Buffer<float> storage{};
+
+  const float* of(std::size_t sequence, std::int64_t head) const {
+    return base[sequence] + (head - head0) * head_stride;
+  }
+};
+
+/// What the gate picked: [heads of the group, tokens of the group, query heads of a kv head, width], block
+/// numbers ascending, padded with -1. For causal routing the current block is not listed.
+struct Selection {
+  Group group{};
+  std::int64_t query_group = 1, width = 0;
+  Buffer<std::int32_t> blocks{};
+
+  /// The rows of `token` (packed) at kv head `head`: query_group x width.
+  std::int32_t* of(std::int64_t head, std::int64_t token) const {
+    return blocks.data() +
+           ((head - group.head0) * group.tokens() + token - group.token0) * query_group * width;
+  }
+};
+
+/// Consecutive queries [q0, q1) of one sequence at one kv head, owned by one worker. A row is a (query, head
+/// of the group) pair: row = (query - q0) * group + head.
+struct Range {
+  std::int64_t sequence = 0, head = 0, q0 = 0, q1 = 0;
+  std::int64_t first_offset = 0;  // into Plan::offsets: blocks of the sequence + 1 entries
+  std::int64_t first_row = 0;     // into Plan::rows
+};
+
+/// The routing inverted: for every range, for every block, the rows that chose it, ascending. Ranges are
+/// listed in the order in which they are best begun.
+struct Plan {
+  std::vector<Range> ranges{};
+  Buffer<std::uint32_t> offsets{}, rows{};
+
+  std::span<const std::uint32_t> rows_of(const Range& range, std::int64_t block) const {
+    const std::uint32_t* offset = offsets.data() + range.first_offset + block;
+    return {rows.data() + range.first_row + offset[0], offset[1] - offset[0]};
+  }
+};
+
+/// Builds the problem of a checked call on plain tensors.
+Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
+                     const Routing& routing);
+/// Fills what follows from q, the sequences and the routing, and normalises the latter as `Problem::routing`
+/// promises.
+void finish_problem(Problem& problem, const Routing& routing, std::int64_t kv_heads);
+
+}  // namespace moba
