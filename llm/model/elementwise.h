@@ -1,0 +1,27 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+
+namespace moba::llm {
+
+/// out = x / rms(x) * weight, row by row: `x` and `out` [n, H] in the working dtype, `weight` [H] in f32.
+void rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, const at::Tensor& out);
+
+/// How the heads of one layer are made ready for attention.
+struct HeadsShape {
+  std::int64_t q_heads, kv_heads, head_dim;
+  double eps;
+};
+
+/// In place on `qkv` [n, (Hq + 2 Hkv) * D], queries before keys before values: queries and keys are
+/// normalised per head where `q_norm` and `k_norm` [D] are given (both or neither), then turned by `table`
+/// [n, D] as rope_rows() makes it.
+void norm_and_rotate(const at::Tensor& qkv, const HeadsShape& shape, const at::Tensor& q_norm,
+                     const at::Tensor& k_norm, const float* table);
+
+/// In place on `gate_up` [n, 2 I]: the first half of each row becomes silu(first) * second.
+void swiglu(const at::Tensor& gate_up);
+
+}  // namespace moba::llm

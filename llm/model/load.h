@@ -1,0 +1,38 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <initializer_list>
+#include <string>
+
+#include "llm/formats/weights.h"
+
+namespace moba::llm {
+
+/// Turns stored tensors into working ones, under their Hugging Face names. Nothing is allocated before the
+/// stored shapes are known to be right. Throws DataError for a tensor that is missing or of another shape.
+class Loader {
+ public:
+  Loader(const Weights& weights, at::ScalarType dtype) : weights_(weights), dtype_(dtype) {}
+
+  struct Part {
+    std::string name;
+    std::int64_t rows;
+  };
+  /// Matrices below one another, [sum of rows, columns]: one product instead of several.
+  at::Tensor matrix(std::initializer_list<Part> parts, std::int64_t columns) const;
+  /// Vectors after one another, in the working dtype.
+  at::Tensor bias(std::initializer_list<Part> parts) const;
+  /// A vector in f32.
+  at::Tensor norm(const std::string& name, std::int64_t size) const;
+
+ private:
+  const StoredTensor& stored(const std::string& name, const std::vector<std::int64_t>& shape) const;
+  void read_rows(const StoredTensor& tensor, const std::string& name, const at::Tensor& rows) const;
+  void read_vector(const std::string& name, const at::Tensor& out) const;
+
+  const Weights& weights_;
+  at::ScalarType dtype_;
+};
+
+}  // namespace moba::llm

@@ -1,0 +1,49 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "llm/config.h"
+#include "llm/formats/weights.h"
+#include "moba/tensor.h"
+
+namespace moba::llm {
+
+/// Where a layer hands its heads to somebody who remembers: `k` and `v` [n, Hkv, D] of n new tokens, `q` and
+/// `out` [m, Hq, D] of the last m <= n of them (m = 0 where nobody will look at the answers). Rotary
+/// positions are already applied. Whatever the callee throws ends the forward pass.
+using Attend = std::function<void(std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v,
+                                  const Tensor& out)>;
+
+/// Which of the tokens just read should be answered with logits.
+enum class Logits : std::uint8_t { none, last, all };
+
+/// The weights of a Llama-family decoder in one working dtype, and the walk through its layers. Knows nothing
+/// of caches, routings or chunks.
+class Model {
+ public:
+  /// Converts every tensor once, a few rows at a time, and lets go of the mapped pages behind it. `dtype` is
+  /// f32, bf16 or f16. Throws DataError, naming the tensor, for one that is missing or of another shape.
+  static Model load(const Weights& weights, DType dtype);
+
+  const ModelConfig& config() const;
+  DType dtype() const;
+
+  /// Reads `tokens`, the first of them at position `first`. Returns logits [rows, vocab], where rows is 0, 1
+  /// or tokens.size() as `logits` asks. Throws DataError for an id outside the vocabulary.
+  std::vector<float> forward(std::span<const std::int32_t> tokens, std::int64_t first, const Attend& attend,
+                             Logits logits) const;
+
+ private:
+  struct Impl;
+  std::shared_ptr<const Impl> impl_;
+};
+
+/// Threads that every Model of this process computes with, at least 1.
+void use_threads(int threads);
+
+}  // namespace moba::llm

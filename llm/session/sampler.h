@@ -1,0 +1,36 @@
+#pragma once
+
+#include <cstdint>
+#include <random>
+#include <span>
+
+namespace moba::llm {
+
+/// How the next token is drawn. The filters are applied in this order, before the temperature, as llama.cpp
+/// does.
+struct Sampling {
+  /// 0: the likeliest token, always.
+  double temperature = 0;
+  /// Keep this many of the likeliest tokens; 0: all.
+  std::int64_t top_k = 40;
+  /// Keep the likeliest tokens that together reach this probability; 1: all.
+  double top_p = 0.95;
+  /// Keep tokens at least this probable relative to the likeliest; 0: all.
+  double min_p = 0.05;
+  std::uint64_t seed = 0;
+};
+
+/// Draws tokens; the same seed and logits give the same tokens on every machine.
+class Sampler {
+ public:
+  explicit Sampler(const Sampling& sampling) : sampling_(sampling), random_(sampling.seed) {}
+
+  /// The next token's id. Equal logits: the lower id first; a NaN counts as -inf.
+  std::int32_t operator()(std::span<const float> logits);
+
+ private:
+  Sampling sampling_;
+  std::mt19937_64 random_;
+};
+
+}  // namespace moba::llm

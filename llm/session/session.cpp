@@ -1,0 +1,123 @@
+#include "llm/session/session.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "llm/error.h"
+
+namespace moba::llm {
+namespace {
+
+class Stopwatch {
+ public:
+  explicit Stopwatch(double& seconds) : seconds_(seconds) {}
+  ~Stopwatch() { seconds_ += std::chrono::duration<double>(Clock::now() - start_).count(); }
+  Stopwatch(const Stopwatch&) = delete;
+  Stopwatch& operator=(const Stopwatch&) = delete;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  double& seconds_;
+  Clock::time_point start_ = Clock::now();
+};
+
+}  // namespace
+
+std::string_view name_of(AttentionMode mode) {
+  switch (mode) {
+    case AttentionMode::full:
+      return "full";
+    case AttentionMode::moba:
+      return "moba";
+    case AttentionMode::moba_naive:
+      return "moba-naive";
+  }
+  return "?";
+}
+
+Session::Session(Model model, const SessionSettings& settings)
+    : model_(std::move(model)), settings_(settings), parallel_(openmp(settings.threads)) {
+  const ModelConfig& config = model_.config();
+  use_threads(settings.threads);
+  is_full_.resize(static_cast<std::size_t>(config.layers));
+  for (std::int64_t layer : settings_.full_layers) {
+    if (layer < 0 || layer >= config.layers) {
+      throw UsageError(
+          fmt::format("--moba-full-layers: expected layers 0 to {}; found {}", config.layers - 1, layer));
+    }
+    is_full_[static_cast<std::size_t>(layer)] = true;
+  }
+  const KvCache::Shape shape{.kv_heads = config.kv_heads,
+                             .head_dim = config.head_dim,
+                             .block_size = settings_.moba.block_size,
+                             .dtype = model_.dtype()};
+  for (std::int64_t l = 0; l < config.layers; ++l) caches_.emplace_back(shape);
+}
+
+Routing Session::routing(AttentionMode mode, std::int64_t layer) const {
+  if (mode != AttentionMode::full && !is_full_[static_cast<std::size_t>(layer)]) return settings_.moba;
+  Routing everything = Routing::full();
+  everything.block_size = settings_.moba.block_size;
+  return everything;
+}
+
+std::vector<float> Session::read(std::span<const std::int32_t> tokens, const Step& step) {
+  Execution execution;
+  execution.parallel = parallel_;
+  if (step.mode == AttentionMode::moba_naive) execution.backend = "reference";
+
+  const auto attend = [&](std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v,
+                          const Tensor& out) {
+    {
+      const Stopwatch stopwatch(step.attention_seconds);
+      KvCache& cache = caches_[static_cast<std::size_t>(layer)];
+      cache.append(k, v);
+      const Routing layer_routing = routing(step.mode, layer);
+      if (q.sizes[0] == 1) {
+        moba::decode(q, cache, layer_routing, {.out = out}, execution);
+      } else if (q.sizes[0] > 1) {
+        attention(q, cache, 0, layer_routing, {.out = out}, execution);
+      }
+    }
+    if (step.progress) {
+      const double share = static_cast<double>(layer + 1) / static_cast<double>(caches_.size());
+      step.progress(share * static_cast<double>(tokens.size()));
+    }
+  };
+  std::vector<float> logits = model_.forward(tokens, length_, attend, step.logits);
+  length_ += static_cast<std::int64_t>(tokens.size());
+  return logits;
+}
+
+std::vector<float> Session::prefill(std::span<const std::int32_t> tokens, const Progress& progress,
+                                    Logits logits) {
+  const auto total = static_cast<std::int64_t>(tokens.size());
+  const bool has_tail = settings_.prefill != AttentionMode::full;
+  const std::int64_t tail = has_tail ? std::max<std::int64_t>(0, total - settings_.full_tail) : total;
+  std::vector<float> result;
+  for (std::int64_t first = 0, last = 0; first < total; first = last) {
+    last = std::min(first + settings_.chunk, first < tail ? tail : total);
+    const Step step{.mode = first < tail ? settings_.prefill : AttentionMode::full,
+                    .logits = logits == Logits::last && last < total ? Logits::none : logits,
+                    .attention_seconds = seconds_.prefill,
+                    .progress = [&](double tokens_read) {
+                      if (progress) progress(static_cast<double>(first) + tokens_read);
+                    }};
+    const std::vector<float> answers =
+        read(tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(last - first)), step);
+    result.insert(result.end(), answers.begin(), answers.end());
+  }
+  return result;
+}
+
+std::vector<float> Session::decode(std::int32_t token) {
+  return read({&token, 1}, {.mode = settings_.decode,
+                            .logits = Logits::last,
+                            .attention_seconds = seconds_.decode,
+                            .progress = {}});
+}
+
+}  // namespace moba::llm

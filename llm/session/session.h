@@ -1,0 +1,83 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "llm/model/model.h"
+#include "moba/attention.h"
+#include "moba/cache.h"
+
+namespace moba::llm {
+
+enum class AttentionMode : std::uint8_t {
+  full,
+  moba,
+  moba_naive,  // the same routing through libmoba's reference backend
+};
+std::string_view name_of(AttentionMode mode);
+
+/// How a session reads a prompt and what it writes after it.
+struct SessionSettings {
+  AttentionMode prefill = AttentionMode::full;
+  /// full or moba.
+  AttentionMode decode = AttentionMode::full;
+  /// Blocks, top-k and sink of the layers that are in mode moba.
+  Routing moba{.block_size = 256, .top_k = 4, .sink_blocks = 1};
+  /// The last tokens of a prompt are read in mode full: what a model never trained with MoBA needs.
+  std::int64_t full_tail = 128;
+  /// Layers, counted from 0, that are in mode full throughout.
+  std::vector<std::int64_t> full_layers;
+  /// Tokens read at a time. Bounds memory; the result does not depend on it.
+  std::int64_t chunk = 2048;
+  int threads = 1;
+};
+
+/// Seconds spent inside the attention: filling the caches and asking them.
+struct AttentionSeconds {
+  double prefill = 0, decode = 0;
+};
+
+/// One conversation: a model, what it has read (a paged cache for each layer), and how it attends.
+class Session {
+ public:
+  /// Called after each layer of each chunk with the share of the prompt that is read, in tokens. May throw to
+  /// give up; the session is of no use then.
+  using Progress = std::function<void(double tokens_read)>;
+
+  /// Throws UsageError for settings that the model cannot meet.
+  Session(Model model, const SessionSettings& settings);
+
+  /// Reads a prompt, or more of one, and returns the logits [vocab] after its last token; with Logits::all
+  /// those after every token, [tokens, vocab]. `tokens` is not empty.
+  std::vector<float> prefill(std::span<const std::int32_t> tokens, const Progress& progress = {},
+                             Logits logits = Logits::last);
+  /// Reads one token in the decode mode and returns the logits [vocab] after it.
+  std::vector<float> decode(std::int32_t token);
+
+  /// Tokens read so far.
+  std::int64_t length() const { return length_; }
+  AttentionSeconds attention_seconds() const { return seconds_; }
+
+ private:
+  struct Step {
+    AttentionMode mode;
+    Logits logits;
+    double& attention_seconds;
+    Progress progress;
+  };
+  Routing routing(AttentionMode mode, std::int64_t layer) const;
+  std::vector<float> read(std::span<const std::int32_t> tokens, const Step& step);
+
+  Model model_;
+  SessionSettings settings_;
+  std::vector<bool> is_full_;  // by layer
+  std::vector<KvCache> caches_;
+  Parallel parallel_;
+  std::int64_t length_ = 0;
+  AttentionSeconds seconds_;
+};
+
+}  // namespace moba::llm
