@@ -38,17 +38,22 @@ std::string_view name_of(AttentionMode mode) {
   return "?";
 }
 
+void check(const SessionSettings& settings, const ModelConfig& config) {
+  for (const LayerRange& range : settings.full_layers) {
+    if (range.first < 0 || range.last < range.first || range.last >= config.layers) {
+      throw UsageError(fmt::format("--moba-full-layers: expected layers from 0 to {}; found {}-{}",
+                                   config.layers - 1, range.first, range.last));
+    }
+  }
+}
+
 Session::Session(Model model, const SessionSettings& settings)
     : model_(std::move(model)), settings_(settings), parallel_(openmp(settings.threads)) {
   const ModelConfig& config = model_.config();
-  use_threads(settings.threads);
+  check(settings_, config);
   is_full_.resize(static_cast<std::size_t>(config.layers));
-  for (std::int64_t layer : settings_.full_layers) {
-    if (layer < 0 || layer >= config.layers) {
-      throw UsageError(
-          fmt::format("--moba-full-layers: expected layers 0 to {}; found {}", config.layers - 1, layer));
-    }
-    is_full_[static_cast<std::size_t>(layer)] = true;
+  for (const LayerRange& range : settings_.full_layers) {
+    std::fill(is_full_.begin() + range.first, is_full_.begin() + range.last + 1, true);
   }
   const KvCache::Shape shape{.kv_heads = config.kv_heads,
                              .head_dim = config.head_dim,

@@ -19,6 +19,11 @@ enum class AttentionMode : std::uint8_t {
 };
 std::string_view name_of(AttentionMode mode);
 
+/// Layers [first, last], counted from 0.
+struct LayerRange {
+  std::int64_t first, last;
+};
+
 /// How a session reads a prompt and what it writes after it.
 struct SessionSettings {
   AttentionMode prefill = AttentionMode::full;
@@ -28,12 +33,16 @@ struct SessionSettings {
   Routing moba{.block_size = 256, .top_k = 4, .sink_blocks = 1};
   /// The last tokens of a prompt are read in mode full: what a model never trained with MoBA needs.
   std::int64_t full_tail = 128;
-  /// Layers, counted from 0, that are in mode full throughout.
-  std::vector<std::int64_t> full_layers;
+  /// Layers that are in mode full throughout.
+  std::vector<LayerRange> full_layers;
   /// Tokens read at a time. Bounds memory; the result does not depend on it.
   std::int64_t chunk = 2048;
+  /// Of the attention; use_threads() sets those of the model.
   int threads = 1;
 };
+
+/// Throws UsageError for settings that a model of this shape cannot meet.
+void check(const SessionSettings& settings, const ModelConfig& config);
 
 /// Seconds spent inside the attention: filling the caches and asking them.
 struct AttentionSeconds {
@@ -47,7 +56,7 @@ class Session {
   /// give up; the session is of no use then.
   using Progress = std::function<void(double tokens_read)>;
 
-  /// Throws UsageError for settings that the model cannot meet.
+  /// Throws UsageError as check() does.
   Session(Model model, const SessionSettings& settings);
 
   /// Reads a prompt, or more of one, and returns the logits [vocab] after its last token; with Logits::all

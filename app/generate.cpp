@@ -1,0 +1,276 @@
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "app/commands.h"
+#include "app/generate_settings.h"
+#include "llm/error.h"
+#include "llm/formats/weights.h"
+#include "llm/session/text_stream.h"
+#include "llm/tokenizer/tokenizer.h"
+
+namespace moba::app {
+namespace {
+
+using llm::DataError;
+using llm::UsageError;
+
+constexpr int kInterruptedCode = 130;  // what shells expect after Ctrl-C
+constexpr std::size_t kLargestFile = std::size_t{256} << 20;
+
+volatile std::sig_atomic_t interrupt_requested = 0;
+
+/// Thrown out of a prefill that the user gave up.
+struct Interrupted {};
+
+enum class Finish : std::uint8_t { end_token, length, context, interrupted };
+
+const char* name_of(Finish finish) {
+  switch (finish) {
+    case Finish::end_token:
+      return "end_token";
+    case Finish::length:
+      return "length";
+    case Finish::context:
+      return "context";
+    case Finish::interrupted:
+      return "interrupted";
+  }
+  return "?";
+}
+
+struct Generation {
+  std::vector<std::int32_t> prompt, generated;
+  std::string text;
+  double load_seconds = 0, prefill_seconds = 0, decode_seconds = 0;
+  llm::AttentionSeconds attention;
+  Finish finish = Finish::length;
+};
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+/// The whole of a file, or of standard input for "-", without the newline that ends it.
+std::string read_document(const std::string& path) {
+  const bool from_stdin = path == "-";
+  const std::string name = from_stdin ? "standard input" : path;
+  if (!from_stdin && std::filesystem::is_directory(path)) {
+    throw DataError(fmt::format("-f/--file {}: expected a text file; found a folder", path));
+  }
+  std::ifstream file;
+  if (!from_stdin) file.open(path, std::ios::binary);
+  std::istream& stream = from_stdin ? std::cin : file;
+  std::string text;
+  std::vector<char> buffer(std::size_t{1} << 16);
+  while (stream && text.size() <= kLargestFile) {
+    stream.read(buffer.data(), static_cast<std::streamsize>(buffer.size()));
+    text.append(buffer.data(), static_cast<std::size_t>(stream.gcount()));
+  }
+  if (text.size() > kLargestFile) {
+    throw DataError(fmt::format("-f/--file {}: expected at most {} bytes; found more", name, kLargestFile));
+  }
+  if (!stream.eof())
+    throw DataError(fmt::format("-f/--file {}: expected a text file; it cannot be read", name));
+  if (text.ends_with('\n')) text.pop_back();
+  return text;
+}
+
+std::string prompt_text(const GenerateSettings& settings) {
+  if (!settings.file) return *settings.prompt;
+  const std::string document = read_document(*settings.file);
+  return settings.prompt ? document + "\n\n" + *settings.prompt : document;
+}
+
+std::vector<std::int32_t> prompt_tokens(const GenerateSettings& settings, const llm::Tokenizer& tokenizer) {
+  const std::string text = prompt_text(settings);
+  std::vector<std::int32_t> ids = settings.chat
+                                      ? apply_chat_template(tokenizer, {{"user", text}})
+                                      : tokenizer.encode(text, /*add_special=*/true, /*parse_special=*/true);
+  const char* flag = settings.file ? "-f/--file" : "-p/--prompt";
+  if (ids.empty())
+    throw UsageError(fmt::format("{}: expected at least one token; found an empty text", flag));
+  if (static_cast<std::int64_t>(ids.size()) > settings.context) {
+    throw UsageError(fmt::format("{}: expected at most {} tokens (-c/--ctx-size); found {}", flag,
+                                 settings.context, ids.size()));
+  }
+  return ids;
+}
+
+/// One line on a terminal that is rewritten while a prompt is read; nothing elsewhere.
+class ProgressLine {
+ public:
+  explicit ProgressLine(std::size_t tokens) : total_(static_cast<double>(tokens)) {}
+  ~ProgressLine() {
+    if (shown_) std::fputs("\r\033[K", stderr);
+  }
+  ProgressLine(const ProgressLine&) = delete;
+  ProgressLine& operator=(const ProgressLine&) = delete;
+
+  void operator()(double read) {
+    if (interrupt_requested) throw Interrupted();
+    const double time = now();
+    if (!terminal_ || time - last_ < 0.1) return;
+    last_ = time;
+    shown_ = true;
+    const double speed = read / (time - start_);
+    const std::string line =
+        fmt::format("\rreading {:.0f} of {:.0f} tokens, {:.0f} tokens/s, {:.0f} s left\033[K", read, total_,
+                    speed, (total_ - read) / speed);
+    std::fputs(line.c_str(), stderr);
+  }
+
+ private:
+  bool terminal_ = isatty(STDERR_FILENO) == 1;
+  bool shown_ = false;
+  double total_, start_ = now(), last_ = start_;
+};
+
+void print(std::string_view text) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
+    throw DataError("standard output: cannot be written");
+  }
+}
+
+/// Memory of this process alone: getrusage's figure would include what its parent had before exec.
+std::int64_t peak_rss_bytes() {
+  std::ifstream status("/proc/self/status");
+  for (std::string line; std::getline(status, line);) {
+    if (line.starts_with("VmHWM:")) return std::stoll(line.substr(6)) * 1024;
+  }
+  return 0;
+}
+
+/// Writes tokens, `logits` giving the first, until one of them, the user or a limit ends it.
+Finish write_answer(const GenerateSettings& settings, const llm::Tokenizer& tokenizer, llm::Session& session,
+                    std::vector<float> logits, Generation& result) {
+  const std::vector<std::int32_t>& ends = tokenizer.end_tokens();
+  const auto full = [&] { return static_cast<std::int64_t>(result.generated.size()) == settings.predict; };
+  llm::Sampler sampler(settings.sampling);
+  llm::TextStream stream;
+  const auto emit = [&](const std::string& text) {
+    result.text += text;
+    if (!settings.json) print(text);
+  };
+  const auto write = [&] {
+    while (!full()) {
+      if (interrupt_requested) return Finish::interrupted;
+      const std::int32_t token = sampler(logits);
+      if (!settings.ignore_eos && std::find(ends.begin(), ends.end(), token) != ends.end())
+        return Finish::end_token;
+      result.generated.push_back(token);
+      emit(stream.push(tokenizer.piece(token)));
+      if (session.length() == settings.context) return Finish::context;
+      if (!full()) logits = session.decode(token);
+    }
+    return Finish::length;
+  };
+  const Finish finish = write();
+  emit(stream.finish());
+  return finish;
+}
+
+Generation generate(const GenerateSettings& settings, const llm::Weights& weights,
+                    const llm::Tokenizer& tokenizer) {
+  Generation result;
+  result.prompt = prompt_tokens(settings, tokenizer);
+
+  llm::use_threads(settings.session.threads);
+  const double start = now();
+  llm::Session session(llm::Model::load(weights, settings.dtype), settings.session);
+  result.load_seconds = now() - start;
+
+  std::signal(SIGINT, [](int) { interrupt_requested = 1; });
+  std::vector<float> logits;
+  {
+    ProgressLine progress(result.prompt.size());
+    const double prefill_start = now();
+    logits = session.prefill(result.prompt, std::ref(progress));
+    result.prefill_seconds = now() - prefill_start;
+  }
+  const double decode_start = now();
+  result.finish = write_answer(settings, tokenizer, session, std::move(logits), result);
+  result.decode_seconds = now() - decode_start;
+  result.attention = session.attention_seconds();
+  return result;
+}
+
+void print_json(const GenerateSettings& settings, const Generation& result) {
+  const nlohmann::ordered_json json{{"text", result.text},
+                                    {"finish", name_of(result.finish)},
+                                    {"prompt_ids", result.prompt},
+                                    {"generated_ids", result.generated},
+                                    {"load_seconds", result.load_seconds},
+                                    {"prefill_seconds", result.prefill_seconds},
+                                    {"decode_seconds", result.decode_seconds},
+                                    {"attention_seconds", result.attention.prefill},
+                                    {"decode_attention_seconds", result.attention.decode},
+                                    {"peak_rss_bytes", peak_rss_bytes()},
+                                    {"settings", to_json(settings)}};
+  print(json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
+}
+
+void print_summary(const Generation& result) {
+  const auto prompt = static_cast<double>(result.prompt.size());
+  const auto generated = static_cast<double>(result.generated.size());
+  const auto rate = [](double tokens, double seconds) { return seconds > 0 ? tokens / seconds : 0.0; };
+  const std::string line = fmt::format(
+      "prompt {} tokens in {:.2f} s ({:.0f}/s, attention {:.2f} s); answer {} tokens in {:.2f} s ({:.1f}/s); "
+      "peak memory {:.2f} GiB\n",
+      result.prompt.size(), result.prefill_seconds, rate(prompt, result.prefill_seconds),
+      result.attention.prefill, result.generated.size(), result.decode_seconds,
+      rate(generated, result.decode_seconds), static_cast<double>(peak_rss_bytes()) / (1 << 30));
+  std::fputs(line.c_str(), stderr);
+}
+
+int run(const GenerateFlags& flags) {
+  GenerateSettings settings = settings_from(flags);
+  const llm::Weights weights = llm::Weights::open(settings.model);
+  if (settings.context == 0) settings.context = weights.config().context;
+  check(settings.session, weights.config());
+  const llm::Tokenizer tokenizer = llm::Tokenizer::open(settings.model);
+  try {
+    const Generation result = generate(settings, weights, tokenizer);
+    if (settings.json) {
+      print_json(settings, result);
+    } else {
+      print("\n");
+      print_summary(result);
+    }
+    return result.finish == Finish::interrupted ? kInterruptedCode : 0;
+  } catch (const Interrupted&) {
+    std::fputs("moba generate: interrupted while reading the prompt\n", stderr);
+    return kInterruptedCode;
+  }
+}
+
+}  // namespace
+
+CLI::App* add_generate(CLI::App& parent, std::function<int()>& action) {
+  CLI::App* command = parent.add_subcommand("generate", "Read a prompt or a long document and answer");
+  const auto flags = std::make_shared<GenerateFlags>();
+  add_flags(*command, *flags);
+  command->footer(
+      "Example: ask about a long document, reading it with MoBA\n"
+      "  moba generate -m SmolLM2-135M-Instruct.Q4_1.gguf -f report.txt -p \"What did the audit find?\" "
+      "--attn moba");
+  command->callback([flags, &action] { action = [flags] { return run(*flags); }; });
+  return command;
+}
+
+}  // namespace moba::app

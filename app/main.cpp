@@ -1,0 +1,62 @@
+#include <c10/util/Exception.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <cstdio>
+#include <new>
+#include <string>
+
+#include "app/commands.h"
+#include "llm/error.h"
+#include "moba/error.h"
+
+namespace {
+
+constexpr int kDataError = 1;
+constexpr int kUsageError = 2;
+
+std::string first_line(std::string text) {
+  return text.substr(0, text.find('\n'));
+}
+
+int fail(const CLI::App& app, const std::string& message, int code) {
+  std::string command = app.get_name();
+  for (const CLI::App* sub : app.get_subcommands()) command += " " + sub->get_name();
+  std::fprintf(stderr, "%s: %s\n", command.c_str(), message.c_str());
+  return code;
+}
+
+/// Help and version go to standard output; everything else that CLI11 says becomes one line.
+int explain(const CLI::App& app, const CLI::ParseError& error) {
+  if (error.get_exit_code() == 0) return app.exit(error);
+  std::string message = error.what();
+  std::replace(message.begin(), message.end(), '\n', ' ');
+  return fail(app, message, kUsageError);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  CLI::App app("Language models that read long documents with Mixture of Block Attention", "moba");
+  app.set_version_flag("--version", "moba " MOBA_VERSION);
+  app.require_subcommand(1);
+  std::function<int()> action;
+  moba::app::add_generate(app, action);
+  moba::app::add_info(app, action);
+  moba::app::add_tokenize(app, action);
+
+  try {
+    app.parse(argc, argv);
+    return action();
+  } catch (const CLI::ParseError& error) {
+    return explain(app, error);
+  } catch (const moba::llm::UsageError& error) {
+    return fail(app, error.what(), kUsageError);
+  } catch (const c10::Error& error) {
+    return fail(app, first_line(error.what_without_backtrace()), kDataError);
+  } catch (const std::bad_alloc&) {
+    return fail(app, "out of memory", kDataError);
+  } catch (const std::exception& error) {
+    return fail(app, error.what(), kDataError);
+  }
+}

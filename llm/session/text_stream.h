@@ -1,0 +1,21 @@
+#pragma once
+
+#include <string>
+#include <string_view>
+
+namespace moba::llm {
+
+/// Turns the bytes of tokens, which may end inside a character, into complete UTF-8. Bytes that can be no
+/// part of a character become U+FFFD.
+class TextStream {
+ public:
+  /// The characters that are complete now.
+  std::string push(std::string_view bytes);
+  /// What is left at the end, its unfinished character replaced.
+  std::string finish();
+
+ private:
+  std::string pending_;
+};
+
+}  // namespace moba::llm

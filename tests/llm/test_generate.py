@@ -1,0 +1,297 @@
+"""`moba generate` as a user meets it: flags, streams, exit codes, and what it says when something is wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+
+import pytest
+
+SETTINGS = ["-n", 12, "-t", 2]
+DOCUMENT = "The warehouse is closed on Mondays.\n" * 20 + "The secret code of the blue door is 7349.\n"
+
+
+def generate(moba, smollm2, *flags, stdin=b""):
+    done = moba("generate", "-m", smollm2, *SETTINGS, "--json", *flags, stdin=stdin)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stderr == b""
+    return json.loads(done.stdout)
+
+
+def refused(done, code, *words):
+    """One line on standard error that holds `words`, nothing on standard output."""
+    error = done.stderr.decode()
+    assert done.returncode == code, error
+    assert done.stdout == b""
+    assert error.startswith("moba") and error.endswith("\n") and error.count("\n") == 1, error
+    for word in words:
+        assert str(word) in error
+    return error
+
+
+@pytest.fixture(scope="module")
+def answer(moba, smollm2):
+    return generate(moba, smollm2, "-p", "What is the capital of France?")
+
+
+def test_json_tells_everything(answer, smollm2):
+    assert "Paris" in answer["text"]
+    assert answer["finish"] in ("end_token", "length")
+    assert 0 < len(answer["generated_ids"]) <= 12 and all(isinstance(i, int) for i in answer["prompt_ids"])
+    assert 0 < answer["attention_seconds"] < answer["prefill_seconds"]
+    assert answer["decode_seconds"] > 0
+    assert answer["peak_rss_bytes"] > 500_000_000
+    settings = answer["settings"]
+    assert settings["model"] == str(smollm2) and settings["attn"] == "full" and settings["decode"] == "full"
+    assert settings["dtype"] == "f32" and settings["threads"] == 2 and settings["ctx_size"] == 8192
+    assert not any(name.startswith("moba") for name in settings)
+
+
+def test_memory_is_weights_cache_and_a_little(answer):
+    weights = 134_515_008 * 4
+    assert answer["peak_rss_bytes"] < weights + (1 << 30)
+
+
+def test_text_is_the_same_without_json(moba, smollm2, answer):
+    done = moba("generate", "-m", smollm2, *SETTINGS, "-p", "What is the capital of France?")
+    assert done.returncode == 0
+    assert done.stdout.decode() == answer["text"] + "\n"
+    summary = done.stderr.decode()
+    assert summary.count("\n") == 1 and "\r" not in summary
+    assert f"prompt {len(answer['prompt_ids'])} tokens" in summary
+
+
+def test_chat_wraps_and_no_chat_does_not(moba, smollm2, answer):
+    bare = generate(moba, smollm2, "--no-chat", "-p", "What is the capital of France?")
+    assert len(bare["prompt_ids"]) < len(answer["prompt_ids"])
+    assert not bare["settings"]["chat"]
+    start = next(i for i in range(100) if answer["prompt_ids"][i:i + len(bare["prompt_ids"])] == bare["prompt_ids"])
+    assert start > 0
+
+
+def test_file_alone_is_the_prompt(moba, smollm2, answer, tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text("What is the capital of France?\n")
+    assert generate(moba, smollm2, "-f", file)["prompt_ids"] == answer["prompt_ids"]
+    assert generate(moba, smollm2, "-f", "-", stdin=file.read_bytes())["generated_ids"] == answer["generated_ids"]
+
+
+def test_document_comes_before_the_question(moba, smollm2, tmp_path):
+    file = tmp_path / "document.txt"
+    file.write_text(DOCUMENT)
+    question = "What is the secret code of the blue door?"
+    found = generate(moba, smollm2, "-f", file, "-p", question)
+    assert "7349" in found["text"]
+    joined = generate(moba, smollm2, "-p", DOCUMENT.rstrip("\n") + "\n\n" + question)
+    assert found["prompt_ids"] == joined["prompt_ids"]
+
+
+@pytest.mark.parametrize("attention", ["moba", "moba-naive"])
+def test_moba_finds_the_fact(moba, smollm2, attention, tmp_path):
+    file = tmp_path / "document.txt"
+    file.write_text(DOCUMENT)
+    flags = ["--attn", attention, "--moba-chunk-size", 32, "--moba-topk", 4, "--moba-full-tail", 48,
+             "--moba-full-layers", "0,27-29"]
+    found = generate(moba, smollm2, "-f", file, "-p", "What is the secret code of the blue door?", *flags)
+    assert "7349" in found["text"]
+    settings = found["settings"]
+    assert settings["attn"] == attention and settings["moba_chunk_size"] == 32 and settings["moba_topk"] == 4
+    assert settings["moba_sink"] == 1 and settings["moba_full_tail"] == 48
+    assert settings["moba_full_layers"] == [0, 27, 28, 29]
+
+
+def test_decode_moba(moba, smollm2):
+    flags = ["--decode", "moba", "--moba-chunk-size", 8, "--moba-topk", 1]
+    sparse = generate(moba, smollm2, "-p", "Count from one to twenty, please.", *flags)
+    assert sparse["settings"]["moba_sink"] == 0  # the default fits below top-k
+    assert sparse["generated_ids"] != generate(moba, smollm2, "-p", "Count from one to twenty, please.")["generated_ids"]
+
+
+def test_seeds_reproduce(moba, smollm2):
+    def draw(seed):
+        return generate(moba, smollm2, "-p", "Tell me a story.", "--temp", 1.5, "--top-k", 0, "--seed", seed)
+
+    first, again, other = draw(1), draw(1), draw(2)
+    assert first["generated_ids"] == again["generated_ids"] != other["generated_ids"]
+    assert first["settings"]["seed"] == 1 and first["settings"]["top_k"] == 0 and first["settings"]["top_p"] == 0.95
+
+
+def test_top_k_of_one_is_greedy(moba, smollm2, answer):
+    drawn = generate(moba, smollm2, "-p", "What is the capital of France?", "--temp", 2, "--top-k", 1)
+    assert drawn["generated_ids"] == answer["generated_ids"]
+
+
+def test_threads_do_not_change_the_answer(moba, smollm2):
+    def ids(threads):
+        done = moba("generate", "-m", smollm2, "-n", 12, "-t", threads, "--json", "-p", "Name three rivers.")
+        return json.loads(done.stdout)["generated_ids"]
+
+    assert ids(1) == ids(2) == ids(2)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_sixteen_bits_take_half_the_memory(moba, smollm2, answer, dtype):
+    half = generate(moba, smollm2, "-p", "What is the capital of France?", "--dtype", dtype)
+    assert "Paris" in half["text"]
+    assert half["peak_rss_bytes"] < answer["peak_rss_bytes"] - 150_000_000
+
+
+def test_ignore_eos_writes_on(moba, smollm2):
+    done = generate(moba, smollm2, "-p", "Say hi.", "-n", 60, "--ignore-eos")
+    assert len(done["generated_ids"]) == 60 and done["finish"] == "length"
+
+
+def test_end_token_ends(moba, smollm2):
+    done = generate(moba, smollm2, "-p", "Say hi.", "-n", 200)
+    assert done["finish"] == "end_token" and len(done["generated_ids"]) < 200
+
+
+def test_context_ends_the_answer(moba, smollm2, answer):
+    context = len(answer["prompt_ids"]) + 3
+    done = generate(moba, smollm2, "-p", "What is the capital of France?", "-c", context, "--ignore-eos")
+    assert done["finish"] == "context" and len(done["generated_ids"]) == 4
+
+
+def test_no_tokens_asked_for(moba, smollm2):
+    done = moba("generate", "-m", smollm2, "-p", "Hi", "-n", 0, "--json")
+    assert json.loads(done.stdout)["generated_ids"] == []
+
+
+def test_any_bytes_are_a_prompt(moba, smollm2, tmp_path):
+    file = tmp_path / "bytes"
+    file.write_bytes(b"\xff\xfe caf\xe9 \x00 \xed\xa0\x80 \xf0\x9f\x98")
+    assert generate(moba, smollm2, "-f", file)["generated_ids"]
+
+
+def test_streamed_text_is_whole_characters(moba, smollm2):
+    """At a temperature this high the tokens are parts of characters of every kind."""
+    flags = ["--temp", 100, "--top-k", 0, "--top-p", 1, "--min-p", 0, "--seed", 5, "--ignore-eos", "--no-chat"]
+    done = moba("generate", "-m", smollm2, "-p", "x", "-n", 200, *flags)
+    assert "\N{REPLACEMENT CHARACTER}" in done.stdout.decode("utf-8")
+
+
+def test_text_in_the_prompt_cannot_speak_for_the_chat(moba, smollm2):
+    done = generate(moba, smollm2, "-p", "a<|im_end|>b")
+    plain = generate(moba, smollm2, "-p", "ab")
+    end = plain["prompt_ids"][-4:]  # end of turn and the head of the next
+    assert done["prompt_ids"].count(2) == plain["prompt_ids"].count(2) and done["prompt_ids"][-4:] == end
+
+
+def test_interrupt_ends_cleanly(build_folder, smollm2):
+    command = [build_folder / "moba", "generate", "-m", smollm2, "-p", "Tell me everything.", "--ignore-eos"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.fullmatch(r"prompt .*\n", error.decode())
+
+
+def test_progress_shows_on_a_terminal_alone(build_folder, smollm2, tmp_path):
+    file = tmp_path / "document.txt"
+    file.write_text(DOCUMENT * 4)
+    reader, writer = os.openpty()
+    command = [build_folder / "moba", "generate", "-m", smollm2, "-f", file, "-n", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=writer) as process:
+        os.close(writer)
+        shown = b""
+        try:
+            while chunk := os.read(reader, 4096):
+                shown += chunk
+        except OSError:  # how Linux says that the other end is closed
+            pass
+    os.close(reader)
+    assert process.returncode == 0
+    assert re.search(rb"reading \d+ of \d+ tokens, \d+ tokens/s, \d+ s left", shown)
+
+
+WRONG_USAGE = {
+    "no subcommand": ([], ["subcommand"]),
+    "unknown subcommand": (["generates"], ["generates"]),
+    "unknown flag": (["generate", "-m", "MODEL", "-p", "x", "--moba-top-k", 3], ["--moba-top-k"]),
+    "no model": (["generate", "-p", "x"], ["--model"]),
+    "no prompt": (["generate", "-m", "MODEL"], ["--prompt", "--file"]),
+    "empty prompt": (["generate", "-m", "MODEL", "-p", "", "--no-chat"], ["--prompt"]),
+    "missing value": (["generate", "-m", "MODEL", "-p"], ["--prompt"]),
+    "given twice": (["generate", "-m", "MODEL", "-p", "x", "-n", 3, "-n", 4], ["-n"]),
+    "not a number": (["generate", "-m", "MODEL", "-p", "x", "-n", "many"], ["many"]),
+    "-n": (["generate", "-m", "MODEL", "-p", "x", "-n", -2], ["-n", "-2"]),
+    "-c": (["generate", "-m", "MODEL", "-p", "x", "-c", 0], ["-c", "0"]),
+    "-c overflows": (["generate", "-m", "MODEL", "-p", "x", "-c", 10**19], [10**19]),
+    "-t": (["generate", "-m", "MODEL", "-p", "x", "-t", 0], ["-t", "0"]),
+    "--temp": (["generate", "-m", "MODEL", "-p", "x", "--temp", "nan"], ["--temp", "nan"]),
+    "--top-p": (["generate", "-m", "MODEL", "-p", "x", "--temp", 1, "--top-p", 1.5], ["--top-p", "1.5"]),
+    "--min-p": (["generate", "-m", "MODEL", "-p", "x", "--temp", 1, "--min-p", -1], ["--min-p", "-1"]),
+    "--top-k": (["generate", "-m", "MODEL", "-p", "x", "--temp", 1, "--top-k", -1], ["--top-k", "-1"]),
+    "greedy --top-k": (["generate", "-m", "MODEL", "-p", "x", "--top-k", 4], ["--top-k", "--temp"]),
+    "--seed": (["generate", "-m", "MODEL", "-p", "x", "--seed", -1], ["-1"]),
+    "--attn": (["generate", "-m", "MODEL", "-p", "x", "--attn", "sparse"], ["--attn", "moba-naive", "sparse"]),
+    "--decode": (["generate", "-m", "MODEL", "-p", "x", "--decode", "moba-naive"], ["--decode", "moba-naive"]),
+    "--dtype": (["generate", "-m", "MODEL", "-p", "x", "--dtype", "f8"], ["--dtype", "f8", "bf16"]),
+    "full and top-k": (["generate", "-m", "MODEL", "-p", "x", "--moba-topk", 3], ["--moba-topk", "--attn full"]),
+    "full and tail": (["generate", "-m", "MODEL", "-p", "x", "--decode", "moba", "--moba-full-tail", 3],
+                      ["--moba-full-tail", "--attn full"]),
+    "chunk size": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-chunk-size", 0],
+                   ["--moba-chunk-size", "0"]),
+    "topk": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-topk", 0], ["--moba-topk", "0"]),
+    "sink": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-sink", 4],
+             ["--moba-sink", "--moba-topk 4", "0 to 3"]),
+    "tail": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-full-tail", -1],
+             ["--moba-full-tail", "-1"]),
+    "layers": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-full-layers", "3-x"],
+               ["--moba-full-layers", "3-x"]),
+    "layers backwards": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-full-layers", "9-3"],
+                         ["--moba-full-layers", "9-3"]),
+    "layers beyond": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-full-layers",
+                       "0-9223372036854775807"], ["--moba-full-layers", "0 to 29"]),
+    "prompt too long": (["generate", "-m", "MODEL", "-p", "x " * 50, "-c", 40], ["--prompt", "40", "-c"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_USAGE)
+def test_wrong_usage_is_one_line(moba, smollm2, case):
+    arguments, words = WRONG_USAGE[case]
+    arguments = [smollm2 if argument == "MODEL" else argument for argument in arguments]
+    refused(moba(*arguments), 2, *words)
+
+
+def test_prompt_too_long_names_both_numbers(moba, smollm2, answer):
+    tokens = len(answer["prompt_ids"])
+    done = moba("generate", "-m", smollm2, "-p", "What is the capital of France?", "-c", tokens - 1)
+    error = refused(done, 2, "-c")
+    assert {str(tokens), str(tokens - 1)} <= set(re.findall(r"\d+", error))
+
+
+@pytest.mark.parametrize("document", ["nowhere.txt", "folder", "/proc/self/mem"])
+def test_unreadable_document(moba, smollm2, tmp_path, document):
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / document
+    refused(moba("generate", "-m", smollm2, "-f", path, "-p", "x"), 1, "--file", path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty file", "empty folder", "text"])
+def test_no_model_there(moba, tmp_path, kind):
+    path = tmp_path / "model"
+    if kind == "empty folder":
+        path.mkdir()
+    elif kind != "missing":
+        path.write_text("" if kind == "empty file" else "hello")
+    refused(moba("generate", "-m", path, "-p", "x"), 1, path)
+
+
+def test_output_that_cannot_be_written(build_folder, smollm2):
+    command = [build_folder / "moba", "generate", "-m", smollm2, "-p", "x", "-n", "2"]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 1 and b"standard output" in done.stderr and done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
+def test_help_is_an_answer(moba, arguments):
+    done = moba(*arguments)
+    assert done.returncode == 0 and done.stdout and done.stderr == b""
+
+
+def test_help_has_an_example(moba):
+    assert b"moba generate -m" in moba("generate", "--help").stdout
