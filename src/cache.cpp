@@ -137,10 +137,7 @@ void KvCache::append(const Tensor& k, const Tensor& v, std::int64_t sequence) {
     if (s.length % block_size != 0) continue;
     float* mean = s.means.data() + (s.length / block_size - 1) * row_floats;
     for (std::int64_t i = 0; i < row_floats; ++i) {
-      const float exact = s.sum[static_cast<std::size_t>(i)] / static_cast<float>(block_size);
-      mean[i] = dtype == DType::bf16  ? float_of(to_bfloat16(exact))
-                : dtype == DType::f16 ? float_of(to_float16(exact))
-                                      : exact;
+      mean[i] = rounded_to(dtype, s.sum[static_cast<std::size_t>(i)] / static_cast<float>(block_size));
     }
     std::fill(s.sum.begin(), s.sum.end(), 0.0F);
   }

@@ -46,6 +46,13 @@ inline float16 to_float16(float value) {
   return {static_cast<std::uint16_t>(sign | ((rounded - 0x38000000U) >> 13))};
 }
 
+/// The nearest value that `dtype` holds; f32, and i8 whose values carry a scale, stay as they are.
+inline float rounded_to(DType dtype, float value) {
+  if (dtype == DType::bf16) return float_of(to_bfloat16(value));
+  if (dtype == DType::f16) return float_of(to_float16(value));
+  return value;
+}
+
 /// Element `index` of an array of `dtype`.
 inline double load(const void* data, DType dtype, std::int64_t index) {
   switch (dtype) {

@@ -19,6 +19,27 @@ const std::byte* row_of(const Tensor& t, std::int64_t token) {
 
 }  // namespace
 
+Sequences one_sequence(std::int64_t tokens) {
+  return one_sequence(tokens, tokens);
+}
+
+Sequences one_sequence(std::int64_t queries, std::int64_t keys) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  if (queries < 0 || queries > kMost || keys < 0 || keys > kMost) {
+    throw Error("one_sequence: lengths are " + std::to_string(queries) + " and " + std::to_string(keys) +
+                "; 0 to " + std::to_string(kMost) + " are expected");
+  }
+  return {{0, static_cast<std::int32_t>(queries)}, {0, static_cast<std::int32_t>(keys)}};
+}
+
+std::int64_t selection_width(const Sequences& sequences, const Routing& routing) {
+  std::int64_t longest = 0;
+  for (std::size_t s = 0; s + 1 < sequences.k.size(); ++s) {
+    longest = std::max<std::int64_t>(longest, sequences.k[s + 1] - sequences.k[s]);
+  }
+  return std::min(routing.top_k, longest == 0 ? 0 : (longest - 1) / routing.block_size + 1);
+}
+
 void finish_problem(Problem& problem, const Routing& routing, std::int64_t kv_heads) {
   problem.tokens = problem.q.sizes[0];
   problem.q_heads = problem.q.sizes[1];

@@ -20,6 +20,7 @@ class Scratch {
 
   std::byte* allocate(std::size_t bytes);
   void release(std::byte* memory, std::size_t bytes);
+  std::size_t held() const { return held_; }
   std::size_t peak() const { return peak_; }
 
  private:

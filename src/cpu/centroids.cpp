@@ -1,0 +1,90 @@
+// Block means: one pass over the keys, summed in token order as the KV cache sums them, so that both give the
+// same bits.
+#include "cpu/sizes.h"
+#include "cpu/stages.h"
+#include "number.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/centroids.cpp"
+#include <hwy/foreach_target.h>
+// foreach_target first
+#include <hwy/highway.h>
+
+#include "cpu/tile-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace moba::cpu::HWY_NAMESPACE {
+namespace {
+
+void add_row(const float* HWY_RESTRICT row, std::size_t size, float* HWY_RESTRICT sum) {
+  const F32 d;
+  std::size_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    hn::StoreU(hn::Add(hn::LoadU(d, sum + i), hn::LoadU(d, row + i)), d, sum + i);
+  for (; i < size; ++i) sum[i] += row[i];
+}
+
+}  // namespace
+
+void block_mean(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t block,
+                float* mean) {
+  const auto depth = static_cast<std::size_t>(problem.head_dim);
+  const std::int64_t begin = block * problem.routing.block_size;
+  const std::int64_t end = std::min(begin + problem.routing.block_size, sequence.keys);
+  alignas(64) float widened[kMaxHeadDim];
+  std::fill(mean, mean + depth, 0.0F);
+  for (std::int64_t first = begin; first < end;) {
+    const Rows rows = problem.keys(sequence, head, first);
+    const std::int64_t run = std::min(rows.count, end - first);
+    for (std::int64_t i = 0; i < run; ++i)
+      add_row(row_as_f32(rows, problem.k.dtype, i, depth, widened), depth, mean);
+    first += run;
+  }
+  const auto count = static_cast<float>(end - begin);
+  for (std::size_t i = 0; i < depth; ++i) mean[i] = rounded_to(problem.k.dtype, mean[i] / count);
+}
+
+}  // namespace moba::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace moba::cpu {
+
+HWY_EXPORT(block_mean);
+
+Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Resources& resources) {
+  std::vector<std::int64_t> first_block{0};  // of each sequence, among those of all
+  for (const SequenceView& s : problem.sequences)
+    first_block.push_back(first_block.back() + problem.candidate_blocks(s));
+  const std::int64_t total = first_block.back();
+
+  Means means;
+  means.head0 = head0;
+  means.block_stride = problem.head_dim;
+  means.head_stride = total * problem.head_dim;
+  means.storage = Buffer<float>(resources.scratch, (head1 - head0) * means.head_stride);
+  for (std::size_t s = 0; s + 1 < first_block.size(); ++s) {
+    means.base.push_back(means.storage.data() + first_block[s] * means.block_stride);
+  }
+
+  // Enough keys a task to outweigh handing it out.
+  const std::int64_t step = std::max<std::int64_t>(1, 4096 / problem.routing.block_size);
+  const std::int64_t tasks = (total + step - 1) / step;
+  const auto mean = &HWY_DYNAMIC_DISPATCH(block_mean);
+  resources.parallel.run(tasks * (head1 - head0), [&](std::int64_t task, int) {
+    const std::int64_t head = head0 + task / tasks, begin = task % tasks * step,
+                       end = std::min(begin + step, total);
+    auto s = static_cast<std::size_t>(std::upper_bound(first_block.begin(), first_block.end(), begin) -
+                                      first_block.begin() - 1);
+    for (std::int64_t block = begin; block < end; ++block) {
+      while (block >= first_block[s + 1]) ++s;
+      const std::int64_t local = block - first_block[s];
+      mean(problem, problem.sequences[s], head, local,
+           const_cast<float*>(means.of(s, head)) + local * means.block_stride);
+    }
+  });
+  return means;
+}
+
+}  // namespace moba::cpu
+#endif

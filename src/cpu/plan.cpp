@@ -1,0 +1,113 @@
+// The routing inverted: count, scan, stable scatter, range by range.
+#include <numeric>
+
+#include "cpu/sizes.h"
+#include "cpu/stages.h"
+
+namespace moba::cpu {
+namespace {
+
+/// Rows of a range when every row sees every block: running outputs and a chunk of keys and values share the
+/// second-level cache.
+constexpr std::int64_t kDenseRows = 768;
+/// Rows that a block should find in a range, so that packing its keys and values costs little beside the work
+/// on them.
+constexpr std::int64_t kRowsPerBlock = 192;
+constexpr std::int64_t kMinRows = 64;
+
+/// Rows of a range: long enough for kRowsPerBlock, short enough for the scratch budget and for every thread
+/// to have a few.
+std::int64_t range_rows(const Problem& problem, const Selection& selection, const Resources& resources) {
+  const std::int64_t blocks = (problem.longest + problem.routing.block_size - 1) / problem.routing.block_size;
+  std::int64_t rows = kDenseRows;
+  if (selection.width > 0 && !problem.everything)
+    rows = std::max(rows, kRowsPerBlock * blocks / selection.width);
+
+  const std::int64_t all = selection.group.tokens() * selection.group.heads() * problem.group;
+  const std::int64_t share = all / (4 * resources.parallel.threads);
+  rows = std::min(rows, std::max(share, kDenseRows));
+
+  const std::size_t taken = resources.scratch.held() + plan_bytes(problem, selection.group);
+  const std::size_t left = resources.budget > taken ? resources.budget - taken : 0;
+  const std::size_t fixed = attend_bytes(problem, 0);
+  const std::size_t per_row = (attend_bytes(problem, kDenseRows) - fixed) / kDenseRows + 1;
+  const std::size_t each = left / static_cast<std::size_t>(resources.parallel.threads);
+  const auto affordable = static_cast<std::int64_t>(each > fixed ? (each - fixed) / per_row : 0);
+  return std::max(std::min(rows, affordable), min_range_rows(problem));
+}
+
+void invert(const Problem& problem, const Selection& selection, const Range& range, std::uint32_t* offsets,
+            std::uint32_t* rows) {
+  const SequenceView& s = problem.sequences[static_cast<std::size_t>(range.sequence)];
+  const std::int64_t blocks = problem.blocks(s), width = selection.width,
+                     count = (range.q1 - range.q0) * problem.group;
+  const std::int32_t* chosen = selection.of(range.head, s.q_begin + range.q0);
+  std::fill(offsets, offsets + blocks + 1, 0);
+  for (std::int64_t i = 0; i < count * width; ++i) {
+    if (chosen[i] >= 0) ++offsets[chosen[i] + 1];
+  }
+  std::partial_sum(offsets, offsets + blocks + 1, offsets);
+  for (std::int64_t row = 0; row < count; ++row) {
+    for (std::int64_t i = 0; i < width && chosen[row * width + i] >= 0; ++i) {
+      rows[offsets[chosen[row * width + i]]++] = static_cast<std::uint32_t>(row);
+    }
+  }
+  // The scatter moved every offset to the next one's place.
+  std::copy_backward(offsets, offsets + blocks, offsets + blocks + 1);
+  offsets[0] = 0;
+}
+
+std::int64_t entries(const Problem& problem, std::int64_t ranges, std::int64_t sequence) {
+  return ranges * (problem.blocks(problem.sequences[static_cast<std::size_t>(sequence)]) + 1);
+}
+
+}  // namespace
+
+std::int64_t min_range_rows(const Problem& problem) {
+  return std::max(kMinRows, problem.group);
+}
+
+std::size_t plan_bytes(const Problem& problem, const Group& group) {
+  const std::int64_t width = problem.width();
+  if (width == 0) return 0;
+  const std::int64_t blocks = (problem.longest + problem.routing.block_size - 1) / problem.routing.block_size;
+  const std::int64_t rows = group.heads() * group.tokens() * problem.group;
+  const std::int64_t most_ranges =
+      rows / kDenseRows + group.heads() * (static_cast<std::int64_t>(problem.sequences.size()) + 1);
+  return static_cast<std::size_t>(rows * width + most_ranges * (blocks + 2)) * sizeof(std::uint32_t);
+}
+
+Plan plan(const Problem& problem, const Selection& selection, Resources& resources) {
+  const Group& group = selection.group;
+  const std::int64_t step =
+      std::max<std::int64_t>(range_rows(problem, selection, resources) / problem.group, 1);
+  Plan plan;
+  std::int64_t offsets = 0, rows = 0;
+  for (std::size_t s = problem.sequences.size(); s-- > 0;) {
+    const auto [first, last] = group.queries_of(problem.sequences[s]);
+    if (first == last) continue;
+    const std::int64_t ranges = (last - first + step - 1) / step;
+    // Later queries see more keys: begin with them, so that no long range is left for the end.
+    for (std::int64_t r = ranges - 1; r >= 0; --r) {
+      for (std::int64_t head = group.head0; head < group.head1; ++head) {
+        const std::int64_t q0 = first + (last - first) * r / ranges,
+                           q1 = first + (last - first) * (r + 1) / ranges;
+        plan.ranges.push_back({static_cast<std::int64_t>(s), head, q0, q1, offsets, rows});
+        offsets += entries(problem, 1, static_cast<std::int64_t>(s));
+        rows += (q1 - q0) * problem.group * selection.width;
+      }
+    }
+  }
+  if (selection.width == 0) return plan;
+
+  plan.offsets = Buffer<std::uint32_t>(resources.scratch, offsets);
+  plan.rows = Buffer<std::uint32_t>(resources.scratch, rows);
+  resources.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int) {
+    const Range& range = plan.ranges[static_cast<std::size_t>(task)];
+    invert(problem, selection, range, plan.offsets.data() + range.first_offset,
+           plan.rows.data() + range.first_row);
+  });
+  return plan;
+}
+
+}  // namespace moba::cpu

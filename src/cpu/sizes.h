@@ -1,0 +1,40 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+/// Sizes that the CPU backend's stages share, whatever the instruction set.
+namespace moba::cpu {
+
+constexpr std::size_t kMaxHeadDim = 256;
+/// Keys packed and walked at a time: with D = 128, packed keys and values take 256 KiB, half of a small
+/// second-level cache.
+constexpr std::size_t kChunk = 256;
+/// Rows of one task of the gate: packing a panel of means costs little beside that many, and their lists stay
+/// in cache.
+constexpr std::int64_t kGateRows = 896;
+/// Widest vector, in floats; the number of rows of the tallest tile; the columns of the widest panel.
+constexpr std::size_t kMaxLanes = 16, kMaxTileRows = 14, kMaxCols = 2 * kMaxLanes;
+/// Strides, in floats, of a tile's gathered rows and of its scores. The 16 extra keep rows out of each
+/// other's cache sets.
+constexpr std::size_t kRowStride = kMaxHeadDim + 16, kScoreStride = kChunk + 16;
+
+constexpr std::size_t round_up(std::size_t value, std::size_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+/// Floats of an accumulator row: whole panels for every instruction set.
+constexpr std::size_t padded_dim(std::int64_t head_dim) {
+  return round_up(static_cast<std::size_t>(head_dim), kMaxCols);
+}
+
+/// Rows and scores of a tile, and what packing needs, of one worker.
+struct alignas(64) TileScratch {
+  float rows[kMaxTileRows * kRowStride];
+  float scores[kMaxTileRows * kScoreStride];
+  float widened[(kMaxLanes + 1) * kMaxHeadDim];  // the last row stays zero
+  float row_max[kMaxLanes], decay[kMaxLanes];
+  float* out[kMaxTileRows];
+};
+
+}  // namespace moba::cpu

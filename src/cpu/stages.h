@@ -1,0 +1,23 @@
+#pragma once
+
+#include "backend.h"
+
+/// The stages of the CPU backend; backend.cpp lists them in its table.
+namespace moba::cpu {
+
+Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Resources& resources);
+Selection gate(const Problem& problem, const Means& means, const Group& group, Resources& resources);
+Plan plan(const Problem& problem, const Selection& selection, Resources& resources);
+void attend(const Problem& problem, const Selection& selection, const Plan& plan, const Outputs& outputs,
+            Resources& resources);
+void decode(const Problem& problem, const Means& means, const Outputs& outputs, Resources& resources);
+
+/// Scratch bytes of one worker of `attend` for ranges of `rows` rows.
+std::size_t attend_bytes(const Problem& problem, std::int64_t rows);
+/// Scratch bytes of one worker of the gate.
+std::size_t gate_bytes(const Problem& problem);
+std::size_t plan_bytes(const Problem& problem, const Group& group);
+/// Rows of the smallest range that `plan` makes.
+std::int64_t min_range_rows(const Problem& problem);
+
+}  // namespace moba::cpu

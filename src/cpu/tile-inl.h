@@ -1,0 +1,240 @@
+// Compiled once per instruction set: the register tile that scores, values and the gate are all made of, and
+// the ways in and out of packed panels. See docs/performance.md for why the tile has this shape.
+#if defined(MOBA_CPU_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MOBA_CPU_TILE_INL_H_
+#undef MOBA_CPU_TILE_INL_H_
+#else
+#define MOBA_CPU_TILE_INL_H_
+#endif
+
+#include <hwy/highway.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#include "cpu/sizes.h"
+#include "problem.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace moba::cpu::HWY_NAMESPACE {
+namespace {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using F32 = hn::ScalableTag<float>;
+using Vec = hn::Vec<F32>;
+
+constexpr std::size_t kLanes = hn::MaxLanes(F32());
+/// Columns of a panel: two vectors, so that each broadcast row element feeds two multiply-adds.
+constexpr std::size_t kCols = 2 * kLanes;
+/// Rows of a tile: as many accumulators as the register file holds beside the panel's two vectors and the
+/// broadcast.
+#if HWY_TARGET <= HWY_AVX3 || HWY_TARGET == HWY_NEON
+constexpr std::size_t kTileRows = 14;
+#else
+constexpr std::size_t kTileRows = 6;
+#endif
+
+constexpr std::size_t panels(std::size_t columns) {
+  return (columns + kCols - 1) / kCols;
+}
+
+/// Every row r of `rows` [kRows, stride kStride] times `panel` [depth, kCols], handed to `done(r, left,
+/// right)`. Each row's sum runs over the depth in ascending order whatever kRows is, so results do not depend
+/// on how rows are grouped into tiles.
+template <std::size_t kRows, std::size_t kStride, typename Done>
+HWY_INLINE void multiply(const float* HWY_RESTRICT rows, const float* HWY_RESTRICT panel, std::size_t depth,
+                         Done&& done) {
+  const F32 d;
+  Vec left[kRows], right[kRows];
+#pragma GCC unroll 16
+  for (std::size_t r = 0; r < kRows; ++r) left[r] = right[r] = hn::Zero(d);
+  for (std::size_t i = 0; i < depth; ++i) {
+    const Vec b0 = hn::Load(d, panel + i * kCols), b1 = hn::Load(d, panel + i * kCols + kLanes);
+#pragma GCC unroll 16
+    for (std::size_t r = 0; r < kRows; ++r) {
+      const Vec a = hn::Set(d, rows[r * kStride + i]);
+      left[r] = hn::MulAdd(a, b0, left[r]);
+      right[r] = hn::MulAdd(a, b1, right[r]);
+    }
+  }
+#pragma GCC unroll 16
+  for (std::size_t r = 0; r < kRows; ++r) done(r, left[r], right[r]);
+}
+
+/// scores[r][0, kCols) = rows[r] . panel
+template <std::size_t kRows>
+HWY_NOINLINE void score_tile(const float* HWY_RESTRICT rows, const float* HWY_RESTRICT panel,
+                             std::size_t depth, float* HWY_RESTRICT scores) {
+  multiply<kRows, kRowStride>(rows, panel, depth, [&](std::size_t r, Vec left, Vec right) HWY_ATTR {
+    hn::Store(left, F32(), scores + r * kScoreStride);
+    hn::Store(right, F32(), scores + r * kScoreStride + kLanes);
+  });
+}
+
+/// out[r][0, kCols) = decay[r] * out[r] + weights[r] . panel
+template <std::size_t kRows>
+HWY_NOINLINE void value_tile(const float* HWY_RESTRICT weights, const float* HWY_RESTRICT panel,
+                             std::size_t depth, const float* HWY_RESTRICT decay,
+                             float* const* HWY_RESTRICT out, std::size_t column) {
+  multiply<kRows, kScoreStride>(weights, panel, depth, [&](std::size_t r, Vec left, Vec right) HWY_ATTR {
+    const F32 d;
+    const Vec keep = hn::Set(d, decay[r]);
+    float* to = out[r] + column;
+    hn::Store(hn::MulAdd(keep, hn::Load(d, to), left), d, to);
+    hn::Store(hn::MulAdd(keep, hn::Load(d, to + kLanes), right), d, to + kLanes);
+  });
+}
+
+using ScoreTile = void (*)(const float*, const float*, std::size_t, float*);
+using ValueTile = void (*)(const float*, const float*, std::size_t, const float*, float* const*, std::size_t);
+
+template <std::size_t... kRows>
+constexpr std::array<ScoreTile, sizeof...(kRows)> score_tiles(std::index_sequence<kRows...>) {
+  return {score_tile<kRows + 1>...};
+}
+template <std::size_t... kRows>
+constexpr std::array<ValueTile, sizeof...(kRows)> value_tiles(std::index_sequence<kRows...>) {
+  return {value_tile<kRows + 1>...};
+}
+/// By the number of rows, less one.
+constexpr auto kScoreTiles = score_tiles(std::make_index_sequence<kTileRows>());
+constexpr auto kValueTiles = value_tiles(std::make_index_sequence<kTileRows>());
+
+/// 2^x for x <= 0, relative error below 2e-7; exactly 0 from -150 down, NaN stays NaN. A polynomial of degree
+/// 5 on [-1/2, 1/2].
+HWY_INLINE Vec exp2(Vec x) {
+  const F32 d;
+  x = hn::Max(hn::Set(d, -200.0F), x);
+  const Vec whole = hn::Round(x), f = hn::Sub(x, whole);
+  Vec y = hn::Set(d, 1.3276472e-3F);
+  y = hn::MulAdd(y, f, hn::Set(d, 9.675542e-3F));
+  y = hn::MulAdd(y, f, hn::Set(d, 5.550713e-2F));
+  y = hn::MulAdd(y, f, hn::Set(d, 2.402212e-1F));
+  y = hn::MulAdd(y, f, hn::Set(d, 6.9314694e-1F));
+  y = hn::MulAdd(y, f, hn::Set(d, 1.0000001F));
+#if HWY_TARGET <= HWY_AVX3
+  return Vec{_mm512_scalef_ps(y.raw, whole.raw)};
+#else
+  const hn::RebindToSigned<F32> di;
+  const auto exponent =
+      hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, hn::Max(hn::Set(d, -126.0F), whole)), hn::Set(di, 127)));
+  const Vec scaled = hn::Mul(y, hn::BitCast(d, exponent));
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(d, -126.0F)), scaled);
+#endif
+}
+
+/// One row of `size` values in storage type `dtype`, times `factor`, as f32.
+HWY_INLINE void widen(const std::byte* from, DType dtype, std::size_t size, float factor,
+                      float* HWY_RESTRICT to) {
+  const F32 d;
+  const Vec by = hn::Set(d, factor);
+  std::size_t i = 0;
+  switch (dtype) {
+    case DType::f32: {
+      const auto* row = reinterpret_cast<const float*>(from);
+      for (; i + kLanes <= size; i += kLanes) hn::StoreU(hn::Mul(by, hn::LoadU(d, row + i)), d, to + i);
+      break;
+    }
+    case DType::bf16: {
+      const hn::Rebind<hwy::bfloat16_t, F32> half;
+      const auto* row = reinterpret_cast<const hwy::bfloat16_t*>(from);
+      for (; i + kLanes <= size; i += kLanes) {
+        hn::StoreU(hn::Mul(by, hn::PromoteTo(d, hn::LoadU(half, row + i))), d, to + i);
+      }
+      break;
+    }
+    case DType::f16: {
+      const hn::Rebind<hwy::float16_t, F32> half;
+      const auto* row = reinterpret_cast<const hwy::float16_t*>(from);
+      for (; i + kLanes <= size; i += kLanes) {
+        hn::StoreU(hn::Mul(by, hn::PromoteTo(d, hn::LoadU(half, row + i))), d, to + i);
+      }
+      break;
+    }
+    case DType::i8: {
+      const hn::Rebind<std::int8_t, F32> byte;
+      const hn::RebindToSigned<F32> whole;
+      const auto* row = reinterpret_cast<const std::int8_t*>(from);
+      for (; i + kLanes <= size; i += kLanes) {
+        hn::StoreU(hn::Mul(by, hn::ConvertTo(d, hn::PromoteTo(whole, hn::LoadU(byte, row + i)))), d, to + i);
+      }
+      break;
+    }
+    case DType::f64:
+      break;  // refused at the door
+  }
+  for (; i < size; ++i) to[i] = static_cast<float>(load(from, dtype, static_cast<std::int64_t>(i))) * factor;
+}
+
+/// Row `index` of `rows` as f32, in place when it is f32 already, else through `scratch`.
+HWY_INLINE const float* row_as_f32(const Rows& rows, DType dtype, std::int64_t index, std::size_t size,
+                                   float* scratch) {
+  const std::byte* from = rows.data + index * rows.stride * static_cast<std::int64_t>(size_of(dtype));
+  if (dtype == DType::f32) return reinterpret_cast<const float*>(from);
+  widen(from, dtype, size, rows.scales == nullptr ? 1.0F : rows.scales[index], scratch);
+  return scratch;
+}
+
+#if HWY_TARGET != HWY_SCALAR
+/// Loads the four floats at from[b] + offset for each 128-bit block b of a vector.
+template <class D>
+HWY_INLINE hn::Vec<D> load_blocks(D d, const float* const* from, std::size_t offset) {
+  if constexpr (hn::MaxLanes(D()) <= 4) {
+    return hn::LoadU(d, from[0] + offset);
+  } else {
+    const hn::Half<D> half;
+    constexpr std::size_t kBlocks = hn::MaxLanes(D()) / 8;
+    return hn::Combine(d, load_blocks(half, from + 4 * kBlocks, offset), load_blocks(half, from, offset));
+  }
+}
+#endif
+
+/// Transposes kLanes rows of `depth` floats into columns of a panel: panel[i * kCols + r] = rows[r][i].
+HWY_INLINE void transpose_rows(const float* const* rows, std::size_t depth, float* HWY_RESTRICT panel) {
+  std::size_t i = 0;
+#if HWY_TARGET != HWY_SCALAR
+  const F32 d;
+  const hn::Repartition<double, F32> wide;
+  for (; i + 4 <= depth; i += 4) {
+    const Vec r0 = load_blocks(d, rows, i), r1 = load_blocks(d, rows + 1, i);
+    const Vec r2 = load_blocks(d, rows + 2, i), r3 = load_blocks(d, rows + 3, i);
+    const auto low01 = hn::BitCast(wide, hn::InterleaveLower(d, r0, r1)),
+               high01 = hn::BitCast(wide, hn::InterleaveUpper(d, r0, r1));
+    const auto low23 = hn::BitCast(wide, hn::InterleaveLower(d, r2, r3)),
+               high23 = hn::BitCast(wide, hn::InterleaveUpper(d, r2, r3));
+    float* to = panel + i * kCols;
+    hn::Store(hn::BitCast(d, hn::InterleaveLower(wide, low01, low23)), d, to);
+    hn::Store(hn::BitCast(d, hn::InterleaveUpper(wide, low01, low23)), d, to + kCols);
+    hn::Store(hn::BitCast(d, hn::InterleaveLower(wide, high01, high23)), d, to + 2 * kCols);
+    hn::Store(hn::BitCast(d, hn::InterleaveUpper(wide, high01, high23)), d, to + 3 * kCols);
+  }
+#endif
+  for (; i < depth; ++i) {
+    for (std::size_t r = 0; r < kLanes; ++r) panel[i * kCols + r] = rows[r][i];
+  }
+}
+
+/// Packs `count` rows, given one by one by row(index, scratch), into panels [panels(count)][depth][kCols]:
+/// the transposed operand of score_tile. Columns past the last row are zero. `scratch` holds kLanes rows of
+/// kMaxHeadDim, and a zero row after them.
+template <typename Row>
+HWY_INLINE void pack_transposed(std::size_t count, std::size_t depth, Row&& row, float* scratch,
+                                float* HWY_RESTRICT packed) {
+  const float* zeros = scratch + kLanes * kMaxHeadDim;
+  for (std::size_t first = 0; first < panels(count) * kCols; first += kLanes) {
+    std::array<const float*, kLanes> from;
+    for (std::size_t r = 0; r < kLanes; ++r) {
+      from[r] = first + r < count ? row(first + r, scratch + r * kMaxHeadDim) : zeros;
+    }
+    transpose_rows(from.data(), depth, packed + first / kCols * depth * kCols + first % kCols);
+  }
+}
+
+}  // namespace
+}  // namespace moba::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#endif

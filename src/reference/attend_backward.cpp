@@ -1,0 +1,150 @@
+// Gradients in two walks that share nothing but two numbers a row: by row for dq, then by key for dk and dv. Probabilities are
+// computed again in double instead of read from the rounded `out` and `lse`, so that this is an oracle for backends that read them.
+#include <cmath>
+#include <limits>
+
+#include "reference/rows.h"
+#include "reference/stages.h"
+
+namespace moba::reference {
+namespace {
+
+/// Of one row: the logarithm of its softmax denominator, and sum over the keys of probability x its gradient.
+struct RowSums {
+  double lse = 0, delta = 0;
+};
+
+struct Walk {
+  const Problem& problem;
+  const Selection& selection;
+  const Backward& backward;
+  const Buffer<RowSums>& sums;
+
+  RowSums& sums_of(std::int64_t q_head, std::int64_t token) const {
+    return sums.data()[(q_head - selection.group.head0 * problem.group) * problem.tokens + token];
+  }
+};
+
+std::int64_t doubles_of_a_row(const Problem& problem) { return 5 * problem.head_dim + 2 * most_seen(problem); }
+std::int64_t doubles_of_a_key(const Problem& problem) { return 6 * problem.head_dim; }
+std::int64_t doubles_of_a_worker(const Problem& problem) {
+  return std::max(doubles_of_a_row(problem), doubles_of_a_key(problem));
+}
+
+/// dq = scale * sum over keys of p (dp - delta) k, with p = exp(logit - lse), dp = <d_out, v>, delta = sum of p dp.
+void backward_of_row(const Walk& w, const Row& row, double* memory) {
+  const Problem& problem = w.problem;
+  const std::int64_t depth = problem.head_dim;
+  double *query = memory, *d_out = query + depth, *key = d_out + depth, *value = key + depth;
+  double *dq = value + depth, *logits = dq + depth, *dp = logits + most_seen(problem);
+
+  widen(problem, problem.q, row, query);
+  widen(problem, w.backward.d_out, row, d_out);
+  const auto each_key = [&](auto&& visit) {
+    std::int64_t index = 0;
+    for_each_stretch(problem, w.selection, row, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t token = begin; token < end; ++token) visit(token, index++);
+    });
+  };
+  double largest = -std::numeric_limits<double>::infinity();
+  each_key([&](std::int64_t token, std::int64_t i) {
+    widen_key(problem, row.sequence, row.kv_head, token, key);
+    widen_value(problem, row.sequence, row.kv_head, token, value);
+    logits[i] = problem.scale * dot(query, key, depth);
+    dp[i] = dot(d_out, value, depth);
+    largest = std::max(largest, logits[i]);
+  });
+  if (std::isinf(largest) && largest < 0) largest = 0;
+  double sum = 0, weighted = 0;
+  each_key([&](std::int64_t, std::int64_t i) {
+    const double weight = std::exp(logits[i] - largest);
+    sum += weight;
+    weighted += weight * dp[i];
+  });
+  // A row that sees nothing has out = 0 whatever the inputs: p = exp(logit - inf) = 0 makes its gradients 0.
+  const RowSums sums = sum == 0 ? RowSums{std::numeric_limits<double>::infinity(), 0}
+                                : RowSums{largest + std::log(sum), weighted / sum};
+  w.sums_of(row.q_head, row.token()) = sums;
+
+  std::fill_n(dq, depth, 0.0);
+  each_key([&](std::int64_t token, std::int64_t i) {
+    widen_key(problem, row.sequence, row.kv_head, token, key);
+    const double d_logit = std::exp(logits[i] - sums.lse) * (dp[i] - sums.delta);
+    for (std::int64_t d = 0; d < depth; ++d) dq[d] += problem.scale * d_logit * key[d];
+  });
+  const Tensor& to = w.backward.gradients.dq;
+  const std::int64_t offset = Problem::offset(to, row.sequence, row.query, row.q_head);
+  for (std::int64_t d = 0; d < depth; ++d) store(to.data, to.dtype, offset + d, dq[d]);
+}
+
+/// Calls visit(query, member) for every row that attends to key `token`: those that chose its block, then those whose own block it is.
+template <typename Visit>
+void for_each_reader(const Walk& w, const Plan& plan, const Range& range, std::int64_t token, Visit&& visit) {
+  const Problem& problem = w.problem;
+  const SequenceView& s = problem.sequences[static_cast<std::size_t>(range.sequence)];
+  const std::int64_t block_size = problem.routing.block_size, block = token / block_size;
+  for (const std::uint32_t row : plan.rows_of(range, block)) {
+    visit(range.q0 + row / problem.group, row % problem.group);
+  }
+  if (!problem.routing.causal) return;
+  const std::int64_t first = std::max(token - s.position(0), std::int64_t{0});
+  const std::int64_t last = std::min(std::min((block + 1) * block_size, s.keys) - s.position(0), s.queries);
+  for (std::int64_t query = first; query < last; ++query) {
+    for (std::int64_t member = 0; member < problem.group; ++member) visit(query, member);
+  }
+}
+
+/// dv = sum over rows of p d_out, dk = scale * sum over rows of p (dp - delta) q.
+void backward_of_key(const Walk& w, const Plan& plan, const Range& range, std::int64_t first_token,
+                     std::int64_t token, double* memory) {
+  const Problem& problem = w.problem;
+  const auto index = static_cast<std::size_t>(range.sequence);
+  const SequenceView& s = problem.sequences[index];
+  const std::int64_t depth = problem.head_dim;
+  double *key = memory, *value = key + depth, *query = value + depth, *d_out = query + depth;
+  double *dk = d_out + depth, *dv = dk + depth;
+
+  widen_key(problem, s, range.head, token, key);
+  widen_value(problem, s, range.head, token, value);
+  std::fill_n(dk, 2 * depth, 0.0);
+  for_each_reader(w, plan, range, token, [&](std::int64_t q, std::int64_t member) {
+    const Row row{index, s, q, range.head, member, range.head * problem.group + member};
+    widen(problem, problem.q, row, query);
+    widen(problem, w.backward.d_out, row, d_out);
+    const RowSums& sums = w.sums_of(row.q_head, row.token());
+    const double p = std::exp(problem.scale * dot(query, key, depth) - sums.lse);
+    const double d_logit = p * (dot(d_out, value, depth) - sums.delta);
+    for (std::int64_t d = 0; d < depth; ++d) {
+      dk[d] += problem.scale * d_logit * query[d];
+      dv[d] += p * d_out[d];
+    }
+  });
+  for (const auto& [to, from] :
+       {std::pair(&w.backward.gradients.dk, dk), std::pair(&w.backward.gradients.dv, dv)}) {
+    const std::int64_t offset = (first_token + token) * to->strides[0] + range.head * to->strides[1];
+    for (std::int64_t d = 0; d < depth; ++d) store(to->data, to->dtype, offset + d, from[d]);
+  }
+}
+
+}  // namespace
+
+std::size_t attend_backward_bytes(const Problem& problem, const Group& group, int threads) {
+  const auto rows = static_cast<std::size_t>(group.heads() * problem.group * problem.tokens);
+  return rows * sizeof(RowSums) +
+         static_cast<std::size_t>(threads * doubles_of_a_worker(problem)) * sizeof(double);
+}
+
+void attend_backward(const Problem& problem, const Selection& selection, const Plan& plan,
+                     const Backward& backward, Resources& resources) {
+  const Group& group = selection.group;
+  const std::int64_t size = doubles_of_a_worker(problem);
+  const Buffer<double> memory(resources.scratch, resources.parallel.threads * size);
+  const Buffer<RowSums> sums(resources.scratch, group.heads() * problem.group * problem.tokens);
+  const Walk walk{problem, selection, backward, sums};
+  for_each_row(problem, group, resources, [&](const Row& row, int worker) {
+    backward_of_row(walk, row, part_of(memory, worker, size));
+  });
+  (void)plan;
+}
+
+}  // namespace moba::reference

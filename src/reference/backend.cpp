@@ -1,0 +1,46 @@
+#include "backend.h"
+
+#include "reference/stages.h"
+
+namespace moba {
+namespace {
+
+std::string refuses(const Problem& problem) {
+  return problem.q.device == Device::cpu ? "" : "works on CPU tensors";
+}
+
+std::size_t routing_bytes(const Problem& problem, const Group& group) {
+  return reference::centroids_bytes(problem, group.heads()) + reference::selection_bytes(problem, group);
+}
+
+std::size_t workspace(const Problem& problem, const Group& group, int threads) {
+  const auto workers = static_cast<std::size_t>(threads);
+  return routing_bytes(problem, group) +
+         std::max(workers * reference::gate_bytes(problem),
+                  reference::plan_bytes(problem, group) + workers * reference::attend_bytes(problem));
+}
+
+std::size_t workspace_backward(const Problem& problem, const Group& group, int threads) {
+  const auto workers = static_cast<std::size_t>(threads);
+  return routing_bytes(problem, group) +
+         std::max(workers * reference::gate_bytes(problem),
+                  reference::plan_bytes(problem, group) +
+                      reference::attend_backward_bytes(problem, group, threads));
+}
+
+}  // namespace
+
+const Backend reference_backend{
+    .name = "reference",
+    .refuses = refuses,
+    .workspace = workspace,
+    .centroids = reference::centroids,
+    .gate = reference::gate,
+    .plan = reference::plan,
+    .attend = reference::attend,
+    .attend_backward = reference::attend_backward,
+    .workspace_backward = workspace_backward,
+    .decode = reference::decode,
+};
+
+}  // namespace moba

@@ -1,0 +1,66 @@
+#include <numeric>
+
+#include "reference/rows.h"
+#include "reference/stages.h"
+
+namespace moba::reference {
+namespace {
+
+/// Count, scan, stable scatter: for every block the rows that chose it, ascending.
+void invert(const Selection& selection, const Range& range, const std::int32_t* chosen, std::int64_t blocks,
+            std::uint32_t* offsets, std::uint32_t* rows) {
+  const std::int64_t count = (range.q1 - range.q0) * selection.query_group, width = selection.width;
+  std::fill_n(offsets, blocks + 1, 0);
+  for (std::int64_t i = 0; i < count * width; ++i) {
+    if (chosen[i] >= 0) ++offsets[chosen[i] + 1];
+  }
+  std::partial_sum(offsets, offsets + blocks + 1, offsets);
+  for (std::int64_t i = 0; i < count * width; ++i) {
+    if (chosen[i] >= 0) rows[offsets[chosen[i]]++] = static_cast<std::uint32_t>(i / width);
+  }
+  // The scatter has moved every offset to where the next begins.
+  std::copy_backward(offsets, offsets + blocks, offsets + blocks + 1);
+  offsets[0] = 0;
+}
+
+/// One range for every (sequence, kv head) of the group.
+void list_ranges(const Problem& problem, const Selection& selection, Plan& plan, std::int64_t& offsets,
+                 std::int64_t& rows) {
+  const Group& group = selection.group;
+  for (std::size_t index = 0; index < problem.sequences.size(); ++index) {
+    const SequenceView& s = problem.sequences[index];
+    const auto [first, last] = group.queries_of(s);
+    if (first == last) continue;
+    for (std::int64_t head = group.head0; head < group.head1; ++head) {
+      plan.ranges.push_back({static_cast<std::int64_t>(index), head, first, last, offsets, rows});
+      offsets += problem.blocks(s) + 1;
+      rows += (last - first) * problem.group * selection.width;
+    }
+  }
+}
+
+}  // namespace
+
+std::size_t plan_bytes(const Problem& problem, const Group& group) {
+  std::int64_t blocks = 0;
+  for (const SequenceView& s : problem.sequences) blocks += problem.blocks(s) + 1;
+  return selection_bytes(problem, group) +
+         static_cast<std::size_t>(blocks * group.heads()) * sizeof(std::uint32_t);
+}
+
+Plan plan(const Problem& problem, const Selection& selection, Resources& resources) {
+  Plan plan;
+  std::int64_t offsets = 0, rows = 0;
+  list_ranges(problem, selection, plan, offsets, rows);
+  plan.offsets = Buffer<std::uint32_t>(resources.scratch, offsets);
+  plan.rows = Buffer<std::uint32_t>(resources.scratch, rows);
+  resources.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int) {
+    const Range& range = plan.ranges[static_cast<std::size_t>(task)];
+    const SequenceView& s = problem.sequences[static_cast<std::size_t>(range.sequence)];
+    invert(selection, range, selection.of(range.head, s.q_begin + range.q0), problem.blocks(s),
+           plan.offsets.data() + range.first_offset, plan.rows.data() + range.first_row);
+  });
+  return plan;
+}
+
+}  // namespace moba::reference

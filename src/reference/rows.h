@@ -1,0 +1,90 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "backend.h"
+#include "number.h"
+
+/// How the reference stages walk a problem: rows of numbers widened to double, and the keys a query may see.
+namespace moba::reference {
+
+/// One query at one query head.
+struct Row {
+  std::size_t sequence_index;
+  const SequenceView& sequence;
+  std::int64_t query;    // within the sequence
+  std::int64_t kv_head;  // the head it reads
+  std::int64_t member;   // which of the kv head's query heads it is
+  std::int64_t q_head;
+
+  std::int64_t token() const { return sequence.q_begin + query; }
+};
+
+/// Calls body(row, worker) for every row of the group, spread over the threads.
+template <typename Body>
+void for_each_row(const Problem& problem, const Group& group, Resources& resources, Body&& body) {
+  for (std::size_t index = 0; index < problem.sequences.size(); ++index) {
+    const SequenceView& s = problem.sequences[index];
+    const auto [first, last] = group.queries_of(s);
+    const std::int64_t queries = last - first, begin = first;
+    resources.parallel.run(queries * group.heads() * problem.group, [&](std::int64_t task, int worker) {
+      const std::int64_t q_head = group.head0 * problem.group + task / queries;
+      body(Row{index, s, begin + task % queries, q_head / problem.group, q_head % problem.group, q_head},
+           worker);
+    });
+  }
+}
+
+/// Calls visit(begin, end) for every stretch of keys that a row attends to, ascending.
+template <typename Visit>
+void for_each_stretch(const Problem& problem, const Selection& selection, const Row& row, Visit&& visit) {
+  const SequenceView& s = row.sequence;
+  const std::int64_t block_size = problem.routing.block_size;
+  const std::int32_t* chosen = selection.of(row.kv_head, row.token()) + row.member * selection.width;
+  for (std::int64_t i = 0; i < selection.width && chosen[i] >= 0; ++i) {
+    visit(chosen[i] * block_size, std::min((chosen[i] + 1) * block_size, s.keys));
+  }
+  const std::int64_t own = problem.own_block(s, row.query);
+  if (problem.routing.causal && own >= 0) visit(own * block_size, s.position(row.query) + 1);
+}
+
+/// Most keys that any row attends to.
+inline std::int64_t most_seen(const Problem& problem) {
+  return std::min(problem.longest, (problem.width() + 1) * problem.routing.block_size);
+}
+
+inline void widen(const Problem& problem, const Tensor& t, const Row& row, double* to) {
+  const std::int64_t offset = Problem::offset(t, row.sequence, row.query, row.q_head);
+  for (std::int64_t d = 0; d < problem.head_dim; ++d) to[d] = load(t.data, t.dtype, offset + d);
+}
+
+inline void widen(const Problem& problem, const Rows& rows, DType dtype, double* to) {
+  const double scale = rows.scales == nullptr ? 1 : *rows.scales;
+  for (std::int64_t d = 0; d < problem.head_dim; ++d) to[d] = load(rows.data, dtype, d) * scale;
+}
+
+inline void widen_key(const Problem& problem, const SequenceView& s, std::int64_t head, std::int64_t token,
+                      double* to) {
+  widen(problem, problem.keys(s, head, token), problem.k.dtype, to);
+}
+
+inline void widen_value(const Problem& problem, const SequenceView& s, std::int64_t head, std::int64_t token,
+                        double* to) {
+  widen(problem, problem.values(s, head, token), problem.v.dtype, to);
+}
+
+inline double dot(const double* a, const double* b, std::int64_t size) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (std::int64_t i = 0; i < size; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+/// The share of `buffer`, made of equal parts, that belongs to a worker.
+template <typename T>
+T* part_of(const Buffer<T>& buffer, int worker, std::int64_t size) {
+  return buffer.data() + worker * size;
+}
+
+}  // namespace moba::reference

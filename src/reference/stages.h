@@ -1,0 +1,25 @@
+#pragma once
+
+#include "backend.h"
+
+/// The specification: every stage as plain loops with double accumulators, in the words of docs/mathematics.md.
+namespace moba::reference {
+
+Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Resources& resources);
+Selection gate(const Problem& problem, const Means& means, const Group& group, Resources& resources);
+Plan plan(const Problem& problem, const Selection& selection, Resources& resources);
+void attend(const Problem& problem, const Selection& selection, const Plan& plan, const Outputs& outputs,
+            Resources& resources);
+void attend_backward(const Problem& problem, const Selection& selection, const Plan& plan,
+                     const Backward& backward, Resources& resources);
+void decode(const Problem& problem, const Means& means, const Outputs& outputs, Resources& resources);
+
+/// Scratch bytes of each stage; those of one worker where a stage has workers with memory of their own.
+std::size_t centroids_bytes(const Problem& problem, std::int64_t heads);
+std::size_t gate_bytes(const Problem& problem);
+std::size_t selection_bytes(const Problem& problem, const Group& group);
+std::size_t plan_bytes(const Problem& problem, const Group& group);
+std::size_t attend_bytes(const Problem& problem);
+std::size_t attend_backward_bytes(const Problem& problem, const Group& group, int threads);
+
+}  // namespace moba::reference
