@@ -61,8 +61,8 @@ std::size_t attend_bytes(const Problem& problem) {
   return static_cast<std::size_t>(doubles_of_a_worker(problem)) * sizeof(double);
 }
 
-void attend(const Problem& problem, const Selection& selection, const Plan& /*by block; rows are walked here*/,
-            const Outputs& outputs, Resources& resources) {
+void attend(const Problem& problem, const Selection& selection,
+            const Plan& /*by block; rows are walked here*/, const Outputs& outputs, Resources& resources) {
   const std::int64_t size = doubles_of_a_worker(problem);
   const Buffer<double> memory(resources.scratch, resources.parallel.threads * size);
   for_each_row(problem, selection.group, resources, [&](const Row& row, int worker) {

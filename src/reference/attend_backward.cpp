@@ -1,7 +1,10 @@
-// Gradients in two walks that share nothing but two numbers a row: by row for dq, then by key for dk and dv. Probabilities are
-// computed again in double instead of read from the rounded `out` and `lse`, so that this is an oracle for backends that read them.
+// Gradients in two walks that share nothing but two numbers a row: by row for dq, then by key for dk and dv.
+// Probabilities are computed again in double instead of read from the rounded `out` and `lse`, so that this
+// is an oracle for backends that read them.
 #include <cmath>
 #include <limits>
+#include <utility>
+#include <vector>
 
 #include "reference/rows.h"
 #include "reference/stages.h"
@@ -25,13 +28,18 @@ struct Walk {
   }
 };
 
-std::int64_t doubles_of_a_row(const Problem& problem) { return 5 * problem.head_dim + 2 * most_seen(problem); }
-std::int64_t doubles_of_a_key(const Problem& problem) { return 6 * problem.head_dim; }
+std::int64_t doubles_of_a_row(const Problem& problem) {
+  return 5 * problem.head_dim + 2 * most_seen(problem);
+}
+std::int64_t doubles_of_a_key(const Problem& problem) {
+  return 6 * problem.head_dim;
+}
 std::int64_t doubles_of_a_worker(const Problem& problem) {
   return std::max(doubles_of_a_row(problem), doubles_of_a_key(problem));
 }
 
-/// dq = scale * sum over keys of p (dp - delta) k, with p = exp(logit - lse), dp = <d_out, v>, delta = sum of p dp.
+/// dq = scale * sum over keys of p (dp - delta) k, with p = exp(logit - lse), dp = <d_out, v>, delta = sum of
+/// p dp.
 void backward_of_row(const Walk& w, const Row& row, double* memory) {
   const Problem& problem = w.problem;
   const std::int64_t depth = problem.head_dim;
@@ -77,7 +85,8 @@ void backward_of_row(const Walk& w, const Row& row, double* memory) {
   for (std::int64_t d = 0; d < depth; ++d) store(to.data, to.dtype, offset + d, dq[d]);
 }
 
-/// Calls visit(query, member) for every row that attends to key `token`: those that chose its block, then those whose own block it is.
+/// Calls visit(query, member) for every row that attends to key `token`: those that chose its block, then
+/// those whose own block it is.
 template <typename Visit>
 void for_each_reader(const Walk& w, const Plan& plan, const Range& range, std::int64_t token, Visit&& visit) {
   const Problem& problem = w.problem;
@@ -87,8 +96,8 @@ void for_each_reader(const Walk& w, const Plan& plan, const Range& range, std::i
     visit(range.q0 + row / problem.group, row % problem.group);
   }
   if (!problem.routing.causal) return;
-  const std::int64_t first = std::max(token - s.position(0), std::int64_t{0});
-  const std::int64_t last = std::min(std::min((block + 1) * block_size, s.keys) - s.position(0), s.queries);
+  const std::int64_t first = std::max<std::int64_t>(token - s.position(0), 0);
+  const std::int64_t last = std::min((block + 1) * block_size, s.keys) - s.position(0);
   for (std::int64_t query = first; query < last; ++query) {
     for (std::int64_t member = 0; member < problem.group; ++member) visit(query, member);
   }
@@ -144,7 +153,14 @@ void attend_backward(const Problem& problem, const Selection& selection, const P
   for_each_row(problem, group, resources, [&](const Row& row, int worker) {
     backward_of_row(walk, row, part_of(memory, worker, size));
   });
-  (void)plan;
+  std::vector<std::int64_t> first_token{0};  // of each sequence, among the packed keys
+  for (const SequenceView& s : problem.sequences) first_token.push_back(first_token.back() + s.keys);
+  for (const Range& range : plan.ranges) {
+    const auto index = static_cast<std::size_t>(range.sequence);
+    resources.parallel.run(problem.sequences[index].keys, [&](std::int64_t token, int worker) {
+      backward_of_key(walk, plan, range, first_token[index], token, part_of(memory, worker, size));
+    });
+  }
 }
 
 }  // namespace moba::reference

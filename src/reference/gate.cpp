@@ -32,8 +32,7 @@ void choose(const Problem& problem, const Means& means, const Row& row, std::int
   const std::int64_t own = problem.own_block(row.sequence, row.query);
   const std::int64_t candidates =
       routing.causal ? std::max<std::int64_t>(own, 0) : problem.blocks(row.sequence);
-  for (std::int64_t block = 0; block < candidates; ++block)
-    ranking[block] = static_cast<std::int32_t>(block);
+  for (std::int64_t block = 0; block < candidates; ++block) ranking[block] = static_cast<std::int32_t>(block);
   const std::int64_t places = std::min(width, candidates);
 
   if (places < candidates) {
@@ -46,11 +45,10 @@ void choose(const Problem& problem, const Means& means, const Row& row, std::int
       if (routing.own_block && !routing.causal && block == own) return 2;
       return block < routing.sink_blocks ? 1 : 0;
     };
-    std::partial_sort(ranking, ranking + places, ranking + candidates,
-                      [&](std::int32_t a, std::int32_t b) {
-                        if (forced(a) != forced(b)) return forced(a) > forced(b);
-                        return scores[a] != scores[b] ? scores[a] > scores[b] : a > b;
-                      });
+    std::partial_sort(ranking, ranking + places, ranking + candidates, [&](std::int32_t a, std::int32_t b) {
+      if (forced(a) != forced(b)) return forced(a) > forced(b);
+      return scores[a] != scores[b] ? scores[a] > scores[b] : a > b;
+    });
     std::sort(ranking, ranking + places);
   }
   std::fill(std::copy_n(ranking, places, chosen), chosen + width, -1);
@@ -72,8 +70,8 @@ std::size_t selection_bytes(const Problem& problem, const Group& group) {
 Selection gate(const Problem& problem, const Means& means, const Group& group, Resources& resources) {
   Selection selection{group, problem.group, problem.width(), {}};
   if (selection.width == 0) return selection;
-  selection.blocks = Buffer<std::int32_t>(
-      resources.scratch, group.heads() * group.tokens() * problem.group * selection.width);
+  selection.blocks = Buffer<std::int32_t>(resources.scratch,
+                                          group.heads() * group.tokens() * problem.group * selection.width);
 
   const std::int64_t blocks = most_blocks(problem), threads = resources.parallel.threads;
   const GateScratch memory{Buffer<double>(resources.scratch, threads * problem.head_dim),

@@ -23,14 +23,14 @@ void invert(const Selection& selection, const Range& range, const std::int32_t* 
   offsets[0] = 0;
 }
 
-/// One range for every (sequence, kv head) of the group.
+/// One range for every (sequence, kv head) of the group, those without queries included: the gradients of
+/// their keys are 0.
 void list_ranges(const Problem& problem, const Selection& selection, Plan& plan, std::int64_t& offsets,
                  std::int64_t& rows) {
   const Group& group = selection.group;
   for (std::size_t index = 0; index < problem.sequences.size(); ++index) {
     const SequenceView& s = problem.sequences[index];
     const auto [first, last] = group.queries_of(s);
-    if (first == last) continue;
     for (std::int64_t head = group.head0; head < group.head1; ++head) {
       plan.ranges.push_back({static_cast<std::int64_t>(index), head, first, last, offsets, rows});
       offsets += problem.blocks(s) + 1;

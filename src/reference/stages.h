@@ -2,7 +2,8 @@
 
 #include "backend.h"
 
-/// The specification: every stage as plain loops with double accumulators, in the words of docs/mathematics.md.
+/// The specification: every stage as plain loops with double accumulators, in the words of
+/// docs/mathematics.md.
 namespace moba::reference {
 
 Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Resources& resources);
