@@ -5,9 +5,16 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace moba::llm {
+
+/// A stretch of a text, and whether it may spell special tokens.
+struct TextPart {
+  std::string text;
+  bool parse_special = false;
+};
 
 /// Text to token ids and back: byte-level BPE or SentencePiece BPE, from `tokenizer.json`, `tokenizer.model`
 /// or GGUF metadata.
@@ -16,10 +23,14 @@ class Tokenizer {
   /// From a Hugging Face folder or a GGUF file. Throws DataError.
   static Tokenizer open(const std::filesystem::path& model);
 
-  /// Bytes of any kind are accepted. Special tokens that the text spells out become themselves where
+  /// Bytes of any kind are accepted: one that is not UTF-8 is neither letter, digit nor space where a text is
+  /// split, and itself among the tokens. Special tokens that the text spells out become themselves where
   /// `parse_special`. `add_special` adds what the file's post-processor adds (a BOS token, say).
   std::vector<std::int32_t> encode(std::string_view text, bool add_special, bool parse_special) const;
+  /// As encode() of the parts put together, nothing added.
+  std::vector<std::int32_t> encode(const std::vector<TextPart>& parts) const;
   /// The bytes of one token; special tokens give their text when `show_special`, else nothing.
+  /// Ids that name no token give nothing.
   std::string piece(std::int32_t id, bool show_special = false) const;
   std::string decode(const std::vector<std::int32_t>& ids, bool show_special = false) const;
 
@@ -36,6 +47,8 @@ class Tokenizer {
 
  private:
   struct Impl;
+  explicit Tokenizer(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
+
   std::shared_ptr<const Impl> impl_;
 };
 
