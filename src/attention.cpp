@@ -63,6 +63,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequence
                const Routing& routing, const Outputs& outputs, const Execution& execution) {
   check_attention("attention", q, k, v, sequences, routing);
   check_outputs("attention", q, outputs);
+  check_apart_from_keys("attention", outputs, k, v);
   check_execution("attention", execution);
   run("attention", make_problem(q, k, v, sequences, routing), nullptr, outputs, execution);
 }
@@ -91,6 +92,7 @@ void attention(const Tensor& q, const KvCache& cache, std::int64_t sequence, con
 void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const Outputs& outputs,
             const Execution& execution) {
   check_cached("decode", q, cache, routing);
+  check_decode(q, cache, outputs);
   check_outputs("decode", q, outputs);
   check_execution("decode", execution);
   const Problem problem = decode_problem(q, cache, routing);

@@ -15,12 +15,17 @@ void check_attention(std::string_view function, const Tensor& q, const Tensor& k
                      const Sequences& sequences, const Routing& routing);
 void check_routing(std::string_view function, const Routing& routing);
 void check_outputs(std::string_view function, const Tensor& q, const Outputs& outputs);
+/// On top of check_outputs: out shares no memory with keys and values that the caller owns.
+void check_apart_from_keys(std::string_view function, const Outputs& outputs, const Tensor& k,
+                           const Tensor& v);
 void check_execution(std::string_view function, const Execution& execution);
 void check_backward(std::string_view function, const Tensor& d_out, const Tensor& q, const Tensor& k,
                     const Tensor& v, const Saved& saved, const Gradients& gradients);
 void check_cache_shape(const KvCache::Shape& shape);
 void check_append(const KvCache& cache, const Tensor& k, const Tensor& v, std::int64_t sequence);
 void check_cached(std::string_view function, const Tensor& q, const KvCache& cache, const Routing& routing);
+/// On top of check_cached: one query a sequence.
+void check_decode(const Tensor& q, const KvCache& cache, const Outputs& outputs);
 void check_sequence(std::string_view function, const KvCache& cache, std::int64_t sequence);
 
 }  // namespace moba
