@@ -1,8 +1,7 @@
-#include <c10/util/Exception.h>
-
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>
+#include <functional>
 #include <new>
 #include <string>
 
@@ -52,11 +51,9 @@ int main(int argc, char** argv) {
     return explain(app, error);
   } catch (const moba::llm::UsageError& error) {
     return fail(app, error.what(), kUsageError);
-  } catch (const c10::Error& error) {
-    return fail(app, first_line(error.what_without_backtrace()), kDataError);
   } catch (const std::bad_alloc&) {
     return fail(app, "out of memory", kDataError);
   } catch (const std::exception& error) {
-    return fail(app, error.what(), kDataError);
+    return fail(app, first_line(error.what()), kDataError);  // LibTorch's go on with a backtrace
   }
 }
