@@ -1,0 +1,54 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace moba::llm {
+
+/// How a tensor's numbers are stored on disk: the three float types, and GGUF's block formats.
+enum class Storage : std::uint8_t {
+  f32,
+  f16,
+  bf16,
+  q4_0,
+  q4_1,
+  q5_0,
+  q5_1,
+  q8_0,
+  q2_k,
+  q3_k,
+  q4_k,
+  q5_k,
+  q6_k
+};
+
+std::string_view name_of(Storage storage);
+
+/// A storage type packs `values` numbers into `bytes` bytes; rows are whole blocks.
+struct StorageBlock {
+  std::int64_t values, bytes;
+};
+StorageBlock block_of(Storage storage);
+
+/// One tensor in a memory-mapped file: outermost dimension first, as PyTorch prints it.
+struct StoredTensor {
+  std::string name;
+  Storage storage = Storage::f32;
+  std::vector<std::int64_t> shape;
+  std::span<const std::byte> bytes;
+
+  /// Numbers in all; the readers have checked that they fit `bytes`.
+  std::int64_t count() const;
+  /// Numbers in a row, the last dimension.
+  std::int64_t row_length() const { return shape.empty() ? 1 : shape.back(); }
+};
+
+/// Rows [first, first + count) of `tensor` (its last dimension is a row) as f32, into `count * row_length()`
+/// floats. Equal to `gguf.quants.dequantize` of PyPI's `gguf`, bit for bit.
+void dequantise(const StoredTensor& tensor, std::int64_t first, std::int64_t count, float* out);
+
+}  // namespace moba::llm
