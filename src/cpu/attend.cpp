@@ -47,6 +47,14 @@ struct Worker {
     return static_cast<const std::byte*>(problem.q.data) +
            offset * static_cast<std::int64_t>(size_of(problem.q.dtype));
   }
+  /// Brings what the next tile gathers into the second-level cache.
+  void prefetch(std::uint32_t row) const {
+    const std::byte* from = query(row);
+    const std::size_t bytes = depth() * size_of(problem.q.dtype);
+    for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+    const float* out = state.out + row * state.stride;
+    for (std::size_t i = 0; i < state.stride; i += 16) __builtin_prefetch(out + i, 1, 2);
+  }
   /// Keys of the chunk that a row may see when the chunk lies in its own block.
   std::int64_t visible(std::int64_t row) const {
     const std::int64_t p = sequence.position(range.q0 + row / problem.group);
@@ -93,38 +101,54 @@ void pack_chunk(Worker& w, std::int64_t first, std::int64_t count) {
   }
 }
 
-/// Turns the scores of `rows` rows over `columns` (whole vectors) into weights, and moves each row's maximum
-/// and sum on. Leaves in tile.decay what earlier outputs are to be multiplied by.
+HWY_INLINE float max_of(const float* HWY_RESTRICT scores, std::size_t columns) {
+  const F32 d;
+  Vec left = hn::Load(d, scores), right = hn::Load(d, scores + kLanes);
+  for (std::size_t i = kCols; i < columns; i += kCols) {
+    left = hn::Max(left, hn::Load(d, scores + i));
+    right = hn::Max(right, hn::Load(d, scores + i + kLanes));
+  }
+  return hn::GetLane(hn::MaxOfLanes(d, hn::Max(left, right)));
+}
+
+/// scores = 2^(scores - top); returns their sum.
+HWY_INLINE float weigh(float* HWY_RESTRICT scores, std::size_t columns, float top) {
+  const F32 d;
+  const Vec by = hn::Set(d, top);
+  Vec left = hn::Zero(d), right = left;
+  for (std::size_t i = 0; i < columns; i += kCols) {
+    const Vec a = exp2(hn::Sub(hn::Load(d, scores + i), by));
+    const Vec b = exp2(hn::Sub(hn::Load(d, scores + i + kLanes), by));
+    hn::Store(a, d, scores + i);
+    hn::Store(b, d, scores + i + kLanes);
+    left = hn::Add(left, a);
+    right = hn::Add(right, b);
+  }
+  return hn::GetLane(hn::SumOfLanes(d, hn::Add(left, right)));
+}
+
+/// Turns the scores of `rows` rows over `columns` (whole panels) into weights, and moves each row's maximum and sum on. Leaves in
+/// tile.decay what earlier outputs are to be multiplied by.
 void soften(const Worker& w, const std::uint32_t* row_ids, std::size_t rows, std::size_t columns) {
   const F32 d;
+  TileScratch& tile = w.tile;
   for (std::size_t r = 0; r < rows; ++r) {
-    float* scores = w.tile.scores + r * kScoreStride;
-    Vec most0 = hn::Load(d, scores), most1 = most0;
-    std::size_t i = kLanes;
-    for (; i + 2 * kLanes <= columns; i += 2 * kLanes) {
-      most0 = hn::Max(most0, hn::Load(d, scores + i));
-      most1 = hn::Max(most1, hn::Load(d, scores + i + kLanes));
-    }
-    if (i < columns) most0 = hn::Max(most0, hn::Load(d, scores + i));
-    const float before = w.state.max[row_ids[r]];
-    const float now = std::max(before, hn::GetLane(hn::MaxOfLanes(d, hn::Max(most0, most1))));
-    // A row that has seen nothing but -inf stays there with weights of 0, not NaN.
-    const float safe = now == -std::numeric_limits<float>::infinity() ? 0.0F : now;
-    const Vec top = hn::Set(d, safe);
-    Vec sum0 = hn::Zero(d), sum1 = sum0;
-    for (i = 0; i + 2 * kLanes <= columns; i += 2 * kLanes) {
-      const Vec a = exp2(hn::Sub(hn::Load(d, scores + i), top));
-      const Vec b = exp2(hn::Sub(hn::Load(d, scores + i + kLanes), top));
-      hn::Store(a, d, scores + i);
-      hn::Store(b, d, scores + i + kLanes);
-      sum0 = hn::Add(sum0, a);
-      sum1 = hn::Add(sum1, b);
-    }
-    const float decay = hn::GetLane(exp2(hn::Set(d, before - safe)));
+    tile.decay[r] = w.state.max[row_ids[r]];
+    tile.row_max[r] = max_of(tile.scores + r * kScoreStride, columns);
+  }
+  for (std::size_t r = 0; r < rows; r += kLanes) {
+    const Vec never = hn::Set(d, -std::numeric_limits<float>::infinity()), before = hn::Load(d, tile.decay + r);
+    const Vec now = hn::Max(hn::Load(d, tile.row_max + r), before);
+    // A row that has seen nothing but -inf keeps weights of 0, not NaN.
+    const Vec safe = hn::IfThenZeroElse(hn::Eq(now, never), now);
+    hn::Store(now, d, tile.row_max + r);
+    hn::Store(safe, d, tile.top + r);
+    hn::Store(exp2(hn::Sub(before, safe)), d, tile.decay + r);
+  }
+  for (std::size_t r = 0; r < rows; ++r) {
     float& sum = w.state.sum[row_ids[r]];
-    sum = sum * decay + hn::GetLane(hn::SumOfLanes(d, hn::Add(sum0, sum1)));
-    w.state.max[row_ids[r]] = now;
-    w.tile.decay[r] = decay;
+    sum = sum * tile.decay[r] + weigh(tile.scores + r * kScoreStride, columns, tile.top[r]);
+    w.state.max[row_ids[r]] = tile.row_max[r];
   }
 }
 
@@ -163,6 +187,7 @@ void attend_rows(Worker& w, std::int64_t rows, bool own_block, Id&& id) {
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const std::int64_t first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
     for (std::int64_t row = first; row < last; ++row) ids[row - first] = id(row);
+    for (std::int64_t row = last; row < std::min(last + (last - first), rows); ++row) w.prefetch(id(row));
     attend_tile(w, ids, static_cast<std::size_t>(last - first), own_block);
   }
 }

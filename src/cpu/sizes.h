@@ -33,7 +33,7 @@ struct alignas(64) TileScratch {
   float rows[kMaxTileRows * kRowStride];
   float scores[kMaxTileRows * kScoreStride];
   float widened[(kMaxLanes + 1) * kMaxHeadDim];  // the last row stays zero
-  float row_max[kMaxLanes], decay[kMaxLanes];
+  float row_max[kMaxLanes], top[kMaxLanes], decay[kMaxLanes];
   float* out[kMaxTileRows];
 };
 

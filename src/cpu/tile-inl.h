@@ -51,6 +51,7 @@ HWY_INLINE void multiply(const float* HWY_RESTRICT rows, const float* HWY_RESTRI
   Vec left[kRows], right[kRows];
 #pragma GCC unroll 16
   for (std::size_t r = 0; r < kRows; ++r) left[r] = right[r] = hn::Zero(d);
+#pragma GCC unroll 4
   for (std::size_t i = 0; i < depth; ++i) {
     const Vec b0 = hn::Load(d, panel + i * kCols), b1 = hn::Load(d, panel + i * kCols + kLanes);
 #pragma GCC unroll 16
