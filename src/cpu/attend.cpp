@@ -32,6 +32,53 @@ struct Chunk {
   float* values = nullptr;  // [panels(D)][count][kCols]
 };
 
+/// Brings the keys and values of the next chunk into the second-level cache, a few rows at a time, while this
+/// one is worked on.
+class Prefetch {
+ public:
+  void begin(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
+             std::int64_t count) {
+    problem_ = &problem;
+    sequence_ = &sequence;
+    head_ = head;
+    next_ = first;
+    end_ = first + count;
+  }
+  std::int64_t left() const { return end_ - next_; }
+  void advance(std::int64_t rows) {
+    for (rows = std::min(rows, left()); rows > 0;) {
+      const Rows keys = problem_->keys(*sequence_, head_, next_),
+                 values = problem_->values(*sequence_, head_, next_);
+      const std::int64_t run = std::min({rows, keys.count, values.count});
+      touch(keys, problem_->k.dtype, run);
+      touch(values, problem_->v.dtype, run);
+      next_ += run;
+      rows -= run;
+    }
+  }
+
+ private:
+  void touch(const Rows& rows, DType dtype, std::int64_t count) const {
+    const auto size = static_cast<std::int64_t>(size_of(dtype));
+    for (std::int64_t row = 0; row < count; ++row) {
+      const std::byte* from = rows.data + row * rows.stride * size;
+      for (std::int64_t i = 0; i < problem_->head_dim * size; i += 64) __builtin_prefetch(from + i, 0, 2);
+    }
+  }
+
+  const Problem* problem_ = nullptr;
+  const SequenceView* sequence_ = nullptr;
+  std::int64_t head_ = 0, next_ = 0, end_ = 0;
+};
+
+/// Where a tile's rows are found, looked up once, a tile ahead, so that the next ones are on their way while
+/// this one is worked on.
+struct TileRows {
+  std::size_t count = 0;
+  std::uint32_t ids[kTileRows];
+  const std::byte* query[kTileRows];
+};
+
 struct Worker {
   const Problem& problem;
   const SequenceView& sequence;
@@ -39,26 +86,21 @@ struct Worker {
   RangeState state;
   Chunk chunk;
   TileScratch& tile;
+  Prefetch upcoming;
 
   std::size_t depth() const { return static_cast<std::size_t>(problem.head_dim); }
-  const std::byte* query(std::int64_t row) const {
-    const std::int64_t head = range.head * problem.group + row % problem.group;
-    const std::int64_t offset = Problem::offset(problem.q, sequence, range.q0 + row / problem.group, head);
+  std::int64_t token_of(std::uint32_t row) const {
+    return range.q0 + row / static_cast<std::uint32_t>(problem.group);
+  }
+  const std::byte* query(std::uint32_t row) const {
+    const std::int64_t head = range.head * problem.group + row % static_cast<std::uint32_t>(problem.group);
+    const std::int64_t offset = Problem::offset(problem.q, sequence, token_of(row), head);
     return static_cast<const std::byte*>(problem.q.data) +
            offset * static_cast<std::int64_t>(size_of(problem.q.dtype));
   }
-  /// Brings what the next tile gathers into the second-level cache.
-  void prefetch(std::uint32_t row) const {
-    const std::byte* from = query(row);
-    const std::size_t bytes = depth() * size_of(problem.q.dtype);
-    for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
-    const float* out = state.out + row * state.stride;
-    for (std::size_t i = 0; i < state.stride; i += 16) __builtin_prefetch(out + i, 1, 2);
-  }
   /// Keys of the chunk that a row may see when the chunk lies in its own block.
-  std::int64_t visible(std::int64_t row) const {
-    const std::int64_t p = sequence.position(range.q0 + row / problem.group);
-    return std::clamp<std::int64_t>(p + 1 - chunk.first, 0, chunk.count);
+  std::int64_t visible(std::uint32_t row) const {
+    return std::clamp<std::int64_t>(sequence.position(token_of(row)) + 1 - chunk.first, 0, chunk.count);
   }
 };
 
@@ -127,8 +169,8 @@ HWY_INLINE float weigh(float* HWY_RESTRICT scores, std::size_t columns, float to
   return hn::GetLane(hn::SumOfLanes(d, hn::Add(left, right)));
 }
 
-/// Turns the scores of `rows` rows over `columns` (whole panels) into weights, and moves each row's maximum and sum on. Leaves in
-/// tile.decay what earlier outputs are to be multiplied by.
+/// Turns the scores of `rows` rows over `columns` (whole panels) into weights, and moves each row's maximum
+/// and sum on. Leaves in tile.decay what earlier outputs are to be multiplied by.
 void soften(const Worker& w, const std::uint32_t* row_ids, std::size_t rows, std::size_t columns) {
   const F32 d;
   TileScratch& tile = w.tile;
@@ -137,7 +179,8 @@ void soften(const Worker& w, const std::uint32_t* row_ids, std::size_t rows, std
     tile.row_max[r] = max_of(tile.scores + r * kScoreStride, columns);
   }
   for (std::size_t r = 0; r < rows; r += kLanes) {
-    const Vec never = hn::Set(d, -std::numeric_limits<float>::infinity()), before = hn::Load(d, tile.decay + r);
+    const Vec never = hn::Set(d, -std::numeric_limits<float>::infinity()),
+              before = hn::Load(d, tile.decay + r);
     const Vec now = hn::Max(hn::Load(d, tile.row_max + r), before);
     // A row that has seen nothing but -inf keeps weights of 0, not NaN.
     const Vec safe = hn::IfThenZeroElse(hn::Eq(now, never), now);
@@ -152,81 +195,136 @@ void soften(const Worker& w, const std::uint32_t* row_ids, std::size_t rows, std
   }
 }
 
-/// One tile: `rows` rows of the range against the first columns of the chunk that any of them may see.
-void attend_tile(Worker& w, const std::uint32_t* row_ids, std::size_t rows, bool own_block) {
+/// One tile: rows of the range against the first columns of the chunk that any of them may see.
+void attend_tile(Worker& w, const TileRows& rows, bool own_block) {
   const float scale = w.problem.scale * 1.44269504F;  // log2(e)
-  std::size_t columns = static_cast<std::size_t>(own_block ? w.visible(row_ids[rows - 1]) : w.chunk.count);
-  for (std::size_t r = 0; r < rows; ++r) {
-    widen(w.query(row_ids[r]), w.problem.q.dtype, w.depth(), scale, w.tile.rows + r * kRowStride);
-    w.tile.out[r] = w.state.out + row_ids[r] * w.state.stride;
+  const std::size_t last = rows.count - 1;
+  const auto columns = static_cast<std::size_t>(own_block ? w.visible(rows.ids[last]) : w.chunk.count);
+  for (std::size_t r = 0; r < rows.count; ++r) {
+    widen(rows.query[r], w.problem.q.dtype, w.depth(), scale, w.tile.rows + r * kRowStride);
+    w.tile.out[r] = w.state.out + rows.ids[r] * w.state.stride;
   }
   for (std::size_t panel = 0; panel < panels(columns); ++panel) {
-    kScoreTiles[rows - 1](w.tile.rows, w.chunk.keys + panel * w.depth() * kCols, w.depth(),
-                          w.tile.scores + panel * kCols);
+    kScoreTiles[last](w.tile.rows, w.chunk.keys + panel * w.depth() * kCols, w.depth(),
+                      w.tile.scores + panel * kCols);
   }
   const std::size_t padded = panels(columns) * kCols;
-  for (std::size_t r = 0; r < rows; ++r) {
-    const std::size_t seen = own_block ? static_cast<std::size_t>(w.visible(row_ids[r])) : columns;
-    for (std::size_t i = seen; i < padded; ++i)
-      w.tile.scores[r * kScoreStride + i] = -std::numeric_limits<float>::infinity();
+  for (std::size_t r = 0; r < rows.count; ++r) {
+    const std::size_t seen = own_block ? static_cast<std::size_t>(w.visible(rows.ids[r])) : columns;
+    float* scores = w.tile.scores + r * kScoreStride;
+    std::fill(scores + seen, scores + padded, -std::numeric_limits<float>::infinity());
   }
-  soften(w, row_ids, rows, padded);
+  soften(w, rows.ids, rows.count, padded);
   const auto count = static_cast<std::size_t>(w.chunk.count);
   for (std::size_t panel = 0; panel < panels(w.depth()); ++panel) {
-    kValueTiles[rows - 1](w.tile.scores, w.chunk.values + panel * count * kCols, columns, w.tile.decay,
-                          w.tile.out, panel * kCols);
+    kValueTiles[last](w.tile.scores, w.chunk.values + panel * count * kCols, columns, w.tile.decay,
+                      w.tile.out, panel * kCols);
   }
 }
+
+/// Rows [first, last) of a list as a tile, on their way into the second-level cache.
+template <typename Id>
+TileRows locate(const Worker& w, std::int64_t first, std::int64_t last, Id&& id) {
+  TileRows rows;
+  const std::size_t bytes = w.depth() * size_of(w.problem.q.dtype);
+  for (std::int64_t i = first; i < last; ++i, ++rows.count) {
+    const std::uint32_t row = id(i);
+    const std::byte* query = w.query(row);
+    const float* out = w.state.out + row * w.state.stride;
+    rows.ids[rows.count] = row;
+    rows.query[rows.count] = query;
+    for (std::size_t at = 0; at < bytes; at += 64) __builtin_prefetch(query + at, 0, 2);
+    for (std::size_t at = 0; at < w.state.stride; at += 16) __builtin_prefetch(out + at, 1, 2);
+  }
+  return rows;
+}
+
+constexpr auto kHeight = static_cast<std::int64_t>(kTileRows);
 
 /// Cuts a list of rows into tiles of nearly equal height.
 template <typename Id>
-void attend_rows(Worker& w, std::int64_t rows, bool own_block, Id&& id) {
-  const std::int64_t tiles =
-      (rows + static_cast<std::int64_t>(kTileRows) - 1) / static_cast<std::int64_t>(kTileRows);
-  std::uint32_t ids[kTileRows];
+void attend_rows(Worker& w, std::int64_t rows, bool own_block, std::int64_t prefetch, Id&& id) {
+  const std::int64_t tiles = (rows + kHeight - 1) / kHeight;
+  if (tiles == 0) return;
+  TileRows next = locate(w, 0, rows / tiles, id);
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    const std::int64_t first = rows * tile / tiles, last = rows * (tile + 1) / tiles;
-    for (std::int64_t row = first; row < last; ++row) ids[row - first] = id(row);
-    for (std::int64_t row = last; row < std::min(last + (last - first), rows); ++row) w.prefetch(id(row));
-    attend_tile(w, ids, static_cast<std::size_t>(last - first), own_block);
+    const TileRows now = next;
+    if (tile + 1 < tiles) next = locate(w, rows * (tile + 1) / tiles, rows * (tile + 2) / tiles, id);
+    w.upcoming.advance(prefetch);
+    attend_tile(w, now, own_block);
   }
 }
 
-/// The rows of the range whose own block is `block`, as [first, last).
-std::pair<std::int64_t, std::int64_t> own_rows(const Worker& w, std::int64_t block) {
-  const std::int64_t zero = w.sequence.position(w.range.q0), length = w.range.q1 - w.range.q0,
-                     size = w.problem.routing.block_size;
-  const auto token = [&](std::int64_t position) {
-    return std::clamp<std::int64_t>(position - zero, 0, length);
-  };
-  const std::int64_t end = block >= (w.sequence.keys - 1) / size ? w.sequence.keys : (block + 1) * size;
-  return {token(block * size) * w.problem.group, token(end) * w.problem.group};
-}
+/// One chunk of one block, and who sees it: the rows that chose the block, all of it; the rows [own_first,
+/// own_last) whose own block it is, up to their position.
+struct Job {
+  std::int64_t block = -1, first = 0, count = 0;
+  std::span<const std::uint32_t> chosen;
+  std::int64_t own_first = 0, own_last = 0;
+};
 
-void attend_block(Worker& w, std::int64_t block, std::span<const std::uint32_t> chosen) {
-  const std::int64_t begin = block * w.problem.routing.block_size;
-  const auto [own_first, own_last] =
-      w.problem.routing.causal ? own_rows(w, block) : std::pair<std::int64_t, std::int64_t>{0, 0};
-  // Whoever chose the block sees all of it; its own rows see it up to the last of them.
-  std::int64_t end =
-      std::min(begin + std::min(w.problem.routing.block_size, w.sequence.keys), w.sequence.keys);
-  if (chosen.empty()) {
-    if (own_first == own_last) return;
-    end = w.sequence.position(w.range.q0 + (own_last - 1) / w.problem.group) + 1;
+/// Walks the chunks of a range in ascending order of their keys.
+class Walk {
+ public:
+  Walk(const Problem& problem, const SequenceView& sequence, const Plan& plan, const Range& range)
+      : problem_(problem), sequence_(sequence), plan_(plan), range_(range) {
+    const std::int64_t last = problem.own_block(sequence, range.q1 - 1);
+    blocks_ = problem.routing.causal ? last + 1 : problem.blocks(sequence);
   }
-  constexpr auto kMost = static_cast<std::int64_t>(kChunk);
-  const std::int64_t chunks = (end - begin + kMost - 1) / kMost;
-  const auto step = static_cast<std::int64_t>(
-      round_up(static_cast<std::size_t>((end - begin + chunks - 1) / chunks), kMaxCols));
-  for (std::int64_t first = begin; first < end; first += step) {
-    pack_chunk(w, first, std::min(step, end - first));
-    attend_rows(w, static_cast<std::int64_t>(chosen.size()), false,
-                [&](std::int64_t i) { return chosen[static_cast<std::size_t>(i)]; });
-    const std::int64_t from =
-        std::max(own_first, (first - w.sequence.position(w.range.q0)) * w.problem.group);
-    attend_rows(w, std::max<std::int64_t>(own_last - from, 0), true,
-                [&](std::int64_t i) { return static_cast<std::uint32_t>(from + i); });
+
+  /// The next chunk that anybody sees; false at the end.
+  bool next(Job& job) {
+    while (at_ >= end_) {
+      if (++block_ >= blocks_) return false;
+      enter_block();
+    }
+    job = {block_, at_, std::min(step_, end_ - at_), chosen_, own_first_, own_last_};
+    job.own_first = std::max(own_first_, (at_ - sequence_.position(range_.q0)) * problem_.group);
+    at_ += step_;
+    return true;
   }
+
+ private:
+  void enter_block() {
+    const std::int64_t size = problem_.routing.block_size;
+    chosen_ = plan_.rows.size() > 0 ? plan_.rows_of(range_, block_) : std::span<const std::uint32_t>();
+    at_ = block_ * size;
+    // Whoever chose the block sees all of it; its own rows see it up to the last of them.
+    end_ = std::min(at_ + std::min(size, sequence_.keys), sequence_.keys);
+    own_first_ = own_last_ = 0;
+    if (problem_.routing.causal) {
+      const std::int64_t zero = sequence_.position(range_.q0), tokens = range_.q1 - range_.q0;
+      own_first_ = std::clamp<std::int64_t>(at_ - zero, 0, tokens) * problem_.group;
+      own_last_ = std::clamp<std::int64_t>(end_ - zero, 0, tokens) * problem_.group;
+    }
+    if (chosen_.empty()) {
+      end_ = own_first_ == own_last_ ? at_
+                                     : sequence_.position(range_.q0 + (own_last_ - 1) / problem_.group) + 1;
+    }
+    constexpr auto kMost = static_cast<std::int64_t>(kChunk);
+    const std::int64_t chunks = std::max<std::int64_t>((end_ - at_ + kMost - 1) / kMost, 1);
+    step_ = static_cast<std::int64_t>(
+        round_up(static_cast<std::size_t>((end_ - at_ + chunks - 1) / chunks), kMaxCols));
+  }
+
+  const Problem& problem_;
+  const SequenceView& sequence_;
+  const Plan& plan_;
+  const Range& range_;
+  std::int64_t blocks_ = 0, block_ = -1, at_ = 0, end_ = 0, step_ = 1, own_first_ = 0, own_last_ = 0;
+  std::span<const std::uint32_t> chosen_;
+};
+
+void attend_chunk(Worker& w, const Job& job) {
+  pack_chunk(w, job.first, job.count);
+  const auto chosen = static_cast<std::int64_t>(job.chosen.size()),
+             own = std::max<std::int64_t>(job.own_last - job.own_first, 0);
+  const std::int64_t tiles = (chosen + kHeight - 1) / kHeight + (own + kHeight - 1) / kHeight;
+  const std::int64_t prefetch = w.upcoming.left() / std::max<std::int64_t>(tiles, 1) + 1;
+  attend_rows(w, chosen, false, prefetch,
+              [&](std::int64_t i) { return job.chosen[static_cast<std::size_t>(i)]; });
+  attend_rows(w, own, true, prefetch,
+              [&](std::int64_t i) { return static_cast<std::uint32_t>(job.own_first + i); });
 }
 
 void finish_rows(const Worker& w, std::int64_t rows, const Outputs& outputs) {
@@ -237,9 +335,9 @@ void finish_rows(const Worker& w, std::int64_t rows, const Outputs& outputs) {
     const float sum = w.state.sum[row], inverse = sum == 0 ? 0.0F : 1 / sum;
     const float* from = w.state.out + static_cast<std::size_t>(row) * w.state.stride;
     const std::int64_t offset = Problem::offset(outputs.out, w.sequence, query, head);
-    for (std::int64_t i = 0; i < problem.head_dim; ++i) {
-      store(outputs.out.data, outputs.out.dtype, offset + i, from[i] * inverse);
-    }
+    narrow(from, static_cast<std::size_t>(problem.head_dim), inverse, outputs.out.dtype,
+           static_cast<std::byte*>(outputs.out.data) +
+               offset * static_cast<std::int64_t>(size_of(outputs.out.dtype)));
     if (outputs.lse == nullptr) continue;
     outputs.lse[head * problem.tokens + w.sequence.q_begin + query] =
         sum == 0 ? -std::numeric_limits<float>::infinity()
@@ -261,18 +359,21 @@ void attend_range(const Problem& problem, const Plan& plan, const Range& range, 
   float* out = packed_values + kChunk * stride;
   float* max = out + static_cast<std::size_t>(rows) * stride;
   Worker w{problem, sequence, range, {out, max, max + rows, stride}, {0, 0, packed_keys, packed_values},
-           tile};
+           tile,
+           {}};
 
   std::fill(std::begin(tile.widened), std::end(tile.widened), 0.0F);
   std::fill(out, max, 0.0F);
   std::fill(max, max + rows, -std::numeric_limits<float>::infinity());
   std::fill(max + rows, max + 2 * rows, 0.0F);
 
-  const std::int64_t last_own = problem.own_block(sequence, range.q1 - 1);
-  const std::int64_t blocks = problem.routing.causal ? last_own + 1 : problem.blocks(sequence);
-  const bool listed = plan.rows.size() > 0;
-  for (std::int64_t block = 0; block < blocks; ++block) {
-    attend_block(w, block, listed ? plan.rows_of(range, block) : std::span<const std::uint32_t>());
+  Walk walk(problem, sequence, plan, range);
+  Job now, next;
+  for (bool more = walk.next(next); more;) {
+    now = next;
+    more = walk.next(next);
+    if (more) w.upcoming.begin(problem, sequence, range.head, next.first, next.count);
+    attend_chunk(w, now);
   }
   finish_rows(w, rows, outputs);
 }

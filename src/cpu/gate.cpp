@@ -1,6 +1,8 @@
 // Score and top-k in one: a worker takes a few hundred rows, walks the block means a panel at a time, and
 // keeps each row's best blocks in a short sorted list. Most scores are dismissed by one comparison against
 // the worst of the list; no matrix of scores exists.
+#include <bit>
+
 #include "cpu/choice.h"
 #include "cpu/sizes.h"
 #include "cpu/stages.h"
@@ -23,11 +25,15 @@ void offer_all(const float* scores, std::int64_t first, std::int64_t last, std::
   const F32 d;
   const std::int64_t count = last - first;
   for (std::int64_t i = 0; i < count; i += static_cast<std::int64_t>(kLanes)) {
-    const bool full = best.count == best.places;
-    if (full && hn::AllTrue(d, hn::Lt(hn::LoadU(d, scores + i), hn::Set(d, best.scores[0])))) continue;
-    const std::int64_t end = std::min(count, i + static_cast<std::int64_t>(kLanes));
-    for (std::int64_t j = i; j < end; ++j) {
-      if (best.count == best.places && scores[j] < best.scores[0]) continue;
+    std::uint32_t hits = (1U << std::min<std::int64_t>(static_cast<std::int64_t>(kLanes), count - i)) - 1;
+    if (best.count == best.places) {
+      std::uint32_t below = 0;
+      hn::StoreMaskBits(d, hn::Lt(hn::LoadU(d, scores + i), hn::Set(d, best.scores[0])),
+                        reinterpret_cast<std::uint8_t*>(&below));
+      hits &= ~below;
+    }
+    for (; hits != 0; hits &= hits - 1) {
+      const std::int64_t j = i + std::countr_zero(hits);
       if (first + j != own) best.offer(scores[j], static_cast<std::int32_t>(first + j));
     }
   }

@@ -9,7 +9,7 @@ namespace {
 
 /// Rows of a range when every row sees every block: running outputs and a chunk of keys and values share the
 /// second-level cache.
-constexpr std::int64_t kDenseRows = 2048;
+constexpr std::int64_t kDenseRows = 768;
 /// Rows that a block should find in a range, so that packing its keys and values costs little beside the work
 /// on them.
 constexpr std::int64_t kRowsPerBlock = 192;

@@ -170,6 +170,25 @@ HWY_INLINE void widen(const std::byte* from, DType dtype, std::size_t size, floa
   for (; i < size; ++i) to[i] = static_cast<float>(load(from, dtype, static_cast<std::int64_t>(i))) * factor;
 }
 
+/// The way back: `size` values times `factor`, rounded to storage type `dtype`.
+HWY_INLINE void narrow(const float* HWY_RESTRICT from, std::size_t size, float factor, DType dtype,
+                       std::byte* to) {
+  const F32 d;
+  const Vec by = hn::Set(d, factor);
+  std::size_t i = 0;
+  if (dtype == DType::f32) {
+    for (; i + kLanes <= size; i += kLanes)
+      hn::StoreU(hn::Mul(by, hn::LoadU(d, from + i)), d, reinterpret_cast<float*>(to) + i);
+  } else if (dtype == DType::f16) {
+    const hn::Rebind<hwy::float16_t, F32> half;
+    for (; i + kLanes <= size; i += kLanes) {
+      hn::StoreU(hn::DemoteTo(half, hn::Mul(by, hn::LoadU(d, from + i))), half,
+                 reinterpret_cast<hwy::float16_t*>(to) + i);
+    }
+  }
+  for (; i < size; ++i) store(to, dtype, static_cast<std::int64_t>(i), from[i] * factor);
+}
+
 /// Row `index` of `rows` as f32, in place when it is f32 already, else through `scratch`.
 HWY_INLINE const float* row_as_f32(const Rows& rows, DType dtype, std::int64_t index, std::size_t size,
                                    float* scratch) {
