@@ -12,13 +12,20 @@
 
 namespace moba::llm {
 
+struct WeightFile {
+  std::string name;
+  std::uint64_t bytes;
+};
+
 /// The weights of one model, memory-mapped: a Hugging Face folder or a GGUF file. Opening reads headers only.
 class Weights {
  public:
-  /// Throws DataError.
+  /// Throws DataError, also where a tensor that the configuration calls for is missing or has another shape.
   static Weights open(const std::filesystem::path& path);
 
   const ModelConfig& config() const;
+  /// The files that hold the tensors.
+  const std::vector<WeightFile>& files() const;
   /// Every tensor under the name that its file gives it, in file order.
   const std::vector<StoredTensor>& tensors() const;
   /// The tensor that plays the part of this Hugging Face name ("model.layers.0.self_attn.q_proj.weight"), or

@@ -1,0 +1,17 @@
+#pragma once
+
+#include "llm/config.h"
+#include "llm/formats/gguf.h"
+#include "llm/formats/json.h"
+
+namespace moba::llm {
+
+/// The shape of the model that a `config.json` describes, with the defaults of `transformers`. What we would
+/// compute differently than the model was trained (another architecture, a sliding window, quantised weights,
+/// an unknown RoPE scaling) is a DataError.
+ModelConfig read_config(const JsonValue& root);
+
+/// The same from the metadata and the tensors of a GGUF file, with the defaults of llama.cpp.
+ModelConfig read_config(const GgufFile& file);
+
+}  // namespace moba::llm

@@ -1,0 +1,21 @@
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "llm/config.h"
+
+namespace moba::llm {
+
+using VisitTensor = std::function<void(const std::string& name, const std::vector<std::int64_t>& shape)>;
+
+/// Every tensor that a model of this shape needs, by its Hugging Face name.
+void for_each_tensor(const ModelConfig& config, const VisitTensor& visit);
+
+/// What GGUF calls a Hugging Face tensor; the name itself where it has no other.
+std::string gguf_name(std::string_view hugging_face_name);
+
+}  // namespace moba::llm
