@@ -5,6 +5,7 @@
 #include <string>
 
 #include "llm/error.h"
+#include "llm/formats/quoted.h"
 #include "llm/tokenizer/pattern.h"
 #include "llm/tokenizer/tokenizer.h"
 
@@ -142,8 +143,8 @@ Parts llama2(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
   for (std::size_t i = has_system ? 1 : 0; i < turns.size(); ++i) {
     const Turn& turn = turns[i];
     if (turn.role != (users_turn ? "user" : "assistant")) {
-      throw UsageError(
-          fmt::format("chat: expected user and assistant in turn; found '{}' as turn {}", turn.role, i));
+      throw UsageError(fmt::format("chat: expected user and assistant in turn; found {} as turn {}",
+                                   llm::quoted(turn.role), i));
     }
     if (users_turn) {
       parts.push_back({bos, true});

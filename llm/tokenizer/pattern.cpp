@@ -11,6 +11,7 @@
 #include <new>
 
 #include "llm/error.h"
+#include "llm/formats/quoted.h"
 
 namespace moba::llm {
 namespace {
@@ -125,8 +126,8 @@ Pattern::Pattern(const std::string& expression, bool literal, std::string origin
   PCRE2_SIZE offset = 0;
   pcre2_code* code = pcre2_compile(units(expression), expression.size(), options, &error, &offset, nullptr);
   if (code == nullptr) {
-    throw DataError(fmt::format("{}: expected a regular expression; found '{}' ({} at offset {})", origin_,
-                                expression, pcre2_message(error), offset));
+    throw DataError(fmt::format("{}: expected a regular expression; found {} ({} at offset {})", origin_,
+                                llm::quoted(expression), pcre2_message(error), offset));
   }
   code_ = std::shared_ptr<const void>(code, CodeDeleter{});
   pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // where this fails, matching is slower and the same
@@ -138,6 +139,8 @@ std::vector<Span> Pattern::find_all(std::string_view subject) const {
   const std::unique_ptr<pcre2_match_context, MatchContextDeleter> context(
       pcre2_match_context_create(nullptr));
   if (!data || !context) throw std::bad_alloc();
+  constexpr std::uint32_t kMostKilobytes = 1 << 20;
+  pcre2_set_heap_limit(context.get(), kMostKilobytes);
   pcre2_set_match_limit(context.get(), match_limit(subject.size()));
   const auto match = [&](std::size_t from, std::uint32_t options) {
     return pcre2_match(code, units(subject), subject.size(), from, options | PCRE2_NO_UTF_CHECK, data.get(),
@@ -152,8 +155,8 @@ std::vector<Span> Pattern::find_all(std::string_view subject) const {
     if (rc < 0) {
       throw DataError(
           fmt::format("{}: expected a regular expression that matches within a sane number of steps; "
-                      "found '{}' ({})",
-                      origin_, expression_, pcre2_message(rc)));
+                      "found {} ({})",
+                      origin_, llm::quoted(expression_), pcre2_message(rc)));
     }
     const PCRE2_SIZE* bounds = pcre2_get_ovector_pointer(data.get());
     const Span span{bounds[0], std::max(bounds[0], bounds[1])};  // \K can put an end before its start

@@ -106,9 +106,6 @@ void apply(Pieces& pieces, const Metaspace& step, bool at_start) {
 
 }  // namespace
 
-const char* const kGpt2Pattern =
-    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
-
 Pieces pre_tokenize(std::string text, bool at_start, const PreTokenizer& steps) {
   const std::size_t size = text.size();
   Pieces pieces{std::move(text), {}};

@@ -42,6 +42,7 @@ struct Pieces {
 Pieces pre_tokenize(std::string text, bool at_start, const PreTokenizer& steps);
 
 /// The GPT-2 pattern, which is ByteLevel's own.
-extern const char* const kGpt2Pattern;
+inline constexpr const char* kGpt2Pattern =
+    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
 }  // namespace moba::llm

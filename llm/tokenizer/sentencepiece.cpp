@@ -8,6 +8,8 @@
 #include <functional>
 
 #include "llm/error.h"
+#include "llm/formats/mapped_file.h"
+#include "llm/formats/quoted.h"
 
 namespace moba::llm {
 namespace {
@@ -19,8 +21,8 @@ std::vector<float> distinct_scores(const std::vector<ScoredPiece>& pieces, const
   std::vector<float> scores;
   for (const ScoredPiece& piece : pieces) {
     if (std::isnan(piece.score)) {
-      throw DataError(
-          fmt::format("{}: expected a number as every score; found NaN for '{}'", where, piece.text));
+      throw DataError(fmt::format("{}: expected a number as every score; found NaN for {}", where,
+                                  llm::quoted(piece.text)));
     }
     scores.push_back(piece.score);
   }
@@ -36,7 +38,8 @@ std::string piece_bytes(const ScoredPiece& piece, const std::string& where) {
   }
   const auto byte = byte_of_token(piece.text);
   if (!byte)
-    throw DataError(fmt::format("{}: expected byte pieces like <0x0A>; found '{}'", where, piece.text));
+    throw DataError(
+        fmt::format("{}: expected byte pieces like <0x0A>; found {}", where, llm::quoted(piece.text)));
   return std::string(1, static_cast<char>(*byte));
 }
 
@@ -261,8 +264,13 @@ TokenizerData sentencepiece_tokenizer(const std::vector<ScoredPiece>& pieces, bo
 
 TokenizerData read_tokenizer_model(const std::filesystem::path& file) {
   constexpr std::size_t kLargestFile = std::size_t{1} << 25;
-  const std::string where = file.string();
-  const std::string message = read_file(file, kLargestFile);
+  const MappedFile mapped(file);
+  const std::string& where = mapped.name();
+  if (mapped.bytes().size() > kLargestFile) {
+    throw DataError(fmt::format("{}: expected a SentencePiece model of at most {} bytes; found {}", where,
+                                kLargestFile, mapped.bytes().size()));
+  }
+  const std::string_view message(reinterpret_cast<const char*>(mapped.bytes().data()), mapped.bytes().size());
   std::vector<ScoredPiece> pieces;
   ModelSettings settings;
   ProtobufFields fields(message, where);

@@ -24,8 +24,9 @@ class Tokenizer {
   static Tokenizer open(const std::filesystem::path& model);
 
   /// Bytes of any kind are accepted: one that is not UTF-8 is neither letter, digit nor space where a text is
-  /// split, and itself among the tokens. Special tokens that the text spells out become themselves where
-  /// `parse_special`. `add_special` adds what the file's post-processor adds (a BOS token, say).
+  /// split, and itself among the tokens. A byte or character that the vocabulary has no token for gives the
+  /// unknown token, or nothing where there is none. Special tokens that the text spells out become themselves
+  /// where `parse_special`. `add_special` adds what the file's post-processor adds (a BOS token, say).
   std::vector<std::int32_t> encode(std::string_view text, bool add_special, bool parse_special) const;
   /// As encode() of the parts put together, nothing added.
   std::vector<std::int32_t> encode(const std::vector<TextPart>& parts) const;

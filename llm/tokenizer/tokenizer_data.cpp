@@ -4,12 +4,9 @@
 
 #include <algorithm>
 #include <array>
-#include <cerrno>
-#include <cstring>
-#include <fstream>
-#include <system_error>
 
 #include "llm/error.h"
+#include "llm/formats/quoted.h"
 
 namespace moba::llm {
 
@@ -18,20 +15,20 @@ void place_token(TokenizerData& data, std::int64_t id, Token token, std::size_t 
   // Some vocabularies leave gaps; none a million wide.
   const auto limit = static_cast<std::int64_t>(count) + (1 << 20);
   if (id < 0 || id >= limit) {
-    throw DataError(fmt::format("{}: expected ids from 0 to {} ({} tokens); found {} for '{}'", where,
-                                limit - 1, count, id, token.text));
+    throw DataError(fmt::format("{}: expected ids from 0 to {} ({} tokens); found {} for {}", where,
+                                limit - 1, count, id, llm::quoted(token.text)));
   }
   const auto index = static_cast<std::size_t>(id);
   if (index >= data.tokens.size()) data.tokens.resize(index + 1);
   Token& place = data.tokens[index];
   if (place.kind != Token::Kind::kNone && place.text != token.text) {
-    throw DataError(fmt::format("{}: expected one token for every id; found '{}' and '{}' for id {}", where,
-                                place.text, token.text, id));
+    throw DataError(fmt::format("{}: expected one token for every id; found {} and {} for id {}", where,
+                                llm::quoted(place.text), llm::quoted(token.text), id));
   }
   const auto [it, is_new] = data.ids.try_emplace(token.text, static_cast<std::int32_t>(id));
   if (!is_new && it->second != id) {
-    throw DataError(fmt::format("{}: expected one id for every token; found {} and {} for '{}'", where,
-                                it->second, id, token.text));
+    throw DataError(fmt::format("{}: expected one id for every token; found {} and {} for {}", where,
+                                it->second, id, llm::quoted(token.text)));
   }
   place = std::move(token);
 }
@@ -60,22 +57,6 @@ void add_known_end_tokens(TokenizerData& data) {
       add_end_token(data, it->second);
     }
   }
-}
-
-std::string read_file(const std::filesystem::path& file, std::size_t limit) {
-  std::error_code error;
-  const auto size = std::filesystem::file_size(file, error);
-  if (error) throw DataError(fmt::format("{}: expected a file; found '{}'", file.string(), error.message()));
-  if (size > limit) {
-    throw DataError(fmt::format("{}: expected at most {} bytes; found {}", file.string(), limit, size));
-  }
-  std::string text(size, '\0');
-  std::ifstream in(file, std::ios::binary);
-  if (!in.read(text.data(), static_cast<std::streamsize>(size))) {
-    throw DataError(fmt::format("{}: expected {} readable bytes; found {}", file.string(), size,
-                                in.is_open() ? "fewer" : std::strerror(errno)));
-  }
-  return text;
 }
 
 }  // namespace moba::llm

@@ -59,7 +59,4 @@ void add_found_token(TokenizerData& data, const AddedToken& token);
 void add_known_end_tokens(TokenizerData& data);
 void add_end_token(TokenizerData& data, std::int64_t id);
 
-/// The whole of a file of at most `limit` bytes. Throws DataError.
-std::string read_file(const std::filesystem::path& file, std::size_t limit);
-
 }  // namespace moba::llm

@@ -183,6 +183,121 @@ def test_every_character_alone(byte_level):
     assert_same(texts, ids_of(folder, texts), [e.ids for e in tokenizer.encode_batch(texts)])
 
 
+# ---- GGUF metadata
+
+PRE_NAMES = {"gpt2": "gpt-2", "smollm": "smollm", "llama3": "llama-bpe", "qwen2": "qwen2"}
+
+
+def write_gguf(path, tokens, types, **fields):
+    writer = GGUFWriter(path, "llama")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    for name, value in fields.items():
+        getattr(writer, name)(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def type_of(added):
+    return TokenType.NORMAL if added is None else TokenType.CONTROL if added.special else TokenType.USER_DEFINED
+
+
+def test_gguf_byte_level_ids(byte_level, tmp_path):
+    family, folder, _ = byte_level
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    document = json.loads(tokenizer.to_str())
+    # GGUF has no single words and no stripping: only what it can say is left.
+    document["added_tokens"] = [t for t in document["added_tokens"] if t["content"] not in ("word", "<wide>")]
+    tokenizer = Tokenizer.from_str(json.dumps(document))
+    added = tokenizer.get_added_tokens_decoder()
+    tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
+    path = write_gguf(
+        tmp_path / "model.gguf", tokens, [type_of(added.get(i)) for i in range(len(tokens))],
+        add_tokenizer_model="gpt2", add_tokenizer_pre=PRE_NAMES[family],
+        add_token_merges=[" ".join(pair) for pair in document["model"]["merges"]],
+        add_bos_token_id=tokenizer.token_to_id(SPECIAL[family][0]), add_eos_token_id=0,
+    )  # fmt: skip
+    texts = texts_for(family)
+    assert_same(texts, ids_of(path, texts), [encoding.ids for encoding in tokenizer.encode_batch(texts)])
+
+
+def test_gguf_names_an_unknown_pre_tokenizer(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", ["a"], [1], add_tokenizer_model="gpt2", add_tokenizer_pre="viking", add_token_merges=["a a"])
+    message = run("-m", path, "-p", "a", code=1)
+    assert "viking" in message and str(path) in message and "smollm" in message
+
+
+@pytest.mark.parametrize(
+    "fields, mention",
+    [
+        ({"add_tokenizer_model": "bert"}, "bert"),
+        ({"add_tokenizer_model": "gpt2"}, "tokenizer.ggml.merges"),
+        ({"add_tokenizer_model": "gpt2", "add_token_merges": ["ab"]}, "'ab'"),
+        ({"add_tokenizer_model": "gpt2", "add_token_merges": ["a c"]}, "'c'"),
+        ({"add_tokenizer_model": "gpt2", "add_token_merges": ["b b"]}, "'bb'"),
+        ({"add_tokenizer_model": "gpt2", "add_token_merges": ["a b"], "add_eos_token_id": 7}, "eos_token_id"),
+        ({"add_tokenizer_model": "gpt2", "add_token_merges": ["a b"], "add_chat_template": ""}, None),
+        ({"add_tokenizer_model": "llama"}, "tokenizer.ggml.scores"),
+        ({"add_tokenizer_model": "llama", "add_token_scores": [1.0]}, "scores"),
+        ({}, "tokenizer.ggml.model"),
+    ],
+)
+def test_gguf_refusals(tmp_path, fields, mention):
+    path = write_gguf(tmp_path / "m.gguf", ["a", "b", "ab"], [1, 1, 1], **fields)
+    if mention is None:
+        assert json.loads(run("-m", path, "-p", "ab", "--json")) == [2]
+        return
+    message = run("-m", path, "-p", "a", code=1)
+    assert mention in message and str(path) in message and message.count("\n") == 1
+
+
+def test_gguf_refuses_tokens_twice(tmp_path):
+    path = write_gguf(tmp_path / "m.gguf", ["a", "a"], [1, 1], add_tokenizer_model="gpt2", add_token_merges=["a a"])
+    assert "'a'" in run("-m", path, "-p", "a", code=1)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2's tokenizer, put together from the metadata by hand."""
+    if not SMOLLM2.exists():
+        pytest.skip(f"{SMOLLM2} is not there")
+    fields = GGUFReader(SMOLLM2).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+    tokenizer = untrained("smollm")
+    tokenizer.model = models.BPE({token: i for i, token in enumerate(tokens)}, merges)
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    tokenizer.add_special_tokens([t for t, kind in zip(tokens, kinds) if kind == TokenType.CONTROL])
+    return tokenizer, fields["tokenizer.chat_template"].contents()
+
+
+def test_smollm2_ids(smollm2):
+    texts = texts_for("smollm2")
+    assert_same(texts, ids_of(SMOLLM2, texts), [encoding.ids for encoding in smollm2[0].encode_batch(texts)])
+
+
+def test_smollm2_chat(smollm2, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer, template = smollm2
+    chat_folder(tokenizer, tmp_path, template, "<|im_start|>", "<|im_end|>")
+    assert_chat_same(SMOLLM2, AutoTokenizer.from_pretrained(tmp_path))
+
+
+def test_bytes_that_are_not_utf8(smollm2):
+    """The valid text around them is read as ever, and every byte that has a token is there."""
+    before, after = "one  two", " three 12"
+    data = before.encode() + b"\xff\xc3\x28\xed\xa0\x80" + after.encode()
+    ids = json.loads(run("-m", SMOLLM2, "--json", data=data))
+    assert ids[:3] == smollm2[0].encode(before).ids
+    assert ids[-4:] == smollm2[0].encode(after).ids
+    table = run("-m", SMOLLM2, "-f", "-", data="中".encode()[:2] + b"\x00\xb8")
+    assert [line.split()[1] for line in table.splitlines()] == [b"\\xE4\\xB8", b"\\u0000", b"\\xB8"]
+
+
 # ---- SentencePiece BPE
 
 
@@ -213,6 +328,22 @@ def test_sentencepiece_ids(sentencepiece_model):
     assert_same(texts, ids_of(folder, texts, "--no-special", "--no-parse-special"), theirs)
     with_bos = [[model.bos_id(), *ids] for ids in theirs[:500]]
     assert_same(texts[:500], ids_of(folder, texts[:500], "--no-parse-special"), with_bos)
+
+
+def test_gguf_sentencepiece_ids(sentencepiece_model, tmp_path):
+    model = sentencepiece_model[1]
+    size = range(model.vocab_size())
+    defined = {"<tool>", "a  b", "a▁▁b"}
+    types = [TokenType.UNKNOWN if model.is_unknown(i) else TokenType.CONTROL if model.is_control(i)
+             else TokenType.BYTE if model.is_byte(i) else TokenType.USER_DEFINED if model.id_to_piece(i) in defined
+             else TokenType.NORMAL for i in size]  # fmt: skip
+    path = write_gguf(
+        tmp_path / "model.gguf", [model.id_to_piece(i) for i in size], types, add_tokenizer_model="llama",
+        add_token_scores=[model.get_score(i) for i in size], add_bos_token_id=1, add_eos_token_id=2,
+    )  # fmt: skip
+    texts = texts_for("gguf")
+    theirs = [[1, *ids] for ids in model.encode(texts)]
+    assert_same(texts, ids_of(path, texts, "--no-parse-special"), theirs)
 
 
 def sentencepiece_in_json(model, legacy):
