@@ -29,12 +29,6 @@ std::string shown(const nlohmann::json& value) {
   }
 }
 
-/// A member's name: bare, unless that would break the line.
-std::string shown_key(const std::string& key) {
-  std::string name = llm::quoted(key);
-  return name.size() == key.size() + 2 ? key : name;
-}
-
 }  // namespace
 
 nlohmann::json parse_json(std::string_view text, const std::string& file) {
@@ -112,14 +106,14 @@ double JsonValue::number() const {
 
 JsonValue JsonValue::at(const std::string& key) const {
   if (const auto member = find(key)) return *member;
-  fail(fmt::format("a member '{}'", key), "none");
+  fail(fmt::format("a member {}", llm::quoted(key)), "none");
 }
 
 std::optional<JsonValue> JsonValue::find(const std::string& key) const {
   const auto member = object().find(key);
   if (member == object().end() || member->second.is_null()) return std::nullopt;
 
-  return JsonValue(member->second, where_ + separator_ + shown_key(key), ".");
+  return JsonValue(member->second, where_ + separator_ + one_line(key), ".");
 }
 
 JsonValue JsonValue::element(std::size_t index) const {

@@ -4,18 +4,18 @@
 
 namespace moba::llm {
 
-std::string quoted(std::string_view text) {
+std::string one_line(std::string_view text) {
   constexpr std::size_t kLongest = 80;
-  std::string line = "'";
+  std::string line;
   for (const char c : text.substr(0, kLongest)) {
     const auto byte = static_cast<unsigned char>(c);
-    if (byte < 0x20 || byte == 0x7F) {
-      line += fmt::format("\\x{:02x}", byte);
-    } else {
-      line += c;
-    }
+    line += byte < 0x20 || byte == 0x7F ? fmt::format("\\x{:02x}", byte) : std::string(1, c);
   }
-  return line + (text.size() > kLongest ? "...'" : "'");
+  return text.size() > kLongest ? line + "..." : line;
+}
+
+std::string quoted(std::string_view text) {
+  return fmt::format("'{}'", one_line(text));
 }
 
 }  // namespace moba::llm

@@ -1,0 +1,319 @@
+#include "app/info.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <cstdio>
+#include <filesystem>
+#include <functional>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "app/commands.h"
+#include "llm/error.h"
+#include "llm/formats/gguf.h"
+#include "llm/formats/json.h"
+#include "llm/formats/mapped_file.h"
+#include "llm/formats/quoted.h"
+#include "llm/formats/weights.h"
+
+namespace moba::app {
+namespace {
+
+using Json = nlohmann::ordered_json;
+namespace fs = std::filesystem;
+
+/// What comes with the weights: no part of the model, but of the file or folder.
+struct Surroundings {
+  std::string format, tokenizer = "none";
+  std::string chat_template;
+};
+
+/// The form of chat turns that a template writes.
+const char* chat_form(std::string_view source) {
+  const auto has = [&](std::string_view mark) { return source.find(mark) != std::string_view::npos; };
+  if (source.empty()) return "none";
+  if (has("<|im_start|>")) return "ChatML";
+  if (has("<|start_header_id|>")) return "Llama 3";
+  if (has("[INST]") && has("<<SYS>>")) return "Llama 2";
+  return "another";
+}
+
+std::string tokenizer_of(const llm::GgufFile& file) {
+  const auto model = file.find("tokenizer.ggml.model");
+  if (!model) return "none";
+  const std::string_view name = model->string();
+  const auto splitter = file.find("tokenizer.ggml.pre");
+  if (name == "llama") return "SentencePiece BPE";
+  if (name == "gpt2") return fmt::format("byte-level BPE ({})", splitter ? splitter->string() : "default");
+  return std::string(name);
+}
+
+Surroundings surroundings_of(const llm::GgufFile& file) {
+  const auto chat = file.find("tokenizer.chat_template");
+  return {fmt::format("GGUF version {}", file.version()), tokenizer_of(file),
+          std::string(chat ? chat->string() : "")};
+}
+
+/// A template's source: a text, or a list of named ones of which `default` counts.
+std::string template_from(const llm::JsonValue& value) {
+  if (!value.value().is_array()) return value.string();
+  for (std::size_t i = 0; i < value.array().size(); ++i) {
+    const llm::JsonValue named = value.element(i);
+    if (named.at("name").string() == "default") return named.at("template").string();
+  }
+  return "";
+}
+
+std::string template_of(const fs::path& folder) {
+  if (fs::exists(folder / "chat_template.jinja")) {
+    const llm::MappedFile file(folder / "chat_template.jinja");
+    return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
+  }
+  const fs::path path = folder / "tokenizer_config.json";
+  if (!fs::exists(path)) return "";
+  const nlohmann::json document = llm::load_json(path);
+  const auto chat = llm::JsonValue(document, path.string()).find("chat_template");
+  return chat ? template_from(*chat) : "";
+}
+
+Surroundings surroundings_of(const fs::path& folder) {
+  Surroundings found{"safetensors", "none", template_of(folder)};
+  for (const char* name : {"tokenizer.model", "tokenizer.json"}) {
+    if (fs::exists(folder / name)) found.tokenizer = name;
+  }
+  return found;
+}
+
+Surroundings surroundings_of_model(const fs::path& model) {
+  return fs::is_directory(model) ? surroundings_of(model) : surroundings_of(llm::GgufFile::open(model));
+}
+
+struct Share {
+  std::int64_t tensors = 0;
+  std::uint64_t bytes = 0;
+};
+
+/// Tensors and bytes of each storage type, in the order of the enumeration.
+std::map<llm::Storage, Share> mix_of(const llm::Weights& weights) {
+  std::map<llm::Storage, Share> mix;
+  for (const llm::StoredTensor& tensor : weights.tensors()) {
+    Share& share = mix[tensor.storage];
+    ++share.tensors;
+    share.bytes += tensor.bytes.size();
+  }
+  return mix;
+}
+
+std::int64_t parameters_of(const llm::Weights& weights) {
+  std::int64_t parameters = 0;
+  for (const llm::StoredTensor& tensor : weights.tensors()) parameters += tensor.count();
+  return parameters;
+}
+
+std::uint64_t bytes_of(const llm::Weights& weights) {
+  std::uint64_t bytes = 0;
+  for (const llm::WeightFile& file : weights.files()) bytes += file.bytes;
+  return bytes;
+}
+
+const char* name_of(llm::RopeScaling::Kind kind) {
+  switch (kind) {
+    case llm::RopeScaling::Kind::none:
+      return "none";
+    case llm::RopeScaling::Kind::linear:
+      return "linear";
+    case llm::RopeScaling::Kind::llama3:
+      return "llama3";
+    case llm::RopeScaling::Kind::yarn:
+      return "yarn";
+  }
+  return "?";
+}
+
+Json rope_json(const llm::ModelConfig& config) {
+  using Kind = llm::RopeScaling::Kind;
+  const llm::RopeScaling& scaling = config.rope;
+  Json rope{{"theta", config.rope_theta}, {"scaling", name_of(scaling.kind)}};
+  if (scaling.kind != Kind::none) rope["factor"] = scaling.factor;
+  if (scaling.kind == Kind::llama3 || scaling.kind == Kind::yarn)
+    rope["original_context"] = scaling.original_context;
+  if (scaling.kind == Kind::llama3) {
+    rope["low_freq_factor"] = scaling.low_freq_factor;
+    rope["high_freq_factor"] = scaling.high_freq_factor;
+  }
+  if (scaling.kind == Kind::yarn) {
+    rope["beta_fast"] = scaling.beta_fast;
+    rope["beta_slow"] = scaling.beta_slow;
+    if (scaling.attention_factor) rope["attention_factor"] = *scaling.attention_factor;
+    if (scaling.mscale) rope["mscale"] = *scaling.mscale;
+    if (scaling.mscale_all_dim) rope["mscale_all_dim"] = *scaling.mscale_all_dim;
+    rope["truncate"] = scaling.truncate;
+  }
+  if (!config.rope_divisors.empty()) rope["divisors"] = config.rope_divisors;
+  return rope;
+}
+
+Json to_json(const InfoOptions& options, const llm::Weights& weights, const Surroundings& around) {
+  const llm::ModelConfig& config = weights.config();
+  Json json{{"model", options.model},
+            {"format", around.format},
+            {"files", Json::array()},
+            {"file_bytes", bytes_of(weights)},
+            {"architecture", config.architecture},
+            {"parameters", parameters_of(weights)},
+            {"layers", config.layers},
+            {"hidden", config.hidden},
+            {"intermediate", config.intermediate},
+            {"heads", config.heads},
+            {"kv_heads", config.kv_heads},
+            {"head_dim", config.head_dim},
+            {"vocab", config.vocab},
+            {"context", config.context},
+            {"norm_eps", config.norm_eps},
+            {"rope", rope_json(config)},
+            {"qkv_bias", config.qkv_bias},
+            {"output_bias", config.output_bias},
+            {"mlp_bias", config.mlp_bias},
+            {"qk_norm", config.qk_norm},
+            {"tied_embeddings", config.tied_embeddings},
+            {"storage", Json::array()},
+            {"tokenizer", around.tokenizer},
+            {"chat_template", chat_form(around.chat_template)}};
+  for (const llm::WeightFile& file : weights.files()) json["files"].push_back(file.name);
+  for (const auto& [storage, share] : mix_of(weights)) {
+    json["storage"].push_back(
+        {{"type", name_of(storage)}, {"tensors", share.tensors}, {"bytes", share.bytes}});
+  }
+  if (!options.tensors) return json;
+  for (const llm::StoredTensor& tensor : weights.tensors()) {
+    json["tensors"].push_back({{"name", tensor.name},
+                               {"type", name_of(tensor.storage)},
+                               {"shape", tensor.shape},
+                               {"bytes", tensor.bytes.size()}});
+  }
+  return json;
+}
+
+/// 134515008 as "134.5 M": a count in thousands.
+std::string counted(std::int64_t count) {
+  const auto value = static_cast<double>(count);
+  if (value >= 1e9) return fmt::format("{:.2f} B", value / 1e9);
+  if (value >= 1e6) return fmt::format("{:.1f} M", value / 1e6);
+  return fmt::format("{:.1f} K", value / 1e3);
+}
+
+std::string sized(std::uint64_t bytes) {
+  const auto value = static_cast<double>(bytes);
+  constexpr double kMiB = 1 << 20, kGiB = 1 << 30;
+  if (value >= kGiB) return fmt::format("{:.2f} GiB", value / kGiB);
+  if (value >= kMiB) return fmt::format("{:.1f} MiB", value / kMiB);
+  return fmt::format("{:.1f} KiB", value / 1024);
+}
+
+std::string rope_text(const llm::ModelConfig& config) {
+  const llm::RopeScaling& scaling = config.rope;
+  std::string text = fmt::format("theta {}", config.rope_theta);
+  if (scaling.kind != llm::RopeScaling::Kind::none) {
+    text += fmt::format(", {} scaling by {}", name_of(scaling.kind), scaling.factor);
+  }
+  if (scaling.original_context != 0) text += fmt::format(" from {} tokens", scaling.original_context);
+  if (!config.rope_divisors.empty()) text += ", divisors for each frequency";
+  return text;
+}
+
+std::string extras_text(const llm::ModelConfig& config) {
+  std::vector<const char*> extras;
+  if (config.tied_embeddings) extras.push_back("tied embeddings");
+  if (config.qkv_bias) extras.push_back("QKV bias");
+  if (config.output_bias) extras.push_back("output bias");
+  if (config.mlp_bias) extras.push_back("MLP bias");
+  if (config.qk_norm) extras.push_back("q/k norm");
+  return extras.empty() ? "none" : fmt::format("{}", fmt::join(extras, ", "));
+}
+
+std::string tensor_lines(const llm::Weights& weights) {
+  std::string text = "\n";
+  for (const llm::StoredTensor& tensor : weights.tensors()) {
+    text += fmt::format("{:<48} {:<5} {:>10}  [{}]\n", llm::one_line(tensor.name), name_of(tensor.storage),
+                        sized(tensor.bytes.size()), fmt::join(tensor.shape, ", "));
+  }
+  return text;
+}
+
+std::string table(const InfoOptions& options, const llm::Weights& weights, const Surroundings& around) {
+  const llm::ModelConfig& config = weights.config();
+  std::string text;
+  const auto line = [&](std::string_view label, const auto& value) {
+    text += fmt::format("{:<14} {}\n", label, value);
+  };
+  line("model", options.model);
+  line("format", fmt::format("{}, {} in {} file{}", around.format, sized(bytes_of(weights)),
+                             weights.files().size(), weights.files().size() == 1 ? "" : "s"));
+  line("architecture", config.architecture);
+  line("parameters", counted(parameters_of(weights)));
+  line("layers", config.layers);
+  line("hidden", fmt::format("{}, feed-forward {}", config.hidden, config.intermediate));
+  line("heads",
+       fmt::format("{}, key/value heads {}, head size {}", config.heads, config.kv_heads, config.head_dim));
+  line("context", fmt::format("{} tokens", config.context));
+  line("vocabulary", config.vocab);
+  line("rope", rope_text(config));
+  line("extras", extras_text(config));
+  for (const auto& [storage, share] : mix_of(weights)) {
+    line("weights",
+         fmt::format("{:<5} {:>5} tensors {:>10}", name_of(storage), share.tensors, sized(share.bytes)));
+  }
+  line("tokenizer", llm::one_line(around.tokenizer));
+  line("chat template", chat_form(around.chat_template));
+  return options.tensors ? text + tensor_lines(weights) : text;
+}
+
+void print(const std::string& text) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
+    throw llm::DataError("standard output: cannot be written");
+  }
+}
+
+}  // namespace
+
+int run_info(const InfoOptions& options) {
+  const llm::Weights weights = llm::Weights::open(options.model);
+  const Surroundings around = surroundings_of_model(options.model);
+  if (options.json) {
+    print(to_json(options, weights, around).dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
+  } else {
+    print(table(options, weights, around));
+  }
+  return 0;
+}
+
+CLI::App* add_info(CLI::App& parent, std::function<int()>& action) {
+  const auto options = std::make_shared<InfoOptions>();
+  CLI::App* command = parent.add_subcommand("info", "Show what a weights file holds, from its headers alone");
+  command->add_option("-m,--model", options->model, "Weights: a GGUF file or a Hugging Face folder")
+      ->required()
+      ->type_name("PATH");
+  command->add_flag("--tensors", options->tensors, "List every tensor too");
+  const auto choose = [options](const std::string& word) {
+    if (word != "table" && word != "json") {
+      throw CLI::ValidationError("-o/--output", fmt::format("expected table or json; found {}", word));
+    }
+    options->json = word == "json";
+  };
+  CLI::Option* output =
+      command->add_option_function<std::string>("-o,--output", choose, "How to print it [table]")
+          ->type_name("table|json");
+  command->add_flag("--json", options->json, "The same as -o json")->excludes(output);
+  command->footer("Example:\n  moba info -m SmolLM2-135M-Instruct.Q4_1.gguf --tensors");
+  command->callback([options, &action] { action = [options] { return run_info(*options); }; });
+  return command;
+}
+
+}  // namespace moba::app
