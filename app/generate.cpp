@@ -268,7 +268,7 @@ CLI::App* add_generate(CLI::App& parent, std::function<int()>& action) {
   command->footer(
       "Example: ask about a long document, reading it with MoBA\n"
       "  moba generate -m SmolLM2-135M-Instruct.Q4_1.gguf -f report.txt -p \"What did the audit find?\" "
-      "--attn moba");
+      "--attn moba\n");
   command->callback([flags, &action] { action = [flags] { return run(*flags); }; });
   return command;
 }

@@ -3,15 +3,11 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <fmt/format.h>
-#include <fmt/ranges.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
-
-#include "llm/error.h"
 
 namespace moba::llm {
 namespace {
@@ -27,22 +23,16 @@ void release_pages(const StoredTensor& tensor) {
   madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 }
 
-}  // namespace
-
-const StoredTensor& Loader::stored(const std::string& name, const std::vector<std::int64_t>& shape) const {
-  const StoredTensor* tensor = weights_.find(name);
-  if (!tensor) {
-    throw DataError(
-        fmt::format("{}: expected shape [{}]; found no such tensor", name, fmt::join(shape, ", ")));
-  }
-  if (tensor->shape != shape) {
-    throw DataError(fmt::format("{}: expected shape [{}]; found [{}]", tensor->name, fmt::join(shape, ", "),
-                                fmt::join(tensor->shape, ", ")));
-  }
-  return *tensor;
+std::int64_t rows_of(std::initializer_list<Loader::Part> parts) {
+  std::int64_t rows = 0;
+  for (const Loader::Part& part : parts) rows += part.rows;
+  return rows;
 }
 
-void Loader::read_rows(const StoredTensor& tensor, const std::string& name, const at::Tensor& rows) const {
+}  // namespace
+
+void Loader::read_rows(const std::string& name, const at::Tensor& rows) const {
+  const StoredTensor& tensor = *weights_.find(name);
   const std::int64_t count = rows.size(0), columns = rows.size(1);
   const std::int64_t step = std::max<std::int64_t>(1, kChunk / columns);
   at::parallel_for(0, (count + step - 1) / step, 1, [&](std::int64_t begin, std::int64_t end) {
@@ -62,15 +52,10 @@ void Loader::read_rows(const StoredTensor& tensor, const std::string& name, cons
 }
 
 at::Tensor Loader::matrix(std::initializer_list<Part> parts, std::int64_t columns) const {
-  std::int64_t total = 0;
-  for (const Part& part : parts) {
-    stored(part.name, {part.rows, columns});
-    total += part.rows;
-  }
-  at::Tensor matrix = at::empty({total, columns}, dtype_);
+  at::Tensor matrix = at::empty({rows_of(parts), columns}, dtype_);
   std::int64_t row = 0;
   for (const Part& part : parts) {
-    read_rows(stored(part.name, {part.rows, columns}), part.name, matrix.narrow(0, row, part.rows));
+    read_rows(part.name, matrix.narrow(0, row, part.rows));
     row += part.rows;
   }
   return matrix;
@@ -78,7 +63,7 @@ at::Tensor Loader::matrix(std::initializer_list<Part> parts, std::int64_t column
 
 void Loader::read_vector(const std::string& name, const at::Tensor& out) const {
   std::vector<float> values(static_cast<std::size_t>(out.size(0))), ordered(values.size());
-  dequantise(stored(name, {out.size(0)}), 0, 1, values.data());
+  dequantise(*weights_.find(name), 0, 1, values.data());
   for (std::size_t i = 0; i < values.size(); ++i) {
     ordered[i] = values[static_cast<std::size_t>(weights_.stored_row(name, static_cast<std::int64_t>(i)))];
   }
@@ -86,12 +71,7 @@ void Loader::read_vector(const std::string& name, const at::Tensor& out) const {
 }
 
 at::Tensor Loader::bias(std::initializer_list<Part> parts) const {
-  std::int64_t total = 0;
-  for (const Part& part : parts) {
-    stored(part.name, {part.rows});
-    total += part.rows;
-  }
-  at::Tensor bias = at::empty({total}, dtype_);
+  at::Tensor bias = at::empty({rows_of(parts)}, dtype_);
   std::int64_t row = 0;
   for (const Part& part : parts) {
     read_vector(part.name, bias.narrow(0, row, part.rows));
@@ -101,7 +81,6 @@ at::Tensor Loader::bias(std::initializer_list<Part> parts) const {
 }
 
 at::Tensor Loader::norm(const std::string& name, std::int64_t size) const {
-  stored(name, {size});
   at::Tensor norm = at::empty({size}, at::kFloat);
   read_vector(name, norm);
   return norm;

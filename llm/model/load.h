@@ -9,8 +9,8 @@
 
 namespace moba::llm {
 
-/// Turns stored tensors into working ones, under their Hugging Face names. Nothing is allocated before the
-/// stored shapes are known to be right. Throws DataError for a tensor that is missing or of another shape.
+/// Turns stored tensors into working ones, under their Hugging Face names. Weights::open has checked that
+/// they are there and of the shapes asked for.
 class Loader {
  public:
   Loader(const Weights& weights, at::ScalarType dtype) : weights_(weights), dtype_(dtype) {}
@@ -27,8 +27,7 @@ class Loader {
   at::Tensor norm(const std::string& name, std::int64_t size) const;
 
  private:
-  const StoredTensor& stored(const std::string& name, const std::vector<std::int64_t>& shape) const;
-  void read_rows(const StoredTensor& tensor, const std::string& name, const at::Tensor& rows) const;
+  void read_rows(const std::string& name, const at::Tensor& rows) const;
   void read_vector(const std::string& name, const at::Tensor& out) const;
 
   const Weights& weights_;

@@ -27,7 +27,7 @@ enum class Logits : std::uint8_t { none, last, all };
 class Model {
  public:
   /// Converts every tensor once, a few rows at a time, and lets go of the mapped pages behind it. `dtype` is
-  /// f32, bf16 or f16. Throws DataError, naming the tensor, for one that is missing or of another shape.
+  /// f32, bf16 or f16.
   static Model load(const Weights& weights, DType dtype);
 
   const ModelConfig& config() const;
