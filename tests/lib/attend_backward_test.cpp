@@ -1,0 +1,210 @@
+// Gradients against finite differences of the forward, in f64, and across storage types.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <map>
+#include <random>
+
+#include "backends.h"
+#include "cases.h"
+
+namespace moba::test {
+namespace {
+
+struct Differentiated {
+  Array dq, dk, dv;
+};
+
+Differentiated backward(const Case& c, const Array& d_out, Result& forward, const Execution& execution,
+                        bool with_selection = true) {
+  Differentiated d{Array(c.dtype, c.queries(), c.q_heads(), c.head_dim, c.out_layout),
+                   Array(c.dtype, c.keys(), c.kv_heads, c.head_dim, c.out_layout),
+                   Array(c.dtype, c.keys(), c.kv_heads, c.head_dim, c.out_layout)};
+  const Outputs outputs = forward.outputs();
+  attention_backward(
+      d_out.view(), c.q.view(), c.k.view(), c.v.view(),
+      {.out = outputs.out, .lse = outputs.lse, .selection = with_selection ? outputs.selection : nullptr},
+      c.sequences, c.routing, {d.dq.view(), d.dk.view(), d.dv.view()}, execution);
+  return d;
+}
+
+Array gradient_for(const Case& c) {
+  Case other = c;
+  other.seed = c.seed + 99;
+  other.values = Values::normal;
+  other.q_layout = Layout::padded;
+  fill(other);
+  return other.q;
+}
+
+/// <d_out, attention(c)>: the number whose gradient the backward pass gives.
+double loss(const Case& c, const Array& d_out, const Execution& execution) {
+  const Result result = run_attention(c, execution);
+  double sum = 0;
+  for (std::int64_t token = 0; token < c.queries(); ++token) {
+    for (std::int64_t head = 0; head < c.q_heads(); ++head) {
+      for (std::int64_t d = 0; d < c.head_dim; ++d)
+        sum += d_out.get(token, head, d) * result.out.get(token, head, d);
+    }
+  }
+  return sum;
+}
+
+/// The derivative along a random direction of one input, by central differences and by the gradient.
+void check_direction(Case c, Array Case::*input, const Array& gradient, const Array& d_out,
+                     const Execution& execution, std::mt19937_64& engine) {
+  constexpr double kStep = 1e-5;
+  std::normal_distribution<double> normal;
+  const Array before = c.*input;
+  Case up = c, down = c;
+  double expected = 0, size = 0;
+  for (std::int64_t token = 0; token < before.tokens(); ++token) {
+    for (std::int64_t head = 0; head < before.heads(); ++head) {
+      for (std::int64_t d = 0; d < before.head_dim(); ++d) {
+        const double direction = normal(engine), at = before.get(token, head, d);
+        (up.*input).set(token, head, d, at + kStep * direction);
+        (down.*input).set(token, head, d, at - kStep * direction);
+        expected += direction * gradient.get(token, head, d);
+        size += std::fabs(direction * gradient.get(token, head, d));
+      }
+    }
+  }
+  const double found = (loss(up, d_out, execution) - loss(down, d_out, execution)) / (2 * kStep);
+  EXPECT_NEAR(found, expected, 1e-7 * (1 + size)) << describe(c);
+}
+
+Case backward_case(std::uint64_t seed) {
+  Case c = random_case(seed);
+  c.values = Values::normal;
+  c.k_layout = c.k_layout == Layout::shared_heads ? Layout::padded : c.k_layout;
+  c.v_layout = c.v_layout == Layout::shared_heads ? Layout::reversed : c.v_layout;
+  c.head_dim = std::min<std::int64_t>(c.head_dim, 17);
+  return c;
+}
+
+TEST(AttendBackward, EqualsFiniteDifferences) {
+  const Execution execution{.backend = "reference", .parallel = serial()};
+  std::mt19937_64 engine(1);
+  for (std::uint64_t seed = 0; seed < 120; ++seed) {
+    Case c = backward_case(seed);
+    c.dtype = DType::f64;
+    fill(c);
+    const Array d_out = gradient_for(c);
+    Result forward = run_attention(c, execution);
+    const Differentiated d = backward(c, d_out, forward, execution);
+    EXPECT_TRUE(d.dq.gaps_untouched() && d.dk.gaps_untouched() && d.dv.gaps_untouched()) << describe(c);
+    check_direction(c, &Case::q, d.dq, d_out, execution, engine);
+    check_direction(c, &Case::k, d.dk, d_out, execution, engine);
+    check_direction(c, &Case::v, d.dv, d_out, execution, engine);
+  }
+}
+
+using BackwardOfBackend = EveryBackend;
+
+bool same(const Differentiated& a, const Differentiated& b) {
+  return a.dq.bytes() == b.dq.bytes() && a.dk.bytes() == b.dk.bytes() && a.dv.bytes() == b.dv.bytes();
+}
+
+double largest_difference(const Array& a, const Array& b) {
+  double most = 0;
+  for (std::int64_t token = 0; token < a.tokens(); ++token) {
+    for (std::int64_t head = 0; head < a.heads(); ++head) {
+      for (std::int64_t d = 0; d < a.head_dim(); ++d)
+        most = std::max(most, std::fabs(a.get(token, head, d) - b.get(token, head, d)));
+    }
+  }
+  return most;
+}
+
+TEST_P(BackwardOfBackend, EqualsTheReferenceInDouble) {
+  const std::map<DType, double> allowed = {{DType::f32, 2e-5}, {DType::bf16, 0.1}, {DType::f16, 0.01}};
+  for (std::uint64_t seed = 1000; seed < 1100; ++seed) {
+    const Case c = [&] {
+      Case built = backward_case(seed);
+      if (built.routing.scale) built.routing.scale = *built.routing.scale / 2;
+      fill(built);
+      return built;
+    }();
+    const Array d_out = gradient_for(c);
+    Result forward = run_attention(c, execution());
+    const Differentiated found = backward(c, d_out, forward, execution());
+
+    Case wide = c;
+    wide.dtype = DType::f64;
+    const auto widened = [](const Array& from) {
+      Array to(DType::f64, from.tokens(), from.heads(), from.head_dim());
+      for (std::int64_t token = 0; token < from.tokens(); ++token) {
+        for (std::int64_t head = 0; head < from.heads(); ++head) {
+          for (std::int64_t d = 0; d < from.head_dim(); ++d) to.set(token, head, d, from.get(token, head, d));
+        }
+      }
+      return to;
+    };
+    wide.q = widened(c.q);
+    wide.k = widened(c.k);
+    wide.v = widened(c.v);
+    const Execution reference{.backend = "reference", .parallel = serial()};
+    Result wide_forward = run_attention(wide, reference);
+    wide_forward.selection = forward.selection;
+    const Differentiated expected = backward(wide, widened(d_out), wide_forward, reference);
+    const double tolerance = allowed.at(c.dtype);
+    EXPECT_LE(largest_difference(found.dq, expected.dq), tolerance) << describe(c);
+    EXPECT_LE(largest_difference(found.dk, expected.dk), tolerance) << describe(c);
+    EXPECT_LE(largest_difference(found.dv, expected.dv), tolerance) << describe(c);
+  }
+}
+
+TEST_P(BackwardOfBackend, SelectsAgainToTheSameBlocks) {
+  for (std::uint64_t seed = 2000; seed < 2040; ++seed) {
+    Case c = backward_case(seed);
+    fill(c);
+    const Array d_out = gradient_for(c);
+    Result forward = run_attention(c, execution());
+    EXPECT_TRUE(
+        same(backward(c, d_out, forward, execution(), true), backward(c, d_out, forward, execution(), false)))
+        << describe(c);
+  }
+}
+
+TEST_P(BackwardOfBackend, AnyThreadsAndWorkspaceGiveTheSameBits) {
+  for (std::uint64_t seed = 2100; seed < 2130; ++seed) {
+    Case c = backward_case(seed);
+    fill(c);
+    const Array d_out = gradient_for(c);
+    Result forward = run_attention(c, execution());
+    const Differentiated expected = backward(c, d_out, forward, execution());
+    for (const Parallel& parallel : {serial(), openmp(2), openmp(7), std_threads(2), std_threads(7)}) {
+      EXPECT_TRUE(same(backward(c, d_out, forward, {.backend = GetParam(), .parallel = parallel}), expected))
+          << describe(c) << ", " << parallel.threads << " threads";
+    }
+    for (std::size_t budget = std::size_t{1} << 22; budget > 0; budget /= 2) {
+      try {
+        const Execution tight{.backend = GetParam(), .parallel = serial(), .workspace_bytes = budget};
+        ASSERT_TRUE(same(backward(c, d_out, forward, tight), expected)) << describe(c) << ", " << budget;
+      } catch (const Error& error) {
+        ASSERT_NE(std::string(error.what()).find("workspace_bytes"), std::string::npos) << error.what();
+      }
+    }
+  }
+}
+
+TEST_P(BackwardOfBackend, ASelectionThatIsNoneIsAnError) {
+  const Case c = plain_case(1, 30, 30, {.block_size = 4, .top_k = 3});
+  const Array d_out = gradient_for(c);
+  for (const std::int32_t block : {7, 100, std::numeric_limits<std::int32_t>::max()}) {
+    Result forward = run_attention(c, execution());
+    forward.outputs().selection[10 * forward.width] = block;
+    try {
+      backward(c, d_out, forward, execution());
+      ADD_FAILURE() << "no error for block " << block;
+    } catch (const Error& error) {
+      EXPECT_EQ(std::string(error.what()).find("attention_backward: selection lists block"), 0U)
+          << error.what();
+    }
+  }
+}
+
+MOBA_FOR_EVERY_BACKEND(BackwardOfBackend);
+
+}  // namespace
+}  // namespace moba::test

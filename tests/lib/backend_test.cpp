@@ -1,0 +1,75 @@
+// Which backend runs, and that forcing one from outside takes.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdlib>
+
+#include "cases.h"
+
+namespace moba::test {
+namespace {
+
+/// Sets MOBA_BACKEND for the length of a test.
+class Forced {
+ public:
+  explicit Forced(const char* name) { setenv("MOBA_BACKEND", name, 1); }
+  ~Forced() { unsetenv("MOBA_BACKEND"); }
+};
+
+/// Only the reference takes f64, so that a call on f64 tells who ran it.
+Case double_case() {
+  Case c{.dtype = DType::f64, .sequences = one_sequence(5)};
+  fill(c);
+  return c;
+}
+
+TEST(BackendChoice, ReferenceAndCpuAreBuilt) {
+  const std::vector<std::string> names = backends();
+  for (const char* name : {"reference", "cpu"})
+    EXPECT_NE(std::find(names.begin(), names.end(), name), names.end()) << name;
+}
+
+TEST(BackendChoice, DefaultIsTheFastOne) {
+  EXPECT_EQ(backends().front(), "cpu");
+  EXPECT_THROW(run_attention(double_case(), {}), Error);
+}
+
+TEST(BackendChoice, ArgumentTakes) {
+  EXPECT_NO_THROW(run_attention(double_case(), {.backend = "reference"}));
+}
+
+TEST(BackendChoice, EnvironmentTakes) {
+  const Forced forced("reference");
+  EXPECT_NO_THROW(run_attention(double_case(), {}));
+}
+
+TEST(BackendChoice, ArgumentGoesBeforeEnvironment) {
+  const Forced forced("reference");
+  EXPECT_THROW(run_attention(double_case(), {.backend = "cpu"}), Error);
+}
+
+TEST(BackendChoice, UnknownNamesAreErrorsThatSayWhereTheyStand) {
+  const Forced forced("quantum");
+  try {
+    run_attention(double_case(), {});
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_EQ(std::string(error.what()).find("attention: MOBA_BACKEND is \"quantum\"; this build has "), 0U)
+        << error.what();
+  }
+}
+
+TEST(BackendChoice, RefusalNamesItsReason) {
+  Case c{.head_dim = 300, .sequences = one_sequence(5)};
+  fill(c);
+  try {
+    run_attention(c, {.backend = "cpu"});
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("q has 300"), std::string::npos) << error.what();
+  }
+  EXPECT_NO_THROW(run_attention(c, {.backend = "reference"}));
+}
+
+}  // namespace
+}  // namespace moba::test

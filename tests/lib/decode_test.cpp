@@ -1,0 +1,224 @@
+// The cache: prefill in chunks and decode token by token give what one call gives.
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "backends.h"
+#include "moba/cache.h"
+#include "oracle.h"
+
+namespace moba::test {
+namespace {
+
+using Decode = EveryBackend;
+
+KvCache cache_for(const Case& c, std::int64_t sequences = 1) {
+  return KvCache({.kv_heads = c.kv_heads,
+                  .head_dim = c.head_dim,
+                  .block_size = c.routing.block_size,
+                  .dtype = c.dtype,
+                  .sequences = sequences});
+}
+
+void append(KvCache& cache, const Case& c, std::int64_t first, std::int64_t count,
+            std::int64_t sequence = 0) {
+  cache.append(c.k.slice(first, count), c.v.slice(first, count), sequence);
+}
+
+Case small_case(DType dtype, const Routing& routing, std::int64_t tokens = 83) {
+  Case c{.seed = 11, .dtype = dtype, .kv_heads = 2, .group = 3, .head_dim = 20};
+  c.sequences = one_sequence(tokens);
+  c.routing = routing;
+  c.k_layout = Layout::padded;
+  fill(c);
+  return c;
+}
+
+std::vector<Routing> routings() {
+  return {{.block_size = 8, .top_k = 3},   {.block_size = 8, .top_k = 4, .sink_blocks = 1},
+          {.block_size = 5, .top_k = 1},   {.block_size = 1, .top_k = 6},
+          {.block_size = 100, .top_k = 2}, {.block_size = 8, .top_k = Routing::kEverything}};
+}
+
+/// A result with the rows [first, first + count) of `all`.
+Case part_of(const Case& c, std::int64_t first, std::int64_t count) {
+  Case part = c;
+  part.sequences = one_sequence(count, first + count);
+  part.q = Array(c.dtype, count, c.q_heads(), c.head_dim);
+  part.k = Array(c.dtype, first + count, c.kv_heads, c.head_dim);
+  part.v = part.k;
+  for (std::int64_t d = 0; d < c.head_dim; ++d) {
+    for (std::int64_t head = 0; head < c.q_heads(); ++head) {
+      for (std::int64_t token = 0; token < count; ++token)
+        part.q.set(token, head, d, c.q.get(first + token, head, d));
+    }
+    for (std::int64_t head = 0; head < c.kv_heads; ++head) {
+      for (std::int64_t token = 0; token < first + count; ++token) {
+        part.k.set(token, head, d, c.k.get(token, head, d));
+        part.v.set(token, head, d, c.v.get(token, head, d));
+      }
+    }
+  }
+  return part;
+}
+
+/// Rows of one decoded token must be those of the oracle, given what chunked prefill selects for it.
+void check_decoded(const Case& c, const KvCache& cache, const Execution& execution, bool exact) {
+  Result selected(c), decoded(c);
+  attention(c.q.view(), cache, 0, c.routing, selected.outputs(), execution);
+  check_result(c, selected, exact);
+  decode(c.q.view(), cache, c.routing, {.out = decoded.out.view(), .lse = decoded.outputs().lse}, execution);
+  decoded.selection = selected.selection;
+  EXPECT_TRUE(decoded.fences_untouched());
+  check_attended(c, decoded, exact);
+}
+
+TEST_P(Decode, EqualsOneCall) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    for (const Routing& routing : routings()) {
+      const Case c = small_case(dtype, routing);
+      KvCache cache = cache_for(c);
+      append(cache, c, 0, 50);
+      for (std::int64_t token = 50; token < c.queries() && !HasFailure(); ++token) {
+        append(cache, c, token, 1);
+        ASSERT_EQ(cache.length(), token + 1);
+        check_decoded(part_of(c, token, 1), cache, execution(), exact());
+      }
+    }
+  }
+}
+
+TEST_P(Decode, ChunkedPrefillEqualsOneCall) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    for (const Routing& routing : routings()) {
+      const Case c = small_case(dtype, routing);
+      const Result expected = run_attention(c, execution());
+      for (const std::int64_t step : {1, 7, 13, 64, 83}) {
+        KvCache cache = cache_for(c);
+        for (std::int64_t first = 0; first < c.queries(); first += step) {
+          const Case part = part_of(c, first, std::min(step, c.queries() - first));
+          append(cache, c, first, part.queries());
+          Result found(part);
+          attention(part.q.view(), cache, 0, c.routing, found.outputs(), execution());
+          check_result(part, found, exact());
+          for (std::int64_t token = 0; token < part.queries() && !HasFailure(); ++token) {
+            for (std::int64_t head = 0; head < c.q_heads(); ++head)
+              EXPECT_EQ(found.row(head, token), expected.row(head, first + token)) << describe(part);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Decode, ForgottenTokensLeaveNoTrace) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::i8}) {
+    Case c = small_case(dtype == DType::i8 ? DType::f32 : dtype, {.block_size = 8, .top_k = 3}, 150);
+    Case other = c;
+    other.seed = 12;
+    fill(other);
+    const KvCache::Shape shape{.kv_heads = 2, .head_dim = 20, .block_size = 8, .dtype = dtype};
+    KvCache fresh(shape), used(shape);
+    append(fresh, c, 0, 150);
+    append(used, c, 0, 69);
+    append(used, other, 69, 81);
+    used.truncate(131);
+    used.truncate(69);
+    EXPECT_EQ(used.length(), 69);
+    append(used, c, 69, 81);
+    const Case last = part_of(c, 149, 1);
+    Result expected(last), found(last);
+    attention(last.q.view(), fresh, 0, c.routing, expected.outputs(), execution());
+    attention(last.q.view(), used, 0, c.routing, found.outputs(), execution());
+    EXPECT_TRUE(found == expected) << moba::name_of(dtype);
+  }
+}
+
+TEST_P(Decode, SequencesOfAnyLengthTogether) {
+  const std::vector<std::int64_t> lengths = {40, 0, 1, 83, 8};
+  const Case c = small_case(DType::f32, {.block_size = 8, .top_k = 3});
+  KvCache cache = cache_for(c, static_cast<std::int64_t>(lengths.size()));
+  for (std::size_t s = 0; s < lengths.size(); ++s)
+    append(cache, c, 0, lengths[s], static_cast<std::int64_t>(s));
+
+  Case batch = c;
+  batch.sequences = one_sequence(static_cast<std::int64_t>(lengths.size()));
+  Result found(batch);
+  decode(c.q.slice(0, batch.queries()), cache, c.routing,
+         {.out = found.out.view(), .lse = found.outputs().lse}, execution());
+  EXPECT_TRUE(found.fences_untouched());
+  for (std::int64_t s = 0; s < batch.queries(); ++s) {
+    Case single = c;
+    single.sequences = one_sequence(1, lengths[static_cast<std::size_t>(s)]);
+    Result expected(single);
+    attention(c.q.slice(s, 1), cache, s, c.routing, expected.outputs(), execution());
+    for (std::int64_t head = 0; head < c.q_heads(); ++head) {
+      const float lse = expected.lse_at(head, 0);
+      EXPECT_EQ(std::isinf(lse), lengths[static_cast<std::size_t>(s)] == 0);
+      if (std::isinf(lse)) {
+        EXPECT_EQ(found.lse_at(head, s), lse);
+      } else {
+        EXPECT_NEAR(found.lse_at(head, s), lse, 1e-5);
+      }
+      for (std::int64_t d = 0; d < c.head_dim; ++d)
+        EXPECT_NEAR(found.out.get(s, head, d), expected.out.get(0, head, d), 1e-5);
+    }
+  }
+}
+
+/// Rows whose largest magnitude is 127 have a scale of 1, so that whole numbers survive 8 bits.
+TEST_P(Decode, EightBitsHoldWholeNumbersExactly) {
+  Case c = small_case(DType::f32, {.block_size = 8, .top_k = 3}, 60);
+  c.values = Values::integers;
+  c.routing.scale = 0.01F;
+  fill(c);
+  for (std::int64_t token = 0; token < 60; ++token) {
+    for (std::int64_t head = 0; head < 2; ++head) {
+      c.k.set(token, head, 0, token % 2 == 0 ? 127 : -127);
+      for (std::int64_t d = 0; d < c.head_dim; ++d)
+        c.v.set(token, head, d, static_cast<double>((token * 7 + d) % 100));
+      c.v.set(token, head, 0, 127);
+    }
+  }
+  KvCache cache({.kv_heads = 2, .head_dim = c.head_dim, .block_size = 8, .dtype = DType::i8});
+  append(cache, c, 0, 60);
+  check_decoded(part_of(c, 59, 1), cache, execution(), exact());
+}
+
+TEST_P(Decode, EightBitsAreCloseToThirtyTwo) {
+  const Case c = small_case(DType::f32, Routing::full(), 100);
+  KvCache cache({.kv_heads = 2, .head_dim = 20, .block_size = 512, .dtype = DType::i8});
+  append(cache, c, 0, 100);
+  const Case last = part_of(c, 99, 1);
+  const Result expected = run_attention(last, execution());
+  Result found(last);
+  attention(last.q.view(), cache, 0, c.routing, found.outputs(), execution());
+  for (std::int64_t head = 0; head < 6; ++head) {
+    for (std::int64_t d = 0; d < 20; ++d)
+      EXPECT_NEAR(found.out.get(0, head, d), expected.out.get(0, head, d), 0.03);
+  }
+  KvCache wide({.kv_heads = 2, .head_dim = 20, .block_size = 512});
+  append(wide, c, 0, 100);
+  EXPECT_LT(cache.bytes() * 2, wide.bytes());
+}
+
+TEST_P(Decode, AnyThreadsGiveTheSameBits) {
+  const Case c = small_case(DType::bf16, {.block_size = 4, .top_k = 5}, 300);
+  KvCache cache = cache_for(c);
+  append(cache, c, 0, 300);
+  const Case last = part_of(c, 299, 1);
+  const auto run = [&](const Parallel& parallel) {
+    Result result(last);
+    decode(last.q.view(), cache, c.routing, {.out = result.out.view(), .lse = result.outputs().lse},
+           {.backend = GetParam(), .parallel = parallel});
+    return result;
+  };
+  const Result expected = run(serial());
+  for (const Parallel& parallel : {serial(), openmp(2), openmp(7), std_threads(2), std_threads(7)})
+    EXPECT_TRUE(run(parallel) == expected) << parallel.threads << " threads";
+}
+
+MOBA_FOR_EVERY_BACKEND(Decode);
+
+}  // namespace
+}  // namespace moba::test

@@ -1,0 +1,69 @@
+"""A folder is a layer: no include may point the wrong way (docs: the layers)."""
+
+import re
+import sys
+from pathlib import Path
+
+FOLDERS = ["include/moba", "src/reference", "src/cpu", "src/cuda", "src", "pytorch", "llm", "app"]
+TORCH = re.compile(r"(torch|ATen|c10)/")
+
+# What a folder may not include: other folders of the house, by the path a #include would name.
+FORBIDDEN = {
+    "include/moba": ["llm/", "app/", "pytorch/", "reference/", "cpu/", "cuda/"],
+    "src": ["llm/", "app/", "pytorch/", "reference/", "cpu/", "cuda/"],
+    "src/reference": ["llm/", "app/", "pytorch/", "cpu/", "cuda/"],
+    "src/cpu": ["llm/", "app/", "pytorch/", "reference/", "cuda/"],
+    "src/cuda": ["llm/", "app/", "pytorch/", "reference/", "cpu/"],
+    "pytorch": ["llm/", "app/", "reference/", "cpu/", "cuda/", "backend.h", "problem.h"],
+    "llm": ["app/", "pytorch/", "reference/", "cpu/", "cuda/", "backend.h", "problem.h"],
+    "app": ["pytorch/", "reference/", "cpu/", "cuda/", "backend.h", "problem.h"],
+}
+WITHOUT_TORCH = ["include/moba", "src", "src/reference", "src/cpu", "src/cuda"]
+
+
+def folder_of(path: str) -> str | None:
+    """The most specific layer that a file lies in."""
+    return next((folder for folder in FOLDERS if path.startswith(folder + "/")), None)
+
+
+def wrong(path: str, include: str) -> bool:
+    folder = folder_of(path)
+    if folder is None:
+        return False
+    if folder in WITHOUT_TORCH and TORCH.match(include):
+        return True
+    return any(include.startswith(prefix) for prefix in FORBIDDEN[folder])
+
+
+def includes(text: str) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', text, re.MULTILINE)
+
+
+def test_the_rule_itself():
+    assert wrong("src/attention.cpp", "torch/torch.h")
+    assert wrong("include/moba/cache.h", "ATen/core/Tensor.h")
+    assert wrong("src/cpu/attend.cpp", "reference/stages.h")
+    assert wrong("llm/model/model.cpp", "pytorch/ops.h")
+    assert not wrong("llm/model/model.cpp", "moba/attention.h")
+    assert not wrong("src/cpu/attend.cpp", "cpu/stages.h")
+    assert includes('#include "a/b.h"\n  # include <c.h>\n// #include "no.h"') == ["a/b.h", "c.h"]
+
+
+def main(root: Path) -> int:
+    test_the_rule_itself()
+    seen, broken = 0, []
+    for folder in FOLDERS:
+        for file in sorted((root / folder).rglob("*")):
+            if file.suffix not in {".h", ".hpp", ".cpp", ".cc", ".cu", ".cuh"}:
+                continue
+            seen += 1
+            path = file.relative_to(root).as_posix()
+            for include in includes(file.read_text(encoding="utf-8", errors="replace")):
+                if wrong(path, include):
+                    broken.append(f"{path}: may not include {include}")
+    print("\n".join(broken) if broken else f"{seen} files, every include points the right way")
+    return 1 if broken or seen == 0 else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,32 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cases.h"
+
+/// The specification once more, dense and direct, sharing no code with the library but the number formats.
+namespace moba::test {
+
+/// Attention given a selection: [Hq, Tq, D] and [Hq, Tq].
+template <typename Real>
+struct Attended {
+  std::vector<Real> out, lse;
+};
+
+/// Softmax attention over the keys that `result` says were selected, all sums in `Real`.
+template <typename Real>
+Attended<Real> attend_densely(const Case& c, const Result& selected);
+
+/// Fails the test unless every row's blocks are those of highest score, or differ from them by less than the
+/// rounding of scores explains. Returns how many blocks differ from the exact ones.
+std::int64_t check_selection(const Case& c, const Result& result);
+
+/// Fails the test unless out and lse are those of the selected blocks: error at most twice that of plain f32
+/// attention. An `exact` backend may round once and no more.
+void check_attended(const Case& c, const Result& result, bool exact);
+
+/// Both of the above, and that nothing else was written.
+std::int64_t check_result(const Case& c, const Result& result, bool exact);
+
+}  // namespace moba::test
