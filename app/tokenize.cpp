@@ -2,6 +2,7 @@
 
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iostream>
@@ -33,6 +34,9 @@ struct TokenizeFlags {
 
 std::string read_text(const TokenizeFlags& flags) {
   if (flags.has_prompt) return flags.prompt;
+  if (std::filesystem::is_directory(flags.file)) {
+    throw llm::DataError(fmt::format("-f/--file: expected a file; found the folder '{}'", flags.file));
+  }
   std::ifstream file;
   if (flags.file != "-") file.open(flags.file, std::ios::binary);
   std::istream& in = flags.file == "-" ? std::cin : file;
