@@ -1,0 +1,65 @@
+// Writes every tensor of one weights file as f32, in the file's order, to standard output; with --list, their
+// names, types and shapes. What the tests hold against PyPI's gguf and safetensors.
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <cstdio>
+#include <filesystem>
+#include <string_view>
+#include <vector>
+
+#include "llm/error.h"
+#include "llm/formats/gguf.h"
+#include "llm/formats/safetensors.h"
+
+namespace {
+
+using moba::llm::GgufFile;
+using moba::llm::SafetensorsFile;
+using moba::llm::StoredTensor;
+
+void list(const std::vector<StoredTensor>& tensors) {
+  for (const StoredTensor& tensor : tensors) {
+    fmt::print("{} {} {}\n", tensor.name, name_of(tensor.storage), fmt::join(tensor.shape, "x"));
+  }
+}
+
+/// Three rows at a time, so that rows in the middle of a tensor are asked for as well.
+void dump(const std::vector<StoredTensor>& tensors) {
+  constexpr std::int64_t kRows = 3;
+  for (const StoredTensor& tensor : tensors) {
+    const std::int64_t length = tensor.row_length(), rows = length == 0 ? 0 : tensor.count() / length;
+    std::vector<float> values(static_cast<std::size_t>(kRows * length));
+    for (std::int64_t row = 0; row < rows; row += kRows) {
+      const std::int64_t count = std::min(kRows, rows - row);
+      dequantise(tensor, row, count, values.data());
+      std::fwrite(values.data(), sizeof(float), static_cast<std::size_t>(count * length), stdout);
+    }
+  }
+}
+
+int run(const std::filesystem::path& path, bool lists) {
+  const auto show = lists ? list : dump;
+  if (GgufFile::is_gguf(path)) {
+    show(GgufFile::open(path).tensors());
+  } else {
+    show(SafetensorsFile::open(path).tensors);
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const bool lists = argc == 3 && std::string_view(argv[2]) == "--list";
+  if (argc != 2 && !lists) {
+    std::fputs("usage: dump_tensors FILE [--list]\n", stderr);
+    return 2;
+  }
+  try {
+    return run(argv[1], lists);
+  } catch (const moba::llm::DataError& error) {
+    fmt::print(stderr, "{}\n", error.what());
+    return 1;
+  }
+}

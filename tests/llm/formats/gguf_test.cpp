@@ -1,0 +1,127 @@
+#include <limits>
+
+#include "build_files.h"
+
+namespace moba::llm {
+namespace {
+
+using Gguf = WithFolder;
+
+std::string entries_of_every_type() {
+  return GgufText()
+      .entry("u8", GgufType::u8, bytes_of(std::uint8_t{200}))
+      .entry("i8", GgufType::i8, bytes_of(std::int8_t{-7}))
+      .entry("u16", GgufType::u16, bytes_of(std::uint16_t{60000}))
+      .entry("i16", GgufType::i16, bytes_of(std::int16_t{-700}))
+      .u32("u32", 4000000000U)
+      .entry("i32", GgufType::i32, bytes_of(std::int32_t{-70000}))
+      .f32("f32", 0.5F)
+      .entry("bool", GgufType::boolean, bytes_of(std::uint8_t{1}))
+      .text("string", "Gr\xC3\xBC\xC3\x9F\x65")
+      .entry("u64", GgufType::u64, bytes_of(std::uint64_t{1} << 40))
+      .entry("huge", GgufType::u64, bytes_of(std::numeric_limits<std::uint64_t>::max()))
+      .entry("i64", GgufType::i64, bytes_of(std::int64_t{-1} << 40))
+      .entry("f64", GgufType::f64, bytes_of(0.25))
+      .array("strings", GgufType::string, 3, gguf_string("a") + gguf_string("") + gguf_string("ccc"))
+      .array("floats", GgufType::f32, 2, bytes_of(1.5F) + bytes_of(-2.5F))
+      .array("integers", GgufType::i16, 2, bytes_of(std::int16_t{-1}) + bytes_of(std::int16_t{2}))
+      .array("empty", GgufType::string, 0, "")
+      .str();
+}
+
+TEST_F(Gguf, GivesMetadataOfEveryType) {
+  const GgufFile file = GgufFile::open(write("all.gguf", entries_of_every_type()));
+  EXPECT_EQ(file.version(), 3U);
+  EXPECT_EQ(file.at("u8").integer(), 200);
+  EXPECT_EQ(file.at("i8").integer(), -7);
+  EXPECT_EQ(file.at("u16").integer(), 60000);
+  EXPECT_EQ(file.at("i16").integer(), -700);
+  EXPECT_EQ(file.at("u32").integer(), 4000000000);
+  EXPECT_EQ(file.at("i32").integer(), -70000);
+  EXPECT_EQ(file.at("f32").number(), 0.5);
+  EXPECT_TRUE(file.at("bool").boolean());
+  EXPECT_EQ(file.at("string").string(), "Gr\xC3\xBC\xC3\x9F\x65");
+  EXPECT_EQ(file.at("u64").integer(), std::int64_t{1} << 40);
+  EXPECT_EQ(file.at("i64").integer(), std::int64_t{-1} << 40);
+  EXPECT_EQ(file.at("i64").number(), static_cast<double>(std::int64_t{-1} << 40));
+  EXPECT_EQ(file.at("f64").number(), 0.25);
+  EXPECT_EQ(file.at("strings").strings(), (std::vector<std::string_view>{"a", "", "ccc"}));
+  EXPECT_EQ(file.at("floats").numbers(), (std::vector<float>{1.5F, -2.5F}));
+  EXPECT_EQ(file.at("integers").integers(), (std::vector<std::int64_t>{-1, 2}));
+  EXPECT_EQ(file.at("integers").numbers(), (std::vector<float>{-1, 2}));
+  EXPECT_EQ(file.at("strings").count(), 3U);
+  EXPECT_TRUE(file.at("empty").strings().empty());
+  EXPECT_FALSE(file.find("nothing"));
+}
+
+TEST_F(Gguf, NamesFileAndKeyOfAWrongKind) {
+  const auto path = write("all.gguf", entries_of_every_type());
+  const GgufFile file = GgufFile::open(path);
+  EXPECT_EQ(complaint_of([&] { file.at("f32").integer(); }),
+            path.string() + ": metadata 'f32': expected an integer; found f32");
+  EXPECT_EQ(complaint_of([&] { file.at("strings").string(); }),
+            path.string() + ": metadata 'strings': expected a string; found an array of 3 string");
+  EXPECT_EQ(
+      complaint_of([&] { file.at("huge").integer(); }),
+      path.string() + ": metadata 'huge': expected an integer up to 2^63 - 1; found 18446744073709551615");
+  EXPECT_EQ(complaint_of([&] { file.at("nothing"); }),
+            path.string() + ": expected metadata 'nothing'; found none");
+  EXPECT_NE(complaint_of([&] { file.at("u8").boolean(); }), "");
+  EXPECT_NE(complaint_of([&] { file.at("bool").number(); }), "");
+  EXPECT_NE(complaint_of([&] { file.at("floats").integers(); }), "");
+  EXPECT_NE(complaint_of([&] { file.at("u8").numbers(); }), "");
+  EXPECT_NE(complaint_of([&] { file.at("integers").strings(); }), "");
+}
+
+TEST_F(Gguf, PlacesTensorsOutermostDimensionFirst) {
+  for (const std::uint32_t version : {2U, 3U}) {
+    const GgufFile file =
+        GgufFile::open(write("t.gguf", GgufText().tensor("a", {3, 5}).tensor("b", {7}).str(version)));
+    EXPECT_EQ(file.version(), version);
+    ASSERT_EQ(file.tensors().size(), 2U);
+    const StoredTensor &a = file.tensors()[0], &b = file.tensors()[1];
+    EXPECT_EQ(a.name, "a");
+    EXPECT_EQ(a.shape, (std::vector<std::int64_t>{3, 5}));
+    EXPECT_EQ(a.bytes.size(), 60U);
+    EXPECT_EQ(b.bytes.data() - a.bytes.data(), 64);
+    EXPECT_EQ(b.bytes.size(), 28U);
+  }
+}
+
+TEST_F(Gguf, OutlivesNothingThatItPointsInto) {
+  GgufFile copy = [&] { return GgufFile::open(write("all.gguf", entries_of_every_type())); }();
+  const GgufFile other = copy;
+  copy = GgufFile::open(write("small.gguf", GgufText().str()));
+  EXPECT_EQ(other.at("strings").strings().size(), 3U);
+}
+
+TEST_F(Gguf, SurvivesEveryCutAndChange) {
+  const std::string good = GgufText()
+                               .text("general.name", "x")
+                               .u32("general.alignment", 32)
+                               .array("s", GgufType::string, 2, gguf_string("ab") + gguf_string("c"))
+                               .array("n", GgufType::u16, 2, "abcd")
+                               .tensor("a", {2, 4})
+                               .tensor("b", {8})
+                               .str();
+  expect_survival(good, [&](const std::string& bytes) {
+    const GgufFile file = GgufFile::open(write("bad.gguf", bytes));
+    std::vector<float> values;
+    for (const StoredTensor& tensor : file.tensors()) {
+      values.resize(static_cast<std::size_t>(tensor.count()));
+      dequantise(tensor, 0, tensor.count() / tensor.row_length(), values.data());
+    }
+    if (const auto strings = file.find("s"); strings && strings->is_array()) strings->strings();
+    if (const auto numbers = file.find("n"); numbers && numbers->is_array()) numbers->integers();
+  });
+}
+
+TEST_F(Gguf, KnowsItsOwn) {
+  EXPECT_TRUE(GgufFile::is_gguf(write("a", "GGUF")));
+  EXPECT_FALSE(GgufFile::is_gguf(write("b", "GGU")));
+  EXPECT_FALSE(GgufFile::is_gguf(folder_));
+  EXPECT_FALSE(GgufFile::is_gguf(folder_ / "missing"));
+}
+
+}  // namespace
+}  // namespace moba::llm
