@@ -15,20 +15,34 @@ std::string refuses(const Problem& problem) {
   return {};
 }
 
-std::size_t workspace(const Problem& problem, const Group& group, int threads) {
-  std::size_t means = 0;
+std::size_t means_bytes(const Problem& problem, const Group& group) {
+  std::size_t blocks = 0;
   if (problem.needs_scores()) {
     for (const SequenceView& s : problem.sequences)
-      means += static_cast<std::size_t>(problem.candidate_blocks(s));
-    means *= static_cast<std::size_t>(group.heads() * problem.head_dim) * sizeof(float);
+      blocks += static_cast<std::size_t>(problem.candidate_blocks(s));
   }
-  const std::size_t selection =
-      static_cast<std::size_t>(group.heads() * group.tokens() * problem.group * problem.width()) *
-      sizeof(std::int32_t);
+  return blocks * static_cast<std::size_t>(group.heads() * problem.head_dim) * sizeof(float);
+}
+
+std::size_t selection_bytes(const Problem& problem, const Group& group) {
+  return static_cast<std::size_t>(group.heads() * group.tokens() * problem.group * problem.width()) *
+         sizeof(std::int32_t);
+}
+
+std::size_t workspace(const Problem& problem, const Group& group, int threads) {
   const auto workers = static_cast<std::size_t>(threads);
   const std::size_t attending =
       cpu::plan_bytes(problem, group) + workers * cpu::attend_bytes(problem, cpu::min_range_rows(problem));
-  return means + selection + std::max(workers * cpu::gate_bytes(problem), attending);
+  return means_bytes(problem, group) + selection_bytes(problem, group) +
+         std::max(workers * cpu::gate_bytes(problem), attending);
+}
+
+std::size_t workspace_backward(const Problem& problem, const Group& group, int threads) {
+  const std::size_t selecting =
+      means_bytes(problem, group) + static_cast<std::size_t>(threads) * cpu::gate_bytes(problem);
+  const std::size_t attending =
+      cpu::plan_backward_bytes(problem, group) + cpu::attend_backward_bytes(problem, group, threads);
+  return selection_bytes(problem, group) + std::max(selecting, attending);
 }
 
 }  // namespace
@@ -41,8 +55,9 @@ const Backend cpu_backend{
     .gate = cpu::gate,
     .plan = cpu::plan,
     .attend = cpu::attend,
-    .attend_backward = nullptr,
-    .workspace_backward = nullptr,
+    .plan_backward = cpu::plan_backward,
+    .attend_backward = cpu::attend_backward,
+    .workspace_backward = workspace_backward,
     .decode = cpu::decode,
 };
 

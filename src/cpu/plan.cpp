@@ -1,4 +1,5 @@
 // The routing inverted: count, scan, stable scatter, range by range.
+#include <bit>
 #include <numeric>
 
 #include "cpu/sizes.h"
@@ -14,6 +15,9 @@ constexpr std::int64_t kDenseRows = 768;
 /// on them.
 constexpr std::int64_t kRowsPerBlock = 192;
 constexpr std::int64_t kMinRows = 64;
+/// The same for the backward pass, which also reads and writes the gradients of keys and values; and the most
+/// ranges of all heads: enough for many threads, few enough to keep rounds long.
+constexpr std::int64_t kRowsPerCell = 112, kMostParts = 32;
 
 /// Rows of a range: long enough for kRowsPerBlock, short enough for the scratch budget and for every thread
 /// to have a few.
@@ -77,12 +81,42 @@ std::size_t plan_bytes(const Problem& problem, const Group& group) {
   return static_cast<std::size_t>(rows * width + most_ranges * (blocks + 2)) * sizeof(std::uint32_t);
 }
 
+namespace {
+
+/// A plan's ranges as they are listed, and the space that their lists will take.
+struct Listing {
+  Plan plan{};
+  std::int64_t offsets = 0, rows = 0;
+
+  void add(const Problem& problem, const Selection& selection, std::size_t sequence, std::int64_t head,
+           std::int64_t q0, std::int64_t q1) {
+    const auto s = static_cast<std::int64_t>(sequence);
+    plan.ranges.push_back({s, head, q0, q1, offsets, rows});
+    offsets += entries(problem, 1, s);
+    rows += (q1 - q0) * problem.group * selection.width;
+  }
+};
+
+Plan filled(const Problem& problem, const Selection& selection, Listing listing, Resources& resources) {
+  Plan plan = std::move(listing.plan);
+  if (selection.width == 0) return plan;
+  plan.offsets = Buffer<std::uint32_t>(resources.scratch, listing.offsets);
+  plan.rows = Buffer<std::uint32_t>(resources.scratch, listing.rows);
+  resources.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int) {
+    const Range& range = plan.ranges[static_cast<std::size_t>(task)];
+    invert(problem, selection, range, plan.offsets.data() + range.first_offset,
+           plan.rows.data() + range.first_row);
+  });
+  return plan;
+}
+
+}  // namespace
+
 Plan plan(const Problem& problem, const Selection& selection, Resources& resources) {
   const Group& group = selection.group;
   const std::int64_t step =
       std::max<std::int64_t>(range_rows(problem, selection, resources) / problem.group, 1);
-  Plan plan;
-  std::int64_t offsets = 0, rows = 0;
+  Listing listing;
   for (std::size_t s = problem.sequences.size(); s-- > 0;) {
     const auto [first, last] = group.queries_of(problem.sequences[s]);
     if (first == last) continue;
@@ -90,24 +124,50 @@ Plan plan(const Problem& problem, const Selection& selection, Resources& resourc
     // Later queries see more keys: begin with them, so that no long range is left for the end.
     for (std::int64_t r = ranges - 1; r >= 0; --r) {
       for (std::int64_t head = group.head0; head < group.head1; ++head) {
-        const std::int64_t q0 = first + (last - first) * r / ranges,
-                           q1 = first + (last - first) * (r + 1) / ranges;
-        plan.ranges.push_back({static_cast<std::int64_t>(s), head, q0, q1, offsets, rows});
-        offsets += entries(problem, 1, static_cast<std::int64_t>(s));
-        rows += (q1 - q0) * problem.group * selection.width;
+        listing.add(problem, selection, s, head, first + (last - first) * r / ranges,
+                    first + (last - first) * (r + 1) / ranges);
       }
     }
   }
-  if (selection.width == 0) return plan;
+  return filled(problem, selection, std::move(listing), resources);
+}
 
-  plan.offsets = Buffer<std::uint32_t>(resources.scratch, offsets);
-  plan.rows = Buffer<std::uint32_t>(resources.scratch, rows);
-  resources.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int) {
-    const Range& range = plan.ranges[static_cast<std::size_t>(task)];
-    invert(problem, selection, range, plan.offsets.data() + range.first_offset,
-           plan.rows.data() + range.first_row);
-  });
-  return plan;
+std::int64_t backward_parts(const Problem& problem, const SequenceView& sequence) {
+  const std::int64_t chunks =
+      (sequence.keys + static_cast<std::int64_t>(kChunk) - 1) / static_cast<std::int64_t>(kChunk);
+  const std::int64_t rows = sequence.queries * problem.group * (problem.width() + 1) /
+                            std::max<std::int64_t>(problem.blocks(sequence), 1);
+  const std::int64_t most =
+      std::min({chunks, sequence.queries, rows / kRowsPerCell, kMostParts / problem.kv_heads});
+  return static_cast<std::int64_t>(
+      std::bit_floor(static_cast<std::uint64_t>(std::max<std::int64_t>(most, 1))));
+}
+
+Plan plan_backward(const Problem& problem, const Selection& selection, Resources& resources) {
+  const Group& group = selection.group;
+  Listing listing;
+  for (std::size_t s = 0; s < problem.sequences.size(); ++s) {
+    const SequenceView& sequence = problem.sequences[s];
+    if (sequence.queries == 0 || sequence.keys == 0) continue;
+    const std::int64_t parts = backward_parts(problem, sequence);
+    for (std::int64_t head = group.head0; head < group.head1; ++head) {
+      for (std::int64_t part = 0; part < parts; ++part) {
+        listing.add(problem, selection, s, head, sequence.queries * part / parts,
+                    sequence.queries * (part + 1) / parts);
+      }
+    }
+  }
+  return filled(problem, selection, std::move(listing), resources);
+}
+
+std::size_t plan_backward_bytes(const Problem& problem, const Group& group) {
+  const std::int64_t width = problem.width();
+  if (width == 0) return 0;
+  std::int64_t offsets = 0;
+  for (const SequenceView& s : problem.sequences)
+    offsets += backward_parts(problem, s) * (problem.blocks(s) + 1);
+  const std::int64_t rows = group.tokens() * problem.group * width;
+  return static_cast<std::size_t>(group.heads() * (rows + offsets)) * sizeof(std::uint32_t);
 }
 
 }  // namespace moba::cpu

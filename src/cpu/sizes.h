@@ -14,10 +14,13 @@ constexpr std::size_t kChunk = 256;
 /// in cache.
 constexpr std::int64_t kGateRows = 896;
 /// Widest vector, in floats; the number of rows of the tallest tile; the columns of the widest panel.
-constexpr std::size_t kMaxLanes = 16, kMaxTileRows = 14, kMaxCols = 2 * kMaxLanes;
+constexpr std::size_t kMaxLanes = 16, kMaxTileRows = 32, kMaxCols = 2 * kMaxLanes;
+/// Rows that a tile's buffers hold: bf16 tiles may run past the last one.
+constexpr std::size_t kTileCapacity = kMaxTileRows + 4;
 /// Strides, in floats, of a tile's gathered rows and of its scores. The 16 extra keep rows out of each
 /// other's cache sets.
 constexpr std::size_t kRowStride = kMaxHeadDim + 16, kScoreStride = kChunk + 16;
+constexpr std::size_t kWeightStride = kChunk + 32;  // bf16
 
 constexpr std::size_t round_up(std::size_t value, std::size_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -30,11 +33,13 @@ constexpr std::size_t padded_dim(std::int64_t head_dim) {
 
 /// Rows and scores of a tile, and what packing needs, of one worker.
 struct alignas(64) TileScratch {
-  float rows[kMaxTileRows * kRowStride];
-  float scores[kMaxTileRows * kScoreStride];
+  float rows[kTileCapacity * kRowStride];
+  float scores[kTileCapacity * kScoreStride];
   float widened[(kMaxLanes + 1) * kMaxHeadDim];  // the last row stays zero
-  float row_max[kMaxLanes], top[kMaxLanes], decay[kMaxLanes];
+  float row_max[kMaxTileRows], top[kMaxTileRows], decay[kMaxTileRows];
   float* out[kMaxTileRows];
+  float product[kTileCapacity * kRowStride];  // bf16 arithmetic alone, as is what follows
+  std::uint16_t weights[kTileCapacity * kWeightStride];
 };
 
 }  // namespace moba::cpu

@@ -10,6 +10,11 @@ Selection gate(const Problem& problem, const Means& means, const Group& group, R
 Plan plan(const Problem& problem, const Selection& selection, Resources& resources);
 void attend(const Problem& problem, const Selection& selection, const Plan& plan, const Outputs& outputs,
             Resources& resources);
+/// The ranges of a sequence and head follow each other; their number, `backward_parts`, depends on the
+/// problem alone.
+Plan plan_backward(const Problem& problem, const Selection& selection, Resources& resources);
+void attend_backward(const Problem& problem, const Selection& selection, const Plan& plan,
+                     const Backward& backward, Resources& resources);
 void decode(const Problem& problem, const Means& means, const Outputs& outputs, Resources& resources);
 
 /// Scratch bytes of one worker of `attend` for ranges of `rows` rows.
@@ -17,6 +22,9 @@ std::size_t attend_bytes(const Problem& problem, std::int64_t rows);
 /// Scratch bytes of one worker of the gate.
 std::size_t gate_bytes(const Problem& problem);
 std::size_t plan_bytes(const Problem& problem, const Group& group);
+std::size_t plan_backward_bytes(const Problem& problem, const Group& group);
+std::size_t attend_backward_bytes(const Problem& problem, const Group& group, int threads);
+std::int64_t backward_parts(const Problem& problem, const SequenceView& sequence);
 /// Rows of the smallest range that `plan` makes.
 std::int64_t min_range_rows(const Problem& problem);
 

@@ -42,9 +42,10 @@ constexpr std::size_t panels(std::size_t columns) {
 }
 
 /// Every row r of `rows` [kRows, stride kStride] times `panel` [depth, kCols], handed to `done(r, left,
-/// right)`. Each row's sum runs over the depth in ascending order whatever kRows is, so results do not depend
-/// on how rows are grouped into tiles.
-template <std::size_t kRows, std::size_t kStride, typename Done>
+/// right)`. Elements of a row are kStep apart, rows of the panel kPanelStride. Each row's sum runs over the
+/// depth in ascending order whatever kRows is, so results do not depend on how rows are grouped into tiles.
+template <std::size_t kRows, std::size_t kStride, std::size_t kStep = 1, std::size_t kPanelStride = kCols,
+          typename Done>
 HWY_INLINE void multiply(const float* HWY_RESTRICT rows, const float* HWY_RESTRICT panel, std::size_t depth,
                          Done&& done) {
   const F32 d;
@@ -53,10 +54,10 @@ HWY_INLINE void multiply(const float* HWY_RESTRICT rows, const float* HWY_RESTRI
   for (std::size_t r = 0; r < kRows; ++r) left[r] = right[r] = hn::Zero(d);
 #pragma GCC unroll 4
   for (std::size_t i = 0; i < depth; ++i) {
-    const Vec b0 = hn::Load(d, panel + i * kCols), b1 = hn::Load(d, panel + i * kCols + kLanes);
+    const Vec b0 = hn::Load(d, panel + i * kPanelStride), b1 = hn::Load(d, panel + i * kPanelStride + kLanes);
 #pragma GCC unroll 16
     for (std::size_t r = 0; r < kRows; ++r) {
-      const Vec a = hn::Set(d, rows[r * kStride + i]);
+      const Vec a = hn::Set(d, rows[r * kStride + i * kStep]);
       left[r] = hn::MulAdd(a, b0, left[r]);
       right[r] = hn::MulAdd(a, b1, right[r]);
     }
@@ -89,8 +90,22 @@ HWY_NOINLINE void value_tile(const float* HWY_RESTRICT weights, const float* HWY
   });
 }
 
+/// out[k][0, kCols) += sum over rows r of weights[r][k] * rows[r][0, kCols): the transposed product.
+template <std::size_t kKeys>
+HWY_NOINLINE void key_tile(const float* HWY_RESTRICT weights, const float* HWY_RESTRICT rows,
+                           std::size_t depth, float* HWY_RESTRICT out, std::size_t stride) {
+  multiply<kKeys, 1, kScoreStride, kRowStride>(
+      weights, rows, depth, [&](std::size_t k, Vec left, Vec right) HWY_ATTR {
+        const F32 d;
+        float* to = out + k * stride;
+        hn::Store(hn::Add(hn::Load(d, to), left), d, to);
+        hn::Store(hn::Add(hn::Load(d, to + kLanes), right), d, to + kLanes);
+      });
+}
+
 using ScoreTile = void (*)(const float*, const float*, std::size_t, float*);
 using ValueTile = void (*)(const float*, const float*, std::size_t, const float*, float* const*, std::size_t);
+using KeyTile = void (*)(const float*, const float*, std::size_t, float*, std::size_t);
 
 template <std::size_t... kRows>
 constexpr std::array<ScoreTile, sizeof...(kRows)> score_tiles(std::index_sequence<kRows...>) {
@@ -99,6 +114,10 @@ constexpr std::array<ScoreTile, sizeof...(kRows)> score_tiles(std::index_sequenc
 template <std::size_t... kRows>
 constexpr std::array<ValueTile, sizeof...(kRows)> value_tiles(std::index_sequence<kRows...>) {
   return {value_tile<kRows + 1>...};
+}
+template <std::size_t... kKeys>
+constexpr std::array<KeyTile, sizeof...(kKeys)> key_tiles(std::index_sequence<kKeys...>) {
+  return {key_tile<kKeys + 1>...};
 }
 /// By the number of rows, less one.
 constexpr auto kScoreTiles = score_tiles(std::make_index_sequence<kTileRows>());

@@ -1,0 +1,480 @@
+// The gradient, block by block: keys, values and their gradients stay in cache while the rows that see them
+// pass by. Queries are cut into as many ranges as keys are into parts, and the work is done in rounds: in
+// round t, range r meets part (r + t) modulo their number. No two cells of a round share a row or a key, so
+// every sum is added in place, in an order that depends on the problem alone.
+#include <algorithm>
+#include <numeric>
+
+#include "cpu/gradient.h"
+#include "cpu/sizes.h"
+#include "cpu/stages.h"
+#include "cpu/walk.h"
+#include "number.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "cpu/attend_backward.cpp"
+#include <hwy/foreach_target.h>
+// foreach_target first
+#include <hwy/highway.h>
+
+#include "cpu/tile-inl.h"
+
+#ifndef MOBA_CPU_BACKWARD_SCRATCH
+#define MOBA_CPU_BACKWARD_SCRATCH
+namespace moba::cpu {
+namespace {
+
+/// Rows that add to a chunk's gradients together: enough to outweigh reading and writing those, few enough
+/// for the first-level cache.
+constexpr std::size_t kBatch = 56;
+
+/// Of one worker; the packed chunk and its gradients follow it in memory.
+struct alignas(64) BackwardScratch {
+  float queries[kBatch * kRowStride];  // times scale x log2(e)
+  float d_outs[kBatch * kRowStride];
+  float weights[kBatch * kScoreStride];
+  float d_logits[kBatch * kScoreStride];
+  float dq[kMaxTileRows * kRowStride];
+  float widened[(kMaxLanes + 1) * kMaxHeadDim];  // the last row stays zero
+  float* dq_rows[kMaxTileRows];
+  float ones[kMaxTileRows];
+  std::size_t seen[kBatch];  // keys of the chunk that each row sees, ascending
+};
+
+constexpr float kLog2E = 1.44269504F, kLn2 = 0.69314718F;
+
+Chunking chunking_of(const Problem& problem, const SequenceView& sequence) {
+  constexpr auto kMost = static_cast<std::int64_t>(kChunk);
+  const std::int64_t keys = std::clamp<std::int64_t>(sequence.keys, 1, problem.routing.block_size),
+                     chunks = (keys + kMost - 1) / kMost;
+  return {chunks, static_cast<std::int64_t>(
+                      round_up(static_cast<std::size_t>((keys + chunks - 1) / chunks), kMaxCols))};
+}
+
+/// Chunk `index` of a sequence and who in the range sees it; `count` is 0 when nobody does.
+Chunk chunk_of(const Gradient& g, const SequenceView& sequence, const Range& range, const Chunking& chunking,
+               std::int64_t index) {
+  const Problem& problem = g.problem;
+  const std::int64_t block = index / chunking.of_block, block_first = block * problem.routing.block_size;
+  const std::int64_t end = std::min(block_first + problem.routing.block_size, sequence.keys);
+  Chunk chunk{.first = block_first + index % chunking.of_block * chunking.size};
+  chunk.count = std::clamp<std::int64_t>(end - chunk.first, 0, chunking.size);
+  if (chunk.count == 0) return chunk;
+  if (g.plan.rows.size() > 0) chunk.chosen = g.plan.rows_of(range, block);
+  if (problem.routing.causal) {
+    const std::int64_t zero = sequence.position(range.q0), tokens = range.q1 - range.q0;
+    chunk.own_first = std::clamp<std::int64_t>(chunk.first - zero, 0, tokens) * problem.group;
+    chunk.own_last = std::clamp<std::int64_t>(end - zero, 0, tokens) * problem.group;
+  }
+  if (chunk.chosen.empty()) {
+    const std::int64_t last = sequence.position(range.q0 + (chunk.own_last - 1) / problem.group);
+    chunk.count = chunk.own_first == chunk.own_last ? 0 : std::min(chunk.count, last + 1 - chunk.first);
+  }
+  return chunk;
+}
+
+}  // namespace
+}  // namespace moba::cpu
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace moba::cpu::HWY_NAMESPACE {
+namespace {
+
+constexpr auto kKeyTiles = key_tiles(std::make_index_sequence<kTileRows>());
+
+struct Worker {
+  const Gradient& g;
+  const SequenceView& sequence;
+  const Cell& cell;
+  BackwardScratch& batch;
+  float* keys;      // [panels(count)][D][kCols]
+  float* values;    // [panels(count)][D][kCols]
+  float* key_rows;  // [panels(D)][count][kCols]
+  float *dk, *dv;   // [count, stride]
+  std::size_t stride;
+  Chunk chunk{};
+
+  std::size_t depth() const { return static_cast<std::size_t>(g.problem.head_dim); }
+  std::size_t count() const { return static_cast<std::size_t>(chunk.count); }
+  std::int64_t own() const { return chunk.own_last - chunk.own_first; }
+  std::int64_t rows() const { return own() + static_cast<std::int64_t>(chunk.chosen.size()); }
+  /// Rows whose own block this is come first, so that what a row sees of the chunk never shrinks.
+  std::uint32_t row(std::int64_t index) const {
+    return index < own() ? static_cast<std::uint32_t>(chunk.own_first + index)
+                         : chunk.chosen[static_cast<std::size_t>(index - own())];
+  }
+  std::int64_t query_of(std::uint32_t row) const {
+    return cell.range->q0 + row / static_cast<std::uint32_t>(g.problem.group);
+  }
+  std::int64_t head_of(std::uint32_t row) const {
+    return cell.range->head * g.problem.group + row % static_cast<std::uint32_t>(g.problem.group);
+  }
+  const std::byte* row_of(const Tensor& t, std::uint32_t row) const {
+    return static_cast<const std::byte*>(t.data) + Problem::offset(t, sequence, query_of(row), head_of(row)) *
+                                                       static_cast<std::int64_t>(size_of(t.dtype));
+  }
+  float* dq_of(std::uint32_t row) const { return g.dq.row(sequence.q_begin + query_of(row), head_of(row)); }
+};
+
+void pack(Worker& w) {
+  const Problem& problem = w.g.problem;
+  const auto row_of = [&](const Rows& rows, DType dtype) {
+    return [&rows, dtype, &w](std::size_t i, float* scratch)
+               HWY_ATTR { return row_as_f32(rows, dtype, static_cast<std::int64_t>(i), w.depth(), scratch); };
+  };
+  const std::int64_t head = w.cell.range->head;
+  const Rows keys = problem.keys(w.sequence, head, w.chunk.first),
+             values = problem.values(w.sequence, head, w.chunk.first);
+  const auto key = row_of(keys, problem.k.dtype);
+  pack_transposed(w.count(), w.depth(), key, w.batch.widened, w.keys);
+  pack_transposed(w.count(), w.depth(), row_of(values, problem.v.dtype), w.batch.widened, w.values);
+  for (std::size_t i = 0; i < w.count(); ++i) {
+    const float* from = key(i, w.batch.widened);
+    float* to = w.key_rows + i * kCols;
+    for (std::size_t column = 0; column < w.depth(); column += kCols, to += w.count() * kCols) {
+      const std::size_t width = std::min(kCols, w.depth() - column);
+      std::copy_n(from + column, width, to);
+      std::fill(to + width, to + kCols, 0.0F);
+    }
+  }
+}
+
+void prefetch_row(const Worker& w, std::uint32_t row) {
+  const Problem& problem = w.g.problem;
+  const auto touch = [&](const std::byte* from, std::size_t size, auto write) {
+    for (std::size_t at = 0; at < w.depth() * size; at += 64) __builtin_prefetch(from + at, write(), 2);
+  };
+  const auto read = [] { return 0; };
+  touch(w.row_of(problem.q, row), size_of(problem.q.dtype), read);
+  touch(w.row_of(w.g.backward.d_out, row), size_of(problem.q.dtype), read);
+  touch(reinterpret_cast<const std::byte*>(w.dq_of(row)), sizeof(float), read);
+}
+
+void gather(Worker& w, const Tensor& t, std::uint32_t row, float factor, float* to) {
+  widen(w.row_of(t, row), t.dtype, w.depth(), factor, to);
+  std::fill(to + w.depth(), to + w.stride, 0.0F);
+}
+
+/// weights = 2^(weights - lse), d_logits = weights (d_logits - delta)
+void weigh(float* HWY_RESTRICT weights, float* HWY_RESTRICT d_logits, std::size_t columns, RowStats stats) {
+  const F32 d;
+  const Vec lse = hn::Set(d, stats.lse), delta = hn::Set(d, stats.delta);
+  for (std::size_t i = 0; i < columns; i += kLanes) {
+    const Vec p = exp2(hn::Sub(hn::Load(d, weights + i), lse));
+    hn::Store(p, d, weights + i);
+    hn::Store(hn::Mul(p, hn::Sub(hn::Load(d, d_logits + i), delta)), d, d_logits + i);
+  }
+}
+
+/// to += factor * from
+void add_scaled(const float* HWY_RESTRICT from, std::size_t size, float factor, float* HWY_RESTRICT to) {
+  const F32 d;
+  const Vec by = hn::Set(d, factor);
+  std::size_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    hn::StoreU(hn::MulAdd(by, hn::LoadU(d, from + i), hn::LoadU(d, to + i)), d, to + i);
+  for (; i < size; ++i) to[i] += factor * from[i];
+}
+
+/// Rows [first, last) of the chunk's list as rows `at` and on of the batch: their weights, the gradients of
+/// their logits, and what those add to dq.
+void descend_tile(Worker& w, std::int64_t first, std::int64_t last, std::size_t at) {
+  const Problem& problem = w.g.problem;
+  BackwardScratch& batch = w.batch;
+  const auto rows = static_cast<std::size_t>(last - first);
+  float *queries = batch.queries + at * kRowStride, *d_outs = batch.d_outs + at * kRowStride;
+  float *weights = batch.weights + at * kScoreStride, *d_logits = batch.d_logits + at * kScoreStride;
+  std::size_t* seen = batch.seen + at;
+  for (std::size_t r = 0; r < rows; ++r) {
+    const std::int64_t index = first + static_cast<std::int64_t>(r);
+    const std::uint32_t row = w.row(index);
+    gather(w, problem.q, row, problem.scale * kLog2E, queries + r * kRowStride);
+    gather(w, w.g.backward.d_out, row, 1, d_outs + r * kRowStride);
+    const std::int64_t visible =
+        index < w.own() ? w.sequence.position(w.query_of(row)) + 1 - w.chunk.first : w.chunk.count;
+    seen[r] = static_cast<std::size_t>(std::min(visible, w.chunk.count));
+  }
+  const std::size_t columns = seen[rows - 1];
+  for (std::size_t panel = 0; panel < panels(columns); ++panel) {
+    const std::size_t offset = panel * w.depth() * kCols;
+    kScoreTiles[rows - 1](queries, w.keys + offset, w.depth(), weights + panel * kCols);
+    kScoreTiles[rows - 1](d_outs, w.values + offset, w.depth(), d_logits + panel * kCols);
+  }
+  const std::size_t padded = panels(columns) * kCols;
+  for (std::size_t r = 0; r < rows; ++r) {
+    const std::uint32_t row = w.row(first + static_cast<std::int64_t>(r));
+    const RowStats& stats = w.g.stats_of(w.head_of(row), w.sequence.q_begin + w.query_of(row));
+    weigh(weights + r * kScoreStride, d_logits + r * kScoreStride, padded, stats);
+    // A tile of keys reaches past what its first row sees by less than its height.
+    const std::size_t end = std::max(padded, seen[r] + kTileRows);
+    std::fill(weights + r * kScoreStride + seen[r], weights + r * kScoreStride + end, 0.0F);
+    std::fill(d_logits + r * kScoreStride + seen[r], d_logits + r * kScoreStride + end, 0.0F);
+  }
+  std::fill(batch.dq, batch.dq + rows * kRowStride, 0.0F);
+  for (std::size_t panel = 0; panel < panels(w.depth()); ++panel) {
+    kValueTiles[rows - 1](d_logits, w.key_rows + panel * w.count() * kCols, columns, batch.ones,
+                          batch.dq_rows, panel * kCols);
+  }
+  for (std::size_t r = 0; r < rows; ++r) {
+    add_scaled(batch.dq_rows[r], w.depth(), problem.scale,
+               w.dq_of(w.row(first + static_cast<std::int64_t>(r))));
+  }
+}
+
+/// out[key] += sum over the rows of the batch of coefficients[row][key] * vectors[row]
+void add_to_keys(const Worker& w, const float* coefficients, const float* vectors, std::size_t rows,
+                 float* out) {
+  const std::size_t tiles = (w.count() + kTileRows - 1) / kTileRows;
+  std::size_t from = 0;  // the first row that sees the tile
+  for (std::size_t tile = 0; tile < tiles; ++tile) {
+    const std::size_t first = w.count() * tile / tiles, last = w.count() * (tile + 1) / tiles;
+    while (from < rows && w.batch.seen[from] <= first) ++from;
+    if (from == rows) return;
+    for (std::size_t panel = 0; panel < panels(w.depth()); ++panel) {
+      kKeyTiles[last - first - 1](coefficients + from * kScoreStride + first,
+                                  vectors + from * kRowStride + panel * kCols, rows - from,
+                                  out + first * w.stride + panel * kCols, w.stride);
+    }
+  }
+}
+
+constexpr auto kHeight = static_cast<std::int64_t>(kTileRows);
+
+void descend_batch(Worker& w, std::int64_t first, std::int64_t last) {
+  const std::int64_t rows = last - first, tiles = (rows + kHeight - 1) / kHeight;
+  for (std::int64_t tile = 0; tile < tiles; ++tile) {
+    const std::int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
+    for (std::int64_t i = first + end; i < std::min(first + end + kHeight, w.rows()); ++i)
+      prefetch_row(w, w.row(i));
+    descend_tile(w, first + begin, first + end, static_cast<std::size_t>(begin));
+  }
+  add_to_keys(w, w.batch.weights, w.batch.d_outs, static_cast<std::size_t>(rows), w.dv);
+  add_to_keys(w, w.batch.d_logits, w.batch.queries, static_cast<std::size_t>(rows), w.dk);
+}
+
+void descend_chunk(Worker& w) {
+  pack(w);
+  std::fill(w.dk, w.dk + w.count() * w.stride, 0.0F);
+  std::fill(w.dv, w.dv + w.count() * w.stride, 0.0F);
+  // Whole tiles, but for the last.
+  constexpr std::int64_t kRows = kHeight * (static_cast<std::int64_t>(kBatch) / kHeight);
+  for (std::int64_t first = 0; first < w.rows(); first += kRows)
+    descend_batch(w, first, std::min(first + kRows, w.rows()));
+  for (std::size_t i = 0; i < w.count(); ++i) {
+    const std::int64_t key = w.cell.first_key + w.chunk.first + static_cast<std::int64_t>(i);
+    // The gathered queries carry scale x log2(e).
+    add_scaled(w.dk + i * w.stride, w.depth(), kLn2, w.g.dk.row(key, w.cell.range->head));
+    add_scaled(w.dv + i * w.stride, w.depth(), 1, w.g.dv.row(key, w.cell.range->head));
+  }
+}
+
+}  // namespace
+
+void descend_cell(const Gradient& g, const Cell& cell, float* memory) {
+  const Problem& problem = g.problem;
+  const SequenceView& sequence = problem.sequences[static_cast<std::size_t>(cell.range->sequence)];
+  const std::size_t stride = padded_dim(problem.head_dim);
+  auto& batch = *reinterpret_cast<BackwardScratch*>(memory);
+  float* chunk = memory + sizeof(BackwardScratch) / sizeof(float);
+  const auto place = [&](std::size_t i) { return chunk + i * kChunk * stride; };
+  Worker w{g, sequence, cell, batch, place(0), place(1), place(2), place(3), place(4), stride};
+  std::fill(std::begin(batch.widened), std::end(batch.widened), 0.0F);
+  std::fill(std::begin(batch.ones), std::end(batch.ones), 1.0F);
+  for (std::size_t r = 0; r < kMaxTileRows; ++r) batch.dq_rows[r] = batch.dq + r * kRowStride;
+
+  const Chunking chunking = chunking_of(problem, sequence);
+  const std::int64_t blocks =
+      problem.routing.causal ? problem.own_block(sequence, cell.range->q1 - 1) + 1 : problem.blocks(sequence);
+  for (std::int64_t index = cell.part; index < blocks * chunking.of_block; index += cell.parts) {
+    w.chunk = chunk_of(g, sequence, *cell.range, chunking, index);
+    if (w.chunk.count > 0 && w.rows() > 0) descend_chunk(w);
+  }
+}
+
+/// Statistics of tokens [first, last) at one query head.
+void row_stats(const Gradient& g, std::int64_t q_head, std::int64_t first, std::int64_t last) {
+  const F32 d;
+  const Problem& problem = g.problem;
+  const auto depth = static_cast<std::size_t>(problem.head_dim);
+  alignas(64) float out[kMaxHeadDim], d_out[kMaxHeadDim];
+  std::fill(std::begin(out), std::end(out), 0.0F);
+  std::fill(std::begin(d_out), std::end(d_out), 0.0F);
+  for (std::int64_t token = first; token < last; ++token) {
+    const auto fetch = [&](const Tensor& t, float* to) HWY_ATTR {
+      const std::int64_t element = token * t.strides[0] + q_head * t.strides[1];
+      widen(static_cast<const std::byte*>(t.data) + element * static_cast<std::int64_t>(size_of(t.dtype)),
+            t.dtype, depth, 1, to);
+    };
+    fetch(g.backward.out, out);
+    fetch(g.backward.d_out, d_out);
+    Vec sum = hn::Zero(d);
+    for (std::size_t i = 0; i < depth; i += kLanes)
+      sum = hn::MulAdd(hn::Load(d, out + i), hn::Load(d, d_out + i), sum);
+    const float lse = g.backward.lse[q_head * problem.tokens + token];
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    g.stats_of(q_head, token) = {lse == -kInfinity ? kInfinity : lse * kLog2E,
+                                 hn::GetLane(hn::SumOfLanes(d, sum))};
+  }
+}
+
+void narrow_row(const float* from, std::size_t size, DType dtype, std::byte* to) {
+  narrow(from, size, 1, dtype, to);
+}
+
+}  // namespace moba::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace moba::cpu {
+
+HWY_EXPORT(descend_cell);
+HWY_EXPORT(row_stats);
+HWY_EXPORT(narrow_row);
+
+namespace {
+
+std::size_t worker_bytes(const Problem& problem) {
+  return sizeof(BackwardScratch) + 5 * kChunk * padded_dim(problem.head_dim) * sizeof(float);
+}
+
+std::int64_t keys_of(const Problem& problem) {
+  std::int64_t keys = 0;
+  for (const SequenceView& s : problem.sequences) keys += s.keys;
+  return keys;
+}
+
+/// A gradient being summed: in place when it is f32.
+struct Output {
+  const Tensor& to;
+  std::int64_t head0, head1;
+  Buffer<float> scratch{};
+  Sums sums{};
+
+  Output(const Tensor& tensor, std::int64_t first_head, std::int64_t last_head, Resources& resources)
+      : to(tensor), head0(first_head), head1(last_head) {
+    if (to.dtype == DType::f32) {
+      sums = {static_cast<float*>(to.data), to.strides[0], to.strides[1], 0};
+      return;
+    }
+    const std::int64_t depth = to.sizes[2], row = (head1 - head0) * depth;
+    scratch = Buffer<float>(resources.scratch, to.sizes[0] * row);
+    sums = {scratch.data(), row, depth, head0};
+  }
+
+  template <typename Visit>
+  void for_each_row(const Parallel& parallel, Visit&& visit) const {
+    constexpr std::int64_t kTokens = 256;
+    const std::int64_t tokens = to.sizes[0];
+    parallel.run((tokens + kTokens - 1) / kTokens, [&](std::int64_t task, int) {
+      for (std::int64_t token = task * kTokens; token < std::min(tokens, (task + 1) * kTokens); ++token) {
+        for (std::int64_t head = head0; head < head1; ++head) visit(token, head);
+      }
+    });
+  }
+
+  void clear(const Parallel& parallel) const {
+    for_each_row(parallel, [&](std::int64_t token, std::int64_t head) {
+      std::fill_n(sums.row(token, head), to.sizes[2], 0.0F);
+    });
+  }
+
+  void finish(const Parallel& parallel) const {
+    if (to.dtype == DType::f32) return;
+    const auto write = &HWY_DYNAMIC_DISPATCH(narrow_row);
+    for_each_row(parallel, [&](std::int64_t token, std::int64_t head) {
+      const std::int64_t element = token * to.strides[0] + head * to.strides[1];
+      write(sums.row(token, head), static_cast<std::size_t>(to.sizes[2]), to.dtype,
+            static_cast<std::byte*>(to.data) + element * static_cast<std::int64_t>(size_of(to.dtype)));
+    });
+  }
+};
+
+/// A range with every part of its sequence's keys.
+std::vector<Cell> cells_of(const Gradient& g, const Range& range, std::int64_t first_key) {
+  const SequenceView& sequence = g.problem.sequences[static_cast<std::size_t>(range.sequence)];
+  const Chunking chunking = chunking_of(g.problem, sequence);
+  const std::int64_t parts = backward_parts(g.problem, sequence);
+  std::vector<Cell> cells;
+  for (std::int64_t part = 0; part < parts; ++part) cells.push_back({&range, part, parts, first_key});
+  for (std::int64_t index = 0; index < g.problem.blocks(sequence) * chunking.of_block; ++index) {
+    const Chunk chunk = chunk_of(g, sequence, range, chunking, index);
+    cells[static_cast<std::size_t>(index % parts)].work +=
+        chunk.count * (static_cast<std::int64_t>(chunk.chosen.size()) + chunk.own_last - chunk.own_first);
+  }
+  return cells;
+}
+
+/// The cells of each round, the longest first. Ranges of one sequence and head follow each other in the plan.
+std::vector<std::vector<Cell>> rounds_of(const Gradient& g, const Parallel& parallel) {
+  std::vector<std::int64_t> first_key{0};
+  for (const SequenceView& s : g.problem.sequences) first_key.push_back(first_key.back() + s.keys);
+  const std::vector<Range>& ranges = g.plan.ranges;
+  std::vector<std::vector<Cell>> cells(ranges.size());
+  parallel.run(static_cast<std::int64_t>(ranges.size()), [&](std::int64_t range, int) {
+    const auto i = static_cast<std::size_t>(range);
+    cells[i] = cells_of(g, ranges[i], first_key[static_cast<std::size_t>(ranges[i].sequence)]);
+  });
+
+  std::vector<std::vector<Cell>> rounds;
+  for (std::size_t i = 0, number = 0; i < cells.size(); ++i) {
+    const std::size_t parts = cells[i].size();
+    for (std::size_t part = 0; part < parts; ++part) {
+      if (cells[i][part].work == 0) continue;
+      const std::size_t round = (part + parts - number) % parts;
+      rounds.resize(std::max(rounds.size(), round + 1));
+      rounds[round].push_back(cells[i][part]);
+    }
+    number = number + 1 == parts ? 0 : number + 1;
+  }
+  for (std::vector<Cell>& round : rounds) {
+    std::stable_sort(round.begin(), round.end(),
+                     [](const Cell& a, const Cell& b) { return a.work > b.work; });
+  }
+  return rounds;
+}
+
+}  // namespace
+
+std::size_t attend_backward_bytes(const Problem& problem, const Group& group, int threads) {
+  const std::int64_t rows = group.heads() * problem.group * problem.tokens;
+  const std::int64_t sums =
+      problem.q.dtype == DType::f32 ? 0 : (rows + 2 * group.heads() * keys_of(problem)) * problem.head_dim;
+  return static_cast<std::size_t>(rows) * sizeof(RowStats) + static_cast<std::size_t>(sums) * sizeof(float) +
+         static_cast<std::size_t>(threads) * worker_bytes(problem);
+}
+
+void attend_backward(const Problem& problem, const Selection& selection, const Plan& plan,
+                     const Backward& backward, Resources& resources) {
+  const Group& group = selection.group;
+  const Parallel& parallel = resources.parallel;
+  const Gradients& gradients = backward.gradients;
+  const Output dq(gradients.dq, group.head0 * problem.group, group.head1 * problem.group, resources),
+      dk(gradients.dk, group.head0, group.head1, resources),
+      dv(gradients.dv, group.head0, group.head1, resources);
+  const Buffer<RowStats> stats(resources.scratch, group.heads() * problem.group * problem.tokens);
+  const Gradient g{problem, plan, backward, group, dq.sums, dk.sums, dv.sums, stats.data()};
+  for (const Output* output : {&dq, &dk, &dv}) output->clear(parallel);
+
+  constexpr std::int64_t kTokens = 256;
+  const std::int64_t steps = (problem.tokens + kTokens - 1) / kTokens;
+  const auto prepare = &HWY_DYNAMIC_DISPATCH(row_stats);
+  parallel.run(steps * group.heads() * problem.group, [&](std::int64_t task, int) {
+    const std::int64_t first = task % steps * kTokens;
+    prepare(g, group.head0 * problem.group + task / steps, first, std::min(first + kTokens, problem.tokens));
+  });
+
+  const std::size_t floats = worker_bytes(problem) / sizeof(float);
+  const Buffer<float> memory(resources.scratch, parallel.threads * static_cast<std::int64_t>(floats));
+  const auto run = &HWY_DYNAMIC_DISPATCH(descend_cell);
+  for (const std::vector<Cell>& round : rounds_of(g, parallel)) {
+    parallel.run(static_cast<std::int64_t>(round.size()), [&](std::int64_t task, int worker) {
+      run(g, round[static_cast<std::size_t>(task)],
+          memory.data() + static_cast<std::size_t>(worker) * floats);
+    });
+  }
+  for (const Output* output : {&dq, &dk, &dv}) output->finish(parallel);
+}
+
+}  // namespace moba::cpu
+#endif

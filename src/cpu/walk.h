@@ -1,0 +1,112 @@
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <span>
+
+#include "cpu/sizes.h"
+#include "problem.h"
+
+/// The order in which a worker goes through the keys that its range of queries sees.
+namespace moba::cpu {
+
+/// One chunk of one block, and who sees it: the rows that chose the block, all of it; the rows [own_first,
+/// own_last) whose own block it is, up to their position.
+struct Chunk {
+  std::int64_t first = 0, count = 0;
+  std::span<const std::uint32_t> chosen{};
+  std::int64_t own_first = 0, own_last = 0;
+};
+
+/// Walks the chunks of a range in ascending order of their keys.
+class Walk {
+ public:
+  Walk(const Problem& problem, const SequenceView& sequence, const Plan& plan, const Range& range)
+      : problem_(problem), sequence_(sequence), plan_(plan), range_(range) {
+    const std::int64_t last = problem.own_block(sequence, range.q1 - 1);
+    blocks_ = problem.routing.causal ? last + 1 : problem.blocks(sequence);
+  }
+
+  /// The next chunk that anybody sees; false at the end.
+  bool next(Chunk& chunk) {
+    while (at_ >= end_) {
+      if (++block_ >= blocks_) return false;
+      enter_block();
+    }
+    chunk = {at_, std::min(step_, end_ - at_), chosen_, own_first_, own_last_};
+    chunk.own_first = std::max(own_first_, (at_ - sequence_.position(range_.q0)) * problem_.group);
+    at_ += step_;
+    return true;
+  }
+
+ private:
+  void enter_block() {
+    const std::int64_t size = problem_.routing.block_size;
+    chosen_ = plan_.rows.size() > 0 ? plan_.rows_of(range_, block_) : std::span<const std::uint32_t>();
+    at_ = block_ * size;
+    // Whoever chose the block sees all of it; its own rows see it up to the last of them.
+    end_ = std::min(at_ + std::min(size, sequence_.keys), sequence_.keys);
+    own_first_ = own_last_ = 0;
+    if (problem_.routing.causal) {
+      const std::int64_t zero = sequence_.position(range_.q0), tokens = range_.q1 - range_.q0;
+      own_first_ = std::clamp<std::int64_t>(at_ - zero, 0, tokens) * problem_.group;
+      own_last_ = std::clamp<std::int64_t>(end_ - zero, 0, tokens) * problem_.group;
+    }
+    if (chosen_.empty()) {
+      end_ = own_first_ == own_last_ ? at_
+                                     : sequence_.position(range_.q0 + (own_last_ - 1) / problem_.group) + 1;
+    }
+    constexpr auto kMost = static_cast<std::int64_t>(kChunk);
+    const std::int64_t chunks = std::max<std::int64_t>((end_ - at_ + kMost - 1) / kMost, 1);
+    step_ = static_cast<std::int64_t>(
+        round_up(static_cast<std::size_t>((end_ - at_ + chunks - 1) / chunks), kMaxCols));
+  }
+
+  const Problem& problem_;
+  const SequenceView& sequence_;
+  const Plan& plan_;
+  const Range& range_;
+  std::int64_t blocks_ = 0, block_ = -1, at_ = 0, end_ = 0, step_ = 1, own_first_ = 0, own_last_ = 0;
+  std::span<const std::uint32_t> chosen_;
+};
+
+/// Brings the keys and values of the next chunk into the second-level cache, a few rows at a time, while this
+/// one is worked on.
+class Prefetch {
+ public:
+  void begin(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
+             std::int64_t count) {
+    problem_ = &problem;
+    sequence_ = &sequence;
+    head_ = head;
+    next_ = first;
+    end_ = first + count;
+  }
+  std::int64_t left() const { return end_ - next_; }
+  void advance(std::int64_t rows) {
+    for (rows = std::min(rows, left()); rows > 0;) {
+      const Rows keys = problem_->keys(*sequence_, head_, next_),
+                 values = problem_->values(*sequence_, head_, next_);
+      const std::int64_t run = std::min({rows, keys.count, values.count});
+      touch(keys, problem_->k.dtype, run);
+      touch(values, problem_->v.dtype, run);
+      next_ += run;
+      rows -= run;
+    }
+  }
+
+ private:
+  void touch(const Rows& rows, DType dtype, std::int64_t count) const {
+    const auto size = static_cast<std::int64_t>(size_of(dtype));
+    for (std::int64_t row = 0; row < count; ++row) {
+      const std::byte* from = rows.data + row * rows.stride * size;
+      for (std::int64_t i = 0; i < problem_->head_dim * size; i += 64) __builtin_prefetch(from + i, 0, 2);
+    }
+  }
+
+  const Problem* problem_ = nullptr;
+  const SequenceView* sequence_ = nullptr;
+  std::int64_t head_ = 0, next_ = 0, end_ = 0;
+};
+
+}  // namespace moba::cpu
