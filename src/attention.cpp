@@ -1,6 +1,5 @@
 #include "moba/attention.h"
 
-#include <chrono>
 #include <utility>
 
 #include "backend.h"
@@ -10,18 +9,6 @@
 
 namespace moba {
 namespace {
-
-/// Runs one stage and adds its seconds to where they belong.
-template <typename Stage>
-auto timed(double Profile::*seconds, Profile& profile, Stage&& stage) {
-  struct Clock {
-    double& total;
-    std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
-    ~Clock() { total += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); }
-  };
-  const Clock clock{profile.*seconds};
-  return stage();
-}
 
 /// The flow: average the keys of each block, score every query against those averages and keep the best,
 /// invert the routing, attend inside the chosen blocks. `cached` are the means of a KV cache, if there is

@@ -37,6 +37,8 @@ struct Backend {
   Plan (*plan)(const Problem& problem, const Selection& selection, Resources& resources);
   void (*attend)(const Problem& problem, const Selection& selection, const Plan& plan, const Outputs& outputs,
                  Resources& resources);
+  /// The same with the ranges that `attend_backward` wants.
+  Plan (*plan_backward)(const Problem& problem, const Selection& selection, Resources& resources);
   /// Adds nothing: writes dq of the group's queries and heads, and dk, dv of the group's heads. The group
   /// spans all tokens.
   void (*attend_backward)(const Problem& problem, const Selection& selection, const Plan& plan,

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <chrono>
 #include <string_view>
 #include <vector>
 
@@ -29,6 +30,18 @@ void write_selection(const Problem& problem, const Selection& selection, std::in
 /// selection.
 Selection read_selection(std::string_view function, const Problem& problem, const Group& group,
                          const std::int32_t* saved, Scratch& scratch);
+
+/// Runs one stage and adds its seconds to where they belong.
+template <typename Stage>
+auto timed(double Profile::*seconds, Profile& profile, Stage&& stage) {
+  struct Clock {
+    double& total;
+    std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
+    ~Clock() { total += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); }
+  };
+  const Clock clock{profile.*seconds};
+  return stage();
+}
 
 void add_profile(const Execution& execution, const Profile& profile, const Scratch& scratch);
 

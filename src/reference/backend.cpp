@@ -38,6 +38,7 @@ const Backend reference_backend{
     .gate = reference::gate,
     .plan = reference::plan,
     .attend = reference::attend,
+    .plan_backward = reference::plan,
     .attend_backward = reference::attend_backward,
     .workspace_backward = workspace_backward,
     .decode = reference::decode,
