@@ -42,6 +42,19 @@ void add_choice(CLI::App& command, const std::string& flag, T& value, const std:
   command.add_option_function<std::string>(flag, choose, help)->type_name(words);
 }
 
+/// A flag with a whole number. CLI11 by itself takes 10^19 for the largest int64.
+template <typename T>
+CLI::Option* add_number(CLI::App& command, const std::string& flags, T& value, const std::string& help) {
+  const auto check = [](const std::string& text) {
+    std::int64_t number = 0;
+    const char* end = text.data() + text.size();
+    const auto parsed = std::from_chars(text.data(), end, number);
+    const bool fits = parsed.ec == std::errc() && parsed.ptr == end;
+    return fits ? std::string() : fmt::format("expected a whole number; found {}", text);
+  };
+  return command.add_option(flags, value, help)->check(check)->type_name("INT");
+}
+
 template <typename T>
 T in_range(const char* flag, T value, T low, T high) {
   if (value >= low && value <= high) return value;  // a NaN is in no range
@@ -102,7 +115,10 @@ llm::Sampling sampling_from(const GenerateFlags& flags) {
   sampling.top_k = in_range("--top-k", flags.top_k, std::int64_t{0}, kMostTokens, sampling.top_k);
   sampling.top_p = in_range("--top-p", flags.top_p, 0.0, 1.0, sampling.top_p);
   sampling.min_p = in_range("--min-p", flags.min_p, 0.0, 1.0, sampling.min_p);
-  sampling.seed = flags.seed ? *flags.seed : std::random_device()();
+  constexpr std::int64_t kMostSeed = std::numeric_limits<std::int64_t>::max();
+  const std::int64_t seed = in_range("--seed", flags.seed, std::int64_t{0}, kMostSeed,
+                                     static_cast<std::int64_t>(std::random_device()()));
+  sampling.seed = static_cast<std::uint64_t>(seed);
   return sampling;
 }
 
@@ -147,11 +163,11 @@ void add_flags(CLI::App& command, GenerateFlags& flags) {
   command.add_option(
       "-f,--file", flags.file,
       "A file with the prompt, or with -p the document that the prompt is about; -: standard input");
-  command.add_option("-n,--predict,--n-predict", flags.predict, "Tokens to write; -1: until the end")
+  add_number(command, "-n,--predict,--n-predict", flags.predict, "Tokens to write; -1: until the end")
       ->capture_default_str();
-  command.add_option("-c,--ctx-size", flags.context,
-                     "Most tokens of prompt and answer [the model's context]");
-  command.add_option("-t,--threads", flags.threads, "Threads [as many as there are cores]");
+  add_number(command, "-c,--ctx-size", flags.context,
+             "Most tokens of prompt and answer [the model's context]");
+  add_number(command, "-t,--threads", flags.threads, "Threads [as many as there are cores]");
   add_choice(command, "--dtype", flags.dtype, kDTypes, "Working precision of weights and cache [f32]");
   command.add_flag("--no-chat", flags.no_chat, "Give the model the bare text, without chat turns");
   command.add_flag("--ignore-eos", flags.ignore_eos, "Write on after the model has ended its answer");
@@ -161,22 +177,22 @@ void add_flags(CLI::App& command, GenerateFlags& flags) {
   command.add_option("--temp", flags.temperature, "Temperature; 0: always the likeliest token")
       ->capture_default_str()
       ->group(sampling);
-  command.add_option("--top-k", flags.top_k, "Draw from this many of the likeliest tokens; 0: all [40]")
+  add_number(command, "--top-k", flags.top_k, "Draw from this many of the likeliest tokens; 0: all [40]")
       ->group(sampling);
   command.add_option("--top-p", flags.top_p, "Draw from the likeliest that reach this probability [0.95]")
       ->group(sampling);
   command
       .add_option("--min-p", flags.min_p, "Draw from those this probable relative to the likeliest [0.05]")
       ->group(sampling);
-  command.add_option("-s,--seed", flags.seed, "Makes draws repeatable [random]")->group(sampling);
+  add_number(command, "-s,--seed", flags.seed, "Makes draws repeatable [random]")->group(sampling);
 
   add_choice(command, "--attn", flags.attention, kAttentionModes, "How the prompt is read [full]");
   add_choice(command, "--decode", flags.decode, kDecodeModes, "How the answer is written [full]");
-  command.add_option("--moba-chunk-size", flags.block_size, "Tokens in a block [256]");
-  command.add_option("--moba-topk", flags.top_blocks, "Blocks a token attends to, its own included [4]");
-  command.add_option("--moba-sink", flags.sink,
-                     "First blocks that are always selected, counted in top-k [1]");
-  command.add_option("--moba-full-tail", flags.full_tail, "Last prompt tokens that are read fully [128]");
+  add_number(command, "--moba-chunk-size", flags.block_size, "Tokens in a block [256]");
+  add_number(command, "--moba-topk", flags.top_blocks, "Blocks a token attends to, its own included [4]");
+  add_number(command, "--moba-sink", flags.sink,
+             "First blocks that are always selected, counted in top-k [1]");
+  add_number(command, "--moba-full-tail", flags.full_tail, "Last prompt tokens that are read fully [128]");
   command.add_option("--moba-full-layers", flags.full_layers, "Layers that stay full, such as 0,27-29");
   for (const char* flag : {"--attn", "--decode", "--moba-chunk-size", "--moba-topk", "--moba-sink",
                            "--moba-full-tail", "--moba-full-layers"}) {

@@ -20,9 +20,8 @@ struct GenerateFlags {
   std::int64_t predict = -1;
   std::optional<std::int64_t> context, threads;
   double temperature = 0;
-  std::optional<std::int64_t> top_k;
+  std::optional<std::int64_t> top_k, seed;
   std::optional<double> top_p, min_p;
-  std::optional<std::uint64_t> seed;
   bool no_chat = false, ignore_eos = false, json = false;
   llm::AttentionMode attention = llm::AttentionMode::full, decode = llm::AttentionMode::full;
   std::optional<std::int64_t> block_size, top_blocks, sink, full_tail;
