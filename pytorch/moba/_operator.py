@@ -1,0 +1,187 @@
+"""Loads the compiled operator and tells torch the rest about it: shapes, gradients, autocast, vmap."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+torch.ops.load_library(str(next(Path(__file__).parent.glob("libmoba_torch.*"))))
+
+_attention = torch.ops.moba.attention.default
+_attention_backward = torch.ops.moba.attention_backward.default
+_select = torch.ops.moba.select.default
+
+
+def selection_width(keys: int, block_size: int, top_k: int) -> int:
+    """Entries in a row of a selection over `keys` packed keys: known from shapes alone, sequences set aside."""
+    return torch.sym_min(top_k, (keys + block_size - 1) // block_size)
+
+
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        torch._check_value(
+            t.dim() == 3, lambda: f"attention: {name} has sizes {list(t.shape)}; [tokens, heads, head_dim] is expected"
+        )
+        torch._check_value(t.dtype == q.dtype, lambda: f"attention: {name} is {t.dtype}; q is {q.dtype}")
+    torch._check_value(
+        q.shape[1] % k.shape[1] == 0,
+        lambda: f"attention: k has {k.shape[1]} heads; {q.shape[1]} query heads need a divisor of {q.shape[1]}",
+    )
+    torch._check_value(
+        k.shape[2] == q.shape[2], lambda: f"attention: k has head_dim {k.shape[2]}; q has {q.shape[2]}"
+    )
+    for dim in range(3):
+        torch._check_value(
+            v.shape[dim] == k.shape[dim],
+            lambda: f"attention: v has sizes {list(v.shape)}; those of k, {list(k.shape)}, are expected",
+        )
+
+
+def _empty_selection(q: Tensor, keys: int, block_size: int, top_k: int) -> Tensor:
+    return q.new_empty((q.shape[1], q.shape[0], selection_width(keys, block_size, top_k)), dtype=torch.int32)
+
+
+@torch.library.register_fake("moba::attention")
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, causal=True, scale=None,
+      return_selection=False, backend=""):
+    _check_shapes(q, k, v)
+    tokens, heads = q.shape[:2]
+    selection = (
+        _empty_selection(q, k.shape[0], block_size, top_k)
+        if return_selection
+        else q.new_empty((heads, tokens, 0), dtype=torch.int32)
+    )
+    return q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32), selection
+
+
+@torch.library.register_fake("moba::attention_backward")
+def _(d_out, q, k, v, out, lse, selection, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0,
+      causal=True, scale=None, backend=""):
+    _check_shapes(q, k, v)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+@torch.library.register_fake("moba::select")
+def _(q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, causal=True, backend=""):
+    _check_shapes(q, k, k)
+    return _empty_selection(q, k.shape[0], block_size, top_k)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale, _, backend = inputs
+    out, lse, selection = output
+    ctx.mark_non_differentiable(lse, selection)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, selection, cu_seqlens_q, cu_seqlens_k)
+    ctx.routing = (block_size, top_k, sink_blocks, causal, scale, backend)
+
+
+def _backward(ctx, d_out, d_lse, d_selection):
+    if d_out is None:
+        return (None,) * 12
+    dq, dk, dv = _attention_backward(d_out, *ctx.saved_tensors, *ctx.routing)
+    return dq, dk, dv, *(None,) * 9
+
+
+def _no_second_derivative(ctx, *gradients):
+    raise NotImplementedError("moba::attention has no second derivative; its gradient was differentiated")
+
+
+torch.library.register_autograd("moba::attention", _backward, setup_context=_setup_context)
+torch.library.register_autograd("moba::attention_backward", _no_second_derivative)
+
+
+# Under autocast the inputs take its dtype, as torch's own attention has it. float64 stays what it is.
+
+_autocast_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+_library = torch.library.Library("moba", "IMPL")
+
+
+def _cast(value):
+    castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+    return value.to(torch.get_autocast_dtype("cpu")) if castable else value
+
+
+def _register_autocast(name, operator):
+    def kernel(*args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(_autocast_keys):
+            return operator(*map(_cast, args), **{key: _cast(value) for key, value in kwargs.items()})
+
+    _library.impl(name, kernel, "AutocastCPU")
+
+
+_register_autocast("attention", _attention)
+_register_autocast("select", _select)
+
+
+# A batch of packed batches is a longer packed batch.
+
+
+def _pack(value, dim, batch, tokens_dim):
+    """The mapped dimension laid before the tokens and merged with them. What is not mapped is repeated."""
+    value = value.movedim(dim, tokens_dim) if dim is not None else value.unsqueeze(tokens_dim).expand(
+        *value.shape[:tokens_dim], batch, *value.shape[tokens_dim:]
+    )
+    return value.flatten(tokens_dim, tokens_dim + 1)
+
+
+def _unpack(value, batch, tokens_dim):
+    return value.unflatten(tokens_dim, (batch, value.shape[tokens_dim] // batch))
+
+
+def _repeat_offsets(offsets, batch, tokens):
+    starts = torch.arange(batch, dtype=torch.int32, device=offsets.device) * tokens
+    return torch.cat([offsets[:1], (starts[:, None] + offsets[1:]).flatten()])
+
+
+def _refuse_mapped_offsets(dims):
+    if any(dim is not None for dim in dims):
+        raise NotImplementedError("vmap over cu_seqlens_q or cu_seqlens_k is not supported; map over q, k and v alone")
+
+
+def _vmap_attention(info, in_dims, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, *rest):
+    batch = info.batch_size
+    _refuse_mapped_offsets(in_dims[3:5])
+    q, k, v = (_pack(t, dim, batch, 0) for t, dim in zip((q, k, v), in_dims))
+    tokens, keys = q.shape[0] // batch, k.shape[0] // batch
+    out, lse, selection = _attention(
+        q, k, v, _repeat_offsets(cu_seqlens_q, batch, tokens), _repeat_offsets(cu_seqlens_k, batch, keys),
+        block_size, top_k, *rest,
+    )
+    width = min(selection.shape[2], selection_width(keys, block_size, top_k))
+    selection = _unpack(selection, batch, 1)[..., :width]
+    return (_unpack(out, batch, 0), _unpack(lse, batch, 1), selection), (0, 1, 1)
+
+
+def _vmap_backward(info, in_dims, d_out, q, k, v, out, lse, selection, cu_seqlens_q, cu_seqlens_k, block_size, top_k,
+                   *rest):
+    batch = info.batch_size
+    _refuse_mapped_offsets(in_dims[7:9])
+    d_out, q, k, v, out = (_pack(t, dim, batch, 0) for t, dim in zip((d_out, q, k, v, out), in_dims))
+    lse, selection = (_pack(t, dim, batch, 1).contiguous() for t, dim in zip((lse, selection), in_dims[5:7]))
+    tokens, keys = q.shape[0] // batch, k.shape[0] // batch
+    if selection.shape[2]:
+        missing = selection_width(k.shape[0], block_size, top_k) - selection.shape[2]
+        selection = torch.nn.functional.pad(selection, (0, missing), value=-1)
+    gradients = _attention_backward(
+        d_out, q, k, v, out, lse, selection, _repeat_offsets(cu_seqlens_q, batch, tokens),
+        _repeat_offsets(cu_seqlens_k, batch, keys), block_size, top_k, *rest,
+    )
+    return tuple(_unpack(t, batch, 0) for t in gradients), (0, 0, 0)
+
+
+def _vmap_select(info, in_dims, q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k, *rest):
+    batch = info.batch_size
+    _refuse_mapped_offsets(in_dims[2:4])
+    q, k = (_pack(t, dim, batch, 0) for t, dim in zip((q, k), in_dims))
+    tokens, keys = q.shape[0] // batch, k.shape[0] // batch
+    selection = _select(
+        q, k, _repeat_offsets(cu_seqlens_q, batch, tokens), _repeat_offsets(cu_seqlens_k, batch, keys), block_size,
+        top_k, *rest,
+    )
+    return _unpack(selection, batch, 1)[..., : selection_width(keys, block_size, top_k)], 1
+
+
+torch.library.register_vmap("moba::attention", _vmap_attention)
+torch.library.register_vmap("moba::attention_backward", _vmap_backward)
+torch.library.register_vmap("moba::select", _vmap_select)

@@ -1,0 +1,46 @@
+"""How attention is to be sparse, as plain data."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MoBAConfig:
+    """The routing of a model's attention layers.
+
+    The first two fields are the published package's. A query attends to `moba_topk` blocks of `moba_chunk_size` tokens, its own
+    block included. The rest serves models that were never trained so, and hybrids:
+
+    - `full_layers`: layers with full attention; negative numbers count from the last layer.
+    - `full_tail`: the last so many tokens of every sequence of a prefill attend fully.
+    - `sink_blocks`: the first blocks of a sequence, selected before any other and counted in `moba_topk`.
+    - `decode`: "full" or "moba", what a step of a single token does.
+
+    Raises TypeError or ValueError for what is no routing.
+    """
+
+    moba_chunk_size: int
+    moba_topk: int
+    full_layers: tuple[int, ...] = ()
+    full_tail: int = 0
+    sink_blocks: int = 0
+    decode: str = "full"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "full_layers", tuple(self.full_layers))
+        least = {"moba_chunk_size": 1, "moba_topk": 1, "full_tail": 0, "sink_blocks": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"MoBAConfig: {name} is {value!r}; an int is expected")
+            if value < low:
+                raise ValueError(f"MoBAConfig: {name} is {value}; at least {low} is expected")
+        if self.sink_blocks >= self.moba_topk:
+            raise ValueError(
+                f"MoBAConfig: sink_blocks is {self.sink_blocks}; 0 to {self.moba_topk - 1} go with moba_topk "
+                f"{self.moba_topk}"
+            )
+        for layer in self.full_layers:
+            if not isinstance(layer, int) or isinstance(layer, bool):
+                raise TypeError(f"MoBAConfig: full_layers has {layer!r}; layer numbers are expected")
+        if self.decode not in ("full", "moba"):
+            raise ValueError(f'MoBAConfig: decode is {self.decode!r}; "full" or "moba" is expected')

@@ -1,0 +1,139 @@
+"""Attention on padded batches [B, S, H, D], and on packed ones under the names of the published package."""
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .config import MoBAConfig
+from .padding import cu_seqlens_of, spans_of_mask
+
+EVERYTHING = 2**63 - 1
+"""As top_k: dense attention."""
+
+
+def check_tensors(function: str, q: Tensor, k: Tensor, v: Tensor, dims: str) -> None:
+    """Raises TypeError or ValueError unless q, k and v are tensors of shape `dims`, of one floating dtype and device."""
+    rank = dims.count(",") + 1
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{function}: {name} is {type(t).__name__}; a tensor {dims} is expected")
+        if t.dim() != rank:
+            raise ValueError(f"{function}: {name} has sizes {list(t.shape)}; {dims} is expected")
+        if not t.is_floating_point():
+            raise TypeError(f"{function}: {name} is {t.dtype}; a floating dtype is expected")
+        if t.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
+            raise TypeError(f"{function}: {name} is {t.dtype}; q is {q.dtype}")
+        if t.device != q.device:
+            raise ValueError(f"{function}: {name} is on {t.device}; q is on {q.device}")
+    if q.device.type not in ("cpu", "meta"):
+        raise NotImplementedError(f"{function}: q is on {q.device}; this build has kernels for the CPU")
+
+
+def check_int(function: str, name: str, value: int) -> None:
+    if isinstance(value, (bool, float, str)) or value is None:
+        raise TypeError(f"{function}: {name} is {value!r}; an int is expected")
+
+
+def varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+    return_selection: bool = False,
+    backend: str = "",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.attention`; where a gradient will be asked for, the selection is kept for it."""
+    keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    return ops.attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale,
+        return_selection or (keep and top_k < EVERYTHING), backend,
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    config: MoBAConfig | None = None,
+    *,
+    block_size: int | None = None,
+    top_k: int | None = None,
+    sink_blocks: int = 0,
+    causal: bool = True,
+    scale: float | None = None,
+    padding_mask: Tensor | None = None,
+    return_lse: bool = False,
+    return_selection: bool = False,
+    backend: str = "",
+) -> Tensor | tuple[Tensor, ...]:
+    """Mixture of Block Attention of a batch.
+
+    `q` [B, Sq, Hq, D], `k` and `v` [B, Sk, Hkv, D], of one dtype and any strides; `Hq % Hkv == 0`; causal queries are the last
+    of the keys. Every query attends to `top_k` blocks of `block_size` tokens, its own included (or to what `config` says, of
+    which the routing counts here). `padding_mask` [B, Sk]: true at tokens, false at padding on either side; queries that are
+    padding get 0. `scale` of the logits, D^-0.5 unless given.
+
+    Returns `out` [B, Sq, Hq, D]; with `return_lse` also the natural logarithm of each softmax denominator [B, Hq, Sq]; with
+    `return_selection` also block numbers, ascending, padded with -1, counted from the row's first token [B, Hq, Sq,
+    min(top_k, ceil(B * Sk / block_size))]. Differentiable in q, k and v. Raises TypeError or ValueError naming the argument.
+    """
+    check_tensors("attention", q, k, v, "[batch, tokens, heads, head_dim]")
+    if config is not None:
+        if block_size is not None or top_k is not None:
+            raise TypeError("attention: block_size and top_k are given beside a config; one of them is expected")
+        block_size, top_k, sink_blocks = config.moba_chunk_size, config.moba_topk, config.sink_blocks or sink_blocks
+    check_int("attention", "block_size", block_size)
+    check_int("attention", "top_k", top_k)
+    batch, queries = q.shape[:2]
+    keys = k.shape[1]
+    for name, t in (("k", k), ("v", v)):
+        if t.shape[0] != batch:
+            raise ValueError(f"attention: {name} has a batch of {t.shape[0]}; q has {batch}")
+    if v.shape[1] != keys:
+        raise ValueError(f"attention: v has {v.shape[1]} tokens; k has {keys}")
+    if padding_mask is None:
+        steps = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+        cu_seqlens = steps * queries, steps * keys
+    else:
+        cu_seqlens = cu_seqlens_of(_spans(padding_mask, batch, queries, keys), queries, keys)
+    out, lse, selection = varlen(
+        *(t.reshape(-1, t.shape[2], t.shape[3]) for t in (q, k, v)), *cu_seqlens, block_size, top_k, sink_blocks,
+        causal, scale, return_selection, backend,
+    )
+    results = [out.unflatten(0, (batch, queries))]
+    if return_lse:
+        results.append(lse.unflatten(1, (batch, queries)).transpose(0, 1))
+    if return_selection:
+        results.append(selection.unflatten(1, (batch, queries)).transpose(0, 1))
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def _spans(padding_mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
+    if not isinstance(padding_mask, Tensor) or padding_mask.is_floating_point():
+        raise TypeError(f"attention: padding_mask is {getattr(padding_mask, 'dtype', padding_mask)!r}; bool is expected")
+    if padding_mask.shape != (batch, keys):
+        raise ValueError(f"attention: padding_mask has sizes {list(padding_mask.shape)}; [{batch}, {keys}] is expected")
+    if queries > keys:
+        raise ValueError(f"attention: q has {queries} tokens; with a padding_mask at most k's {keys} are expected")
+    return spans_of_mask(padding_mask, queries, keys - queries)
+
+
+def check_varlen(
+    function: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, moba_chunk_size: int, moba_topk: int
+) -> None:
+    """The door of the two functions below that the published package also has."""
+    check_tensors(function, q, k, v, "[tokens, heads, head_dim]")
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{function}: cu_seqlens is {type(cu_seqlens).__name__}; an int32 tensor is expected")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"{function}: cu_seqlens is {cu_seqlens.dtype}; torch.int32 is expected")
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"{function}: cu_seqlens is on {cu_seqlens.device}; q is on {q.device}")
+    check_int(function, "moba_chunk_size", moba_chunk_size)
+    check_int(function, "moba_topk", moba_topk)

@@ -1,0 +1,18 @@
+"""`moba_attn_varlen`, where programs written for the published package look for it."""
+
+from torch import Tensor
+
+from .functional import check_varlen, varlen
+
+
+def moba_attn_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int, moba_topk: int
+) -> Tensor:
+    """Causal MoBA of a packed batch.
+
+    `q` [T, Hq, D], `k` and `v` [T, Hkv, D], `Hq % Hkv == 0`; `cu_seqlens` int32 [sequences + 1]. `max_seqlen` is the
+    published signature's and not needed. A query attends to `moba_topk` blocks of `moba_chunk_size` tokens, its own
+    included. Returns [T, Hq, D]. Raises TypeError or ValueError naming the argument.
+    """
+    check_varlen("moba_attn_varlen", q, k, v, cu_seqlens, moba_chunk_size, moba_topk)
+    return varlen(q, k, v, cu_seqlens, cu_seqlens, moba_chunk_size, moba_topk)[0]

@@ -1,0 +1,72 @@
+"""MoBA as a mask over dense attention, in a page of PyTorch: what the kernels are checked and measured against."""
+
+import torch
+from torch import Tensor
+
+from .functional import check_varlen
+
+
+def selection_mask(
+    q: Tensor, k: Tensor, block_size: int, top_k: int, sink_blocks: int = 0
+) -> Tensor:
+    """Which keys each query sees: bool [H, Lq, Lk], for one sequence `q` [Lq, H, D], `k` [Lk, H, D].
+
+    Its own block up to itself, and of the complete blocks before it the `top_k - 1` whose mean key scores highest; sinks
+    first; of equal scores the more recent.
+    """
+    queries, keys = q.shape[0], k.shape[0]
+    blocks = keys // block_size
+    position = torch.arange(keys - queries, keys, device=q.device)
+    own = position // block_size
+    key = torch.arange(keys, device=q.device)
+    chosen = torch.zeros(q.shape[1], queries, blocks + 1, dtype=torch.bool, device=q.device)
+    if blocks > 0 and top_k > 1:
+        means = k[: blocks * block_size].unflatten(0, (blocks, block_size)).float().mean(1).to(k.dtype).float()
+        scores = torch.einsum("qhd,nhd->hqn", q.float(), means).nan_to_num(nan=-torch.inf, posinf=torch.inf)
+        block = torch.arange(blocks, device=q.device)
+        scores[:, :, block < sink_blocks] = torch.inf
+        candidate = block < own[:, None]
+        order = scores.masked_fill(~candidate, -torch.inf).flip(-1).argsort(dim=-1, descending=True, stable=True)
+        best = blocks - 1 - order[..., : top_k - 1]
+        chosen.scatter_(2, best, True)
+        chosen[..., :blocks] &= candidate
+    chosen.scatter_(2, own.clamp(0, blocks).expand(q.shape[1], -1)[..., None], True)
+    return chosen[..., (key // block_size).clamp(max=blocks)] & (key <= position[:, None])
+
+
+def naive_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, block_size: int, top_k: int,
+    sink_blocks: int = 0, scale: float | None = None,
+) -> Tensor:
+    """Causal MoBA of a packed batch, with a mask of every query and key in memory."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    pieces = []
+    q_offsets, k_offsets = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for q0, q1, k0, k1 in zip(q_offsets, q_offsets[1:], k_offsets, k_offsets[1:]):
+        queries, keys, values = q[q0:q1], k[k0:k1], v[k0:k1]
+        mask = selection_mask(queries, keys, block_size, top_k, sink_blocks)
+        logits = torch.einsum("qhd,khd->hqk", queries.float(), keys.float()) * scale
+        weights = logits.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)
+        pieces.append(torch.einsum("hqk,khd->qhd", weights, values.float()).to(q.dtype))
+    return torch.cat(pieces) if pieces else torch.zeros_like(q)
+
+
+def moba_attn_varlen_naive(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int, moba_topk: int
+) -> Tensor:
+    """`moba_attn_varlen` in plain PyTorch, of quadratic cost; same arguments, result and errors."""
+    function = "moba_attn_varlen_naive"
+    check_varlen(function, q, k, v, cu_seqlens, moba_chunk_size, moba_topk)
+    offsets = cu_seqlens.tolist()
+    if not offsets or offsets[0] != 0 or offsets[-1] != q.shape[0] or offsets != sorted(offsets):
+        raise ValueError(f"{function}: cu_seqlens is {offsets}; it rises from 0 to the {q.shape[0]} tokens of q")
+    for name, value in (("moba_chunk_size", moba_chunk_size), ("moba_topk", moba_topk)):
+        if value < 1:
+            raise ValueError(f"{function}: {name} is {value}; at least 1 is expected")
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"{function}: k has sizes {list(k.shape)} and v {list(v.shape)}; q has {list(q.shape)}, whose heads they divide"
+        )
+    return naive_varlen(q, k, v, cu_seqlens, cu_seqlens, moba_chunk_size, moba_topk)

@@ -1,0 +1,9 @@
+"""The operators themselves, on packed tensors; `ops.pyi` has their signatures and what they mean."""
+
+import torch
+
+from . import _operator as _operator
+
+attention = torch.ops.moba.attention.default
+attention_backward = torch.ops.moba.attention_backward.default
+select = torch.ops.moba.select.default

@@ -1,0 +1,53 @@
+"""Padded batches without copies: the padding becomes sequences that have no keys, or no queries."""
+
+import torch
+from torch import Tensor
+
+
+def spans_of_mask(mask: Tensor, queries: int, offset: int | Tensor = 0) -> Tensor:
+    """Where each row's tokens are: int32 [B, 4] of q_begin, q_end, k_begin, k_end.
+
+    `mask` [B, Sk] is true at tokens and false at padding, which may be to the left, to the right, or both. The queries
+    are columns [offset, offset + queries) of it; columns after them are not there yet. Raises ValueError, or RuntimeError
+    from within a compiled graph, when padding lies between tokens.
+    """
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    mask = mask.bool() & (columns < offset + queries)
+    count = mask.sum(-1)
+    begin = mask.to(torch.uint8).argmax(-1)
+    end = begin + count
+    together = (mask == ((columns >= begin[:, None]) & (columns < end[:, None]))).all()
+    if torch.compiler.is_compiling():
+        torch._assert_async(together, "padding_mask has padding between tokens; each row's tokens must be together")
+    elif not together:
+        raise ValueError("padding_mask has padding between tokens; each row's tokens must be together")
+    spans = [(begin - offset).clamp(0, queries), (end - offset).clamp(0, queries), begin, end]
+    return torch.stack(spans, dim=-1).to(torch.int32)
+
+
+def whole_spans(batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
+    """The spans of a batch without padding."""
+    return torch.tensor([[0, queries, 0, keys]], dtype=torch.int32, device=device).expand(batch, 4)
+
+
+def cu_seqlens_of(spans: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor]:
+    """The offsets of `[B * queries]` and `[B * keys]` packed tokens: for every row its sequence, and around it what is
+    padding, as queries that see no keys and keys that no query sees."""
+    q_begin, q_end, k_begin, k_end = spans.unbind(-1)
+    nothing = torch.zeros_like(q_begin)
+    q_lengths = torch.stack([q_begin, nothing, q_end - q_begin, queries - q_end, nothing], dim=-1)
+    k_lengths = torch.stack([nothing, k_begin, k_end - k_begin, nothing, keys - k_end], dim=-1)
+    return tuple(
+        torch.nn.functional.pad(lengths.flatten().cumsum(0, dtype=torch.int32), (1, 0))
+        for lengths in (q_lengths, k_lengths)
+    )
+
+
+def split_tail(spans: Tensor, tail: int) -> tuple[Tensor, Tensor]:
+    """Each row's sequence cut before its last `tail` queries: what comes before, and the tail, which sees all."""
+    q_begin, q_end, k_begin, k_end = spans.unbind(-1)
+    cut = torch.minimum(q_end - q_begin, torch.full_like(q_end, tail))
+    return (
+        torch.stack([q_begin, q_end - cut, k_begin, k_end - cut], dim=-1),
+        torch.stack([q_end - cut, q_end, k_begin, k_end], dim=-1),
+    )

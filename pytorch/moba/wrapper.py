@@ -1,0 +1,158 @@
+"""MoBA as an attention implementation of `transformers` models."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from .config import MoBAConfig
+from .functional import EVERYTHING, check_tensors, varlen
+from .modes import current_mode, records_of
+from .moba_naive import naive_varlen
+from .padding import cu_seqlens_of, spans_of_mask, split_tail, whole_spans
+
+
+def register_moba(cfg: MoBAConfig) -> None:
+    """Makes "moba" and "moba_naive" attention implementations of `transformers`, with their masks:
+    `from_pretrained(..., attn_implementation="moba")`. Calling it again replaces `cfg` for the models there are."""
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    if not isinstance(cfg, MoBAConfig):
+        raise TypeError(f"register_moba: cfg is {type(cfg).__name__}; a MoBAConfig is expected")
+    for name, naive in (("moba", False), ("moba_naive", True)):
+        AttentionInterface.register(name, partial(moba_layer, cfg, naive))
+        AttentionMaskInterface.register(name, moba_mask)
+
+
+def moba_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **_: Any,
+) -> Tensor | None:
+    """What `moba_layer` gets as its mask: None where there is neither padding nor an unfilled cache, else the spans of every
+    row's tokens, int32 [B, 1, 1, 4]. Raises for patterns that are not causal with padding."""
+    from transformers.masking_utils import causal_mask_function
+
+    if mask_function is not None and mask_function is not causal_mask_function:
+        raise NotImplementedError(
+            "moba: this layer's mask is not plainly causal (a sliding window, packed sequences, or a mask of its own); "
+            'sliding windows need another implementation, packed sequences "moba.moba_attn_varlen". '
+            "When compiling without a cache, pass an attention_mask, lest position_ids be taken for packed ones"
+        )
+    if kv_offset != 0:
+        raise NotImplementedError(f"moba: the cache has dropped its first {kv_offset} tokens; a full one is expected")
+    in_step = not isinstance(q_offset, Tensor)
+    if attention_mask is None:
+        if in_step and q_offset + q_length == kv_length:
+            return None
+        mask = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+    else:
+        missing = kv_length - attention_mask.shape[1]
+        mask = torch.nn.functional.pad(attention_mask.bool()[:, :kv_length], (0, max(missing, 0)))
+        if in_step and not torch.compiler.is_compiling() and q_offset + q_length == kv_length and mask.all():
+            return None
+    return spans_of_mask(mask, q_length, q_offset)[:, None, None]
+
+
+def _spans(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    batch, _, queries, _ = query.shape
+    if attention_mask is None:
+        return whole_spans(batch, queries, key.shape[2], query.device)
+    if attention_mask.dtype != torch.int32 or attention_mask.shape != (batch, 1, 1, 4):
+        raise ValueError(
+            f"moba: attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}; a padding mask "
+            "[batch, tokens] is expected, and 4D masks of one's own cannot be honoured"
+        )
+    return attention_mask[:, 0, 0]
+
+
+def _refuse(module: Module, dropout: float, is_causal: bool | None, options: dict[str, Any]) -> None:
+    if dropout:
+        raise NotImplementedError(f"moba: dropout is {dropout}; attention_dropout of 0 is expected")
+    if is_causal is False or not getattr(module, "is_causal", True):
+        raise NotImplementedError("moba: the layer is not causal; layers of a decoder are expected")
+    for name in ("sliding_window", "softcap", "position_bias", "s_aux", "cache"):
+        if options.get(name) is not None:
+            raise NotImplementedError(f"moba: {name} is set for this layer; it cannot be honoured")
+
+
+def _is_full(config: MoBAConfig, module: Module, queries: int) -> bool:
+    forced = current_mode()
+    if forced is not None:
+        return forced == "full"
+    if queries == 1 and config.decode == "full":
+        return True
+    layer = getattr(module, "layer_idx", None)
+    if layer is None or not config.full_layers:
+        return False
+    layers = getattr(getattr(module, "config", None), "num_hidden_layers", 0)
+    return layer in config.full_layers or layer - layers in config.full_layers
+
+
+def moba_layer(
+    config: MoBAConfig,
+    naive: bool,
+    module: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """One layer's attention: `query` [B, Hq, Sq, D], `key` and `value` [B, Hkv, Sk, D]. Returns [B, Sq, Hq, D]."""
+    check_tensors("moba", query, key, value, "[batch, heads, tokens, head_dim]")
+    _refuse(module, dropout, is_causal, options)
+    queries = query.shape[2]
+    spans = _spans(attention_mask, query, key)
+    top_k = EVERYTHING if _is_full(config, module, queries) else config.moba_topk
+    if naive:
+        attend = partial(_attend_naive, query, key, value, config, scaling)
+    else:
+        attend = partial(_attend, module, query, key, value, config, scaling)
+    if top_k == EVERYTHING or config.full_tail == 0 or queries == 1:
+        return attend(spans, top_k), None
+    before, tail = split_tail(spans, config.full_tail)
+    return attend(before, top_k) + attend(tail, EVERYTHING), None  # each is 0 where the other attends
+
+
+def _packed(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    return [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
+
+
+def _attend(
+    module: Module, query: Tensor, key: Tensor, value: Tensor, config: MoBAConfig, scaling: float | None, spans: Tensor,
+    top_k: int,
+) -> Tensor:
+    batch, _, queries, _ = query.shape
+    records = records_of(module) if top_k < EVERYTHING else []
+    sinks = config.sink_blocks if top_k < EVERYTHING else 0
+    offsets = cu_seqlens_of(spans, queries, key.shape[2])
+    out, _, selection = varlen(
+        *_packed(query, key, value), *offsets, config.moba_chunk_size, top_k, sinks, scale=scaling,
+        return_selection=bool(records),
+    )
+    for record in records:
+        record.add(module.layer_idx, selection.unflatten(1, (batch, queries)).transpose(0, 1))
+    return out.unflatten(0, (batch, queries))
+
+
+def _attend_naive(
+    query: Tensor, key: Tensor, value: Tensor, config: MoBAConfig, scaling: float | None, spans: Tensor, top_k: int
+) -> Tensor:
+    batch, _, queries, _ = query.shape
+    offsets = cu_seqlens_of(spans, queries, key.shape[2])
+    sinks = config.sink_blocks if top_k < EVERYTHING else 0
+    out = naive_varlen(*_packed(query, key, value), *offsets, config.moba_chunk_size, top_k, sinks, scaling)
+    return out.unflatten(0, (batch, queries))
