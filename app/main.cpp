@@ -57,6 +57,7 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   std::function<int()> action;
   moba::app::add_generate(app, action);
+  moba::app::add_bench(app, action);
   moba::app::add_info(app, action);
   moba::app::add_tokenize(app, action);
 

@@ -1,0 +1,503 @@
+#include "app/bench/contender.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <set>
+
+#include "app/bench/check.h"
+#include "app/bench/data.h"
+#include "app/bench/problem.h"
+#include "llm/error.h"
+#include "moba/cache.h"
+
+namespace moba::bench {
+namespace {
+
+using Samples = std::vector<std::span<std::byte>>;
+
+template <typename Call>
+double seconds_of(Call&& call) {
+  const auto begin = std::chrono::steady_clock::now();
+  call();
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
+Recipe recipe_of(const Setting& setting, const std::vector<Choice>& choices, const Conditions& conditions) {
+  Recipe recipe{setting.pattern, conditions.seed, setting.heads / setting.kv_heads, setting.tokens};
+  for (const Choice& choice : choices) recipe.sink_tokens = std::min(recipe.sink_tokens, choice.chunk_size);
+  return recipe;
+}
+
+/// Rows of an output that every run must reproduce.
+Samples sample_rows(const Problem& problem, const Array& array) {
+  Samples samples;
+  const auto row = static_cast<std::size_t>(array.tensor.strides[0]) * size_of(array.tensor.dtype);
+  for (const Slice& probe : problem.probes) {
+    samples.push_back(array.memory.bytes().subspan(static_cast<std::size_t>(probe.offset) * row,
+                                                   static_cast<std::size_t>(probe.count) * row));
+  }
+  return samples;
+}
+
+void add(Work& total, const Work& work) {
+  total.attention_flops += work.attention_flops;
+  total.gate_flops += work.gate_flops;
+}
+
+void add(Profile& total, const Profile& profile) {
+  total.centroids += profile.centroids;
+  total.gate += profile.gate;
+  total.plan += profile.plan;
+  total.attend += profile.attend;
+  total.workspace_bytes = std::max(total.workspace_bytes, profile.workspace_bytes);
+}
+
+/// What forward, backward and gate share: q, k and v of one long sequence.
+struct Shared {
+  Problem problem;
+  Recipe recipe;
+  Array out;  // forward
+
+  Shared(const Setting& setting, const std::vector<Choice>& choices, const Conditions& conditions,
+         const Parallel& parallel)
+      : problem(make_problem(setting, conditions, parallel)),
+        recipe(recipe_of(setting, choices, conditions)) {
+    problem.q = array(problem.queries(), setting.heads);
+    for (const Slice& slice : problem.slices)
+      fill(rows_of(problem.q.tensor, slice.offset, slice.count), Role::query, recipe, slice.first, parallel);
+    problem.k = filled(Role::key, setting.kv_heads);
+    if (setting.pass != Pass::gate) problem.v = filled(Role::value, setting.kv_heads);
+    if (setting.pass == Pass::forward) out = array(problem.queries(), setting.heads);
+  }
+
+  Array array(std::int64_t tokens, std::int64_t heads) const {
+    return {problem.setting.dtype, tokens, heads, problem.setting.head_dim};
+  }
+  Array filled(Role role, std::int64_t heads) const {
+    Array result = array(problem.setting.tokens, heads);
+    fill(result.tensor, role, recipe, 0, problem.parallel);
+    return result;
+  }
+};
+
+class Forward : public Contender {
+ public:
+  Forward(std::shared_ptr<Shared> shared, const Choice& choice)
+      : shared_(std::move(shared)), choice_(choice), whole_(whole_work(problem(), choice)) {}
+
+  Checked check() override {
+    poison(shared_->out.memory.bytes());
+    Checked checked;
+    for (const Slice& slice : problem().slices) {
+      Blocks blocks(problem(), choice_, slice);
+      attend(slice, blocks.data(), nullptr);
+      check_probes(problem(), choice_, blocks, &shared_->out.tensor, checked);
+      add(computed_, work_of(problem(), choice_, blocks));
+    }
+    checked.work = sampled() ? whole_ : computed_;
+    return checked;
+  }
+
+  double run(Profile& stages) override {
+    Profile profile, last;
+    const double seconds = seconds_of([&] {
+      for (const Slice& slice : problem().slices) {
+        last = {};
+        attend(slice, nullptr, &last);
+        add(profile, last);
+      }
+    });
+    if (sampled()) scale(profile, last);
+    add(stages, profile);
+    return sampled() ? profile.centroids + profile.gate + profile.plan + profile.attend : seconds;
+  }
+
+  Samples sample() override { return sample_rows(problem(), shared_->out); }
+
+ private:
+  const Problem& problem() const { return shared_->problem; }
+  bool sampled() const { return problem().setting.share < 1; }
+
+  void attend(const Slice& slice, std::int32_t* selection, Profile* profile) const {
+    const Tensor q = rows_of(problem().q.tensor, slice.offset, slice.count);
+    const Tensor out = rows_of(shared_->out.tensor, slice.offset, slice.count);
+    attention(q, problem().keys(slice.end()), problem().values(slice.end()),
+              one_sequence(slice.count, slice.end()), routing_of(choice_),
+              {.out = out, .selection = selection}, problem().execution(profile));
+  }
+
+  /// From the slices to all tokens: every stage by its own work; the centroids once, from the last slice's.
+  void scale(Profile& profile, const Profile& last) const {
+    const auto tokens = static_cast<double>(problem().setting.tokens);
+    profile.centroids = last.centroids * tokens / static_cast<double>(problem().slices.back().end());
+    if (computed_.gate_flops > 0) profile.gate *= whole_.gate_flops / computed_.gate_flops;
+    profile.plan *= tokens / static_cast<double>(problem().queries());
+    profile.attend *= whole_.attention_flops / computed_.attention_flops;
+  }
+
+  std::shared_ptr<Shared> shared_;
+  Choice choice_;
+  Work whole_, computed_;
+};
+
+class Gate : public Contender {
+ public:
+  Gate(std::shared_ptr<Shared> shared, const Choice& choice)
+      : shared_(std::move(shared)), choice_(choice), blocks_(problem(), choice, problem().slices.front()) {}
+
+  Checked check() override {
+    poison(std::as_writable_bytes(std::span(blocks_.blocks)));
+    Profile unused;
+    run(unused);
+    Checked checked;
+    check_probes(problem(), choice_, blocks_, nullptr, checked);
+    checked.work.gate_flops = work_of(problem(), choice_, blocks_).gate_flops;
+    return checked;
+  }
+
+  double run(Profile& stages) override {
+    Profile profile;
+    select_blocks(problem().q.tensor, problem().k.tensor, one_sequence(problem().setting.tokens),
+                  routing_of(choice_), blocks_.data(), problem().execution(&profile));
+    add(stages, profile);
+    return profile.gate;
+  }
+
+  Samples sample() override {
+    Samples samples;
+    const std::int64_t width = blocks_.width;
+    for (const Slice& probe : problem().probes) {
+      for (std::int64_t head = 0; head < problem().setting.heads; ++head) {
+        const auto first = static_cast<std::size_t>((head * blocks_.slice.count + probe.first) * width);
+        samples.push_back(std::as_writable_bytes(
+            std::span(blocks_.blocks).subspan(first, static_cast<std::size_t>(probe.count * width))));
+      }
+    }
+    return samples;
+  }
+
+ private:
+  const Problem& problem() const { return shared_->problem; }
+
+  std::shared_ptr<Shared> shared_;
+  Choice choice_;
+  Blocks blocks_;
+};
+
+/// The gradients, and what they are checked with, alike for all choices.
+struct SharedGradients {
+  Array d_out, dq, dk, dv, reference_dk, reference_dv;
+
+  explicit SharedGradients(const Shared& shared) {
+    const Setting& s = shared.problem.setting;
+    d_out = shared.filled(Role::d_out, s.heads);
+    dq = shared.array(s.tokens, s.heads);
+    for (Array* array : {&dk, &dv, &reference_dk, &reference_dv}) *array = shared.array(s.tokens, s.kv_heads);
+  }
+};
+
+class Backward : public Contender {
+ public:
+  Backward(std::shared_ptr<Shared> shared, std::shared_ptr<SharedGradients> gradients, const Choice& choice)
+      : shared_(std::move(shared)),
+        gradients_(std::move(gradients)),
+        choice_(choice),
+        out_(shared_->array(problem().setting.tokens, problem().setting.heads)),
+        lse_(static_cast<std::size_t>(problem().setting.heads * problem().setting.tokens)),
+        blocks_(problem(), choice, problem().slices.front()) {}
+
+  Checked check() override {
+    const Tensor &k = problem().k.tensor, &v = problem().v.tensor;
+    attention(problem().q.tensor, k, v, one_sequence(problem().setting.tokens), routing_of(choice_),
+              {.out = out_.tensor, .lse = lse_.data(), .selection = blocks_.data()}, problem().execution());
+    Checked checked;
+    check_probes(problem(), choice_, blocks_, &out_.tensor, checked);
+
+    for (const Array* array : {&gradients_->dq, &gradients_->dk, &gradients_->dv})
+      poison(array->memory.bytes());
+    Profile unused;
+    run(unused);
+    for (const Slice& probe : problem().probes) check_gradients(probe);
+    check_totals();
+    checked.work = work_of(problem(), choice_, blocks_);
+    checked.work.attention_flops *= 10.0 / 4;
+    checked.work.gate_flops = 0;  // the forward's selection is reused
+    return checked;
+  }
+
+  double run(Profile& stages) override {
+    Profile profile;
+    const double seconds = seconds_of([&] {
+      attention_backward(gradients_->d_out.tensor, problem().q.tensor, problem().k.tensor, problem().v.tensor,
+                         {.out = out_.tensor, .lse = lse_.data(), .selection = blocks_.data()},
+                         one_sequence(problem().setting.tokens), routing_of(choice_),
+                         {gradients_->dq.tensor, gradients_->dk.tensor, gradients_->dv.tensor},
+                         problem().execution(&profile));
+    });
+    add(stages, profile);
+    return seconds;
+  }
+
+  Samples sample() override {
+    Samples samples;
+    for (const Array* array : {&gradients_->dq, &gradients_->dk, &gradients_->dv}) {
+      for (const auto& rows : sample_rows(problem(), *array)) samples.push_back(rows);
+    }
+    return samples;
+  }
+
+ private:
+  const Problem& problem() const { return shared_->problem; }
+
+  /// dq of a probe's rows; at the end of the sequence also dk and dv of their keys, which nobody else sees.
+  void check_gradients(const Slice& probe) {
+    const Setting& s = problem().setting;
+    std::vector<float> lse;
+    for (std::int64_t head = 0; head < s.heads; ++head) {
+      const float* from = lse_.data() + head * s.tokens + probe.first;
+      lse.insert(lse.end(), from, from + probe.count);
+    }
+    Blocks blocks = blocks_.cut(problem(), choice_, probe);
+    const Array dq(s.dtype, probe.count, s.heads, s.head_dim);
+    const auto rows = [&](const Array& array) { return rows_of(array.tensor, probe.first, probe.count); };
+    const Tensor dk = rows_of(gradients_->reference_dk.tensor, 0, probe.end()),
+                 dv = rows_of(gradients_->reference_dv.tensor, 0, probe.end());
+    attention_backward(rows(gradients_->d_out), rows(problem().q), problem().keys(probe.end()),
+                       problem().values(probe.end()),
+                       {.out = rows(out_), .lse = lse.data(), .selection = blocks.data()},
+                       one_sequence(probe.count, probe.end()), routing_of(choice_), {dq.tensor, dk, dv},
+                       problem().reference());
+    const double tolerance = gradient_tolerance(s.dtype);
+    compare_rows("dq", rows(gradients_->dq), dq.tensor, probe.first, tolerance);
+    if (probe.end() != s.tokens) return;
+    compare_rows("dk", rows(gradients_->dk), rows(gradients_->reference_dk), probe.first, tolerance);
+    compare_rows("dv", rows(gradients_->dv), rows(gradients_->reference_dv), probe.first, tolerance);
+  }
+
+  /// What holds over all rows: weights add up to 1, so dv adds up to d_out; and the logits' gradient reaches
+  /// q and k alike, so <q, dq> and <k, dk> add up to the same.
+  void check_totals() {
+    const Setting& s = problem().setting;
+    const double tolerance = gradient_tolerance(s.dtype);
+    for (std::int64_t head = 0; head < s.kv_heads; ++head) {
+      const Totals queries =
+          totals(problem().q, gradients_->dq, gradients_->d_out, head * problem().group(), problem().group());
+      const Totals keys = totals(problem().k, gradients_->dk, gradients_->dv, head, 1);
+      compare("the sum of dv", head, keys.values, queries.values, queries.values_size, tolerance);
+      compare("the sum of <k, dk>", head, keys.products, queries.products, queries.products_size, tolerance);
+    }
+  }
+
+  struct Totals {
+    double values = 0, values_size = 0, products = 0, products_size = 0;
+  };
+
+  static Totals totals(const Array& array, const Array& gradient, const Array& values, std::int64_t head,
+                       std::int64_t heads) {
+    Totals total;
+    const auto [tokens, all_heads, head_dim, unused] = array.tensor.sizes;
+    double squares = 0;
+    for (std::int64_t row = 0; row < tokens; ++row) {
+      const std::int64_t begin = (row * all_heads + head) * head_dim;
+      double product = 0;
+      for (std::int64_t i = begin; i < begin + heads * head_dim; ++i) {
+        const double value = get(values.tensor, i);
+        product += static_cast<double>(get(array.tensor, i)) * get(gradient.tensor, i);
+        total.values += value;
+        squares += value * value;
+      }
+      total.products += product;
+      total.products_size += std::fabs(product);
+    }
+    total.values_size = std::sqrt(squares);
+    return total;
+  }
+
+  static void compare(const char* what, std::int64_t head, double found, double expected, double size,
+                      double tolerance) {
+    if (std::fabs(found - expected) <= tolerance * size) return;
+    throw llm::DataError(
+        fmt::format("{} at kv head {}: expected {}, what the queries' side adds up to; found {}", what, head,
+                    expected, found));
+  }
+
+  std::shared_ptr<Shared> shared_;
+  std::shared_ptr<SharedGradients> gradients_;
+  Choice choice_;
+  Array out_;
+  std::vector<float> lse_;
+  Blocks blocks_;
+};
+
+/// Tokens decoded one after the other against a full cache. A model's other layers would have emptied the
+/// CPU's caches in between, so they are emptied here too, outside the clock.
+class Decode : public Contender {
+ public:
+  Decode(const Setting& setting, const Choice& choice, const Conditions& conditions, const Parallel& parallel,
+         Ceiling& ceiling)
+      : problem_(make_problem(setting, conditions, parallel)),
+        choice_(choice),
+        ceiling_(ceiling),
+        cache_({setting.kv_heads, setting.head_dim, choice.chunk_size, setting.dtype}),
+        query_dtype_(setting.dtype == DType::i8 ? DType::f32 : setting.dtype),
+        q_(query_dtype_, kTokens, setting.heads, setting.head_dim),
+        out_(query_dtype_, kTokens, setting.heads, setting.head_dim) {
+    const Recipe recipe = recipe_of(setting, {choice}, conditions);
+    fill(q_.tensor, Role::query, recipe, setting.tokens, parallel);
+    constexpr std::int64_t kPart = 65536;
+    const std::int64_t part = std::min(kPart, setting.tokens);
+    const Array k(query_dtype_, part, setting.kv_heads, setting.head_dim),
+        v(query_dtype_, part, setting.kv_heads, setting.head_dim);
+    for (std::int64_t first = 0; first < setting.tokens; first += part) {
+      const std::int64_t count = std::min(part, setting.tokens - first);
+      const Tensor keys = rows_of(k.tensor, 0, count), values = rows_of(v.tensor, 0, count);
+      fill(keys, Role::key, recipe, first, parallel);
+      fill(values, Role::value, recipe, first, parallel);
+      cache_.append(keys, values);
+    }
+  }
+
+  Checked check() override {
+    poison(out_.memory.bytes());
+    Profile unused;
+    run(unused);
+    Checked checked;
+    const Setting& s = problem_.setting;
+    const Array expected(query_dtype_, 1, s.heads, s.head_dim), fast(query_dtype_, 1, s.heads, s.head_dim);
+    for (std::int64_t token = 0; token < kTokens; ++token) {
+      const Slice last{s.tokens - 1, 1, 0};
+      Blocks found(problem_, choice_, last), reference(problem_, choice_, last);
+      const Tensor q = rows_of(q_.tensor, token, 1);
+      attention(q, cache_, 0, routing_of(choice_), {.out = expected.tensor, .selection = reference.data()},
+                problem_.reference());
+      attention(q, cache_, 0, routing_of(choice_), {.out = fast.tensor, .selection = found.data()},
+                problem_.execution());
+      const auto tie = [&](std::int64_t, std::int64_t head) {
+        return !std::ranges::equal(found.of(head, 0), reference.of(head, 0));
+      };
+      for (std::int64_t head = 0; head < s.heads; ++head) checked.ties += found.width > 0 && tie(0, head);
+      compare_rows("out", rows_of(out_.tensor, token, 1), expected.tensor, s.tokens - 1,
+                   output_tolerance(query_dtype_),
+                   [&](std::int64_t row, std::int64_t head) { return found.width > 0 && tie(row, head); });
+      count(reference, checked.work);
+    }
+    if (2 * checked.ties > kTokens * s.heads)
+      throw llm::DataError("decode: most rows chose other blocks than the reference");
+    checked.rows = kTokens;
+    return checked;
+  }
+
+  double run(Profile& stages) override {
+    Profile total;
+    double seconds = 0;
+    for (std::int64_t token = 0; token < kTokens; ++token) {
+      ceiling_.sweep();
+      Profile profile;
+      seconds += seconds_of([&] {
+        decode(rows_of(q_.tensor, token, 1), cache_, routing_of(choice_),
+               {.out = rows_of(out_.tensor, token, 1)}, problem_.execution(&profile));
+      });
+      add(total, profile);
+    }
+    for (double Profile::*stage : {&Profile::centroids, &Profile::gate, &Profile::plan, &Profile::attend})
+      total.*stage /= kTokens;
+    add(stages, total);
+    return seconds / kTokens;
+  }
+
+  Samples sample() override { return {out_.memory.bytes()}; }
+
+ private:
+  static constexpr std::int64_t kTokens = 8;
+
+  /// Adds a token's share of the work: every selected block of a kv head is read once, however many of its
+  /// query heads chose it; so is every complete block's mean, in f32.
+  void count(const Blocks& blocks, Work& work) const {
+    const Setting& s = problem_.setting;
+    add(work, scaled(work_of(problem_, choice_, blocks)));
+    const bool i8 = s.dtype == DType::i8;
+    const auto token_bytes =
+        2.0 * (static_cast<double>(s.head_dim) * static_cast<double>(size_of(s.dtype)) + (i8 ? 4.0 : 0.0));
+    double tokens = static_cast<double>(s.tokens * s.kv_heads), means = 0;
+    if (blocks.width > 0) {
+      tokens = 0;
+      means = static_cast<double>((s.tokens - 1) / choice_.chunk_size * s.kv_heads);
+      for (std::int64_t kv_head = 0; kv_head < s.kv_heads; ++kv_head) {
+        std::set<std::int32_t> read;
+        for (std::int64_t head = kv_head * problem_.group(); head < (kv_head + 1) * problem_.group(); ++head)
+          read.insert(blocks.of(head, 0).begin(), blocks.of(head, 0).end());
+        read.erase(-1);
+        for (const std::int64_t block : read)
+          tokens += static_cast<double>(std::min(choice_.chunk_size, s.tokens - block * choice_.chunk_size));
+      }
+    }
+    work.read_bytes += (tokens * token_bytes + means * static_cast<double>(s.head_dim) * 4) / kTokens;
+  }
+
+  static Work scaled(Work work) {
+    work.attention_flops /= kTokens;
+    work.gate_flops /= kTokens;
+    return work;
+  }
+
+  Problem problem_;
+  Choice choice_;
+  Ceiling& ceiling_;
+  KvCache cache_;
+  DType query_dtype_;
+  Array q_, out_;
+};
+
+}  // namespace
+
+std::vector<std::unique_ptr<Contender>> contenders(const Setting& setting, const std::vector<Choice>& choices,
+                                                   const Conditions& conditions, const Parallel& parallel,
+                                                   Ceiling& ceiling) {
+  std::vector<std::unique_ptr<Contender>> all;
+  if (setting.pass == Pass::decode) {
+    for (const Choice& choice : choices)
+      all.push_back(std::make_unique<Decode>(setting, choice, conditions, parallel, ceiling));
+    return all;
+  }
+  const auto shared = std::make_shared<Shared>(setting, choices, conditions, parallel);
+  const auto gradients =
+      setting.pass == Pass::backward ? std::make_shared<SharedGradients>(*shared) : nullptr;
+  for (const Choice& choice : choices) {
+    if (setting.pass == Pass::forward) all.push_back(std::make_unique<Forward>(shared, choice));
+    if (setting.pass == Pass::gate) all.push_back(std::make_unique<Gate>(shared, choice));
+    if (setting.pass == Pass::backward) all.push_back(std::make_unique<Backward>(shared, gradients, choice));
+  }
+  return all;
+}
+
+double needed_bytes(const Setting& s, const std::vector<Choice>& choices, const Conditions& conditions) {
+  const auto count = static_cast<double>(choices.size()), tokens = static_cast<double>(s.tokens);
+  const double row = static_cast<double>(s.head_dim) * static_cast<double>(size_of(s.dtype));
+  const double q = tokens * static_cast<double>(s.heads) * row * std::min(1.0, s.share),
+               k = tokens * static_cast<double>(s.kv_heads) * row;
+  double largest = 0, all = 0;  // of the selections
+  for (const Choice& choice : choices) {
+    if (is_dense(choice, s.tokens)) continue;
+    const double blocks = tokens * static_cast<double>(s.heads * choice.topk) * 4 * std::min(1.0, s.share);
+    largest = std::max(largest, blocks);
+    all += blocks;
+  }
+  const auto scratch = static_cast<double>(conditions.workspace_bytes);
+  switch (s.pass) {
+    case Pass::forward:
+      return 2 * q + 2 * k + largest + scratch;
+    case Pass::gate:
+      return q + k + all + scratch;
+    case Pass::backward:
+      return (3 + count) * q + 6 * k + all + scratch;
+    case Pass::decode:
+      return count * (2 * k + tokens / 128 * static_cast<double>(s.kv_heads * s.head_dim) * 4) + 1.5e9 +
+             scratch;
+  }
+  return 0;
+}
+
+}  // namespace moba::bench

@@ -1,0 +1,39 @@
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "app/bench/ceiling.h"
+#include "app/bench/row.h"
+
+namespace moba::bench {
+
+struct Checked {
+  std::int64_t rows = 0, ties = 0;
+  Work work;
+};
+
+/// One choice of blocks, ready to be run again and again on the data of its setting.
+class Contender {
+ public:
+  virtual ~Contender() = default;
+  /// Runs once over poisoned outputs, compares sampled rows with the reference backend and counts the work.
+  /// Throws llm::DataError that names the row where the answers differ.
+  virtual Checked check() = 0;
+  /// Runs once; returns the seconds that count and adds up those of the stages.
+  virtual double run(Profile& stages) = 0;
+  /// Parts of the outputs, which every run must give the same values.
+  virtual std::vector<std::span<std::byte>> sample() = 0;
+};
+
+/// Makes the data and one contender a choice. `ceiling` serves to empty the caches before decoded tokens.
+std::vector<std::unique_ptr<Contender>> contenders(const Setting& setting, const std::vector<Choice>& choices,
+                                                   const Conditions& conditions, const Parallel& parallel,
+                                                   Ceiling& ceiling);
+
+/// The least memory that `contenders` takes, scratch included.
+double needed_bytes(const Setting& setting, const std::vector<Choice>& choices, const Conditions& conditions);
+
+}  // namespace moba::bench

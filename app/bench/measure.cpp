@@ -1,0 +1,102 @@
+#include "app/bench/measure.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "app/bench/contender.h"
+#include "llm/error.h"
+
+namespace moba::bench {
+namespace {
+
+using Bytes = std::vector<std::byte>;
+
+Bytes copy_of(Contender& contender) {
+  Bytes all;
+  for (const auto& part : contender.sample()) all.insert(all.end(), part.begin(), part.end());
+  return all;
+}
+
+/// The stages of all runs, to take medians of.
+struct Times {
+  std::vector<double> seconds;
+  std::vector<Profile> stages;
+};
+
+Profile medians(const std::vector<Profile>& runs) {
+  Profile result;
+  for (double Profile::*stage : {&Profile::centroids, &Profile::gate, &Profile::plan, &Profile::attend}) {
+    std::vector<double> values;
+    for (const Profile& run : runs) values.push_back(run.*stage);
+    std::ranges::sort(values);
+    result.*stage = values[values.size() / 2];
+  }
+  for (const Profile& run : runs)
+    result.workspace_bytes = std::max(result.workspace_bytes, run.workspace_bytes);
+  return result;
+}
+
+void time_once(Contender& contender, const Bytes& expected, Times& times) {
+  for (const auto& part : contender.sample()) poison(part);
+  Profile stages;
+  times.seconds.push_back(contender.run(stages));
+  times.stages.push_back(stages);
+  if (copy_of(contender) != expected)
+    throw llm::DataError("a timed run gave other values than the one that was checked");
+}
+
+std::string title(const Setting& s, const Choice& choice) {
+  return fmt::format("{} of {} tokens, chunk {}, topk {}, {}", name_of(s.pass), s.tokens, choice.chunk_size,
+                     choice.topk, name_of(s.dtype));
+}
+
+}  // namespace
+
+std::vector<Row> measure(const Setting& setting, const std::vector<Choice>& choices,
+                         const Conditions& conditions,
+                         const std::function<void(const std::string&)>& progress) {
+  const Parallel parallel = openmp(conditions.threads);
+  const bool decoding = setting.pass == Pass::decode;
+  Ceiling ceiling(parallel, decoding);
+  const auto measure_ceiling = [&] {
+    ceiling.measure_arithmetic();
+    if (decoding) ceiling.sweep();
+  };
+
+  progress(fmt::format("{} of {} tokens: making the data", name_of(setting.pass), setting.tokens));
+  const auto all = contenders(setting, choices, conditions, parallel, ceiling);
+  std::vector<Row> rows;
+  std::vector<Bytes> expected;
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    progress(title(setting, choices[i]) + ": checking the answer");
+    const Checked checked = all[i]->check();
+    rows.push_back({.setting = setting,
+                    .choice = choices[i],
+                    .threads = conditions.threads,
+                    .work = checked.work,
+                    .checked_rows = checked.rows,
+                    .ties = checked.ties});
+    expected.push_back(copy_of(*all[i]));
+  }
+
+  std::vector<Times> times(all.size());
+  for (int run = 0; run < conditions.runs; ++run) {
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      progress(fmt::format("{}: run {} of {}", title(setting, choices[i]), run + 1, conditions.runs));
+      measure_ceiling();
+      time_once(*all[i], expected[i], times[i]);
+    }
+  }
+  measure_ceiling();
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    rows[i].seconds = times[i].seconds;
+    std::ranges::sort(rows[i].seconds);
+    rows[i].stages = medians(times[i].stages);
+    rows[i].ceilings = ceiling.best();
+    rows[i].peak_rss_bytes = peak_rss_bytes();
+  }
+  return rows;
+}
+
+}  // namespace moba::bench

@@ -1,0 +1,120 @@
+#include "app/bench/problem.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace moba::bench {
+namespace {
+
+constexpr std::int64_t kSlices = 8, kProbes = 8, kProbeRows = 8;
+constexpr std::size_t kReferenceWorkspace = std::size_t{1} << 30;
+
+/// Evenly spread: the middle of each stretch of the sequence.
+std::vector<Slice> slices_of(const Setting& setting) {
+  if (setting.share >= 1) return {{0, setting.tokens, 0}};
+  std::vector<Slice> slices;
+  const std::int64_t stretch = setting.tokens / kSlices;
+  const auto count = std::clamp<std::int64_t>(std::llround(setting.share * static_cast<double>(stretch)),
+                                              std::min(kProbeRows, stretch), stretch);
+  for (std::int64_t i = 0; i < kSlices; ++i)
+    slices.push_back({i * stretch + (stretch - count) / 2, count, i * count});
+  return slices;
+}
+
+std::vector<Slice> probes_of(const std::vector<Slice>& slices) {
+  std::vector<Slice> probes;
+  const auto each = kProbes / static_cast<std::int64_t>(slices.size());
+  for (const Slice& slice : slices) {
+    const std::int64_t rows = std::min(kProbeRows, slice.count), room = slice.count - rows;
+    for (std::int64_t i = 0; i < each; ++i) {
+      const std::int64_t at = each == 1 ? room : room * i / (each - 1);
+      if (!probes.empty() && slice.first + at < probes.back().end()) continue;  // too few rows for all
+      probes.push_back({slice.first + at, rows, slice.offset + at});
+    }
+  }
+  return probes;
+}
+
+}  // namespace
+
+Execution Problem::execution(Profile* profile) const {
+  return {.parallel = parallel, .workspace_bytes = conditions.workspace_bytes, .profile = profile};
+}
+
+Execution Problem::reference() const {
+  return {.backend = "reference", .parallel = parallel, .workspace_bytes = kReferenceWorkspace};
+}
+
+Problem make_problem(const Setting& setting, const Conditions& conditions, const Parallel& parallel) {
+  Problem problem{.setting = setting, .conditions = conditions, .parallel = parallel};
+  problem.slices = slices_of(setting);
+  problem.probes = probes_of(problem.slices);
+  return problem;
+}
+
+Routing routing_of(const Choice& choice) {
+  return choice.topk == 0 ? Routing::full() : Routing{.block_size = choice.chunk_size, .top_k = choice.topk};
+}
+
+bool is_dense(const Choice& choice, std::int64_t tokens) {
+  return choice.topk == 0 || (tokens - 1) / choice.chunk_size < choice.topk;
+}
+
+Blocks::Blocks(const Problem& problem, const Choice& choice, const Slice& part) : slice(part) {
+  if (is_dense(choice, problem.setting.tokens)) return;
+  width = selection_width(one_sequence(slice.count, slice.end()), routing_of(choice));
+  blocks.resize(static_cast<std::size_t>(problem.setting.heads * slice.count * width));
+}
+
+std::span<const std::int32_t> Blocks::of(std::int64_t head, std::int64_t row) const {
+  const auto size = static_cast<std::size_t>(width);
+  return std::span(blocks).subspan(static_cast<std::size_t>(head * slice.count + row) * size, size);
+}
+
+Blocks Blocks::cut(const Problem& problem, const Choice& choice, const Slice& part) const {
+  Blocks result(problem, choice, part);
+  auto to = result.blocks.begin();
+  for (std::int64_t head = 0; head < problem.setting.heads && width > 0; ++head) {
+    for (std::int64_t row = 0; row < part.count; ++row) {
+      const auto from = of(head, part.first - slice.first + row);
+      to = std::copy_n(from.begin(), result.width, to);
+    }
+  }
+  return result;
+}
+
+Work work_of(const Problem& problem, const Choice& choice, const Blocks& blocks) {
+  const Slice& slice = blocks.slice;
+  const std::int64_t size = choice.chunk_size;
+  double pairs = 0, scored = 0;
+  for (std::int64_t row = 0; row < slice.count; ++row) {
+    const std::int64_t position = slice.first + row, own = position / size;
+    if (blocks.width == 0) {
+      pairs += static_cast<double>(problem.setting.heads * (position + 1));
+      continue;
+    }
+    if (own >= choice.topk && choice.topk > 1) scored += static_cast<double>(problem.setting.heads * own);
+    for (std::int64_t head = 0; head < problem.setting.heads; ++head) {
+      for (const std::int32_t block : blocks.of(head, row)) {
+        if (block >= 0) pairs += static_cast<double>(block == own ? position + 1 - own * size : size);
+      }
+    }
+  }
+  const auto depth = static_cast<double>(problem.setting.head_dim);
+  return {.attention_flops = 4 * depth * pairs, .gate_flops = 2 * depth * scored};
+}
+
+Work whole_work(const Problem& problem, const Choice& choice) {
+  const bool dense = is_dense(choice, problem.setting.tokens);
+  const std::int64_t size = choice.chunk_size;
+  double pairs = 0, scored = 0;
+  for (std::int64_t position = 0; position < problem.setting.tokens; ++position) {
+    const std::int64_t own = position / size, others = std::min(choice.topk - 1, own);
+    pairs += static_cast<double>(dense ? position + 1 : others * size + position + 1 - own * size);
+    if (!dense && own >= choice.topk && choice.topk > 1) scored += static_cast<double>(own);
+  }
+  const auto depth = static_cast<double>(problem.setting.heads * problem.setting.head_dim);
+  return {.attention_flops = 4 * depth * pairs, .gate_flops = 2 * depth * scored};
+}
+
+}  // namespace moba::bench
