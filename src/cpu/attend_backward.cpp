@@ -81,6 +81,7 @@ HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
 namespace {
 
+constexpr auto kHeight = static_cast<std::int64_t>(kTileRows);
 constexpr auto kKeyTiles = key_tiles(std::make_index_sequence<kTileRows>());
 
 struct Worker {
@@ -140,15 +141,15 @@ void pack(Worker& w) {
   }
 }
 
+/// Brings what a row's turn reads into the second-level cache.
 void prefetch_row(const Worker& w, std::uint32_t row) {
-  const Problem& problem = w.g.problem;
-  const auto touch = [&](const std::byte* from, std::size_t size, auto write) {
-    for (std::size_t at = 0; at < w.depth() * size; at += 64) __builtin_prefetch(from + at, write(), 2);
+  const auto touch = [&](const void* from, DType dtype) {
+    const auto* bytes = static_cast<const std::byte*>(from);
+    for (std::size_t at = 0; at < w.depth() * size_of(dtype); at += 64) __builtin_prefetch(bytes + at, 0, 2);
   };
-  const auto read = [] { return 0; };
-  touch(w.row_of(problem.q, row), size_of(problem.q.dtype), read);
-  touch(w.row_of(w.g.backward.d_out, row), size_of(problem.q.dtype), read);
-  touch(reinterpret_cast<const std::byte*>(w.dq_of(row)), sizeof(float), read);
+  touch(w.row_of(w.g.problem.q, row), w.g.problem.q.dtype);
+  touch(w.row_of(w.g.backward.d_out, row), w.g.problem.q.dtype);
+  touch(w.dq_of(row), DType::f32);
 }
 
 void gather(Worker& w, const Tensor& t, std::uint32_t row, float factor, float* to) {
@@ -196,9 +197,13 @@ void descend_tile(Worker& w, std::int64_t first, std::int64_t last, std::size_t 
     seen[r] = static_cast<std::size_t>(std::min(visible, w.chunk.count));
   }
   const std::size_t columns = seen[rows - 1];
+  const std::int64_t upcoming = std::min(last + kHeight, w.rows()),
+                     step = (upcoming - last) / static_cast<std::int64_t>(panels(columns)) + 1;
   for (std::size_t panel = 0; panel < panels(columns); ++panel) {
     const std::size_t offset = panel * w.depth() * kCols;
     kScoreTiles[rows - 1](queries, w.keys + offset, w.depth(), weights + panel * kCols);
+    const std::int64_t from = last + static_cast<std::int64_t>(panel) * step;
+    for (std::int64_t i = from; i < std::min(from + step, upcoming); ++i) prefetch_row(w, w.row(i));
     kScoreTiles[rows - 1](d_outs, w.values + offset, w.depth(), d_logits + panel * kCols);
   }
   const std::size_t padded = panels(columns) * kCols;
@@ -206,12 +211,13 @@ void descend_tile(Worker& w, std::int64_t first, std::int64_t last, std::size_t 
     const std::uint32_t row = w.row(first + static_cast<std::int64_t>(r));
     const RowStats& stats = w.g.stats_of(w.head_of(row), w.sequence.q_begin + w.query_of(row));
     weigh(weights + r * kScoreStride, d_logits + r * kScoreStride, padded, stats);
+    if (seen[r] == w.count()) continue;
     // A tile of keys reaches past what its first row sees by less than its height.
     const std::size_t end = std::max(padded, seen[r] + kTileRows);
     std::fill(weights + r * kScoreStride + seen[r], weights + r * kScoreStride + end, 0.0F);
     std::fill(d_logits + r * kScoreStride + seen[r], d_logits + r * kScoreStride + end, 0.0F);
   }
-  std::fill(batch.dq, batch.dq + rows * kRowStride, 0.0F);
+  for (std::size_t r = 0; r < rows; ++r) std::fill_n(batch.dq_rows[r], w.stride, 0.0F);
   for (std::size_t panel = 0; panel < panels(w.depth()); ++panel) {
     kValueTiles[rows - 1](d_logits, w.key_rows + panel * w.count() * kCols, columns, batch.ones,
                           batch.dq_rows, panel * kCols);
@@ -239,14 +245,10 @@ void add_to_keys(const Worker& w, const float* coefficients, const float* vector
   }
 }
 
-constexpr auto kHeight = static_cast<std::int64_t>(kTileRows);
-
 void descend_batch(Worker& w, std::int64_t first, std::int64_t last) {
   const std::int64_t rows = last - first, tiles = (rows + kHeight - 1) / kHeight;
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const std::int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
-    for (std::int64_t i = first + end; i < std::min(first + end + kHeight, w.rows()); ++i)
-      prefetch_row(w, w.row(i));
     descend_tile(w, first + begin, first + end, static_cast<std::size_t>(begin));
   }
   add_to_keys(w, w.batch.weights, w.batch.d_outs, static_cast<std::size_t>(rows), w.dv);

@@ -17,7 +17,7 @@ constexpr std::int64_t kRowsPerBlock = 192;
 constexpr std::int64_t kMinRows = 64;
 /// The same for the backward pass, which also reads and writes the gradients of keys and values; and the most
 /// ranges of all heads: enough for many threads, few enough to keep rounds long.
-constexpr std::int64_t kRowsPerCell = 112, kMostParts = 32;
+constexpr std::int64_t kRowsPerCell = 192, kMostParts = 16;
 
 /// Rows of a range: long enough for kRowsPerBlock, short enough for the scratch budget and for every thread
 /// to have a few.
@@ -138,7 +138,7 @@ std::int64_t backward_parts(const Problem& problem, const SequenceView& sequence
   const std::int64_t rows = sequence.queries * problem.group * (problem.width() + 1) /
                             std::max<std::int64_t>(problem.blocks(sequence), 1);
   const std::int64_t most =
-      std::min({chunks, sequence.queries, rows / kRowsPerCell, kMostParts / problem.kv_heads});
+      std::min({chunks, sequence.queries, rows / kRowsPerCell, kMostParts});
   return static_cast<std::int64_t>(
       std::bit_floor(static_cast<std::uint64_t>(std::max<std::int64_t>(most, 1))));
 }
