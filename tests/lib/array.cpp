@@ -1,5 +1,8 @@
 #include "array.h"
 
+#include <algorithm>
+#include <cmath>
+
 #include "number.h"
 
 namespace moba::test {
@@ -99,6 +102,17 @@ bool Array::gaps_untouched() const {
     if (!element[i / size_of(dtype_)] && bytes_[i] != kPattern) return false;
   }
   return true;
+}
+
+double largest(const Array& array) {
+  double most = 0;
+  for (std::int64_t token = 0; token < array.tokens(); ++token) {
+    for (std::int64_t head = 0; head < array.heads(); ++head) {
+      for (std::int64_t d = 0; d < array.head_dim(); ++d)
+        most = std::max(most, std::fabs(array.get(token, head, d)));
+    }
+  }
+  return most;
 }
 
 double rounded(double value, DType dtype) {

@@ -43,6 +43,9 @@ class Array {
   std::vector<std::byte> bytes_;
 };
 
+/// The largest magnitude of any element.
+double largest(const Array& array);
+
 /// The nearest value that `dtype` can hold.
 double rounded(double value, DType dtype);
 

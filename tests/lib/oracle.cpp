@@ -259,17 +259,6 @@ double worst(const std::vector<Real>& found, const std::vector<double>& expected
   return most;
 }
 
-double largest_value(const Array& array) {
-  double most = 0;
-  for (std::int64_t token = 0; token < array.tokens(); ++token) {
-    for (std::int64_t head = 0; head < array.heads(); ++head) {
-      for (std::int64_t d = 0; d < array.head_dim(); ++d)
-        most = std::max(most, std::fabs(array.get(token, head, d)));
-    }
-  }
-  return most;
-}
-
 float scale_of(const Case& c) {
   return c.routing.scale.value_or(1 / std::sqrt(static_cast<float>(c.head_dim)));
 }
@@ -319,6 +308,9 @@ Attended<Real> attend_densely(const Case& c, const Result& selected) {
     if (largest == -std::numeric_limits<Real>::infinity()) largest = 0;
     Real sum = 0;
     for (Real& weight : weights) sum += weight = std::exp(weight - largest);
+    if constexpr (std::is_same_v<Real, float>) {
+      for (float& weight : weights) weight = static_cast<float>(rounded(weight, c.dtype));
+    }
     const auto row = static_cast<std::size_t>(head * c.queries() + token);
     attended.lse[row] = sum == 0 ? -std::numeric_limits<Real>::infinity() : largest + std::log(sum);
     for (std::int64_t d = 0; d < c.head_dim; ++d) {
@@ -343,11 +335,11 @@ std::int64_t check_selection(const Case& c, const Result& result) {
 
 void check_attended(const Case& c, const Result& result, bool exact) {
   const Attended<double> truth = attend_densely<double>(c, result);
-  double out_allowed = 1e-12 * largest_value(c.v), lse_allowed = 1e-12;
+  double out_allowed = 1e-12 * largest(c.v), lse_allowed = 1e-12;
   if (!exact) {
     const Attended<float> plain = attend_densely<float>(c, result);
     const double rounding = 8 * kUnit + logit_rounding(c);
-    out_allowed = 2 * worst(plain.out, truth.out) + rounding * largest_value(c.v);
+    out_allowed = 2 * worst(plain.out, truth.out) + rounding * largest(c.v);
     lse_allowed = 2 * worst(plain.lse, truth.lse) + rounding;
   }
   const double out_unit = unit_of(c.dtype) * 1.001, smallest = c.dtype == DType::f16 ? 0x1p-25 : 0x1p-149;

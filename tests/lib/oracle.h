@@ -14,7 +14,8 @@ struct Attended {
   std::vector<Real> out, lse;
 };
 
-/// Softmax attention over the keys that `result` says were selected, all sums in `Real`.
+/// Softmax attention over the keys that `selected` says were selected, all sums in `Real`. In float it is
+/// what frameworks compute: weights rounded to the storage type before they meet the values.
 template <typename Real>
 Attended<Real> attend_densely(const Case& c, const Result& selected);
 
@@ -22,8 +23,8 @@ Attended<Real> attend_densely(const Case& c, const Result& selected);
 /// rounding of scores explains. Returns how many blocks differ from the exact ones.
 std::int64_t check_selection(const Case& c, const Result& result);
 
-/// Fails the test unless out and lse are those of the selected blocks: error at most twice that of plain f32
-/// attention. An `exact` backend may round once and no more.
+/// Fails the test unless out and lse are those of the selected blocks: error at most twice that of a
+/// framework's dense attention. An `exact` backend may round once and no more.
 void check_attended(const Case& c, const Result& result, bool exact);
 
 /// Both of the above, and that nothing else was written.
