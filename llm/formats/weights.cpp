@@ -123,6 +123,8 @@ Weights Weights::open(const std::filesystem::path& path) {
   impl->name = path.string();
   if (std::filesystem::is_directory(path)) {
     impl->read_folder(path);
+  } else if (path.extension() == ".safetensors") {
+    impl->fail("a GGUF file or the folder of a Hugging Face model", "one file of such a folder");
   } else {
     impl->read_gguf(path);
   }

@@ -75,6 +75,13 @@ TEST_F(WeightsTest, NamesAMissingTensor) {
           ": expected tensor 'model.layers.0.mlp.up_proj.weight' of shape [16, 8]; found no such tensor");
 }
 
+TEST_F(WeightsTest, AsksForTheFolder) {
+  const auto path = write("model.safetensors", "");
+  EXPECT_EQ(complaint_of([&] { Weights::open(path); }),
+            path.string() +
+                ": expected a GGUF file or the folder of a Hugging Face model; found one file of such a folder");
+}
+
 TEST_F(WeightsTest, NamesATensorOfAnotherShape) {
   GgufText text = model_gguf("llama", "model.layers.0.mlp.up_proj.weight");
   const auto path = write("m.gguf", text.tensor("blk.0.ffn_up.weight", {8, 16}).str());
