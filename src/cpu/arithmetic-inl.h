@@ -8,7 +8,7 @@
 #define MOBA_CPU_ARITHMETIC_INL_H_
 #endif
 
-#include "cpu/bf16_tile.h"
+#include "cpu/matrix_tiles.h"
 #include "cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -141,8 +141,9 @@ struct BFloat16 {
   void score(std::size_t rows, std::size_t columns) {
     const auto* from = reinterpret_cast<const bfloat16*>(tile.rows);
     for_tiles(rows, [&](std::size_t first, std::size_t n) HWY_ATTR {
-      tiles.multiply(from + first * kRowStride, kRowStride, n, keys, depth() * kBf16Cols,
-                     round_up(columns, kBf16Cols), depth(), tile.scores + first * kScoreStride, kScoreStride);
+      tiles.multiply(from + first * kRowStride, kRowStride, n, keys, depth() * kNarrowCols,
+                     round_up(columns, kNarrowCols), depth(), tile.scores + first * kScoreStride,
+                     kScoreStride);
     });
   }
 
@@ -158,7 +159,7 @@ struct BFloat16 {
   void add_values(std::size_t rows, std::size_t columns) {
     const auto* from = reinterpret_cast<const bfloat16*>(tile.weights);
     for_tiles(rows, [&](std::size_t first, std::size_t n) HWY_ATTR {
-      tiles.multiply(from + first * kWeightStride, kWeightStride, n, values, padded_count() * kBf16Cols,
+      tiles.multiply(from + first * kWeightStride, kWeightStride, n, values, padded_count() * kNarrowCols,
                      depth(), round_up(columns, kBf16Depth), tile.product + first * kRowStride, kRowStride);
     });
     const F32 d;
@@ -209,10 +210,10 @@ struct BFloat16 {
   }
 
   void zip_values(std::size_t pair, const bfloat16* even, const bfloat16* odd) {
-    auto* to = reinterpret_cast<std::uint32_t*>(values) + pair * kBf16Cols;
+    auto* to = reinterpret_cast<std::uint32_t*>(values) + pair * kNarrowCols;
     for (std::size_t column = 0; column < depth();
-         column += kBf16Cols, to += padded_count() / 2 * kBf16Cols) {
-      for (std::size_t half = 0; half < kBf16Cols; half += kLanes) {
+         column += kNarrowCols, to += padded_count() / 2 * kNarrowCols) {
+      for (std::size_t half = 0; half < kNarrowCols; half += kLanes) {
         const std::size_t at = column + half, left = at < head_dim ? std::min(head_dim - at, kLanes) : 0;
         const auto mask = static_cast<__mmask16>((1U << left) - 1);
         const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + at));

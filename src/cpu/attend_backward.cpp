@@ -26,7 +26,7 @@ namespace {
 
 /// Rows that add to a chunk's gradients together: enough to outweigh reading and writing those, few enough
 /// for the first-level cache.
-constexpr std::size_t kBatch = 56;
+constexpr std::size_t kBatch = 112;
 
 /// Of one worker; the packed chunk and its gradients follow it in memory.
 struct alignas(64) BackwardScratch {
@@ -245,24 +245,26 @@ void add_to_keys(const Worker& w, const float* coefficients, const float* vector
   }
 }
 
-void descend_batch(Worker& w, std::int64_t first, std::int64_t last) {
-  const std::int64_t rows = last - first, tiles = (rows + kHeight - 1) / kHeight;
-  for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    const std::int64_t begin = rows * tile / tiles, end = rows * (tile + 1) / tiles;
-    descend_tile(w, first + begin, first + end, static_cast<std::size_t>(begin));
-  }
-  add_to_keys(w, w.batch.weights, w.batch.d_outs, static_cast<std::size_t>(rows), w.dv);
-  add_to_keys(w, w.batch.d_logits, w.batch.queries, static_cast<std::size_t>(rows), w.dk);
+/// Tiles [first, last) of the `tiles` that the chunk's rows are cut into.
+void descend_batch(Worker& w, std::int64_t first, std::int64_t last, std::int64_t tiles) {
+  const auto begin_of = [&](std::int64_t tile) { return w.rows() * tile / tiles; };
+  const std::int64_t begin = begin_of(first);
+  for (std::int64_t tile = first; tile < last; ++tile)
+    descend_tile(w, begin_of(tile), begin_of(tile + 1), static_cast<std::size_t>(begin_of(tile) - begin));
+  const auto rows = static_cast<std::size_t>(begin_of(last) - begin);
+  add_to_keys(w, w.batch.weights, w.batch.d_outs, rows, w.dv);
+  add_to_keys(w, w.batch.d_logits, w.batch.queries, rows, w.dk);
 }
 
 void descend_chunk(Worker& w) {
   pack(w);
   std::fill(w.dk, w.dk + w.count() * w.stride, 0.0F);
   std::fill(w.dv, w.dv + w.count() * w.stride, 0.0F);
-  // Whole tiles, but for the last.
-  constexpr std::int64_t kRows = kHeight * (static_cast<std::int64_t>(kBatch) / kHeight);
-  for (std::int64_t first = 0; first < w.rows(); first += kRows)
-    descend_batch(w, first, std::min(first + kRows, w.rows()));
+  constexpr std::int64_t kMostTiles = static_cast<std::int64_t>(kBatch) / kHeight;
+  const std::int64_t tiles = (w.rows() + kHeight - 1) / kHeight,
+                     batches = (tiles + kMostTiles - 1) / kMostTiles;
+  for (std::int64_t i = 0; i < batches; ++i)
+    descend_batch(w, tiles * i / batches, tiles * (i + 1) / batches, tiles);
   for (std::size_t i = 0; i < w.count(); ++i) {
     const std::int64_t key = w.cell.first_key + w.chunk.first + static_cast<std::int64_t>(i);
     // The gathered queries carry scale x log2(e).

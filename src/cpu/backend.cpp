@@ -34,7 +34,8 @@ std::size_t workspace(const Problem& problem, const Group& group, int threads) {
   const std::size_t attending =
       cpu::plan_bytes(problem, group) + workers * cpu::attend_bytes(problem, cpu::min_range_rows(problem));
   return means_bytes(problem, group) + selection_bytes(problem, group) +
-         std::max(workers * cpu::gate_bytes(problem), attending);
+         std::max(workers * cpu::gate_bytes(problem) + cpu::screened_bytes(problem, group.heads()),
+                  attending);
 }
 
 std::size_t workspace_backward(const Problem& problem, const Group& group, int threads) {

@@ -12,6 +12,7 @@ namespace moba::cpu {
 /// Blocks [first, last) of which a row must choose `places`, beside those that are forced.
 struct Choice {
   std::int64_t first = 0, last = 0, places = 0, own = -1;
+  std::int64_t count = 0;  // chosen so far
 };
 
 inline Choice choice_of(const Problem& problem, const SequenceView& s, std::int64_t query,

@@ -1,9 +1,14 @@
 // Score and top-k in one: a worker takes a few hundred rows, walks the block means a panel at a time, and
 // keeps each row's best blocks in a short sorted list. Most scores are dismissed by one comparison against
-// the worst of the list; no matrix of scores exists.
+// the worst of the list; no matrix of scores exists. With many candidates the scores are first bounded in
+// int8, and only the blocks that may matter are scored in f32.
 #include <bit>
+#include <cstdlib>
+#include <functional>
+#include <string_view>
 
 #include "cpu/choice.h"
+#include "cpu/screen.h"
 #include "cpu/sizes.h"
 #include "cpu/stages.h"
 #include "number.h"
@@ -16,22 +21,64 @@
 
 #include "cpu/tile-inl.h"
 
+#ifndef MOBA_CPU_GATE_TASK_
+#define MOBA_CPU_GATE_TASK_
+namespace moba::cpu {
+
+/// Queries [q0, q1) of one sequence at one kv head.
+struct GateTask {
+  std::size_t sequence = 0;
+  std::int64_t head = 0, q0 = 0, q1 = 0;
+  const ScreenedMeans* screened = nullptr;  // null: score everything in f32
+};
+
+}  // namespace moba::cpu
+#endif
+
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
 namespace {
 
-/// Offers the scores of blocks [first, last) to a row's list, the most of them by a glance at their vector.
-void offer_all(const float* scores, std::int64_t first, std::int64_t last, std::int64_t own, Best& best) {
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+constexpr auto kStep = static_cast<std::int64_t>(kLanes);
+constexpr auto kChunkBlocks = static_cast<std::int64_t>(kChunk);
+
+/// Which of the kLanes values from `values` on are not below `bound`; NaN is not.
+HWY_INLINE std::uint32_t not_below(Vec values, float bound) {
   const F32 d;
+  std::conditional_t<kLanes <= 8, std::uint8_t, std::uint16_t> below = 0;
+  hn::StoreMaskBits(d, hn::Lt(values, hn::Set(d, bound)), reinterpret_cast<std::uint8_t*>(&below));
+  return ~static_cast<std::uint32_t>(below) & ((1U << kLanes) - 1);
+}
+
+HWY_INLINE std::uint32_t first_lanes(std::int64_t count) {
+  return count >= kStep ? (1U << kLanes) - 1 : (1U << count) - 1;
+}
+
+/// A bound that at least `places` of `count` scores reach: each lane's best over all vectors is a score of
+/// its own, so the `places`-th of them is one. -inf where that says nothing.
+float reachable(const float* scores, std::int64_t count, std::int64_t places) {
+  if (places > kStep || count < 4 * kStep) return kNever;
+  const F32 d;
+  const Vec never = hn::Set(d, kNever);
+  Vec most = never;
+  for (std::int64_t i = 0; i + kStep <= count; i += kStep) {
+    const Vec s = hn::LoadU(d, scores + i);
+    most = hn::Max(hn::IfThenElse(hn::Eq(s, s), s, never), most);
+  }
+  alignas(64) float lanes[kLanes];
+  hn::Store(most, d, lanes);
+  std::nth_element(lanes, lanes + places - 1, lanes + kLanes, std::greater<float>());
+  return lanes[places - 1];
+}
+
+/// Offers the scores of blocks [first, last) to a row's list; most are dismissed by a glance at their vector.
+void offer_all(const float* scores, std::int64_t first, std::int64_t last, std::int64_t own, Best& best) {
   const std::int64_t count = last - first;
-  for (std::int64_t i = 0; i < count; i += static_cast<std::int64_t>(kLanes)) {
-    std::uint32_t hits = (1U << std::min<std::int64_t>(static_cast<std::int64_t>(kLanes), count - i)) - 1;
-    if (best.count == best.places) {
-      std::uint32_t below = 0;
-      hn::StoreMaskBits(d, hn::Lt(hn::LoadU(d, scores + i), hn::Set(d, best.scores[0])),
-                        reinterpret_cast<std::uint8_t*>(&below));
-      hits &= ~below;
-    }
+  float bound = best.count == 0 && own < 0 ? reachable(scores, count, best.places) : kNever;
+  for (std::int64_t i = 0; i < count; i += kStep) {
+    if (best.count == best.places) bound = std::max(bound, best.scores[0]);
+    std::uint32_t hits = not_below(hn::LoadU(F32(), scores + i), bound) & first_lanes(count - i);
     for (; hits != 0; hits &= hits - 1) {
       const std::int64_t j = i + std::countr_zero(hits);
       if (first + j != own) best.offer(scores[j], static_cast<std::int32_t>(first + j));
@@ -39,77 +86,331 @@ void offer_all(const float* scores, std::int64_t first, std::int64_t last, std::
   }
 }
 
-}  // namespace
+/// The rows of a task, their choices and their lists.
+struct GateRows {
+  const Problem& problem;
+  const Means& means;
+  const GateTask& task;
+  const SequenceView& sequence;
+  std::int64_t width, count;
+  std::int32_t* blocks;  // [count, width]
+  float* scores;         // [count, width]
+  Choice* choices;
+  std::int64_t first_scored = 0;
 
-/// Queries [q0, q1) of one sequence at one kv head. `memory`: TileScratch, packed means, then the lists'
-/// scores.
-void gate_rows(const Problem& problem, const Means& means, std::size_t sequence_index, std::int64_t head,
-               std::int64_t q0, std::int64_t q1, const Selection& selection, float* memory) {
-  const SequenceView& sequence = problem.sequences[sequence_index];
-  const auto depth = static_cast<std::size_t>(problem.head_dim);
-  const std::int64_t rows = (q1 - q0) * problem.group, width = selection.width;
-  auto& tile = *reinterpret_cast<TileScratch*>(memory);
-  float* packed = memory + sizeof(TileScratch) / sizeof(float);
-  float* scores = packed + kChunk * depth;
-  auto* counts = reinterpret_cast<std::int32_t*>(scores + rows * width);
-  std::int32_t* blocks = selection.of(head, sequence.q_begin + q0);
-  std::fill(std::begin(tile.widened), std::end(tile.widened), 0.0F);
-  std::fill(counts, counts + rows, 0);
+  std::size_t depth() const { return static_cast<std::size_t>(problem.head_dim); }
+  const std::byte* query(std::int64_t row) const {
+    const std::int64_t head = task.head * problem.group + row % problem.group;
+    const std::int64_t offset = Problem::offset(problem.q, sequence, task.q0 + row / problem.group, head);
+    return static_cast<const std::byte*>(problem.q.data) +
+           offset * static_cast<std::int64_t>(size_of(problem.q.dtype));
+  }
+  const float* mean(std::int64_t block) const {
+    return means.of(task.sequence, task.head) + block * means.block_stride;
+  }
+  Best best(std::int64_t row) const {
+    return {scores + row * width, blocks + row * width, choices[row].count, choices[row].places};
+  }
+  /// Blocks that any row may choose from: candidates grow with the query.
+  std::int64_t last_block() const { return first_scored < count ? choices[count - 1].last : 0; }
 
-  const auto choice = [&](std::int64_t row) {
-    return choice_of(problem, sequence, q0 + row / problem.group, width);
-  };
-  // Rows that have no more candidates than places take all of them unseen. Candidates grow with the query.
-  std::int64_t first_row = 0;
-  for (; first_row < rows; ++first_row) {
-    const Choice c = choice(first_row);
-    const std::int64_t free = c.last - c.first - (c.own >= 0 ? 1 : 0);
-    if (free > c.places) break;
-    for (std::int64_t block = c.first; block < c.last; ++block) {
-      if (block != c.own) blocks[first_row * width + counts[first_row]++] = static_cast<std::int32_t>(block);
+  /// Rows that have no more candidates than places take all of them unseen; they come first.
+  void take_all() {
+    bool choosing = false;
+    for (std::int64_t row = 0; row < count; ++row) {
+      Choice& c = choices[row] = choice_of(problem, sequence, task.q0 + row / problem.group, width);
+      choosing = choosing || c.last - c.first - (c.own >= 0 ? 1 : 0) > c.places;
+      if (choosing) continue;
+      first_scored = row + 1;
+      for (std::int64_t block = c.first; block < c.last; ++block) {
+        if (block != c.own) blocks[row * width + c.count++] = static_cast<std::int32_t>(block);
+      }
     }
   }
-  const std::int64_t last_block = first_row < rows ? choice(rows - 1).last : 0;
-  const std::int64_t scored = rows - first_row, height = static_cast<std::int64_t>(kTileRows);
-  const std::int64_t tiles = (scored + height - 1) / height;
+  void finish() {
+    for (std::int64_t row = 0; row < count; ++row)
+      finish_row(problem, choices[row], choices[row].count, width, blocks + row * width);
+  }
+};
 
-  for (std::int64_t begin = 0; begin < last_block; begin += static_cast<std::int64_t>(kChunk)) {
-    const std::int64_t count = std::min(static_cast<std::int64_t>(kChunk), last_block - begin);
-    const float* base = means.of(sequence_index, head) + begin * means.block_stride;
-    const auto mean = [&](std::size_t i, float*) {
-      return base + static_cast<std::int64_t>(i) * means.block_stride;
-    };
-    pack_transposed(static_cast<std::size_t>(count), depth, mean, tile.widened, packed);
+/// Calls visit(from, to) for tiles of nearly equal height over the rows that choose.
+template <typename Visit>
+void for_tiles(const GateRows& rows, std::int64_t height, Visit&& visit) {
+  const std::int64_t scored = rows.count - rows.first_scored, tiles = (scored + height - 1) / height;
+  for (std::int64_t t = 0; t < tiles; ++t)
+    visit(rows.first_scored + scored * t / tiles, rows.first_scored + scored * (t + 1) / tiles);
+}
 
-    for (std::int64_t t = 0; t < tiles; ++t) {
-      const std::int64_t from = first_row + scored * t / tiles, to = first_row + scored * (t + 1) / tiles;
-      const std::int64_t columns = std::min(choice(to - 1).last - begin, count);
-      if (columns <= 0) continue;
+void score_exactly(GateRows& rows, TileScratch& tile, float* packed) {
+  for (std::int64_t begin = 0; begin < rows.last_block(); begin += kChunkBlocks) {
+    const std::int64_t count = std::min(kChunkBlocks, rows.last_block() - begin);
+    const auto mean = [&](std::size_t i, float*) { return rows.mean(begin + static_cast<std::int64_t>(i)); };
+    pack_transposed(static_cast<std::size_t>(count), rows.depth(), mean, tile.widened, packed);
+    for_tiles(rows, static_cast<std::int64_t>(kTileRows), [&](std::int64_t from, std::int64_t to) HWY_ATTR {
+      const std::int64_t columns = std::min(rows.choices[to - 1].last - begin, count);
+      if (columns <= 0) return;
       for (std::int64_t row = from; row < to; ++row) {
-        const std::int64_t offset = Problem::offset(problem.q, sequence, q0 + row / problem.group,
-                                                    head * problem.group + row % problem.group);
-        const auto* query = static_cast<const std::byte*>(problem.q.data) +
-                            offset * static_cast<std::int64_t>(size_of(problem.q.dtype));
-        widen(query, problem.q.dtype, depth, 1.0F,
+        widen(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F,
               tile.rows + static_cast<std::size_t>(row - from) * kRowStride);
       }
       for (std::size_t panel = 0; panel < panels(static_cast<std::size_t>(columns)); ++panel) {
-        kScoreTiles[static_cast<std::size_t>(to - from - 1)](tile.rows, packed + panel * depth * kCols, depth,
-                                                             tile.scores + panel * kCols);
+        kScoreTiles[static_cast<std::size_t>(to - from - 1)](tile.rows, packed + panel * rows.depth() * kCols,
+                                                             rows.depth(), tile.scores + panel * kCols);
       }
       for (std::int64_t row = from; row < to; ++row) {
-        const Choice c = choice(row);
+        Choice& c = rows.choices[row];
         const std::int64_t first = std::max(c.first, begin), last = std::min(c.last, begin + count);
         if (first >= last || c.places == 0) continue;
-        Best best{scores + row * width, blocks + row * width, counts[row], c.places};
+        Best best = rows.best(row);
         offer_all(tile.scores + static_cast<std::size_t>(row - from) * kScoreStride + (first - begin), first,
                   last, c.own, best);
-        counts[row] = static_cast<std::int32_t>(best.count);
+        c.count = best.count;
       }
+    });
+  }
+}
+
+/// The scale that rounded values carry, and the norms of the values and of what rounding took away.
+struct Rounded {
+  float scale = 0, norm = 0, error = 0;
+};
+
+/// Rounds values to [-127, 127] with one scale. `values` and `levels` hold kMaxHeadDim; what lies beyond
+/// `size` is overwritten. NaN and infinite values make both norms NaN, so that no bound derived from them
+/// holds anything back.
+Rounded round_to_int8(float* HWY_RESTRICT values, std::size_t size, std::int32_t* HWY_RESTRICT levels) {
+  const F32 d;
+  const hn::RebindToSigned<F32> di;
+  const std::size_t padded = round_up(size, kLanes);
+  std::fill(values + size, values + padded, 0.0F);
+  Vec most = hn::Zero(d), norm = most, error = most;
+  for (std::size_t i = 0; i < padded; i += kLanes) most = hn::Max(hn::Abs(hn::Load(d, values + i)), most);
+  const float largest = hn::GetLane(hn::MaxOfLanes(d, most));
+  const Vec scale = hn::Set(d, largest / 127), inverse = hn::Set(d, largest > 0 ? 127 / largest : 0.0F);
+  for (std::size_t i = 0; i < padded; i += kLanes) {
+    const Vec v = hn::Load(d, values + i);
+    const Vec level = hn::Clamp(hn::Round(hn::Mul(v, inverse)), hn::Set(d, -127.0F), hn::Set(d, 127.0F));
+    const Vec left = hn::NegMulAdd(level, scale, v);
+    hn::Store(hn::ConvertTo(di, level), di, levels + i);
+    norm = hn::MulAdd(v, v, norm);
+    error = hn::MulAdd(left, left, error);
+  }
+  return {largest / 127, std::sqrt(hn::GetLane(hn::SumOfLanes(d, norm))),
+          std::sqrt(hn::GetLane(hn::SumOfLanes(d, error)))};
+}
+
+/// What a row keeps while it is screened: the best lower bounds so far, and the blocks that may yet matter.
+struct Screen {
+  float scale = 0;                  // of the rounded query
+  float by_norm = 0, by_error = 0;  // the bound is by_norm |c| + by_error |c - c'|
+  std::int64_t lower_count = 0, held = 0;
+};
+
+struct ScreenMemory {
+  std::uint8_t* queries;  // [rows, depth]
+  Screen* screens;
+  float* lower_scores;         // [rows, width]
+  std::int32_t* lower_blocks;  // [rows, width]
+  std::int32_t* held_blocks;   // [rows, kHeldBack]
+  float* held_upper;           // [rows, kHeldBack]
+};
+
+void round_queries(const GateRows& rows, const ScreenMemory& memory, TileScratch& tile) {
+  const std::size_t depth = ScreenedMeans::depth(rows.problem.head_dim);
+  alignas(64) std::int32_t levels[kMaxHeadDim];
+  const float rounding =
+      static_cast<float>(rows.depth() + 8) * 0x1p-22F;  // of the f32 score itself, generously
+  for (std::int64_t row = rows.first_scored; row < rows.count; ++row) {
+    widen(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F, tile.rows);
+    std::uint8_t* to = memory.queries + static_cast<std::size_t>(row) * depth;
+    std::fill(to, to + depth, std::uint8_t{128});
+    const Rounded rounded = round_to_int8(tile.rows, rows.depth(), levels);
+    for (std::size_t i = 0; i < rows.depth(); ++i)
+      to[i] = static_cast<std::uint8_t>(std::clamp(levels[i], -127, 127) + 128);
+    memory.screens[row] = {rounded.scale, rounded.error * 1.001F + rounding * rounded.norm,
+                           (rounded.norm + rounded.error) * 1.001F, 0, 0};
+  }
+}
+
+/// Scores what a row holds back, in order, in f32, to the bits of score_exactly; lets go of what its bound
+/// rules out first.
+void settle(GateRows& rows, const ScreenMemory& memory, std::int64_t row, TileScratch& tile, float* packed) {
+  Screen& screen = memory.screens[row];
+  std::int32_t* held = memory.held_blocks + row * kHeldBack;
+  const float* upper = memory.held_upper + row * kHeldBack;
+  const bool full = screen.lower_count == rows.choices[row].places;
+  const float bound = full ? memory.lower_scores[row * rows.width] : kNever;
+  std::int64_t kept = 0;
+  for (std::int64_t i = 0; i < screen.held; ++i) {
+    if (!(upper[i] < bound)) held[kept++] = held[i];
+  }
+  screen.held = 0;
+  const auto mean = [&](std::size_t i, float*) { return rows.mean(held[i]); };
+  pack_transposed(static_cast<std::size_t>(kept), rows.depth(), mean, tile.widened, packed);
+  widen(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F, tile.rows);
+  for (std::size_t panel = 0; panel < panels(static_cast<std::size_t>(kept)); ++panel) {
+    kScoreTiles[0](tile.rows, packed + panel * rows.depth() * kCols, rows.depth(),
+                   tile.product + panel * kCols);
+  }
+  Best best = rows.best(row);
+  for (std::int64_t i = 0; i < kept; ++i) best.offer(tile.product[i], held[i]);
+  rows.choices[row].count = best.count;
+}
+
+/// Bounds the scores of blocks [first, last), whose rounded products start at `products`, and holds back
+/// those that may matter.
+void screen_row(GateRows& rows, const ScreenMemory& memory, std::int64_t row, std::int64_t first,
+                std::int64_t last, const std::int32_t* products, TileScratch& tile, float* packed) {
+  const F32 d;
+  const hn::RebindToSigned<F32> di;
+  const ScreenedMeans& means = *rows.task.screened;
+  const Choice& choice = rows.choices[row];
+  Screen& screen = memory.screens[row];
+  Best lower{memory.lower_scores + row * rows.width, memory.lower_blocks + row * rows.width,
+             screen.lower_count, choice.places};
+  const Vec scale = hn::Set(d, screen.scale), by_norm = hn::Set(d, screen.by_norm),
+            by_error = hn::Set(d, screen.by_error);
+
+  const auto bounds = [&](std::int64_t block, Vec& low, Vec& high) HWY_ATTR {
+    const auto product =
+        hn::Sub(hn::LoadU(di, products + (block - first)), hn::LoadU(di, means.offset + block));
+    const Vec score = hn::Mul(hn::ConvertTo(d, product), hn::Mul(scale, hn::LoadU(d, means.scale + block)));
+    const Vec slack = hn::MulAdd(by_norm, hn::LoadU(d, means.norm + block),
+                                 hn::Mul(by_error, hn::LoadU(d, means.error + block)));
+    low = hn::Sub(score, slack);
+    high = hn::Add(score, slack);
+  };
+  float bound = kNever;
+  if (lower.count == 0 && choice.own < 0) {
+    for (std::int64_t block = first; block < last; block += kStep) {
+      Vec low, high;
+      bounds(block, low, high);
+      hn::Store(low, d, tile.product + (block - first));
+    }
+    bound = reachable(tile.product, last - first, choice.places);
+  }
+  for (std::int64_t block = first; block < last; block += kStep) {
+    if (lower.count == lower.places) bound = std::max(bound, lower.scores[0]);
+    Vec low, high;
+    bounds(block, low, high);
+    std::uint32_t hits = not_below(high, bound) & first_lanes(last - block);
+    if (hits == 0) continue;
+    alignas(64) float lows[kLanes], highs[kLanes];
+    hn::Store(low, d, lows);
+    hn::Store(high, d, highs);
+    for (; hits != 0; hits &= hits - 1) {
+      const int lane = std::countr_zero(hits);
+      const auto candidate = static_cast<std::int32_t>(block + lane);
+      if (candidate == choice.own) continue;
+      if (lower.count < lower.places || lows[lane] > lower.scores[0]) lower.offer(lows[lane], candidate);
+      if (screen.held == kHeldBack) {
+        screen.lower_count = lower.count;
+        settle(rows, memory, row, tile, packed);
+      }
+      memory.held_blocks[row * kHeldBack + screen.held] = candidate;
+      memory.held_upper[row * kHeldBack + screen.held++] = highs[lane];
     }
   }
-  for (std::int64_t row = 0; row < rows; ++row)
-    finish_row(problem, choice(row), counts[row], width, blocks + row * width);
+  screen.lower_count = lower.count;
+}
+
+void score_screened(GateRows& rows, const ScreenMemory& memory, TileScratch& tile, float* packed) {
+  const Int8Tiles& tiles = *int8_tiles();
+  const std::size_t depth = ScreenedMeans::depth(rows.problem.head_dim);
+  auto* products = reinterpret_cast<std::int32_t*>(tile.scores);
+  round_queries(rows, memory, tile);
+  tiles.begin();
+  for (std::int64_t begin = 0; begin < rows.last_block(); begin += kChunkBlocks) {
+    const std::int64_t count = std::min(kChunkBlocks, rows.last_block() - begin);
+    const std::int8_t* panels_from = rows.task.screened->panels + static_cast<std::size_t>(begin) * depth;
+    for_tiles(rows, static_cast<std::int64_t>(tiles.rows), [&](std::int64_t from, std::int64_t to) HWY_ATTR {
+      const std::int64_t columns = std::min(rows.choices[to - 1].last - begin, count);
+      if (columns <= 0) return;
+      tiles.multiply(memory.queries + static_cast<std::size_t>(from) * depth, depth,
+                     static_cast<std::size_t>(to - from), panels_from, depth * kNarrowCols,
+                     round_up(static_cast<std::size_t>(columns), kNarrowCols), depth, products, kScoreStride);
+      for (std::int64_t row = from; row < to; ++row) {
+        const Choice& c = rows.choices[row];
+        const std::int64_t first = std::max(c.first, begin), last = std::min(c.last, begin + count);
+        if (first >= last || c.places == 0) continue;
+        screen_row(rows, memory, row, first, last,
+                   products + (row - from) * static_cast<std::int64_t>(kScoreStride) + (first - begin), tile,
+                   packed);
+      }
+    });
+  }
+  tiles.end();
+  for (std::int64_t row = rows.first_scored; row < rows.count; ++row) settle(rows, memory, row, tile, packed);
+}
+
+}  // namespace
+
+/// `memory`: gate_bytes() of it.
+void gate_rows(const Problem& problem, const Means& means, const GateTask& task, const Selection& selection,
+               std::byte* memory) {
+  const auto take = [&memory](auto* /*type*/ kind, std::int64_t count) {
+    auto* taken = reinterpret_cast<decltype(kind)>(memory);
+    memory += round_up(static_cast<std::size_t>(count) * sizeof(*kind), Scratch::kAlignment);
+    return taken;
+  };
+  const SequenceView& sequence = problem.sequences[task.sequence];
+  const std::int64_t count = (task.q1 - task.q0) * problem.group, width = selection.width;
+  TileScratch& tile = *take(static_cast<TileScratch*>(nullptr), 1);
+  float* packed = take(static_cast<float*>(nullptr), kChunkBlocks * problem.head_dim);
+  GateRows rows{problem,
+                means,
+                task,
+                sequence,
+                width,
+                count,
+                selection.of(task.head, sequence.q_begin + task.q0),
+                take(static_cast<float*>(nullptr), count * width),
+                take(static_cast<Choice*>(nullptr), count)};
+  std::fill(std::begin(tile.widened), std::end(tile.widened), 0.0F);
+  rows.take_all();
+  if (task.screened == nullptr) {
+    score_exactly(rows, tile, packed);
+  } else {
+    const auto depth = static_cast<std::int64_t>(ScreenedMeans::depth(problem.head_dim));
+    const ScreenMemory screen{
+        take(static_cast<std::uint8_t*>(nullptr), (count + static_cast<std::int64_t>(kTileCapacity)) * depth),
+        take(static_cast<Screen*>(nullptr), count),
+        take(static_cast<float*>(nullptr), count * width),
+        take(static_cast<std::int32_t*>(nullptr), count * width),
+        take(static_cast<std::int32_t*>(nullptr), count * kHeldBack),
+        take(static_cast<float*>(nullptr), count * kHeldBack)};
+    score_screened(rows, screen, tile, packed);
+  }
+  rows.finish();
+}
+
+/// Means [panel * kNarrowCols, + kNarrowCols) of `blocks`, rounded into their panel.
+void round_means(const float* means, std::int64_t stride, std::int64_t blocks, std::int64_t head_dim,
+                 std::int64_t panel, const ScreenedMeans& out) {
+  const std::size_t depth = ScreenedMeans::depth(head_dim);
+  std::int8_t* to = out.panels + static_cast<std::size_t>(panel) * depth * kNarrowCols;
+  std::fill(to, to + depth * kNarrowCols, std::int8_t{0});
+  alignas(64) float values[kMaxHeadDim];
+  alignas(64) std::int32_t levels[kMaxHeadDim];
+  for (std::size_t column = 0; column < kNarrowCols; ++column) {
+    const std::int64_t block =
+        panel * static_cast<std::int64_t>(kNarrowCols) + static_cast<std::int64_t>(column);
+    Rounded rounded;
+    std::int32_t sum = 0;
+    if (block < blocks) {
+      std::copy_n(means + block * stride, head_dim, values);
+      rounded = round_to_int8(values, static_cast<std::size_t>(head_dim), levels);
+      for (std::size_t i = 0; i < static_cast<std::size_t>(head_dim); ++i) {
+        const std::int32_t level = std::clamp(levels[i], -127, 127);
+        to[(i / 4 * kNarrowCols + column) * 4 + i % 4] = static_cast<std::int8_t>(level);
+        sum += level;
+      }
+    }
+    out.scale[block] = rounded.scale;
+    out.norm[block] = rounded.norm * 1.001F;
+    out.error[block] = rounded.error * 1.001F + rounded.norm * 0x1p-20F + 1e-30F;
+    out.offset[block] = 128 * sum;
+  }
 }
 
 }  // namespace moba::cpu::HWY_NAMESPACE
@@ -119,14 +420,54 @@ HWY_AFTER_NAMESPACE();
 namespace moba::cpu {
 
 HWY_EXPORT(gate_rows);
+HWY_EXPORT(round_means);
+
+namespace {
+
+/// Candidates from which a sequence is screened in int8; MOBA_CPU_GATE (f32, int8) decides for all.
+std::int64_t screen_from() {
+  constexpr std::int64_t kNeverScreen = std::numeric_limits<std::int64_t>::max();
+  const char* forced = std::getenv("MOBA_CPU_GATE");
+  const std::string_view wanted = forced == nullptr ? "" : forced;
+  if (wanted == "f32" || int8_tiles() == nullptr) return kNeverScreen;
+  return wanted == "int8" ? 1 : kScreenFrom;
+}
+
+std::int64_t candidates(const Problem& problem, const SequenceView& s) {
+  return problem.needs_scores() ? problem.candidate_blocks(s) : 0;
+}
+
+std::int64_t rows_of_task(const Problem& problem, bool screened) {
+  return std::max(screened ? kScreenRows : kGateRows, problem.group);
+}
+
+}  // namespace
+
+std::size_t screened_bytes(const Problem& problem, std::int64_t heads) {
+  std::size_t bytes = 0;
+  for (const SequenceView& s : problem.sequences) {
+    if (candidates(problem, s) >= screen_from())
+      bytes += ScreenedMeans::bytes(candidates(problem, s), problem.head_dim);
+  }
+  return bytes * static_cast<std::size_t>(heads);
+}
 
 std::size_t gate_bytes(const Problem& problem) {
   if (problem.width() == 0) return 0;
-  const std::int64_t rows = std::max(kGateRows, problem.group);
-  return sizeof(TileScratch) + round_up((kChunk * static_cast<std::size_t>(problem.head_dim) +
-                                         static_cast<std::size_t>(rows * (problem.width() + 1))) *
-                                            sizeof(float),
-                                        Scratch::kAlignment);
+  const auto width = static_cast<std::size_t>(problem.width()),
+             head_dim = static_cast<std::size_t>(problem.head_dim);
+  const bool screened = screened_bytes(problem, 1) > 0;
+  // Beside screened sequences there may be others in the same batch, with more rows a task.
+  const auto rows = static_cast<std::size_t>(rows_of_task(problem, false));
+  std::size_t bytes = sizeof(TileScratch) + kChunk * head_dim * sizeof(float) +
+                      rows * (width * sizeof(float) + sizeof(Choice));
+  if (screened) {
+    const auto few = static_cast<std::size_t>(rows_of_task(problem, true)),
+               held = static_cast<std::size_t>(kHeldBack);
+    bytes += (few + kTileCapacity) * ScreenedMeans::depth(problem.head_dim) +
+             few * (64 + (width + held) * 2 * sizeof(float));
+  }
+  return round_up(bytes, Scratch::kAlignment) + 16 * Scratch::kAlignment;
 }
 
 Selection gate(const Problem& problem, const Means& means, const Group& group, Resources& resources) {
@@ -135,26 +476,40 @@ Selection gate(const Problem& problem, const Means& means, const Group& group, R
   selection.blocks = Buffer<std::int32_t>(resources.scratch,
                                           group.heads() * group.tokens() * problem.group * selection.width);
 
-  struct Task {
-    std::size_t sequence;
-    std::int64_t q0, q1;
-  };
-  std::vector<Task> tasks;
-  const std::int64_t step = std::max<std::int64_t>(kGateRows / problem.group, 1);
-  for (std::size_t s = 0; s < problem.sequences.size(); ++s) {
-    const auto [first, last] = group.queries_of(problem.sequences[s]);
-    for (std::int64_t q = first; q < last; q += step) tasks.push_back({s, q, std::min(q + step, last)});
+  const Buffer<std::byte> screened_memory(resources.scratch,
+                                          static_cast<std::int64_t>(screened_bytes(problem, group.heads())));
+  std::vector<ScreenedMeans> screened(problem.sequences.size() * static_cast<std::size_t>(group.heads()));
+  std::vector<GateTask> tasks;
+  std::byte* next = screened_memory.data();
+  for (std::int64_t head = group.head0; head < group.head1; ++head) {
+    for (std::size_t s = 0; s < problem.sequences.size(); ++s) {
+      const std::int64_t blocks = candidates(problem, problem.sequences[s]);
+      ScreenedMeans* rounded = nullptr;
+      if (blocks >= screen_from()) {
+        rounded = &screened[static_cast<std::size_t>(head - group.head0) * problem.sequences.size() + s];
+        *rounded = ScreenedMeans::in(next, blocks, problem.head_dim);
+        next += ScreenedMeans::bytes(blocks, problem.head_dim);
+        const auto round = &HWY_DYNAMIC_DISPATCH(round_means);
+        const auto panel_count = static_cast<std::int64_t>(ScreenedMeans::padded(blocks) / kNarrowCols);
+        resources.parallel.run(panel_count, [&](std::int64_t panel, int) {
+          round(means.of(s, head), means.block_stride, blocks, problem.head_dim, panel, *rounded);
+        });
+      }
+      const std::int64_t step =
+          std::max<std::int64_t>(rows_of_task(problem, rounded != nullptr) / problem.group, 1);
+      const auto [first, last] = group.queries_of(problem.sequences[s]);
+      // Later queries have more candidates: begin with them.
+      for (std::int64_t q1 = last; q1 > first; q1 -= step)
+        tasks.push_back({s, head, std::max(q1 - step, first), q1, rounded});
+    }
   }
-  const std::size_t floats = gate_bytes(problem) / sizeof(float);
-  const Buffer<float> memory(resources.scratch,
-                             resources.parallel.threads * static_cast<std::int64_t>(floats));
+  const std::size_t bytes = gate_bytes(problem);
+  const Buffer<std::byte> memory(resources.scratch,
+                                 resources.parallel.threads * static_cast<std::int64_t>(bytes));
   const auto run = &HWY_DYNAMIC_DISPATCH(gate_rows);
-  const auto count = static_cast<std::int64_t>(tasks.size());
-  resources.parallel.run(count * group.heads(), [&](std::int64_t index, int worker) {
-    // Later queries have more candidates: begin with them.
-    const Task& task = tasks[static_cast<std::size_t>(count - 1 - index % count)];
-    run(problem, means, task.sequence, group.head0 + index / count, task.q0, task.q1, selection,
-        memory.data() + static_cast<std::size_t>(worker) * floats);
+  resources.parallel.run(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t index, int worker) {
+    run(problem, means, tasks[static_cast<std::size_t>(index)], selection,
+        memory.data() + static_cast<std::size_t>(worker) * bytes);
   });
   return selection;
 }

@@ -137,8 +137,7 @@ std::int64_t backward_parts(const Problem& problem, const SequenceView& sequence
       (sequence.keys + static_cast<std::int64_t>(kChunk) - 1) / static_cast<std::int64_t>(kChunk);
   const std::int64_t rows = sequence.queries * problem.group * (problem.width() + 1) /
                             std::max<std::int64_t>(problem.blocks(sequence), 1);
-  const std::int64_t most =
-      std::min({chunks, sequence.queries, rows / kRowsPerCell, kMostParts});
+  const std::int64_t most = std::min({chunks, sequence.queries, rows / kRowsPerCell, kMostParts});
   return static_cast<std::int64_t>(
       std::bit_floor(static_cast<std::uint64_t>(std::max<std::int64_t>(most, 1))));
 }

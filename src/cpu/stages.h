@@ -21,6 +21,8 @@ void decode(const Problem& problem, const Means& means, const Outputs& outputs, 
 std::size_t attend_bytes(const Problem& problem, std::int64_t rows);
 /// Scratch bytes of one worker of the gate.
 std::size_t gate_bytes(const Problem& problem);
+/// Scratch bytes of the rounded means of `heads` kv heads, where the gate screens in int8.
+std::size_t screened_bytes(const Problem& problem, std::int64_t heads);
 std::size_t plan_bytes(const Problem& problem, const Group& group);
 std::size_t plan_backward_bytes(const Problem& problem, const Group& group);
 std::size_t attend_backward_bytes(const Problem& problem, const Group& group, int threads);
