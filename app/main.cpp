@@ -34,6 +34,9 @@ int fail(const CLI::App& app, const std::string& message, int code) {
 int explain(const CLI::App& app, const CLI::ParseError& error) {
   if (error.get_exit_code() == 0) return app.exit(error);
   std::string message = error.what();
+  if (app.get_subcommands().empty() && !app.remaining().empty()) {
+    message = "expected a subcommand (see moba --help); found " + app.remaining().front();
+  }
   std::replace(message.begin(), message.end(), '\n', ' ');
   return fail(app, message, kUsageError);
 }
