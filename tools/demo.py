@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""What MoBA is for, in two tables: a real model finds a fact in a long text, and one attention head reads ever longer
+ones. `make demo` builds what this runs."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FACT = "The password of the lighthouse is 7349."
+QUESTION = "What is the password of the lighthouse?"
+SECRET = "7349"
+DEPTH = 0.4
+LENGTHS = [8, 16, 32, 64, 128, 256]  # times 1024 tokens
+WHOLE = 64  # up to here all queries are timed
+BLOCK, TOP_K = 512, 3
+
+COLOURS = {"bold": "1", "green": "32", "red": "31", "dim": "2"}
+ON_TERMINAL = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def paint(text, colour):
+    return f"\033[{COLOURS[colour]}m{text}\033[0m" if ON_TERMINAL else text
+
+
+def fail(message):
+    sys.exit(f"demo: {message}")
+
+
+def run_moba(program, *arguments):
+    """One run of the program that reports in JSON; its progress and its errors go to the terminal."""
+    done = subprocess.run([program, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    if done.returncode != 0:
+        fail(f"moba {arguments[0]} ended with exit code {done.returncode}")
+    return json.loads(done.stdout)
+
+
+class Table:
+    """Rows that are printed as they come, under columns as wide as given; numbers to the right."""
+
+    def __init__(self, columns):
+        self.widths = [width for _, width in columns]
+        print(paint(self.line([title for title, _ in columns]), "bold"))
+
+    def line(self, cells):
+        first, *others = zip(cells, self.widths)
+        return "  ".join([f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in others)])
+
+    def row(self, *cells):
+        print(self.line(cells), flush=True)
+
+
+def document(path):
+    """A real text with one fact planted in it, at the start of a line."""
+    text = path.read_text(encoding="utf-8")
+    place = text.rindex("\n", 0, int(len(text) * DEPTH)) + 1
+    return text[:place] + FACT + "\n" + text[place:]
+
+
+def ask(options, text_file, attention):
+    print(paint(f"reading with {attention} attention ...", "dim"), flush=True)
+    return run_moba(options.moba, "generate", "-m", options.model, "-f", text_file, "-p", QUESTION, "-n", 32,
+                    "--attn", attention, "--json")
+
+
+def needle(options):
+    """The fact is asked for with both attentions; whether both answers hold it."""
+    print(paint("\nA fact in a long document", "bold"))
+    print(f"model     {options.model.name}")
+    print(f"document  {options.document}, with this line at {DEPTH:.0%}: {FACT}")
+    print(f"question  {QUESTION}\n")
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as text_file:
+        text_file.write(document(options.document))
+        text_file.flush()
+        results = {name: ask(options, text_file.name, name) for name in ("full", "moba")}
+
+    print()
+    table = Table([("attention", 10), ("prompt tokens", 13), ("first token", 11), ("of it attention", 15),
+                   ("tokens/s read", 13), ("tokens/s written", 16), ("peak memory", 11), ("answer", 0)])
+    for name, result in results.items():
+        tokens, first = len(result["prompt_ids"]), result["prefill_seconds"]
+        table.row("full" if name == "full" else "MoBA", f"{tokens}", f"{first:.2f} s",
+                  f"{result['attention_seconds']:.2f} s, {result['attention_seconds'] / first:3.0%}",
+                  f"{tokens / first:.0f}", f"{len(result['generated_ids']) / result['decode_seconds']:.1f}",
+                  f"{result['peak_rss_bytes'] / 2**30:.2f} GiB", " ".join(result["text"].split()))
+    settings = results["moba"]["settings"]
+    print(f"MoBA: blocks of {settings['moba_chunk_size']} tokens, {settings['moba_topk']} of them a token, the first "
+          f"one always; the last {settings['moba_full_tail']} tokens of the prompt attend to everything.")
+
+    wrong = [name for name, result in results.items() if SECRET not in result["text"]]
+    for name in wrong:
+        print(paint(f"With --attn {name} the answer does not hold {SECRET}: the model did not find the fact.",
+                    "red"))
+    if not wrong:
+        print(paint("Both answers hold the fact.", "green"))
+    return not wrong
+
+
+def bench(options, tokens, top_k, share):
+    rows = run_moba(options.moba, "bench", "--tokens", tokens, "--chunk-size", BLOCK, "--topk", top_k, "--heads", 1,
+                    "--head-dim", 128, "--sample", share, "-o", "json")
+    return rows[0]
+
+
+def duration(seconds):
+    return f"{seconds * 1e3:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def lengths(options):
+    """One head of 128 numbers over random keys, full against MoBA."""
+    print(paint(f"\nOne attention head reads longer and longer texts, with {TOP_K} blocks of {BLOCK} tokens a token",
+                "bold"))
+    table = Table([("tokens", 8), ("full", 10), ("MoBA", 10), ("speed-up", 8), ("MoBA scratch", 12)])
+    estimated = False
+    for thousands in LENGTHS:
+        tokens = thousands * 1024
+        # The work of full attention grows with the square: beyond 64K a share of the queries is timed.
+        share = min(1.0, (WHOLE / thousands) ** 2)
+        full = bench(options, tokens, 0, share)["seconds_median"]
+        moba = bench(options, tokens, TOP_K, 1)
+        estimated = estimated or share < 1
+        table.row(f"{thousands}K", f"{'~' if share < 1 else ''}{duration(full)}", duration(moba["seconds_median"]),
+                  f"{full / moba['seconds_median']:.1f}x", f"{moba['workspace_bytes'] / 2**20:.0f} MiB")
+    if estimated:
+        print("~ timed on a share of the queries, spread evenly, and scaled to all of them")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--moba", type=Path, default=ROOT / "build/release/moba", help="the program")
+    parser.add_argument("--model", type=Path, default=ROOT / "build/models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument("--document", type=Path, default=Path("/usr/share/common-licenses/GPL-3"))
+    options = parser.parse_args()
+    for path, how in ((options.moba, "make build"), (options.model, "make setup"), (options.document, "--document")):
+        if not path.exists():
+            fail(f"{path} is missing: {how} provides it")
+    found = needle(options)
+    lengths(options)
+    sys.exit(0 if found else 1)
+
+
+if __name__ == "__main__":
+    main()
