@@ -1,8 +1,10 @@
 // Writes every tensor of one weights file as f32, in the file's order, to standard output; with --list, their
-// names, types and shapes. What the tests hold against PyPI's gguf and safetensors.
+// names, types and shapes. What the tests hold against PyPI's gguf and safetensors. With --open, opens a
+// whole model, as the program does first.
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <string_view>
@@ -11,6 +13,7 @@
 #include "llm/error.h"
 #include "llm/formats/gguf.h"
 #include "llm/formats/safetensors.h"
+#include "llm/formats/weights.h"
 
 namespace {
 
@@ -38,26 +41,30 @@ void dump(const std::vector<StoredTensor>& tensors) {
   }
 }
 
-int run(const std::filesystem::path& path, bool lists) {
-  const auto show = lists ? list : dump;
+void run(const std::filesystem::path& path, std::string_view flag) {
+  if (flag == "--open") {
+    moba::llm::Weights::open(path);
+    return;
+  }
+  const auto show = flag == "--list" ? list : dump;
   if (GgufFile::is_gguf(path)) {
     show(GgufFile::open(path).tensors());
   } else {
     show(SafetensorsFile::open(path).tensors);
   }
-  return 0;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool lists = argc == 3 && std::string_view(argv[2]) == "--list";
-  if (argc != 2 && !lists) {
-    std::fputs("usage: dump_tensors FILE [--list]\n", stderr);
+  const std::string_view flag = argc == 3 ? argv[2] : "";
+  if (argc < 2 || argc > 3 || (argc == 3 && flag != "--list" && flag != "--open")) {
+    std::fputs("usage: dump_tensors FILE [--list|--open]\n", stderr);
     return 2;
   }
   try {
-    return run(argv[1], lists);
+    run(argv[1], flag);
+    return 0;
   } catch (const moba::llm::DataError& error) {
     fmt::print(stderr, "{}\n", error.what());
     return 1;

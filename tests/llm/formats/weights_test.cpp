@@ -77,9 +77,10 @@ TEST_F(WeightsTest, NamesAMissingTensor) {
 
 TEST_F(WeightsTest, AsksForTheFolder) {
   const auto path = write("model.safetensors", "");
-  EXPECT_EQ(complaint_of([&] { Weights::open(path); }),
-            path.string() +
-                ": expected a GGUF file or the folder of a Hugging Face model; found one file of such a folder");
+  EXPECT_EQ(
+      complaint_of([&] { Weights::open(path); }),
+      path.string() +
+          ": expected a GGUF file or the folder of a Hugging Face model; found one file of such a folder");
 }
 
 TEST_F(WeightsTest, NamesATensorOfAnotherShape) {
