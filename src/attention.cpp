@@ -44,6 +44,17 @@ void run(std::string_view function, const Problem& problem, const Means* cached,
   add_profile(execution, profile, scratch);
 }
 
+void run_decode(const Problem& problem, const Means& means, const Outputs& outputs,
+                const Execution& execution) {
+  const Backend& backend = choose_backend(execution.backend, problem, "decode");
+  const Parallel parallel = execution.parallel.run ? execution.parallel : openmp();
+  Scratch scratch(execution.scratch);
+  Resources resources{parallel, scratch, execution.workspace_bytes};
+  Profile profile;
+  timed(&Profile::attend, profile, [&] { backend.decode(problem, means, outputs, resources); });
+  add_profile(execution, profile, scratch);
+}
+
 }  // namespace
 
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
@@ -79,18 +90,19 @@ void attention(const Tensor& q, const KvCache& cache, std::int64_t sequence, con
 void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const Outputs& outputs,
             const Execution& execution) {
   check_cached("decode", q, cache, routing);
-  check_decode(q, cache, outputs);
+  check_decode(q, cache.shape().sequences, outputs);
   check_outputs("decode", q, outputs);
   check_execution("decode", execution);
-  const Problem problem = decode_problem(q, cache, routing);
-  const Means means = cached_means(cache);
-  const Backend& backend = choose_backend(execution.backend, problem, "decode");
-  const Parallel parallel = execution.parallel.run ? execution.parallel : openmp();
-  Scratch scratch(execution.scratch);
-  Resources resources{parallel, scratch, execution.workspace_bytes};
-  Profile profile;
-  timed(&Profile::attend, profile, [&] { backend.decode(problem, means, outputs, resources); });
-  add_profile(execution, profile, scratch);
+  run_decode(decode_problem(q, cache, routing), cached_means(cache), outputs, execution);
+}
+
+void decode(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing,
+            const Outputs& outputs, const Execution& execution) {
+  check_cached(q, sequences, routing);
+  check_decode(q, static_cast<std::int64_t>(sequences.size()), outputs);
+  check_outputs("decode", q, outputs);
+  check_execution("decode", execution);
+  run_decode(decode_problem(q, sequences, routing), cached_means(sequences), outputs, execution);
 }
 
 }  // namespace moba

@@ -218,4 +218,40 @@ Means cached_means(const KvCache& cache) {
   return means;
 }
 
+Problem decode_problem(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing) {
+  Problem problem{.q = q};
+  problem.page_storage.reserve(2 * sequences.size());
+  std::int64_t longest = 1;
+  for (const CachedSequence& s : sequences) {
+    problem.page_storage.push_back(static_cast<const std::byte*>(s.k.data));
+    problem.page_storage.push_back(static_cast<const std::byte*>(s.v.data));
+    longest = std::max(longest, s.k.sizes[0]);
+  }
+  const std::byte* const* pages = problem.page_storage.data();
+  for (const CachedSequence& s : sequences) {
+    problem.sequences.push_back({.q_begin = static_cast<std::int64_t>(problem.sequences.size()),
+                                 .queries = 1,
+                                 .keys = s.k.sizes[0],
+                                 .k_pages = {pages, 1},
+                                 .v_pages = {pages + 1, 1}});
+    pages += 2;
+  }
+  const CachedSequence none{.k = {.sizes = {0, 1, 1}}, .v{}, .means{}};
+  const CachedSequence& first = sequences.empty() ? none : sequences.front();
+  problem.k = {first.k.dtype, longest, first.k.strides[0], first.k.strides[1]};
+  problem.v = {first.v.dtype, longest, first.v.strides[0], first.v.strides[1]};
+  finish_problem(problem, routing, first.k.sizes[1]);
+  return problem;
+}
+
+Means cached_means(std::span<const CachedSequence> sequences) {
+  Means means;
+  for (const CachedSequence& s : sequences) {
+    means.base.push_back(static_cast<const float*>(s.means.data));
+    means.block_stride = s.means.strides[0];
+    means.head_stride = s.means.strides[1];
+  }
+  return means;
+}
+
 }  // namespace moba

@@ -37,8 +37,10 @@ struct KvCache::State {
 
 Problem cached_problem(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing);
 Problem decode_problem(const Tensor& q, const KvCache& cache, const Routing& routing);
+Problem decode_problem(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing);
 /// Views of the means kept in the cache: of one sequence, or of all.
 Means cached_means(const KvCache& cache, std::int64_t sequence);
 Means cached_means(const KvCache& cache);
+Means cached_means(std::span<const CachedSequence> sequences);
 
 }  // namespace moba

@@ -300,9 +300,42 @@ void check_cached(std::string_view function, const Tensor& q, const KvCache& cac
            shape.block_size);
 }
 
-void check_decode(const Tensor& q, const KvCache& cache, const Outputs& outputs) {
-  if (q.sizes[0] != cache.shape().sequences)
-    refuse("decode", "q has ", q.sizes[0], " tokens; the cache has ", cache.shape().sequences, " sequences");
+void check_cached(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing) {
+  constexpr std::string_view function = "decode";
+  check_view(function, "q", q);
+  check_routing(function, routing);
+  if (!routing.causal) refuse(function, "causal is not set; a cache answers causal queries only");
+  bool choosing = false;
+  for (const CachedSequence& s : sequences) {
+    const CachedSequence& first = sequences.front();
+    check_view(function, "k", s.k);
+    check_view(function, "v", s.v);
+    check_same_kind(function, "k", s.k, "q", q);
+    check_heads(function, q.sizes[1], "k", s.k.sizes[1]);
+    if (s.k.sizes[2] != q.sizes[2]) refuse(function, "k has head_dim ", s.k.sizes[2], "; q has ", q.sizes[2]);
+    check_same_shape(function, "v", s.v, "k", s.k);
+    if (s.k.sizes[1] != first.k.sizes[1] || s.k.strides != first.k.strides || s.v.strides != first.v.strides)
+      refuse(function, "k and v have other heads or strides than those of the first sequence");
+    choosing |= s.k.sizes[0] > 0 && routing.top_k <= (s.k.sizes[0] - 1) / routing.block_size;
+  }
+  if (!choosing) return;
+  for (const CachedSequence& s : sequences) {
+    const CachedSequence& first = sequences.front();
+    const std::int64_t blocks = s.k.sizes[0] / routing.block_size;
+    check_view(function, "means", s.means);
+    if (s.means.dtype != DType::f32)
+      refuse(function, "means is ", name_of(s.means.dtype), "; f32 is expected");
+    if (s.means.sizes[0] < blocks || s.means.sizes[1] != s.k.sizes[1] || s.means.sizes[2] != s.k.sizes[2])
+      refuse(function, "means has sizes ", sizes_of(s.means), "; at least [", blocks, ", ", s.k.sizes[1],
+             ", ", s.k.sizes[2], "] is expected");
+    if (s.means.strides != first.means.strides)
+      refuse(function, "means has other strides than that of the first sequence");
+  }
+}
+
+void check_decode(const Tensor& q, std::int64_t sequences, const Outputs& outputs) {
+  if (q.sizes[0] != sequences)
+    refuse("decode", "q has ", q.sizes[0], " tokens; the cache has ", sequences, " sequences");
   if (outputs.selection != nullptr)
     refuse("decode", "selection is set; select with attention on the cache instead");
 }

@@ -24,8 +24,10 @@ void check_backward(std::string_view function, const Tensor& d_out, const Tensor
 void check_cache_shape(const KvCache::Shape& shape);
 void check_append(const KvCache& cache, const Tensor& k, const Tensor& v, std::int64_t sequence);
 void check_cached(std::string_view function, const Tensor& q, const KvCache& cache, const Routing& routing);
+/// Of decode: sequences in the caller's memory.
+void check_cached(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing);
 /// On top of check_cached: one query a sequence.
-void check_decode(const Tensor& q, const KvCache& cache, const Outputs& outputs);
+void check_decode(const Tensor& q, std::int64_t sequences, const Outputs& outputs);
 void check_sequence(std::string_view function, const KvCache& cache, std::int64_t sequence);
 
 }  // namespace moba

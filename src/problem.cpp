@@ -35,7 +35,7 @@ Sequences one_sequence(std::int64_t queries, std::int64_t keys) {
 std::int64_t selection_width(const Sequences& sequences, const Routing& routing) {
   std::int64_t longest = 0;
   for (std::size_t s = 0; s + 1 < sequences.k.size(); ++s) {
-    longest = std::max<std::int64_t>(longest, sequences.k[s + 1] - sequences.k[s]);
+    longest = std::max(longest, std::int64_t{sequences.k[s + 1]} - sequences.k[s]);
   }
   return std::min(routing.top_k, longest == 0 ? 0 : (longest - 1) / routing.block_size + 1);
 }

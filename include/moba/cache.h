@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 
 #include "moba/attention.h"
 
@@ -57,5 +58,19 @@ MOBA_EXPORT void attention(const Tensor& q, const KvCache& cache, std::int64_t s
 /// sequence gets 0.
 MOBA_EXPORT void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const Outputs& outputs,
                         const Execution& execution = {});
+
+/// One sequence's past in the caller's own memory: what a KvCache holds, for hosts that keep their cache
+/// themselves.
+struct CachedSequence {
+  /// [tokens, Hkv, D], the strides alike for all sequences of a call.
+  Tensor k{}, v{};
+  /// [at least tokens / block_size, Hkv, D], f32: the mean key of every complete block, rounded to the dtype
+  /// of k. Strides alike for all sequences. Not read, and may be empty, when the routing covers every block.
+  Tensor means{};
+};
+
+/// `decode` above, with sequences that the caller keeps.
+MOBA_EXPORT void decode(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing,
+                        const Outputs& outputs, const Execution& execution = {});
 
 }  // namespace moba
