@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "moba/attention.h"
+#include "moba/cache.h"
 
 namespace {
 
@@ -137,17 +138,23 @@ class Scratch {
 
 struct Call {
   std::string function;
-  moba::Sequences sequences;
+  moba::Sequences sequences{};
   moba::Routing routing;
   Scratch scratch{};
 
   Call(std::string name, const TorchTensor& cu_seqlens_q, const TorchTensor& cu_seqlens_k,
        std::int64_t block_size, std::int64_t top_k, std::int64_t sink_blocks, bool causal,
        std::optional<double> scale)
+      : Call(std::move(name), block_size, top_k, sink_blocks, scale) {
+    sequences.q = offsets_of(function, "cu_seqlens_q", cu_seqlens_q);
+    sequences.k = offsets_of(function, "cu_seqlens_k", cu_seqlens_k);
+    routing.causal = causal;
+  }
+
+  Call(std::string name, std::int64_t block_size, std::int64_t top_k, std::int64_t sink_blocks,
+       std::optional<double> scale)
       : function(std::move(name)),
-        sequences{offsets_of(function, "cu_seqlens_q", cu_seqlens_q),
-                  offsets_of(function, "cu_seqlens_k", cu_seqlens_k)},
-        routing{.block_size = block_size, .top_k = top_k, .sink_blocks = sink_blocks, .causal = causal} {
+        routing{.block_size = block_size, .top_k = top_k, .sink_blocks = sink_blocks} {
     if (scale) routing.scale = static_cast<float>(*scale);
   }
 
@@ -294,6 +301,65 @@ TorchTensor select_blocks(const TorchTensor& q, const TorchTensor& k, const Torc
   return selection;
 }
 
+/// Rows [begin, end) of sequence `index` of a [sequences, tokens, heads, head_dim] tensor.
+moba::Tensor row_of(const TorchTensor& t, moba::DType dtype, std::int64_t index, std::int64_t begin,
+                    std::int64_t end) {
+  const auto offset = static_cast<std::size_t>(index * t.stride(0) + begin * t.stride(1));
+  return {.data = static_cast<std::byte*>(t.data_ptr()) + offset * moba::size_of(dtype),
+          .dtype = dtype,
+          .rank = 3,
+          .sizes = {end - begin, t.size(2), t.size(3)},
+          .strides = {t.stride(1), t.stride(2), t.stride(3)}};
+}
+
+void require_rows(const std::string& function, const char* name, const TorchTensor& t,
+                  std::int64_t sequences) {
+  require_cpu(function, name, t);
+  if (t.dim() != 4 || t.size(0) != sequences) {
+    throw Error(function + ": " + name + " has sizes " + sizes_text(t) + "; [" + std::to_string(sequences) +
+                ", tokens or blocks, heads, head_dim] is expected");
+  }
+}
+
+std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const TorchTensor& k, const TorchTensor& v,
+                                            const TorchTensor& means, const TorchTensor& begin,
+                                            const TorchTensor& end, std::int64_t block_size,
+                                            std::int64_t top_k, std::int64_t sink_blocks,
+                                            std::optional<double> scale, std::string backend) {
+  const std::string function = "decode";
+  const Argument queries(function, "q", q);
+  const std::int64_t sequences = q.size(0);
+  require_rows(function, "k", k, sequences);
+  require_rows(function, "v", v, sequences);
+  require_rows(function, "means", means, sequences);
+  const moba::DType k_dtype = dtype_of(function, "k", k), v_dtype = dtype_of(function, "v", v),
+                    means_dtype = dtype_of(function, "means", means);
+  const std::vector<std::int32_t> from = offsets_of(function, "begin", begin),
+                                  to = offsets_of(function, "end", end);
+  if (static_cast<std::int64_t>(from.size()) != sequences || to.size() != from.size())
+    throw Error(function + ": begin and end have " + std::to_string(from.size()) + " and " +
+                std::to_string(to.size()) + " entries; q has " + std::to_string(sequences) + " sequences");
+
+  std::vector<moba::CachedSequence> cached;
+  for (std::int64_t s = 0; s < sequences; ++s) {
+    const std::int64_t first = from[static_cast<std::size_t>(s)], last = to[static_cast<std::size_t>(s)];
+    if (first < 0 || last < first || last > k.size(1) || last > v.size(1)) {
+      throw Error(function + ": begin and end of sequence " + std::to_string(s) + " are " +
+                  std::to_string(first) + " and " + std::to_string(last) + "; k has " +
+                  std::to_string(k.size(1)) + " tokens and v " + std::to_string(v.size(1)));
+    }
+    cached.push_back({row_of(k, k_dtype, s, first, last), row_of(v, v_dtype, s, first, last),
+                      row_of(means, means_dtype, s, 0, means.size(1))});
+  }
+
+  TorchTensor out = empty_like(queries), lse = empty({q.size(1), sequences}, ScalarType::Float);
+  Call call(function, block_size, top_k, sink_blocks, scale);
+  moba::decode(queries.view(), cached, call.routing,
+               {.out = Argument(function, "out", out).view(), .lse = static_cast<float*>(lse.data_ptr())},
+               call.execution(backend, queries.view().dtype));
+  return {out, lse};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(moba, library) {
@@ -309,10 +375,14 @@ STABLE_TORCH_LIBRARY(moba, library) {
   library.def(
       "select(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt block_size, SymInt top_k, "
       "SymInt sink_blocks=0, bool causal=True, str backend=\"\") -> Tensor");
+  library.def(
+      "decode(Tensor q, Tensor k, Tensor v, Tensor means, Tensor begin, Tensor end, SymInt block_size, "
+      "SymInt top_k, SymInt sink_blocks=0, float? scale=None, str backend=\"\") -> (Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moba, CPU, library) {
   library.impl("attention", TORCH_BOX(&attention));
   library.impl("attention_backward", TORCH_BOX(&attention_backward));
+  library.impl("decode", TORCH_BOX(&decode));
   library.impl("select", TORCH_BOX(&select_blocks));
 }

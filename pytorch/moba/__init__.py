@@ -1,5 +1,7 @@
 """Mixture of Block Attention (arXiv 2502.13189) for PyTorch, on the kernels of libmoba."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import ops
 from .config import MoBAConfig
 from .functional import attention
@@ -8,8 +10,12 @@ from .moba_naive import moba_attn_varlen_naive
 from .modes import Routing, mode, routing
 from .wrapper import register_moba
 
+if TYPE_CHECKING:
+    from .cache import MobaCache
+
 __all__ = [
     "MoBAConfig",
+    "MobaCache",
     "Routing",
     "attention",
     "moba_attn_varlen",
@@ -19,3 +25,11 @@ __all__ = [
     "register_moba",
     "routing",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MobaCache":  # the one part that needs transformers to be there
+        from .cache import MobaCache
+
+        return MobaCache
+    raise AttributeError(f"module 'moba' has no attribute {name!r}")

@@ -67,6 +67,11 @@ def _(q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, causal
     return _empty_selection(q, k.shape[0], block_size, top_k)
 
 
+@torch.library.register_fake("moba::decode")
+def _(q, k, v, means, begin, end, block_size, top_k, sink_blocks=0, scale=None, backend=""):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
 def _setup_context(ctx, inputs, output):
     q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale, _, backend = inputs
     out, lse, selection = output
@@ -83,12 +88,13 @@ def _backward(ctx, d_out, d_lse, d_selection):
     return dq, dk, dv, *(None,) * 9
 
 
-def _no_second_derivative(ctx, *gradients):
-    raise NotImplementedError("moba::attention has no second derivative; its gradient was differentiated")
+def _no_derivative(ctx, *gradients):
+    raise NotImplementedError("moba::decode has no derivative, and moba::attention no second one")
 
 
 torch.library.register_autograd("moba::attention", _backward, setup_context=_setup_context)
-torch.library.register_autograd("moba::attention_backward", _no_second_derivative)
+torch.library.register_autograd("moba::attention_backward", _no_derivative)
+torch.library.register_autograd("moba::decode", _no_derivative)
 
 
 # Under autocast the inputs take its dtype, as torch's own attention has it. float64 stays what it is.

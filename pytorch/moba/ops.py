@@ -6,4 +6,5 @@ from . import _operator as _operator
 
 attention = torch.ops.moba.attention.default
 attention_backward = torch.ops.moba.attention_backward.default
+decode = torch.ops.moba.decode.default
 select = torch.ops.moba.select.default

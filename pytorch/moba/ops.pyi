@@ -61,3 +61,23 @@ def select(
     backend: str = "",
 ) -> Tensor:
     """The selection alone."""
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    begin: Tensor,
+    end: Tensor,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    scale: float | None = None,
+    backend: str = "",
+) -> tuple[Tensor, Tensor]:
+    """One new token for each of B sequences: `out [B, Hq, D]` and `lse [Hq, B]` for `q [B, Hq, D]`, without a derivative.
+
+    `k`, `v` `[B, tokens, Hkv, D]`, any strides, of which sequence b holds tokens `[begin[b], end[b])`, the query's own last;
+    int32. `means` `[B, blocks, Hkv, D]` float32: of every complete block counted from `begin[b]`, the mean of its keys rounded to
+    their dtype; not read where the routing covers every block.
+    """

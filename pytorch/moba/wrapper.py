@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from . import ops
 from .config import MoBAConfig
 from .functional import EVERYTHING, check_tensors, varlen
 from .modes import current_mode, records_of
@@ -138,6 +139,10 @@ def _attend(
     batch, _, queries, _ = query.shape
     records = records_of(module) if top_k < EVERYTHING else []
     sinks = config.sink_blocks if top_k < EVERYTHING else 0
+    if queries == 1 and not records and not torch.is_grad_enabled():
+        out = _decode(query, key, value, config, scaling, spans, top_k, sinks)
+        if out is not None:
+            return out
     offsets = cu_seqlens_of(spans, queries, key.shape[2])
     out, _, selection = varlen(
         *_packed(query, key, value), *offsets, config.moba_chunk_size, top_k, sinks, scale=scaling,
@@ -146,6 +151,25 @@ def _attend(
     for record in records:
         record.add(module.layer_idx, selection.unflatten(1, (batch, queries)).transpose(0, 1))
     return out.unflatten(0, (batch, queries))
+
+
+def _decode(
+    query: Tensor, key: Tensor, value: Tensor, config: MoBAConfig, scaling: float | None, spans: Tensor, top_k: int,
+    sinks: int,
+) -> Tensor | None:
+    """One token of each row, straight from the cache. None when that needs means of blocks and nobody keeps them."""
+    begin, end = spans[:, 2].contiguous(), spans[:, 3].contiguous()
+    if top_k == EVERYTHING:
+        means = query.new_empty(query.shape[0], 0, *key.shape[1::2], dtype=torch.float32)
+    elif (layer := getattr(key, "moba_layer", None)) is not None:
+        means = layer.means(begin.tolist(), config.moba_chunk_size)
+    else:
+        return None
+    caches = (key.transpose(1, 2), value.transpose(1, 2))
+    out, _ = ops.decode(
+        query.squeeze(2), *caches, means, begin, end, config.moba_chunk_size, top_k, sinks, scaling
+    )
+    return out.unsqueeze(1)
 
 
 def _attend_naive(

@@ -1,0 +1,115 @@
+"""A cache of keys and values for `transformers` that also keeps the mean of every block, for sparse decoding."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+_GROWTH = 1.5
+_LEAST_CAPACITY = 256
+
+
+class MobaLayer(DynamicLayer):
+    """One layer: keys and values in memory that grows ahead of them, [B, capacity, Hkv, D], so that a new token is written
+    once and never moved with the rest. `keys` and `values` are views [B, Hkv, tokens, D], as every attention takes them.
+    The view that `update` returns knows its layer, and through it the means of its blocks."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._stored: list[Tensor] = []
+        self._means = torch.empty(0)
+        self._complete: list[int] = []
+        self._begins: list[int] = []
+        self._block_size = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held = self.get_seq_length()
+        length = held + key_states.shape[2]
+        if not self._stored or self._stored[0].shape[1] < length:
+            capacity = max(length, _LEAST_CAPACITY, int(held * _GROWTH))
+            self._stored = [self._grown(i, t, held, capacity) for i, t in enumerate((key_states, value_states))]
+        for stored, new in zip(self._stored, (key_states, value_states)):
+            stored[:, held:length] = new.transpose(1, 2)
+        self._view(length)
+        self.keys.moba_layer = self
+        return self.keys, self.values
+
+    def _grown(self, index: int, new: Tensor, held: int, capacity: int) -> Tensor:
+        batch, heads, _, head_dim = new.shape
+        grown = new.new_empty(batch, capacity, heads, head_dim)
+        if held:
+            grown[:, :held] = self._stored[index][:, :held]
+        return grown
+
+    def _view(self, length: int) -> None:
+        self.keys, self.values = (stored[:, :length].transpose(1, 2) for stored in self._stored)
+
+    def means(self, begins: list[int], block_size: int) -> Tensor:
+        """Mean keys of the complete blocks, float32 [B, blocks, Hkv, D], row b's counted from token `begins[b]`. Each is
+        computed once, when its block is full."""
+        if block_size != self._block_size or begins != self._begins:
+            self._block_size, self._begins, self._complete = block_size, begins, [0] * len(begins)
+        keys = self._stored[0]
+        batch, capacity, heads, head_dim = keys.shape
+        if self._means.shape[:2] != (batch, capacity // block_size):
+            means = keys.new_empty(batch, capacity // block_size, heads, head_dim, dtype=torch.float32)
+            kept = min(max(self._complete), means.shape[1])
+            if kept:
+                means[:, :kept] = self._means[:, :kept]
+            self._means = means
+        length = self.get_seq_length()
+        for row, begin in enumerate(begins):
+            first, last = self._complete[row], (length - begin) // block_size
+            if first < last:
+                blocks = keys[row, begin + first * block_size : begin + last * block_size]
+                mean = blocks.unflatten(0, (last - first, block_size)).mean(1, dtype=torch.float32)
+                self._means[row, first:last] = mean.to(keys.dtype)
+                self._complete[row] = last
+        return self._means
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        length = self.get_seq_length()
+        self._complete = [
+            min(done, max(length - begin, 0) // self._block_size) for done, begin in zip(self._complete, self._begins)
+        ]
+
+    def reset(self) -> None:
+        super().reset()
+        self._forget()
+
+    def _take(self, rows: Tensor) -> None:
+        if length := self.get_seq_length():
+            self._stored = [stored.index_select(0, rows) for stored in self._stored]
+            if self._begins:
+                self._means = self._means.index_select(0, rows)
+                self._complete = [self._complete[row] for row in rows.tolist()]
+                self._begins = [self._begins[row] for row in rows.tolist()]
+            self._view(length)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._take(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self._stored:
+            self._take(torch.arange(self._stored[0].shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self._stored:
+            self._take(torch.arange(self._stored[0].shape[0])[indices])
+
+
+class MobaCache(Cache):
+    """For `past_key_values`: decoding with `MoBAConfig(decode="moba")` then reads the means of the blocks and the keys and
+    values of those it selects, and nothing else. Works with any attention implementation and with beams."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=MobaLayer)
