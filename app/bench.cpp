@@ -19,6 +19,7 @@
 #include "app/bench/report.h"
 #include "app/commands.h"
 #include "llm/error.h"
+#include "moba/error.h"
 
 namespace moba::app {
 namespace {
