@@ -95,4 +95,8 @@ MOBA_EXPORT void attention_backward(const Tensor& d_out, const Tensor& q, const 
 /// Names accepted by Execution::backend in this build, the default first.
 MOBA_EXPORT std::vector<std::string> backends();
 
+/// The instruction set that the "cpu" backend runs on, by Highway's name ("AVX3", "AVX2", ...): the best of
+/// this machine, or what MOBA_CPU_TARGET asks for. Empty when that is not to be had.
+MOBA_EXPORT std::string cpu_target();
+
 }  // namespace moba

@@ -84,6 +84,17 @@ namespace {
 constexpr auto kHeight = static_cast<std::int64_t>(kTileRows);
 constexpr auto kKeyTiles = key_tiles(std::make_index_sequence<kTileRows>());
 
+/// Something to be done a little at a time, `step` pieces at each occasion.
+struct Errands {
+  std::int64_t next = 0, end = 0, step = 0;
+
+  void spread(std::int64_t first, std::int64_t last, std::int64_t occasions) {
+    next = first;
+    end = last;
+    step = (last - first + occasions - 1) / occasions;
+  }
+};
+
 struct Worker {
   const Gradient& g;
   const SequenceView& sequence;
@@ -94,7 +105,8 @@ struct Worker {
   float* key_rows;  // [panels(D)][count][kCols]
   float *dk, *dv;   // [count, stride]
   std::size_t stride;
-  Chunk chunk{};
+  Chunk chunk{}, next_chunk{};
+  Errands rows_ahead{}, keys_ahead{};
 
   std::size_t depth() const { return static_cast<std::size_t>(g.problem.head_dim); }
   std::size_t count() const { return static_cast<std::size_t>(chunk.count); }
@@ -141,15 +153,42 @@ void pack(Worker& w) {
   }
 }
 
-/// Brings what a row's turn reads into the second-level cache.
-void prefetch_row(const Worker& w, std::uint32_t row) {
-  const auto touch = [&](const void* from, DType dtype) {
-    const auto* bytes = static_cast<const std::byte*>(from);
-    for (std::size_t at = 0; at < w.depth() * size_of(dtype); at += 64) __builtin_prefetch(bytes + at, 0, 2);
-  };
-  touch(w.row_of(w.g.problem.q, row), w.g.problem.q.dtype);
-  touch(w.row_of(w.g.backward.d_out, row), w.g.problem.q.dtype);
-  touch(w.dq_of(row), DType::f32);
+/// Brings `size` bytes into the second-level cache. Always inlined, as what calls it must be: GCC takes a
+/// function of prefetches alone for one without effect, and drops its calls.
+HWY_INLINE void prefetch(const void* from, std::size_t size) {
+  const auto* bytes = static_cast<const std::byte*>(from);
+  for (std::size_t at = 0; at < size; at += 64) __builtin_prefetch(bytes + at, 0, 2);
+}
+
+/// What the next tile will gather, a third of a row at a time: its query, its d_out, its dq.
+HWY_INLINE void prefetch_row(const Worker& w, std::int64_t piece) {
+  const std::uint32_t row = w.row(piece / 3);
+  const std::size_t size = w.depth() * size_of(w.g.problem.q.dtype);
+  if (piece % 3 == 0) prefetch(w.row_of(w.g.problem.q, row), size);
+  if (piece % 3 == 1) prefetch(w.row_of(w.g.backward.d_out, row), size);
+  if (piece % 3 == 2) prefetch(w.dq_of(row), w.depth() * sizeof(float));
+}
+
+/// What the end of this chunk and the beginning of the next will touch, a row at a time.
+HWY_INLINE void prefetch_key(const Worker& w, std::int64_t piece) {
+  const std::int64_t key = piece / 4, head = w.cell.range->head;
+  const std::size_t size = w.depth() * size_of(w.g.problem.k.dtype);
+  const std::int64_t position = w.cell.first_key + w.chunk.first + key;
+  if (piece % 4 < 2 && key < w.chunk.count)
+    prefetch((piece % 4 == 0 ? w.g.dk : w.g.dv).row(position, head), w.depth() * sizeof(float));
+  if (piece % 4 >= 2 && key < w.next_chunk.count) {
+    const Rows rows = piece % 4 == 2 ? w.g.problem.keys(w.sequence, head, w.next_chunk.first + key)
+                                     : w.g.problem.values(w.sequence, head, w.next_chunk.first + key);
+    prefetch(rows.data, size);
+  }
+}
+
+/// Done between products, so that memory is never asked for too much at once.
+HWY_INLINE void look_ahead(Worker& w) {
+  for (std::int64_t i = 0; i < w.rows_ahead.step && w.rows_ahead.next < w.rows_ahead.end; ++i)
+    prefetch_row(w, w.rows_ahead.next++);
+  for (std::int64_t i = 0; i < w.keys_ahead.step && w.keys_ahead.next < w.keys_ahead.end; ++i)
+    prefetch_key(w, w.keys_ahead.next++);
 }
 
 void gather(Worker& w, const Tensor& t, std::uint32_t row, float factor, float* to) {
@@ -197,14 +236,14 @@ void descend_tile(Worker& w, std::int64_t first, std::int64_t last, std::size_t 
     seen[r] = static_cast<std::size_t>(std::min(visible, w.chunk.count));
   }
   const std::size_t columns = seen[rows - 1];
-  const std::int64_t upcoming = std::min(last + kHeight, w.rows()),
-                     step = (upcoming - last) / static_cast<std::int64_t>(panels(columns)) + 1;
+  w.rows_ahead.spread(3 * last, 3 * std::min(last + kHeight, w.rows()),
+                      static_cast<std::int64_t>(2 * panels(columns) + panels(w.depth())));
   for (std::size_t panel = 0; panel < panels(columns); ++panel) {
     const std::size_t offset = panel * w.depth() * kCols;
     kScoreTiles[rows - 1](queries, w.keys + offset, w.depth(), weights + panel * kCols);
-    const std::int64_t from = last + static_cast<std::int64_t>(panel) * step;
-    for (std::int64_t i = from; i < std::min(from + step, upcoming); ++i) prefetch_row(w, w.row(i));
+    look_ahead(w);
     kScoreTiles[rows - 1](d_outs, w.values + offset, w.depth(), d_logits + panel * kCols);
+    look_ahead(w);
   }
   const std::size_t padded = panels(columns) * kCols;
   for (std::size_t r = 0; r < rows; ++r) {
@@ -221,6 +260,7 @@ void descend_tile(Worker& w, std::int64_t first, std::int64_t last, std::size_t 
   for (std::size_t panel = 0; panel < panels(w.depth()); ++panel) {
     kValueTiles[rows - 1](d_logits, w.key_rows + panel * w.count() * kCols, columns, batch.ones,
                           batch.dq_rows, panel * kCols);
+    look_ahead(w);
   }
   for (std::size_t r = 0; r < rows; ++r) {
     add_scaled(batch.dq_rows[r], w.depth(), problem.scale,
@@ -263,6 +303,8 @@ void descend_chunk(Worker& w) {
   constexpr std::int64_t kMostTiles = static_cast<std::int64_t>(kBatch) / kHeight;
   const std::int64_t tiles = (w.rows() + kHeight - 1) / kHeight,
                      batches = (tiles + kMostTiles - 1) / kMostTiles;
+  w.keys_ahead.spread(0, 4 * std::max(w.chunk.count, w.next_chunk.count),
+                      tiles * static_cast<std::int64_t>(2 * panels(w.count()) + panels(w.depth())));
   for (std::int64_t i = 0; i < batches; ++i)
     descend_batch(w, tiles * i / batches, tiles * (i + 1) / batches, tiles);
   for (std::size_t i = 0; i < w.count(); ++i) {
@@ -290,9 +332,20 @@ void descend_cell(const Gradient& g, const Cell& cell, float* memory) {
   const Chunking chunking = chunking_of(problem, sequence);
   const std::int64_t blocks =
       problem.routing.causal ? problem.own_block(sequence, cell.range->q1 - 1) + 1 : problem.blocks(sequence);
-  for (std::int64_t index = cell.part; index < blocks * chunking.of_block; index += cell.parts) {
-    w.chunk = chunk_of(g, sequence, *cell.range, chunking, index);
-    if (w.chunk.count > 0 && w.rows() > 0) descend_chunk(w);
+  std::int64_t index = cell.part;
+  const auto next_seen = [&] {
+    for (; index < blocks * chunking.of_block; index += cell.parts) {
+      const Chunk chunk = chunk_of(g, sequence, *cell.range, chunking, index);
+      if (chunk.count == 0) continue;
+      index += cell.parts;
+      return chunk;
+    }
+    return Chunk{};
+  };
+  for (w.next_chunk = next_seen(); w.next_chunk.count > 0;) {
+    w.chunk = w.next_chunk;
+    w.next_chunk = next_seen();
+    descend_chunk(w);
   }
 }
 

@@ -5,6 +5,7 @@ namespace moba {
 namespace {
 
 std::string refuses(const Problem& problem) {
+  if (!cpu::target_refusal().empty()) return cpu::target_refusal();
   if (problem.q.device != Device::cpu) return "works on CPU tensors";
   if (problem.q.dtype == DType::f64 || problem.k.dtype == DType::f64)
     return "takes f32, bf16 and f16; f64 needs \"reference\"";
