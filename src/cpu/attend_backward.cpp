@@ -322,8 +322,8 @@ void descend_cell(const Gradient& g, const Cell& cell, float* memory) {
   const SequenceView& sequence = problem.sequences[static_cast<std::size_t>(cell.range->sequence)];
   const std::size_t stride = padded_dim(problem.head_dim);
   auto& batch = *reinterpret_cast<BackwardScratch*>(memory);
-  float* chunk = memory + sizeof(BackwardScratch) / sizeof(float);
-  const auto place = [&](std::size_t i) { return chunk + i * kChunk * stride; };
+  float* panels_begin = memory + sizeof(BackwardScratch) / sizeof(float);
+  const auto place = [&](std::size_t i) { return panels_begin + i * kChunk * stride; };
   Worker w{g, sequence, cell, batch, place(0), place(1), place(2), place(3), place(4), stride};
   std::fill(std::begin(batch.widened), std::end(batch.widened), 0.0F);
   std::fill(std::begin(batch.ones), std::end(batch.ones), 1.0F);
