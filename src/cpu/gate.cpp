@@ -257,6 +257,13 @@ void settle(GateRows& rows, const ScreenMemory& memory, std::int64_t row, TileSc
   rows.choices[row].count = best.count;
 }
 
+/// What is left of a chunk of blocks once its bounds are known.
+struct Survivors {
+  std::int64_t count = 0;
+  std::int32_t blocks[kChunk + kLanes];
+  float low[kChunk + kLanes], high[kChunk + kLanes];
+};
+
 /// Bounds the scores of blocks [first, last), whose rounded products start at `products`, and holds back
 /// those that may matter.
 void screen_row(GateRows& rows, const ScreenMemory& memory, std::int64_t row, std::int64_t first,
@@ -280,38 +287,40 @@ void screen_row(GateRows& rows, const ScreenMemory& memory, std::int64_t row, st
     low = hn::Sub(score, slack);
     high = hn::Add(score, slack);
   };
-  float bound = kNever;
+  float bound = lower.count == lower.places ? lower.scores[0] : kNever;
   if (lower.count == 0 && choice.own < 0) {
     for (std::int64_t block = first; block < last; block += kStep) {
       Vec low, high;
       bounds(block, low, high);
-      hn::Store(low, d, tile.product + (block - first));
+      hn::StoreU(low, d, tile.product + (block - first));
     }
     bound = reachable(tile.product, last - first, choice.places);
   }
+
+  Survivors left;
   for (std::int64_t block = first; block < last; block += kStep) {
-    if (lower.count == lower.places) bound = std::max(bound, lower.scores[0]);
     Vec low, high;
     bounds(block, low, high);
-    std::uint32_t hits = not_below(high, bound) & first_lanes(last - block);
-    if (hits == 0) continue;
-    alignas(64) float lows[kLanes], highs[kLanes];
-    hn::Store(low, d, lows);
-    hn::Store(high, d, highs);
-    for (; hits != 0; hits &= hits - 1) {
-      const int lane = std::countr_zero(hits);
-      const auto candidate = static_cast<std::int32_t>(block + lane);
-      if (candidate == choice.own) continue;
-      if (lower.count < lower.places || lows[lane] > lower.scores[0]) lower.offer(lows[lane], candidate);
-      if (screen.held == kHeldBack) {
-        screen.lower_count = lower.count;
-        settle(rows, memory, row, tile, packed);
-      }
-      memory.held_blocks[row * kHeldBack + screen.held] = candidate;
-      memory.held_upper[row * kHeldBack + screen.held++] = highs[lane];
-    }
+    const auto in_chunk = hn::FirstN(d, static_cast<std::size_t>(last - block));
+    const auto stays = hn::AndNot(hn::Lt(high, hn::Set(d, bound)), in_chunk);
+    hn::CompressStore(hn::Iota(di, static_cast<std::int32_t>(block)), hn::RebindMask(di, stays), di,
+                      left.blocks + left.count);
+    hn::CompressStore(low, stays, d, left.low + left.count);
+    left.count += static_cast<std::int64_t>(hn::CompressStore(high, stays, d, left.high + left.count));
+  }
+
+  for (std::int64_t i = 0; i < left.count; ++i) {
+    if (left.blocks[i] != choice.own && (lower.count < lower.places || left.low[i] > lower.scores[0]))
+      lower.offer(left.low[i], left.blocks[i]);
   }
   screen.lower_count = lower.count;
+  if (lower.count == lower.places) bound = lower.scores[0];
+  for (std::int64_t i = 0; i < left.count; ++i) {
+    if (left.high[i] < bound || left.blocks[i] == choice.own) continue;
+    if (screen.held == kHeldBack) settle(rows, memory, row, tile, packed);
+    memory.held_blocks[row * kHeldBack + screen.held] = left.blocks[i];
+    memory.held_upper[row * kHeldBack + screen.held++] = left.high[i];
+  }
 }
 
 void score_screened(GateRows& rows, const ScreenMemory& memory, TileScratch& tile, float* packed) {
