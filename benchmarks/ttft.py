@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FACT = "The secret code of the blue door is 7349."
-QUESTION = "What is the secret code of the blue door?"
+FACT = "The special magic number for Berlin is 48213."
+QUESTION = "What is the special magic number for Berlin?"
 MODES = {
     "moba, full": ["--attn", "full"],
     "moba, MoBA": ["--attn", "moba"],
