@@ -17,7 +17,7 @@ constexpr std::int64_t kRowsPerBlock = 192;
 constexpr std::int64_t kMinRows = 64;
 /// The same for the backward pass, which also reads and writes the gradients of keys and values; and the most
 /// ranges of all heads: enough for many threads, few enough to keep rounds long.
-constexpr std::int64_t kRowsPerCell = 192, kMostParts = 16;
+constexpr std::int64_t kRowsPerCell = 256, kMostParts = 16;
 
 /// Rows of a range: long enough for kRowsPerBlock, short enough for the scratch budget and for every thread
 /// to have a few.

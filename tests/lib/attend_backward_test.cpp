@@ -204,6 +204,66 @@ TEST_P(BackwardOfBackend, ASelectionThatIsNoneIsAnError) {
   }
 }
 
+/// Enough tokens for several chunks, ranges and rounds of a fast backend.
+std::vector<Case> long_cases() {
+  const std::vector<Routing> routings = {
+      {.block_size = 64, .top_k = 3},
+      {.block_size = 2, .top_k = 5, .sink_blocks = 1},
+      {.block_size = 600, .top_k = 2},
+      {.block_size = 100, .top_k = 4, .sink_blocks = 3},
+      {.block_size = 7, .top_k = 20, .causal = false},
+      {.block_size = 300, .top_k = 2, .sink_blocks = 1, .causal = false, .own_block = true},
+      Routing::full(),
+      Routing::full(false),
+  };
+  std::vector<Case> list;
+  for (const Routing& routing : routings) {
+    for (const std::int64_t queries : {1300, 300}) {
+      Case c{.seed = 600 + list.size(), .group = 2, .head_dim = 24, .sequences = one_sequence(queries, 1300)};
+      c.routing = routing;
+      c.out_layout = Layout::padded;
+      fill(c);
+      list.push_back(c);
+    }
+  }
+  return list;
+}
+
+TEST_P(BackwardOfBackend, EqualsTheReferenceOnLongSequences) {
+  if (exact()) GTEST_SKIP() << "it need not be compared with itself";
+  for (const Case& c : long_cases()) {
+    const Array d_out = gradient_for(c);
+    Result forward = run_attention(c, execution());
+    const Differentiated found = backward(c, d_out, forward, execution());
+    const Differentiated expected =
+        backward(c, d_out, forward, {.backend = "reference", .parallel = openmp(2)});
+    EXPECT_LE(largest_difference(found.dq, expected.dq), 1e-5) << describe(c);
+    EXPECT_LE(largest_difference(found.dk, expected.dk), 1e-5 * (1 + largest(expected.dk))) << describe(c);
+    EXPECT_LE(largest_difference(found.dv, expected.dv), 1e-5 * (1 + largest(expected.dv))) << describe(c);
+    EXPECT_TRUE(found.dq.gaps_untouched() && found.dk.gaps_untouched() && found.dv.gaps_untouched());
+  }
+}
+
+TEST_P(BackwardOfBackend, AnyThreadsGiveTheSameBitsOnLongSequences) {
+  if (exact()) GTEST_SKIP() << "the reference is one loop whatever the length";
+  for (const Case& c : long_cases()) {
+    const Array d_out = gradient_for(c);
+    Result forward = run_attention(c, execution());
+    const Differentiated expected = backward(c, d_out, forward, execution());
+    for (const Parallel& parallel : {openmp(2), openmp(7), std_threads(3)}) {
+      Profile profile;
+      const Differentiated found = backward(
+          c, d_out, forward, {.backend = GetParam(), .parallel = parallel, .profile = &profile}, false);
+      EXPECT_TRUE(same(found, expected)) << describe(c) << ", " << parallel.threads << " threads";
+      const Differentiated tight = backward(c, d_out, forward,
+                                            {.backend = GetParam(),
+                                             .parallel = parallel,
+                                             .workspace_bytes = profile.workspace_bytes + (1U << 20)});
+      EXPECT_TRUE(same(tight, expected)) << describe(c);
+    }
+  }
+}
+
 MOBA_FOR_EVERY_BACKEND(BackwardOfBackend);
 
 }  // namespace
