@@ -71,6 +71,7 @@ class Argument {
       view_.sizes[dim] = tensor_.size(static_cast<std::int64_t>(dim));
       view_.strides[dim] = tensor_.stride(static_cast<std::int64_t>(dim));
     }
+    view_.strides[2] = 1;  // what an empty tensor says of itself means nothing
   }
 
   const moba::Tensor& view() const { return view_; }

@@ -17,7 +17,9 @@ def selection_width(keys: int, block_size: int, top_k: int) -> int:
     return torch.sym_min(top_k, (keys + block_size - 1) // block_size)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> None:
+    for t in (k, v, *others):
+        torch._check_value(t.device == q.device, lambda: f"attention: one argument is on {t.device}; q is on {q.device}")
     for name, t in (("q", q), ("k", k), ("v", v)):
         torch._check_value(
             t.dim() == 3, lambda: f"attention: {name} has sizes {list(t.shape)}; [tokens, heads, head_dim] is expected"
@@ -44,7 +46,7 @@ def _empty_selection(q: Tensor, keys: int, block_size: int, top_k: int) -> Tenso
 @torch.library.register_fake("moba::attention")
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, causal=True, scale=None,
       return_selection=False, backend=""):
-    _check_shapes(q, k, v)
+    _check_shapes(q, k, v, cu_seqlens_q, cu_seqlens_k)
     tokens, heads = q.shape[:2]
     selection = (
         _empty_selection(q, k.shape[0], block_size, top_k)
@@ -57,18 +59,20 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, cau
 @torch.library.register_fake("moba::attention_backward")
 def _(d_out, q, k, v, out, lse, selection, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0,
       causal=True, scale=None, backend=""):
-    _check_shapes(q, k, v)
+    _check_shapes(q, k, v, d_out, out, lse, selection, cu_seqlens_q, cu_seqlens_k)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 @torch.library.register_fake("moba::select")
 def _(q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, causal=True, backend=""):
-    _check_shapes(q, k, k)
+    _check_shapes(q, k, k, cu_seqlens_q, cu_seqlens_k)
     return _empty_selection(q, k.shape[0], block_size, top_k)
 
 
 @torch.library.register_fake("moba::decode")
 def _(q, k, v, means, begin, end, block_size, top_k, sink_blocks=0, scale=None, backend=""):
+    for t in (k, v, means, begin, end):
+        torch._check_value(t.device == q.device, lambda: f"decode: one argument is on {t.device}; q is on {q.device}")
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 

@@ -1,0 +1,243 @@
+"""What is no call: an exception that names the argument, before anything is computed; never a crash."""
+
+import math
+import random
+
+import moba
+import pytest
+import torch
+from packed import batch, offsets
+
+ops = moba.ops
+
+
+def good():
+    q, k, v, cu, _ = batch([10, 6])
+    return {"q": q, "k": k, "v": v, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "block_size": 4, "top_k": 2}
+
+
+def ints(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+WRONG = {
+    "k of another dtype": ({"k": torch.randn(16, 2, 16).bfloat16()}, "k is bf16; q is f32"),
+    "v of another dtype": ({"v": torch.randn(16, 2, 16).double()}, "v is f64"),
+    "integers": ({"q": torch.ones(16, 4, 16, dtype=torch.long)}, "q is Long"),
+    "heads that do not divide": ({"k": torch.randn(16, 3, 16), "v": torch.randn(16, 3, 16)}, "k has 3 heads"),
+    "no heads": ({"k": torch.randn(16, 0, 16), "v": torch.randn(16, 0, 16)}, "k has sizes"),
+    "another head_dim": ({"k": torch.randn(16, 2, 8)}, "head_dim 8"),
+    "v of another length": ({"v": torch.randn(15, 2, 16)}, "v has sizes"),
+    "a batch dimension": ({"q": torch.randn(1, 16, 4, 16)}, "q has sizes"),
+    "offsets that fall": ({"cu_seqlens_q": ints(0, 10, 6, 16)}, "cu_seqlens_k|falls|entries"),
+    "both offsets that fall": (
+        {"cu_seqlens_q": ints(0, 10, 6, 16), "cu_seqlens_k": ints(0, 10, 12, 16)}, "falls from 10 to 6",
+    ),
+    "offsets from 1": ({"cu_seqlens_q": ints(1, 10, 16)}, "starts at 1"),
+    "offsets past the end": ({"cu_seqlens_k": ints(0, 10, 17)}, "ends at 17"),
+    "offsets short of the end": ({"cu_seqlens_k": ints(0, 10, 15)}, "ends at 15"),
+    "offsets of int64": ({"cu_seqlens_q": ints(0, 10, 16, dtype=torch.int64)}, "cu_seqlens_q is Long"),
+    "no offsets": ({"cu_seqlens_q": ints(), "cu_seqlens_k": ints()}, "empty"),
+    "offsets in a square": ({"cu_seqlens_q": torch.zeros(2, 2, dtype=torch.int32)}, "cu_seqlens_q"),
+    "block size 0": ({"block_size": 0}, "block_size is 0"),
+    "block size -1": ({"block_size": -1}, "block_size is -1"),
+    "top-k 0": ({"top_k": 0}, "top_k is 0"),
+    "too many sinks": ({"sink_blocks": 2}, "sink_blocks is 2"),
+    "a scale that is no number": ({"scale": math.nan}, "scale is"),
+    "an unknown backend": ({"backend": "gpu"}, 'backend is "gpu"'),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_operator_names_what_is_wrong(name):
+    change, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        ops.attention(**(good() | change))
+
+
+def test_another_device():
+    call = good()
+    for name in ("q", "k", "cu_seqlens_q"):
+        with pytest.raises(ValueError, match="is on"):
+            ops.attention(**(call | {name: call[name].to("meta")}))
+
+
+@pytest.mark.parametrize("lengths", ([], [0], [0, 0], [3, 0, 5, 0]))
+def test_empty_batches_and_sequences_are_legal(lengths):
+    q, k, v, cu, _ = batch(lengths)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out, lse, selection = ops.attention(*leaves, cu, cu, 4, 2, return_selection=True)
+    assert out.shape == q.shape and lse.shape == (4, q.shape[0])
+    out.sum().backward()
+    assert all(t.grad.shape == t.shape for t in leaves)
+    assert moba.attention(q[None], k[None], v[None], block_size=4, top_k=2).shape == (1, *q.shape)
+    nothing = torch.zeros(0, 5, 4, 16)
+    assert moba.attention(nothing, nothing, nothing, block_size=4, top_k=2).shape == nothing.shape
+
+
+def test_queries_before_the_first_key_get_nothing():
+    q, k, v, cu_q, cu_k = batch([5], key_lengths=[2])
+    out, lse, selection = ops.attention(q, k, v, cu_q, cu_k, 4, 2, return_selection=True)
+    assert (out[:3] == 0).all() and (lse[:, :3] == -torch.inf).all() and (selection[:, :3] == -1).all()
+
+
+def test_nan_and_inf_do_not_spread():
+    q, k, v, cu, _ = batch([64])
+    clean, _, selection = ops.attention(q, k, v, cu, cu, 8, 2, return_selection=True)
+    k[3, 0, 0] = math.nan
+    out = ops.attention(q, k, v, cu, cu, 8, 2)[0]
+    untouched = ~(selection == 0).any(-1).T
+    assert untouched.any() and torch.isfinite(out[untouched]).all()
+
+
+BATCHED = {
+    "not a tensor": (lambda c: c | {"q": [1.0]}, TypeError, "q is list"),
+    "integers": (lambda c: c | {"k": c["k"].long()}, TypeError, "k is torch.int64"),
+    "another dtype": (lambda c: c | {"v": c["v"].half()}, TypeError, "v is torch.float16; q is"),
+    "another device": (lambda c: c | {"v": c["v"].to("meta")}, ValueError, "v is on meta; q is on cpu"),
+    "three dimensions": (lambda c: c | {"q": c["q"][0]}, ValueError, "q has sizes"),
+    "another batch": (lambda c: c | {"k": c["k"][:1]}, ValueError, "k has a batch of 1; q has 2"),
+    "v of another length": (lambda c: c | {"v": c["v"][:, :5]}, ValueError, "v has 5 tokens; k has 9"),
+    "no routing": (lambda c: c | {"block_size": None}, TypeError, "block_size is None"),
+    "two routings": (lambda c: c | {"config": moba.MoBAConfig(4, 2)}, TypeError, "beside a config"),
+    "top-k of 1.5": (lambda c: c | {"top_k": 1.5}, TypeError, "top_k is 1.5"),
+    "top-k of 0": (lambda c: c | {"top_k": 0}, ValueError, "top_k is 0"),
+    "a float mask": (lambda c: c | {"padding_mask": torch.ones(2, 9)}, TypeError, "padding_mask is torch.float32"),
+    "a mask of another size": (
+        lambda c: c | {"padding_mask": torch.ones(2, 8, dtype=torch.bool)}, ValueError, "padding_mask has sizes",
+    ),
+    "a mask with holes": (
+        lambda c: c | {"padding_mask": torch.arange(9).remainder(3).bool().expand(2, 9)}, ValueError,
+        "padding between tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BATCHED)
+def test_the_batched_door(name):
+    change, kind, message = BATCHED[name]
+    call = {"q": torch.randn(2, 9, 4, 8), "k": torch.randn(2, 9, 2, 8), "v": torch.randn(2, 9, 2, 8)}
+    with pytest.raises(kind, match=message):
+        moba.attention(**change(call | {"block_size": 4, "top_k": 2}))
+
+
+@pytest.mark.parametrize("attend", (moba.moba_attn_varlen, moba.moba_attn_varlen_naive))
+def test_the_varlen_doors(attend):
+    q, k, v, cu, _ = batch([10, 6])
+    for wrong, kind in (
+        ((q, k, v, cu.long(), 10, 4, 2), TypeError),
+        ((q, k, v, [0, 16], 10, 4, 2), TypeError),
+        ((q, k, v, cu.to("meta"), 10, 4, 2), ValueError),
+        ((q, k.half(), v, cu, 10, 4, 2), TypeError),
+        ((q, k[:, :, :8], v, cu, 10, 4, 2), ValueError),
+        ((q, torch.randn(16, 3, 16), torch.randn(16, 3, 16), cu, 10, 4, 2), ValueError),
+        ((q, k, v, ints(0, 12, 10, 16), 10, 4, 2), ValueError),
+        ((q, k, v, ints(0, 10), 10, 4, 2), ValueError),
+        ((q, k, v, cu, 10, 0, 2), ValueError),
+        ((q, k, v, cu, 10, 4, 0), ValueError),
+        ((q, k, v, cu, 10, 4.0, 2), TypeError),
+    ):
+        with pytest.raises(kind):
+            attend(*wrong)
+
+
+@pytest.mark.parametrize(
+    "options, kind",
+    [
+        ({"moba_chunk_size": 0}, ValueError),
+        ({"moba_topk": 0}, ValueError),
+        ({"moba_topk": "3"}, TypeError),
+        ({"moba_chunk_size": True}, TypeError),
+        ({"sink_blocks": 3}, ValueError),
+        ({"full_tail": -1}, ValueError),
+        ({"full_layers": ["last"]}, TypeError),
+        ({"decode": "sparse"}, ValueError),
+    ],
+)
+def test_configurations(options, kind):
+    with pytest.raises(kind, match=next(iter(options))):
+        moba.MoBAConfig(**({"moba_chunk_size": 4, "moba_topk": 3} | options))
+
+
+def fuzzed(rng):
+    """An argument set: often right, mostly wrong in one place or in several."""
+    head_dim = rng.choice([1, 3, 8, 16, 33])
+    kv_heads = rng.randint(1, 3)
+    lengths = [rng.choice([0, 1, 5, 16]) for _ in range(rng.randint(0, 4))]
+    q, k, v, cu_q, cu_k = batch(lengths, kv_heads * rng.randint(1, 3), kv_heads, head_dim)
+    call = {
+        "q": q, "k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k,
+        "block_size": rng.choice([1, 2, 7, 64]), "top_k": rng.randint(1, 5),
+    }
+    numbers = [-(2**63), -1, 0, 1, 3, 2**31, 2**62, 2**63 - 1]
+    tensors = {
+        "dtype": lambda t: t.to(rng.choice([torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool])),
+        "device": lambda t: t.to("meta"),
+        "rank": lambda t: rng.choice([t[None], t.flatten(), t.sum()]),
+        "shorter": lambda t: t[:-1],
+        "heads": lambda t: t.repeat_interleave(2, 1) if t.dim() > 1 else t,
+        "head_dim": lambda t: t[..., :-1] if t.dim() > 1 else t,
+        "transposed": lambda t: t.transpose(0, -1),
+        "expanded": lambda t: t[:1].expand(t.shape),
+        "complex": lambda t: t.to(torch.complex64),
+        "sparse": lambda t: t.to_sparse(),
+        "not finite": lambda t: t * math.inf if t.is_floating_point() else t,
+    }
+    for _ in range(rng.choice([0, 1, 1, 2, 3])):
+        name = rng.choice([*call, "sink_blocks", "causal", "scale", "return_selection", "backend"])
+        value = call.get(name)
+        try:
+            if isinstance(value, torch.Tensor):
+                if name.startswith("cu") and rng.random() < 0.7:
+                    known = [-(2**31), -1, 0, 3, 16, 2**31 - 1, q.shape[0]]
+                    values = [rng.choice(known) for _ in range(rng.randint(0, 4))]
+                    call[name] = torch.tensor(values, dtype=torch.int32)
+                else:
+                    call[name] = rng.choice(list(tensors.values()))(value)
+            elif name in ("block_size", "top_k", "sink_blocks"):
+                call[name] = rng.choice([*numbers, 2.5, None, "3"])
+            elif name == "scale":
+                call[name] = rng.choice([None, 0.0, -1.0, 1e300, math.inf, math.nan, "x"])
+            elif name == "backend":
+                call[name] = rng.choice(["", "cpu", "reference", "cuda", "\0", "x" * 1000, 3])
+            else:
+                call[name] = rng.choice([True, False, None])
+        except (RuntimeError, IndexError, NotImplementedError):
+            pass  # no such tensor
+    return call
+
+
+def test_twenty_thousand_argument_sets():
+    rng = random.Random(5)
+    answered = refused = 0
+    for i in range(20_000):
+        call = fuzzed(rng)
+        try:
+            out, lse, _ = ops.attention(**call)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            refused += 1
+            assert str(error)
+            continue
+        except RuntimeError as error:  # torch's own: no number for an int, a device or layout it has no kernel for
+            refused += 1
+            text = str(error)
+            assert "moba" in text or "Tensor" in text or "tensor" in text, (call, text)
+            assert "INTERNAL ASSERT" not in text, (call, text)
+            continue
+        answered += 1
+        q = call["q"]
+        assert out.shape == q.shape and out.dtype == q.dtype and lse.shape == (q.shape[1], q.shape[0])
+        right = all(torch.isfinite(call[name]).all() for name in "qkv" if call[name].device.type == "cpu")
+        if out.device.type == "cpu" and right and abs(call.get("scale") or 0) < 1e3:
+            assert torch.isfinite(out).all(), call
+            if answered % 20 == 0 and call.get("causal", True):
+                check_answer(call, out)
+    assert answered > 4_000 and refused > 4_000, (answered, refused)
+
+
+def check_answer(call, out):
+    options = {name: call[name] for name in ("sink_blocks", "scale") if name in call}
+    arguments = [call[name] for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "block_size", "top_k")]
+    expected = ops.attention(*arguments, backend="reference", **options)[0]
+    tolerance = 1e-4 if out.dtype in (torch.float32, torch.float64) else 5e-2
+    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
