@@ -27,8 +27,8 @@ MOBA_EXPORT Parallel std_threads(int threads);
 /// The calling thread alone.
 MOBA_EXPORT Parallel serial();
 
-/// Where scratch memory comes from. Both or neither must be set; the default is the C++ heap, 64-byte
-/// aligned.
+/// Where scratch memory comes from, aligned to 64 bytes. Both or neither must be set; the default is the C++
+/// heap.
 struct Allocator {
   std::function<void*(std::size_t bytes)> allocate{};
   std::function<void(void* memory, std::size_t bytes)> release{};
