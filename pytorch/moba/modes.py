@@ -2,17 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
-_mode: ContextVar[str | None] = ContextVar("moba_mode", default=None)
-_records: ContextVar[tuple["Routing", ...]] = ContextVar("moba_records", default=())
+# Of the process, not of a thread: backward may compute a checkpointed forward again on a thread of its own.
+_mode: str | None = None
+_records: tuple["Routing", ...] = ()
 
 
 def current_mode() -> str | None:
-    return _mode.get()
+    return _mode
 
 
 @contextmanager
@@ -21,11 +21,12 @@ def mode(name: str) -> Iterator[None]:
     or of decoding. Gradient checkpointing computes the forward again in backward, which then belongs inside too."""
     if name not in ("full", "moba"):
         raise ValueError(f'mode: name is {name!r}; "full" or "moba" is expected')
-    token = _mode.set(name)
+    global _mode
+    before, _mode = _mode, name
     try:
         yield
     finally:
-        _mode.reset(token)
+        _mode = before
 
 
 class Routing:
@@ -57,13 +58,14 @@ class Routing:
 @contextmanager
 def routing(model: torch.nn.Module) -> Iterator[Routing]:
     """Records which blocks each sparse layer and head of `model` selects: `with moba.routing(model) as record: ...`."""
+    global _records
     record = Routing(model)
-    token = _records.set((*_records.get(), record))
+    before, _records = _records, (*_records, record)
     try:
         yield record
     finally:
-        _records.reset(token)
+        _records = before
 
 
 def records_of(module: torch.nn.Module) -> list[Routing]:
-    return [record for record in _records.get() if record.wants(module)]
+    return [record for record in _records if record.wants(module)]

@@ -1,0 +1,237 @@
+"""`transformers` models with "moba" as their attention."""
+
+import moba
+import pytest
+import torch
+from models import build, generated, logits, random_ids
+from moba import MobaCache, MoBAConfig
+
+SPARSE = MoBAConfig(8, 3)
+EVERYTHING = MoBAConfig(8, 1000, decode="moba")
+IMPLEMENTATIONS = ("moba", "moba_naive")
+
+
+def close(a, b, tolerance=2e-4):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("family", ("llama", "qwen3", "mistral"))
+def test_with_every_block_a_model_is_what_it_is_with_sdpa(family, implementation):
+    model, ids = build(family), random_ids(2, 50)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    moba.register_moba(EVERYTHING)
+    close(logits(model, implementation, ids), logits(model, "sdpa", ids))
+    found = logits(model, implementation, ids, attention_mask=mask)
+    close(found[mask.bool()], logits(model, "sdpa", ids, attention_mask=mask)[mask.bool()])
+    for options in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
+        options["attention_mask"] = mask
+        assert generated(model, implementation, ids, **options) == generated(model, "sdpa", ids, **options)
+
+
+@pytest.mark.parametrize("config", (SPARSE, MoBAConfig(8, 3, full_tail=6, sink_blocks=1, full_layers=(-1,))))
+def test_efficient_is_naive(config):
+    model, ids = build("llama"), random_ids(2, 70)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    mask[1, 60:] = 0
+    moba.register_moba(config)
+    for options in ({}, {"attention_mask": mask}):
+        close(logits(model, "moba", ids, **options), logits(model, "moba_naive", ids, **options))
+    assert (logits(model, "moba", ids) - logits(model, "sdpa", ids)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("config", (SPARSE, MoBAConfig(8, 3, full_tail=6)))
+def test_a_padded_batch_is_each_sample_alone(config):
+    model, ids = build("llama"), random_ids(3, 60)
+    moba.register_moba(config)
+    mask = torch.ones_like(ids)
+    mask[0, :11] = mask[1, 40:] = mask[2, :2] = mask[2, 55:] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    together = logits(model, "moba", ids, attention_mask=mask, position_ids=positions)
+    for row in range(3):
+        kept = mask[row].bool()
+        close(together[row, kept], logits(model, "moba", ids[row, kept][None])[0])
+
+
+@pytest.mark.parametrize("cache", (None, MobaCache, "static"))
+@pytest.mark.parametrize("decode", ("full", "moba"))
+def test_caches_agree_with_the_naive_implementation(cache, decode):
+    model, ids = build("llama"), random_ids(2, 60)
+    mask = torch.ones_like(ids)
+    mask[0, :10] = 0
+    moba.register_moba(MoBAConfig(8, 3, sink_blocks=1, decode=decode))
+    expected = generated(model, "moba_naive", ids, attention_mask=mask)
+    for beams in (1, 3):
+        options = {"attention_mask": mask, "num_beams": beams}
+        expected = generated(model, "moba_naive", ids, **options)
+        if cache == "static":
+            options["cache_implementation"] = "static"
+        elif cache is not None:
+            options["past_key_values"] = cache()
+        assert generated(model, "moba", ids, **options) == expected
+
+
+@pytest.mark.parametrize("make_cache", (lambda: None, MobaCache))
+def test_prefill_and_decode_are_one_prefill(make_cache):
+    model, ids = build("llama"), random_ids(2, 64)
+    moba.register_moba(MoBAConfig(8, 3, decode="moba"))
+    whole = logits(model, "moba", ids)
+    with torch.no_grad():
+        step = model(ids[:, :33], use_cache=True, past_key_values=make_cache())
+        pieces = [step.logits]
+        for first, last in ((33, 34), (34, 40), (40, 41), (41, 42), *((i, i + 1) for i in range(42, 64))):
+            step = model(ids[:, first:last], past_key_values=step.past_key_values)
+            pieces.append(step.logits)
+    close(torch.cat(pieces, 1), whole)
+
+
+def test_a_cropped_cache_continues_where_it_was():
+    model, ids = build("llama"), random_ids(1, 64)
+    moba.register_moba(MoBAConfig(8, 3, decode="moba"))
+    whole = logits(model, "moba", ids)
+    cache = MobaCache()
+    with torch.no_grad():
+        for first, last in ((0, 40), *((i, i + 1) for i in range(40, 60))):
+            model(random_ids(1, 64, seed=1)[:, first:last] if first >= 40 else ids[:, :40], past_key_values=cache)
+        for layer in cache.layers:
+            layer.crop(-20)
+        found = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(40, 64)]
+    close(torch.cat(found, 1), whole[:, 40:])
+
+
+def test_decoding_with_the_cache_reads_no_mean_twice(monkeypatch):
+    model, ids = build("llama"), random_ids(1, 40)
+    moba.register_moba(MoBAConfig(8, 3, decode="moba"))
+    computed = []
+    original = torch.Tensor.mean
+
+    def counted(self, *args, **options):
+        if self.dim() == 4:
+            computed.append(self.shape[0])
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "mean", counted)
+    generated(model, "moba", ids, tokens=24, past_key_values=MobaCache())
+    assert sum(computed) == 3 * ((40 + 23) // 8)  # layers, complete blocks
+
+
+def test_assisted_generation():
+    model, assistant, ids = build("llama"), build("llama", num_hidden_layers=1), random_ids(1, 30)
+    moba.register_moba(EVERYTHING)
+    assistant.set_attn_implementation("moba")
+    expected = generated(model, "sdpa", ids)
+    assert generated(model, "moba", ids, assistant_model=assistant) == expected
+    moba.register_moba(MoBAConfig(8, 3, decode="moba"))
+    assert generated(model, "moba", ids, assistant_model=assistant) == generated(model, "moba", ids)
+
+
+def test_full_layers():
+    model, ids = build("llama"), random_ids(1, 60)
+    for layers in ((0, 1, 2), (-3, -2, -1)):
+        moba.register_moba(MoBAConfig(8, 2, full_layers=layers))
+        close(logits(model, "moba", ids), logits(model, "sdpa", ids))
+    moba.register_moba(MoBAConfig(8, 2, full_layers=(-1,)))
+    with moba.routing(model) as record:
+        logits(model, "moba", ids)
+    assert record.layers() == [0, 1]
+
+
+def test_a_step_may_override_the_mode():
+    model, ids = build("llama"), random_ids(1, 60)
+    moba.register_moba(MoBAConfig(8, 2, full_layers=(0,)))
+    before = logits(model, "moba", ids)
+    with moba.mode("full"):
+        close(logits(model, "moba", ids), logits(model, "sdpa", ids))
+        with moba.mode("moba"):
+            assert (logits(model, "moba", ids) - before).abs().max() > 1e-3
+    assert torch.equal(logits(model, "moba", ids), before)
+    with pytest.raises(ValueError, match="name is 'sparse'"):
+        with moba.mode("sparse"):
+            pass
+
+
+def test_routing_is_recorded():
+    model, other, ids = build("llama"), build("llama"), random_ids(2, 60)
+    moba.register_moba(MoBAConfig(8, 3, sink_blocks=1, full_layers=(1,)))
+    mask = torch.ones_like(ids)
+    mask[0, :10] = 0
+    with moba.routing(model) as record:
+        logits(model, "moba", ids, attention_mask=mask)
+        logits(model, "moba", ids[:1])
+        logits(other, "moba", ids)
+    logits(model, "moba", ids)
+    assert record.layers() == [0, 2] and len(record) == 2 and len(record[0]) == 2
+    first = record[0][0]
+    assert first.shape == (2, 4, 60, 3)
+    assert (first[0, :, :10] == -1).all()
+    assert (first[0, :, 10:18] == torch.tensor([0, -1, -1])).all()  # blocks are counted from the row's first token
+    assert (first[1, :, 40] == torch.tensor([0, 5, 5])).any(-1).all()
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_gradients_of_a_model(checkpointing):
+    ids = random_ids(2, 50)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    moba.register_moba(MoBAConfig(8, 3, full_tail=5))
+    gradients = []
+    for implementation in IMPLEMENTATIONS:
+        model = build("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model.set_attn_implementation(implementation)
+        model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for a, b in zip(*gradients):
+        close(a, b)
+
+
+def test_checkpointing_across_a_mode_switch_is_caught():
+    model = build("llama").train()
+    model.gradient_checkpointing_enable()
+    moba.register_moba(MoBAConfig(8, 2))
+    model.set_attn_implementation("moba")
+    ids = random_ids(1, 50)
+    with moba.mode("full"):
+        loss = model(ids, labels=ids).loss
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        loss.backward()
+
+
+def test_compiled_model():
+    torch._dynamo.reset()
+    model = build("llama", num_hidden_layers=1)
+    moba.register_moba(SPARSE)
+    model.set_attn_implementation("moba")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    ids = random_ids(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        found = compiled(ids, attention_mask=mask, use_cache=False).logits
+        close(found[mask.bool()], model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()])
+
+
+def test_what_cannot_be_honoured_is_refused():
+    moba.register_moba(SPARSE)
+    ids = random_ids(1, 40)
+    model = build("llama")
+    causal = torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
+    with pytest.raises(ValueError, match="attention_mask is torch.bool"):
+        logits(model, "moba", ids, attention_mask=causal)
+    holes = torch.ones_like(ids)
+    holes[0, 7] = 0
+    with pytest.raises(ValueError, match="padding between tokens"):
+        logits(model, "moba", ids, attention_mask=holes)
+    with pytest.raises(NotImplementedError, match="sliding window"):
+        logits(build("mistral", sliding_window=16), "moba", ids)
+    with pytest.raises(NotImplementedError, match="packed"):
+        logits(model, "moba", ids, position_ids=torch.arange(20).repeat(2)[None], use_cache=False)
+    with pytest.raises(NotImplementedError, match="dropout is 0.1"):
+        logits(build("llama", attention_dropout=0.1).train(), "moba", ids)
+    with pytest.raises(NotImplementedError, match="causal"):
+        logits(build("llama", is_causal=False), "moba", ids)
+    with pytest.raises(TypeError, match="cfg is dict"):
+        moba.register_moba({"moba_chunk_size": 8})

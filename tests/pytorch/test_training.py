@@ -1,0 +1,38 @@
+"""Training: the same bits again, and the same losses as the naive implementation."""
+
+import moba
+import torch
+from models import build, random_ids
+
+STEPS = 200
+
+
+def losses(implementation, steps=STEPS, full_from=None):
+    model = build("llama", num_hidden_layers=2, hidden_size=32, intermediate_size=48, initializer_range=0.02).train()
+    model.set_attn_implementation(implementation)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    found = []
+    for step in range(steps):
+        ids = random_ids(2, 12, seed=step).repeat(1, 4)  # what was said is said again
+        with moba.mode("full" if full_from is not None and step >= full_from else "moba"):
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def test_two_hundred_steps_repeat_to_the_bit_and_follow_the_naive_implementation():
+    moba.register_moba(moba.MoBAConfig(8, 2))
+    first, again, naive = losses("moba"), losses("moba"), losses("moba_naive")
+    assert first == again
+    assert max(abs(a - b) for a, b in zip(first, naive)) < 1e-3
+    assert first[-1] < first[0] - 0.2
+
+
+def test_a_switch_to_full_attention_in_the_middle():
+    moba.register_moba(moba.MoBAConfig(8, 2))
+    switched, sparse = losses("moba", 60, full_from=40), losses("moba", 60)
+    assert switched[:40] == sparse[:40] and switched[40:] != sparse[40:]
+    assert switched[-1] < switched[0]
