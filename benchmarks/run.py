@@ -7,7 +7,7 @@ at the end.
 
     .venv/bin/python benchmarks/run.py                 # everything, about 25 minutes on two cores
     .venv/bin/python benchmarks/run.py --quick         # a minute or two
-    .venv/bin/python benchmarks/run.py --only forward,decode
+    .venv/bin/python benchmarks/run.py --only forward,decode   # anew; the day's other groups stay
 """
 
 import argparse
@@ -57,6 +57,11 @@ class Bench:
     def __init__(self, options):
         self.options = options
         self.rows, self.peers, self.failures = [], [], []
+
+    def keep(self, report, groups):
+        """Takes over what an earlier run of the day found in other groups."""
+        for name in ["rows", "peers", "failures"]:
+            setattr(self, name, [entry for entry in report[name] if entry["group"] not in groups])
 
     def moba(self, group, tokens, choices, threads=None, environment=None, **flags):
         """One call of `moba bench`; underscores in the names of flags are dashes."""
@@ -521,6 +526,8 @@ def main():
     name = options.name or f"{machine_name()}-{datetime.date.today().isoformat()}{'-quick' if options.quick else ''}"
     stem, start = options.out / name, time.time()
     bench = Bench(options)
+    if options.only and Path(f"{stem}.json").exists():
+        bench.keep(json.loads(Path(f"{stem}.json").read_text()), options.groups)
     groups = {"quick": quick} if options.quick else {group: GROUPS[group] for group in options.groups}
     for group, run in groups.items():
         print(f"{group} ({(time.time() - start) / 60:.0f} min)", file=sys.stderr)

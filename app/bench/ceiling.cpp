@@ -77,7 +77,7 @@ HWY_EXPORT(sum_of);
 constexpr std::size_t kBuffer = std::size_t{1} << 30, kSlice = std::size_t{4} << 20;
 /// Work comes in small tasks, so that a thread that starts late costs little.
 constexpr std::int64_t kTasksPerThread = 32, kTaskRounds = 20000;
-constexpr double kSeconds = 0.1;
+constexpr double kSeconds = 0.05;
 
 double seconds_of(const auto& work) {
   const auto begin = std::chrono::steady_clock::now();
@@ -106,7 +106,8 @@ double best_rate(const Parallel& parallel, const auto& task) {
 
 }  // namespace
 
-Ceiling::Ceiling(const Parallel& parallel, bool with_bandwidth) : parallel_(parallel) {
+Ceiling::Ceiling(const Parallel& parallel, bool with_bf16, bool with_bandwidth)
+    : parallel_(parallel), with_bf16_(with_bf16) {
   if (with_bandwidth) {
     buffer_ = Memory(kBuffer);
     std::memset(buffer_.data(), 0, kBuffer);
@@ -117,7 +118,7 @@ void Ceiling::measure_arithmetic() {
   const double fma =
       best_rate(parallel_, [](float* sink) { return HWY_DYNAMIC_DISPATCH(multiply_add)(kTaskRounds, sink); });
   best_.fma_gflops = std::max(best_.fma_gflops, fma);
-  if (const Bf16Peak* bf16 = bf16_peak()) {
+  if (const Bf16Peak* bf16 = with_bf16_ ? bf16_peak() : nullptr) {
     best_.bf16_name = bf16->name;
     best_.bf16_gflops =
         std::max(best_.bf16_gflops,

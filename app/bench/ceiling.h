@@ -8,10 +8,11 @@ namespace moba::bench {
 /// What this machine can do with these threads, the best of all measurements so far.
 class Ceiling {
  public:
-  /// `with_bandwidth`: reads of memory are measured too, over a buffer of 1 GiB.
-  Ceiling(const Parallel& parallel, bool with_bandwidth);
+  /// `with_bf16`: the CPU's bf16 products are measured too. `with_bandwidth`: so are reads of memory, over a
+  /// buffer of 1 GiB.
+  Ceiling(const Parallel& parallel, bool with_bf16, bool with_bandwidth);
 
-  /// Arithmetic, a tenth of a second each.
+  /// Arithmetic, a twentieth of a second each.
   void measure_arithmetic();
   /// Reads the whole buffer, which also leaves the caches holding nothing else.
   void sweep();
@@ -20,6 +21,7 @@ class Ceiling {
 
  private:
   const Parallel& parallel_;
+  bool with_bf16_;
   Memory buffer_;
   Ceilings best_;
 };

@@ -58,7 +58,7 @@ std::vector<Row> measure(const Setting& setting, const std::vector<Choice>& choi
                          const std::function<void(const std::string&)>& progress) {
   const Parallel parallel = openmp(conditions.threads);
   const bool decoding = setting.pass == Pass::decode;
-  Ceiling ceiling(parallel, decoding);
+  Ceiling ceiling(parallel, setting.pass == Pass::forward && setting.dtype == DType::bf16, decoding);
   const auto measure_ceiling = [&] {
     ceiling.measure_arithmetic();
     if (decoding) ceiling.sweep();

@@ -30,8 +30,7 @@ const char* name_of(Pattern pattern) {
 
 std::string Row::ceiling() const {
   if (setting.pass == Pass::decode) return "read_bandwidth";
-  const bool bf16 = setting.pass == Pass::forward && setting.dtype == DType::bf16 && ceilings.bf16_gflops > 0;
-  return bf16 ? ceilings.bf16_name : "fma_f32";
+  return ceilings.bf16_gflops > 0 ? ceilings.bf16_name : "fma_f32";
 }
 
 double Row::fraction_of_peak() const {

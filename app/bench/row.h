@@ -47,7 +47,7 @@ struct Work {
 
 struct Ceilings {
   double fma_gflops = 0;
-  /// Of the CPU's own bf16 products, and whose they are; 0 where it has none.
+  /// Of the CPU's own bf16 products, and whose they are; 0 where it has none or the row uses none.
   double bf16_gflops = 0;
   std::string bf16_name;
   double read_gb_per_s = 0;

@@ -1,0 +1,190 @@
+"""moba bench: what it prints, what it refuses; and the peers of benchmarks/ against each other. No figure is a test."""
+
+import csv
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+MOBA = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")) / "moba"
+
+# What other programs read.
+NUMBERS = ["tokens", "chunk_size", "topk", "heads", "kv_heads", "head_dim", "threads", "seconds_median", "seconds_min",
+           "seconds_max", "gflops", "fraction_of_peak", "workspace_bytes", "centroids_seconds", "gate_seconds",
+           "plan_seconds", "attend_seconds"]
+WORDS = ["pass", "dtype", "routing", "ceiling"]
+
+
+def bench(*flags, code=0):
+    if not MOBA.exists():
+        pytest.fail(f"{MOBA} is missing: `make build` makes it, MOBA_BUILD_DIR names another")
+    done = subprocess.run([MOBA, "bench", *flags], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def rows(*flags):
+    return json.loads(bench("-o", "json", "-t", "2", *flags).stdout)
+
+
+def module(name, path):
+    spec = importlib.util.spec_from_file_location(name, path)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def pairs(tokens, block_size, top_k):
+    """How many (query, key) pairs causal MoBA computes."""
+    own = [p // block_size for p in range(tokens)]
+    return sum(min(top_k - 1, c) * block_size + p + 1 - c * block_size for p, c in enumerate(own))
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "gate", "decode"])
+def test_rows_of_every_pass(name):
+    (row,) = rows("--pass", name, "--tokens", "1k", "--chunk-size", "64", "--topk", "3", "--heads", "4", "--kv-heads", "2",
+                  "--head-dim", "64")
+    assert all(math.isfinite(row[n]) and row[n] >= 0 for n in NUMBERS), row
+    assert all(isinstance(row[w], str) for w in WORDS)
+    assert [row[n] for n in ["pass", "tokens", "chunk_size", "topk", "heads", "kv_heads", "head_dim", "dtype", "threads"]] \
+        == [name, 1024, 64, 3, 4, 2, 64, "f32", 2]
+    assert 0 < row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"]
+    assert row["seconds"] == sorted(row["seconds"]) and len(row["seconds"]) == 5
+    assert row["checked_rows"] > 0
+    assert row["fraction_of_peak"] > 0
+    assert row["ceiling"] == ("read_bandwidth" if name == "decode" else "fma_f32")
+
+
+def test_useful_work_is_counted_exactly():
+    forward, backward = rows("--pass", "forward,backward", "--tokens", "1000", "--chunk-size", "96", "--topk", "3",
+                             "--heads", "2", "--head-dim", "32")
+    work = 2 * 32 * pairs(1000, 96, 3)
+    assert forward["attention_flops"] == 4 * work and backward["attention_flops"] == 10 * work
+    scored = sum(p // 96 for p in range(1000) if p // 96 >= 3)
+    assert forward["gate_flops"] == 2 * 32 * 2 * scored and backward["gate_flops"] == 0
+
+
+def test_full_attention_counts_every_pair():
+    full, many = rows("--tokens", "500", "--chunk-size", "64,64", "--topk", "0,1000", "--head-dim", "16")
+    assert full["topk"] == 0
+    assert full["attention_flops"] == many["attention_flops"] == 4 * 16 * 500 * 501 // 2
+
+
+def test_decode_reads_what_it_must():
+    full, f32, _, i8 = rows("--pass", "decode", "--tokens", "1k", "--topk", "0,2", "--chunk-size", "128", "--dtype", "f32,i8")
+    assert full["read_bytes"] == 2 * 1024 * 128 * 4
+    means = 7 * 128 * 4
+    assert f32["read_bytes"] == 2 * 2 * 128 * 128 * 4 + means
+    assert i8["read_bytes"] == 2 * 2 * 128 * (128 + 4) + means
+
+
+def test_lists_of_one_length_are_pairs():
+    def choices(*flags):
+        return [(r["chunk_size"], r["topk"]) for r in rows("--tokens", "512", "--head-dim", "16", *flags)]
+
+    assert choices("--chunk-size", "64,32", "--topk", "0,3") == [(64, 0), (32, 3)]
+    assert choices("--chunk-size", "64,32", "--topk", "2,3,4") == [(64, 2), (64, 3), (64, 4), (32, 2), (32, 3), (32, 4)]
+
+
+def test_every_combination_of_lists():
+    found = rows("--tokens", "256,1k", "--dtype", "f32,bf16", "--routing", "independent,clustered,sink", "--topk", "2",
+                 "--chunk-size", "32", "--head-dim", "24")
+    assert len(found) == len({(r["tokens"], r["dtype"], r["routing"]) for r in found}) == 2 * 2 * 3
+
+
+@pytest.mark.parametrize("name", ["forward", "backward", "gate"])
+def test_f16(name):
+    (row,) = rows("--pass", name, "--dtype", "f16", "--tokens", "512", "--chunk-size", "32", "--routing", "clustered")
+    assert row["dtype"] == "f16"
+
+
+@pytest.mark.parametrize("flags", [
+    ["--tokens", "1", "--pass", "forward,backward"],
+    ["--tokens", "100", "--chunk-size", "7", "--topk", "2", "--head-dim", "5", "--pass", "forward,backward,gate,decode"],
+    ["--tokens", "333", "--chunk-size", "1", "--topk", "4", "--head-dim", "33"],
+    ["--tokens", "300", "--chunk-size", "1000", "--topk", "3", "--heads", "9", "--kv-heads", "3"]])
+def test_odd_sizes(flags):
+    assert all(r["checked_rows"] > 0 for r in rows(*flags))
+
+
+def test_a_sample_stands_for_the_whole():
+    (part,), (whole,) = (rows("--tokens", "4k", "--head-dim", "16", "--sample", s) for s in ["0.1", "1"])
+    assert part["share"] == 0.1 and part["attention_flops"] == whole["attention_flops"]
+    assert part["gate_flops"] == whole["gate_flops"] > 0
+
+
+def test_csv_and_table():
+    flags = ["--tokens", "256", "--head-dim", "16", "--chunk-size", "32", "--topk", "0,2"]
+    found = list(csv.DictReader(io.StringIO(bench("-o", "csv", *flags).stdout)))
+    assert [r["topk"] for r in found] == ["0", "2"]
+    assert set(NUMBERS + WORDS) <= set(found[0])
+    table = bench(*flags).stdout.splitlines()
+    assert len(table) == 3 and re.search(r"forward +256 +\(32, 2\)", table[2])
+
+
+def test_nothing_but_the_report_is_printed():
+    assert bench("--tokens", "64", "--head-dim", "16").stderr == ""
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--tokens", "0"], "--tokens"), (["--tokens", "8x"], "--tokens"), (["--tokens", "99999999999999g"], "--tokens"),
+    (["--chunk-size", "-1"], "--chunk-size"), (["--topk", "-3"], "--topk"), (["--topk", "three"], "--topk"),
+    (["--pass", "fast"], "--pass"), (["--pass", "gate", "--topk", "0"], "--pass gate"), (["--dtype", "i8"], "--dtype"),
+    (["--dtype", "f64"], "--dtype"), (["--routing", "none"], "--routing"), (["--runs", "4"], "--runs"),
+    (["--heads", "3", "--kv-heads", "2"], "--kv-heads"), (["--head-dim", "300"], "--head-dim"), (["-t", "-1"], "--threads"),
+    (["-o", "xml"], "--output"), (["--sample", "0"], "--sample"), (["--sample", "nan"], "--sample"),
+    (["--sample", "0.5", "--pass", "gate"], "--sample"), (["--tokens", "1g", "--heads", "64"], "GiB"),
+    (["--workspace", "1"], "workspace"), (["--nope"], "--nope")])
+def test_bad_flags(flags, named):
+    done = bench(*flags, code=2)
+    assert done.stdout == "" and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
+
+
+def test_peer_naive_is_moba():
+    naive = module("naive", ROOT / "benchmarks" / "peers" / "naive.py")
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 150, 16)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(naive.attention(q, k, v, 32, 5), dense)
+    own = torch.arange(150) // 32
+    alone = (own[:, None] == own) & torch.ones(150, 150, dtype=torch.bool).tril()
+    torch.testing.assert_close(naive.attention(q, k, v, 32, 1),
+                               torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=alone))
+    picked = naive.select_blocks(q, k, 32, 3)
+    assert picked.sum(1).tolist() == [min(3, p // 32 + 1) for p in range(150)]
+    equal = naive.select_blocks(torch.zeros(150, 16), k, 32, 3)
+    assert equal[-1].tolist() == [False, False, True, True, True]  # of equals, the more recent
+
+
+def test_growth_of_a_peer():
+    run = module("run", ROOT / "benchmarks" / "run.py")
+    seconds = run.growth([(n, 3e-9 * n**2 + 1e-6 * n) for n in [1000, 2000, 4000]])
+    assert seconds(100_000) == pytest.approx(30.1)
+
+
+def test_report_of_the_standing_set(tmp_path):
+    """The quick set's shape of report, over rows of a tiny run."""
+    run = module("run", ROOT / "benchmarks" / "run.py")
+    stub = tmp_path / "moba"
+    (row,) = rows("--tokens", "256", "--head-dim", "16")
+    stub.write_text(f"#!{sys.executable}\nimport json\nprint(json.dumps([{row!r}]))\n")
+    stub.chmod(0o755)
+    options = type("Options", (), {"moba": str(stub), "threads": 2, "timeout": 60, "quick": False, "out": tmp_path})
+    one = run.Bench(options)
+    one.moba("forward", [256], [(512, 3)])
+    one.fail("forward", ["moba", "bench", "-t", "2"], "out of memory")
+    run.write(one, tmp_path / "report", 0)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["rows"][0]["seconds_median"] == row["seconds_median"]
+    assert len(report["targets"]) > 30 and report["failures"][0]["message"] == "out of memory"
+    text = (tmp_path / "report.md").read_text()
+    assert "not measured" in text and "out of memory" in text
