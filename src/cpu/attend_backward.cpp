@@ -25,7 +25,7 @@ namespace moba::cpu {
 namespace {
 
 /// Rows that add to a chunk's gradients together: enough to outweigh reading and writing those, few enough
-/// for the first-level cache.
+/// to stay beside them in the second-level cache.
 constexpr std::size_t kBatch = 112;
 
 /// Of one worker; the packed chunk and its gradients follow it in memory.
@@ -322,8 +322,8 @@ void descend_cell(const Gradient& g, const Cell& cell, float* memory) {
   const SequenceView& sequence = problem.sequences[static_cast<std::size_t>(cell.range->sequence)];
   const std::size_t stride = padded_dim(problem.head_dim);
   auto& batch = *reinterpret_cast<BackwardScratch*>(memory);
-  float* panels_begin = memory + sizeof(BackwardScratch) / sizeof(float);
-  const auto place = [&](std::size_t i) { return panels_begin + i * kChunk * stride; };
+  float* chunk_begin = memory + sizeof(BackwardScratch) / sizeof(float);
+  const auto place = [&](std::size_t i) { return chunk_begin + i * kChunk * stride; };
   Worker w{g, sequence, cell, batch, place(0), place(1), place(2), place(3), place(4), stride};
   std::fill(std::begin(batch.widened), std::end(batch.widened), 0.0F);
   std::fill(std::begin(batch.ones), std::end(batch.ones), 1.0F);
