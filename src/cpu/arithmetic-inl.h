@@ -60,8 +60,11 @@ struct Float32 {
     widen(query, dtype, head_dim, sign, tile.rows + r * kRowStride);
   }
 
-  void score(std::size_t rows, std::size_t columns) {
+  /// `between()` is called before every panel.
+  template <typename Between>
+  void score(std::size_t rows, std::size_t columns, Between&& between) {
     for (std::size_t panel = 0; panel < panels(columns); ++panel) {
+      between();
       kScoreTiles[rows - 1](tile.rows, keys + panel * head_dim * kCols, head_dim,
                             tile.scores + panel * kCols);
     }
@@ -74,8 +77,10 @@ struct Float32 {
     hn::Store(right, F32(), to + kLanes);
   }
 
-  void add_values(std::size_t rows, std::size_t columns) {
+  template <typename Between>
+  void add_values(std::size_t rows, std::size_t columns, Between&& between) {
     for (std::size_t panel = 0; panel < panels(head_dim); ++panel) {
+      between();
       kValueTiles[rows - 1](tile.scores, values + panel * count * kCols, columns, tile.decay, tile.out,
                             panel * kCols);
     }
@@ -98,6 +103,8 @@ struct Float32 {
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
 struct BFloat16 {
   static constexpr std::size_t kHeight = kMaxTileRows;
+  /// A product of all panels is one call: what is fetched between panels elsewhere is fetched before it.
+  static constexpr int kFetches = 4;
 
   TileScratch& tile;
   std::size_t head_dim;
@@ -138,9 +145,11 @@ struct BFloat16 {
     std::fill(to + head_dim, to + depth(), std::uint16_t{0});
   }
 
-  void score(std::size_t rows, std::size_t columns) {
+  template <typename Between>
+  void score(std::size_t rows, std::size_t columns, Between&& between) {
     const auto* from = reinterpret_cast<const bfloat16*>(tile.rows);
     for_tiles(rows, [&](std::size_t first, std::size_t n) HWY_ATTR {
+      for (int i = 0; i < kFetches; ++i) between();
       tiles.multiply(from + first * kRowStride, kRowStride, n, keys, depth() * kNarrowCols,
                      round_up(columns, kNarrowCols), depth(), tile.scores + first * kScoreStride,
                      kScoreStride);
@@ -156,9 +165,11 @@ struct BFloat16 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kLanes), high);
   }
 
-  void add_values(std::size_t rows, std::size_t columns) {
+  template <typename Between>
+  void add_values(std::size_t rows, std::size_t columns, Between&& between) {
     const auto* from = reinterpret_cast<const bfloat16*>(tile.weights);
     for_tiles(rows, [&](std::size_t first, std::size_t n) HWY_ATTR {
+      for (int i = 0; i < kFetches; ++i) between();
       tiles.multiply(from + first * kWeightStride, kWeightStride, n, values, padded_count() * kNarrowCols,
                      depth(), round_up(columns, kBf16Depth), tile.product + first * kRowStride, kRowStride);
     });

@@ -31,6 +31,7 @@ struct RangeState {
 struct TileRows {
   std::size_t count = 0;
   std::uint32_t ids[kMaxTileRows];
+  std::int64_t position[kMaxTileRows];  // among the keys
   const std::byte* query[kMaxTileRows];
 };
 
@@ -47,19 +48,27 @@ struct Worker {
   Prefetch upcoming{};
 
   std::size_t depth() const { return static_cast<std::size_t>(problem.head_dim); }
-  std::int64_t token_of(std::uint32_t row) const {
-    return range.q0 + row / static_cast<std::uint32_t>(problem.group);
-  }
-  const std::byte* query(std::uint32_t row) const {
-    const std::int64_t head = range.head * problem.group + row % static_cast<std::uint32_t>(problem.group);
-    const std::int64_t offset = Problem::offset(problem.q, sequence, token_of(row), head);
-    return static_cast<const std::byte*>(problem.q.data) +
-           offset * static_cast<std::int64_t>(size_of(problem.q.dtype));
-  }
   /// Keys of the chunk that a row may see when the chunk lies in its own block.
-  std::size_t visible(std::uint32_t row) const {
-    return static_cast<std::size_t>(
-        std::clamp<std::int64_t>(sequence.position(token_of(row)) + 1 - chunk.first, 0, chunk.count));
+  std::size_t visible(std::int64_t position) const {
+    return static_cast<std::size_t>(std::clamp<std::int64_t>(position + 1 - chunk.first, 0, chunk.count));
+  }
+
+  /// What is fetched while a tile is worked on: rows of the next tile, and rows of the next chunk, a few
+  /// between any two panels. All at once they would take every line buffer and stall the panels' own loads.
+  const TileRows* next_rows = nullptr;
+  std::size_t next_row = 0;
+  std::int64_t chunk_rows = 0;  // of the next chunk, at a time
+
+  void fetch_ahead() {
+    constexpr std::size_t kRows = (Arithmetic::kHeight + 5) / 6;
+    const std::size_t bytes = depth() * size_of(problem.q.dtype);
+    for (std::size_t end = std::min(next_row + kRows, next_rows->count); next_row < end; ++next_row) {
+      const std::byte* query = next_rows->query[next_row];
+      const float* out = state.out + next_rows->ids[next_row] * state.stride;
+      for (std::size_t at = 0; at < bytes; at += 64) __builtin_prefetch(query + at, 0, 2);
+      for (std::size_t at = 0; at < state.stride; at += 16) __builtin_prefetch(out + at, 1, 2);
+    }
+    upcoming.advance(chunk_rows);
   }
 };
 
@@ -121,21 +130,22 @@ void soften(Worker<Arithmetic>& w, const TileRows& rows, std::size_t columns) {
 /// One tile: rows of the range against the first columns of the chunk that any of them may see.
 template <typename Arithmetic>
 void attend_tile(Worker<Arithmetic>& w, const TileRows& rows, bool own_block) {
-  const std::size_t columns =
-      own_block ? w.visible(rows.ids[rows.count - 1]) : static_cast<std::size_t>(w.chunk.count);
+  const auto all = static_cast<std::size_t>(w.chunk.count);
+  const std::size_t columns = own_block ? w.visible(rows.position[rows.count - 1]) : all;
+  const auto between = [&w]() HWY_ATTR { w.fetch_ahead(); };
   for (std::size_t r = 0; r < rows.count; ++r) {
     w.arithmetic.gather(r, rows.query[r], w.problem.q.dtype, w.sign);
     w.tile.out[r] = w.state.out + rows.ids[r] * w.state.stride;
   }
-  w.arithmetic.score(rows.count, columns);
+  w.arithmetic.score(rows.count, columns, between);
   const std::size_t padded = round_up(columns, kMaxCols);
   for (std::size_t r = 0; r < rows.count; ++r) {
     float* scores = w.tile.scores + r * kScoreStride;
-    std::fill(scores + (own_block ? w.visible(rows.ids[r]) : columns), scores + padded,
+    std::fill(scores + (own_block ? w.visible(rows.position[r]) : all), scores + padded,
               -std::numeric_limits<float>::infinity());
   }
   soften(w, rows, padded);
-  w.arithmetic.add_values(rows.count, columns);
+  w.arithmetic.add_values(rows.count, columns, between);
 }
 
 template <typename Arithmetic>
@@ -144,33 +154,38 @@ std::int64_t tiles_of(std::int64_t rows) {
   return (rows + kHeight - 1) / kHeight;
 }
 
-/// Rows [first, last) of a list as a tile, on their way into the second-level cache.
+/// Rows [first, last) of a list as a tile.
 template <typename Arithmetic, typename Id>
 TileRows locate(const Worker<Arithmetic>& w, std::int64_t first, std::int64_t last, Id&& id) {
   TileRows rows;
-  const std::size_t bytes = w.depth() * size_of(w.problem.q.dtype);
+  const Tensor& q = w.problem.q;
+  const auto group = static_cast<std::uint32_t>(w.problem.group);
+  const auto size = static_cast<std::int64_t>(size_of(q.dtype));
   for (std::int64_t i = first; i < last; ++i, ++rows.count) {
     const std::uint32_t row = id(i);
-    const std::byte* query = w.query(row);
-    const float* out = w.state.out + row * w.state.stride;
+    const std::uint32_t token = group == 1 ? row : row / group;  // a division is worth avoiding
+    const std::int64_t query = w.range.q0 + token,
+                       head = w.range.head * w.problem.group + row - token * group;
     rows.ids[rows.count] = row;
-    rows.query[rows.count] = query;
-    for (std::size_t at = 0; at < bytes; at += 64) __builtin_prefetch(query + at, 0, 2);
-    for (std::size_t at = 0; at < w.state.stride; at += 16) __builtin_prefetch(out + at, 1, 2);
+    rows.position[rows.count] = w.sequence.position(query);
+    rows.query[rows.count] =
+        static_cast<const std::byte*>(q.data) + Problem::offset(q, w.sequence, query, head) * size;
   }
   return rows;
 }
 
 /// Cuts a list of rows into tiles of nearly equal height.
 template <typename Arithmetic, typename Id>
-void attend_rows(Worker<Arithmetic>& w, std::int64_t rows, bool own_block, std::int64_t prefetch, Id&& id) {
+void attend_rows(Worker<Arithmetic>& w, std::int64_t rows, bool own_block, Id&& id) {
   const std::int64_t tiles = tiles_of<Arithmetic>(rows);
   if (tiles == 0) return;
   TileRows next = locate(w, 0, rows / tiles, id);
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const TileRows now = next;
+    next.count = 0;
     if (tile + 1 < tiles) next = locate(w, rows * (tile + 1) / tiles, rows * (tile + 2) / tiles, id);
-    w.upcoming.advance(prefetch);
+    w.next_rows = &next;
+    w.next_row = 0;
     attend_tile(w, now, own_block);
   }
 }
@@ -182,11 +197,11 @@ void attend_chunk(Worker<Arithmetic>& w, const Chunk& chunk) {
   const auto chosen = static_cast<std::int64_t>(chunk.chosen.size());
   const std::int64_t own = std::max<std::int64_t>(chunk.own_last - chunk.own_first, 0);
   const std::int64_t tiles = tiles_of<Arithmetic>(chosen) + tiles_of<Arithmetic>(own);
-  const std::int64_t prefetch = w.upcoming.left() / std::max<std::int64_t>(tiles, 1) + 1;
-  attend_rows(w, chosen, false, prefetch,
-              [&](std::int64_t i) { return chunk.chosen[static_cast<std::size_t>(i)]; });
-  attend_rows(w, own, true, prefetch,
-              [&](std::int64_t i) { return static_cast<std::uint32_t>(chunk.own_first + i); });
+  const auto panels_of_tile =
+      static_cast<std::int64_t>(panels(static_cast<std::size_t>(chunk.count)) + panels(w.depth()));
+  w.chunk_rows = w.upcoming.left() / std::max<std::int64_t>(tiles * panels_of_tile, 1) + 1;
+  attend_rows(w, chosen, false, [&](std::int64_t i) { return chunk.chosen[static_cast<std::size_t>(i)]; });
+  attend_rows(w, own, true, [&](std::int64_t i) { return static_cast<std::uint32_t>(chunk.own_first + i); });
 }
 
 template <typename Arithmetic>
