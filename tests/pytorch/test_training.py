@@ -10,10 +10,11 @@ STEPS = 200
 def losses(implementation, steps=STEPS, full_from=None):
     model = build("llama", num_hidden_layers=2, hidden_size=32, intermediate_size=48, initializer_range=0.02).train()
     model.set_attn_implementation(implementation)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    # Not Adam, whose first steps turn the rounding of a vanishing gradient into a whole step.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found = []
     for step in range(steps):
-        ids = random_ids(2, 48, seed=step % 4)
+        ids = random_ids(2, 48, seed=step) % 8 + 3  # eight tokens of 99
         with moba.mode("full" if full_from is not None and step >= full_from else "moba"):
             loss = model(ids, labels=ids).loss
             loss.backward()
@@ -28,7 +29,7 @@ def test_two_hundred_steps_repeat_to_the_bit_and_follow_the_naive_implementation
     first, again, naive = losses("moba"), losses("moba"), losses("moba_naive")
     assert first == again
     assert max(abs(a - b) for a, b in zip(first, naive)) < 1e-3
-    assert first[-1] < first[0] - 0.2
+    assert first[-1] < first[0] - 1
 
 
 def test_a_switch_to_full_attention_in_the_middle():
