@@ -27,7 +27,7 @@ def build_folder():
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M-Instruct as GGUF Q4_1."""
-    return existing(SMOLLM2, "`make model` fetches it, MOBA_SMOLLM2 names another place")
+    return existing(SMOLLM2, "`make setup` fetches it, MOBA_SMOLLM2 names another place")
 
 
 @pytest.fixture(scope="session")
