@@ -183,10 +183,13 @@ HWY_INLINE void prefetch_key(const Worker& w, std::int64_t piece) {
   }
 }
 
-/// Done between products, so that memory is never asked for too much at once.
-HWY_INLINE void look_ahead(Worker& w) {
+/// Both are done a little at a time, between products, so that memory is never asked for too much at once.
+HWY_INLINE void look_for_rows(Worker& w) {
   for (std::int64_t i = 0; i < w.rows_ahead.step && w.rows_ahead.next < w.rows_ahead.end; ++i)
     prefetch_row(w, w.rows_ahead.next++);
+}
+
+HWY_INLINE void look_for_keys(Worker& w) {
   for (std::int64_t i = 0; i < w.keys_ahead.step && w.keys_ahead.next < w.keys_ahead.end; ++i)
     prefetch_key(w, w.keys_ahead.next++);
 }
@@ -241,9 +244,9 @@ void descend_tile(Worker& w, std::int64_t first, std::int64_t last, std::size_t 
   for (std::size_t panel = 0; panel < panels(columns); ++panel) {
     const std::size_t offset = panel * w.depth() * kCols;
     kScoreTiles[rows - 1](queries, w.keys + offset, w.depth(), weights + panel * kCols);
-    look_ahead(w);
+    look_for_rows(w);
     kScoreTiles[rows - 1](d_outs, w.values + offset, w.depth(), d_logits + panel * kCols);
-    look_ahead(w);
+    look_for_rows(w);
   }
   const std::size_t padded = panels(columns) * kCols;
   for (std::size_t r = 0; r < rows; ++r) {
@@ -260,7 +263,7 @@ void descend_tile(Worker& w, std::int64_t first, std::int64_t last, std::size_t 
   for (std::size_t panel = 0; panel < panels(w.depth()); ++panel) {
     kValueTiles[rows - 1](d_logits, w.key_rows + panel * w.count() * kCols, columns, batch.ones,
                           batch.dq_rows, panel * kCols);
-    look_ahead(w);
+    look_for_rows(w);
   }
   for (std::size_t r = 0; r < rows; ++r) {
     add_scaled(batch.dq_rows[r], w.depth(), problem.scale,
@@ -268,10 +271,13 @@ void descend_tile(Worker& w, std::int64_t first, std::int64_t last, std::size_t 
   }
 }
 
+std::size_t key_tiles_of(const Worker& w) {
+  return (w.count() + kTileRows - 1) / kTileRows;
+}
+
 /// out[key] += sum over the rows of the batch of coefficients[row][key] * vectors[row]
-void add_to_keys(const Worker& w, const float* coefficients, const float* vectors, std::size_t rows,
-                 float* out) {
-  const std::size_t tiles = (w.count() + kTileRows - 1) / kTileRows;
+void add_to_keys(Worker& w, const float* coefficients, const float* vectors, std::size_t rows, float* out) {
+  const std::size_t tiles = key_tiles_of(w);
   std::size_t from = 0;  // the first row that sees the tile
   for (std::size_t tile = 0; tile < tiles; ++tile) {
     const std::size_t first = w.count() * tile / tiles, last = w.count() * (tile + 1) / tiles;
@@ -281,6 +287,7 @@ void add_to_keys(const Worker& w, const float* coefficients, const float* vector
       kKeyTiles[last - first - 1](coefficients + from * kScoreStride + first,
                                   vectors + from * kRowStride + panel * kCols, rows - from,
                                   out + first * w.stride + panel * kCols, w.stride);
+      look_for_keys(w);
     }
   }
 }
@@ -304,7 +311,7 @@ void descend_chunk(Worker& w) {
   const std::int64_t tiles = (w.rows() + kHeight - 1) / kHeight,
                      batches = (tiles + kMostTiles - 1) / kMostTiles;
   w.keys_ahead.spread(0, 4 * std::max(w.chunk.count, w.next_chunk.count),
-                      tiles * static_cast<std::int64_t>(2 * panels(w.count()) + panels(w.depth())));
+                      2 * batches * static_cast<std::int64_t>(key_tiles_of(w) * panels(w.depth())));
   for (std::int64_t i = 0; i < batches; ++i)
     descend_batch(w, tiles * i / batches, tiles * (i + 1) / batches, tiles);
   for (std::size_t i = 0; i < w.count(); ++i) {
