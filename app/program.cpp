@@ -1,0 +1,55 @@
+#include "app/program.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <new>
+#include <string>
+
+#include "llm/error.h"
+
+namespace moba::app {
+namespace {
+
+constexpr int kDataError = 1;
+constexpr int kUsageError = 2;
+
+std::string first_line(std::string text) {
+  return text.substr(0, text.find('\n'));
+}
+
+int fail(const CLI::App& app, const std::string& message, int code) {
+  std::string command = app.get_name();
+  for (const CLI::App* sub : app.get_subcommands()) command += " " + sub->get_name();
+  std::fprintf(stderr, "%s: %s\n", command.c_str(), message.c_str());
+  return code;
+}
+
+/// Help and version go to standard output; everything else that CLI11 says becomes one line.
+int explain(const CLI::App& app, const CLI::ParseError& error) {
+  if (error.get_exit_code() == 0) return app.exit(error);
+  std::string message = error.what();
+  if (app.get_subcommands().empty() && !app.remaining().empty()) {
+    message = "expected a subcommand (see moba --help); found " + app.remaining().front();
+  }
+  std::replace(message.begin(), message.end(), '\n', ' ');
+  return fail(app, message, kUsageError);
+}
+
+}  // namespace
+
+int run(CLI::App& app, const std::function<int()>& action, int argc, char** argv) {
+  try {
+    app.parse(argc, argv);
+    return action();
+  } catch (const CLI::ParseError& error) {
+    return explain(app, error);
+  } catch (const llm::UsageError& error) {
+    return fail(app, error.what(), kUsageError);
+  } catch (const std::bad_alloc&) {
+    return fail(app, "out of memory", kDataError);
+  } catch (const std::exception& error) {
+    return fail(app, first_line(error.what()), kDataError);  // LibTorch's go on with a backtrace
+  }
+}
+
+}  // namespace moba::app
