@@ -176,8 +176,8 @@ struct Rounded {
 };
 
 /// Rounds values to [-127, 127] with one scale. `values` and `levels` hold kMaxHeadDim; what lies beyond
-/// `size` is overwritten. NaN and infinite values make both norms NaN, so that no bound derived from them
-/// holds anything back.
+/// `size` is overwritten. Norms are summed in units of the scale, where nothing under- or overflows. NaN and
+/// infinite values make both norms NaN, so that no bound derived from them rules anything out.
 Rounded round_to_int8(float* HWY_RESTRICT values, std::size_t size, std::int32_t* HWY_RESTRICT levels) {
   const F32 d;
   const hn::RebindToSigned<F32> di;
@@ -185,18 +185,20 @@ Rounded round_to_int8(float* HWY_RESTRICT values, std::size_t size, std::int32_t
   std::fill(values + size, values + padded, 0.0F);
   Vec most = hn::Zero(d), norm = most, error = most;
   for (std::size_t i = 0; i < padded; i += kLanes) most = hn::Max(hn::Abs(hn::Load(d, values + i)), most);
-  const float largest = hn::GetLane(hn::MaxOfLanes(d, most));
-  const Vec scale = hn::Set(d, largest / 127), inverse = hn::Set(d, largest > 0 ? 127 / largest : 0.0F);
+  const float largest = hn::GetLane(hn::MaxOfLanes(d, most)), scale = largest / 127;
+  const Vec inverse = hn::Set(d, largest > 0 ? 127 / largest : 0.0F);
   for (std::size_t i = 0; i < padded; i += kLanes) {
-    const Vec v = hn::Load(d, values + i);
-    const Vec level = hn::Clamp(hn::Round(hn::Mul(v, inverse)), hn::Set(d, -127.0F), hn::Set(d, 127.0F));
-    const Vec left = hn::NegMulAdd(level, scale, v);
+    const Vec v = hn::Mul(hn::Load(d, values + i), inverse);
+    const Vec level = hn::Clamp(hn::Round(v), hn::Set(d, -127.0F), hn::Set(d, 127.0F)),
+              left = hn::Sub(v, level);
     hn::Store(hn::ConvertTo(di, level), di, levels + i);
     norm = hn::MulAdd(v, v, norm);
     error = hn::MulAdd(left, left, error);
   }
-  return {largest / 127, std::sqrt(hn::GetLane(hn::SumOfLanes(d, norm))),
-          std::sqrt(hn::GetLane(hn::SumOfLanes(d, error)))};
+  // What the division and the product with its result may be off by, for every value.
+  const float off = 127 * 0x1p-22F * std::sqrt(static_cast<float>(size));
+  return {scale, scale * std::sqrt(hn::GetLane(hn::SumOfLanes(d, norm))),
+          scale * (std::sqrt(hn::GetLane(hn::SumOfLanes(d, error))) + off)};
 }
 
 /// What a row keeps while it is screened: the best lower bounds so far, and the blocks that may yet matter.
@@ -277,13 +279,14 @@ void screen_row(GateRows& rows, const ScreenMemory& memory, std::int64_t row, st
              screen.lower_count, choice.places};
   const Vec scale = hn::Set(d, screen.scale), by_norm = hn::Set(d, screen.by_norm),
             by_error = hn::Set(d, screen.by_error);
+  const Vec smallest = hn::Set(d, std::numeric_limits<float>::min());  // denormal products round coarsely
 
   const auto bounds = [&](std::int64_t block, Vec& low, Vec& high) HWY_ATTR {
     const auto product =
         hn::Sub(hn::LoadU(di, products + (block - first)), hn::LoadU(di, means.offset + block));
     const Vec score = hn::Mul(hn::ConvertTo(d, product), hn::Mul(scale, hn::LoadU(d, means.scale + block)));
     const Vec slack = hn::MulAdd(by_norm, hn::LoadU(d, means.norm + block),
-                                 hn::Mul(by_error, hn::LoadU(d, means.error + block)));
+                                 hn::MulAdd(by_error, hn::LoadU(d, means.error + block), smallest));
     low = hn::Sub(score, slack);
     high = hn::Add(score, slack);
   };
@@ -417,7 +420,7 @@ void round_means(const float* means, std::int64_t stride, std::int64_t blocks, s
     }
     out.scale[block] = rounded.scale;
     out.norm[block] = rounded.norm * 1.001F;
-    out.error[block] = rounded.error * 1.001F + rounded.norm * 0x1p-20F + 1e-30F;
+    out.error[block] = rounded.error * 1.001F + rounded.norm * 0x1p-20F;
     out.offset[block] = 128 * sum;
   }
 }

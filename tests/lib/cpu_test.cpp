@@ -1,0 +1,129 @@
+// What only the fast CPU backend has: several instruction sets, two gates that must choose alike.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "moba/attention.h"
+
+namespace moba::test {
+namespace {
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr std::int64_t kQueries = 2000;
+#else
+constexpr std::int64_t kQueries = 125'000;
+#endif
+constexpr std::int64_t kHeads = 8, kDepth = 32, kBlocks = 640;
+
+/// Sets a variable of the environment for the length of a test.
+class Environment {
+ public:
+  Environment(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
+  Environment(const Environment&) = delete;
+  Environment& operator=(const Environment&) = delete;
+  ~Environment() { unsetenv(name_); }
+
+ private:
+  const char* name_;
+};
+
+/// Queries of all kinds: ordinary, huge in one place, tiny, zero, not finite.
+std::vector<float> queries() {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  std::vector<float> q(static_cast<std::size_t>(kQueries * kHeads * kDepth));
+  for (float& x : q) x = normal(random);
+  for (std::size_t row = 0; row < q.size() / kDepth; ++row) {
+    float* values = q.data() + row * kDepth;
+    switch (row % 16) {
+      case 1:
+        values[row % kDepth] *= 1e4F;
+        break;
+      case 2:
+        values[row % kDepth] = 3e38F;
+        break;
+      case 3:
+        for (int i = 0; i < kDepth; ++i) values[i] *= 1e-30F;
+        break;
+      case 4:
+        for (int i = 0; i < kDepth; ++i) values[i] = 0;
+        break;
+      case 5:
+        values[row % kDepth] = std::numeric_limits<float>::infinity();
+        break;
+      case 6:
+        values[row % kDepth] = std::numeric_limits<float>::quiet_NaN();
+        break;
+      case 7:
+        for (int i = 0; i < kDepth; ++i) values[i] = static_cast<float>(static_cast<int>(row + i) % 3 - 1);
+        break;
+      default:
+        break;
+    }
+  }
+  return q;
+}
+
+/// Keys that make blocks of one token, so each is its own mean: ordinary ones, equal ones, neighbours a bit
+/// apart, outliers, NaN.
+std::vector<float> keys() {
+  std::mt19937 random(2);
+  std::normal_distribution<float> normal;
+  std::vector<float> k(static_cast<std::size_t>(kBlocks * kDepth));
+  for (float& x : k) x = normal(random);
+  const auto row = [&](std::int64_t block) { return k.data() + block * kDepth; };
+  for (std::int64_t block = 100; block < 200; ++block) std::copy_n(row(block % 7), kDepth, row(block));
+  for (std::int64_t block = 200; block < 300; ++block) {
+    std::copy_n(row(3), kDepth, row(block));
+    row(block)[block % kDepth] = std::nextafter(row(block)[block % kDepth], 10.0F);
+  }
+  for (std::int64_t block = 300; block < 320; ++block) row(block)[block % kDepth] *= 1e5F;
+  for (std::int64_t block = 320; block < 330; ++block)
+    row(block)[0] = std::numeric_limits<float>::quiet_NaN();
+  for (std::int64_t i = 330 * kDepth; i < 340 * kDepth; ++i) k[static_cast<std::size_t>(i)] = 0;
+  return k;
+}
+
+std::vector<std::int32_t> select(const std::vector<float>& q, const std::vector<float>& k, const char* gate,
+                                 const Routing& routing, std::int64_t key_count) {
+  const Environment environment("MOBA_CPU_GATE", gate);
+  const Sequences sequences = one_sequence(kQueries, key_count);
+  std::vector<std::int32_t> selection(
+      static_cast<std::size_t>(kHeads * kQueries * selection_width(sequences, routing)));
+  select_blocks(view(q.data(), {kQueries, kHeads, kDepth}), view(k.data(), {key_count, 1, kDepth}), sequences,
+                routing, selection.data(), {.backend = "cpu"});
+  return selection;
+}
+
+TEST(CpuGate, Int8ChoosesAsF32DoesOnAMillionRows) {
+  const std::vector<float> q = queries(), k = keys();
+  const Routing routing{.block_size = 1, .top_k = 5, .sink_blocks = 1, .causal = false, .own_block = true};
+  EXPECT_TRUE(select(q, k, "f32", routing, kBlocks) == select(q, k, "int8", routing, kBlocks));
+}
+
+TEST(CpuGate, Int8ChoosesAsF32DoesWhenCausal) {
+  const std::vector<float> q = queries();
+  std::vector<float> k;
+  for (int copy = 0; static_cast<std::int64_t>(k.size()) < kQueries * kDepth; ++copy) {
+    const std::vector<float> more = keys();
+    k.insert(k.end(), more.begin(), more.end());
+  }
+  const Routing routing{.block_size = kQueries / 200, .top_k = 9};
+  EXPECT_TRUE(select(q, k, "f32", routing, kQueries) == select(q, k, "int8", routing, kQueries));
+}
+
+TEST(CpuTarget, ForcingTakes) {
+  const char* forced = std::getenv("MOBA_CPU_TARGET");
+  if (forced == nullptr) {
+    EXPECT_FALSE(cpu_target().empty());
+  } else {
+    EXPECT_EQ(cpu_target(), forced);
+  }
+}
+
+}  // namespace
+}  // namespace moba::test

@@ -1,0 +1,17 @@
+# Runs the comparisons with the reference on one instruction set; a machine that lacks it says so and has nothing to compare.
+set(ENV{MOBA_CPU_TARGET} ${TARGET})
+execute_process(COMMAND ${TESTS} --gtest_brief=1 --gtest_filter=BackendChoice.DefaultIsTheFastOne:CpuTarget.*
+                RESULT_VARIABLE failed OUTPUT_VARIABLE output ERROR_VARIABLE output)
+if(output MATCHES "cannot run on MOBA_CPU_TARGET")
+  message(STATUS "this machine has no ${TARGET}")
+  return()
+endif()
+# A million rows take their time without vectors.
+if(TARGET MATCHES "AVX")
+  set(gates ":CpuGate.*")
+endif()
+execute_process(COMMAND ${TESTS} --gtest_brief=1 "--gtest_filter=CpuTarget.*:All/FastAgreement.*cpu_0:*/cpu${gates}"
+                RESULT_VARIABLE failed)
+if(failed)
+  message(FATAL_ERROR "the library's tests fail on ${TARGET}")
+endif()
