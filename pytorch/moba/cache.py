@@ -38,9 +38,9 @@ class MobaLayer(DynamicLayer):
             self._stored = [self._grown(i, t, held, capacity) for i, t in enumerate((key_states, value_states))]
         for stored, new in zip(self._stored, (key_states, value_states)):
             stored[:, held:length] = new.transpose(1, 2)
-        self._view(length)
-        self.keys.moba_layer = self
-        return self.keys, self.values
+        keys, values = self._view(length)
+        keys.moba_layer = self  # type: ignore[attr-defined]
+        return keys, values
 
     def _grown(self, index: int, new: Tensor, held: int, capacity: int) -> Tensor:
         batch, heads, _, head_dim = new.shape
@@ -49,8 +49,10 @@ class MobaLayer(DynamicLayer):
             grown[:, :held] = self._stored[index][:, :held]
         return grown
 
-    def _view(self, length: int) -> None:
-        self.keys, self.values = (stored[:, :length].transpose(1, 2) for stored in self._stored)
+    def _view(self, length: int) -> tuple[Tensor, Tensor]:
+        keys, values = (stored[:, :length].transpose(1, 2) for stored in self._stored)
+        self.keys, self.values = keys, values
+        return keys, values
 
     def means(self, begins: list[int], block_size: int) -> Tensor:
         """Mean keys of the complete blocks, float32 [B, blocks, Hkv, D], row b's counted from token `begins[b]`. Each is

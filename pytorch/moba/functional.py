@@ -29,9 +29,15 @@ def check_tensors(function: str, q: Tensor, k: Tensor, v: Tensor, dims: str) -> 
         raise NotImplementedError(f"{function}: q is on {q.device}; this build has kernels for the CPU")
 
 
-def check_int(function: str, name: str, value: int) -> None:
+def check_int(function: str, name: str, value: int | None) -> int:
     if isinstance(value, (bool, float, str)) or value is None:
         raise TypeError(f"{function}: {name} is {value!r}; an int is expected")
+    return value
+
+
+def flatten(t: Tensor) -> Tensor:
+    """[B, S, H, D] as packed tokens [B * S, H, D], without a copy where the strides allow it."""
+    return t.flatten(0, 1)
 
 
 def varlen(
@@ -88,8 +94,8 @@ def attention(
         if block_size is not None or top_k is not None:
             raise TypeError("attention: block_size and top_k are given beside a config; one of them is expected")
         block_size, top_k, sink_blocks = config.moba_chunk_size, config.moba_topk, config.sink_blocks or sink_blocks
-    check_int("attention", "block_size", block_size)
-    check_int("attention", "top_k", top_k)
+    block_size = check_int("attention", "block_size", block_size)
+    top_k = check_int("attention", "top_k", top_k)
     batch, queries = q.shape[:2]
     keys = k.shape[1]
     for name, t in (("k", k), ("v", v)):
@@ -99,12 +105,12 @@ def attention(
         raise ValueError(f"attention: v has {v.shape[1]} tokens; k has {keys}")
     if padding_mask is None:
         steps = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
-        cu_seqlens = steps * queries, steps * keys
+        cu_seqlens_q, cu_seqlens_k = steps * queries, steps * keys
     else:
-        cu_seqlens = cu_seqlens_of(_spans(padding_mask, batch, queries, keys), queries, keys)
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_of(_spans(padding_mask, batch, queries, keys), queries, keys)
     out, lse, selection = varlen(
-        *(t.reshape(-1, t.shape[2], t.shape[3]) for t in (q, k, v)), *cu_seqlens, block_size, top_k, sink_blocks,
-        causal, scale, return_selection, backend,
+        flatten(q), flatten(k), flatten(v), cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale,
+        return_selection, backend,
     )
     results = [out.unflatten(0, (batch, queries))]
     if return_lse:

@@ -37,10 +37,11 @@ def cu_seqlens_of(spans: Tensor, queries: int, keys: int) -> tuple[Tensor, Tenso
     nothing = torch.zeros_like(q_begin)
     q_lengths = torch.stack([q_begin, nothing, q_end - q_begin, queries - q_end, nothing], dim=-1)
     k_lengths = torch.stack([nothing, k_begin, k_end - k_begin, nothing, keys - k_end], dim=-1)
-    return tuple(
-        torch.nn.functional.pad(lengths.flatten().cumsum(0, dtype=torch.int32), (1, 0))
-        for lengths in (q_lengths, k_lengths)
-    )
+    return _offsets(q_lengths), _offsets(k_lengths)
+
+
+def _offsets(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.flatten().cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def split_tail(spans: Tensor, tail: int) -> tuple[Tensor, Tensor]:

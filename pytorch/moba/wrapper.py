@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from . import ops
 from .config import MoBAConfig
-from .functional import EVERYTHING, check_tensors, varlen
+from .functional import EVERYTHING, check_tensors, flatten, varlen
 from .modes import current_mode, records_of
 from .moba_naive import naive_varlen
 from .padding import cu_seqlens_of, spans_of_mask, split_tail, whole_spans
@@ -128,8 +128,8 @@ def moba_layer(
     return attend(before, top_k) + attend(tail, EVERYTHING), None  # each is 0 where the other attends
 
 
-def _packed(query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-    return [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]
+def _packed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return flatten(query.transpose(1, 2)), flatten(key.transpose(1, 2)), flatten(value.transpose(1, 2))
 
 
 def _attend(
@@ -143,13 +143,13 @@ def _attend(
         out = _decode(query, key, value, config, scaling, spans, top_k, sinks)
         if out is not None:
             return out
-    offsets = cu_seqlens_of(spans, queries, key.shape[2])
+    q, k, v = _packed(query, key, value)
+    cu_q, cu_k = cu_seqlens_of(spans, queries, key.shape[2])
     out, _, selection = varlen(
-        *_packed(query, key, value), *offsets, config.moba_chunk_size, top_k, sinks, scale=scaling,
-        return_selection=bool(records),
+        q, k, v, cu_q, cu_k, config.moba_chunk_size, top_k, sinks, scale=scaling, return_selection=bool(records)
     )
     for record in records:
-        record.add(module.layer_idx, selection.unflatten(1, (batch, queries)).transpose(0, 1))
+        record.add(getattr(module, "layer_idx"), selection.unflatten(1, (batch, queries)).transpose(0, 1))
     return out.unflatten(0, (batch, queries))
 
 
@@ -165,9 +165,9 @@ def _decode(
         means = layer.means(begin.tolist(), config.moba_chunk_size)
     else:
         return None
-    caches = (key.transpose(1, 2), value.transpose(1, 2))
     out, _ = ops.decode(
-        query.squeeze(2), *caches, means, begin, end, config.moba_chunk_size, top_k, sinks, scaling
+        query.squeeze(2), key.transpose(1, 2), value.transpose(1, 2), means, begin, end, config.moba_chunk_size, top_k,
+        sinks, scaling,
     )
     return out.unsqueeze(1)
 
@@ -176,7 +176,8 @@ def _attend_naive(
     query: Tensor, key: Tensor, value: Tensor, config: MoBAConfig, scaling: float | None, spans: Tensor, top_k: int
 ) -> Tensor:
     batch, _, queries, _ = query.shape
-    offsets = cu_seqlens_of(spans, queries, key.shape[2])
+    q, k, v = _packed(query, key, value)
+    cu_q, cu_k = cu_seqlens_of(spans, queries, key.shape[2])
     sinks = config.sink_blocks if top_k < EVERYTHING else 0
-    out = naive_varlen(*_packed(query, key, value), *offsets, config.moba_chunk_size, top_k, sinks, scaling)
+    out = naive_varlen(q, k, v, cu_q, cu_k, config.moba_chunk_size, top_k, sinks, scaling)
     return out.unflatten(0, (batch, queries))
