@@ -280,6 +280,20 @@ def test_vmap_is_a_loop():
         torch.func.vmap(lambda q, cu: ops.attention(q, k[0], v[0], cu, cu, 4, 3))(q, cu.repeat(3, 1))
 
 
+def test_torch_func_gradients_are_refused_and_gradients_through_vmap_work():
+    q, k, v, cu, _ = batch([20])
+    with pytest.raises(NotImplementedError, match="torch.autograd.grad"):
+        torch.func.grad(lambda q: ops.attention(q, k, v, cu, cu, 4, 2)[0].sum())(q)
+    leaves = [torch.stack([t, t * 2]).requires_grad_() for t in (q, k, v)]
+    mapped = torch.func.vmap(lambda q, k, v: ops.attention(q, k, v, cu, cu, 4, 2)[0])(*leaves)
+    gradients = torch.autograd.grad(mapped.square().sum(), leaves)
+    for i in range(2):
+        alone = [t[i].detach().requires_grad_() for t in leaves]
+        expected = torch.autograd.grad(ops.attention(*alone, cu, cu, 4, 2)[0].square().sum(), alone)
+        for found, right in zip(gradients, expected):
+            torch.testing.assert_close(found[i], right, atol=1e-5, rtol=1e-5)
+
+
 def test_decode_is_the_last_row_of_attention():
     keys = torch.randn(2, 50, 2, 16)
     values = torch.randn(2, 50, 2, 16)
