@@ -126,7 +126,7 @@ void add_rows(const T* values, std::int64_t stride, std::int64_t count, std::siz
 template <typename Body>
 void walk(const Rows& rows, DType dtype, std::int64_t count, std::size_t head_dim, float* scratch,
           Body&& body) {
-  if (head_dim % kLanes == 0) {
+  if (head_dim % kLanes == 0 && (kConvertsF16 || dtype != DType::f16)) {
     switch (dtype) {
       case DType::f32:
         return body(reinterpret_cast<const float*>(rows.data), rows.stride, 0, count, head_dim);

@@ -37,6 +37,10 @@ constexpr std::size_t kTileRows = 14;
 constexpr std::size_t kTileRows = 6;
 #endif
 
+/// Without conversion instructions Highway 1.0 cuts f16 off instead of rounding it, and knows no infinity:
+/// one value at a time then.
+constexpr bool kConvertsF16 = HWY_TARGET != HWY_SCALAR;
+
 constexpr std::size_t panels(std::size_t columns) {
   return (columns + kCols - 1) / kCols;
 }
@@ -127,7 +131,10 @@ constexpr auto kValueTiles = value_tiles(std::make_index_sequence<kTileRows>());
 /// from -150 down, NaN stays NaN. A polynomial of degree 5 on [-1/2, 1/2].
 HWY_INLINE Vec exp2(Vec x) {
   const F32 d;
-  x = hn::Max(hn::Set(d, -200.0F), x);
+  // x86's instruction returns its second operand when one is NaN, which keeps it; Highway's scalar code drops
+  // it.
+  const Vec lowest = hn::Set(d, -200.0F);
+  x = HWY_TARGET == HWY_SCALAR ? hn::IfThenElse(hn::Lt(x, lowest), lowest, x) : hn::Max(lowest, x);
   const Vec whole = hn::Round(x), f = hn::Sub(x, whole);
   Vec y = hn::Set(d, 1.32646889e-3F);
   y = hn::MulAdd(y, f, hn::Set(d, 9.67150554e-3F));
@@ -169,7 +176,7 @@ HWY_INLINE void widen(const std::byte* from, DType dtype, std::size_t size, floa
     case DType::f16: {
       const hn::Rebind<hwy::float16_t, F32> half;
       const auto* row = reinterpret_cast<const hwy::float16_t*>(from);
-      for (; i + kLanes <= size; i += kLanes) {
+      for (; kConvertsF16 && i + kLanes <= size; i += kLanes) {
         hn::StoreU(hn::Mul(by, hn::PromoteTo(d, hn::LoadU(half, row + i))), d, to + i);
       }
       break;
@@ -198,7 +205,7 @@ HWY_INLINE void narrow(const float* HWY_RESTRICT from, std::size_t size, float f
   if (dtype == DType::f32) {
     for (; i + kLanes <= size; i += kLanes)
       hn::StoreU(hn::Mul(by, hn::LoadU(d, from + i)), d, reinterpret_cast<float*>(to) + i);
-  } else if (dtype == DType::f16) {
+  } else if (kConvertsF16 && dtype == DType::f16) {
     const hn::Rebind<hwy::float16_t, F32> half;
     for (; i + kLanes <= size; i += kLanes) {
       hn::StoreU(hn::DemoteTo(half, hn::Mul(by, hn::LoadU(d, from + i))), half,
