@@ -55,12 +55,14 @@ def call_cost() -> dict:
 def peak_megabytes(tokens: int, expression: str) -> float:
     """Of a process of its own that evaluates it, above what it had with the inputs alone."""
     code = (
-        "import torch, moba, resource\n"
+        "import torch, moba\n"
+        "def peak():  # of this program; getrusage's would begin with its parent's\n"
+        "    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
         f"q, k, v = torch.randn(3, {tokens}, 1, 128).unbind(0)\n"
         f"cu = torch.tensor([0, {tokens}], dtype=torch.int32)\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = peak()\n"
         f"{expression}\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
+        "print((peak() - before) / 1024)\n"
     )
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 

@@ -139,7 +139,8 @@ def _attend(
     batch, _, queries, _ = query.shape
     records = records_of(module) if top_k < EVERYTHING else []
     sinks = config.sink_blocks if top_k < EVERYTHING else 0
-    if queries == 1 and not records and not torch.is_grad_enabled():
+    casting = torch.is_autocast_enabled(query.device.type)
+    if queries == 1 and not (records or casting or torch.is_grad_enabled()):
         out = _decode(query, key, value, config, scaling, spans, top_k, sinks)
         if out is not None:
             return out

@@ -241,3 +241,46 @@ def check_answer(call, out):
     expected = ops.attention(*arguments, backend="reference", **options)[0]
     tolerance = 1e-4 if out.dtype in (torch.float32, torch.float64) else 5e-2
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
+
+
+def cached():
+    span = ints(0, 2), ints(9, 7)
+    keys, values = torch.randn(2, 2, 9, 2, 16).unbind(0)
+    names = ("q", "k", "v", "means", "begin", "end", "block_size", "top_k")
+    return dict(zip(names, (torch.randn(2, 4, 16), keys, values, torch.randn(2, 2, 2, 16), *span, 4, 2)))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"begin": ints(0, 8)}, "begin and end of sequence 1 are 8 and 7"),
+        ({"end": ints(10, 7)}, "begin and end of sequence 0 are 0 and 10"),
+        ({"begin": ints(-1, 2)}, "-1 and 9"),
+        ({"begin": ints(0)}, "begin and end have 1 and 2 entries"),
+        ({"end": ints(9, 7, dtype=torch.int64)}, "end is Long"),
+        ({"means": torch.randn(2, 1, 2, 16)}, "means has sizes"),
+        ({"means": torch.randn(2, 2, 2, 16).half()}, "means is f16"),
+        ({"k": torch.randn(3, 9, 2, 16)}, "k has sizes"),
+        ({"v": torch.randn(2, 9, 2, 8)}, "v has sizes"),
+        ({"k": torch.randn(2, 9, 3, 16), "v": torch.randn(2, 9, 3, 16)}, "k has 3 heads"),
+        ({"q": torch.randn(2, 4, 16).bfloat16()}, "k is f32; q is bf16"),
+        ({"q": torch.randn(1, 4, 16)}, "k has sizes"),
+        ({"q": torch.randn(4, 16)}, "q has sizes"),
+        ({"block_size": 0}, "block_size is 0"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"backend": "gpu"}, 'backend is "gpu"'),
+    ],
+)
+def test_the_door_of_decode(change, message):
+    ops.decode(**cached())
+    with pytest.raises(ValueError, match=message):
+        ops.decode(**(cached() | change))
+
+
+def test_decoding_nothing_is_legal():
+    nothing = torch.zeros(0, 9, 2, 16)
+    out, lse = ops.decode(torch.zeros(0, 4, 16), nothing, nothing, nothing, ints(), ints(), 4, 2)
+    assert out.shape == (0, 4, 16) and lse.shape == (4, 0)
+    call = cached() | {"end": ints(0, 7)}
+    out, lse = ops.decode(**call)
+    assert (out[0] == 0).all() and (lse[:, 0] == -torch.inf).all()

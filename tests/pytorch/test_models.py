@@ -127,6 +127,18 @@ def test_assisted_generation():
     assert generated(model, "moba", ids, assistant_model=assistant) == generated(model, "moba", ids)
 
 
+@pytest.mark.parametrize("make_cache", (lambda: None, MobaCache))
+def test_autocast_and_half_precision(make_cache):
+    model, ids = build("llama"), random_ids(1, 40)
+    moba.register_moba(EVERYTHING)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        close(logits(model, "moba", ids), logits(model, "sdpa", ids), 0.3)
+        generated(model, "moba", ids, past_key_values=make_cache())
+    model.bfloat16()
+    close(logits(model, "moba", ids), logits(model, "sdpa", ids), 0.3)
+    generated(model, "moba", ids, past_key_values=make_cache())
+
+
 def test_full_layers():
     model, ids = build("llama"), random_ids(1, 60)
     for layers in ((0, 1, 2), (-3, -2, -1)):
