@@ -306,10 +306,14 @@ void screen_row(GateRows& rows, const ScreenMemory& memory, std::int64_t row, st
     bounds(block, low, high);
     const auto in_chunk = hn::FirstN(d, static_cast<std::size_t>(last - block));
     const auto stays = hn::AndNot(hn::Lt(high, hn::Set(d, bound)), in_chunk);
-    hn::CompressStore(hn::Iota(di, static_cast<std::int32_t>(block)), hn::RebindMask(di, stays), di,
-                      left.blocks + left.count);
-    hn::CompressStore(low, stays, d, left.low + left.count);
-    left.count += static_cast<std::int64_t>(hn::CompressStore(high, stays, d, left.high + left.count));
+    const std::size_t staying = hn::CountTrue(d, stays);
+    if (staying == 0) continue;
+    // In registers: compressing into memory is microcode.
+    const auto blocks = hn::Iota(di, static_cast<std::int32_t>(block));
+    hn::StoreU(hn::Compress(blocks, hn::RebindMask(di, stays)), di, left.blocks + left.count);
+    hn::StoreU(hn::Compress(low, stays), d, left.low + left.count);
+    hn::StoreU(hn::Compress(high, stays), d, left.high + left.count);
+    left.count += static_cast<std::int64_t>(staying);
   }
 
   for (std::int64_t i = 0; i < left.count; ++i) {
