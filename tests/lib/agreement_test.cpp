@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstdlib>
 
 #include "backends.h"
 #include "oracle.h"
@@ -10,7 +11,13 @@
 namespace moba::test {
 namespace {
 
-constexpr std::uint64_t kShards = 8, kCasesOfAShard = 300;
+constexpr std::uint64_t kShards = 8;
+
+/// MOBA_TEST_CASES sets it for `make test-long`.
+const std::uint64_t kCasesOfAShard = [] {
+  const char* wanted = std::getenv("MOBA_TEST_CASES");
+  return wanted == nullptr ? std::uint64_t{300} : std::strtoull(wanted, nullptr, 10);
+}();
 
 class Agreement : public testing::TestWithParam<std::tuple<std::string, std::uint64_t>> {};
 using FastAgreement = Agreement;
