@@ -17,6 +17,9 @@ Parallel serial() {
 
 Parallel openmp(int threads) {
   const int count = threads > 0 ? threads : omp_get_max_threads();
+#ifdef __SANITIZE_THREAD__
+  return std_threads(count);  // ThreadSanitizer takes what OpenMP's runtime orders for races
+#endif
   return {count, [count](std::int64_t tasks, const Parallel::Body& body) {
             if (tasks <= 1 || count == 1) return serial().run(tasks, body);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(count)
