@@ -131,7 +131,8 @@ def test_threads_do_not_change_the_answer(moba, smollm2):
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_sixteen_bits_take_half_the_memory(moba, smollm2, answer, dtype):
-    half = generate(moba, smollm2, "-p", "What is the capital of France?", "--dtype", dtype)
+    # In a chat turn "The" leads "L'" by less than bf16 can tell apart; here nothing comes near.
+    half = generate(moba, smollm2, "--no-chat", "-p", "The capital of France is", "--dtype", dtype)
     assert "Paris" in half["text"]
     assert half["peak_rss_bytes"] < answer["peak_rss_bytes"] - 150_000_000
 
