@@ -39,8 +39,7 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", "moba " MOBA_VERSION);
   app.require_subcommand(1);
   std::function<int()> action;
-  CLI::App* generate =
-      app.add_subcommand("generate", "Read a prompt or a long document and answer");
+  CLI::App* generate = app.add_subcommand("generate", "Read a prompt or a long document and answer");
   generate->prefix_command();
   generate->set_help_flag();
   generate->callback([&] { action = [argv]() -> int { hand_over(argv); }; });
