@@ -16,7 +16,7 @@ setup:  ## Debian packages, .venv with torch, the model; quick when all is there
 	@tools/setup.sh
 
 build: setup  ## the program, at build/release/moba
-	@cmake --preset release --log-level=ERROR
+	@cmake --preset release --log-level=ERROR >/dev/null
 	cmake --build build/release -j$(JOBS) --target moba_program
 
 python: setup  ## the PyTorch package, installed into .venv
@@ -30,14 +30,14 @@ test: test-cpp test-asan test-tsan test-python  ## every test: C++, sanitizers, 
 	@echo "all tests passed: C++, AddressSanitizer, ThreadSanitizer, Python"
 
 test-cpp: setup  ## the C++ tests, optimised
-	@cmake --preset release --log-level=ERROR
+	@cmake --preset release --log-level=ERROR >/dev/null
 	cmake --build build/release -j$(JOBS)
 	ctest --test-dir build/release --output-on-failure --progress -j$(JOBS)
 
 # Agreement's thousands of cases run on one thread each: nothing for ThreadSanitizer to see.
 test-tsan: CTEST_SELECTION = -E Agreement
 test-asan test-tsan: test-%: setup  ## the library's tests under AddressSanitizer with UBSan, and ThreadSanitizer
-	@cmake --preset $* --log-level=ERROR
+	@cmake --preset $* --log-level=ERROR >/dev/null
 	cmake --build build/$* -j$(JOBS)
 	ctest --test-dir build/$* --output-on-failure --progress -j$(JOBS) $(CTEST_SELECTION)
 
@@ -51,12 +51,12 @@ neon: setup  ## the kernels compile for Arm (needs Debian's g++-aarch64-linux-gn
 	tools/check_neon.sh
 
 bench: setup  ## every benchmark, into benchmarks/results
-	@cmake --preset release --log-level=ERROR
+	@cmake --preset release --log-level=ERROR >/dev/null
 	cmake --build build/release -j$(JOBS)
 	for script in benchmarks/ttft.py benchmarks/run.py benchmarks/pytorch_operator.py; do echo "== $$script"; $(PYTHON) $$script; done
 
 install-test: setup  ## install the library into a folder and build the example against it
-	@cmake --preset lib --log-level=ERROR
+	@cmake --preset lib --log-level=ERROR >/dev/null
 	cmake --build build/lib -j$(JOBS)
 	ctest --test-dir build/lib --output-on-failure -R install
 
@@ -67,7 +67,7 @@ format: setup  ## clang-format on every C++ file
 lint: setup  ## clang-format's and clang-tidy's opinion, without changing anything
 	@tools/setup.sh developer
 	$(SOURCES) | xargs clang-format --dry-run --Werror
-	@cmake --preset release --log-level=ERROR
+	@cmake --preset release --log-level=ERROR >/dev/null
 	git ls-files 'src/*.cpp' 'llm/*.cpp' 'app/*.cpp' | xargs -P$(JOBS) -n1 clang-tidy -p build/release --quiet
 
 clean:  ## remove the builds; .venv and the model stay

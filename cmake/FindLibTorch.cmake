@@ -23,5 +23,10 @@ if(LibTorch_FOUND AND NOT TARGET LibTorch::LibTorch)
   target_include_directories(LibTorch::LibTorch SYSTEM INTERFACE
                              ${LibTorch_INCLUDE_DIR} ${LibTorch_INCLUDE_DIR}/torch/csrc/api/include)
   target_link_libraries(LibTorch::LibTorch INTERFACE ${LibTorch_CPU} ${LibTorch_C10})
+  # A run path of our own: CMake warns of its own, because the wheel's libgomp goes before the compiler's. That it does is
+  # right, one OpenMP runtime in a process.
+  get_filename_component(LibTorch_LIB_DIR ${LibTorch_CPU} DIRECTORY)
+  target_link_options(LibTorch::LibTorch INTERFACE "LINKER:-rpath,${LibTorch_LIB_DIR}")
+  set(CMAKE_SKIP_BUILD_RPATH ON)
   target_compile_definitions(LibTorch::LibTorch INTERFACE _GLIBCXX_USE_CXX11_ABI=1)
 endif()
