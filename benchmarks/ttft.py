@@ -111,7 +111,8 @@ def summary(rounds):
         if name != PEER:
             rows[name]["attention_seconds"] = median(name, "attention_seconds")
             rows[name]["answer"] = rounds[0][name]["text"]
-            rows[name]["settings"] = rounds[0][name]["settings"]
+            settings = rounds[0][name]["settings"]
+            rows[name]["settings"] = {**settings, "model": Path(settings["model"]).name}
     return rows
 
 
