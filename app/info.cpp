@@ -22,6 +22,7 @@
 #include "llm/formats/mapped_file.h"
 #include "llm/formats/quoted.h"
 #include "llm/formats/weights.h"
+#include "llm/tokenizer/tokenizer.h"
 
 namespace moba::app {
 namespace {
@@ -34,16 +35,6 @@ struct Surroundings {
   std::string format, tokenizer = "none";
   std::string chat_template;
 };
-
-/// The form of chat turns that a template writes.
-const char* chat_form(std::string_view source) {
-  const auto has = [&](std::string_view mark) { return source.find(mark) != std::string_view::npos; };
-  if (source.empty()) return "none";
-  if (has("<|im_start|>")) return "ChatML";
-  if (has("<|start_header_id|>")) return "Llama 3";
-  if (has("[INST]") && has("<<SYS>>")) return "Llama 2";
-  return "another";
-}
 
 std::string tokenizer_of(const llm::GgufFile& file) {
   const auto model = file.find("tokenizer.ggml.model");
@@ -185,7 +176,7 @@ Json to_json(const InfoOptions& options, const llm::Weights& weights, const Surr
             {"tied_embeddings", config.tied_embeddings},
             {"storage", Json::array()},
             {"tokenizer", around.tokenizer},
-            {"chat_template", chat_form(around.chat_template)}};
+            {"chat_template", llm::chat_form(around.chat_template)}};
   for (const llm::WeightFile& file : weights.files()) json["files"].push_back(file.name);
   for (const auto& [storage, share] : mix_of(weights)) {
     json["storage"].push_back(
@@ -271,7 +262,7 @@ std::string table(const InfoOptions& options, const llm::Weights& weights, const
          fmt::format("{:<5} {:>5} tensors {:>10}", name_of(storage), share.tensors, sized(share.bytes)));
   }
   line("tokenizer", llm::one_line(around.tokenizer));
-  line("chat template", chat_form(around.chat_template));
+  line("chat template", llm::chat_form(around.chat_template));
   return options.tensors ? text + tensor_lines(weights) : text;
 }
 

@@ -14,7 +14,7 @@ namespace {
 
 using Parts = std::vector<TextPart>;
 
-bool has(const std::string& text, std::string_view marker) {
+bool has(std::string_view text, std::string_view marker) {
   return text.find(marker) != std::string::npos;
 }
 
@@ -160,16 +160,23 @@ Parts llama2(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
 }
 
 Parts rendered(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
-  const std::string& source = tokenizer.chat_template();
-  if (has(source, "<|im_start|>")) return chatml(tokenizer, turns);
-  if (has(source, "<|start_header_id|>")) return llama3(tokenizer, turns);
-  if (has(source, "[INST]") && has(source, "<<SYS>>")) return llama2(tokenizer, turns);
-  throw UsageError(
-      fmt::format("the model's chat template: expected ChatML, Llama 3 or Llama 2; found {}; use --no-chat",
-                  source.empty() ? "none" : "another"));
+  const std::string_view form = chat_form(tokenizer.chat_template());
+  if (form == "ChatML") return chatml(tokenizer, turns);
+  if (form == "Llama 3") return llama3(tokenizer, turns);
+  if (form == "Llama 2") return llama2(tokenizer, turns);
+  throw UsageError(fmt::format(
+      "the model's chat template: expected ChatML, Llama 3 or Llama 2; found {}; use --no-chat", form));
 }
 
 }  // namespace
+
+std::string_view chat_form(std::string_view source) {
+  if (source.empty()) return "none";
+  if (has(source, "<|im_start|>")) return "ChatML";
+  if (has(source, "<|start_header_id|>")) return "Llama 3";
+  if (has(source, "[INST]") && has(source, "<<SYS>>")) return "Llama 2";
+  return "another";
+}
 
 std::vector<std::int32_t> apply_chat_template(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
   return tokenizer.encode(rendered(tokenizer, turns));

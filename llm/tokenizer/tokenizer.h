@@ -53,6 +53,10 @@ class Tokenizer {
   std::shared_ptr<const Impl> impl_;
 };
 
+/// The form of chat turns that a template's Jinja source writes, recognised by its markers: "ChatML", "Llama
+/// 3", "Llama 2", "another", or "none" for no template.
+std::string_view chat_form(std::string_view source);
+
 struct Turn {
   std::string role;  // "system", "user", "assistant"
   std::string text;

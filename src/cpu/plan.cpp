@@ -61,10 +61,6 @@ void invert(const Problem& problem, const Selection& selection, const Range& ran
   offsets[0] = 0;
 }
 
-std::int64_t entries(const Problem& problem, std::int64_t ranges, std::int64_t sequence) {
-  return ranges * (problem.blocks(problem.sequences[static_cast<std::size_t>(sequence)]) + 1);
-}
-
 }  // namespace
 
 std::int64_t min_range_rows(const Problem& problem) {
@@ -92,7 +88,7 @@ struct Listing {
            std::int64_t q0, std::int64_t q1) {
     const auto s = static_cast<std::int64_t>(sequence);
     plan.ranges.push_back({s, head, q0, q1, offsets, rows});
-    offsets += entries(problem, 1, s);
+    offsets += problem.blocks(problem.sequences[sequence]) + 1;
     rows += (q1 - q0) * problem.group * selection.width;
   }
 };

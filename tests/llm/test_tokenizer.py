@@ -1,6 +1,6 @@
 """Token ids of `moba tokenize` against the ecosystem's own: PyPI tokenizers, sentencepiece and transformers.
 
-MOBA_BUILD names the build folder (default build/release), MOBA_MODEL the GGUF file of SmolLM2.
+MOBA_BUILD_DIR names the build folder (default build/release), MOBA_SMOLLM2 the GGUF file of SmolLM2.
 """
 
 import json
@@ -16,8 +16,8 @@ from gguf import GGUFReader, GGUFWriter, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = Path(os.environ.get("MOBA_BUILD", ROOT / "build" / "release")).absolute() / "moba"
-SMOLLM2 = Path(os.environ.get("MOBA_MODEL", ROOT / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+PROGRAM = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")).absolute() / "moba"
+SMOLLM2 = Path(os.environ.get("MOBA_SMOLLM2", ROOT / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
 LICENSE = Path("/usr/share/common-licenses/GPL-3")
 
 LLAMA3 = (
