@@ -109,31 +109,57 @@ moba::Parallel torch_threads() {
           }};
 }
 
-/// Scratch memory out of torch's allocator, as tensors of bytes.
+TorchTensor bytes_of(std::size_t bytes) {
+  const auto size = static_cast<std::int64_t>(bytes);
+  const std::int64_t stride = 1;
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return TorchTensor(handle);
+}
+
+/// Scratch memory out of torch's allocator, as tensors of bytes. What is small lies in one that each thread
+/// keeps from call to call, as a stack: glibc's aligned allocation, which torch's is, may never find again
+/// what small calls gave back, and a process that makes many of them then grows without end.
 class Scratch {
  public:
   moba::Allocator allocator() {
     return {[this](std::size_t bytes) { return allocate(bytes); },
-            [this](void* memory, std::size_t) { release(memory); }};
+            [this](void* memory, std::size_t bytes) { release(static_cast<std::byte*>(memory), bytes); }};
   }
 
  private:
+  static constexpr std::size_t kKept = std::size_t{1} << 20, kAlignment = 64;
+
+  static std::byte* kept() {
+    thread_local const TorchTensor bytes = bytes_of(kKept);
+    return static_cast<std::byte*>(bytes.data_ptr());
+  }
+
+  static std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
   void* allocate(std::size_t bytes) {
-    const auto size = static_cast<std::int64_t>(bytes);
-    const std::int64_t stride = 1;
-    AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
-                                                    aoti_torch_device_type_cpu(), 0, &handle));
-    held_.emplace_back(handle);
+    if (aligned(bytes) <= kKept - top_) {
+      void* memory = kept() + top_;
+      top_ += aligned(bytes);
+      return memory;
+    }
+    held_.push_back(bytes_of(bytes));
     return held_.back().data_ptr();
   }
 
-  void release(void* memory) {
+  void release(std::byte* memory, std::size_t bytes) {
+    if (memory >= kept() && memory < kept() + kKept) {
+      if (memory + aligned(bytes) == kept() + top_)
+        top_ -= aligned(bytes);  // what is not on top waits for the call's end
+      return;
+    }
     const auto found = std::find_if(held_.rbegin(), held_.rend(),
                                     [&](const TorchTensor& tensor) { return tensor.data_ptr() == memory; });
     held_.erase(std::prev(found.base()));
   }
 
+  std::size_t top_ = 0;
   std::vector<TorchTensor> held_;
 };
 

@@ -1,6 +1,7 @@
 """The operator against dense attention, the reference, and everything torch does with operators."""
 
 import random
+import resource
 import subprocess
 from pathlib import Path
 
@@ -337,3 +338,15 @@ def test_not_causal():
     everything = moba.attention(q, k, v, block_size=8, top_k=4, causal=False)
     dense = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
     torch.testing.assert_close(everything, dense, atol=1e-5, rtol=1e-5)
+
+
+def resident_megabytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+
+
+def test_many_small_calls_do_not_make_the_process_grow():
+    q, cu = torch.randn(1, 1, 16), offsets([1])
+    before, kept = resident_megabytes(), []
+    for _ in range(4_000):  # results that stay lie between what is given back, which made glibc ask for ever more
+        kept.append([ops.attention(q, q, q, cu, cu, 16, 1) for _ in range(3)][0])
+    assert resident_megabytes() - before < 60
