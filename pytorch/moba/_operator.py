@@ -13,30 +13,76 @@ _select = torch.ops.moba.select.default
 _library = torch.library.Library("moba", "IMPL")
 
 
+_OFFSETS = ("cu_seqlens_q", "cu_seqlens_k")
+_TENSORS = {
+    "attention": ("q", "k", "v", *_OFFSETS),
+    "attention_backward": ("d_out", "q", "k", "v", "out", "lse", "selection", *_OFFSETS),
+    "select": ("q", "k", *_OFFSETS),
+    "decode": ("q", "k", "v", "means", "begin", "end"),
+}
+_DTYPES = {"lse": torch.float32, "means": torch.float32} | dict.fromkeys((*_OFFSETS, "selection", "begin", "end"), torch.int32)
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _check_tensors(function: str, *tensors: Tensor) -> None:
+    """Dtypes and devices: TypeError and ValueError. Here, for the compiled part can raise nothing but ValueError."""
+    names = _TENSORS[function]
+    q = tensors[names.index("q")]
+    dtype, device = q.dtype, q.device
+    if dtype not in _FLOATING:
+        raise TypeError(f"{function}: q is {dtype}; one of {', '.join(map(str, _FLOATING))} is expected")
+    for name, t in zip(names, tensors):
+        expected = _DTYPES.get(name)
+        if expected is None and t.dtype is not dtype:
+            raise TypeError(f"{function}: {name} is {t.dtype}; q is {dtype}")
+        if expected is not None and t.dtype is not expected:
+            raise TypeError(f"{function}: {name} is {t.dtype}; {expected} is expected")
+        if t.device != device:
+            raise ValueError(f"{function}: {name} is on {t.device}; q is on {device}")
+
+
+_door = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+
+
+def _register_door(function: str) -> None:
+    """Checks every call of the operator that is not traced, whatever its backend."""
+    operator = getattr(torch.ops.moba, function).default
+    count = len(_TENSORS[function])
+
+    def checked(keyset, *arguments):
+        _check_tensors(function, *arguments[:count])
+        return operator.redispatch(keyset - _door, *arguments)
+
+    _library.impl(function, checked, "BackendSelect", with_keyset=True)
+
+
+for _function in _TENSORS:
+    _register_door(_function)
+
+
 def selection_width(keys: int, block_size: int, top_k: int) -> int:
     """Entries in a row of a selection over `keys` packed keys: known from shapes alone, sequences set aside."""
     return torch.sym_min(top_k, (keys + block_size - 1) // block_size)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> None:
-    for t in (k, v, *others):
-        torch._check_value(t.device == q.device, lambda: f"attention: one argument is on {t.device}; q is on {q.device}")
+def _check_shapes(function: str, q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int) -> None:
+    for name, value in (("block_size", block_size), ("top_k", top_k)):
+        torch._check_value(value >= 1, lambda: f"{function}: {name} is {value}; at least 1 is expected")
     for name, t in (("q", q), ("k", k), ("v", v)):
         torch._check_value(
-            t.dim() == 3, lambda: f"attention: {name} has sizes {list(t.shape)}; [tokens, heads, head_dim] is expected"
+            t.dim() == 3, lambda: f"{function}: {name} has sizes {list(t.shape)}; [tokens, heads, head_dim] is expected"
         )
-        torch._check_value(t.dtype == q.dtype, lambda: f"attention: {name} is {t.dtype}; q is {q.dtype}")
     torch._check_value(
-        q.shape[1] % k.shape[1] == 0,
-        lambda: f"attention: k has {k.shape[1]} heads; {q.shape[1]} query heads need a divisor of {q.shape[1]}",
+        k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0,
+        lambda: f"{function}: k has {k.shape[1]} heads; {q.shape[1]} query heads need a divisor of {q.shape[1]}",
     )
     torch._check_value(
-        k.shape[2] == q.shape[2], lambda: f"attention: k has head_dim {k.shape[2]}; q has {q.shape[2]}"
+        k.shape[2] == q.shape[2], lambda: f"{function}: k has head_dim {k.shape[2]}; q has {q.shape[2]}"
     )
     for dim in range(3):
         torch._check_value(
             v.shape[dim] == k.shape[dim],
-            lambda: f"attention: v has sizes {list(v.shape)}; those of k, {list(k.shape)}, are expected",
+            lambda: f"{function}: v has sizes {list(v.shape)}; those of k, {list(k.shape)}, are expected",
         )
 
 
@@ -47,7 +93,8 @@ def _empty_selection(q: Tensor, keys: int, block_size: int, top_k: int) -> Tenso
 @torch.library.register_fake("moba::attention")
 def _(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, causal=True, scale=None,
       return_selection=False, backend=""):
-    _check_shapes(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    _check_tensors("attention", q, k, v, cu_seqlens_q, cu_seqlens_k)
+    _check_shapes("attention", q, k, v, block_size, top_k)
     tokens, heads = q.shape[:2]
     selection = (
         _empty_selection(q, k.shape[0], block_size, top_k)
@@ -60,21 +107,25 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, cau
 @torch.library.register_fake("moba::attention_backward")
 def _(d_out, q, k, v, out, lse, selection, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0,
       causal=True, scale=None, backend=""):
-    _check_shapes(q, k, v, d_out, out, lse, selection, cu_seqlens_q, cu_seqlens_k)
+    _check_tensors("attention_backward", d_out, q, k, v, out, lse, selection, cu_seqlens_q, cu_seqlens_k)
+    _check_shapes("attention_backward", q, k, v, block_size, top_k)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 @torch.library.register_fake("moba::select")
 def _(q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, causal=True, backend=""):
-    _check_shapes(q, k, k, cu_seqlens_q, cu_seqlens_k)
+    _check_tensors("select", q, k, cu_seqlens_q, cu_seqlens_k)
+    _check_shapes("select", q, k, k, block_size, top_k)
     return _empty_selection(q, k.shape[0], block_size, top_k)
 
 
 @torch.library.register_fake("moba::decode")
 def _(q, k, v, means, begin, end, block_size, top_k, sink_blocks=0, scale=None, backend=""):
-    for t in (k, v, means, begin, end):
-        torch._check_value(t.device == q.device, lambda: f"decode: one argument is on {t.device}; q is on {q.device}")
+    _check_tensors("decode", q, k, v, means, begin, end)
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+_below_gradient = torch._C._after_autograd_keyset - _door
 
 
 class _Attention(torch.autograd.Function):
@@ -103,7 +154,8 @@ class _Attention(torch.autograd.Function):
 
 def _with_gradient(keyset, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, causal=True, scale=None,
                    return_selection=False, backend=""):
-    keyset = keyset & torch._C._after_autograd_keyset
+    _check_tensors("attention", q, k, v, cu_seqlens_q, cu_seqlens_k)  # and past the door, which would cost once more
+    keyset = keyset & _below_gradient
     arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale, return_selection,
                  backend)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

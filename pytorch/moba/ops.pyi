@@ -4,8 +4,9 @@
 strides, `Hq % Hkv == 0`. `cu_seqlens_q`, `cu_seqlens_k`: int32 `[sequences + 1]`, from 0, never decreasing, to Tq and Tk;
 queries are the last of their keys. `top_k` blocks of `block_size` tokens a query, its own included; as many as there are, or
 more, is dense attention. Selections are int32 `[Hq, Tq, min(top_k, ceil(Tk / block_size))]`: block numbers within the
-sequence, ascending, padded with -1. Raise ValueError naming the argument, what was expected and what came. Results are
-bit-identical on every run and for any number of threads, so torch.use_deterministic_algorithms has nothing to change.
+sequence, ascending, padded with -1. Raise TypeError (of a dtype) or ValueError naming the argument, what was expected and what
+came. Results are bit-identical on every run and for any number of threads, so torch.use_deterministic_algorithms has
+nothing to change.
 """
 
 from torch import Tensor

@@ -23,17 +23,18 @@ def seen_keys(selection, position, keys, block_size):
     return chosen & (torch.arange(keys) <= position[:, None])
 
 
-def dense_given(q, k, v, selection, cu_q, cu_k, block_size, scale=None):
-    """Attention in float64 over the selected blocks, causal; differentiable."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+def dense_given(q, k, v, selection, rows, cu_q, cu_k, block_size):
+    """Attention in float64 of these packed rows of q over the selected blocks, causal; out [rows, H, D], differentiable, and
+    lse [H, rows]."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    pieces = []
+    outs, lses = [], []
     for q0, q1, k0, k1 in zip(cu_q.tolist(), cu_q[1:].tolist(), cu_k.tolist(), cu_k[1:].tolist()):
-        position = torch.arange(k1 - k0 - (q1 - q0), k1 - k0)
-        mask = seen_keys(selection[:, q0:q1], position, k1 - k0, block_size)
-        logits = torch.einsum("qhd,khd->hqk", q[q0:q1], k[k0:k1]) * scale
-        weights = logits.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
-        pieces.append(torch.einsum("hqk,khd->qhd", weights, v[k0:k1]))
-    return torch.cat(pieces)
+        here = rows[(rows >= q0) & (rows < q1)]
+        mask = seen_keys(selection[:, here], here - q1 + (k1 - k0), k1 - k0, block_size)
+        logits = torch.einsum("qhd,khd->hqk", q[here], k[k0:k1]) * q.shape[2] ** -0.5
+        logits = logits.masked_fill(~mask, -torch.inf)
+        outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1).nan_to_num(0.0), v[k0:k1]))
+        lses.append(logits.logsumexp(-1))
+    return torch.cat(outs), torch.cat(lses, 1)

@@ -21,9 +21,6 @@ def ints(*values, dtype=torch.int32):
 
 
 WRONG = {
-    "k of another dtype": ({"k": torch.randn(16, 2, 16).bfloat16()}, "k is bf16; q is f32"),
-    "v of another dtype": ({"v": torch.randn(16, 2, 16).double()}, "v is f64"),
-    "integers": ({"q": torch.ones(16, 4, 16, dtype=torch.long)}, "q is Long"),
     "heads that do not divide": ({"k": torch.randn(16, 3, 16), "v": torch.randn(16, 3, 16)}, "k has 3 heads"),
     "no heads": ({"k": torch.randn(16, 0, 16), "v": torch.randn(16, 0, 16)}, "k has sizes"),
     "another head_dim": ({"k": torch.randn(16, 2, 8)}, "head_dim 8"),
@@ -36,7 +33,6 @@ WRONG = {
     "offsets from 1": ({"cu_seqlens_q": ints(1, 10, 16)}, "starts at 1"),
     "offsets past the end": ({"cu_seqlens_k": ints(0, 10, 17)}, "ends at 17"),
     "offsets short of the end": ({"cu_seqlens_k": ints(0, 10, 15)}, "ends at 15"),
-    "offsets of int64": ({"cu_seqlens_q": ints(0, 10, 16, dtype=torch.int64)}, "cu_seqlens_q is Long"),
     "no offsets": ({"cu_seqlens_q": ints(), "cu_seqlens_k": ints()}, "empty"),
     "offsets in a square": ({"cu_seqlens_q": torch.zeros(2, 2, dtype=torch.int32)}, "cu_seqlens_q"),
     "block size 0": ({"block_size": 0}, "block_size is 0"),
@@ -48,11 +44,66 @@ WRONG = {
 }
 
 
+WRONG_TYPES = {
+    "k of another dtype": ({"k": torch.randn(16, 2, 16).bfloat16()}, "k is torch.bfloat16; q is torch.float32"),
+    "v of another dtype": ({"v": torch.randn(16, 2, 16).double()}, "v is torch.float64; q is torch.float32"),
+    "integers": ({"q": torch.ones(16, 4, 16, dtype=torch.long)}, "q is torch.int64; one of torch.float32"),
+    "integers everywhere": ({name: torch.ones(16, 2, 16, dtype=torch.int8) for name in "qkv"}, "q is torch.int8"),
+    "complex numbers": ({"q": torch.ones(16, 4, 16, dtype=torch.complex64)}, "q is torch.complex64"),
+    "offsets of int64": ({"cu_seqlens_q": ints(0, 10, 16, dtype=torch.int64)}, "cu_seqlens_q is torch.int64; torch.int32"),
+    "offsets of floats": ({"cu_seqlens_k": torch.tensor([0.0, 10, 16])}, "cu_seqlens_k is torch.float32; torch.int32"),
+}
+
+
+def modes_of_calling():
+    """As it is called: for a gradient, without one, and traced."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return {
+        "gradient": lambda call: ops.attention(**call | {"q": call["q"].requires_grad_(call["q"].is_floating_point())}),
+        "inference": torch.inference_mode()(lambda call: ops.attention(**call)),
+        "fake": lambda call: fake(FakeTensorMode(), call),
+        "meta": lambda call: ops.attention(**{k: v.to("meta") if torch.is_tensor(v) else v for k, v in call.items()}),
+    }
+
+
+def fake(mode, call):
+    with mode:
+        return ops.attention(**{k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in call.items()})
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_the_operator_names_what_is_wrong(name):
     change, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         ops.attention(**(good() | change))
+
+
+@pytest.mark.parametrize("mode", modes_of_calling())
+@pytest.mark.parametrize("name", WRONG_TYPES)
+def test_wrong_types_are_type_errors_however_it_is_called(name, mode):
+    change, message = WRONG_TYPES[name]
+    with pytest.raises(TypeError, match=f"^attention: {message}"):
+        modes_of_calling()[mode](good() | change)
+    modes_of_calling()[mode](good())
+
+
+def test_wrong_types_of_the_other_operators():
+    q, k, v, cu, _ = batch([16])
+    out, lse, selection = ops.attention(q, k, v, cu, cu, 4, 2, return_selection=True)
+    backward = dict(d_out=out, q=q, k=k, v=v, out=out, lse=lse, selection=selection, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    ops.attention_backward(**backward, block_size=4, top_k=2)
+    for name, given in backward.items():
+        wrong = given.half() if given.is_floating_point() else given.long()
+        with pytest.raises(TypeError, match=f"^attention_backward: {'d_out' if name == 'q' else name} is torch"):
+            ops.attention_backward(**(backward | {name: wrong}), block_size=4, top_k=2)
+    with pytest.raises(TypeError, match="^select: cu_seqlens_k is torch.int64"):
+        ops.select(q, k, cu, cu.long(), 4, 2)
+
+
+def test_integers_have_no_gradient():
+    with pytest.raises(RuntimeError, match="floating point"):
+        torch.ones(16, 4, 16, dtype=torch.long).requires_grad_()
 
 
 def test_another_device():
@@ -207,11 +258,30 @@ def fuzzed(rng):
     return call
 
 
+def outcome(call):
+    """The type of the exception, or the shapes and dtypes of the results."""
+    try:
+        return [(t.shape, t.dtype) for t in ops.attention(**call)]
+    except Exception as error:
+        return type(error)
+
+
+def check_traced(call, real):
+    """Traced, values are not seen; all else is refused alike, and what is answered has the shapes that were promised."""
+    traced = outcome({name: t.to("meta") if torch.is_tensor(t) else t for name, t in call.items()})
+    if traced is TypeError or real is TypeError or isinstance(real, list):
+        assert traced == real, (call, traced, real)
+    else:
+        assert isinstance(traced, list) or issubclass(traced, (ValueError, NotImplementedError, RuntimeError)), traced
+
+
 def test_twenty_thousand_argument_sets():
     rng = random.Random(5)
     answered = refused = 0
     for i in range(20_000):
         call = fuzzed(rng)
+        if i % 8 == 0 and not any(torch.is_tensor(t) and t.is_meta for t in call.values()):
+            check_traced(call, outcome(call))
         try:
             out, lse, _ = ops.attention(**call)
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -257,13 +327,10 @@ def cached():
         ({"end": ints(10, 7)}, "begin and end of sequence 0 are 0 and 10"),
         ({"begin": ints(-1, 2)}, "-1 and 9"),
         ({"begin": ints(0)}, "begin and end have 1 and 2 entries"),
-        ({"end": ints(9, 7, dtype=torch.int64)}, "end is Long"),
         ({"means": torch.randn(2, 1, 2, 16)}, "means has sizes"),
-        ({"means": torch.randn(2, 2, 2, 16).half()}, "means is f16"),
         ({"k": torch.randn(3, 9, 2, 16)}, "k has sizes"),
         ({"v": torch.randn(2, 9, 2, 8)}, "v has sizes"),
         ({"k": torch.randn(2, 9, 3, 16), "v": torch.randn(2, 9, 3, 16)}, "k has 3 heads"),
-        ({"q": torch.randn(2, 4, 16).bfloat16()}, "k is f32; q is bf16"),
         ({"q": torch.randn(1, 4, 16)}, "k has sizes"),
         ({"q": torch.randn(4, 16)}, "q has sizes"),
         ({"block_size": 0}, "block_size is 0"),
@@ -274,6 +341,19 @@ def cached():
 def test_the_door_of_decode(change, message):
     ops.decode(**cached())
     with pytest.raises(ValueError, match=message):
+        ops.decode(**(cached() | change))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"end": ints(9, 7, dtype=torch.int64)}, "end is torch.int64; torch.int32"),
+        ({"means": torch.randn(2, 2, 2, 16).half()}, "means is torch.float16; torch.float32"),
+        ({"q": torch.randn(2, 4, 16).bfloat16()}, "k is torch.float32; q is torch.bfloat16"),
+    ],
+)
+def test_wrong_types_at_the_door_of_decode(change, message):
+    with pytest.raises(TypeError, match=f"^decode: {message}"):
         ops.decode(**(cached() | change))
 
 
