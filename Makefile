@@ -4,9 +4,9 @@ SHELL := bash
 .DEFAULT_GOAL := help
 JOBS ?= $(shell nproc)
 PYTHON := .venv/bin/python
-SOURCES = git ls-files '*.h' '*.cpp'
+SOURCES = git ls-files '*.h' '*.cpp' '*.cu'
 
-.PHONY: help setup build python demo test test-cpp test-asan test-tsan test-python test-long neon bench format lint install-test clean
+.PHONY: help setup build python demo test test-cpp test-asan test-tsan test-python test-long cuda neon bench format lint install-test clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | \
@@ -46,6 +46,10 @@ test-python: test-cpp python  ## the Python tests, on the optimised build
 
 test-long: test-cpp  ## tens of thousands of generated cases more
 	MOBA_TEST_CASES=2000 ctest --test-dir build/release --output-on-failure --progress -j$(JOBS) -R Agreement
+
+cuda: setup  ## the CUDA backend with nvcc, no GPU needed; says what registers its kernels take
+	@cmake --preset cuda --log-level=ERROR >/dev/null
+	cmake --build build/cuda -j$(JOBS)
 
 neon: setup  ## the kernels compile for Arm (needs Debian's g++-aarch64-linux-gnu)
 	tools/check_neon.sh

@@ -18,11 +18,11 @@ void run(std::string_view function, const Problem& problem, const Means* cached,
   const Backend& backend = choose_backend(execution.backend, problem, function);
   const Parallel parallel = execution.parallel.run ? execution.parallel : openmp();
   Scratch scratch(execution.scratch);
-  Resources resources{parallel, scratch, execution.workspace_bytes};
+  const std::size_t budget = execution.workspace_bytes.value_or(kHostWorkspace);
+  Resources resources{parallel, scratch, budget};
   Profile profile;
 
-  for (const HeadGroup& heads :
-       groups_within(function, backend, problem, parallel.threads, execution.workspace_bytes)) {
+  for (const HeadGroup& heads : groups_within(function, backend, problem, parallel.threads, budget)) {
     const Means computed = timed(&Profile::centroids, profile, [&] {
       return cached != nullptr || !problem.needs_scores()
                  ? Means{}
@@ -49,7 +49,7 @@ void run_decode(const Problem& problem, const Means& means, const Outputs& outpu
   const Backend& backend = choose_backend(execution.backend, problem, "decode");
   const Parallel parallel = execution.parallel.run ? execution.parallel : openmp();
   Scratch scratch(execution.scratch);
-  Resources resources{parallel, scratch, execution.workspace_bytes};
+  Resources resources{parallel, scratch, execution.workspace_bytes.value_or(kHostWorkspace)};
   Profile profile;
   timed(&Profile::attend, profile, [&] { backend.decode(problem, means, outputs, resources); });
   add_profile(execution, profile, scratch);
@@ -63,6 +63,8 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequence
   check_outputs("attention", q, outputs);
   check_apart_from_keys("attention", outputs, k, v);
   check_execution("attention", execution);
+  if (const DeviceFlow* device = device_flow("attention", q, execution))
+    return device->attention("attention", q, k, v, batch_of(sequences), routing, outputs, execution);
   run("attention", make_problem(q, k, v, sequences, routing), nullptr, outputs, execution);
 }
 
@@ -72,6 +74,10 @@ void select_blocks(const Tensor& q, const Tensor& k, const Sequences& sequences,
   check_execution("select_blocks", execution);
   if (selection == nullptr)
     throw Error("select_blocks: selection is null; [Hq, Tq, selection_width()] int32 is needed");
+  if (const DeviceFlow* device = device_flow("select_blocks", q, execution)) {
+    return device->attention("select_blocks", q, k, k, batch_of(sequences), routing, {.selection = selection},
+                             execution);
+  }
   run("select_blocks", make_problem(q, k, k, sequences, routing), nullptr, {.selection = selection},
       execution);
 }

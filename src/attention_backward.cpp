@@ -16,12 +16,12 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
   const Backend& backend = choose_backend(execution.backend, problem, function);
   const Parallel parallel = execution.parallel.run ? execution.parallel : openmp();
   Scratch scratch(execution.scratch);
-  Resources resources{parallel, scratch, execution.workspace_bytes};
+  const std::size_t budget = execution.workspace_bytes.value_or(kHostWorkspace);
+  Resources resources{parallel, scratch, budget};
   const Backward backward{d_out, saved.out, saved.lse, gradients};
   Profile profile;
 
-  for (const Group& group :
-       head_groups_within(function, backend, problem, parallel.threads, execution.workspace_bytes)) {
+  for (const Group& group : head_groups_within(function, backend, problem, parallel.threads, budget)) {
     const auto select = [&] {
       if (saved.selection != nullptr)
         return read_selection(function, problem, group, saved.selection, scratch);

@@ -4,6 +4,7 @@
 #include <string>
 #include <string_view>
 
+#include "moba/cuda.h"
 #include "problem.h"
 
 namespace moba {
@@ -23,36 +24,70 @@ struct Resources {
   std::size_t budget;
 };
 
+/// The sequences of a call on a device: their starts, wherever they are.
+struct DeviceBatch {
+  const std::int32_t *q_starts = nullptr, *k_starts = nullptr;  // [count + 1]
+  std::int64_t count = 0;
+  std::int64_t longest = 0;  // no fewer than the keys of any sequence
+  bool on_device = false;    // the starts; on the host they are read before the call returns
+};
+
+/// A backend on a device walks the stages itself, on its stream and without waiting for it: sizes that only
+/// the device knows never come back. Checks what it cannot solve before it launches anything.
+struct DeviceFlow {
+  /// Without `outputs.out`, the routing alone.
+  void (*attention)(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
+                    const DeviceBatch& batch, const Routing& routing, const Outputs& outputs,
+                    const Execution& execution);
+};
+
 /// One implementation of the six stages. The reference, CPU and CUDA tables are all there are;
 /// `choose_backend` picks.
 struct Backend {
   std::string_view name;
+  /// Why this build cannot run it; empty when it can.
+  std::string_view missing{};
+  /// Set: the flow of a device, and nothing below.
+  const DeviceFlow* device = nullptr;
   /// Why this backend cannot solve the problem; empty when it can.
-  std::string (*refuses)(const Problem& problem);
+  std::string (*refuses)(const Problem& problem) = nullptr;
   /// Scratch bytes that the stages below take for a group of this shape.
-  std::size_t (*workspace)(const Problem& problem, const Group& group, int threads);
+  std::size_t (*workspace)(const Problem& problem, const Group& group, int threads) = nullptr;
 
-  Means (*centroids)(const Problem& problem, std::int64_t head0, std::int64_t head1, Resources& resources);
-  Selection (*gate)(const Problem& problem, const Means& means, const Group& group, Resources& resources);
-  Plan (*plan)(const Problem& problem, const Selection& selection, Resources& resources);
+  Means (*centroids)(const Problem& problem, std::int64_t head0, std::int64_t head1,
+                     Resources& resources) = nullptr;
+  Selection (*gate)(const Problem& problem, const Means& means, const Group& group,
+                    Resources& resources) = nullptr;
+  Plan (*plan)(const Problem& problem, const Selection& selection, Resources& resources) = nullptr;
   void (*attend)(const Problem& problem, const Selection& selection, const Plan& plan, const Outputs& outputs,
-                 Resources& resources);
+                 Resources& resources) = nullptr;
   /// The same with the ranges that `attend_backward` wants.
-  Plan (*plan_backward)(const Problem& problem, const Selection& selection, Resources& resources);
+  Plan (*plan_backward)(const Problem& problem, const Selection& selection, Resources& resources) = nullptr;
   /// Adds nothing: writes dq of the group's queries and heads, and dk, dv of the group's heads. The group
   /// spans all tokens.
   void (*attend_backward)(const Problem& problem, const Selection& selection, const Plan& plan,
-                          const Backward& backward, Resources& resources);
-  std::size_t (*workspace_backward)(const Problem& problem, const Group& group, int threads);
+                          const Backward& backward, Resources& resources) = nullptr;
+  std::size_t (*workspace_backward)(const Problem& problem, const Group& group, int threads) = nullptr;
   /// One query a sequence; `means` are the cache's.
-  void (*decode)(const Problem& problem, const Means& means, const Outputs& outputs, Resources& resources);
+  void (*decode)(const Problem& problem, const Means& means, const Outputs& outputs,
+                 Resources& resources) = nullptr;
 };
 
 extern const Backend reference_backend;
 extern const Backend cpu_backend;
+extern const Backend cuda_backend;
 
-/// The backend of that name, or by MOBA_BACKEND, or the default. Throws Error naming `function` when there is
-/// none, or when it refuses the problem.
+/// Scratch memory of a host backend, unless told otherwise.
+constexpr std::size_t kHostWorkspace = std::size_t{256} << 20;
+
+/// The backend of that name, or by MOBA_BACKEND, or the default of the device. Throws Error naming `function`
+/// when there is none.
+const Backend& named_backend(const std::string& name, Device device, std::string_view function);
+/// The flow of that backend when it is one on a device.
+const DeviceFlow* device_flow(std::string_view function, const Tensor& q, const Execution& execution);
+DeviceBatch batch_of(const Sequences& sequences);
+
+/// The same for a problem on the host. Throws also when the backend refuses it.
 const Backend& choose_backend(const std::string& name, const Problem& problem, std::string_view function);
 
 }  // namespace moba

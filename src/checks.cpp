@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -62,10 +63,28 @@ bool span_of(const Tensor& t, Span& span) {
   return !overflow;
 }
 
+/// Whether the two are different columns of one matrix with a token in each row, as q, k and v are that come
+/// out of one product. Both have spans.
+bool are_apart_in_rows(const Tensor& a, const Tensor& b) {
+  const std::int64_t row = a.strides[0];
+  if (a.dtype != b.dtype || row <= 0 || b.strides[0] != row) return false;
+  const auto width_of = [](const Tensor& t) {
+    return t.strides[1] < 0 ? std::numeric_limits<std::int64_t>::max()
+                            : (t.sizes[1] - 1) * t.strides[1] + t.sizes[2];
+  };
+  const auto size = static_cast<std::int64_t>(size_of(a.dtype)), bytes = row * size;
+  const std::int64_t distance = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(b.data) -
+                                                          reinterpret_cast<std::uintptr_t>(a.data));
+  const std::int64_t column = (distance % bytes + bytes) % bytes;
+  return width_of(a) <= row && width_of(b) <= row && column >= width_of(a) * size &&
+         column <= bytes - width_of(b) * size;
+}
+
 bool share_memory(const Tensor& a, const Tensor& b) {
   if (is_empty(a) || is_empty(b)) return false;
   Span in_a, in_b;
   if (!span_of(a, in_a) || !span_of(b, in_b)) return true;
+  if (are_apart_in_rows(a, b)) return false;
   const auto at_a = reinterpret_cast<std::uintptr_t>(a.data), at_b = reinterpret_cast<std::uintptr_t>(b.data);
   return at_a + static_cast<std::uintptr_t>(in_a.begin) < at_b + static_cast<std::uintptr_t>(in_b.end) &&
          at_b + static_cast<std::uintptr_t>(in_b.begin) < at_a + static_cast<std::uintptr_t>(in_a.end);
@@ -173,8 +192,9 @@ void check_new(std::string_view function, const char* name, const Tensor& t, con
 
 }  // namespace
 
-void check_attention(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
-                     const Sequences& sequences, const Routing& routing) {
+namespace {
+
+void check_tensors(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v) {
   check_view(function, "q", q);
   check_view(function, "k", k);
   check_view(function, "v", v);
@@ -182,6 +202,27 @@ void check_attention(std::string_view function, const Tensor& q, const Tensor& k
   check_heads(function, q.sizes[1], "k", k.sizes[1]);
   if (k.sizes[2] != q.sizes[2]) refuse(function, "k has head_dim ", k.sizes[2], "; q has ", q.sizes[2]);
   check_same_shape(function, "v", v, "k", k);
+}
+
+}  // namespace
+
+void check_attention(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const DeviceSequences& sequences, const Routing& routing) {
+  check_tensors(function, q, k, v);
+  if (sequences.count < 0)
+    refuse(function, "sequences.count is ", sequences.count, "; at least 0 is expected");
+  if (sequences.count > 0 && (sequences.q == nullptr || sequences.k == nullptr))
+    refuse(function, "sequences.", sequences.q == nullptr ? "q" : "k", " is null; [", sequences.count,
+           " + 1] int32 on the device is expected");
+  if (sequences.longest < 0 || sequences.longest > std::numeric_limits<std::int32_t>::max())
+    refuse(function, "sequences.longest is ", sequences.longest, "; 0 to ",
+           std::numeric_limits<std::int32_t>::max(), " are expected");
+  check_routing(function, routing);
+}
+
+void check_attention(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const Sequences& sequences, const Routing& routing) {
+  check_tensors(function, q, k, v);
   if (sequences.q.empty()) refuse(function, "sequences.q is empty; it starts with 0");
   if (sequences.q.size() != sequences.k.size())
     refuse(function, "sequences.k has ", sequences.k.size(), " entries; sequences.q has ",
@@ -230,8 +271,8 @@ void check_execution(std::string_view function, const Execution& execution) {
   if (static_cast<bool>(scratch.allocate) != static_cast<bool>(scratch.release))
     refuse(function, "scratch has only ", scratch.allocate ? "allocate" : "release",
            "; allocate and release go together");
-  if (execution.workspace_bytes == 0)
-    refuse(function, "workspace_bytes is 0; the default is ", Execution().workspace_bytes);
+  if (execution.workspace_bytes == std::size_t{0})
+    refuse(function, "workspace_bytes is 0; leave it unset for the default");
 }
 
 void check_backward(std::string_view function, const Tensor& d_out, const Tensor& q, const Tensor& k,

@@ -4,6 +4,7 @@
 #include <string_view>
 
 #include "moba/cache.h"
+#include "moba/cuda.h"
 
 /// The door: every public function checks its arguments here before it does or writes anything. All throw
 /// Error.
@@ -13,6 +14,9 @@ namespace moba {
 /// walk.
 void check_attention(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
                      const Sequences& sequences, const Routing& routing);
+/// The same but for the sequences, whose starts only the device can read.
+void check_attention(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const DeviceSequences& sequences, const Routing& routing);
 void check_routing(std::string_view function, const Routing& routing);
 void check_outputs(std::string_view function, const Tensor& q, const Outputs& outputs);
 /// On top of check_outputs: out shares no memory with keys and values that the caller owns.

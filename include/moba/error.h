@@ -12,4 +12,11 @@ class Error : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+/// A device failed a call whose arguments were right: no memory, no launch. What the call writes is
+/// undefined.
+class DeviceError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 }  // namespace moba

@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 
 #include "moba/export.h"
@@ -34,7 +35,8 @@ struct Allocator {
   std::function<void(void* memory, std::size_t bytes)> release{};
 };
 
-/// Seconds spent in each stage, summed over head groups, and the most scratch memory held at once.
+/// Seconds spent in each stage, summed over head groups, and the most scratch memory held at once. On CUDA
+/// the latter alone: nobody waits for the device to read a clock.
 struct Profile {
   double centroids = 0, gate = 0, plan = 0, attend = 0;
   std::size_t workspace_bytes = 0;
@@ -50,8 +52,8 @@ struct Execution {
   Parallel parallel{};
   Allocator scratch{};
   /// Scratch memory is kept below this many bytes; long inputs with many heads are then worked through in
-  /// groups.
-  std::size_t workspace_bytes = std::size_t{256} << 20;
+  /// groups. Unset: 256 MiB, on CUDA 1 GiB.
+  std::optional<std::size_t> workspace_bytes{};
   /// The CUDA stream, as a cudaStream_t.
   void* stream = nullptr;
   /// Where to add up what the call cost, if anybody asks.

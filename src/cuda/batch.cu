@@ -1,0 +1,85 @@
+// What kernels need to know of the sequences beside where they start.
+#include <algorithm>
+
+#include "cuda/stages.h"
+#include "cuda/tile/scan.h"
+
+namespace moba::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+/// A launch may carry 4 KiB.
+constexpr int kWordsOfALaunch = 960;
+
+struct UploadParams {
+  std::int32_t* to;
+  std::int32_t count;
+  std::int32_t words[kWordsOfALaunch];
+};
+
+MOBA_KERNEL(kThreads, 1) upload_kernel(MOBA_PARAMETER UploadParams p) {
+  for (int i = ptx::thread(); i < p.count; i += kThreads) p.to[i] = p.words[i];
+}
+
+struct LayOutParams {
+  Batch batch;
+  std::int64_t block_size, group;
+  std::int32_t token0, token1;
+  std::int32_t *block_starts, *tile_starts;  // [sequences + 1]
+};
+
+MOBA_KERNEL(kThreads, 1) lay_out_kernel(MOBA_PARAMETER LayOutParams p) {
+  auto* sums = reinterpret_cast<std::int32_t*>(ptx::shared());
+  std::int32_t blocks_before = 0, tiles_before = 0;
+  for (std::int32_t first = 0; first < p.batch.sequences; first += kThreads) {
+    const std::int32_t s = first + ptx::thread();
+    std::int32_t blocks = 0, tiles = 0;
+    if (s < p.batch.sequences) {
+      const Stretch queries = queries_of(p.batch, s, p.token0, p.token1);
+      blocks =
+          static_cast<std::int32_t>(divide_up(p.batch.k_starts[s + 1] - p.batch.k_starts[s], p.block_size));
+      tiles = static_cast<std::int32_t>(divide_up((queries.end - queries.begin) * p.group, kTileRows));
+    }
+    const auto scanned_blocks = tile::scan<kThreads>(blocks, sums);
+    const auto scanned_tiles = tile::scan<kThreads>(tiles, sums);
+    if (s < p.batch.sequences) {
+      p.block_starts[s] = blocks_before + scanned_blocks.before;
+      p.tile_starts[s] = tiles_before + scanned_tiles.before;
+    }
+    blocks_before += scanned_blocks.total;
+    tiles_before += scanned_tiles.total;
+  }
+  if (ptx::thread() == 0) {
+    p.block_starts[p.batch.sequences] = blocks_before;
+    p.tile_starts[p.batch.sequences] = tiles_before;
+  }
+}
+
+}  // namespace
+
+void upload(Queue& queue, const std::int32_t* from, std::int64_t count, std::int32_t* to) {
+  for (std::int64_t done = 0; done < count; done += kWordsOfALaunch) {
+    UploadParams params{
+        .to = to + done,
+        .count = static_cast<std::int32_t>(std::min<std::int64_t>(kWordsOfALaunch, count - done)),
+        .words = {}};
+    std::copy_n(from + done, params.count, params.words);
+    queue.launch("upload", upload_kernel, {}, kThreads, 0, params);
+  }
+}
+
+void lay_out(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+             std::int32_t* block_starts, std::int32_t* tile_starts) {
+  const LayOutParams params{.batch = batch,
+                            .block_size = task.routing.block_size,
+                            .group = task.group,
+                            .token0 = static_cast<std::int32_t>(part.token0),
+                            .token1 = static_cast<std::int32_t>(part.token1),
+                            .block_starts = block_starts,
+                            .tile_starts = tile_starts};
+  queue.launch("lay_out", lay_out_kernel, {}, kThreads, kThreads / ptx::kLanes * sizeof(std::int32_t),
+               params);
+}
+
+}  // namespace moba::cuda

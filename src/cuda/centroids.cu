@@ -1,0 +1,98 @@
+// Block means, in one pass over the keys: a block of threads for every block and head.
+#include "cuda/ptx/barrier.h"
+#include "cuda/ptx/convert.h"
+#include "cuda/ptx/copy.h"
+#include "cuda/stages.h"
+
+namespace moba::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+/// Elements that a thread adds up side by side: 16 bytes.
+constexpr int kElements = 8;
+
+template <typename T>
+struct CentroidsParams {
+  View<const T> k;
+  T* means;  // [heads, most_blocks, D]
+  Batch batch;
+  std::int64_t block_size, most_blocks, head0;
+};
+
+template <typename T>
+MOBA_DEVICE void add(float (&sum)[kElements], const ptx::Vector& v) {
+  const std::uint32_t pairs[] = {v.x, v.y, v.z, v.w};
+  MOBA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    sum[2 * i] += ptx::unpack_low<T>(pairs[i]);
+    sum[2 * i + 1] += ptx::unpack_high<T>(pairs[i]);
+  }
+}
+
+template <typename T, int head_dim>
+MOBA_KERNEL(kThreads, 8)
+centroids_kernel(MOBA_PARAMETER CentroidsParams<T> p) {
+  constexpr int kColumns = head_dim / kElements, kRows = kThreads / kColumns;
+  constexpr int kUnroll = 8;
+  const auto packed = static_cast<std::int32_t>(ptx::block_x());
+  const std::int64_t head = ptx::block_y();
+  const std::int32_t* starts = p.batch.block_starts;
+  if (packed >= starts[p.batch.sequences]) return;
+  const std::int32_t sequence = sequence_of(starts, p.batch.sequences, packed);
+  const std::int32_t first_key = p.batch.k_starts[sequence];
+  const Stretch keys =
+      keys_of(packed - starts[sequence], p.block_size, p.batch.k_starts[sequence + 1] - first_key);
+
+  const int column = ptx::thread() % kColumns, row = ptx::thread() / kColumns;
+  float sum[kElements] = {};
+  if (row < kRows) {
+    const T* from = p.k.row(first_key, p.head0 + head) + column * kElements;
+    std::int32_t key = keys.begin + row;
+    for (; key + (kUnroll - 1) * kRows < keys.end; key += kUnroll * kRows) {
+      ptx::Vector loaded[kUnroll];
+      MOBA_UNROLL
+      for (int i = 0; i < kUnroll; ++i)
+        loaded[i] = ptx::load_streaming(from + (key + i * kRows) * p.k.token_stride);
+      MOBA_UNROLL
+      for (int i = 0; i < kUnroll; ++i) add<T>(sum, loaded[i]);
+    }
+    for (; key < keys.end; key += kRows) add<T>(sum, ptx::load_streaming(from + key * p.k.token_stride));
+  }
+
+  // The threads' sums meet in the order of their rows.
+  auto* sums = reinterpret_cast<float*>(ptx::shared());  // [kRows, D]
+  if (row < kRows) {
+    MOBA_UNROLL
+    for (int i = 0; i < kElements; ++i) sums[row * head_dim + column * kElements + i] = sum[i];
+  }
+  ptx::barrier();
+  const float count = static_cast<float>(keys.end - keys.begin);
+  auto* mean = reinterpret_cast<std::uint32_t*>(p.means + mean_offset(head, p.most_blocks, packed, head_dim));
+  for (int pair = ptx::thread(); pair < head_dim / 2; pair += kThreads) {
+    float low = 0, high = 0;
+    MOBA_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      low += sums[r * head_dim + 2 * pair];
+      high += sums[r * head_dim + 2 * pair + 1];
+    }
+    mean[pair] = ptx::pack<T>(low / count, high / count);
+  }
+}
+
+}  // namespace
+
+void centroids(Queue& queue, const Task& task, const Group& part, const Batch& batch, void* means) {
+  with_type(task, [&]<typename T, int head_dim>() {
+    constexpr int kRows = kThreads / (head_dim / kElements);
+    const CentroidsParams<T> params{.k = view_of<const T>(task.k),
+                                    .means = static_cast<T*>(means),
+                                    .batch = batch,
+                                    .block_size = task.routing.block_size,
+                                    .most_blocks = task.most_blocks(),
+                                    .head0 = part.head0};
+    queue.launch("centroids", centroids_kernel<T, head_dim>, {task.most_blocks(), part.heads()}, kThreads,
+                 kRows * head_dim * sizeof(float), params);
+  });
+}
+
+}  // namespace moba::cuda

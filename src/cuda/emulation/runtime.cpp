@@ -1,0 +1,42 @@
+// The runtime of a device that is not there: memory is the host's, and a launch has ended when it returns.
+#include "cuda/runtime.h"
+
+#include <cstring>
+#include <new>
+
+#include "moba/error.h"
+
+namespace moba::cuda {
+
+Hardware current_hardware(std::string_view) {
+  return {.multiprocessors = 2, .capability = 80, .shared_bytes = 99 << 10};
+}
+
+bool is_on_device(const void*) {
+  return true;
+}
+
+void Queue::check_grid(const char*, Grid) const {}
+
+void Queue::fill(void* to, int value, std::size_t bytes) {
+  std::memset(to, value, bytes);
+}
+
+std::byte* Queue::allocate(std::size_t bytes) {
+  void* memory = scratch_->allocate ? scratch_->allocate(bytes)
+                                    : ::operator new (bytes, std::align_val_t{Carver::kAlignment});
+  if (memory == nullptr)
+    throw DeviceError(function_ + ": scratch gave no memory for " + std::to_string(bytes) + " bytes");
+  std::memset(memory, 0xFF, bytes);  // as NaN, so that reading before writing shows
+  return static_cast<std::byte*>(memory);
+}
+
+void Queue::release(std::byte* memory, std::size_t bytes) noexcept {
+  if (scratch_->release) {
+    scratch_->release(memory, bytes);
+  } else {
+    ::operator delete (memory, std::align_val_t{Carver::kAlignment});
+  }
+}
+
+}  // namespace moba::cuda

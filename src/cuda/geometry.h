@@ -1,0 +1,75 @@
+#pragma once
+
+#include "cuda/ptx/device.h"
+
+/// Where things lie, as kernels see it. Tokens, positions and block numbers of a sequence fit 32 bits;
+/// everything that is multiplied by heads, by D or by a stride is 64 bits wide.
+namespace moba::cuda {
+
+/// Rows of a query tile: of `attend`'s own items and of the gate's.
+constexpr int kTileRows = 128;
+
+MOBA_BOTH constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+  return a / b + (a % b != 0 ? 1 : 0);
+}
+
+/// A tensor [tokens, heads, D].
+template <typename T>
+struct View {
+  T* data = nullptr;
+  std::int64_t token_stride = 0, head_stride = 0;  // elements
+
+  MOBA_BOTH T* row(std::int64_t token, std::int64_t head) const {
+    return data + token * token_stride + head * head_stride;
+  }
+};
+
+/// The packed sequences. Every array has `sequences` + 1 entries, from 0.
+struct Batch {
+  std::int32_t sequences = 0;
+  const std::int32_t* q_starts = nullptr;      // queries before each sequence
+  const std::int32_t* k_starts = nullptr;      // keys
+  const std::int32_t* block_starts = nullptr;  // blocks: block j of sequence s is packed block
+                                               // block_starts[s] + j
+  const std::int32_t* tile_starts = nullptr;   // query tiles of the group of tokens that is worked on
+};
+
+/// The sequence that item `index` belongs to: the last whose start is not behind it.
+MOBA_BOTH std::int32_t sequence_of(const std::int32_t* starts, std::int32_t sequences, std::int32_t index) {
+  std::int32_t low = 0, high = sequences - 1;
+  while (low < high) {
+    const std::int32_t middle = low + (high - low + 1) / 2;
+    if (starts[middle] <= index) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+/// Keys [begin, end) of a block, counted in its sequence.
+struct Stretch {
+  std::int32_t begin = 0, end = 0;
+};
+
+MOBA_BOTH Stretch keys_of(std::int32_t block, std::int64_t block_size, std::int32_t keys) {
+  const std::int64_t begin = block * block_size, end = begin + block_size;
+  return {static_cast<std::int32_t>(begin), static_cast<std::int32_t>(end < keys ? end : keys)};
+}
+
+/// The queries of one sequence that belong to the packed tokens [token0, token1), counted in the sequence.
+MOBA_BOTH Stretch queries_of(const Batch& batch, std::int32_t sequence, std::int32_t token0,
+                             std::int32_t token1) {
+  const std::int32_t begin = batch.q_starts[sequence], end = batch.q_starts[sequence + 1];
+  const std::int32_t first = token0 > begin ? token0 : begin, last = token1 < end ? token1 : end;
+  return {first - begin, last > first ? last - begin : first - begin};
+}
+
+/// The element of a mean: [heads of the group, packed blocks, D].
+MOBA_BOTH std::int64_t mean_offset(std::int64_t head, std::int64_t most_blocks, std::int64_t block,
+                                   std::int64_t head_dim) {
+  return (head * most_blocks + block) * head_dim;
+}
+
+}  // namespace moba::cuda

@@ -1,0 +1,116 @@
+#pragma once
+
+#include "cuda/ptx/device.h"
+
+#if defined(MOBA_CUDA_EMULATION)
+#include <bit>
+#include <cmath>
+
+#include "number.h"
+#endif
+
+/// Numbers: conversions between f32 and pairs of 16-bit ones, powers and logarithms to base 2.
+namespace moba::cuda::ptx {
+
+#if defined(MOBA_CUDA_EMULATION)
+
+MOBA_DEVICE std::uint32_t bits_of(float value) {
+  return std::bit_cast<std::uint32_t>(value);
+}
+MOBA_DEVICE float float_from(std::uint32_t bits) {
+  return std::bit_cast<float>(bits);
+}
+MOBA_DEVICE std::uint16_t rounded_bits(bfloat16, float value) {
+  return to_bfloat16(value).bits;
+}
+MOBA_DEVICE std::uint16_t rounded_bits(float16, float value) {
+  return to_float16(value).bits;
+}
+/// Two values rounded to T, the first in the low half.
+template <typename T>
+MOBA_DEVICE std::uint32_t pack(float low, float high) {
+  return rounded_bits(T{}, low) | static_cast<std::uint32_t>(rounded_bits(T{}, high)) << 16;
+}
+template <typename T>
+MOBA_DEVICE float unpack_low(std::uint32_t pair) {
+  return float_of(T{static_cast<std::uint16_t>(pair)});
+}
+template <typename T>
+MOBA_DEVICE float unpack_high(std::uint32_t pair) {
+  return float_of(T{static_cast<std::uint16_t>(pair >> 16)});
+}
+MOBA_DEVICE float exp2(float x) {
+  return std::exp2(x);
+}
+MOBA_DEVICE float log2(float x) {
+  return std::log2(x);
+}
+/// a * b + c, rounded once.
+MOBA_DEVICE float multiply_add(float a, float b, float c) {
+  return std::fma(a, b, c);
+}
+/// The larger; of a number and a NaN, the number.
+MOBA_DEVICE float larger(float a, float b) {
+  return std::fmax(a, b);
+}
+
+#else
+
+MOBA_DEVICE std::uint32_t bits_of(float value) {
+  return __float_as_uint(value);
+}
+MOBA_DEVICE float float_from(std::uint32_t bits) {
+  return __uint_as_float(bits);
+}
+/// Two values rounded to T, the first in the low half.
+template <typename T>
+MOBA_DEVICE std::uint32_t pack(float low, float high) {
+  std::uint32_t pair;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+MOBA_DEVICE float widen_half(std::uint16_t bits) {
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+  return value;
+}
+template <typename T>
+MOBA_DEVICE float unpack_low(std::uint32_t pair) {
+  if constexpr (std::is_same_v<T, bfloat16>) return __uint_as_float(pair << 16);
+  return widen_half(static_cast<std::uint16_t>(pair));
+}
+template <typename T>
+MOBA_DEVICE float unpack_high(std::uint32_t pair) {
+  if constexpr (std::is_same_v<T, bfloat16>) return __uint_as_float(pair & 0xFFFF0000U);
+  return widen_half(static_cast<std::uint16_t>(pair >> 16));
+}
+MOBA_DEVICE float exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+MOBA_DEVICE float log2(float x) {
+  float result;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+/// a * b + c, rounded once.
+MOBA_DEVICE float multiply_add(float a, float b, float c) {
+  return __fmaf_rn(a, b, c);
+}
+/// The larger; of a number and a NaN, the number.
+MOBA_DEVICE float larger(float a, float b) {
+  return fmaxf(a, b);
+}
+
+#endif
+
+MOBA_DEVICE float infinity() {
+  return float_from(0x7F800000U);
+}
+
+}  // namespace moba::cuda::ptx

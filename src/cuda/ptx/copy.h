@@ -1,0 +1,62 @@
+#pragma once
+
+#include "cuda/ptx/device.h"
+
+/// Copies of 16 bytes. The asynchronous ones go from global to shared memory past the registers; a thread
+/// sees its own after `copy_wait`, other threads' after a barrier behind that.
+namespace moba::cuda::ptx {
+
+struct alignas(16) Vector {
+  std::uint32_t x, y, z, w;
+};
+
+#if defined(MOBA_CUDA_EMULATION)
+
+/// To shared memory; zeros instead where not `valid`, and then `from` is not read.
+MOBA_DEVICE void copy_async(void* to, const void* from, bool valid) {
+  emulation::copy_async(to, from, valid ? 16 : 0);
+}
+/// Closes a group of the copies issued since the last.
+MOBA_DEVICE void copy_commit() {
+  emulation::copy_async_commit();
+}
+/// Waits until at most the newest `pending` groups of this thread are under way.
+template <int pending>
+MOBA_DEVICE void copy_wait() {
+  emulation::copy_async_wait(pending);
+}
+/// From global memory that is read once.
+MOBA_DEVICE Vector load_streaming(const void* from) {
+  return *static_cast<const Vector*>(from);
+}
+
+#else
+
+/// To shared memory; zeros instead where not `valid`, and then `from` is not read.
+MOBA_DEVICE void copy_async(void* to, const void* from, bool valid) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
+               : "memory");
+}
+/// Closes a group of the copies issued since the last.
+MOBA_DEVICE void copy_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+/// Waits until at most the newest `pending` groups of this thread are under way.
+template <int pending>
+MOBA_DEVICE void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+/// From global memory that is read once.
+MOBA_DEVICE Vector load_streaming(const void* from) {
+  Vector v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from));
+  return v;
+}
+
+#endif
+
+}  // namespace moba::cuda::ptx

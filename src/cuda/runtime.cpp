@@ -1,0 +1,94 @@
+#include "cuda/runtime.h"
+
+#include <cuda_runtime_api.h>
+
+#include "moba/error.h"
+
+namespace moba::cuda {
+namespace {
+
+/// Throws when a call of the runtime failed, and clears its error so that the next call does not see it.
+void require(cudaError_t status, std::string_view function, const std::string& what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();
+  throw DeviceError(std::string(function) + ": CUDA: " + what + ": " + cudaGetErrorString(status));
+}
+
+int attribute(cudaDeviceAttr which, int device, std::string_view function) {
+  int value = 0;
+  require(cudaDeviceGetAttribute(&value, which, device), function, "the device cannot be asked");
+  return value;
+}
+
+}  // namespace
+
+Hardware current_hardware(std::string_view function) {
+  int device = 0;
+  require(cudaGetDevice(&device), function, "no device can be used");
+  return {.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device, function),
+          .capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device, function) +
+                        attribute(cudaDevAttrComputeCapabilityMinor, device, function),
+          .shared_bytes =
+              static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, function))};
+}
+
+bool is_on_device(const void* pointer) {
+  cudaPointerAttributes attributes{};
+  if (cudaPointerGetAttributes(&attributes, pointer) != cudaSuccess) {
+    cudaGetLastError();
+    return false;
+  }
+  return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+}
+
+void Queue::check_grid(const char* name, Grid grid) const {
+  constexpr std::int64_t kMostX = 0x7FFFFFFF, kMostY = 65535;
+  if (grid.x > kMostX || grid.y > kMostY) {
+    throw DeviceError(function_ + ": kernel " + name + " would need " + std::to_string(grid.x) + " x " +
+                      std::to_string(grid.y) + " blocks");
+  }
+}
+
+void Queue::launch_on_stream(const char* name, const void* kernel, Grid grid, int threads, std::size_t shared,
+                             void** arguments) {
+  constexpr std::size_t kWithoutAsking = 48 << 10;
+  if (shared > kWithoutAsking) {
+    require(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+        function_,
+        std::string("kernel ") + name + " cannot have " + std::to_string(shared) + " bytes of shared memory");
+  }
+  require(cudaLaunchKernel(kernel, {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)},
+                           {static_cast<unsigned>(threads)}, arguments, shared,
+                           static_cast<cudaStream_t>(stream_)),
+          function_, std::string("kernel ") + name + " cannot be launched");
+}
+
+void Queue::fill(void* to, int value, std::size_t bytes) {
+  require(cudaMemsetAsync(to, value, bytes, static_cast<cudaStream_t>(stream_)), function_,
+          "memory cannot be set");
+}
+
+std::byte* Queue::allocate(std::size_t bytes) {
+  void* memory = nullptr;
+  if (scratch_->allocate) {
+    memory = scratch_->allocate(bytes);
+    if (memory == nullptr)
+      throw DeviceError(function_ + ": scratch gave no memory for " + std::to_string(bytes) + " bytes");
+  } else if (bytes > 0) {
+    require(cudaMallocAsync(&memory, bytes, static_cast<cudaStream_t>(stream_)), function_,
+            "no " + std::to_string(bytes) + " bytes of device memory");
+  }
+  return static_cast<std::byte*>(memory);
+}
+
+void Queue::release(std::byte* memory, std::size_t bytes) noexcept {
+  if (memory == nullptr) return;
+  if (scratch_->release) {
+    scratch_->release(memory, bytes);
+  } else if (cudaFreeAsync(memory, static_cast<cudaStream_t>(stream_)) != cudaSuccess) {
+    cudaGetLastError();
+  }
+}
+
+}  // namespace moba::cuda

@@ -1,0 +1,116 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+#include "cuda/ptx/device.h"
+#include "moba/execution.h"
+
+#if defined(MOBA_CUDA_EMULATION)
+#include "cuda/emulation/block.h"
+#endif
+
+/// The seam to CUDA's runtime: what is asked of a device, its memory, and launches, all in the order of one
+/// stream and without waiting for it, so that a call can be captured into a graph. Every failure is thrown as
+/// DeviceError by the function that met it, after the runtime was told to forget it.
+namespace moba::cuda {
+
+struct Hardware {
+  int multiprocessors = 0;
+  int capability = 0;            // 10 major + minor: 80, 90
+  std::size_t shared_bytes = 0;  // that a block may have
+};
+
+/// The thread's current device.
+Hardware current_hardware(std::string_view function);
+
+/// Whether `pointer` is memory that the device can use.
+bool is_on_device(const void* pointer);
+
+struct Grid {
+  std::int64_t x = 1, y = 1;
+};
+
+/// Work of one call, in order.
+class Queue {
+ public:
+  /// `function` begins the messages of errors.
+  Queue(std::string_view function, const Execution& execution)
+      : function_(function), stream_(execution.stream), scratch_(&execution.scratch) {}
+
+  std::string_view function() const { return function_; }
+
+  /// `kernel` with `params`, by `grid` blocks of `threads` threads with `shared` bytes of dynamic shared
+  /// memory. An empty grid is no launch.
+  template <typename Params>
+  void launch(const char* name, void (*kernel)(const Params), Grid grid, int threads, std::size_t shared,
+              const Params& params) {
+    if (grid.x <= 0 || grid.y <= 0) return;
+    check_grid(name, grid);
+#if defined(MOBA_CUDA_EMULATION)
+    emulation::run(name, {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)}, threads, shared,
+                   [&] { kernel(params); });
+#else
+    Params copy = params;
+    void* arguments[] = {&copy};
+    launch_on_stream(name, reinterpret_cast<const void*>(kernel), grid, threads, shared, arguments);
+#endif
+  }
+
+  /// Sets bytes.
+  void fill(void* to, int value, std::size_t bytes);
+
+ private:
+  friend class Slab;
+
+  void check_grid(const char* name, Grid grid) const;
+  void launch_on_stream(const char* name, const void* kernel, Grid grid, int threads, std::size_t shared,
+                        void** arguments);
+  std::byte* allocate(std::size_t bytes);
+  void release(std::byte* memory, std::size_t bytes) noexcept;
+
+  std::string function_;
+  void* stream_;
+  const Allocator* scratch_;
+};
+
+/// Device memory of a call: the caller's allocator's, or the stream's.
+class Slab {
+ public:
+  Slab(Queue& queue, std::size_t bytes) : queue_(queue), bytes_(bytes), data_(queue.allocate(bytes)) {}
+  ~Slab() { queue_.release(data_, bytes_); }
+  Slab(const Slab&) = delete;
+  Slab& operator=(const Slab&) = delete;
+
+  std::byte* data() const { return data_; }
+
+ private:
+  Queue& queue_;
+  std::size_t bytes_;
+  std::byte* data_;
+};
+
+/// Deals out a slab piece by piece. Without memory it only measures, so that one function says both what a
+/// group needs and where it lies.
+class Carver {
+ public:
+  static constexpr std::size_t kAlignment = 256;
+
+  explicit Carver(std::byte* memory = nullptr) : memory_(memory) {}
+
+  template <typename T>
+  T* take(std::int64_t count) {
+    T* here = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
+    used_ += (static_cast<std::size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    return here;
+  }
+  std::size_t used() const { return used_; }
+
+ private:
+  std::byte* memory_;
+  std::size_t used_ = 0;
+};
+
+}  // namespace moba::cuda

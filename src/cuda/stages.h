@@ -1,0 +1,84 @@
+#pragma once
+
+#include "backend.h"
+#include "cuda/geometry.h"
+#include "cuda/runtime.h"
+
+/// The stages on a device. Each launches its kernels on the queue and returns; what it reads and writes lies
+/// in device memory that the flow (flow.cpp) has carved.
+namespace moba::cuda {
+
+/// One call, checked and normalised as moba::Problem is: when top_k covers every block, there is one block as
+/// long as the longest sequence.
+struct Task {
+  Tensor q{}, k{}, v{};
+  Routing routing{};
+  bool everything = false;
+  float scale = 1;
+  std::int64_t sequences = 0, longest = 0;
+  std::int64_t tokens = 0, keys = 0;  // Tq, Tk
+  std::int64_t q_heads = 0, kv_heads = 0, group = 1, head_dim = 0;
+  /// Blocks that a row picks by score; 0 with `everything`. A causal row's own block goes without saying.
+  std::int64_t width = 0;
+  /// Entries of a row in the caller's lists.
+  std::int64_t public_width = 0;
+
+  bool needs_scores() const { return width > 0; }
+  /// Whether rows attend to keys that the gate has no say in: their own block's, or all.
+  bool has_near_keys() const { return routing.causal || everything; }
+  /// Partial answers of a row: one for each picked block, then the near keys'.
+  std::int64_t ranks() const { return width + (has_near_keys() ? 1 : 0); }
+  /// No fewer than the sequences have together; how many those are, only the device knows.
+  std::int64_t most_blocks() const { return keys / routing.block_size + sequences; }
+  std::int64_t rows(const Group& part) const { return part.tokens() * group; }
+  std::int64_t most_tiles(const Group& part) const { return divide_up(rows(part), kTileRows) + sequences; }
+};
+
+/// Throws Error naming `function` where the backend, or the device it would run on, cannot do what is asked.
+Task make_task(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
+               const DeviceBatch& batch, const Routing& routing);
+/// That `t` lies on the device in rows of 16-byte pieces.
+void check_view(std::string_view function, const char* name, const Tensor& t);
+/// That a list is device memory. Null is none.
+void check_list(std::string_view function, const char* name, const void* list);
+
+template <typename T>
+View<T> view_of(const Tensor& t) {
+  return {static_cast<T*>(t.data), t.strides[0], t.strides[1]};
+}
+
+/// Calls run.template operator()<T, head_dim>() for the task's element type and head dimension, which the
+/// door has checked.
+template <typename Run>
+void with_type(const Task& task, Run&& run) {
+  const auto with_head_dim = [&]<typename T>(T) {
+    switch (task.head_dim) {
+      case 64:
+        return run.template operator()<T, 64>();
+      case 96:
+        return run.template operator()<T, 96>();
+      case 128:
+        return run.template operator()<T, 128>();
+      default:
+        return run.template operator()<T, 256>();
+    }
+  };
+  if (task.q.dtype == DType::bf16) {
+    with_head_dim(bfloat16{});
+  } else {
+    with_head_dim(float16{});
+  }
+}
+
+/// Copies what the host knows of the sequences to `to`, through the parameters of launches: neither the copy
+/// nor a graph that captured it needs the host's memory later.
+void upload(Queue& queue, const std::int32_t* from, std::int64_t count, std::int32_t* to);
+
+/// Counts blocks and query tiles: fills block_starts and tile_starts of `batch`.
+void lay_out(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+             std::int32_t* block_starts, std::int32_t* tile_starts);
+
+/// Means of every block, rounded to the dtype of k: [heads of the part, most_blocks, D].
+void centroids(Queue& queue, const Task& task, const Group& part, const Batch& batch, void* means);
+
+}  // namespace moba::cuda

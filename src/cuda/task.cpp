@@ -1,0 +1,109 @@
+#include <algorithm>
+#include <array>
+#include <cfloat>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "cuda/stages.h"
+
+namespace moba::cuda {
+namespace {
+
+constexpr int kLeastCapability = 80;
+constexpr std::int64_t kMostHeads = 65535;  // a grid's second dimension
+constexpr std::int64_t kRowAlignment = 16;  // bytes that a thread moves at once
+
+[[noreturn]] void refuse(std::string_view function, const std::string& what) {
+  throw Error(std::string(function) + ": backend cuda " + what);
+}
+
+void check_device(std::string_view function) {
+  const Hardware device = current_hardware(function);
+  if (device.capability >= kLeastCapability) return;
+  refuse(function, "needs compute capability 8.0; this device has " + std::to_string(device.capability / 10) +
+                       "." + std::to_string(device.capability % 10));
+}
+
+void check_supported(std::string_view function, const Tensor& q, const Tensor& k) {
+  if (q.dtype != DType::bf16 && q.dtype != DType::f16)
+    refuse(function, std::string("takes bf16 and f16; q is ") + name_of(q.dtype));
+  constexpr std::array<std::int64_t, 4> kHeadDims{64, 96, 128, 256};
+  if (std::find(kHeadDims.begin(), kHeadDims.end(), q.sizes[2]) == kHeadDims.end())
+    refuse(function, "takes head_dim 64, 96, 128 and 256; q has " + std::to_string(q.sizes[2]));
+  if (q.sizes[1] > kMostHeads)
+    refuse(function,
+           "takes up to " + std::to_string(kMostHeads) + " heads; q has " + std::to_string(q.sizes[1]));
+  constexpr std::int64_t kMostTokens = std::numeric_limits<std::int32_t>::max();
+  for (const auto& [name, t] : {std::pair{"q", &q}, std::pair{"k", &k}}) {
+    if (t->sizes[0] > kMostTokens) {
+      refuse(function, "takes up to " + std::to_string(kMostTokens) + " tokens; " + name + " has " +
+                           std::to_string(t->sizes[0]));
+    }
+  }
+}
+
+}  // namespace
+
+void check_view(std::string_view function, const char* name, const Tensor& t) {
+  if (t.device != Device::cuda)
+    refuse(function, std::string("works on CUDA tensors; ") + name + " is on the CPU");
+  if (t.sizes[0] == 0) return;
+  if (!is_on_device(t.data))
+    refuse(function, std::string("cannot read ") + name + ": it is memory of the host");
+  const auto bytes = static_cast<std::int64_t>(size_of(t.dtype));
+  if (reinterpret_cast<std::uintptr_t>(t.data) % kRowAlignment != 0 ||
+      t.strides[0] * bytes % kRowAlignment != 0 || t.strides[1] * bytes % kRowAlignment != 0) {
+    refuse(function, std::string("wants every row of ") + name + " aligned to " +
+                         std::to_string(kRowAlignment) + " bytes; its address is " +
+                         std::to_string(reinterpret_cast<std::uintptr_t>(t.data) % kRowAlignment) +
+                         " past that and its strides are " + std::to_string(t.strides[0]) + " and " +
+                         std::to_string(t.strides[1]) + " elements");
+  }
+}
+
+void check_list(std::string_view function, const char* name, const void* list) {
+  if (list != nullptr && !is_on_device(list))
+    refuse(function, std::string("cannot use ") + name + ": it is memory of the host");
+}
+
+Task make_task(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
+               const DeviceBatch& batch, const Routing& routing) {
+  check_view(function, "q", q);
+  check_view(function, "k", k);
+  check_view(function, "v", v);
+  check_supported(function, q, k);
+  check_device(function);
+  if (batch.on_device) {
+    check_list(function, "sequences.q", batch.q_starts);
+    check_list(function, "sequences.k", batch.k_starts);
+  }
+
+  Task task{.q = q,
+            .k = k,
+            .v = v,
+            .routing = routing,
+            .sequences = batch.count,
+            .longest = std::max<std::int64_t>(batch.longest, 1),
+            .tokens = q.sizes[0],
+            .keys = k.sizes[0],
+            .q_heads = q.sizes[1],
+            .kv_heads = k.sizes[1],
+            .group = q.sizes[1] / k.sizes[1],
+            .head_dim = q.sizes[2]};
+  task.scale = routing.scale.value_or(1 / std::sqrt(static_cast<float>(task.head_dim)));
+  const std::int64_t blocks = (task.longest - 1) / routing.block_size + 1;
+  task.public_width = batch.longest == 0 ? 0 : std::min(routing.top_k, blocks);
+  if (routing.top_k >= blocks) {
+    task.everything = true;
+    task.routing.block_size = task.longest;
+    task.routing.top_k = 1;
+    task.routing.sink_blocks = 0;
+    task.routing.own_block = false;
+  } else {
+    task.width = task.public_width - (routing.causal ? 1 : 0);
+  }
+  return task;
+}
+
+}  // namespace moba::cuda

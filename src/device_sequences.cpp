@@ -1,0 +1,51 @@
+/// The doors of moba/cuda.h: what attention.cpp does, for sequences that the device alone can read.
+#include <algorithm>
+
+#include "backend.h"
+#include "checks.h"
+
+namespace moba {
+namespace {
+
+DeviceBatch batch_of(const DeviceSequences& sequences) {
+  return {sequences.q, sequences.k, sequences.count, sequences.longest, true};
+}
+
+const DeviceFlow& flow_for(std::string_view function, const Tensor& q, const Execution& execution) {
+  check_execution(function, execution);
+  const Backend& backend = named_backend(execution.backend, q.device, function);
+  if (backend.device == nullptr) {
+    throw Error(std::string(function) + ": backend " + std::string(backend.name) +
+                " takes sequences in the host's memory");
+  }
+  return *backend.device;
+}
+
+}  // namespace
+
+std::int64_t selection_width(const DeviceSequences& sequences, const Routing& routing) {
+  return std::min(routing.top_k,
+                  sequences.longest == 0 ? 0 : (sequences.longest - 1) / routing.block_size + 1);
+}
+
+void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSequences& sequences,
+               const Routing& routing, const Outputs& outputs, const Execution& execution) {
+  constexpr std::string_view function = "attention";
+  check_attention(function, q, k, v, sequences, routing);
+  check_outputs(function, q, outputs);
+  check_apart_from_keys(function, outputs, k, v);
+  flow_for(function, q, execution)
+      .attention(function, q, k, v, batch_of(sequences), routing, outputs, execution);
+}
+
+void select_blocks(const Tensor& q, const Tensor& k, const DeviceSequences& sequences, const Routing& routing,
+                   std::int32_t* selection, const Execution& execution) {
+  constexpr std::string_view function = "select_blocks";
+  check_attention(function, q, k, k, sequences, routing);
+  if (selection == nullptr)
+    throw Error("select_blocks: selection is null; [Hq, Tq, selection_width()] int32 is needed");
+  flow_for(function, q, execution)
+      .attention(function, q, k, k, batch_of(sequences), routing, {.selection = selection}, execution);
+}
+
+}  // namespace moba

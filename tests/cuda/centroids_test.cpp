@@ -1,0 +1,65 @@
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <vector>
+
+#include "cases.h"
+#include "cuda/stages.h"
+#include "number.h"
+
+namespace moba::cuda {
+namespace {
+
+using test::Array;
+using test::Case;
+
+Tensor on_device(Tensor t) {
+  t.device = Device::cuda;
+  return t;
+}
+
+TEST(Centroids, AreTheMeansOfTheKeys) {
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    for (const std::int64_t head_dim : {64, 96, 128, 256}) {
+      for (const std::int64_t block_size : {1, 3, 16, 100}) {
+        Case c{.seed = 1, .dtype = dtype, .kv_heads = 2, .head_dim = head_dim};
+        c.sequences = {{0, 0, 5, 5, 205}, {0, 0, 5, 5, 205}};
+        c.routing = {.block_size = block_size, .top_k = 1};
+        test::fill(c);
+        const DeviceBatch starts = batch_of(c.sequences);
+        const Task task = make_task("test", on_device(c.q.view()), on_device(c.k.view()),
+                                    on_device(c.v.view()), starts, c.routing);
+        Queue queue("test", {});
+        const std::size_t count = c.sequences.q.size();
+        std::vector<std::int32_t> q_starts(count), k_starts(count), blocks(count), tiles(count);
+        upload(queue, starts.q_starts, static_cast<std::int64_t>(count), q_starts.data());
+        upload(queue, starts.k_starts, static_cast<std::int64_t>(count), k_starts.data());
+        const Batch batch{4, q_starts.data(), k_starts.data(), blocks.data(), tiles.data()};
+        const Group part{1, 2, 0, task.tokens};
+        lay_out(queue, task, part, batch, blocks.data(), tiles.data());
+        EXPECT_EQ(blocks.back(), divide_up(5, block_size) + divide_up(200, block_size));
+        EXPECT_EQ(tiles, (std::vector<std::int32_t>{0, 0, 1, 1, 3}));
+
+        std::vector<std::uint16_t> means(static_cast<std::size_t>(task.most_blocks() * head_dim));
+        centroids(queue, task, part, batch, means.data());
+        std::size_t at = 0;
+        for (const auto& [first, last] : {std::pair{0, 5}, std::pair{5, 205}}) {
+          for (std::int64_t begin = first; begin < last; begin += block_size) {
+            const std::int64_t end = std::min<std::int64_t>(begin + block_size, last);
+            for (std::int64_t d = 0; d < head_dim; ++d) {
+              double sum = 0;
+              for (std::int64_t key = begin; key < end; ++key) sum += c.k.get(key, 1, d);
+              const double expected = sum / static_cast<double>(end - begin);
+              ASSERT_NEAR(load(means.data(), dtype, static_cast<std::int64_t>(at++)), expected,
+                          1e-6 + std::fabs(expected) * (dtype == DType::bf16 ? 0x1p-8 : 0x1p-11))
+                  << "D " << head_dim << ", B " << block_size << ", key " << begin << ", element " << d;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace moba::cuda
