@@ -13,7 +13,7 @@ namespace {
 constexpr int kDataError = 1;
 constexpr int kUsageError = 2;
 
-std::string first_line(std::string text) {
+std::string first_line(const std::string& text) {
   return text.substr(0, text.find('\n'));
 }
 

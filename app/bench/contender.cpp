@@ -424,7 +424,8 @@ class Decode : public Contender {
     double tokens = static_cast<double>(s.tokens * s.kv_heads), means = 0;
     if (blocks.width > 0) {
       tokens = 0;
-      means = static_cast<double>((s.tokens - 1) / choice_.chunk_size * s.kv_heads);
+      const std::int64_t complete = (s.tokens - 1) / choice_.chunk_size;
+      means = static_cast<double>(complete * s.kv_heads);
       for (std::int64_t kv_head = 0; kv_head < s.kv_heads; ++kv_head) {
         std::set<std::int32_t> read;
         for (std::int64_t head = kv_head * problem_.group(); head < (kv_head + 1) * problem_.group(); ++head)

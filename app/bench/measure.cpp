@@ -27,8 +27,8 @@ struct Times {
 Profile medians(const std::vector<Profile>& runs) {
   Profile result;
   for (double Profile::*stage : {&Profile::centroids, &Profile::gate, &Profile::plan, &Profile::attend}) {
-    std::vector<double> values;
-    for (const Profile& run : runs) values.push_back(run.*stage);
+    std::vector<double> values(runs.size());
+    std::ranges::transform(runs, values.begin(), stage);
     std::ranges::sort(values);
     result.*stage = values[values.size() / 2];
   }

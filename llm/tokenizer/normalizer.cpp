@@ -3,13 +3,13 @@
 namespace moba::llm {
 namespace {
 
-std::string apply(std::string text, UnicodeForm form) {
+std::string apply(const std::string& text, UnicodeForm form) {
   return to_unicode_form(text, form);
 }
-std::string apply(std::string text, const Prepend& step) {
-  return text.empty() ? std::move(text) : step.text + text;
+std::string apply(const std::string& text, const Prepend& step) {
+  return text.empty() ? text : step.text + text;
 }
-std::string apply(std::string text, const Replace& step) {
+std::string apply(const std::string& text, const Replace& step) {
   return replace_all(text, step.from, step.to);
 }
 
@@ -30,7 +30,7 @@ std::string replace_all(std::string_view text, std::string_view from, std::strin
 std::string normalize(std::string_view text, const Normalizer& steps) {
   std::string out(text);
   for (const auto& step : steps) {
-    out = std::visit([&](const auto& s) { return apply(std::move(out), s); }, step);
+    out = std::visit([&](const auto& s) { return apply(out, s); }, step);
   }
   return out;
 }

@@ -20,9 +20,9 @@ bool flag(const JsonValue& node, const char* key, bool otherwise) {
   return member ? member->boolean() : otherwise;
 }
 
-std::string text_or(const JsonValue& node, const char* key, std::string otherwise) {
+std::string text_or(const JsonValue& node, const char* key, const std::string& otherwise) {
   const auto member = node.find(key);
-  return member ? member->string() : std::move(otherwise);
+  return member ? member->string() : otherwise;
 }
 
 template <class Visit>
