@@ -21,6 +21,7 @@
 #include "app/generate_settings.h"
 #include "llm/error.h"
 #include "llm/formats/weights.h"
+#include "llm/memory.h"
 #include "llm/session/text_stream.h"
 #include "llm/tokenizer/tokenizer.h"
 
@@ -147,15 +148,6 @@ void print(std::string_view text) {
   }
 }
 
-/// Memory of this process alone: getrusage's figure would include what its parent had before exec.
-std::int64_t peak_rss_bytes() {
-  std::ifstream status("/proc/self/status");
-  for (std::string line; std::getline(status, line);) {
-    if (line.starts_with("VmHWM:")) return std::stoll(line.substr(6)) * 1024;
-  }
-  return 0;
-}
-
 /// Writes tokens, `logits` giving the first, until one of them, the user or a limit ends it.
 Finish write_answer(const GenerateSettings& settings, const llm::Tokenizer& tokenizer, llm::Session& session,
                     std::vector<float> logits, Generation& result) {
@@ -220,7 +212,7 @@ void print_json(const GenerateSettings& settings, const Generation& result) {
                                     {"decode_seconds", result.decode_seconds},
                                     {"attention_seconds", result.attention.prefill},
                                     {"decode_attention_seconds", result.attention.decode},
-                                    {"peak_rss_bytes", peak_rss_bytes()},
+                                    {"peak_rss_bytes", llm::peak_rss_bytes()},
                                     {"settings", to_json(settings)}};
   print(json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
 }
@@ -234,7 +226,7 @@ void print_summary(const Generation& result) {
       "peak memory {:.2f} GiB\n",
       result.prompt.size(), result.prefill_seconds, rate(prompt, result.prefill_seconds),
       result.attention.prefill, result.generated.size(), result.decode_seconds,
-      rate(generated, result.decode_seconds), static_cast<double>(peak_rss_bytes()) / (1 << 30));
+      rate(generated, result.decode_seconds), static_cast<double>(llm::peak_rss_bytes()) / (1 << 30));
   std::fputs(line.c_str(), stderr);
 }
 

@@ -3,14 +3,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <charconv>
 #include <limits>
 #include <map>
 #include <random>
-#include <string_view>
 #include <thread>
-#include <vector>
 
+#include "app/flags.h"
 #include "llm/error.h"
 
 namespace moba::app {
@@ -19,81 +17,11 @@ namespace {
 using llm::AttentionMode;
 using llm::UsageError;
 
-constexpr std::int64_t kMostTokens = std::numeric_limits<std::int32_t>::max();
-
 const std::map<std::string, AttentionMode> kAttentionModes{
     {"full", AttentionMode::full}, {"moba", AttentionMode::moba}, {"moba-naive", AttentionMode::moba_naive}};
 const std::map<std::string, AttentionMode> kDecodeModes{{"full", AttentionMode::full},
                                                         {"moba", AttentionMode::moba}};
 const std::map<std::string, DType> kDTypes{{"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}};
-
-/// Gives a flag that takes one of a few words.
-template <typename T>
-void add_choice(CLI::App& command, const std::string& flag, T& value, const std::map<std::string, T>& choices,
-                const std::string& help) {
-  std::string words;
-  for (const auto& [word, meaning] : choices) words += (words.empty() ? "" : "|") + word;
-  const auto choose = [&value, &choices, flag, words](const std::string& word) {
-    const auto found = choices.find(word);
-    if (found == choices.end())
-      throw CLI::ValidationError(flag, fmt::format("expected {}; found {}", words, word));
-    value = found->second;
-  };
-  command.add_option_function<std::string>(flag, choose, help)->type_name(words);
-}
-
-/// A flag with a whole number. CLI11 by itself takes 10^19 for the largest int64.
-template <typename T>
-CLI::Option* add_number(CLI::App& command, const std::string& flags, T& value, const std::string& help) {
-  const auto check = [](const std::string& text) {
-    std::int64_t number = 0;
-    const char* end = text.data() + text.size();
-    const auto parsed = std::from_chars(text.data(), end, number);
-    const bool fits = parsed.ec == std::errc() && parsed.ptr == end;
-    return fits ? std::string() : fmt::format("expected a whole number; found {}", text);
-  };
-  return command.add_option(flags, value, help)->check(check)->type_name("INT");
-}
-
-template <typename T>
-T in_range(const char* flag, T value, T low, T high) {
-  if (value >= low && value <= high) return value;  // a NaN is in no range
-  throw UsageError(fmt::format("{}: expected {} to {}; found {}", flag, low, high, value));
-}
-
-template <typename T>
-T in_range(const char* flag, const std::optional<T>& value, T low, T high, T otherwise) {
-  return value ? in_range(flag, *value, low, high) : otherwise;
-}
-
-void refuse(bool given, const char* flag, const char* why) {
-  if (given) throw UsageError(fmt::format("{}: has no effect {}", flag, why));
-}
-
-std::int64_t layer_number(std::string_view text, std::string_view whole) {
-  std::int64_t layer = 0;
-  const char* end = text.data() + text.size();
-  const auto parsed = std::from_chars(text.data(), end, layer);
-  if (parsed.ec != std::errc() || parsed.ptr != end || layer < 0) {
-    throw UsageError(fmt::format("--moba-full-layers: expected layers such as 0,27-29; found '{}'", whole));
-  }
-  return layer;
-}
-
-/// "0,27-29" to {0, 0}, {27, 29}.
-std::vector<llm::LayerRange> layer_ranges(std::string_view whole) {
-  std::vector<llm::LayerRange> ranges;
-  for (std::size_t begin = 0; begin <= whole.size();) {
-    const std::size_t end = std::min(whole.find(',', begin), whole.size());
-    const std::string_view item = whole.substr(begin, end - begin);
-    const std::size_t dash = std::min(item.find('-'), item.size());
-    const std::int64_t first = layer_number(item.substr(0, dash), whole);
-    const std::int64_t last = dash < item.size() ? layer_number(item.substr(dash + 1), whole) : first;
-    ranges.push_back({first, last});
-    begin = end + 1;
-  }
-  return ranges;
-}
 
 bool prefills_sparsely(const llm::SessionSettings& session) {
   return session.prefill != AttentionMode::full;
@@ -147,7 +75,7 @@ llm::SessionSettings session_from(const GenerateFlags& flags) {
   moba.sink_blocks = flags.sink.value_or(std::min(moba.sink_blocks, most_sinks));
   session.full_tail =
       in_range("--moba-full-tail", flags.full_tail, std::int64_t{0}, kMostTokens, session.full_tail);
-  if (flags.full_layers) session.full_layers = layer_ranges(*flags.full_layers);
+  if (flags.full_layers) session.full_layers = layer_ranges("--moba-full-layers", *flags.full_layers);
 
   const auto cores = static_cast<std::int64_t>(std::max(1U, std::thread::hardware_concurrency()));
   session.threads =

@@ -7,5 +7,6 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   std::function<int()> action;
   moba::app::add_generate(app, action);
+  moba::app::add_train(app, action);
   return moba::app::run(app, action, argc, argv);
 }

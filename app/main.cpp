@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "app/commands.h"
 #include "app/program.h"
@@ -39,10 +40,13 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", "moba " MOBA_VERSION);
   app.require_subcommand(1);
   std::function<int()> action;
-  CLI::App* generate = app.add_subcommand("generate", "Read a prompt or a long document and answer");
-  generate->prefix_command();
-  generate->set_help_flag();
-  generate->callback([&] { action = [argv]() -> int { hand_over(argv); }; });
+  for (const auto& [name, what] : {std::pair("generate", "Read a prompt or a long document and answer"),
+                                   std::pair("train", "Train a model, from scratch or further")}) {
+    CLI::App* command = app.add_subcommand(name, what);
+    command->prefix_command();
+    command->set_help_flag();
+    command->callback([&] { action = [argv]() -> int { hand_over(argv); }; });
+  }
   moba::app::add_bench(app, action);
   moba::app::add_info(app, action);
   moba::app::add_tokenize(app, action);

@@ -33,4 +33,9 @@ struct ModelConfig {
   bool qkv_bias = false, output_bias = false, mlp_bias = false, qk_norm = false, tied_embeddings = false;
 };
 
+/// Layers [first, last], counted from 0.
+struct LayerRange {
+  std::int64_t first, last;
+};
+
 }  // namespace moba::llm

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "llm/error.h"
 #include "llm/formats/quoted.h"
 #include "llm/formats/read_config.h"
 
@@ -210,6 +211,16 @@ ModelConfig read_config(const JsonValue& root) {
   config.qk_norm = name == "qwen3";
   config.tied_embeddings = flag_or(root, "tie_word_embeddings", false);
   return config;
+}
+
+void check_heads(const ModelConfig& config, const std::string& file) {
+  const auto fail = [&](const std::string& expected, std::int64_t found) {
+    throw DataError(fmt::format("{}: expected {}; found {}", file, expected, found));
+  };
+  if (config.heads % config.kv_heads != 0) {
+    fail(fmt::format("key heads to be a divisor of {} heads", config.heads), config.kv_heads);
+  }
+  if (config.head_dim % 2 != 0) fail("an even head size", config.head_dim);
 }
 
 }  // namespace moba::llm

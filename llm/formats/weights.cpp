@@ -99,14 +99,6 @@ struct Weights::Impl {
     throw DataError(fmt::format("{}: expected {}; found {}", name, expected, found));
   }
 
-  void check_heads() const {
-    if (config.heads % config.kv_heads != 0) {
-      fail(fmt::format("key heads to be a divisor of {} heads", config.heads),
-           std::to_string(config.kv_heads));
-    }
-    if (config.head_dim % 2 != 0) fail("an even head size", std::to_string(config.head_dim));
-  }
-
   void check_tensors() const {
     for_each_tensor(config, [this](const std::string& wanted, const std::vector<std::int64_t>& shape) {
       const StoredTensor* tensor = find(wanted);
@@ -129,7 +121,7 @@ Weights Weights::open(const std::filesystem::path& path) {
     impl->read_gguf(path);
   }
   for (const StoredTensor& tensor : impl->tensors) impl->by_name.emplace(tensor.name, &tensor);
-  impl->check_heads();
+  check_heads(impl->config, impl->name);
   impl->check_tensors();
   Weights weights;
   weights.impl_ = impl;

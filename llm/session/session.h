@@ -19,11 +19,6 @@ enum class AttentionMode : std::uint8_t {
 };
 std::string_view name_of(AttentionMode mode);
 
-/// Layers [first, last], counted from 0.
-struct LayerRange {
-  std::int64_t first, last;
-};
-
 /// How a session reads a prompt and what it writes after it.
 struct SessionSettings {
   AttentionMode prefill = AttentionMode::full;

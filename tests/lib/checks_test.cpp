@@ -179,6 +179,28 @@ TEST(Checks, BadBackwardCallsNameTheArgument) {
   }
 }
 
+TEST(Checks, ColumnsOfOneMatrixAreApart) {
+  Call call;
+  call.run();
+  const std::int64_t tokens = call.q.sizes[0], heads = call.q.sizes[1], kv_heads = call.k.sizes[1],
+                     dim = call.q.sizes[2];
+  const std::int64_t row = (heads + 2 * kv_heads) * dim;
+  std::vector<float> together(static_cast<std::size_t>(tokens * row));
+  const auto columns = [&](std::int64_t first, std::int64_t count) {
+    return view(together.data() + first * dim, {tokens, count, dim}, {row, dim, 1});
+  };
+  const Saved saved{.out = call.outputs.out, .lse = call.outputs.lse};
+  Gradients gradients{columns(0, heads), columns(heads, kv_heads), columns(heads + kv_heads, kv_heads)};
+  const auto message = [&] {
+    return message_of([&] {
+      attention_backward(call.q, call.q, call.k, call.v, saved, call.c.sequences, call.c.routing, gradients);
+    });
+  };
+  EXPECT_EQ(message(), "no error");
+  gradients.dv = columns(heads + kv_heads - 1, kv_heads);
+  expect_message(message(), "attention_backward: dv shares memory with dk");
+}
+
 TEST(Checks, CacheShapes) {
   const auto message = [](const KvCache::Shape& shape) { return message_of([&] { KvCache cache(shape); }); };
   expect_message(message({.kv_heads = 0}), "KvCache: kv_heads is 0");

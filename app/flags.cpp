@@ -1,0 +1,35 @@
+#include "app/flags.h"
+
+#include <algorithm>
+#include <charconv>
+
+namespace moba::app {
+namespace {
+
+std::int64_t layer_number(const char* flag, std::string_view text, std::string_view whole) {
+  std::int64_t layer = 0;
+  const char* end = text.data() + text.size();
+  const auto parsed = std::from_chars(text.data(), end, layer);
+  if (parsed.ec != std::errc() || parsed.ptr != end || layer < 0) {
+    throw llm::UsageError(fmt::format("{}: expected layers such as 0,27-29; found '{}'", flag, whole));
+  }
+  return layer;
+}
+
+}  // namespace
+
+std::vector<llm::LayerRange> layer_ranges(const char* flag, std::string_view text) {
+  std::vector<llm::LayerRange> ranges;
+  for (std::size_t begin = 0; begin <= text.size();) {
+    const std::size_t end = std::min(text.find(',', begin), text.size());
+    const std::string_view item = text.substr(begin, end - begin);
+    const std::size_t dash = std::min(item.find('-'), item.size());
+    const std::int64_t first = layer_number(flag, item.substr(0, dash), text);
+    const std::int64_t last = dash < item.size() ? layer_number(flag, item.substr(dash + 1), text) : first;
+    ranges.push_back({first, last});
+    begin = end + 1;
+  }
+  return ranges;
+}
+
+}  // namespace moba::app

@@ -1,0 +1,97 @@
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <CLI/CLI.hpp>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "app/commands.h"
+#include "app/train_settings.h"
+#include "llm/train/run.h"
+
+namespace moba::app {
+namespace {
+
+using llm::train::Run;
+using llm::train::StepRecord;
+
+constexpr int kSignalled = 128;  // what shells add to a signal's number
+
+volatile std::sig_atomic_t stop_requested = 0;
+
+/// Lines on standard output, and on a terminal a line below them that shows how far the run has come.
+class Progress {
+ public:
+  Progress(std::int64_t first, std::int64_t steps) : first_(first), steps_(steps) {}
+
+  void tell(const StepRecord& record) {
+    std::fputs(terminal_ ? "\r\033[K" : "", stdout);
+    const std::string line = fmt::format(
+        "step: {:>5}  loss: {:8.5f}  grad_norm: {:8.4f}  lr: {:.2e}  tps: {:>8.0f}  attention: {} {:>4.1f}%  "
+        "memory: {:.2f}GiB\n",
+        record.step, record.loss, record.grad_norm, record.learning_rate, record.tokens_per_second,
+        record.attention, 100 * record.attention_share, record.memory_gib);
+    std::fputs(line.c_str(), stdout);
+    if (terminal_) std::fputs(bar(record.step).c_str(), stdout);
+    std::fflush(stdout);
+  }
+
+  void end() const {
+    if (terminal_) std::fputs("\r\033[K", stdout);
+  }
+
+ private:
+  std::string bar(std::int64_t step) const {
+    constexpr std::int64_t kWidth = 30;
+    const std::int64_t filled = kWidth * step / steps_;
+    const double passed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    const auto left = static_cast<std::int64_t>(passed * static_cast<double>(steps_ - step) /
+                                                static_cast<double>(step - first_));
+    return fmt::format("[{:#<{}}{:<{}}] {}/{}, {}:{:02}:{:02} left", "", filled, "", kWidth - filled, step,
+                       steps_, left / 3600, left / 60 % 60, left % 60);
+  }
+
+  bool terminal_ = isatty(STDOUT_FILENO) == 1;
+  std::int64_t first_, steps_;
+  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+int train(const TrainFlags& flags) {
+  const llm::train::RunSettings settings = settings_from(flags);
+  Run run(settings, [](const std::string& line) { std::fprintf(stderr, "%s\n", line.c_str()); });
+  std::fprintf(stderr, "%s\n",
+               fmt::format("{:.2f}M parameters, {:.2f}M trained; steps {} to {} in {}",
+                           static_cast<double>(run.parameters()) / 1e6,
+                           static_cast<double>(run.trained_parameters()) / 1e6, run.step() + 1, run.steps(),
+                           settings.out.string())
+                   .c_str());
+
+  for (const int signal : {SIGINT, SIGTERM}) std::signal(signal, [](int number) { stop_requested = number; });
+  Progress progress(run.step(), run.steps());
+  run.train([&](const StepRecord& record) { progress.tell(record); }, [] { return stop_requested != 0; });
+  progress.end();
+  if (stop_requested == 0) return 0;
+  std::fprintf(stderr, "stopped and saved after step %lld; --resume goes on\n",
+               static_cast<long long>(run.step()));
+  return kSignalled + stop_requested;
+}
+
+}  // namespace
+
+CLI::App* add_train(CLI::App& parent, std::function<int()>& action) {
+  CLI::App* command = parent.add_subcommand("train", "Train a model, from scratch or further");
+  const auto flags = std::make_shared<TrainFlags>();
+  add_flags(*command, *flags);
+  command->footer(
+      "Example: nine tenths of the steps with MoBA, the last with full attention\n"
+      "  moba train --config llama-tiny.json --data books/ --out run1 --steps 1000 --seq-len 8192 \\\n"
+      "    --attn-schedule moba:0.9,full:0.1\n");
+  command->callback([flags, &action] { action = [flags] { return train(*flags); }; });
+  return command;
+}
+
+}  // namespace moba::app

@@ -1,0 +1,291 @@
+#include "llm/train/corpus.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <span>
+#include <system_error>
+#include <utility>
+
+#include "llm/error.h"
+#include "llm/formats/json.h"
+#include "llm/formats/mapped_file.h"
+#include "llm/formats/output_file.h"
+#include "llm/train/fingerprint.h"
+
+namespace moba::llm::train {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr int kVersion = 1;
+constexpr const char* kIndex = "index.json";
+/// Bytes of one shard, about.
+constexpr std::int64_t kShardBytes = std::int64_t{1} << 30;
+constexpr std::int64_t kTellBytes = std::int64_t{64} << 20;
+
+struct Source {
+  fs::path path;
+  bool is_named;  // on the command line, not found in a folder
+};
+
+/// What a file looked like when it was tokenised.
+nlohmann::json stamp_of(const Source& source) {
+  return {source.path.string(), fs::file_size(source.path),
+          fs::last_write_time(source.path).time_since_epoch().count()};
+}
+
+std::vector<Source> find_sources(const std::vector<fs::path>& paths) {
+  std::vector<Source> sources;
+  for (const fs::path& path : paths) {
+    if (!fs::exists(path)) {
+      throw DataError(fmt::format("--data {}: expected a file or a folder; found none", path.string()));
+    }
+    if (!fs::is_directory(path)) {
+      sources.push_back({path, true});
+      continue;
+    }
+    std::vector<fs::path> found;
+    for (const auto& entry : fs::recursive_directory_iterator(path)) {
+      if (entry.is_regular_file()) found.push_back(entry.path());
+    }
+    std::sort(found.begin(), found.end());
+    for (const fs::path& file : found) sources.push_back({file, false});
+  }
+  return sources;
+}
+
+std::string_view text_of(const MappedFile& file) {
+  return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
+}
+
+struct Text {
+  std::string prompt, rest;
+};
+
+Text read_line(std::string_view line, const std::string& where) {
+  const nlohmann::json document = parse_json(line, where);
+  const JsonValue root(document, where);
+  if (const auto text = root.find("text")) return {"", text->string()};
+  return {root.at("prompt").string(), root.at("completion").string()};
+}
+
+/// Writes the tokens of documents into shards.
+class ShardWriter {
+ public:
+  ShardWriter(fs::path folder, const TextTokens& tokens)
+      : folder_(std::move(folder)), tokens_(tokens), is_wide_(tokens.vocab_size() > 65536) {}
+
+  void add(const Text& text) {
+    std::vector<std::int32_t> ids = tokens_.encode(text.prompt.empty() ? text.rest : text.prompt, true);
+    std::int64_t prompt = 0;
+    if (!text.prompt.empty()) {
+      prompt = static_cast<std::int64_t>(ids.size());
+      const std::vector<std::int32_t> rest = tokens_.encode(text.rest, false);
+      ids.insert(ids.end(), rest.begin(), rest.end());
+    }
+    const std::int32_t end = tokens_.end();
+    if (end >= 0 && (ids.empty() || ids.back() != end)) ids.push_back(end);
+    append(ids, prompt);
+  }
+
+  /// The shards that were written, for the index.
+  nlohmann::json finish() {
+    finish_shard();
+    return shards_;
+  }
+  std::int64_t total() const { return total_; }
+  std::string fingerprint() const { return fingerprint_.text(); }
+
+ private:
+  void append(const std::vector<std::int32_t>& ids, std::int64_t prompt) {
+    if (!file_) file_.emplace(folder_ / fmt::format("shard-{:05}.tokens", shards_.size()));
+    const std::int64_t place[] = {in_shard_, prompt};
+    documents_.insert(documents_.end(), std::begin(place), std::end(place));
+    packed_.clear();
+    for (const std::int32_t id : ids) {
+      const auto value = static_cast<std::uint32_t>(id);
+      packed_.append(reinterpret_cast<const char*>(&value), is_wide_ ? 4 : 2);  // little-endian
+    }
+    file_->write(packed_);
+    fingerprint_.add(packed_);
+    fingerprint_.add(std::to_string(prompt));
+    in_shard_ += static_cast<std::int64_t>(ids.size());
+    total_ += static_cast<std::int64_t>(ids.size());
+    if (in_shard_ * (is_wide_ ? 4 : 2) >= kShardBytes) finish_shard();
+  }
+
+  void finish_shard() {
+    if (!file_) return;
+    file_->finish();
+    file_.reset();
+    write_file(folder_ / fmt::format("shard-{:05}.documents", shards_.size()),
+               {reinterpret_cast<const char*>(documents_.data()), documents_.size() * sizeof(std::int64_t)});
+    shards_.push_back({{"tokens", in_shard_}, {"documents", documents_.size() / 2}});
+    documents_.clear();
+    in_shard_ = 0;
+  }
+
+  fs::path folder_;
+  const TextTokens& tokens_;
+  bool is_wide_;
+  std::optional<OutputFile> file_;
+  std::vector<std::int64_t> documents_;  // where each begins, and how much of it is the prompt
+  std::string packed_;
+  nlohmann::json shards_ = nlohmann::json::array();
+  std::int64_t in_shard_ = 0, total_ = 0;
+  Fingerprint fingerprint_;
+};
+
+/// Adds the documents of a file; false for one that has none or is binary.
+bool add_file(const Source& source, ShardWriter& writer) {
+  const MappedFile file(source.path);
+  const std::string_view text = text_of(file);
+  const char* wrong = text.empty()                                ? "an empty one"
+                      : text.find('\0') != std::string_view::npos ? "a binary one: it holds a zero byte"
+                                                                  : nullptr;
+  if (wrong != nullptr) {
+    if (!source.is_named) return false;
+    throw DataError(fmt::format("--data {}: expected a text file; found {}", file.name(), wrong));
+  }
+  if (source.path.extension() != ".jsonl") {
+    writer.add({"", std::string(text)});
+    return true;
+  }
+  std::size_t number = 0;
+  for (std::size_t begin = 0; begin < text.size();) {
+    const std::size_t end = std::min(text.find('\n', begin), text.size());
+    const std::string_view line = text.substr(begin, end - begin);
+    begin = end + 1;
+    ++number;
+    if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
+    writer.add(read_line(line, fmt::format("--data {}, line {}", file.name(), number)));
+  }
+  return true;
+}
+
+void build(const std::vector<Source>& sources, const nlohmann::json& key, const TextTokens& tokens,
+           const fs::path& cache, const Corpus::Tell& tell) {
+  const fs::path half_done = cache.string() + ".part";
+  fs::remove_all(half_done);
+  fs::create_directories(half_done);
+  ShardWriter writer(half_done, tokens);
+  std::int64_t left_out = 0, told = 0;
+  for (const Source& source : sources) {
+    if (!add_file(source, writer)) ++left_out;
+    if (writer.total() - told >= kTellBytes) {
+      told = writer.total();
+      tell(fmt::format("tokenised {} Mi tokens", told >> 20));
+    }
+  }
+  nlohmann::json index = key;
+  index["shards"] = writer.finish();
+  index["fingerprint"] = writer.fingerprint();
+  write_file(half_done / kIndex, index.dump() + "\n");
+  fs::remove_all(cache);
+  fs::rename(half_done, cache);
+  sync_folder(cache.parent_path());
+  if (left_out > 0) tell(fmt::format("--data: left out {} empty or binary files", left_out));
+}
+
+}  // namespace
+
+struct Corpus::Impl {
+  struct Shard {
+    std::unique_ptr<MappedFile> tokens;
+    bool is_wide;
+  };
+  std::vector<Shard> shards;
+  std::vector<Document> documents;
+  std::int64_t tokens = 0;
+  std::string fingerprint;
+
+  void add_shard(const fs::path& folder, std::int64_t count, std::int64_t document_count, bool is_wide) {
+    const std::string stem = fmt::format("shard-{:05}", shards.size());
+    auto mapped = std::make_unique<MappedFile>(folder / (stem + ".tokens"));
+    const MappedFile places(folder / (stem + ".documents"));
+    const auto expect = [](const MappedFile& file, std::int64_t bytes) {
+      if (static_cast<std::int64_t>(file.bytes().size()) != bytes) {
+        throw DataError(
+            fmt::format("{}: expected {} bytes; found {} (remove its folder to have it made again)",
+                        file.name(), bytes, file.bytes().size()));
+      }
+    };
+    expect(*mapped, count * (is_wide ? 4 : 2));
+    expect(places, document_count * 16);
+    std::vector<std::int64_t> numbers(static_cast<std::size_t>(document_count) * 2);
+    if (!numbers.empty()) std::memcpy(numbers.data(), places.bytes().data(), places.bytes().size());
+    for (std::size_t i = 0; i < numbers.size(); i += 2) {
+      const std::int64_t end = i + 2 < numbers.size() ? numbers[i + 2] : count;
+      documents.push_back({shards.size(), numbers[i], end - numbers[i], numbers[i + 1]});
+    }
+    tokens += count;
+    shards.push_back({std::move(mapped), is_wide});
+  }
+};
+
+Corpus Corpus::open(const std::vector<fs::path>& paths, const TextTokens& tokens, const fs::path& cache,
+                    const Tell& tell) {
+  const std::vector<Source> sources = find_sources(paths);
+  nlohmann::json key{{"version", kVersion},
+                     {"tokenizer", tokens.identity()},
+                     {"token_bytes", tokens.vocab_size() > 65536 ? 4 : 2},
+                     {"files", nlohmann::json::array()}};
+  for (const Source& source : sources) key["files"].push_back(stamp_of(source));
+
+  const auto is_current = [&] {
+    if (!fs::exists(cache / kIndex)) return false;
+    nlohmann::json index = load_json(cache / kIndex);
+    return std::all_of(key.items().begin(), key.items().end(), [&](const auto& item) {
+      return index.value(item.key(), nlohmann::json()) == item.value();
+    });
+  };
+  if (!is_current()) build(sources, key, tokens, cache, tell);
+
+  const auto impl = std::make_shared<Impl>();
+  const fs::path index_path = cache / kIndex;
+  const nlohmann::json document = load_json(index_path);
+  const std::string index_name = index_path.string();
+  const JsonValue index(document, index_name);
+  const JsonValue shards = index.at("shards");
+  for (std::size_t s = 0; s < shards.array().size(); ++s) {
+    const JsonValue shard = shards.element(s);
+    impl->add_shard(cache, shard.at("tokens").integer(), shard.at("documents").integer(),
+                    index.at("token_bytes").integer() == 4);
+  }
+  impl->fingerprint = index.at("fingerprint").string();
+  if (impl->tokens == 0) throw DataError("--data: expected text files; found none with text in them");
+  Corpus corpus;
+  corpus.impl_ = impl;
+  return corpus;
+}
+
+const std::vector<Corpus::Document>& Corpus::documents() const {
+  return impl_->documents;
+}
+std::int64_t Corpus::tokens() const {
+  return impl_->tokens;
+}
+const std::string& Corpus::fingerprint() const {
+  return impl_->fingerprint;
+}
+
+void Corpus::read(const Document& document, std::int64_t first, std::int64_t count, std::int32_t* out) const {
+  const Impl::Shard& shard = impl_->shards[document.shard];
+  const std::byte* bytes = shard.tokens->bytes().data();
+  const std::int64_t begin = document.begin + first;
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (shard.is_wide) {
+      std::memcpy(out + i, bytes + (begin + i) * 4, 4);
+    } else {
+      std::uint16_t id = 0;
+      std::memcpy(&id, bytes + (begin + i) * 2, 2);
+      out[i] = id;
+    }
+  }
+}
+
+}  // namespace moba::llm::train

@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "llm/config.h"
+
+namespace moba::llm::train {
+
+/// Where named tensors lie in one flat array of floats: matrices first, which weight decay applies to, then
+/// vectors, which it does not. So an optimiser is two loops, and matrices that follow one another (q, k, v;
+/// gate, up) are one matrix too.
+class Layout {
+ public:
+  struct Entry {
+    std::string name;
+    std::vector<std::int64_t> shape;
+    std::int64_t offset, count;
+  };
+
+  /// Matrices are to be added before vectors.
+  void add(const std::string& name, const std::vector<std::int64_t>& shape);
+
+  const std::vector<Entry>& entries() const { return entries_; }
+  /// The entry of this name, which must be there.
+  const Entry& at(std::string_view name) const;
+  /// Floats in matrices, and in all.
+  std::int64_t matrices() const { return matrices_; }
+  std::int64_t size() const { return size_; }
+
+ private:
+  std::vector<Entry> entries_;
+  std::int64_t matrices_ = 0, size_ = 0;
+};
+
+/// Every tensor of a model of this shape, under its Hugging Face name.
+Layout layout_of(const ModelConfig& config);
+
+/// One of the linear layers of a decoder layer, as PEFT names it ("self_attn.q_proj").
+struct LinearShape {
+  std::string name;
+  std::int64_t outputs, inputs;
+};
+std::vector<LinearShape> linears_of(const ModelConfig& config);
+
+}  // namespace moba::llm::train

@@ -1,0 +1,97 @@
+#include "llm/train/packing.h"
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <utility>
+
+#include "llm/error.h"
+
+namespace moba::llm::train {
+namespace {
+
+/// Batches that a piece is tried on before another is begun.
+constexpr std::size_t kOpen = 64;
+
+/// std::shuffle with a result that the standard library has no say in.
+template <typename T>
+void shuffle(std::vector<T>& values, std::mt19937_64& random) {
+  for (std::size_t i = values.size(); i > 1; --i) std::swap(values[i - 1], values[random() % i]);
+}
+
+}  // namespace
+
+Packing::Packing(const Corpus& corpus, const PackingSettings& settings)
+    : corpus_(corpus), settings_(settings) {
+  const auto& documents = corpus.documents();
+  for (std::size_t d = 0; d < documents.size(); ++d) {
+    const std::int64_t predicted = documents[d].count - 1;
+    for (std::int64_t first = 0; first < predicted; first += settings.seq_len) {
+      const std::int64_t count = std::min(settings.seq_len, predicted - first);
+      const bool counts = !settings.completion_only || first + count >= documents[d].prompt;
+      if (counts) pieces_.push_back({d, first, count});
+    }
+  }
+  if (pieces_.empty()) throw DataError("--data: expected a text of at least two tokens; found none");
+}
+
+/// First fit, in random order.
+void Packing::plan(std::int64_t epoch) {
+  std::seed_seq seed{settings_.seed, settings_.seed >> 32, static_cast<std::uint64_t>(epoch)};
+  std::mt19937_64 random(seed);
+  std::vector<std::size_t> order(pieces_.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  shuffle(order, random);
+
+  struct Open {
+    std::int64_t left;
+    std::vector<std::size_t> pieces;
+  };
+  std::vector<Open> open;
+  batches_.clear();
+  const auto close = [&](std::vector<Open>::iterator batch) {
+    batches_.push_back(std::move(batch->pieces));
+    open.erase(batch);
+  };
+  for (const std::size_t index : order) {
+    const std::int64_t count = pieces_[index].count;
+    auto place =
+        std::find_if(open.begin(), open.end(), [&](const Open& batch) { return batch.left >= count; });
+    if (place == open.end()) {
+      const auto fuller = [](const Open& a, const Open& b) { return a.left < b.left; };
+      if (open.size() == kOpen) close(std::min_element(open.begin(), open.end(), fuller));
+      place = open.insert(open.end(), {settings_.batch_tokens, {}});
+    }
+    place->pieces.push_back(index);
+    place->left -= count;
+    if (place->left == 0) close(place);
+  }
+  while (!open.empty()) close(open.begin());
+  shuffle(batches_, random);
+  planned_ = epoch;
+}
+
+void Packing::add_piece(const Piece& piece, Batch& batch) const {
+  const Corpus::Document& document = corpus_.documents()[piece.document];
+  const std::size_t begin = batch.tokens.size(), count = static_cast<std::size_t>(piece.count);
+  batch.tokens.resize(begin + count);
+  batch.targets.resize(begin + count);
+  corpus_.read(document, piece.first, piece.count, batch.tokens.data() + begin);
+  corpus_.read(document, piece.first + 1, piece.count, batch.targets.data() + begin);
+  if (settings_.completion_only) {
+    const std::int64_t prompt = std::clamp<std::int64_t>(document.prompt - 1 - piece.first, 0, piece.count);
+    std::fill_n(batch.targets.begin() + static_cast<std::ptrdiff_t>(begin), prompt, -1);
+  }
+  batch.cu_seqlens.push_back(static_cast<std::int32_t>(batch.tokens.size()));
+}
+
+Batch Packing::next(DataPosition& position) {
+  if (planned_ != position.epoch) plan(position.epoch);
+  Batch batch;
+  for (const std::size_t piece : batches_[static_cast<std::size_t>(position.batch)])
+    add_piece(pieces_[piece], batch);
+  if (++position.batch == static_cast<std::int64_t>(batches_.size())) position = {position.epoch + 1, 0};
+  return batch;
+}
+
+}  // namespace moba::llm::train

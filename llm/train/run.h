@@ -1,0 +1,91 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "llm/config.h"
+#include "llm/train/adamw.h"
+#include "llm/train/model.h"
+#include "llm/train/schedule.h"
+#include "moba/attention.h"
+
+namespace moba::llm::train {
+
+struct RunSettings {
+  /// What is trained: a new model of this shape (config.json), or this one (Hugging Face folder or GGUF
+  /// file).
+  std::filesystem::path config, model;
+  /// Empty: the model's, or bytes.
+  std::filesystem::path tokenizer;
+  std::vector<std::filesystem::path> data;
+  std::filesystem::path out;
+  bool resume = false;
+
+  std::int64_t steps = 0;
+  std::int64_t seq_len = 1024;
+  /// Tokens of a step at most, in `accumulate` batches one after the other.
+  std::int64_t batch_tokens = 0;
+  std::int64_t accumulate = 1;
+  std::int64_t seed = 0;
+  bool completion_only = false;
+  std::int64_t save_every = 100, keep = 2;
+
+  LearningRate rate;
+  AdamW::Settings adamw;
+  double clip = 1;
+  AttentionSchedule schedule{{}};
+  Routing moba;
+  std::vector<LayerRange> full_layers;
+  /// Positions are divided by this; unset: by as much as seq_len exceeds the model's context.
+  std::optional<double> rope_factor;
+  ModelSettings computing;
+};
+
+/// What is known of a step, in the order in which it is told.
+struct StepRecord {
+  std::int64_t step = 0;
+  double loss = 0, grad_norm = 0, learning_rate = 0;
+  std::string_view attention;
+  std::int64_t tokens = 0;  // of this step
+  double seconds = 0, tokens_per_second = 0;
+  /// Of the time, inside attention.
+  double attention_share = 0;
+  double memory_gib = 0;
+  std::int64_t epoch = 0;
+
+  /// A line of log.jsonl.
+  std::string json() const;
+};
+
+/// A training run: made once, then step after step until it is done or told to stop.
+class Run {
+ public:
+  using Tell = std::function<void(const std::string&)>;
+
+  /// Reads or makes everything that the first step needs. Throws UsageError or DataError for whatever can be
+  /// known to fail before it. `tell` is told what a user should know.
+  Run(const RunSettings& settings, const Tell& tell);
+  ~Run();
+
+  /// Steps that are done; above 0 at the start of a run that goes on.
+  std::int64_t step() const;
+  std::int64_t steps() const;
+  std::int64_t parameters() const;
+  std::int64_t trained_parameters() const;
+
+  /// Trains until all steps are done or `should_stop()`, and saves. Throws DataError where the loss is no
+  /// number, and where a checkpoint cannot be written.
+  void train(const std::function<void(const StepRecord&)>& on_step, const std::function<bool()>& should_stop);
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace moba::llm::train
