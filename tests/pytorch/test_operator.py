@@ -81,6 +81,8 @@ def test_forward_and_backward_against_float64(case):
     expected, expected_lse = dense_given(*wide, selection, rows, *routing[:3])
     expected_gradients = torch.autograd.grad(expected, wide, d_out[rows].double())
     rounding = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}[out.dtype]
+    if case["head_dim"] == 1 and out.dtype != torch.float32:
+        rounding *= 4  # the backward reads the rounded output, whose one number is all there is
     for name, found, right in zip("o q k v".split(), (out[rows], *gradients), (expected, *expected_gradients)):
         error = (found.double() - right).abs().max()
         assert error <= rounding * max(1.0, right.abs().max().item()), f"{name}: {error}"
