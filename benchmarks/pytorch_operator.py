@@ -1,20 +1,30 @@
-"""The PyTorch operator: what it adds to its kernel, against the naive implementation, and a training step.
+#!/usr/bin/env python3
+"""The PyTorch package: what a call adds to its kernel, the published function against its naive form, and a training step.
 
-Rounds of the things compared are interleaved; medians, and the least time of a call for what it adds. Prints a table, and
-with --out writes it as JSON.
+What is compared is interleaved: medians of all rounds, and the least time where an addition of microseconds is asked for.
+Peaks of memory are those of processes of their own, in which freed memory goes back to the system at once. Writes
+benchmarks/results/pytorch-<machine>-<date>.json and .md after every part.
+
+    .venv/bin/python benchmarks/pytorch_operator.py --rounds 5
 """
 
 import argparse
+import ctypes
+import datetime
 import json
-import platform
+import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import moba
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from run import ROOT, cpu_name, length, machine_name
+
+PROGRAM = ROOT / "build" / "release" / "moba"
 
 
 def seconds(function) -> float:
@@ -24,6 +34,7 @@ def seconds(function) -> float:
 
 
 def interleaved(functions: dict, rounds: int) -> dict:
+    """Seconds of every call of each, after one that does not count."""
     for function in functions.values():
         function()
     times = {name: [] for name in functions}
@@ -33,61 +44,150 @@ def interleaved(functions: dict, rounds: int) -> dict:
     return times
 
 
-def call_cost() -> dict:
-    """Microseconds of a whole call on a problem so small that the kernel has nothing to do."""
-    q = torch.randn(1, 1, 16)
-    cu = torch.tensor([0, 1], dtype=torch.int32)
+def offsets(tokens: int) -> torch.Tensor:
+    return torch.tensor([0, tokens], dtype=torch.int32)
+
+
+# What a call costs
+
+
+def call_cost(options) -> list:
+    """Microseconds of a whole call on a problem so small that the kernel has next to nothing to do."""
+    calls = 500
+    q, cu = torch.randn(1, 1, 16), offsets(1)
     leaf = q.clone().requires_grad_()
 
-    def inference():
-        with torch.inference_mode():
-            for _ in range(500):
-                moba.ops.attention(q, q, q, cu, cu, 16, 1)
+    def call(tensor):
+        for _ in range(calls):
+            moba.ops.attention(tensor, q, q, cu, cu, 16, 1)
 
-    def training():
-        for _ in range(500):
-            moba.ops.attention(leaf, q, q, cu, cu, 16, 1)
+    def both():
+        for _ in range(calls):
+            moba.ops.attention(leaf, q, q, cu, cu, 16, 1)[0].backward(q)
 
-    times = interleaved({"inference": inference, "training": training}, 9)
-    return {f"call, {name}, us": min(values) / 500 * 1e6 for name, values in times.items()}
+    modes = {
+        "inference mode": torch.inference_mode()(lambda: call(q)),
+        "gradients on, none wanted": lambda: call(q),
+        "forward for a gradient": lambda: call(leaf),
+        "forward and backward": both,
+    }
+    times = interleaved(modes, 3 * options.rounds)
+    return [
+        {"what": f"a call, its kernel included: {name}", "value": min(values) / calls * 1e6, "unit": "us",
+         "wanted": "at most 30" if name != "forward and backward" else ""}
+        for name, values in times.items()
+    ]
 
 
-def peak_megabytes(tokens: int, expression: str) -> float:
-    """Of a process of its own that evaluates it, above what it had with the inputs alone."""
-    code = (
-        "import torch, moba\n"
-        "def peak():  # of this program; getrusage's would begin with its parent's\n"
-        "    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
-        f"q, k, v = torch.randn(3, {tokens}, 1, 128).unbind(0)\n"
-        f"cu = torch.tensor([0, {tokens}], dtype=torch.int32)\n"
-        "before = peak()\n"
-        f"{expression}\n"
-        "print((peak() - before) / 1024)\n"
+def kernel_seconds(tokens: int) -> float:
+    """The least time of the kernel by itself, as the program times it."""
+    command = [PROGRAM, "bench", "--tokens", str(tokens), "--chunk-size", "512", "--topk", "3", "--heads", "4", "--head-dim",
+               "64", "--threads", str(torch.get_num_threads()), "-o", "json"]
+    rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return rows[0]["seconds_min"]
+
+
+def addition_to_the_kernel(options) -> list:
+    if not PROGRAM.exists():
+        sys.exit(f"pytorch_operator: expected the program at {PROGRAM} (make build); found nothing")
+    tokens = 1024 if options.quick else 8192
+    q, k, v = torch.randn(3, tokens, 4, 64).unbind(0)
+    cu = offsets(tokens)
+    kernel, operator = [], []
+    with torch.inference_mode():
+        for _ in range(options.rounds):
+            kernel.append(kernel_seconds(tokens))
+            call = {"": lambda: moba.ops.attention(q, k, v, cu, cu, 512, 3)}
+            operator += interleaved(call, 5)[""]
+    added = min(operator) / min(kernel) - 1
+    what = f"{length(tokens)} tokens, 4 heads of 64, blocks of 512, 3 of them: "
+    return [
+        {"what": what + "the kernel, timed by the program", "value": min(kernel) * 1e3, "unit": "ms", "wanted": ""},
+        {"what": what + "the operator", "value": min(operator) * 1e3, "unit": "ms", "wanted": ""},
+        {"what": what + "added", "value": added * 100, "unit": "%", "wanted": "under 3"},
+    ]
+
+
+# Processes of their own
+
+
+def peak_bytes() -> int:
+    """Of this program; getrusage's would begin with its parent's."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+def available_bytes() -> int:
+    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+
+
+def child(*arguments, threads: int) -> dict | None:
+    """What this script prints when it is started with these hidden arguments; None when memory did not suffice."""
+    limit = available_bytes()
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", *map(str, arguments), str(threads)], capture_output=True, text=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
     )
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    if "allocate" in done.stderr or done.returncode == -9:
+        return None
+    sys.exit(f"pytorch_operator: {' '.join(map(str, arguments))} failed\n{done.stderr}")
 
 
-def naive_against_efficient(rounds: int, tokens: int) -> dict:
-    """One head of 128, blocks of 2048, top-k 3."""
+def varlen_child(name: str, tokens: int) -> dict:
     q, k, v = torch.randn(3, tokens, 1, 128).unbind(0)
-    cu = torch.tensor([0, tokens], dtype=torch.int32)
-    routing = (q, k, v, cu, tokens, 2048, 3)
-    fast, slow = moba.moba_attn_varlen(*routing), moba.moba_attn_varlen_naive(*routing)
+    cu = offsets(tokens)
+    attend = getattr(moba, name)
+    before = peak_bytes()
+    times = [seconds(lambda: attend(q, k, v, cu, tokens, 2048, 3)) for _ in range(2)]
+    return {"seconds": times[1], "peak": peak_bytes() - before}
+
+
+def step_child(implementation: str, tokens: int) -> dict:
+    step = training_step(tokens)
+    step(implementation)
+    step(implementation)
+    return {"peak": peak_bytes()}
+
+
+# The published function
+
+
+def against_naive(options) -> list:
+    """One head of 128, blocks of 2048, top-k 3."""
+    q, k, v = torch.randn(3, 4096, 1, 128).unbind(0)
+    fast, slow = (attend(q, k, v, offsets(4096), 4096, 256, 3) for attend in (moba.moba_attn_varlen, moba.moba_attn_varlen_naive))
     assert (fast - slow).abs().max() < 1e-4
-    times = interleaved(
-        {"efficient": lambda: moba.moba_attn_varlen(*routing), "naive": lambda: moba.moba_attn_varlen_naive(*routing)},
-        rounds,
-    )
-    efficient, naive = (statistics.median(values) for values in times.values())
-    result = {"efficient, ms": efficient * 1e3, "naive, ms": naive * 1e3, "naive / efficient": naive / efficient}
-    for name in ("moba_attn_varlen", "moba_attn_varlen_naive"):
-        result[f"{name}, peak MB"] = peak_megabytes(tokens, f"moba.{name}(q, k, v, cu, {tokens}, 2048, 3)")
-    return result
+
+    tokens = 4096 if options.quick else 32768
+    names = ("moba_attn_varlen", "moba_attn_varlen_naive")
+    while True:
+        rounds = [[child(name, tokens, threads=options.threads) for name in names] for _ in range(options.rounds)]
+        if all(result for pair in rounds for result in pair):
+            break
+        print(f"memory does not suffice for {names[1]} at {length(tokens)} tokens: half of them")
+        tokens //= 2
+    times = [statistics.median(pair[i]["seconds"] for pair in rounds) for i in range(2)]
+    peaks = [statistics.median(pair[i]["peak"] for pair in rounds) for i in range(2)]
+    what = f"{length(tokens)} tokens, 1 head of 128, blocks of 2048, 3 of them: "
+    return [
+        *({"what": what + f"`{name}`", "value": t * 1e3, "unit": "ms", "wanted": ""} for name, t in zip(names, times)),
+        {"what": what + "naive / efficient", "value": times[1] / times[0], "unit": "x", "wanted": "(40 on a GPU, published)"},
+        *({"what": what + f"`{name}`, memory beside its inputs", "value": p / 2**20, "unit": "MiB", "wanted": ""}
+          for name, p in zip(names, peaks)),
+    ]
 
 
-def training_step(rounds: int, tokens: int) -> dict:
-    """A Llama of 4 layers, 256 wide; SDPA against MoBA (512, 3)."""
+# A training step
+
+
+def training_step(tokens: int):
+    """A Llama of 4 layers, 256 wide: what one step of it is, given an attention implementation."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     moba.register_moba(moba.MoBAConfig(512, 3))
+    torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=256, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
@@ -101,33 +201,91 @@ def training_step(rounds: int, tokens: int) -> dict:
         model(ids, labels=ids, use_cache=False).loss.backward()
         model.zero_grad()
 
-    times = interleaved({"sdpa": lambda: step("sdpa"), "moba": lambda: step("moba")}, rounds)
-    sdpa, sparse = (statistics.median(values) for values in times.values())
-    return {f"step of {tokens}, sdpa, s": sdpa, f"step of {tokens}, moba, s": sparse, "sdpa / moba": sdpa / sparse}
+    return step
+
+
+def attention_seconds(function) -> float:
+    """Of one call, in attention's forward and backward."""
+    with torch.profiler.profile() as profile:
+        function()
+    names = ("moba::attention", "_Attention", "_scaled_dot_product_flash_attention_for_cpu")
+    return sum(e.self_cpu_time_total for e in profile.key_averages() if any(name in e.key for name in names)) / 1e6
+
+
+def keep_freed_memory() -> None:
+    """Gives glibc's freed memory back to nobody. Its default maps and clears tensors above 32 MB anew every time, which takes
+    a fifth of a step with MoBA and is neither's doing."""
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold = -1, -3
+    libc.mallopt(mmap_threshold, 1 << 30)
+    libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def training(options) -> list:
+    tokens = 1024 if options.quick else 16384
+    keep_freed_memory()
+    step = training_step(tokens)
+    steps = {name: lambda name=name: step(name) for name in ("sdpa", "moba")}
+    times = {name: statistics.median(values) for name, values in interleaved(steps, options.rounds).items()}
+    inside = {name: attention_seconds(function) for name, function in steps.items()}
+    peaks = {name: child("step", name, tokens, threads=options.threads)["peak"] / 2**20 for name in steps}
+    what = f"Llama, 4 layers, 256 wide, {length(tokens)} tokens, "
+    return [
+        *({"what": what + f"{name}: a step", "value": value, "unit": "s", "wanted": ""} for name, value in times.items()),
+        *({"what": what + f"{name}: of one step, attention", "value": value, "unit": "s", "wanted": ""}
+          for name, value in inside.items()),
+        {"what": what + "sdpa / moba", "value": times["sdpa"] / times["moba"], "unit": "x", "wanted": "at least 4"},
+        *({"what": what + f"{name}: peak of the process", "value": value, "unit": "MiB", "wanted": wanted}
+          for (name, value), wanted in zip(peaks.items(), ("", "no higher"))),
+    ]
+
+
+PARTS = {
+    "A call": call_cost,
+    "Beside the kernel": addition_to_the_kernel,
+    "The published function": against_naive,
+    "A training step": training,
+}
+
+
+def write(report: dict, name: str) -> None:
+    folder = ROOT / "benchmarks" / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
+    lines = [f"# The PyTorch package on {report['machine']}", "",
+             f"{report['date']}, torch {report['torch']}, {report['threads']} threads, f32. Made with `{report['command']}`.", "",
+             "| | measured | | wanted |", "|---|---|---|---|"]
+    for rows in report["parts"].values():
+        lines += [f"| {row['what']} | {row['value']:.4g} | {row['unit']} | {row['wanted']} |" for row in rows]
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    if sys.argv[1:2] == ["--child"]:
+        *what, threads = sys.argv[2:]
+        torch.set_num_threads(int(threads))
+        print(json.dumps(step_child(what[1], int(what[2])) if what[0] == "step" else varlen_child(what[0], int(what[1]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--naive-tokens", type=int, default=32768, help="naive against efficient; 16 GB of memory")
-    parser.add_argument("--tokens", type=int, default=16384, help="of the training step")
-    parser.add_argument("--out", help="a JSON file")
-    arguments = parser.parse_args()
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--quick", action="store_true", help="short lengths, to see that it works")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    results = {
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(sys.argv),
+    date = datetime.date.today().isoformat()
+    report = {
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores", "date": date, "torch": torch.__version__,
+        "threads": options.threads,
+        "command": f"python benchmarks/pytorch_operator.py --rounds {options.rounds} --threads {options.threads}"
+        + " --quick" * options.quick,
+        "parts": {},
     }
-    results |= call_cost() | naive_against_efficient(arguments.rounds, arguments.naive_tokens)
-    results |= training_step(arguments.rounds, arguments.tokens)
-    for name, value in results.items():
-        print(f"{name:32} {value:.4g}" if isinstance(value, float) else f"{name:32} {value}")
-    if arguments.out:
-        with open(arguments.out, "w") as file:
-            json.dump(results, file, indent=1)
+    for part, measure in PARTS.items():
+        report["parts"][part] = measure(options)
+        write(report, f"pytorch-{machine_name()}-{date}{'-quick' * options.quick}")
+        for row in report["parts"][part]:
+            print(f"{row['what']:90} {row['value']:10.4g} {row['unit']:4} {row['wanted']}", flush=True)
 
 
 if __name__ == "__main__":

@@ -166,13 +166,35 @@ def _with_gradient(keyset, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_
         return _attention.redispatch(keyset, *arguments)
 
 
-def _no_derivative(ctx, *gradients):
-    raise NotImplementedError("moba::decode has no derivative, and moba::attention no second one")
+class _Underived(torch.autograd.Function):
+    """An operator without a derivative."""
+
+    @staticmethod
+    def forward(ctx, operator, keyset, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset, *arguments)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError("moba::decode has no derivative, and moba::attention no second one")
+
+
+def _register_underived(function):
+    operator = getattr(torch.ops.moba, function).default
+
+    def kernel(keyset, *arguments):
+        keyset = keyset & torch._C._after_autograd_keyset
+        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+            return _Underived.apply(operator, keyset, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.redispatch(keyset, *arguments)
+
+    _library.impl(function, kernel, "Autograd", with_keyset=True)
 
 
 _library.impl("attention", _with_gradient, "Autograd", with_keyset=True)
-torch.library.register_autograd("moba::attention_backward", _no_derivative)
-torch.library.register_autograd("moba::decode", _no_derivative)
+_register_underived("attention_backward")
+_register_underived("decode")
 
 
 # Under autocast the inputs take its dtype, as torch's own attention has it. float64 stays what it is.

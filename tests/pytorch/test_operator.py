@@ -81,7 +81,7 @@ def test_forward_and_backward_against_float64(case):
     expected, expected_lse = dense_given(*wide, selection, rows, *routing[:3])
     expected_gradients = torch.autograd.grad(expected, wide, d_out[rows].double())
     rounding = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}[out.dtype]
-    if case["head_dim"] == 1 and out.dtype != torch.float32:
+    if case["head_dim"] == 1:
         rounding *= 4  # the backward reads the rounded output, whose one number is all there is
     for name, found, right in zip("o q k v".split(), (out[rows], *gradients), (expected, *expected_gradients)):
         error = (found.double() - right).abs().max()
@@ -105,7 +105,7 @@ def test_cpu_and_reference_agree(case):
 
     d_out = torch.randn(fast[0].shape).to(fast[0].dtype).masked_fill(swapped[:, None, None], 0)
     for found, expected in zip(*(torch.autograd.grad(out, leaves, d_out) for out in (fast[0], slow[0]))):
-        scale = max(1.0, expected.abs().max().item())
+        scale = max(1.0, expected.abs().max().item()) * (4 if case["head_dim"] == 1 else 1)
         torch.testing.assert_close(found, expected, atol=tolerance * scale, rtol=tolerance)
 
 
