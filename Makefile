@@ -44,8 +44,9 @@ test-asan test-tsan: test-%: setup  ## the library's tests under AddressSanitize
 test-python: test-cpp python  ## the Python tests, on the optimised build
 	$(PYTHON) -m pytest -q tests
 
-test-long: test-cpp  ## tens of thousands of generated cases more
+test-long: test-cpp python  ## tens of thousands of generated cases more
 	MOBA_TEST_CASES=2000 ctest --test-dir build/release --output-on-failure --progress -j$(JOBS) -R Agreement
+	MOBA_TEST_CASES=2000 $(PYTHON) -m pytest -q tests/pytorch/test_operator.py -k "float64 or reference"
 
 cuda: setup  ## the CUDA backend with nvcc, no GPU needed; says what registers its kernels take
 	@cmake --preset cuda --log-level=ERROR >/dev/null
