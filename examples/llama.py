@@ -21,8 +21,11 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, attn_implementation=arguments.attn, dtype="auto")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, attn_implementation=arguments.attn, dtype="auto")
+    except OSError as error:
+        parser.error(f"--model {arguments.model}: {error}")
     inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=arguments.tokens, do_sample=False)

@@ -26,7 +26,10 @@ class MoBAConfig:
     decode: str = "full"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "full_layers", tuple(self.full_layers))
+        try:
+            object.__setattr__(self, "full_layers", tuple(self.full_layers))
+        except TypeError:
+            raise TypeError(f"MoBAConfig: full_layers is {self.full_layers!r}; layer numbers are expected") from None
         least = {"moba_chunk_size": 1, "moba_topk": 1, "full_tail": 0, "sink_blocks": 0}
         for name, low in least.items():
             value = getattr(self, name)

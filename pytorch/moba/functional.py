@@ -91,11 +91,17 @@ def attention(
     """
     check_tensors("attention", q, k, v, "[batch, tokens, heads, head_dim]")
     if config is not None:
+        if not isinstance(config, MoBAConfig):
+            raise TypeError(f"attention: config is {type(config).__name__}; a MoBAConfig is expected")
         if block_size is not None or top_k is not None:
             raise TypeError("attention: block_size and top_k are given beside a config; one of them is expected")
         block_size, top_k, sink_blocks = config.moba_chunk_size, config.moba_topk, config.sink_blocks or sink_blocks
     block_size = check_int("attention", "block_size", block_size)
     top_k = check_int("attention", "top_k", top_k)
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"attention: scale is {scale!r}; a number is expected")
+    if not isinstance(backend, str):
+        raise TypeError(f'attention: backend is {backend!r}; "cpu", "reference" or "" is expected')
     batch, queries = q.shape[:2]
     keys = k.shape[1]
     for name, t in (("k", k), ("v", v)):

@@ -35,6 +35,8 @@ class Routing:
     full tail's rows are all -1."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"routing: model is {type(model).__name__}; a torch.nn.Module is expected")
         self._modules = set(model.modules())
         self._selections: dict[int, list[Tensor]] = {}
 

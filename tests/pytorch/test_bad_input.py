@@ -151,6 +151,9 @@ BATCHED = {
     "v of another length": (lambda c: c | {"v": c["v"][:, :5]}, ValueError, "v has 5 tokens; k has 9"),
     "no routing": (lambda c: c | {"block_size": None}, TypeError, "block_size is None"),
     "two routings": (lambda c: c | {"config": moba.MoBAConfig(4, 2)}, TypeError, "beside a config"),
+    "a config of another kind": (lambda c: c | {"config": {"top_k": 2}}, TypeError, "config is dict"),
+    "a scale that is text": (lambda c: c | {"scale": "1"}, TypeError, "scale is '1'"),
+    "a backend that is a number": (lambda c: c | {"backend": 3}, TypeError, "backend is 3"),
     "top-k of 1.5": (lambda c: c | {"top_k": 1.5}, TypeError, "top_k is 1.5"),
     "top-k of 0": (lambda c: c | {"top_k": 0}, ValueError, "top_k is 0"),
     "a float mask": (lambda c: c | {"padding_mask": torch.ones(2, 9)}, TypeError, "padding_mask is torch.float32"),
@@ -202,6 +205,7 @@ def test_the_varlen_doors(attend):
         ({"sink_blocks": 3}, ValueError),
         ({"full_tail": -1}, ValueError),
         ({"full_layers": ["last"]}, TypeError),
+        ({"full_layers": -1}, TypeError),
         ({"decode": "sparse"}, ValueError),
     ],
 )

@@ -247,3 +247,6 @@ def test_what_cannot_be_honoured_is_refused():
         logits(build("llama", is_causal=False), "moba", ids)
     with pytest.raises(TypeError, match="cfg is dict"):
         moba.register_moba({"moba_chunk_size": 8})
+    with pytest.raises(TypeError, match="model is str"):
+        with moba.routing("llama"):
+            pass

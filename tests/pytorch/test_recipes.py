@@ -1,5 +1,6 @@
 """The code of docs/pytorch.md, and the example."""
 
+import os
 import re
 import subprocess
 import sys
@@ -48,9 +49,12 @@ def test_the_example(model_folder, implementation):
     assert done.stdout.strip()
 
 
-def test_the_example_explains_itself():
+@pytest.mark.parametrize("arguments, message", [
+    (["--model", "x", "--moba-topk", "0"], "moba_topk is 0"), (["--model", "./no/such"], "--model ./no/such: "),
+])
+def test_the_example_explains_itself(arguments, message):
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "llama.py", "--model", "x", "--moba-topk", "0"],
-        capture_output=True, text=True,
+        [sys.executable, ROOT / "examples" / "llama.py", *arguments], capture_output=True, text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
-    assert done.returncode == 2 and "moba_topk is 0" in done.stderr
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
