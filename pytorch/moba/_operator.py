@@ -41,6 +41,14 @@ def _check_tensors(function: str, *tensors: Tensor) -> None:
             raise ValueError(f"{function}: {name} is on {t.device}; q is on {device}")
 
 
+def _refused(error: Exception) -> Exception:
+    """What the compiled part threw, as torch hands it on: a RuntimeError since 2.15, a ValueError before."""
+    text = str(error)
+    if not text.startswith(("attention: ", "attention_backward: ", "select_blocks: ", "decode: ")):
+        return error
+    return ValueError(text.replace("select_blocks: ", "select: ").replace("sequences.", "cu_seqlens_"))
+
+
 _door = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
 
 
@@ -51,7 +59,10 @@ def _register_door(function: str) -> None:
 
     def checked(keyset, *arguments):
         _check_tensors(function, *arguments[:count])
-        return operator.redispatch(keyset - _door, *arguments)
+        try:
+            return operator.redispatch(keyset - _door, *arguments)
+        except (RuntimeError, ValueError) as error:
+            raise _refused(error) from None
 
     _library.impl(function, checked, "BackendSelect", with_keyset=True)
 
@@ -158,12 +169,16 @@ def _with_gradient(keyset, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_
     keyset = keyset & _below_gradient
     arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale, return_selection,
                  backend)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        if torch._C._are_functorch_transforms_active():
-            raise NotImplementedError("attention: torch.func cannot differentiate it; torch.autograd.grad can")
-        return _Attention.apply(keyset, *arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _attention.redispatch(keyset, *arguments)
+    gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if gradient and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("attention: torch.func cannot differentiate it; torch.autograd.grad can")
+    try:
+        if gradient:
+            return _Attention.apply(keyset, *arguments)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _attention.redispatch(keyset, *arguments)
+    except (RuntimeError, ValueError) as error:
+        raise _refused(error) from None
 
 
 class _Underived(torch.autograd.Function):

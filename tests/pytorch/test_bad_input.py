@@ -28,10 +28,10 @@ WRONG = {
     "a batch dimension": ({"q": torch.randn(1, 16, 4, 16)}, "q has sizes"),
     "offsets that fall": ({"cu_seqlens_q": ints(0, 10, 6, 16)}, "cu_seqlens_k|falls|entries"),
     "both offsets that fall": (
-        {"cu_seqlens_q": ints(0, 10, 6, 16), "cu_seqlens_k": ints(0, 10, 12, 16)}, "falls from 10 to 6",
+        {"cu_seqlens_q": ints(0, 10, 6, 16), "cu_seqlens_k": ints(0, 10, 12, 16)}, "cu_seqlens_q falls from 10 to 6",
     ),
-    "offsets from 1": ({"cu_seqlens_q": ints(1, 10, 16)}, "starts at 1"),
-    "offsets past the end": ({"cu_seqlens_k": ints(0, 10, 17)}, "ends at 17"),
+    "offsets from 1": ({"cu_seqlens_q": ints(1, 10, 16)}, "^attention: cu_seqlens_q starts at 1"),
+    "offsets past the end": ({"cu_seqlens_k": ints(0, 10, 17)}, "^attention: cu_seqlens_k ends at 17"),
     "offsets short of the end": ({"cu_seqlens_k": ints(0, 10, 15)}, "ends at 15"),
     "no offsets": ({"cu_seqlens_q": ints(), "cu_seqlens_k": ints()}, "empty"),
     "offsets in a square": ({"cu_seqlens_q": torch.zeros(2, 2, dtype=torch.int32)}, "cu_seqlens_q"),
@@ -75,8 +75,9 @@ def fake(mode, call):
 @pytest.mark.parametrize("name", WRONG)
 def test_the_operator_names_what_is_wrong(name):
     change, message = WRONG[name]
-    with pytest.raises(ValueError, match=message):
-        ops.attention(**(good() | change))
+    for mode in ("gradient", "inference"):
+        with pytest.raises(ValueError, match=message):
+            modes_of_calling()[mode](good() | change)
 
 
 @pytest.mark.parametrize("mode", modes_of_calling())
