@@ -10,6 +10,7 @@
 #include <string>
 
 #include "app/commands.h"
+#include "app/loss_plot.h"
 #include "app/train_settings.h"
 #include "llm/train/run.h"
 
@@ -74,6 +75,7 @@ int train(const TrainFlags& flags) {
   Progress progress(run.step(), run.steps());
   run.train([&](const StepRecord& record) { progress.tell(record); }, [] { return stop_requested != 0; });
   progress.end();
+  plot_losses(settings.out / "log.jsonl", settings.out / "loss.svg");
   if (stop_requested == 0) return 0;
   std::fprintf(stderr, "stopped and saved after step %lld; --resume goes on\n",
                static_cast<long long>(run.step()));

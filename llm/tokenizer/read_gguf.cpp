@@ -186,4 +186,88 @@ TokenizerData read_tokenizer_gguf(const std::filesystem::path& path) {
   return data;
 }
 
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+Json byte_level_json(bool add_prefix_space) {
+  return {{"type", "ByteLevel"},
+          {"add_prefix_space", add_prefix_space},
+          {"trim_offsets", true},
+          {"use_regex", false}};
+}
+
+Json pre_tokenizer_json(const PreTokenizerKind& kind, bool add_prefix_space) {
+  Json steps = Json::array();
+  for (const char* pattern : kind.patterns) {
+    if (pattern == nullptr) continue;
+    steps.push_back(
+        {{"type", "Split"}, {"pattern", {{"Regex", pattern}}}, {"behavior", "Isolated"}, {"invert", false}});
+  }
+  steps.push_back(byte_level_json(add_prefix_space));
+  return {{"type", "Sequence"}, {"pretokenizers", steps}};
+}
+
+/// A template that puts `before` and `after` around a text.
+Json post_processor_json(const TokenizerData& data) {
+  if (data.before.empty() && data.after.empty()) return nullptr;
+  Json single = Json::array(), tokens = Json::object();
+  const auto add = [&](std::int32_t id) {
+    const std::string& text = data.tokens[static_cast<std::size_t>(id)].text;
+    single.push_back({{"SpecialToken", {{"id", text}, {"type_id", 0}}}});
+    tokens[text] = {{"id", text}, {"ids", {id}}, {"tokens", {text}}};
+  };
+  for (const std::int32_t id : data.before) add(id);
+  single.push_back({{"Sequence", {{"id", "A"}, {"type_id", 0}}}});
+  for (const std::int32_t id : data.after) add(id);
+  Json pair = single;
+  pair.push_back({{"Sequence", {{"id", "B"}, {"type_id", 1}}}});
+  return {{"type", "TemplateProcessing"}, {"single", single}, {"pair", pair}, {"special_tokens", tokens}};
+}
+
+}  // namespace
+
+Json tokenizer_json_of_gguf(const std::filesystem::path& path) {
+  const GgufFile file = GgufFile::open(path);
+  const GgufValue model = file.at("tokenizer.ggml.model");
+  if (model.string() != "gpt2") model.fail("gpt2, a byte-level tokenizer", llm::quoted(model.string()));
+  const TokenizerData data = read_tokenizer_gguf(path);
+  const PreTokenizerKind& kind = pre_tokenizer_kind(file);
+  const auto kinds = token_kinds(file, data.tokens.size());
+
+  Json vocab = Json::object(), added = Json::array();
+  for (std::size_t id = 0; id < data.tokens.size(); ++id) {
+    const std::string& text = data.tokens[id].text;
+    vocab[text] = id;
+    if (!is_special(kinds[id]) && kinds[id] != PieceKind::kUserDefined) continue;
+    added.push_back({{"id", id},
+                     {"content", text},
+                     {"single_word", false},
+                     {"lstrip", false},
+                     {"rstrip", false},
+                     {"normalized", false},
+                     {"special", is_special(kinds[id])}});
+  }
+  const bool add_prefix_space = flag(file, "tokenizer.ggml.add_space_prefix", false);
+  return {{"version", "1.0"},
+          {"truncation", nullptr},
+          {"padding", nullptr},
+          {"added_tokens", added},
+          {"normalizer", kind.nfc ? Json{{"type", "NFC"}} : Json(nullptr)},
+          {"pre_tokenizer", pre_tokenizer_json(kind, add_prefix_space)},
+          {"post_processor", post_processor_json(data)},
+          {"decoder", byte_level_json(false)},
+          {"model",
+           {{"type", "BPE"},
+            {"dropout", nullptr},
+            {"unk_token", nullptr},
+            {"continuing_subword_prefix", nullptr},
+            {"end_of_word_suffix", nullptr},
+            {"fuse_unk", false},
+            {"byte_fallback", false},
+            {"ignore_merges", kind.ignore_merges},
+            {"vocab", vocab},
+            {"merges", file.at("tokenizer.ggml.merges").strings()}}}};
+}
+
 }  // namespace moba::llm

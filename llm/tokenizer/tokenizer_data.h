@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 #include <variant>
@@ -46,6 +47,10 @@ TokenizerData read_huggingface_folder(const std::filesystem::path& folder);
 TokenizerData read_tokenizer_json(const std::filesystem::path& file);
 TokenizerData read_tokenizer_model(const std::filesystem::path& file);
 TokenizerData read_tokenizer_gguf(const std::filesystem::path& file);
+
+/// The `tokenizer.json` that says what the metadata of a GGUF file with a byte-level tokenizer says. Throws
+/// DataError for another kind.
+nlohmann::ordered_json tokenizer_json_of_gguf(const std::filesystem::path& file);
 
 /// Puts a token in its place. `where` names the file, for the DataError of an id that is negative, taken or
 /// far beyond the `count` tokens that the file holds.

@@ -79,7 +79,7 @@ void Checkpoints::save(std::int64_t step, std::int64_t keep,
     fs::create_directory(half_done);
     write(half_done);
     sync_folder(half_done);
-    if (!fs::exists(place)) fs::rename(half_done, place);  // there already: a stop at the step of a save
+    fs::rename(half_done, place);
     sync_folder(folder_);
 
     link(name, folder_ / kLast);

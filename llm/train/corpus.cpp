@@ -38,7 +38,24 @@ nlohmann::json stamp_of(const Source& source) {
           fs::last_write_time(source.path).time_since_epoch().count()};
 }
 
-std::vector<Source> find_sources(const std::vector<fs::path>& paths) {
+/// The files in a folder and its subfolders, in alphabetical order; hidden ones and what lies in `besides`
+/// are passed over.
+std::vector<fs::path> files_in(const fs::path& folder, const fs::path& besides) {
+  std::vector<fs::path> files;
+  const auto options = fs::directory_options::skip_permission_denied;
+  for (fs::recursive_directory_iterator entry(folder, options), end; entry != end; ++entry) {
+    const bool is_hidden = entry->path().filename().string().starts_with('.');
+    if (entry->is_directory() && (is_hidden || fs::equivalent(entry->path(), besides))) {
+      entry.disable_recursion_pending();
+    } else if (entry->is_regular_file() && !is_hidden) {
+      files.push_back(entry->path());
+    }
+  }
+  std::sort(files.begin(), files.end());
+  return files;
+}
+
+std::vector<Source> find_sources(const std::vector<fs::path>& paths, const fs::path& besides) {
   std::vector<Source> sources;
   for (const fs::path& path : paths) {
     if (!fs::exists(path)) {
@@ -48,12 +65,7 @@ std::vector<Source> find_sources(const std::vector<fs::path>& paths) {
       sources.push_back({path, true});
       continue;
     }
-    std::vector<fs::path> found;
-    for (const auto& entry : fs::recursive_directory_iterator(path)) {
-      if (entry.is_regular_file()) found.push_back(entry.path());
-    }
-    std::sort(found.begin(), found.end());
-    for (const fs::path& file : found) sources.push_back({file, false});
+    for (const fs::path& file : files_in(path, besides)) sources.push_back({file, false});
   }
   return sources;
 }
@@ -229,7 +241,7 @@ struct Corpus::Impl {
 
 Corpus Corpus::open(const std::vector<fs::path>& paths, const TextTokens& tokens, const fs::path& cache,
                     const Tell& tell) {
-  const std::vector<Source> sources = find_sources(paths);
+  const std::vector<Source> sources = find_sources(paths, cache.parent_path());
   nlohmann::json key{{"version", kVersion},
                      {"tokenizer", tokens.identity()},
                      {"token_bytes", tokens.vocab_size() > 65536 ? 4 : 2},

@@ -24,9 +24,9 @@ class Corpus {
   /// Told what is left out of a folder, and how far tokenising has got.
   using Tell = std::function<void(const std::string&)>;
 
-  /// Tokens of `paths`, files or folders with their subfolders in alphabetical order, kept in `cache`: made
-  /// there if it holds none, or those of other files, other contents or another tokenizer. Of a folder, files
-  /// that are empty or binary are left out; given by name, they are a DataError.
+  /// Tokens of `paths`, files or folders with their subfolders, kept in `cache`: made there if it holds none,
+  /// or those of other files, other contents or another tokenizer. Of a folder, files that are hidden, empty
+  /// or binary are left out, and the folder that `cache` is in; given by name, they are a DataError.
   static Corpus open(const std::vector<std::filesystem::path>& paths, const TextTokens& tokens,
                      const std::filesystem::path& cache, const Tell& tell);
 

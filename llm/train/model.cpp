@@ -118,6 +118,22 @@ bool all_finite(const at::Tensor& x) {
 
 }  // namespace
 
+double bytes_needed(const ModelConfig& config, const ModelSettings& settings) {
+  const auto number = [](std::int64_t value) { return static_cast<double>(value); };
+  double layer = 0;
+  for (const LinearShape& linear : linears_of(config))
+    layer += number(linear.outputs) * number(linear.inputs);
+  const double embeddings = (config.tied_embeddings ? 1 : 2) * number(config.vocab) * number(config.hidden);
+  const double parameters = embeddings + number(config.layers) * (layer + 2 * number(config.hidden));
+  const double wide = number(2 * config.heads + 2 * config.kv_heads) * number(config.head_dim) +
+                      2 * number(config.intermediate);
+  const double kept =
+      (settings.recompute ? 1 : number(config.layers)) *
+      (wide * number(static_cast<std::int64_t>(size_of(settings.dtype))) + 4 * number(config.hidden));
+  const double streams = 4 * number(config.layers) * number(config.hidden);
+  return (settings.lora ? 4 : 16) * parameters + number(settings.most_tokens) * (kept + streams);
+}
+
 struct Model::Impl {
   ModelConfig config;
   ModelSettings settings;
@@ -605,10 +621,11 @@ std::string Model::first_non_finite(const Batch& batch, std::span<const Routing>
   for (std::size_t l = 0; l < impl_->layers.size(); ++l) {
     impl_->attention_half(batch, l, routings[l]);
     if (!all_finite(impl_->rows(impl_->saved_of(l).middle, batch)))
-      return fmt::format("layer {}, its attention", l);
+      return fmt::format("the output of layer {}'s attention", l);
     impl_->mlp_first_half(batch, l);
     impl_->mlp_second_half(batch, l);
-    if (!all_finite(impl_->rows(impl_->stream[l + 1], batch))) return fmt::format("layer {}, its MLP", l);
+    if (!all_finite(impl_->rows(impl_->stream[l + 1], batch)))
+      return fmt::format("the output of layer {}'s MLP", l);
   }
   return {};
 }

@@ -39,6 +39,10 @@ struct ModelSettings {
   std::optional<LoraSettings> lora;
 };
 
+/// Bytes that training a model of this shape takes, about: parameters with their gradients and means, and
+/// activations.
+double bytes_needed(const ModelConfig& config, const ModelSettings& settings);
+
 /// Named tensors and what is known of each number in them.
 struct Parameters {
   const Layout* layout;
@@ -70,8 +74,8 @@ class Model {
   /// `routings[l]` says. Returns the loss of every token, 0 where its target is -1.
   std::vector<float> forward_backward(const Batch& batch, std::span<const Routing> routings, float scale);
 
-  /// Where in the forward pass of `batch` a number that is not finite turns up first ("layer 3, attention");
-  /// empty where all are.
+  /// Where in the forward pass of `batch` a number that is not finite turns up first ("the output of layer
+  /// 3's MLP"); empty where all are.
   std::string first_non_finite(const Batch& batch, std::span<const Routing> routings);
 
   /// Spent inside attention so far, forward and backward.

@@ -1,6 +1,7 @@
 #include "llm/train/run.h"
 
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -35,8 +36,9 @@ constexpr const char* kLogFile = "log.jsonl";
 /// A model to be trained, as it was found.
 struct Origin {
   ModelConfig config;
-  nlohmann::ordered_json document;  // config.json; empty for GGUF
+  nlohmann::ordered_json document = nlohmann::ordered_json::object();  // config.json; empty for GGUF
   std::optional<Weights> weights;
+  double deviation = 0.02;  // of new weights; transformers' default
   std::string name;
 };
 
@@ -54,8 +56,10 @@ Origin open_origin(const RunSettings& settings) {
     const nlohmann::json document = load_json(file);
     if (is_new) {
       const std::string name = file.string();
-      origin.config = read_config(JsonValue(document, name));
+      const JsonValue root(document, name);
+      origin.config = read_config(root);
       check_heads(origin.config, name);
+      if (const auto range = root.find("initializer_range")) origin.deviation = range->number();
     }
     origin.document = nlohmann::ordered_json::parse(document.dump());
   }
@@ -82,13 +86,25 @@ void grow_context(ModelConfig& config, const RunSettings& settings, const Run::T
   config.context = std::max(config.context, settings.seq_len);
 }
 
+std::string gibibytes(double bytes) {
+  return fmt::format("{:.3g} GiB", bytes / (1 << 30));
+}
+
+/// A model that does not fit is refused before anything is taken for it.
+void check_memory(const ModelConfig& config, const ModelSettings& computing, const std::string& name) {
+  const double needed = bytes_needed(config, computing);
+  const double machine =
+      static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
+  if (needed <= machine) return;
+  throw DataError(
+      fmt::format("{}: expected a model and a --batch-tokens that this machine's {} hold; found what "
+                  "needs {}",
+                  name, gibibytes(machine), gibibytes(needed)));
+}
+
 TextTokens open_tokens(const RunSettings& settings) {
   if (!settings.tokenizer.empty()) return TextTokens::open(settings.tokenizer);
   return settings.model.empty() ? TextTokens::bytes() : TextTokens::open(settings.model);
-}
-
-std::string gibibytes(double bytes) {
-  return fmt::format("{:.3g} GiB", bytes / (1 << 30));
 }
 
 }  // namespace
@@ -181,6 +197,7 @@ ModelConfig Run::Impl::config_of_run(const Tell& tell) const {
         fmt::format("{}: expected a vocabulary of at least {}, as many as the tokenizer has; found {}",
                     origin.name, tokens.vocab_size(), config.vocab));
   }
+  check_memory(config, model_settings(), origin.name);
   return config;
 }
 
@@ -242,8 +259,7 @@ void Run::Impl::begin() {
   if (origin.weights) {
     model.load(*origin.weights);
   } else {
-    const double deviation = origin.document.value("initializer_range", 0.02);
-    model.initialise(deviation, static_cast<std::uint64_t>(settings.seed));
+    model.initialise(origin.deviation, static_cast<std::uint64_t>(settings.seed));
   }
   if (settings.computing.lora) model.initialise_adapters(static_cast<std::uint64_t>(settings.seed));
 }
@@ -311,7 +327,8 @@ void Run::Impl::save() {
     nlohmann::ordered_json config = origin.document;
     for (const char* gone : {"rope_parameters", "rope_scaling", "torch_dtype"}) config.erase(gone);
     config.update(config_json(model.config()));
-    if (tokens.end() >= 0 && !config.contains("eos_token_id")) config["eos_token_id"] = tokens.end();
+    if (tokens.end() >= 0 && config.value("eos_token_id", nlohmann::json()).is_null())
+      config["eos_token_id"] = tokens.end();
     write_file(folder / "config.json", config.dump(2) + "\n");
     tokens.save(folder);
 
@@ -357,8 +374,8 @@ void Run::Impl::fail_at_step(double loss, const std::vector<Batch>& batches,
   }
   const auto newest = checkpoints.newest();
   throw DataError(
-      fmt::format("step {}: expected a finite loss and gradient; found a loss of {}, and first in {} "
-                  "what is not finite; {}",
+      fmt::format("step {}: expected a finite loss and gradient; found a loss of {}, and {} is the first "
+                  "that is not finite; {}",
                   step + 1, loss, where,
                   newest ? "the last checkpoint is " + newest->string() : "no checkpoint was saved"));
 }

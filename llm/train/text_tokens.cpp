@@ -12,6 +12,7 @@
 #include "llm/formats/output_file.h"
 #include "llm/tokenizer/bpe.h"
 #include "llm/tokenizer/tokenizer.h"
+#include "llm/tokenizer/tokenizer_data.h"
 #include "llm/tokenizer/utf8.h"
 #include "llm/train/fingerprint.h"
 
@@ -72,25 +73,41 @@ std::string_view text_of(const MappedFile& file) {
 
 struct TextTokens::Impl {
   std::optional<Tokenizer> tokenizer;  // without one, bytes
-  std::filesystem::path folder;
+  std::filesystem::path origin;        // its folder or GGUF file
+  nlohmann::ordered_json from_gguf;    // its tokenizer.json, where it came without
   std::string identity;
 };
 
+namespace {
+
+nlohmann::ordered_json config_of(const Tokenizer& tokenizer) {
+  nlohmann::ordered_json config{{"tokenizer_class", "PreTrainedTokenizerFast"},
+                                {"clean_up_tokenization_spaces", false}};
+  if (tokenizer.bos() >= 0) config["bos_token"] = tokenizer.piece(tokenizer.bos(), true);
+  if (!tokenizer.end_tokens().empty())
+    config["eos_token"] = tokenizer.piece(tokenizer.end_tokens().front(), true);
+  if (!tokenizer.chat_template().empty()) config["chat_template"] = tokenizer.chat_template();
+  return config;
+}
+
+}  // namespace
+
 TextTokens TextTokens::bytes() {
   TextTokens tokens;
-  tokens.impl_ = std::make_shared<const Impl>(Impl{{}, {}, "bytes"});
+  tokens.impl_ = std::make_shared<const Impl>(Impl{{}, {}, {}, "bytes"});
   return tokens;
 }
 
 TextTokens TextTokens::open(const std::filesystem::path& model) {
-  Impl impl{Tokenizer::open(model), model, {}};
+  Impl impl{Tokenizer::open(model), model, {}, {}};
   Fingerprint fingerprint;
   if (std::filesystem::is_directory(model)) {
     for (const char* name : kTokenizerFiles) {
       if (std::filesystem::exists(model / name)) fingerprint.add(text_of(MappedFile(model / name)));
     }
   } else {
-    fingerprint.add(model.string());
+    impl.from_gguf = tokenizer_json_of_gguf(model);
+    fingerprint.add(impl.from_gguf.dump());
   }
   impl.identity = fingerprint.text();
   TextTokens tokens;
@@ -128,8 +145,13 @@ void TextTokens::save(const std::filesystem::path& folder) const {
     write_file(folder / "tokenizer_config.json", config.dump(2) + "\n");
     return;
   }
+  if (!impl_->from_gguf.is_null()) {
+    write_file(folder / "tokenizer.json", impl_->from_gguf.dump() + "\n");
+    write_file(folder / "tokenizer_config.json", config_of(*impl_->tokenizer).dump(2) + "\n");
+    return;
+  }
   for (const char* name : kTokenizerFiles) {
-    const auto from = impl_->folder / name;
+    const auto from = impl_->origin / name;
     if (std::filesystem::exists(from)) write_file(folder / name, text_of(MappedFile(from)));
   }
 }
