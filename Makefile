@@ -47,6 +47,7 @@ test-python: test-cpp python  ## the Python tests, on the optimised build
 test-long: test-cpp python  ## tens of thousands of generated cases more
 	MOBA_TEST_CASES=2000 ctest --test-dir build/release --output-on-failure --progress -j$(JOBS) -R Agreement
 	MOBA_TEST_CASES=2000 $(PYTHON) -m pytest -q tests/pytorch/test_operator.py -k "float64 or reference"
+	MOBA_TEST_KILLS=50 $(PYTHON) -m pytest -q tests/llm/test_train.py -k killed
 
 cuda: setup  ## the CUDA backend with nvcc, no GPU needed; says what registers its kernels take
 	@cmake --preset cuda --log-level=ERROR >/dev/null
@@ -58,7 +59,7 @@ neon: setup  ## the kernels compile for Arm (needs Debian's g++-aarch64-linux-gn
 bench: setup  ## every benchmark, into benchmarks/results
 	@cmake --preset release --log-level=ERROR >/dev/null
 	cmake --build build/release -j$(JOBS)
-	for script in benchmarks/ttft.py benchmarks/run.py benchmarks/pytorch_operator.py; do echo "== $$script"; $(PYTHON) $$script; done
+	for script in benchmarks/ttft.py benchmarks/run.py benchmarks/pytorch_operator.py benchmarks/train_step.py; do echo "== $$script"; $(PYTHON) $$script; done
 
 install-test: setup  ## install the library into a folder and build the example against it
 	@cmake --preset lib --log-level=ERROR >/dev/null
