@@ -1,12 +1,16 @@
-// The two ways in which a tile of attention is computed: in f32, whatever the storage type, or in bf16 where
-// the CPU multiplies bf16 matrices itself. Both pack a chunk of keys and values, gather rows, score them, and
-// add weighted values to the rows' outputs.
+// The ways in which a tile of attention is computed: in f32, whatever the storage type; in bf16 where the CPU
+// multiplies bf16 matrices itself; and there in f32 as well, each value split into three of bf16. All pack a
+// chunk of keys and values, gather rows, score them, and add weighted values to the rows' outputs.
 #if defined(MOBA_CPU_ARITHMETIC_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MOBA_CPU_ARITHMETIC_INL_H_
 #undef MOBA_CPU_ARITHMETIC_INL_H_
 #else
 #define MOBA_CPU_ARITHMETIC_INL_H_
 #endif
+
+#include <bitset>
+#include <cmath>
+#include <tuple>
 
 #include "cpu/matrix_tiles.h"
 #include "cpu/tile-inl.h"
@@ -27,18 +31,68 @@ HWY_INLINE void for_rows(std::int64_t first, std::int64_t count, Fetch&& fetch, 
   }
 }
 
+/// Where a chunk's keys and values came from.
+struct Source {
+  const Problem* problem = nullptr;
+  const SequenceView* sequence = nullptr;
+  std::int64_t head = 0, first = 0, count = 0;
+
+  template <typename Visit>
+  HWY_INLINE void for_keys(Visit&& visit) const {
+    for_rows(
+        first, count, [&](std::int64_t at) { return problem->keys(*sequence, head, at); }, visit);
+  }
+  template <typename Visit>
+  HWY_INLINE void for_values(Visit&& visit) const {
+    for_rows(
+        first, count, [&](std::int64_t at) { return problem->values(*sequence, head, at); }, visit);
+  }
+};
+
+HWY_INLINE bool all_finite(const float* row, std::size_t size) {
+  const F32 d;
+  Vec odd = hn::Zero(d);  // NaN as soon as it meets what is not finite
+  std::size_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) odd = hn::MulAdd(hn::LoadU(d, row + i), hn::Zero(d), odd);
+  bool finite = hn::AllTrue(d, hn::Eq(odd, odd));
+  for (; i < size; ++i) finite = finite && std::isfinite(row[i]);
+  return finite;
+}
+
+/// Keys of a chunk, by their number in it.
+using KeySet = std::bitset<kChunk>;
+
+/// out[r] += weight(r, i) * value i for values that are not finite: for the rows that see them and no other.
+/// In a product of tiles they would reach every row, through weights of 0.
+template <typename Weight>
+void add_odd_values(const Source& source, const KeySet& odd, TileScratch& tile, std::size_t rows,
+                    std::size_t head_dim, Weight&& weight) {
+  source.for_values([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
+    if (!odd.test(index)) return;
+    const float* value = row_as_f32(from, source.problem->v.dtype, i, head_dim, tile.widened);
+    for (std::size_t r = 0; r < rows; ++r) {
+      const float by = index < tile.visible[r] ? weight(r, index) : 0.0F;
+      for (std::size_t c = 0; c < head_dim && index < tile.visible[r]; ++c) tile.out[r][c] += by * value[c];
+    }
+  });
+}
+
 struct Float32 {
-  static constexpr std::size_t kHeight = kTileRows;
+  static constexpr std::size_t kHeight = kTileRows, kMostKeys = kChunk;
+  static constexpr bool kEven = true, kFetchesRows = false;
 
   TileScratch& tile;
   std::size_t head_dim;
   float* keys;    // [panels(count)][D][kCols]
   float* values;  // [panels(D)][count][kCols]
   std::size_t count = 0;
+  Source source{};
+  KeySet odd_values{};  // packed as zeros
 
   void pack(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
             std::int64_t keys_count) {
     count = static_cast<std::size_t>(keys_count);
+    source = {&problem, &sequence, head, first, keys_count};
     Rows rows;
     std::int64_t begin = 0;  // index in the chunk at which `rows` starts
     const auto key = [&](std::size_t i, float* scratch) HWY_ATTR {
@@ -50,15 +104,18 @@ struct Float32 {
       return row_as_f32(rows, problem.k.dtype, index - begin, head_dim, scratch);
     };
     pack_transposed(count, head_dim, key, tile.widened, keys);
-    for_rows(
-        first, keys_count, [&](std::int64_t at) { return problem.values(sequence, head, at); },
-        [&](std::size_t index, const Rows& from, std::int64_t i)
-            HWY_ATTR { pack_value(index, row_as_f32(from, problem.v.dtype, i, head_dim, tile.widened)); });
+    odd_values.reset();
+    source.for_values([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
+      const float* row = row_as_f32(from, problem.v.dtype, i, head_dim, tile.widened);
+      odd_values[index] = !all_finite(row, head_dim);
+      pack_value(index, odd_values[index] ? tile.widened + kMaxLanes * kMaxHeadDim : row);
+    });
   }
 
   void gather(std::size_t r, const std::byte* query, DType dtype, float sign) {
     widen(query, dtype, head_dim, sign, tile.rows + r * kRowStride);
   }
+  float weight(std::size_t r, std::size_t column) const { return tile.scores[r * kScoreStride + column]; }
 
   /// `between()` is called before every panel.
   template <typename Between>
@@ -102,7 +159,8 @@ struct Float32 {
 
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
 struct BFloat16 {
-  static constexpr std::size_t kHeight = kMaxTileRows;
+  static constexpr std::size_t kHeight = kMaxTileRows, kMostKeys = kChunk;
+  static constexpr bool kEven = true, kFetchesRows = false;
   /// A product of all panels is one call: what is fetched between panels elsewhere is fetched before it.
   static constexpr int kFetches = 4;
 
@@ -111,6 +169,8 @@ struct BFloat16 {
   bfloat16* keys;    // [count / 32][depth / 2][32][2], depth = D rounded up to 32
   bfloat16* values;  // [depth / 32][count / 2][32][2]
   std::size_t count = 0;
+  Source source{};
+  KeySet odd_values{};
 
   const Bf16Tiles& tiles = *bf16_tiles();
 
@@ -120,7 +180,9 @@ struct BFloat16 {
   void pack(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
             std::int64_t keys_count) {
     count = static_cast<std::size_t>(keys_count);
+    source = {&problem, &sequence, head, first, keys_count};
     pack_keys(problem, sequence, head, first, keys_count);
+    odd_values.reset();
     auto* zeros = reinterpret_cast<bfloat16*>(tile.widened + kMaxLanes * kMaxHeadDim);
     const bfloat16* even = nullptr;
     const auto value = [&](std::size_t index, const bfloat16* row) HWY_ATTR {
@@ -130,11 +192,15 @@ struct BFloat16 {
         zip_values(index / 2, even, row);
       }
     };
-    for_rows(
-        first, keys_count, [&](std::int64_t at) { return problem.values(sequence, head, at); },
-        [&](std::size_t index, const Rows& from, std::int64_t i)
-            HWY_ATTR { value(index, reinterpret_cast<const bfloat16*>(from.data) + i * from.stride); });
+    source.for_values([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
+      const auto* row = reinterpret_cast<const bfloat16*>(from.data) + i * from.stride;
+      odd_values[index] = !all_finite(row);
+      value(index, odd_values[index] ? zeros : row);
+    });
     for (std::size_t index = count; index < padded_count(); ++index) value(index, zeros);
+  }
+  float weight(std::size_t r, std::size_t column) const {
+    return float_of(bfloat16{tile.weights[r * kWeightStride + column]});
   }
 
   void gather(std::size_t r, const std::byte* query, DType /*dtype*/, float sign) {
@@ -185,6 +251,17 @@ struct BFloat16 {
   }
 
  private:
+  bool all_finite(const bfloat16* row) const {
+    const __m512i exponent = _mm512_set1_epi16(0x7F80);
+    __mmask32 odd = 0;
+    for (std::size_t i = 0; i < head_dim; i += kBf16Depth) {
+      const std::size_t left = std::min(head_dim - i, kBf16Depth);
+      const auto some = static_cast<__mmask32>((std::uint64_t{1} << left) - 1);
+      odd |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_maskz_loadu_epi16(some, row + i), exponent),
+                                     exponent);
+    }
+    return odd == 0;
+  }
   static __m256i round(Vec x) {
     const __m512i bits = _mm512_castps_si512(x.raw);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -232,6 +309,220 @@ struct BFloat16 {
         _mm512_storeu_si512(to + half, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
       }
     }
+  }
+};
+
+/// f32 on bf16 units: every value is cut into three bf16 parts of 8 bits each, which add up to it exactly,
+/// and a product of two values is the six products of parts that are above f32's own rounding. Values lie in
+/// words of two: i and i + 16 of 32 neighbours in depth, which costs two instructions instead of a shuffle;
+/// rows and panels agree on it. What is not finite does not split (inf - inf), so it is found while splitting
+/// and multiplied the plain way.
+struct SplitFloat32 {
+  static constexpr std::size_t kHeight = kMaxTileRows, kMostKeys = kChunk;
+  static constexpr bool kEven = false;  // a tile of 17 rows costs what one of 32 does
+  static constexpr bool kFetchesRows = true;
+  static constexpr std::size_t kWords = kBf16Depth / 2, kParts = kMaxParts;
+  /// Keys whose weights, three parts of 32 rows, stay in the first-level cache while the values pass by.
+  static constexpr std::size_t kResidentKeys = 128;
+
+  TileScratch& tile;
+  std::size_t head_dim;
+  std::uint32_t* keys;    // [count / 32][part][depth / 2][32]
+  std::uint32_t* values;  // [depth / 32][part][count / 2][32]
+  std::size_t count = 0;
+  Source source{};
+  KeySet odd_keys{}, odd_values{};
+  std::uint32_t odd_rows = 0;                   // a bit a row
+  std::array<const float*, kHeight> queries{};  // where the odd ones are
+  const SplitTiles& tiles = *split_tiles();
+  Ahead ahead{};
+  std::array<const std::byte*, 2 * kHeight> next_rows{};
+
+  static constexpr std::size_t kRowPart = kTileCapacity * kNarrowStride,
+                               kWeightPart = kTileCapacity * kWeightStride;
+
+  std::size_t depth() const { return round_up(head_dim, kBf16Depth); }
+  std::size_t padded_count() const { return round_up(count, kBf16Depth); }
+  std::size_t key_part() const { return depth() / 2 * kNarrowCols; }  // words
+  std::size_t value_part() const { return padded_count() / 2 * kNarrowCols; }
+
+  void pack(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
+            std::int64_t keys_count) {
+    count = static_cast<std::size_t>(keys_count);
+    source = {&problem, &sequence, head, first, keys_count};
+    pack_keys();
+    pack_values();
+  }
+
+  /// The rows of the next tile: row(r) is where its query and its output are.
+  template <typename Row>
+  void begin_fetching(std::size_t rows, std::size_t bytes, Row&& row) {
+    for (std::size_t r = 0; r < rows; ++r) std::tie(next_rows[2 * r], next_rows[2 * r + 1]) = row(r);
+    ahead.begin(next_rows.data(), 2 * rows, bytes);
+  }
+
+  void gather(std::size_t r, const std::byte* query, DType dtype, float sign) {
+    if (r == 0) odd_rows = 0;
+    const float* row = tile.rows + r * kRowStride;
+    if (dtype == DType::f32 && sign == 1.0F) {
+      row = reinterpret_cast<const float*>(query);
+    } else {
+      widen(query, dtype, head_dim, sign, tile.rows + r * kRowStride);
+    }
+    queries[r] = row;
+    split_row(row, reinterpret_cast<std::uint32_t*>(tile.narrow_rows + r * kNarrowStride), kRowPart / 2);
+    if (!all_finite(row, head_dim)) odd_rows |= 1U << r;
+  }
+
+  template <typename Between>
+  void score(std::size_t rows, std::size_t columns, Between&& between) {
+    const std::size_t panel_stride = kParts * key_part();
+    for (std::size_t column = 0; column < columns; column += kNarrowCols) {
+      between();
+      tiles.multiply(reinterpret_cast<const bfloat16*>(tile.narrow_rows), kNarrowStride, kRowPart, rows,
+                     reinterpret_cast<const bfloat16*>(keys + column / kNarrowCols * panel_stride),
+                     key_part() * 2, depth(), false, tile.scores + column, kScoreStride, ahead);
+    }
+    if (odd_keys.any() || odd_rows != 0) score_plainly(rows);
+  }
+
+  void store_weights(std::size_t r, std::size_t column, Vec left, Vec right) {
+    __m512i words[kParts];
+    split(left, right, words);
+    for (std::size_t part = 0; part < kParts; ++part) {
+      _mm512_storeu_si512(tile.weights + part * kWeightPart + r * kWeightStride + column, words[part]);
+    }
+  }
+
+  float weight(std::size_t r, std::size_t column) const {
+    const std::size_t in_words = column % kBf16Depth,
+                      at = column - in_words + in_words % kWords * 2 + in_words / kWords;
+    float sum = 0;
+    for (std::size_t part = 0; part < kParts; ++part)
+      sum += float_of(bfloat16{tile.weights[part * kWeightPart + r * kWeightStride + at]});
+    return sum;
+  }
+
+  template <typename Between>
+  void add_values(std::size_t rows, std::size_t columns, Between&& between) {
+    const std::size_t all = round_up(columns, kBf16Depth);
+    for (std::size_t first = 0; first < all; first += kResidentKeys) {
+      for (std::size_t column = 0; column < depth(); column += kNarrowCols) {
+        between();
+        const std::uint32_t* panel =
+            values + column / kNarrowCols * kParts * value_part() + first / 2 * kNarrowCols;
+        tiles.multiply(reinterpret_cast<const bfloat16*>(tile.weights) + first, kWeightStride, kWeightPart,
+                       rows, reinterpret_cast<const bfloat16*>(panel), value_part() * 2,
+                       std::min(kResidentKeys, all - first), first > 0, tile.product + column, kRowStride,
+                       ahead);
+      }
+    }
+    const F32 d;
+    for (std::size_t r = 0; r < rows; ++r) {
+      const Vec keep = hn::Set(d, tile.decay[r]);
+      const float* product = tile.product + r * kRowStride;
+      float* out = tile.out[r];
+      for (std::size_t i = 0; i < depth(); i += kLanes)
+        hn::Store(hn::MulAdd(keep, hn::Load(d, out + i), hn::Load(d, product + i)), d, out + i);
+    }
+  }
+
+ private:
+  /// 32 values as 16 words of each part. Cutting, unlike rounding, takes one instruction a part.
+  HWY_INLINE static void split(Vec left, Vec right, __m512i* words) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000U));
+    __m512 l = left.raw, r = right.raw;
+#pragma GCC unroll 3
+    for (std::size_t part = 0; part < kParts; ++part) {
+      const __m512i low = _mm512_castps_si512(l), high = _mm512_castps_si512(r);
+      // low >> 16 | (high & upper)
+      words[part] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xF8);
+      if (part + 1 == kParts) break;
+      l = _mm512_sub_ps(l, _mm512_castsi512_ps(_mm512_and_si512(low, upper)));
+      r = _mm512_sub_ps(r, _mm512_castsi512_ps(_mm512_and_si512(high, upper)));
+    }
+  }
+
+  /// Splits a row; part p starts p * part_stride words after the first.
+  HWY_INLINE void split_row(const float* row, std::uint32_t* to, std::size_t part_stride) const {
+    for (std::size_t at = 0; at < head_dim; at += kBf16Depth) {
+      const Vec left = load_some(row, at), right = load_some(row, at + kWords);
+      __m512i words[kParts];
+      split(left, right, words);
+      for (std::size_t part = 0; part < kParts; ++part)
+        _mm512_storeu_si512(to + part * part_stride + at / 2, words[part]);
+    }
+  }
+
+  HWY_INLINE Vec load_some(const float* row, std::size_t at) const {
+    if (at + kLanes <= head_dim) return hn::LoadU(F32(), row + at);
+    return hn::MaskedLoad(hn::FirstN(F32(), head_dim > at ? head_dim - at : 0), F32(), row + at);
+  }
+
+  void pack_keys() {
+    constexpr std::size_t kRowWords = kMaxHeadDim / 2;
+    odd_keys.reset();
+    const auto transpose = [&](std::size_t first) HWY_ATTR {
+      for (std::size_t part = 0; part < kParts; ++part) {
+        std::array<const float*, kLanes> from;
+        for (std::size_t r = 0; r < kLanes; ++r)
+          from[r] = reinterpret_cast<const float*>(tile.words + (part * kLanes + r) * kRowWords);
+        transpose_rows(from.data(), depth() / 2,
+                       reinterpret_cast<float*>(keys + (first / kNarrowCols * kParts + part) * key_part() +
+                                                first % kNarrowCols));
+      }
+    };
+    source.for_keys([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
+      const float* key = row_as_f32(from, source.problem->k.dtype, i, head_dim, tile.widened);
+      odd_keys[index] = !all_finite(key, head_dim);
+      split_row(key, tile.words + index % kLanes * kRowWords, kLanes * kRowWords);
+      if (index % kLanes == kLanes - 1) transpose(index - (kLanes - 1));
+    });
+    // What follows the last key is scored too, and then ignored: any finite value will do.
+    if (count % kLanes != 0) transpose(count / kLanes * kLanes);
+  }
+
+  void pack_values() {
+    const float* zeros = tile.widened + kMaxLanes * kMaxHeadDim;
+    odd_values.reset();
+    std::array<const float*, kBf16Depth> rows;
+    const auto zip = [&](std::size_t first) HWY_ATTR {
+      for (std::size_t column = 0; column < depth(); column += kLanes) {
+        std::uint32_t* to = values + column / kNarrowCols * kParts * value_part() + first / 2 * kNarrowCols +
+                            column % kNarrowCols;
+        for (std::size_t pair = 0; pair < kWords; ++pair) {
+          const Vec low = load_some(rows[pair], column), high = load_some(rows[pair + kWords], column);
+          __m512i words[kParts];
+          split(low, high, words);
+          for (std::size_t part = 0; part < kParts; ++part)
+            _mm512_storeu_si512(to + part * value_part() + pair * kNarrowCols, words[part]);
+        }
+      }
+    };
+    source.for_values([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
+      const std::size_t at = index % kBf16Depth;
+      rows[at] = row_as_f32(from, source.problem->v.dtype, i, head_dim, tile.rows + at * kRowStride);
+      odd_values[index] = !all_finite(rows[at], head_dim);
+      if (odd_values[index]) rows[at] = zeros;
+      if (at == kBf16Depth - 1) zip(index - at);
+    });
+    if (const std::size_t left = count % kBf16Depth; left != 0) {
+      std::fill(rows.begin() + left, rows.end(), zeros);
+      zip(count - left);
+    }
+  }
+
+  /// The scores that a product of parts cannot give.
+  void score_plainly(std::size_t rows) {
+    source.for_keys([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
+      const float* key = row_as_f32(from, source.problem->k.dtype, i, head_dim, tile.widened);
+      for (std::size_t r = 0; r < rows; ++r) {
+        if (!odd_keys[index] && (odd_rows >> r & 1U) == 0) continue;
+        float sum = 0;
+        for (std::size_t c = 0; c < head_dim; ++c) sum += queries[r][c] * key[c];
+        tile.scores[r * kScoreStride + index] = sum;
+      }
+    });
   }
 };
 #endif

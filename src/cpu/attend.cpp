@@ -60,15 +60,29 @@ struct Worker {
   std::int64_t chunk_rows = 0;  // of the next chunk, at a time
 
   void fetch_ahead() {
-    constexpr std::size_t kRows = (Arithmetic::kHeight + 5) / 6;
-    const std::size_t bytes = depth() * size_of(problem.q.dtype);
-    for (std::size_t end = std::min(next_row + kRows, next_rows->count); next_row < end; ++next_row) {
-      const std::byte* query = next_rows->query[next_row];
-      const float* out = state.out + next_rows->ids[next_row] * state.stride;
-      for (std::size_t at = 0; at < bytes; at += 64) __builtin_prefetch(query + at, 0, 2);
-      for (std::size_t at = 0; at < state.stride; at += 16) __builtin_prefetch(out + at, 1, 2);
+    if constexpr (!Arithmetic::kFetchesRows) {
+      constexpr std::size_t kRows = (Arithmetic::kHeight + 5) / 6;
+      const std::size_t bytes = depth() * size_of(problem.q.dtype);
+      for (std::size_t end = std::min(next_row + kRows, next_rows->count); next_row < end; ++next_row) {
+        const std::byte* query = next_rows->query[next_row];
+        const float* out = state.out + next_rows->ids[next_row] * state.stride;
+        for (std::size_t at = 0; at < bytes; at += 64) __builtin_prefetch(query + at, 0, 2);
+        for (std::size_t at = 0; at < state.stride; at += 16) __builtin_prefetch(out + at, 1, 2);
+      }
     }
     upcoming.advance(chunk_rows);
+  }
+
+  void begin_fetching(const TileRows& next) {
+    if constexpr (Arithmetic::kFetchesRows) {
+      arithmetic.begin_fetching(next.count, state.stride * sizeof(float), [&](std::size_t r) {
+        return std::pair(next.query[r],
+                         reinterpret_cast<const std::byte*>(state.out + next.ids[r] * state.stride));
+      });
+    } else {
+      next_rows = &next;
+      next_row = 0;
+    }
   }
 };
 
@@ -136,16 +150,20 @@ void attend_tile(Worker<Arithmetic>& w, const TileRows& rows, bool own_block) {
   for (std::size_t r = 0; r < rows.count; ++r) {
     w.arithmetic.gather(r, rows.query[r], w.problem.q.dtype, w.sign);
     w.tile.out[r] = w.state.out + rows.ids[r] * w.state.stride;
+    w.tile.visible[r] = own_block ? w.visible(rows.position[r]) : all;
   }
   w.arithmetic.score(rows.count, columns, between);
   const std::size_t padded = round_up(columns, kMaxCols);
   for (std::size_t r = 0; r < rows.count; ++r) {
     float* scores = w.tile.scores + r * kScoreStride;
-    std::fill(scores + (own_block ? w.visible(rows.position[r]) : all), scores + padded,
-              -std::numeric_limits<float>::infinity());
+    std::fill(scores + w.tile.visible[r], scores + padded, -std::numeric_limits<float>::infinity());
   }
   soften(w, rows, padded);
   w.arithmetic.add_values(rows.count, columns, between);
+  if (w.arithmetic.odd_values.any()) {
+    add_odd_values(w.arithmetic.source, w.arithmetic.odd_values, w.tile, rows.count, w.depth(),
+                   [&](std::size_t r, std::size_t column) { return w.arithmetic.weight(r, column); });
+  }
 }
 
 template <typename Arithmetic>
@@ -174,18 +192,21 @@ TileRows locate(const Worker<Arithmetic>& w, std::int64_t first, std::int64_t la
   return rows;
 }
 
-/// Cuts a list of rows into tiles of nearly equal height.
+/// Cuts a list of rows into tiles: of nearly equal height, or as many full ones as there are.
 template <typename Arithmetic, typename Id>
 void attend_rows(Worker<Arithmetic>& w, std::int64_t rows, bool own_block, Id&& id) {
   const std::int64_t tiles = tiles_of<Arithmetic>(rows);
   if (tiles == 0) return;
-  TileRows next = locate(w, 0, rows / tiles, id);
+  const auto begin = [rows, tiles](std::int64_t tile) {
+    return Arithmetic::kEven ? rows * tile / tiles
+                             : std::min(rows, tile * static_cast<std::int64_t>(Arithmetic::kHeight));
+  };
+  TileRows next = locate(w, 0, begin(1), id);
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const TileRows now = next;
     next.count = 0;
-    if (tile + 1 < tiles) next = locate(w, rows * (tile + 1) / tiles, rows * (tile + 2) / tiles, id);
-    w.next_rows = &next;
-    w.next_row = 0;
+    if (tile + 1 < tiles) next = locate(w, begin(tile + 1), begin(tile + 2), id);
+    w.begin_fetching(next);
     attend_tile(w, now, own_block);
   }
 }
@@ -237,7 +258,7 @@ void attend_with(const Problem& problem, const Plan& plan, const Range& range, R
                                : scale < 0 ? -1.0F
                                            : 0.0F,
                        .scale = scale == 0 ? 1.0F : std::fabs(scale) * 1.44269504F};  // log2(e)
-  Walk walk(problem, w.sequence, plan, range);
+  Walk walk(problem, w.sequence, plan, range, Arithmetic::kMostKeys);
   Chunk now, next;
   for (bool more = walk.next(next); more;) {
     now = next;
@@ -257,8 +278,8 @@ void attend_range(const Problem& problem, const Plan& plan, const Range& range, 
   const std::size_t stride = padded_dim(problem.head_dim);
   auto& tile = *reinterpret_cast<TileScratch*>(memory);
   float* keys = memory + sizeof(TileScratch) / sizeof(float);
-  float* values = keys + kChunk * stride;
-  float* out = values + kChunk * stride;
+  float* values = keys + kPackedFloats * stride;
+  float* out = values + kPackedFloats * stride;
   float* max = out + static_cast<std::size_t>(rows) * stride;
   const RangeState state{out, max, max + rows, stride};
   std::fill(std::begin(tile.widened), std::end(tile.widened), 0.0F);
@@ -278,6 +299,14 @@ void attend_range(const Problem& problem, const Plan& plan, const Range& range, 
         outputs);
     return tiles->end();
   }
+  if (const SplitTiles* tiles = split_tiles(); tiles != nullptr) {
+    tiles->begin();
+    attend_with(problem, plan, range, state, tile,
+                SplitFloat32{tile, head_dim, reinterpret_cast<std::uint32_t*>(keys),
+                             reinterpret_cast<std::uint32_t*>(values)},
+                outputs);
+    return tiles->end();
+  }
 #endif
   attend_with(problem, plan, range, state, tile, Float32{tile, head_dim, keys, values}, outputs);
 }
@@ -292,7 +321,7 @@ HWY_EXPORT(attend_range);
 
 std::size_t attend_bytes(const Problem& problem, std::int64_t rows) {
   const std::size_t stride = padded_dim(problem.head_dim);
-  const std::size_t floats = 2 * kChunk * stride + static_cast<std::size_t>(rows) * (stride + 2);
+  const std::size_t floats = 2 * kPackedFloats * stride + static_cast<std::size_t>(rows) * (stride + 2);
   return sizeof(TileScratch) + round_up(floats * sizeof(float), Scratch::kAlignment);
 }
 

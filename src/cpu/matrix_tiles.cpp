@@ -39,38 +39,6 @@ MOBA_AMX void amx_end() {
   _tile_release();
 }
 
-/// Tiles 0 to 3 hold a 32 x 32 block of results, 4 and 5 the rows, 6 and 7 the panel. `Dot` names the
-/// instruction.
-template <typename In, typename Packed, typename Out, typename Dot>
-MOBA_AMX void amx_multiply(const In* rows, std::size_t row_stride, std::size_t count, const Packed* panels,
-                           std::size_t panel_stride, std::size_t columns, std::size_t depth, Out* out,
-                           std::size_t out_stride) {
-  constexpr std::size_t kStep = 64 / sizeof(In);
-  constexpr std::size_t kPanelBytes = 4 * kNarrowCols, kHalf = 4 * kTile / sizeof(Packed);
-  const std::size_t row_bytes = row_stride * sizeof(In), out_bytes = out_stride * sizeof(Out);
-  for (std::size_t column = 0; column < columns; column += kNarrowCols, panels += panel_stride) {
-    Out* to = out + column;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (std::size_t i = 0; i < depth; i += kStep) {
-      _tile_loadd(4, rows + i, row_bytes);
-      _tile_loadd(6, panels + i * kNarrowCols, kPanelBytes);
-      _tile_loadd(7, panels + i * kNarrowCols + kHalf, kPanelBytes);
-      Dot::upper();
-      if (count <= kTile) continue;
-      _tile_loadd(5, rows + kTile * row_stride + i, row_bytes);
-      Dot::lower();
-    }
-    _tile_stored(0, to, out_bytes);
-    _tile_stored(1, to + kTile, out_bytes);
-    if (count <= kTile) continue;
-    _tile_stored(2, to + kTile * out_stride, out_bytes);
-    _tile_stored(3, to + kTile * out_stride + kTile, out_bytes);
-  }
-}
-
 struct AmxBf16 {
   MOBA_AMX static void upper() {
     _tile_dpbf16ps(0, 4, 6);
@@ -92,6 +60,113 @@ struct AmxInt8 {
     _tile_dpbusd(3, 5, 7);
   }
 };
+
+constexpr std::size_t kPanelBytes = 4 * kNarrowCols;
+
+/// Tiles 0 to 3 hold a 32 x 32 block of results, or its upper half alone; 4 and 5 the rows, 6 and 7 the
+/// panel.
+MOBA_AMX void zero_block() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+MOBA_AMX void load_block(bool both, const float* out, std::size_t stride) {
+  const std::size_t bytes = stride * sizeof(float);
+  _tile_loadd(0, out, bytes);
+  _tile_loadd(1, out + kTile, bytes);
+  if (!both) return;
+  _tile_loadd(2, out + kTile * stride, bytes);
+  _tile_loadd(3, out + kTile * stride + kTile, bytes);
+}
+
+template <typename Out>
+MOBA_AMX void store_block(bool both, Out* out, std::size_t stride) {
+  const std::size_t bytes = stride * sizeof(Out);
+  _tile_stored(0, out, bytes);
+  _tile_stored(1, out + kTile, bytes);
+  if (!both) return;
+  _tile_stored(2, out + kTile * stride, bytes);
+  _tile_stored(3, out + kTile * stride + kTile, bytes);
+}
+
+template <typename In>
+MOBA_AMX void load_rows(bool both, const In* rows, std::size_t stride) {
+  _tile_loadd(4, rows, stride * sizeof(In));
+  if (both) _tile_loadd(5, rows + kTile * stride, stride * sizeof(In));
+}
+
+template <typename Packed>
+MOBA_AMX void load_panel(const Packed* panel) {
+  _tile_loadd(6, panel, kPanelBytes);
+  _tile_loadd(7, panel + 4 * kTile / sizeof(Packed), kPanelBytes);
+}
+
+template <typename Dot>
+MOBA_AMX void multiply_block(bool both) {
+  Dot::upper();
+  if (both) Dot::lower();
+}
+
+template <typename In, typename Packed, typename Out, typename Dot>
+MOBA_AMX void amx_multiply(const In* rows, std::size_t row_stride, std::size_t count, const Packed* panels,
+                           std::size_t panel_stride, std::size_t columns, std::size_t depth, Out* out,
+                           std::size_t out_stride) {
+  constexpr std::size_t kStep = 64 / sizeof(In);
+  const bool both = count > kTile;
+  for (std::size_t column = 0; column < columns; column += kNarrowCols, panels += panel_stride) {
+    zero_block();
+    for (std::size_t i = 0; i < depth; i += kStep) {
+      load_rows(both, rows + i, row_stride);
+      load_panel(panels + i * kNarrowCols);
+      multiply_block<Dot>(both);
+    }
+    store_block(both, out + column, out_stride);
+  }
+}
+
+/// Five small products first, over the whole depth, then the large one: what is rounded along the way is
+/// small but for the last. Each step changes one operand alone.
+MOBA_AMX void amx_multiply_split(const bfloat16* rows, std::size_t row_stride, std::size_t row_part,
+                                 std::size_t count, const bfloat16* panel, std::size_t panel_part,
+                                 std::size_t depth, bool more, float* out, std::size_t out_stride,
+                                 Ahead& ahead) {
+  constexpr std::size_t kStep = 32;
+  constexpr int kLines = 3;  // in the time of four products
+  const bool both = count > kTile;
+  if (more) {
+    load_block(both, out, out_stride);
+  } else {
+    zero_block();
+  }
+  for (std::size_t i = 0; i < depth; i += kStep) {
+    const bfloat16 *from = rows + i, *columns = panel + i * kNarrowCols;
+    load_rows(both, from + 2 * row_part, row_stride);
+    load_panel(columns);
+    multiply_block<AmxBf16>(both);
+    ahead.fetch(kLines);
+    load_rows(both, from + row_part, row_stride);
+    multiply_block<AmxBf16>(both);
+    ahead.fetch(kLines);
+    load_panel(columns + panel_part);
+    multiply_block<AmxBf16>(both);
+    ahead.fetch(kLines);
+    load_rows(both, from, row_stride);
+    multiply_block<AmxBf16>(both);
+    ahead.fetch(kLines);
+    load_panel(columns + 2 * panel_part);
+    multiply_block<AmxBf16>(both);
+    ahead.fetch(kLines);
+  }
+  for (std::size_t i = 0; i < depth; i += kStep) {
+    load_rows(both, rows + i, row_stride);
+    load_panel(panel + i * kNarrowCols);
+    multiply_block<AmxBf16>(both);
+    ahead.fetch(kLines);
+  }
+  store_block(both, out, out_stride);
+}
 
 constexpr std::size_t kDotRows = 12;
 
@@ -160,6 +235,7 @@ constexpr Bf16Tiles kAmxBf16{"amx", 2 * kTile, amx_multiply<bfloat16, bfloat16, 
                              amx_end};
 constexpr Int8Tiles kAmxInt8{"amx", 2 * kTile, amx_multiply<std::uint8_t, std::int8_t, std::int32_t, AmxInt8>,
                              amx_begin, amx_end};
+constexpr SplitTiles kAmxSplit{2 * kTile, amx_multiply_split, amx_begin, amx_end};
 constexpr Bf16Tiles kAvx512Bf16{"avx512_bf16", kDotRows, dot_multiply, nothing, nothing};
 constexpr Int8Tiles kAvx512Vnni{"avx512_vnni", kDotRows, vnni_multiply, nothing, nothing};
 
@@ -209,6 +285,10 @@ const Bf16Tiles* bf16_tiles() {
   return nullptr;
 }
 
+const SplitTiles* split_tiles() {
+  return wanted("MOBA_CPU_F32", "amx", true) && may_use_amx() ? &kAmxSplit : nullptr;
+}
+
 const Int8Tiles* int8_tiles() {
   constexpr const char* kVariable = "MOBA_CPU_INT8";
   if (wanted(kVariable, kAmxInt8.name, true) && may_use_amx()) return &kAmxInt8;
@@ -223,6 +303,9 @@ const Int8Tiles* int8_tiles() {
 namespace moba::cpu {
 
 const Bf16Tiles* bf16_tiles() {
+  return nullptr;
+}
+const SplitTiles* split_tiles() {
   return nullptr;
 }
 const Int8Tiles* int8_tiles() {

@@ -31,10 +31,52 @@ struct MatrixTiles {
 using Bf16Tiles = MatrixTiles<bfloat16, bfloat16, float>;
 using Int8Tiles = MatrixTiles<std::uint8_t, std::int8_t, std::int32_t>;
 
+/// Rows to bring into the second-level cache while products are computed, a few lines at a time: all at once
+/// they would take every line buffer of the core, and the products' own loads would wait.
+class Ahead {
+ public:
+  /// `rows`: addresses, each of `bytes` bytes, in an array that outlives the use.
+  void begin(const std::byte* const* rows, std::size_t count, std::size_t bytes) {
+    next_ = rows;
+    last_ = rows + count;
+    bytes_ = bytes;
+    at_ = 0;
+  }
+  void fetch(int lines) {
+    for (; lines > 0 && next_ != last_; --lines) {
+      __builtin_prefetch(*next_ + at_, 0, 2);
+      at_ += 64;
+      if (at_ < bytes_) continue;
+      at_ = 0;
+      ++next_;
+    }
+  }
+
+ private:
+  const std::byte *const *next_ = nullptr, *const *last_ = nullptr;
+  std::size_t bytes_ = 0, at_ = 0;
+};
+
+/// Products of f32 matrices on bf16 units: an f32 is the sum of three bf16 values, and six of the nine
+/// products of parts are all that f32 can tell. Part p of the rows starts p * row_part values after the
+/// first, likewise in each panel.
+struct SplitTiles {
+  std::size_t rows;
+  /// The product of rows and one panel, or added to `out` if `more`; otherwise as MatrixTiles::multiply.
+  void (*multiply)(const bfloat16* rows, std::size_t row_stride, std::size_t row_part, std::size_t count,
+                   const bfloat16* panel, std::size_t panel_part, std::size_t depth, bool more, float* out,
+                   std::size_t out_stride, Ahead& ahead);
+  void (*begin)();
+  void (*end)();
+};
+
 /// The fastest that this CPU, its system and MOBA_CPU_BF16 (amx, avx512_bf16, none) allow; null when bf16 is
 /// to be widened to f32.
 const Bf16Tiles* bf16_tiles();
-/// Likewise with MOBA_CPU_INT8 (amx, avx512_vnni, none); null when there is no faster way than f32.
+/// Null when f32 is left to multiply-adds: without AMX, or when MOBA_CPU_F32 (amx, fma) says so.
+const SplitTiles* split_tiles();
+/// The fastest that the CPU and MOBA_CPU_INT8 allow with MOBA_CPU_INT8 (amx, avx512_vnni, none); null when
+/// there is no faster way than f32.
 const Int8Tiles* int8_tiles();
 
 }  // namespace moba::cpu

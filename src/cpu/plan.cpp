@@ -13,7 +13,7 @@ namespace {
 constexpr std::int64_t kDenseRows = 768;
 /// Rows that a block should find in a range, so that packing its keys and values costs little beside the work
 /// on them.
-constexpr std::int64_t kRowsPerBlock = 192;
+constexpr std::int64_t kRowsPerBlock = 320;
 constexpr std::int64_t kMinRows = 64;
 /// The same for the backward pass, which also reads and writes the gradients of keys and values; and the most
 /// ranges of all heads: enough for many threads, few enough to keep rounds long.

@@ -10,6 +10,8 @@ constexpr std::size_t kMaxHeadDim = 256;
 /// Keys packed and walked at a time: with D = 128, packed keys and values take 256 KiB, half of a small
 /// second-level cache.
 constexpr std::size_t kChunk = 256;
+/// Floats that a packed chunk takes for each dimension: three parts of bf16 are half as long again.
+constexpr std::size_t kPackedFloats = kChunk * 3 / 2;
 /// Rows of one task of the gate: packing a panel of means costs little beside that many, and their lists stay
 /// in cache.
 constexpr std::int64_t kGateRows = 896;
@@ -20,7 +22,8 @@ constexpr std::size_t kTileCapacity = kMaxTileRows + 4;
 /// Strides, in floats, of a tile's gathered rows and of its scores. The 16 extra keep rows out of each
 /// other's cache sets.
 constexpr std::size_t kRowStride = kMaxHeadDim + 16, kScoreStride = kChunk + 16;
-constexpr std::size_t kWeightStride = kChunk + 32;  // bf16
+/// The same of rows and weights in bf16, and the parts that an f32 is split into there.
+constexpr std::size_t kNarrowStride = kMaxHeadDim + 32, kWeightStride = kChunk + 32, kMaxParts = 3;
 
 constexpr std::size_t round_up(std::size_t value, std::size_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -38,8 +41,12 @@ struct alignas(64) TileScratch {
   float widened[(kMaxLanes + 1) * kMaxHeadDim];  // the last row stays zero
   float row_max[kMaxTileRows], top[kMaxTileRows], decay[kMaxTileRows];
   float* out[kMaxTileRows];
-  float product[kTileCapacity * kRowStride];  // bf16 arithmetic alone, as is what follows
-  std::uint16_t weights[kTileCapacity * kWeightStride];
+  std::size_t visible[kMaxTileRows];  // keys of the chunk that a row sees
+  float product[kTileCapacity * kRowStride];
+  std::uint16_t
+      narrow_rows[kMaxParts * kTileCapacity * kNarrowStride];  // bf16 arithmetic, as is what follows
+  std::uint16_t weights[kMaxParts * kTileCapacity * kWeightStride];
+  std::uint32_t words[kMaxParts * kMaxLanes * kMaxHeadDim / 2];
 };
 
 }  // namespace moba::cpu

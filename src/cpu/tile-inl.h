@@ -127,24 +127,31 @@ constexpr std::array<KeyTile, sizeof...(kKeys)> key_tiles(std::index_sequence<kK
 constexpr auto kScoreTiles = score_tiles(std::make_index_sequence<kTileRows>());
 constexpr auto kValueTiles = value_tiles(std::make_index_sequence<kTileRows>());
 
-/// 2^x for x <= 0, relative error below 1e-7, 2^0 exactly 1 (a decay that is not would add up); exactly 0
-/// from -150 down, NaN stays NaN. A polynomial of degree 5 on [-1/2, 1/2].
+/// 2^x for x <= 0, relative error below 2e-7, 2^0 exactly 1 (a decay that is not would add up); exactly 0
+/// from -150 down, NaN stays NaN. A polynomial of degree 5 on an interval of length 1.
 HWY_INLINE Vec exp2(Vec x) {
   const F32 d;
+#if HWY_TARGET <= HWY_AVX3
+  // x less its floor, and the scaling by 2 to the floor, are an instruction each; both keep NaN, and the
+  // fraction of -inf is 0.
+  const Vec f{_mm512_reduce_ps(x.raw, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+  Vec y = hn::MulAdd(hn::Set(d, 1.867130213e-3F), f, hn::Set(d, 9.017030019e-3F));
+  y = hn::MulAdd(y, f, hn::Set(d, 5.579991332e-2F));
+  y = hn::MulAdd(y, f, hn::Set(d, 2.401644501e-1F));
+  y = hn::MulAdd(y, f, hn::Set(d, 6.931513118e-1F));
+  y = hn::MulAdd(y, f, hn::Set(d, 1.0F));
+  return Vec{_mm512_scalef_ps(y.raw, x.raw)};
+#else
   // x86's instruction returns its second operand when one is NaN, which keeps it; Highway's scalar code drops
   // it.
   const Vec lowest = hn::Set(d, -200.0F);
   x = HWY_TARGET == HWY_SCALAR ? hn::IfThenElse(hn::Lt(x, lowest), lowest, x) : hn::Max(lowest, x);
   const Vec whole = hn::Round(x), f = hn::Sub(x, whole);
-  Vec y = hn::Set(d, 1.32646889e-3F);
-  y = hn::MulAdd(y, f, hn::Set(d, 9.67150554e-3F));
-  y = hn::MulAdd(y, f, hn::Set(d, 5.55073395e-2F));
-  y = hn::MulAdd(y, f, hn::Set(d, 2.40222424e-1F));
-  y = hn::MulAdd(y, f, hn::Set(d, 6.93147004e-1F));
+  Vec y = hn::MulAdd(hn::Set(d, 1.326472725e-3F), f, hn::Set(d, 9.671512688e-3F));
+  y = hn::MulAdd(y, f, hn::Set(d, 5.550733744e-2F));
+  y = hn::MulAdd(y, f, hn::Set(d, 2.402224208e-1F));
+  y = hn::MulAdd(y, f, hn::Set(d, 6.931469776e-1F));
   y = hn::MulAdd(y, f, hn::Set(d, 1.0F));
-#if HWY_TARGET <= HWY_AVX3
-  return Vec{_mm512_scalef_ps(y.raw, whole.raw)};
-#else
   const hn::RebindToSigned<F32> di;
   const auto exponent =
       hn::ShiftLeft<23>(hn::Add(hn::ConvertTo(di, hn::Max(hn::Set(d, -126.0F), whole)), hn::Set(di, 127)));
@@ -264,19 +271,25 @@ HWY_INLINE void transpose_rows(const float* const* rows, std::size_t depth, floa
 }
 
 /// Packs `count` rows, given one by one by row(index, scratch), into panels [panels(count)][depth][kCols]:
-/// the transposed operand of score_tile. Columns past the last row are zero. `scratch` holds kLanes rows of
-/// kMaxHeadDim, and a zero row after them.
+/// the transposed operand of score_tile. Columns past the last row are zero, those past `columns` are left as
+/// they are. `scratch` holds kLanes rows of kMaxHeadDim, and a zero row after them.
 template <typename Row>
 HWY_INLINE void pack_transposed(std::size_t count, std::size_t depth, Row&& row, float* scratch,
-                                float* HWY_RESTRICT packed) {
+                                float* HWY_RESTRICT packed, std::size_t columns) {
   const float* zeros = scratch + kLanes * kMaxHeadDim;
-  for (std::size_t first = 0; first < panels(count) * kCols; first += kLanes) {
+  for (std::size_t first = 0; first < columns; first += kLanes) {
     std::array<const float*, kLanes> from;
     for (std::size_t r = 0; r < kLanes; ++r) {
       from[r] = first + r < count ? row(first + r, scratch + r * kMaxHeadDim) : zeros;
     }
     transpose_rows(from.data(), depth, packed + first / kCols * depth * kCols + first % kCols);
   }
+}
+
+template <typename Row>
+HWY_INLINE void pack_transposed(std::size_t count, std::size_t depth, Row&& row, float* scratch,
+                                float* HWY_RESTRICT packed) {
+  pack_transposed(count, depth, row, scratch, packed, panels(count) * kCols);
 }
 
 }  // namespace

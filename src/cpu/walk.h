@@ -21,8 +21,13 @@ struct Chunk {
 /// Walks the chunks of a range in ascending order of their keys.
 class Walk {
  public:
-  Walk(const Problem& problem, const SequenceView& sequence, const Plan& plan, const Range& range)
-      : problem_(problem), sequence_(sequence), plan_(plan), range_(range) {
+  Walk(const Problem& problem, const SequenceView& sequence, const Plan& plan, const Range& range,
+       std::size_t most_keys = kChunk)
+      : problem_(problem),
+        sequence_(sequence),
+        plan_(plan),
+        range_(range),
+        most_(static_cast<std::int64_t>(most_keys)) {
     const std::int64_t last = problem.own_block(sequence, range.q1 - 1);
     blocks_ = problem.routing.causal ? last + 1 : problem.blocks(sequence);
   }
@@ -56,8 +61,7 @@ class Walk {
       end_ = own_first_ == own_last_ ? at_
                                      : sequence_.position(range_.q0 + (own_last_ - 1) / problem_.group) + 1;
     }
-    constexpr auto kMost = static_cast<std::int64_t>(kChunk);
-    const std::int64_t chunks = std::max<std::int64_t>((end_ - at_ + kMost - 1) / kMost, 1);
+    const std::int64_t chunks = std::max<std::int64_t>((end_ - at_ + most_ - 1) / most_, 1);
     step_ = static_cast<std::int64_t>(
         round_up(static_cast<std::size_t>((end_ - at_ + chunks - 1) / chunks), kMaxCols));
   }
@@ -66,6 +70,7 @@ class Walk {
   const SequenceView& sequence_;
   const Plan& plan_;
   const Range& range_;
+  std::int64_t most_;
   std::int64_t blocks_ = 0, block_ = -1, at_ = 0, end_ = 0, step_ = 1, own_first_ = 0, own_last_ = 0;
   std::span<const std::uint32_t> chosen_;
 };

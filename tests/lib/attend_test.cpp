@@ -77,16 +77,45 @@ TEST_P(Attend, WhatIsNotSelectedDoesNotMatter) {
 }
 
 TEST_P(Attend, TheFutureDoesNotMatter) {
-  Case c = plain_case(6, 64, 64, {.block_size = 16, .top_k = 2});
-  const Result before = run_attention(c, execution());
-  for (std::int64_t token = 41; token < 64; ++token) {
-    c.k.set(token, 0, 1, std::numeric_limits<double>::quiet_NaN());
-    c.v.set(token, 0, 1, 1e6);
+  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(),
+                   kInfinity = std::numeric_limits<double>::infinity();
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    for (const double future : {1e4, kInfinity, kNaN}) {
+      Case c{.seed = 6, .dtype = dtype, .group = 3, .sequences = one_sequence(64)};
+      c.routing = {.block_size = 16, .top_k = 2};
+      fill(c);
+      const Result before = run_attention(c, execution());
+      for (std::int64_t token = 41; token < 64; ++token) {
+        c.k.set(token, 0, 1, token % 2 == 0 ? kNaN : kInfinity);
+        c.v.set(token, 0, 1, future);
+      }
+      const Result after = run_attention(c, execution());
+      for (std::int64_t token = 0; token <= 40; ++token) {
+        for (std::int64_t head = 0; head < 3; ++head) {
+          EXPECT_EQ(after.row(head, token), before.row(head, token));
+          for (std::int64_t d = 0; d < 16; ++d)
+            EXPECT_EQ(after.out.get(token, head, d), before.out.get(token, head, d)) << "future " << future;
+        }
+      }
+    }
   }
-  const Result after = run_attention(c, execution());
-  for (std::int64_t token = 0; token <= 40; ++token) {
-    EXPECT_EQ(after.row(0, token), before.row(0, token));
-    for (std::int64_t d = 0; d < 16; ++d) EXPECT_EQ(after.out.get(token, 0, d), before.out.get(token, 0, d));
+}
+
+TEST_P(Attend, InfiniteValuesAndKeysReachWhoSeesThem) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    Case c{.seed = 8, .dtype = dtype, .sequences = one_sequence(48)};
+    c.routing = Routing::full();
+    fill(c);
+    c.v.set(20, 0, 3, kInfinity);
+    for (std::int64_t d = 0; d < 16; ++d) c.q.set(30, 0, d, std::abs(c.q.get(30, 0, d)));
+    c.k.set(25, 0, 5, -kInfinity);  // a logit of -inf for query 30: it does without key 25
+    const Result result = run_attention(c, execution());
+    EXPECT_TRUE(std::isfinite(result.out.get(19, 0, 3)));
+    for (const std::int64_t token : {20, 22, 24, 30}) {
+      EXPECT_EQ(result.out.get(token, 0, 3), kInfinity) << token;
+      EXPECT_TRUE(std::isfinite(result.out.get(token, 0, 2))) << token;
+    }
   }
 }
 

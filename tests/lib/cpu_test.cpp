@@ -2,6 +2,8 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <fstream>
+#include <iterator>
 #include <limits>
 #include <random>
 #include <string>
@@ -114,6 +116,29 @@ TEST(CpuGate, Int8ChoosesAsF32DoesWhenCausal) {
   }
   const Routing routing{.block_size = kQueries / 200, .top_k = 9};
   EXPECT_TRUE(select(q, k, "f32", routing, kQueries) == select(q, k, "int8", routing, kQueries));
+}
+
+/// Dense attention over normally distributed numbers, its f32 products by multiply-adds or by AMX.
+std::vector<float> attend_by(const char* units) {
+  const Environment environment("MOBA_CPU_F32", units);
+  constexpr std::int64_t kTokens = 300, kSize = 96;
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(static_cast<std::size_t>(kTokens * kSize)), out(x.size());
+  for (float& value : x) value = normal(random);
+  const Tensor tensor = view(x.data(), {kTokens, 1, kSize});
+  attention(tensor, tensor, tensor, one_sequence(kTokens), Routing::full(),
+            {.out = view(out.data(), {kTokens, 1, kSize})}, {.backend = "cpu"});
+  return out;
+}
+
+TEST(CpuUnits, F32OnAmxIsF32) {
+  const std::vector<float> fma = attend_by("fma"), amx = attend_by("amx");
+  std::ifstream cpuinfo("/proc/cpuinfo");
+  const std::string flags(std::istreambuf_iterator<char>(cpuinfo), {});
+  const bool has_amx = cpu_target() == "AVX3" && flags.find("amx_bf16") != std::string::npos;
+  EXPECT_EQ(fma != amx, has_amx);  // the forcing took
+  for (std::size_t i = 0; i < fma.size(); ++i) EXPECT_NEAR(fma[i], amx[i], 2e-6);
 }
 
 TEST(CpuTarget, ForcingTakes) {
