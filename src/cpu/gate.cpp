@@ -4,6 +4,7 @@
 // int8, and only the blocks that may matter are scored in f32.
 #include <bit>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <string_view>
 
@@ -55,10 +56,45 @@ HWY_INLINE std::uint32_t first_lanes(std::int64_t count) {
   return count >= kStep ? (1U << kLanes) - 1 : (1U << count) - 1;
 }
 
+#if HWY_TARGET <= HWY_AVX3
+/// For every lane, how many others have a higher value, or the same value and come later.
+HWY_INLINE __m512i ranks(__m512 values) {
+  __m512i rank = _mm512_setzero_si512();
+  const __m512i one = _mm512_set1_epi32(1), bits = _mm512_castps_si512(values);
+  const auto count = [&](auto by) HWY_ATTR {
+    constexpr int kBy = decltype(by)::value;
+    constexpr auto kLater = static_cast<__mmask16>((1U << (16 - kBy)) - 1);
+    const __m512 other = _mm512_castsi512_ps(_mm512_alignr_epi32(bits, bits, kBy));
+    const __mmask16 ahead = _mm512_cmp_ps_mask(other, values, _CMP_GT_OQ) |
+                            _mm512_mask_cmp_ps_mask(kLater, other, values, _CMP_EQ_OQ);
+    rank = _mm512_mask_add_epi32(rank, ahead, rank, one);
+  };
+  [&]<int... kBy>(std::integer_sequence<int, kBy...>) HWY_ATTR {
+    (count(std::integral_constant<int, kBy + 1>()), ...);
+  }
+  (std::make_integer_sequence<int, 15>());
+  return rank;
+}
+
+/// The value that `places - 1` others are ahead of.
+HWY_INLINE float ranked(__m512 values, std::int64_t places) {
+  const __mmask16 at =
+      _mm512_cmpeq_epi32_mask(ranks(values), _mm512_set1_epi32(static_cast<int>(places - 1)));
+  return _mm512_cvtss_f32(_mm512_maskz_compress_ps(at, values));
+}
+#else
+float ranked(Vec values, std::int64_t places) {
+  alignas(64) float lanes[kLanes];
+  hn::Store(values, F32(), lanes);
+  std::nth_element(lanes, lanes + places - 1, lanes + kLanes, std::greater<float>());
+  return lanes[places - 1];
+}
+#endif
+
 /// A bound that at least `places` of `count` scores reach: each lane's best over all vectors is a score of
 /// its own, so the `places`-th of them is one. -inf where that says nothing.
-float reachable(const float* scores, std::int64_t count, std::int64_t places) {
-  if (places > kStep || count < 4 * kStep) return kNever;
+HWY_INLINE float reachable(const float* scores, std::int64_t count, std::int64_t places) {
+  if (places > kStep || count < kStep) return kNever;
   const F32 d;
   const Vec never = hn::Set(d, kNever);
   Vec most = never;
@@ -66,24 +102,102 @@ float reachable(const float* scores, std::int64_t count, std::int64_t places) {
     const Vec s = hn::LoadU(d, scores + i);
     most = hn::Max(hn::IfThenElse(hn::Eq(s, s), s, never), most);
   }
-  alignas(64) float lanes[kLanes];
-  hn::Store(most, d, lanes);
-  std::nth_element(lanes, lanes + places - 1, lanes + kLanes, std::greater<float>());
-  return lanes[places - 1];
+#if HWY_TARGET <= HWY_AVX3
+  return ranked(most.raw, places);
+#else
+  return ranked(most, places);
+#endif
 }
 
-/// Offers the scores of blocks [first, last) to a row's list; most are dismissed by a glance at their vector.
-void offer_all(const float* scores, std::int64_t first, std::int64_t last, std::int64_t own, Best& best) {
-  const std::int64_t count = last - first;
-  float bound = best.count == 0 && own < 0 ? reachable(scores, count, best.places) : kNever;
+/// Calls visit(i) for those of `count` values, at most kChunk, that are not below `bound`. All are compared
+/// before the first is visited, so that a branch is taken for each of the few, not for each vector.
+template <typename Visit>
+HWY_INLINE void for_not_below(const float* values, std::int64_t count, float bound, Visit&& visit) {
+  std::uint64_t hits[kChunk / 64] = {};
+  auto* bytes = reinterpret_cast<std::uint8_t*>(hits);
   for (std::int64_t i = 0; i < count; i += kStep) {
-    if (best.count == best.places) bound = std::max(bound, best.scores[0]);
-    std::uint32_t hits = not_below(hn::LoadU(F32(), scores + i), bound) & first_lanes(count - i);
-    for (; hits != 0; hits &= hits - 1) {
-      const std::int64_t j = i + std::countr_zero(hits);
-      if (first + j != own) best.offer(scores[j], static_cast<std::int32_t>(first + j));
+    const std::uint32_t some = not_below(hn::LoadU(F32(), values + i), bound) & first_lanes(count - i);
+    if constexpr (kLanes >= 8) {
+      std::memcpy(bytes + i / 8, &some, kLanes / 8);
+    } else {
+      hits[i / 64] |= static_cast<std::uint64_t>(some) << i % 64;
     }
   }
+  for (std::int64_t word = 0; word * 64 < count; ++word) {
+    for (std::uint64_t left = hits[word]; left != 0; left &= left - 1)
+      visit(word * 64 + std::countr_zero(left));
+  }
+}
+
+/// Offers the scores of blocks [first, last) that are not below `bound` to a row's list.
+void offer_each(const float* scores, std::int64_t first, std::int64_t last, std::int64_t own, float bound,
+                Best& best) {
+  if (best.count == best.places) bound = std::max(bound, best.scores[0]);
+  for_not_below(scores, last - first, bound, [&](std::int64_t i) {
+    if (first + i != own) best.offer(scores[i], static_cast<std::int32_t>(first + i));
+  });
+}
+
+#if HWY_TARGET <= HWY_AVX3
+/// The first scores of a row: those that reach `bound`, above -inf, are few, and ranked in registers, without
+/// a branch that could be mispredicted. False when they are more than a vector holds, or fewer than places.
+bool take_best(const float* scores, std::int64_t first, std::int64_t last, float bound, Best& best) {
+  const std::int64_t count = last - first;
+  alignas(64) float reached[kChunk + kLanes];
+  alignas(64) std::int32_t blocks[kChunk + kLanes];
+  const __m512 least = _mm512_set1_ps(bound);
+  __m512i block = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
+                                   _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+  std::int64_t taken = 0;
+  for (std::int64_t i = 0; i < count; i += kStep) {
+    const __m512 s = _mm512_loadu_ps(scores + i);
+    const __mmask16 hits =
+        _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(first_lanes(count - i)), s, least, _CMP_GE_OQ);
+    _mm512_storeu_ps(reached + taken, _mm512_maskz_compress_ps(hits, s));
+    _mm512_storeu_si512(blocks + taken, _mm512_maskz_compress_epi32(hits, block));
+    taken += std::popcount(static_cast<unsigned>(hits));
+    block = _mm512_add_epi32(block, _mm512_set1_epi32(16));
+  }
+  if (taken > kStep || taken < best.places) return false;
+  const auto filled = static_cast<__mmask16>(first_lanes(taken));
+  alignas(64) std::int32_t rank[kLanes];
+  _mm512_store_si512(rank, ranks(_mm512_mask_loadu_ps(_mm512_set1_ps(kNever), filled, reached)));
+  for (std::int64_t i = 0; i < taken; ++i) {
+    // Worst first; what is ranked too low falls on a place that better ones overwrite, or past the row's own.
+    const std::int64_t place = best.places - 1 - rank[i];
+    if (place < 0) continue;
+    best.scores[place] = reached[i];
+    best.blocks[place] = blocks[i];
+  }
+  best.count = best.places;
+  return true;
+}
+#endif
+
+void offer_all(const float* scores, std::int64_t first, std::int64_t last, std::int64_t own, Best& best) {
+  float bound = kNever;
+  if (best.count == 0 && own < 0) {
+    bound = reachable(scores, last - first, best.places);
+#if HWY_TARGET <= HWY_AVX3
+    const float above = std::max(bound, std::numeric_limits<float>::lowest());
+    if (take_best(scores, first, last, above, best)) return;
+#endif
+  }
+  offer_each(scores, first, last, own, bound, best);
+}
+
+/// Sorts up to kLanes blocks, all different: the general sort after this finds nothing to do.
+HWY_INLINE void sort_blocks([[maybe_unused]] std::int32_t* blocks, [[maybe_unused]] std::int64_t count) {
+#if HWY_TARGET <= HWY_AVX3
+  if (count < 3 || count > kStep) return;
+  const auto filled = static_cast<__mmask16>(first_lanes(count));
+  const __m512i all = _mm512_mask_loadu_epi32(_mm512_set1_epi32(-1), filled, blocks);
+  // Block numbers are below 2^24 wherever they are this few; f32 compares them exactly.
+  alignas(64) std::int32_t rank[kLanes], unsorted[kLanes];
+  _mm512_store_si512(rank, ranks(_mm512_cvtepi32_ps(all)));
+  _mm512_store_si512(unsorted, all);
+  for (std::int64_t i = 0; i < count; ++i) blocks[count - 1 - rank[i]] = unsorted[i];
+#endif
 }
 
 /// The rows of a task, their choices and their lists.
@@ -104,6 +218,12 @@ struct GateRows {
     const std::int64_t offset = Problem::offset(problem.q, sequence, task.q0 + row / problem.group, head);
     return static_cast<const std::byte*>(problem.q.data) +
            offset * static_cast<std::int64_t>(size_of(problem.q.dtype));
+  }
+  /// Begins to bring a query closer that will be asked for soon.
+  HWY_INLINE void fetch(std::int64_t row) const {
+    if (row >= count) return;
+    const std::byte* from = query(row);
+    for (std::size_t at = 0; at < depth() * size_of(problem.q.dtype); at += 64) __builtin_prefetch(from + at);
   }
   const float* mean(std::int64_t block) const {
     return means.of(task.sequence, task.head) + block * means.block_stride;
@@ -128,8 +248,10 @@ struct GateRows {
     }
   }
   void finish() {
-    for (std::int64_t row = 0; row < count; ++row)
+    for (std::int64_t row = 0; row < count; ++row) {
+      sort_blocks(blocks + row * width, choices[row].count);
       finish_row(problem, choices[row], choices[row].count, width, blocks + row * width);
+    }
   }
 };
 
@@ -152,6 +274,7 @@ void score_exactly(GateRows& rows, TileScratch& tile, float* packed) {
       for (std::int64_t row = from; row < to; ++row) {
         widen(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F,
               tile.rows + static_cast<std::size_t>(row - from) * kRowStride);
+        rows.fetch(row + to - from);
       }
       for (std::size_t panel = 0; panel < panels(static_cast<std::size_t>(columns)); ++panel) {
         kScoreTiles[static_cast<std::size_t>(to - from - 1)](tile.rows, packed + panel * rows.depth() * kCols,
@@ -248,7 +371,8 @@ void settle(GateRows& rows, const ScreenMemory& memory, std::int64_t row, TileSc
   }
   screen.held = 0;
   const auto mean = [&](std::size_t i, float*) { return rows.mean(held[i]); };
-  pack_transposed(static_cast<std::size_t>(kept), rows.depth(), mean, tile.widened, packed);
+  const auto some = static_cast<std::size_t>(kept);
+  pack_transposed(some, rows.depth(), mean, tile.widened, packed, round_up(some, kLanes));
   widen(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F, tile.rows);
   for (std::size_t panel = 0; panel < panels(static_cast<std::size_t>(kept)); ++panel) {
     kScoreTiles[0](tile.rows, packed + panel * rows.depth() * kCols, rows.depth(),
@@ -258,13 +382,6 @@ void settle(GateRows& rows, const ScreenMemory& memory, std::int64_t row, TileSc
   for (std::int64_t i = 0; i < kept; ++i) best.offer(tile.product[i], held[i]);
   rows.choices[row].count = best.count;
 }
-
-/// What is left of a chunk of blocks once its bounds are known.
-struct Survivors {
-  std::int64_t count = 0;
-  std::int32_t blocks[kChunk + kLanes];
-  float low[kChunk + kLanes], high[kChunk + kLanes];
-};
 
 /// Bounds the scores of blocks [first, last), whose rounded products start at `products`, and holds back
 /// those that may matter.
@@ -281,52 +398,36 @@ void screen_row(GateRows& rows, const ScreenMemory& memory, std::int64_t row, st
             by_error = hn::Set(d, screen.by_error);
   const Vec smallest = hn::Set(d, std::numeric_limits<float>::min());  // denormal products round coarsely
 
-  const auto bounds = [&](std::int64_t block, Vec& low, Vec& high) HWY_ATTR {
-    const auto product =
-        hn::Sub(hn::LoadU(di, products + (block - first)), hn::LoadU(di, means.offset + block));
+  alignas(64) float low[kChunk + kLanes], high[kChunk + kLanes];
+  const std::int64_t count = last - first;
+  for (std::int64_t i = 0; i < count; i += kStep) {
+    const std::int64_t block = first + i;
+    const auto product = hn::Sub(hn::LoadU(di, products + i), hn::LoadU(di, means.offset + block));
     const Vec score = hn::Mul(hn::ConvertTo(d, product), hn::Mul(scale, hn::LoadU(d, means.scale + block)));
     const Vec slack = hn::MulAdd(by_norm, hn::LoadU(d, means.norm + block),
                                  hn::MulAdd(by_error, hn::LoadU(d, means.error + block), smallest));
-    low = hn::Sub(score, slack);
-    high = hn::Add(score, slack);
-  };
+    hn::Store(hn::Sub(score, slack), d, low + i);
+    hn::Store(hn::Add(score, slack), d, high + i);
+  }
+
   float bound = lower.count == lower.places ? lower.scores[0] : kNever;
-  if (lower.count == 0 && choice.own < 0) {
-    for (std::int64_t block = first; block < last; block += kStep) {
-      Vec low, high;
-      bounds(block, low, high);
-      hn::StoreU(low, d, tile.product + (block - first));
-    }
-    bound = reachable(tile.product, last - first, choice.places);
-  }
-
-  Survivors left;
-  for (std::int64_t block = first; block < last; block += kStep) {
-    Vec low, high;
-    bounds(block, low, high);
-    const auto in_chunk = hn::FirstN(d, static_cast<std::size_t>(last - block));
-    const auto stays = hn::AndNot(hn::Lt(high, hn::Set(d, bound)), in_chunk);
-    const std::size_t staying = hn::CountTrue(d, stays);
-    if (staying == 0) continue;
-    // In registers: compressing into memory is microcode.
-    const auto blocks = hn::Iota(di, static_cast<std::int32_t>(block));
-    hn::StoreU(hn::Compress(blocks, hn::RebindMask(di, stays)), di, left.blocks + left.count);
-    hn::StoreU(hn::Compress(low, stays), d, left.low + left.count);
-    hn::StoreU(hn::Compress(high, stays), d, left.high + left.count);
-    left.count += static_cast<std::int64_t>(staying);
-  }
-
-  for (std::int64_t i = 0; i < left.count; ++i) {
-    if (left.blocks[i] != choice.own && (lower.count < lower.places || left.low[i] > lower.scores[0]))
-      lower.offer(left.low[i], left.blocks[i]);
-  }
+  if (lower.count == 0 && choice.own < 0) bound = reachable(low, count, choice.places);
+  std::int32_t maybe[kChunk];
+  std::int64_t maybes = 0;
+  for_not_below(high, count, bound, [&](std::int64_t i) {
+    const auto block = static_cast<std::int32_t>(first + i);
+    if (block == choice.own) return;
+    maybe[maybes++] = static_cast<std::int32_t>(i);
+    if (lower.count < lower.places || low[i] > lower.scores[0]) lower.offer(low[i], block);
+  });
   screen.lower_count = lower.count;
   if (lower.count == lower.places) bound = lower.scores[0];
-  for (std::int64_t i = 0; i < left.count; ++i) {
-    if (left.high[i] < bound || left.blocks[i] == choice.own) continue;
+  for (std::int64_t m = 0; m < maybes; ++m) {
+    const std::int32_t i = maybe[m];
+    if (high[i] < bound) continue;
     if (screen.held == kHeldBack) settle(rows, memory, row, tile, packed);
-    memory.held_blocks[row * kHeldBack + screen.held] = left.blocks[i];
-    memory.held_upper[row * kHeldBack + screen.held++] = left.high[i];
+    memory.held_blocks[row * kHeldBack + screen.held] = static_cast<std::int32_t>(first + i);
+    memory.held_upper[row * kHeldBack + screen.held++] = high[i];
   }
 }
 

@@ -39,7 +39,7 @@ struct ScreenedMeans {
 };
 
 /// Fewest candidates for which screening is faster, as measured; and rows screened together.
-constexpr std::int64_t kScreenFrom = 512, kScreenRows = 448;
+constexpr std::int64_t kScreenFrom = 2048, kScreenRows = 448;
 /// Candidates a row may hold back before they are scored.
 constexpr std::int64_t kHeldBack = 128;
 
