@@ -56,8 +56,6 @@ MOBA_KERNEL(kThreads, 1) lay_out_kernel(MOBA_PARAMETER LayOutParams p) {
   }
 }
 
-}  // namespace
-
 void upload(Queue& queue, const std::int32_t* from, std::int64_t count, std::int32_t* to) {
   for (std::int64_t done = 0; done < count; done += kWordsOfALaunch) {
     UploadParams params{
@@ -69,17 +67,43 @@ void upload(Queue& queue, const std::int32_t* from, std::int64_t count, std::int
   }
 }
 
-void lay_out(Queue& queue, const Task& task, const Group& part, const Batch& batch,
-             std::int32_t* block_starts, std::int32_t* tile_starts) {
-  const LayOutParams params{.batch = batch,
+}  // namespace
+
+Starts carve_starts(Carver& carver, const Task& task, const DeviceBatch& batch) {
+  const std::int64_t count = task.sequences + 1;
+  Starts starts;
+  if (!batch.on_device) {
+    starts.q = carver.take<std::int32_t>(count);
+    starts.k = carver.take<std::int32_t>(count);
+  }
+  starts.blocks = carver.take<std::int32_t>(count);
+  starts.tiles = carver.take<std::int32_t>(count);
+  return starts;
+}
+
+Batch lay_out(Queue& queue, const Task& task, const DeviceBatch& batch, const Group& part,
+              const Starts& starts) {
+  Batch on_device{.sequences = static_cast<std::int32_t>(task.sequences),
+                  .q_starts = batch.q_starts,
+                  .k_starts = batch.k_starts,
+                  .block_starts = starts.blocks,
+                  .tile_starts = starts.tiles};
+  if (!batch.on_device) {
+    upload(queue, batch.q_starts, task.sequences + 1, starts.q);
+    upload(queue, batch.k_starts, task.sequences + 1, starts.k);
+    on_device.q_starts = starts.q;
+    on_device.k_starts = starts.k;
+  }
+  const LayOutParams params{.batch = on_device,
                             .block_size = task.routing.block_size,
                             .group = task.group,
                             .token0 = static_cast<std::int32_t>(part.token0),
                             .token1 = static_cast<std::int32_t>(part.token1),
-                            .block_starts = block_starts,
-                            .tile_starts = tile_starts};
+                            .block_starts = starts.blocks,
+                            .tile_starts = starts.tiles};
   queue.launch("lay_out", lay_out_kernel, {}, kThreads, kThreads / ptx::kLanes * sizeof(std::int32_t),
                params);
+  return on_device;
 }
 
 }  // namespace moba::cuda

@@ -66,6 +66,44 @@ MOBA_BOTH Stretch queries_of(const Batch& batch, std::int32_t sequence, std::int
   return {first - begin, last > first ? last - begin : first - begin};
 }
 
+/// Up to kTileRows neighbouring rows of one sequence, which all heads have alike. A row is a query and one of
+/// the `group` query heads of a kv head: row = (token - token0) * group + member.
+struct Tile {
+  std::int32_t sequence = 0;
+  std::int32_t count = 0;      // rows
+  std::int32_t first_key = 0;  // packed
+  std::int32_t keys = 0;       // of the sequence
+  std::int64_t first_row = 0;  // of the part
+  std::int64_t first_query = 0, first_member = 0;
+  std::int32_t before = 0;  // position of query 0
+
+  /// The query, counted in the sequence, that row r of the tile is of.
+  MOBA_BOTH std::int64_t query_of(int r, std::int64_t group) const {
+    return first_query + (first_member + r) / group;
+  }
+  MOBA_BOTH std::int32_t position_of(int r, std::int64_t group) const {
+    return static_cast<std::int32_t>(query_of(r, group)) + before;
+  }
+};
+
+MOBA_BOTH Tile tile_at(const Batch& batch, std::int32_t index, std::int32_t token0, std::int32_t token1,
+                       std::int64_t group) {
+  const std::int32_t s = sequence_of(batch.tile_starts, batch.sequences, index);
+  const Stretch queries = queries_of(batch, s, token0, token1);
+  const std::int64_t skipped = static_cast<std::int64_t>(index - batch.tile_starts[s]) * kTileRows;
+  const std::int64_t left = (queries.end - queries.begin) * group - skipped;
+  Tile tile;
+  tile.sequence = s;
+  tile.count = static_cast<std::int32_t>(left < kTileRows ? left : kTileRows);
+  tile.first_key = batch.k_starts[s];
+  tile.keys = batch.k_starts[s + 1] - batch.k_starts[s];
+  tile.first_row = (batch.q_starts[s] + queries.begin - token0) * group + skipped;
+  tile.first_query = queries.begin + skipped / group;
+  tile.first_member = skipped % group;
+  tile.before = tile.keys - (batch.q_starts[s + 1] - batch.q_starts[s]);
+  return tile;
+}
+
 /// The element of a mean: [heads of the group, packed blocks, D].
 MOBA_BOTH std::int64_t mean_offset(std::int64_t head, std::int64_t most_blocks, std::int64_t block,
                                    std::int64_t head_dim) {

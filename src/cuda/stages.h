@@ -14,6 +14,7 @@ struct Task {
   Tensor q{}, k{}, v{};
   Routing routing{};
   bool everything = false;
+  std::int64_t asked_block_size = 0;  // before it was normalised
   float scale = 1;
   std::int64_t sequences = 0, longest = 0;
   std::int64_t tokens = 0, keys = 0;  // Tq, Tk
@@ -70,13 +71,21 @@ void with_type(const Task& task, Run&& run) {
   }
 }
 
-/// Copies what the host knows of the sequences to `to`, through the parameters of launches: neither the copy
-/// nor a graph that captured it needs the host's memory later.
-void upload(Queue& queue, const std::int32_t* from, std::int64_t count, std::int32_t* to);
+/// Memory for what kernels know of the sequences.
+struct Starts {
+  std::int32_t *q = nullptr, *k = nullptr;  // where the caller's are on the host
+  std::int32_t *blocks = nullptr, *tiles = nullptr;
+};
+Starts carve_starts(Carver& carver, const Task& task, const DeviceBatch& batch);
 
-/// Counts blocks and query tiles: fills block_starts and tile_starts of `batch`.
-void lay_out(Queue& queue, const Task& task, const Group& part, const Batch& batch,
-             std::int32_t* block_starts, std::int32_t* tile_starts);
+/// Brings the sequences' starts to the device, where they are not there yet, through the parameters of
+/// launches: neither the copy nor a graph that captured it needs the host's memory later. Counts blocks and
+/// query tiles.
+Batch lay_out(Queue& queue, const Task& task, const DeviceBatch& batch, const Group& part,
+              const Starts& starts);
+
+/// Whether entries of a head's lists fit the 32 bits that they are kept in.
+bool slots_are_countable(const Task& task, const Group& part);
 
 /// Means of every block, rounded to the dtype of k: [heads of the part, most_blocks, D].
 void centroids(Queue& queue, const Task& task, const Group& part, const Batch& batch, void* means);

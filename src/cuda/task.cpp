@@ -5,7 +5,7 @@
 #include <limits>
 #include <string>
 
-#include "cuda/stages.h"
+#include "cuda/attend.h"
 
 namespace moba::cuda {
 namespace {
@@ -18,11 +18,18 @@ constexpr std::int64_t kRowAlignment = 16;  // bytes that a thread moves at once
   throw Error(std::string(function) + ": backend cuda " + what);
 }
 
-void check_device(std::string_view function) {
+void check_device(std::string_view function, std::int64_t head_dim) {
   const Hardware device = current_hardware(function);
-  if (device.capability >= kLeastCapability) return;
-  refuse(function, "needs compute capability 8.0; this device has " + std::to_string(device.capability / 10) +
-                       "." + std::to_string(device.capability % 10));
+  if (device.capability < kLeastCapability) {
+    refuse(function, "needs compute capability 8.0; this device has " +
+                         std::to_string(device.capability / 10) + "." +
+                         std::to_string(device.capability % 10));
+  }
+  if (device.shared_bytes < attend_shared_bytes(head_dim)) {
+    refuse(function, "needs " + std::to_string(attend_shared_bytes(head_dim)) +
+                         " bytes of shared memory for head_dim " + std::to_string(head_dim) +
+                         "; a block of this device has " + std::to_string(device.shared_bytes));
+  }
 }
 
 void check_supported(std::string_view function, const Tensor& q, const Tensor& k) {
@@ -73,7 +80,7 @@ Task make_task(std::string_view function, const Tensor& q, const Tensor& k, cons
   check_view(function, "k", k);
   check_view(function, "v", v);
   check_supported(function, q, k);
-  check_device(function);
+  check_device(function, q.sizes[2]);
   if (batch.on_device) {
     check_list(function, "sequences.q", batch.q_starts);
     check_list(function, "sequences.k", batch.k_starts);
@@ -83,6 +90,7 @@ Task make_task(std::string_view function, const Tensor& q, const Tensor& k, cons
             .k = k,
             .v = v,
             .routing = routing,
+            .asked_block_size = routing.block_size,
             .sequences = batch.count,
             .longest = std::max<std::int64_t>(batch.longest, 1),
             .tokens = q.sizes[0],
@@ -104,6 +112,11 @@ Task make_task(std::string_view function, const Tensor& q, const Tensor& k, cons
     task.width = task.public_width - (routing.causal ? 1 : 0);
   }
   return task;
+}
+
+bool slots_are_countable(const Task& task, const Group& part) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  return task.rows(part) <= kMost / std::max<std::int64_t>(task.ranks(), 1);
 }
 
 }  // namespace moba::cuda

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <vector>
 
-#include "cases.h"
 #include "cuda/stages.h"
+#include "device_case.h"
 #include "number.h"
 
 namespace moba::cuda {
@@ -12,11 +12,7 @@ namespace {
 
 using test::Array;
 using test::Case;
-
-Tensor on_device(Tensor t) {
-  t.device = Device::cuda;
-  return t;
-}
+using test::on_device;
 
 TEST(Centroids, AreTheMeansOfTheKeys) {
   for (const DType dtype : {DType::bf16, DType::f16}) {
@@ -30,13 +26,11 @@ TEST(Centroids, AreTheMeansOfTheKeys) {
         const Task task = make_task("test", on_device(c.q.view()), on_device(c.k.view()),
                                     on_device(c.v.view()), starts, c.routing);
         Queue queue("test", {});
-        const std::size_t count = c.sequences.q.size();
-        std::vector<std::int32_t> q_starts(count), k_starts(count), blocks(count), tiles(count);
-        upload(queue, starts.q_starts, static_cast<std::int64_t>(count), q_starts.data());
-        upload(queue, starts.k_starts, static_cast<std::int64_t>(count), k_starts.data());
-        const Batch batch{4, q_starts.data(), k_starts.data(), blocks.data(), tiles.data()};
+        std::vector<std::int32_t> q_starts(5), k_starts(5), blocks(5), tiles(5);
         const Group part{1, 2, 0, task.tokens};
-        lay_out(queue, task, part, batch, blocks.data(), tiles.data());
+        const Batch batch = lay_out(queue, task, starts, part,
+                                    {q_starts.data(), k_starts.data(), blocks.data(), tiles.data()});
+        EXPECT_EQ(k_starts, c.sequences.k);
         EXPECT_EQ(blocks.back(), divide_up(5, block_size) + divide_up(200, block_size));
         EXPECT_EQ(tiles, (std::vector<std::int32_t>{0, 0, 1, 1, 3}));
 

@@ -71,13 +71,14 @@ void check_product(bool transposed) {
       right[i].bits = ptx::rounded_bits(T{}, static_cast<float>(i / 16 * 2 + i % 16));
     }
     ptx::warp_barrier();
+    const auto bytes = [](int elements) { return static_cast<std::uint32_t>(2 * elements); };
     std::uint32_t a[4], b[4];
-    ptx::load_tiles(a, left + lane % 16 * 16 + lane / 16 * 8);
+    ptx::load_tiles(a, left, bytes(lane % 16 * 16 + lane / 16 * 8));
     float d[4] = {1, 1, 1, 1};
     if (transposed) {
-      ptx::load_tiles_transposed(b, right + (lane % 8 + lane / 8 % 2 * 8) * 16 + lane / 16 * 8);
+      ptx::load_tiles_transposed(b, right, bytes((lane % 8 + lane / 8 % 2 * 8) * 16 + lane / 16 * 8));
     } else {
-      ptx::load_tiles(b, right + (lane % 8 + lane / 16 * 8) * 16 + lane / 8 % 2 * 8);
+      ptx::load_tiles(b, right, bytes((lane % 8 + lane / 16 * 8) * 16 + lane / 8 % 2 * 8));
     }
     ptx::multiply<T>(d, a, b[0], b[1]);
     for (int r = 0; r < 4; ++r) product[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2] = d[r];
@@ -109,11 +110,12 @@ TEST(Emulation, PairsRoundToNearest) {
 TEST(Emulation, CopiesLandWhenTheyAreWaitedFor) {
   std::vector<std::uint32_t> from(64 * 4, 7);
   emulation::run("copy", {}, 64, 64 * 16, [&] {
-    auto* to = ptx::shared() + ptx::thread() * 16;
-    ptx::copy_async(to, from.data() + ptx::thread() * 4, ptx::thread() != 3);
+    const std::byte* to = ptx::shared() + ptx::thread() * 16;
+    ptx::copy_async(ptx::shared(), static_cast<std::uint32_t>(ptx::thread()) * 16,
+                    from.data() + ptx::thread() * 4, ptx::thread() != 3);
     ptx::copy_commit();
     ptx::copy_wait<0>();
-    EXPECT_EQ(*reinterpret_cast<std::uint32_t*>(to), ptx::thread() == 3 ? 0U : 7U);
+    EXPECT_EQ(*reinterpret_cast<const std::uint32_t*>(to), ptx::thread() == 3 ? 0U : 7U);
   });
 }
 
@@ -121,10 +123,11 @@ TEST(Emulation, AMissingWaitShows) {
   const std::vector<std::uint32_t> from(64 * 4, 7);
   int poisoned = 0;
   emulation::run("copy", {}, 64, 64 * 16, [&] {
-    auto* to = ptx::shared() + ptx::thread() * 16;
-    ptx::copy_async(to, from.data() + ptx::thread() * 4, true);
+    const std::byte* to = ptx::shared() + ptx::thread() * 16;
+    ptx::copy_async(ptx::shared(), static_cast<std::uint32_t>(ptx::thread()) * 16,
+                    from.data() + ptx::thread() * 4, true);
     ptx::copy_commit();
-    poisoned += std::isnan(*reinterpret_cast<float*>(to)) ? 1 : 0;
+    poisoned += std::isnan(*reinterpret_cast<const float*>(to)) ? 1 : 0;
     ptx::copy_wait<0>();
   });
   EXPECT_GT(poisoned, 0);
@@ -168,7 +171,7 @@ TEST(Emulation, ABarrierForTwoCountsIsAnError) {
 TEST(Emulation, CopiesThatNobodyWaitsForAreAnError) {
   const std::vector<std::uint32_t> from(4, 7);
   const std::string error = error_of(32, [&] {
-    if (ptx::thread() == 0) ptx::copy_async(ptx::shared(), from.data(), true);
+    if (ptx::thread() == 0) ptx::copy_async(ptx::shared(), 0, from.data(), true);
   });
   EXPECT_NE(error.find("copies that nobody waited for"), std::string::npos) << error;
 }

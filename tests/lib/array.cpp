@@ -27,6 +27,8 @@ const char* name_of(Layout layout) {
       return "reversed";
     case Layout::shared_heads:
       return "shared_heads";
+    case Layout::aligned:
+      return "aligned";
   }
   return "?";
 }
@@ -49,6 +51,11 @@ Array::Array(DType dtype, std::int64_t tokens, std::int64_t heads, std::int64_t 
     case Layout::heads_first:
       token_stride_ = head_dim + 1;
       head_stride_ = tokens * token_stride_;
+      elements = heads * head_stride_;
+      break;
+    case Layout::aligned:
+      token_stride_ = head_dim + 8;
+      head_stride_ = tokens * token_stride_ + 16;
       elements = heads * head_stride_;
       break;
     case Layout::shared_heads:

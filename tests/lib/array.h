@@ -8,7 +8,8 @@
 namespace moba::test {
 
 /// How [tokens, heads, head_dim] lies in memory.
-enum class Layout { contiguous, padded, heads_first, reversed, shared_heads };
+/// `aligned`: heads before tokens, with gaps of whole 16-byte pieces.
+enum class Layout { contiguous, padded, heads_first, reversed, shared_heads, aligned };
 
 const char* name_of(Layout layout);
 

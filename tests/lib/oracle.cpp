@@ -333,15 +333,17 @@ std::int64_t check_selection(const Case& c, const Result& result) {
   return SelectionCheck(c, result).run();
 }
 
-void check_attended(const Case& c, const Result& result, bool exact) {
+void check_attended(const Case& c, const Result& result, Rounding rounding) {
   const Attended<double> truth = attend_densely<double>(c, result);
   double out_allowed = 1e-12 * largest(c.v), lse_allowed = 1e-12;
-  if (!exact) {
+  if (rounding != Rounding::exact) {
     const Attended<float> plain = attend_densely<float>(c, result);
-    const double rounding = 8 * kUnit + logit_rounding(c);
-    out_allowed = 2 * worst(plain.out, truth.out) + rounding * largest(c.v);
-    lse_allowed = 2 * worst(plain.lse, truth.lse) + rounding;
+    const double of_logits = 8 * kUnit + logit_rounding(c);
+    out_allowed = 2 * worst(plain.out, truth.out) + of_logits * largest(c.v);
+    lse_allowed = 2 * worst(plain.lse, truth.lse) + of_logits;
   }
+  // No partial answer exceeds the largest value, and their weights add up to 1.
+  if (rounding == Rounding::partial) out_allowed += unit_of(c.dtype) / 2 * largest(c.v);
   const double out_unit = unit_of(c.dtype) * 1.001, smallest = c.dtype == DType::f16 ? 0x1p-25 : 0x1p-149;
   for (std::int64_t head = 0; head < c.q_heads(); ++head) {
     for (std::int64_t token = 0; token < c.queries(); ++token) {
@@ -365,10 +367,10 @@ void check_attended(const Case& c, const Result& result, bool exact) {
   }
 }
 
-std::int64_t check_result(const Case& c, const Result& result, bool exact) {
+std::int64_t check_result(const Case& c, const Result& result, Rounding rounding) {
   EXPECT_TRUE(result.fences_untouched()) << describe(c) << "\nwrote outside its outputs";
   const std::int64_t swaps = check_selection(c, result);
-  check_attended(c, result, exact);
+  check_attended(c, result, rounding);
   return swaps;
 }
 

@@ -24,10 +24,18 @@ Attended<Real> attend_densely(const Case& c, const Result& selected);
 std::int64_t check_selection(const Case& c, const Result& result);
 
 /// Fails the test unless out and lse are those of the selected blocks: error at most twice that of a
-/// framework's dense attention. An `exact` backend may round once and no more.
-void check_attended(const Case& c, const Result& result, bool exact);
+/// framework's dense attention. An `exact` backend may round once and no more; one that keeps partial answers
+/// in the storage type may round those too.
+enum class Rounding { exact, fast, partial };
+void check_attended(const Case& c, const Result& result, Rounding rounding);
+inline void check_attended(const Case& c, const Result& result, bool exact) {
+  check_attended(c, result, exact ? Rounding::exact : Rounding::fast);
+}
 
 /// Both of the above, and that nothing else was written.
-std::int64_t check_result(const Case& c, const Result& result, bool exact);
+std::int64_t check_result(const Case& c, const Result& result, Rounding rounding);
+inline std::int64_t check_result(const Case& c, const Result& result, bool exact) {
+  return check_result(c, result, exact ? Rounding::exact : Rounding::fast);
+}
 
 }  // namespace moba::test

@@ -12,9 +12,9 @@ struct alignas(16) Vector {
 
 #if defined(MOBA_CUDA_EMULATION)
 
-/// To shared memory; zeros instead where not `valid`, and then `from` is not read.
-MOBA_DEVICE void copy_async(void* to, const void* from, bool valid) {
-  emulation::copy_async(to, from, valid ? 16 : 0);
+/// To `offset` bytes behind `shared`; zeros instead where not `valid`, and then `from` is not read.
+MOBA_DEVICE void copy_async(void* shared, std::uint32_t offset, const void* from, bool valid) {
+  emulation::copy_async(static_cast<std::byte*>(shared) + offset, from, valid ? 16 : 0);
 }
 /// Closes a group of the copies issued since the last.
 MOBA_DEVICE void copy_commit() {
@@ -32,9 +32,9 @@ MOBA_DEVICE Vector load_streaming(const void* from) {
 
 #else
 
-/// To shared memory; zeros instead where not `valid`, and then `from` is not read.
-MOBA_DEVICE void copy_async(void* to, const void* from, bool valid) {
-  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(to));
+/// To `offset` bytes behind `shared`; zeros instead where not `valid`, and then `from` is not read.
+MOBA_DEVICE void copy_async(void* shared, std::uint32_t offset, const void* from, bool valid) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)) + offset;
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
                : "memory");

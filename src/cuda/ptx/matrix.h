@@ -18,13 +18,13 @@ namespace moba::cuda::ptx {
 
 #if defined(MOBA_CUDA_EMULATION)
 
-/// Four 8 x 8 tiles: lanes 8 i to 8 i + 7 give the addresses of the rows of tile i, and result i of a lane is
-/// elements [g][2c, 2c + 1] of it.
-MOBA_DEVICE void load_tiles(std::uint32_t (&to)[4], const void* row) {
+/// Four 8 x 8 tiles: lanes 8 i to 8 i + 7 give the rows of tile i, in bytes from `shared`, and result i of a
+/// lane is elements [g][2c, 2c + 1] of it. (32-bit offsets: whole addresses would take twice the registers.)
+MOBA_DEVICE void load_tiles(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
   struct Operands {
     std::uint32_t* to;
     const std::byte* row;
-  } own{to, static_cast<const std::byte*>(row)};
+  } own{to, static_cast<const std::byte*>(shared) + row};
   emulation::collective("load_tiles", &own, [](void* const* lanes) {
     for (int i = 0; i < kLanes; ++i) {
       for (int tile = 0; tile < 4; ++tile) {
@@ -36,11 +36,11 @@ MOBA_DEVICE void load_tiles(std::uint32_t (&to)[4], const void* row) {
 }
 
 /// The same with every tile transposed: result i of a lane is elements [2c, 2c + 1][g] of tile i.
-MOBA_DEVICE void load_tiles_transposed(std::uint32_t (&to)[4], const void* row) {
+MOBA_DEVICE void load_tiles_transposed(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
   struct Operands {
     std::uint32_t* to;
     const std::byte* row;
-  } own{to, static_cast<const std::byte*>(row)};
+  } own{to, static_cast<const std::byte*>(shared) + row};
   emulation::collective("load_tiles_transposed", &own, [](void* const* lanes) {
     for (int i = 0; i < kLanes; ++i) {
       for (int tile = 0; tile < 4; ++tile) {
@@ -90,10 +90,10 @@ MOBA_DEVICE void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint3
 
 #else
 
-/// Four 8 x 8 tiles: lanes 8 i to 8 i + 7 give the addresses of the rows of tile i, and result i of a lane is
-/// elements [g][2c, 2c + 1] of it.
-MOBA_DEVICE void load_tiles(std::uint32_t (&to)[4], const void* row) {
-  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
+/// Four 8 x 8 tiles: lanes 8 i to 8 i + 7 give the rows of tile i, in bytes from `shared`, and result i of a
+/// lane is elements [g][2c, 2c + 1] of it. (32-bit offsets: whole addresses would take twice the registers.)
+MOBA_DEVICE void load_tiles(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)) + row;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(address)
@@ -101,8 +101,8 @@ MOBA_DEVICE void load_tiles(std::uint32_t (&to)[4], const void* row) {
 }
 
 /// The same with every tile transposed: result i of a lane is elements [2c, 2c + 1][g] of tile i.
-MOBA_DEVICE void load_tiles_transposed(std::uint32_t (&to)[4], const void* row) {
-  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(row));
+MOBA_DEVICE void load_tiles_transposed(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)) + row;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(address)

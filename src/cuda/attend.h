@@ -1,0 +1,27 @@
+#pragma once
+
+#include "cuda/plan.h"
+
+namespace moba::cuda {
+
+/// Answers of rows to parts of their keys, each normalised by itself: [heads, rows * ranks] slots.
+struct Partials {
+  void* out = nullptr;   // [.., D], in the dtype of q
+  float* lse = nullptr;  // natural logarithms
+};
+
+Partials carve_partials(Carver& carver, const Task& task, const Group& part);
+
+/// Shared memory that a thread block takes, at most.
+std::size_t attend_shared_bytes(std::int64_t head_dim);
+
+/// Fills the slots that the plan names and those of near keys; where a row has near keys alone, writes the
+/// outputs instead.
+void attend(Queue& queue, const Task& task, const Group& part, const Batch& batch, const Plan& plan,
+            const Partials& partials, const Outputs& outputs);
+
+/// Merges each row's slots in the order of their ranks, and writes the outputs.
+void combine(Queue& queue, const Task& task, const Group& part, const std::int32_t* selection,
+             const Partials& partials, const Outputs& outputs);
+
+}  // namespace moba::cuda

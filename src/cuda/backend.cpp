@@ -1,0 +1,14 @@
+#include "backend.h"
+
+#include "cuda/flow.h"
+
+namespace moba {
+namespace {
+
+constexpr DeviceFlow kFlow{.attention = cuda::attention};
+
+}  // namespace
+
+const Backend cuda_backend{.name = "cuda", .device = &kFlow};
+
+}  // namespace moba

@@ -1,0 +1,96 @@
+// Partial answers merge, in the order of their ranks: out = sum of 2^(lse_i - lse) out_i.
+#include "cuda/attend.h"
+#include "cuda/ptx/convert.h"
+#include "cuda/ptx/copy.h"
+#include "cuda/ptx/warp.h"
+
+namespace moba::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kElements = 8;
+constexpr float kLn2 = 0.693147180559945309F, kLog2E = 1.44269504088896341F;
+
+template <typename T>
+struct CombineParams {
+  const T* partials;              // [heads, rows * ranks, D]
+  const float* partial_lse;       // [heads, rows * ranks]
+  const std::int32_t* selection;  // [heads, rows, width]
+  std::int64_t rows, width, ranks, group, head0, token0, tokens;
+  View<T> out;
+  float* lse;  // [Hq, Tq], may be null
+};
+
+/// head_dim / kElements threads share a row.
+template <typename T, int head_dim>
+MOBA_KERNEL(kThreads, 8)
+combine_kernel(MOBA_PARAMETER CombineParams<T> p) {
+  constexpr int kColumns = head_dim / kElements, kRows = kThreads / kColumns;
+  const std::int64_t head = ptx::block_y();
+  const std::int64_t row = std::int64_t{ptx::block_x()} * kRows + ptx::thread() / kColumns;
+  const int column = ptx::thread() % kColumns;
+  if (ptx::thread() >= kRows * kColumns || row >= p.rows) return;
+
+  // The places behind the last choice hold nothing; the near keys' is always filled.
+  const std::int32_t* chosen = p.selection + (head * p.rows + row) * p.width;
+  const std::int64_t first = (head * p.rows + row) * p.ranks;
+  const auto is_filled = [&](std::int64_t rank) { return rank == p.width || chosen[rank] >= 0; };
+  float most = -ptx::infinity();
+  for (std::int64_t rank = 0; rank < p.ranks; ++rank) {
+    if (is_filled(rank)) most = ptx::larger(most, p.partial_lse[first + rank]);
+  }
+  const float base = most == -ptx::infinity() ? 0 : most;
+
+  float sum = 0, out[kElements] = {};
+  for (std::int64_t rank = 0; rank < p.ranks; ++rank) {
+    if (!is_filled(rank)) continue;
+    const float weight = ptx::exp2((p.partial_lse[first + rank] - base) * kLog2E);
+    sum += weight;
+    const ptx::Vector v = ptx::load_streaming(p.partials + (first + rank) * head_dim + column * kElements);
+    const std::uint32_t pairs[] = {v.x, v.y, v.z, v.w};
+    MOBA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      out[2 * i] = ptx::multiply_add(weight, ptx::unpack_low<T>(pairs[i]), out[2 * i]);
+      out[2 * i + 1] = ptx::multiply_add(weight, ptx::unpack_high<T>(pairs[i]), out[2 * i + 1]);
+    }
+  }
+
+  const float share = sum == 0 ? 0 : 1 / sum;
+  const std::int64_t token = p.token0 + row / p.group, q_head = (p.head0 + head) * p.group + row % p.group;
+  auto* to = reinterpret_cast<ptx::Vector*>(p.out.row(token, q_head) + column * kElements);
+  *to = {ptx::pack<T>(out[0] * share, out[1] * share), ptx::pack<T>(out[2] * share, out[3] * share),
+         ptx::pack<T>(out[4] * share, out[5] * share), ptx::pack<T>(out[6] * share, out[7] * share)};
+  if (column == 0 && p.lse != nullptr) p.lse[q_head * p.tokens + token] = base + kLn2 * ptx::log2(sum);
+}
+
+}  // namespace
+
+Partials carve_partials(Carver& carver, const Task& task, const Group& part) {
+  if (task.width == 0) return {};
+  const std::int64_t slots = part.heads() * task.rows(part) * task.ranks();
+  return {carver.take<std::uint16_t>(slots * task.head_dim), carver.take<float>(slots)};
+}
+
+void combine(Queue& queue, const Task& task, const Group& part, const std::int32_t* selection,
+             const Partials& partials, const Outputs& outputs) {
+  if (task.width == 0) return;
+  with_type(task, [&]<typename T, int head_dim>() {
+    const CombineParams<T> params{.partials = static_cast<const T*>(partials.out),
+                                  .partial_lse = partials.lse,
+                                  .selection = selection,
+                                  .rows = task.rows(part),
+                                  .width = task.width,
+                                  .ranks = task.ranks(),
+                                  .group = task.group,
+                                  .head0 = part.head0,
+                                  .token0 = part.token0,
+                                  .tokens = task.tokens,
+                                  .out = view_of<T>(outputs.out),
+                                  .lse = outputs.lse};
+    constexpr int kRows = kThreads / (head_dim / kElements);
+    queue.launch("combine", combine_kernel<T, head_dim>, {divide_up(task.rows(part), kRows), part.heads()},
+                 kThreads, 0, params);
+  });
+}
+
+}  // namespace moba::cuda

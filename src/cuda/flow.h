@@ -1,0 +1,12 @@
+#pragma once
+
+#include "backend.h"
+
+/// The stages one after another, on a stream.
+namespace moba::cuda {
+
+void attention(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
+               const DeviceBatch& batch, const Routing& routing, const Outputs& outputs,
+               const Execution& execution);
+
+}  // namespace moba::cuda

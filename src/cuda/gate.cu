@@ -1,0 +1,284 @@
+// Scores and picks in one pass: a thread block holds a tile of rows, products of them with 64 means at a time
+// come out of the tensor cores, and what beats the worst of a row's best so far goes into that row's heap.
+#include "cuda/gate.h"
+
+#include "cuda/ptx/barrier.h"
+#include "cuda/ptx/convert.h"
+#include "cuda/ptx/warp.h"
+#include "cuda/tile/rows.h"
+
+namespace moba::cuda {
+namespace {
+
+/// As attend's: 32 rows a warp, but for the registers.
+template <int head_dim>
+struct Cut {
+  static constexpr int kWarps = head_dim > 128 ? 8 : 4;
+  static constexpr int kThreads = kWarps * ptx::kLanes;
+  static constexpr int kRowTiles = kTileRows / (16 * kWarps);
+  static constexpr int kMeans = head_dim > 128 ? 32 : 64;
+  static constexpr int kBlocksPerMultiprocessor = head_dim > 128 ? 1 : 2;
+};
+
+/// Whether the heaps fit beside the tiles.
+bool heaps_are_shared(const Task& task) {
+  return task.head_dim <= 128 && task.width <= 16;
+}
+
+template <typename T>
+struct GateParams {
+  View<const T> q;
+  const T* means;  // [heads, most_blocks, D]
+  Batch batch;
+  std::int64_t block_size, most_blocks, most_tiles;
+  std::int64_t group, head0, rows;
+  std::int32_t token0, token1;
+  std::int32_t width, sinks;
+  bool causal, own_block;
+  std::uint64_t* best;      // [heads, most_tiles * kTileRows, width], null: in shared memory
+  std::int32_t* selection;  // [heads, rows, width]
+};
+
+/// A score and its block as one number, so that the better candidate is the larger: of equal scores the more
+/// recent block; a NaN as -inf; nothing at all as 0.
+using Key = std::uint64_t;
+constexpr std::uint32_t kForced = 0xFFFFFFFFU;
+
+MOBA_DEVICE Key key_of(std::uint32_t order, std::int32_t block) {
+  return static_cast<Key>(order) << 32 | static_cast<std::uint32_t>(block);
+}
+MOBA_DEVICE std::uint32_t order_of(float score) {
+  const std::uint32_t bits = ptx::bits_of(score == score ? score : -ptx::infinity());
+  return bits >> 31 != 0 ? ~bits : bits | 0x80000000U;
+}
+/// No score below this can enter a heap with that root.
+MOBA_DEVICE float threshold_of(Key root) {
+  const auto order = static_cast<std::uint32_t>(root >> 32);
+  if (order == 0) return -ptx::infinity();
+  if (order == kForced) return ptx::infinity();
+  return ptx::float_from(order >> 31 != 0 ? order & 0x7FFFFFFFU : ~order);
+}
+
+/// Puts `key` at place `i` of a heap whose least entry is its first, or below, wherever it belongs.
+MOBA_DEVICE void sift(Key* heap, std::int32_t width, std::int32_t i, Key key) {
+  for (std::int32_t child = 2 * i + 1; child < width; child = 2 * i + 1) {
+    if (child + 1 < width && heap[child + 1] < heap[child]) ++child;
+    if (heap[child] >= key) break;
+    heap[i] = heap[child];
+    i = child;
+  }
+  heap[i] = key;
+}
+
+/// Blocks that a row may pick from: [0, candidates). Its own among them only when not causal.
+struct Candidates {
+  std::int32_t count = 0, own = -1;
+};
+
+template <typename T>
+MOBA_DEVICE Candidates candidates_of(const GateParams<T>& p, const Tile& tile, int row) {
+  const std::int32_t position = tile.position_of(row, p.group);
+  const std::int32_t own = position < 0 ? -1 : static_cast<std::int32_t>(position / p.block_size);
+  if (p.causal) return {own < 0 ? 0 : own, -1};
+  return {static_cast<std::int32_t>(divide_up(tile.keys, p.block_size)), p.own_block ? own : -1};
+}
+
+/// Offers a row's scores against means [first, first + columns) to its heap. The four lanes that share the
+/// row take turns.
+template <int column_tiles>
+MOBA_DEVICE void offer(Key* heap, std::int32_t width, const float (&scores)[column_tiles][4], int half,
+                       const Candidates& candidates, std::int32_t sinks, std::int32_t first) {
+  const int own_lane = ptx::lane() % 4;
+  const auto block_at = [&](int j, int e) { return first + 8 * j + own_lane * 2 + e; };
+  const auto is_forced = [&](std::int32_t block) { return block < sinks || block == candidates.own; };
+  float threshold = threshold_of(heap[0]);
+  const auto may_enter = [&](int j, int e) {
+    const std::int32_t block = block_at(j, e);
+    return block < candidates.count && (!(scores[j][2 * half + e] < threshold) || is_forced(block));
+  };
+
+  bool any = false;
+  MOBA_UNROLL
+  for (int j = 0; j < column_tiles; ++j) any = any || may_enter(j, 0) || may_enter(j, 1);
+  if (ptx::ballot(any) == 0) return;
+  MOBA_UNROLL
+  for (int j = 0; j < column_tiles; ++j) {
+    MOBA_UNROLL
+    for (int e = 0; e < 2; ++e) {
+      const bool enters = may_enter(j, e);
+      if (ptx::ballot(enters) == 0) continue;
+      const std::int32_t block = block_at(j, e);
+      const Key key = key_of(is_forced(block) ? kForced : order_of(scores[j][2 * half + e]), block);
+      for (int turn = 0; turn < 4; ++turn) {
+        if (enters && own_lane == turn && key > heap[0]) sift(heap, width, 0, key);
+        ptx::warp_barrier();
+      }
+      threshold = threshold_of(heap[0]);
+      ptx::warp_barrier();
+    }
+  }
+}
+
+/// Writes the blocks of a heap, ascending.
+MOBA_DEVICE void write_row(Key* heap, std::int32_t width, std::int32_t* to) {
+  constexpr Key kNone = ~Key{0};
+  for (std::int32_t i = 0; i < width; ++i) heap[i] = heap[i] == 0 ? kNone : heap[i] & 0xFFFFFFFFU;
+  for (std::int32_t i = width / 2 - 1; i >= 0; --i) sift(heap, width, i, heap[i]);
+  for (std::int32_t i = 0; i < width; ++i) {
+    to[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(heap[0]));  // kNone reads as -1
+    sift(heap, width, 0, kNone);
+  }
+}
+
+template <typename T, int head_dim>
+MOBA_KERNEL(Cut<head_dim>::kThreads, Cut<head_dim>::kBlocksPerMultiprocessor)
+gate_kernel(MOBA_PARAMETER GateParams<T> p) {
+  using C = Cut<head_dim>;
+  constexpr int kRowTiles = C::kRowTiles, kMeanTiles = C::kMeans / 8;
+  const auto index = static_cast<std::int32_t>(ptx::block_x());
+  const std::int64_t head = ptx::block_y();
+  if (index >= p.batch.tile_starts[p.batch.sequences]) return;
+  const Tile tile = tile_at(p.batch, index, p.token0, p.token1, p.group);
+
+  const tile::Rows<T, head_dim> q{reinterpret_cast<T*>(ptx::shared())};
+  T* means_memory = q.data + kTileRows * head_dim;  // two buffers
+  const auto buffer = [&](int which) {
+    return tile::Rows<T, head_dim>{means_memory + which * C::kMeans * head_dim};
+  };
+  Key* heaps = p.best != nullptr ? p.best + (head * p.most_tiles + index) * kTileRows * p.width
+                                 : reinterpret_cast<Key*>(means_memory + 2 * C::kMeans * head_dim);
+  for (std::int64_t i = ptx::thread(); i < std::int64_t{kTileRows} * p.width; i += C::kThreads) heaps[i] = 0;
+
+  tile::gather_rows<kTileRows, C::kThreads>(q, [&](int r) -> const T* {
+    if (r >= tile.count) return nullptr;
+    const std::int64_t row = tile.first_row + r;
+    return p.q.row(p.token0 + row / p.group, (p.head0 + head) * p.group + row % p.group);
+  });
+  // The last row has most candidates.
+  const std::int32_t most = candidates_of(p, tile, tile.count - 1).count;
+  const T* means = p.means + mean_offset(head, p.most_blocks, p.batch.block_starts[tile.sequence], head_dim);
+  const auto load = [&](std::int32_t first) {
+    tile::load_rows<C::kMeans, C::kThreads>(buffer(first / C::kMeans % 2),
+                                            means + static_cast<std::int64_t>(first) * head_dim, head_dim,
+                                            most - first);
+    ptx::copy_commit();
+  };
+  load(0);
+
+  const int warp_row = ptx::warp() * 16 * kRowTiles;
+  for (std::int32_t first = 0; first < most; first += C::kMeans) {
+    ptx::copy_wait<0>();
+    ptx::barrier();  // these means are there, and the others have been used
+    if (first + C::kMeans < most) load(first + C::kMeans);
+    if (warp_row >= tile.count) continue;
+    float scores[kRowTiles][kMeanTiles][4] = {};
+    tile::multiply_rows(scores, q, warp_row, buffer(first / C::kMeans % 2));
+    MOBA_UNROLL
+    for (int i = 0; i < kRowTiles; ++i) {
+      MOBA_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_row + 16 * i + 8 * half + ptx::lane() / 4;
+        const Candidates candidates = row < tile.count ? candidates_of(p, tile, row) : Candidates{};
+        offer(heaps + static_cast<std::int64_t>(row) * p.width, p.width, scores[i], half, candidates, p.sinks,
+              first);
+      }
+    }
+  }
+  ptx::copy_wait<0>();
+  ptx::barrier();
+  for (int row = ptx::thread(); row < tile.count; row += C::kThreads) {
+    write_row(heaps + static_cast<std::int64_t>(row) * p.width, p.width,
+              p.selection + (head * p.rows + tile.first_row + row) * p.width);
+  }
+}
+
+constexpr int kListThreads = 128;
+
+struct ListParams {
+  const std::int32_t* selection;  // [heads, rows, width]
+  std::int32_t* out;              // [Hq, Tq, public_width]
+  Batch batch;
+  std::int64_t block_size, group, head0, rows, width, public_width, token0, tokens;
+  bool causal, everything;
+};
+
+/// A thread a row.
+MOBA_KERNEL(kListThreads, 8) list_selection_kernel(MOBA_PARAMETER ListParams p) {
+  const std::int64_t head = ptx::block_y();
+  const std::int64_t row = std::int64_t{ptx::block_x()} * kListThreads + ptx::thread();
+  if (row >= p.rows) return;
+  const auto token = static_cast<std::int32_t>(p.token0 + row / p.group);
+  const std::int32_t s = sequence_of(p.batch.q_starts, p.batch.sequences, token);
+  const std::int32_t keys = p.batch.k_starts[s + 1] - p.batch.k_starts[s];
+  const std::int32_t position = token + keys - p.batch.q_starts[s + 1];
+  const std::int64_t own = position < 0 ? -1 : position / p.block_size;
+  std::int32_t* to =
+      p.out + (((p.head0 + head) * p.group + row % p.group) * p.tokens + token) * p.public_width;
+  std::int64_t count = 0;
+  if (p.everything) {
+    const std::int64_t seen = p.causal ? own + 1 : divide_up(keys, p.block_size);
+    for (; count < seen; ++count) to[count] = static_cast<std::int32_t>(count);
+  } else {
+    const std::int32_t* from = p.selection + (head * p.rows + row) * p.width;
+    for (; count < p.width && from[count] >= 0; ++count) to[count] = from[count];
+    if (p.causal && own >= 0) to[count++] = static_cast<std::int32_t>(own);
+  }
+  for (; count < p.public_width; ++count) to[count] = -1;
+}
+
+}  // namespace
+
+std::uint64_t* carve_gate(Carver& carver, const Task& task, const Group& part) {
+  if (heaps_are_shared(task)) return nullptr;
+  return carver.take<std::uint64_t>(part.heads() * task.most_tiles(part) * kTileRows * task.width);
+}
+
+void gate(Queue& queue, const Task& task, const Group& part, const Batch& batch, const void* means,
+          std::uint64_t* best, std::int32_t* selection) {
+  with_type(task, [&]<typename T, int head_dim>() {
+    using C = Cut<head_dim>;
+    const GateParams<T> params{.q = view_of<const T>(task.q),
+                               .means = static_cast<const T*>(means),
+                               .batch = batch,
+                               .block_size = task.routing.block_size,
+                               .most_blocks = task.most_blocks(),
+                               .most_tiles = task.most_tiles(part),
+                               .group = task.group,
+                               .head0 = part.head0,
+                               .rows = task.rows(part),
+                               .token0 = static_cast<std::int32_t>(part.token0),
+                               .token1 = static_cast<std::int32_t>(part.token1),
+                               .width = static_cast<std::int32_t>(task.width),
+                               .sinks = static_cast<std::int32_t>(task.routing.sink_blocks),
+                               .causal = task.routing.causal,
+                               .own_block = task.routing.own_block,
+                               .best = best,
+                               .selection = selection};
+    const std::size_t tiles = (kTileRows + 2 * C::kMeans) * head_dim * sizeof(T);
+    const std::size_t heaps =
+        best == nullptr ? static_cast<std::size_t>(kTileRows * task.width) * sizeof(std::uint64_t) : 0;
+    queue.launch("gate", gate_kernel<T, head_dim>, {params.most_tiles, part.heads()}, C::kThreads,
+                 tiles + heaps, params);
+  });
+}
+
+void write_selection(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+                     const std::int32_t* selection, std::int32_t* out) {
+  const ListParams params{.selection = selection,
+                          .out = out,
+                          .batch = batch,
+                          .block_size = task.asked_block_size,
+                          .group = task.group,
+                          .head0 = part.head0,
+                          .rows = task.rows(part),
+                          .width = task.width,
+                          .public_width = task.public_width,
+                          .token0 = part.token0,
+                          .tokens = task.tokens,
+                          .causal = task.routing.causal,
+                          .everything = task.everything};
+  queue.launch("list_selection", list_selection_kernel, {divide_up(params.rows, kListThreads), part.heads()},
+               kListThreads, 0, params);
+}
+
+}  // namespace moba::cuda

@@ -1,0 +1,19 @@
+#pragma once
+
+#include "cuda/stages.h"
+
+namespace moba::cuda {
+
+/// What the gate keeps of the best candidates of rows with long lists; short ones are kept on the chip.
+std::uint64_t* carve_gate(Carver& carver, const Task& task, const Group& part);
+
+/// Scores every query against the means of its candidates and keeps the best: `selection` [heads, rows,
+/// width], ascending, padded with -1. A causal row's own block is not listed. No score is ever stored.
+void gate(Queue& queue, const Task& task, const Group& part, const Batch& batch, const void* means,
+          std::uint64_t* best, std::int32_t* selection);
+
+/// A part's rows of the caller's list [Hq, Tq, public_width], own block included.
+void write_selection(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+                     const std::int32_t* selection, std::int32_t* out);
+
+}  // namespace moba::cuda

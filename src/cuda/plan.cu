@@ -1,0 +1,173 @@
+// The routing inverted: count, scan, stable scatter. A head's choices are cut into chunks of consecutive
+// rows, and a warp scatters its chunk in order, so that a block's entries come out ascending without a sort.
+#include <algorithm>
+
+#include "cuda/plan.h"
+#include "cuda/ptx/atomic.h"
+#include "cuda/tile/scan.h"
+
+namespace moba::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr std::int64_t kLeastChunk = 2048;
+
+/// Choices that a warp scatters: no fewer than there are blocks, so that the counts take no more memory than
+/// the choices.
+std::int64_t chunk_of(const Task& task) {
+  return std::max(kLeastChunk, divide_up(task.most_blocks(), ptx::kLanes) * ptx::kLanes);
+}
+std::int64_t chunks_of(const Task& task, const Group& part) {
+  return divide_up(task.rows(part) * task.width, chunk_of(task));
+}
+
+struct PlanParams {
+  Plan plan;
+  Batch batch;
+  const std::int32_t* selection;  // [heads, rows, width]
+  std::int64_t rows, width, ranks, group;
+  std::int64_t most_blocks, chunks, chunk;
+  std::int32_t token0;
+};
+
+/// The packed block of choice `index` of a head, -1 for none.
+MOBA_DEVICE std::int32_t chosen(const PlanParams& p, std::int64_t head, std::int64_t index) {
+  const std::int32_t block = p.selection[head * p.rows * p.width + index];
+  if (block < 0) return -1;
+  const auto token = static_cast<std::int32_t>(p.token0 + index / p.width / p.group);
+  return p.batch.block_starts[sequence_of(p.batch.q_starts, p.batch.sequences, token)] + block;
+}
+
+MOBA_KERNEL(kThreads, 4) count_kernel(MOBA_PARAMETER PlanParams p) {
+  const std::int64_t head = ptx::block_y();
+  const std::int64_t index = std::int64_t{ptx::block_x()} * kThreads + ptx::thread();
+  if (index >= p.rows * p.width) return;
+  const std::int32_t block = chosen(p, head, index);
+  if (block >= 0)
+    ptx::atomic_add(p.plan.counts + (head * p.chunks + index / p.chunk) * p.most_blocks + block, 1);
+}
+
+/// Turns the counts of a block in every chunk into what lies before the chunk, and gives the sum.
+MOBA_DEVICE std::uint32_t scan_chunks(const PlanParams& p, std::int64_t head, std::int64_t block) {
+  constexpr int kUnroll = 8;  // loads under way
+  std::uint32_t* counts = p.plan.counts + head * p.chunks * p.most_blocks + block;
+  std::uint32_t sum = 0;
+  for (std::int64_t first = 0; first < p.chunks; first += kUnroll) {
+    std::uint32_t loaded[kUnroll];
+    MOBA_UNROLL
+    for (int i = 0; i < kUnroll; ++i)
+      loaded[i] = first + i < p.chunks ? counts[(first + i) * p.most_blocks] : 0;
+    MOBA_UNROLL
+    for (int i = 0; i < kUnroll; ++i) {
+      if (first + i < p.chunks) counts[(first + i) * p.most_blocks] = sum;
+      sum += loaded[i];
+    }
+  }
+  return sum;
+}
+
+/// The sizes of blocks: offsets[block + 1], to be summed.
+MOBA_KERNEL(kThreads, 4) size_kernel(MOBA_PARAMETER PlanParams p) {
+  const std::int64_t head = ptx::block_y();
+  const std::int64_t block = std::int64_t{ptx::block_x()} * kThreads + ptx::thread();
+  if (block >= p.most_blocks) return;
+  p.plan.offsets[head * (p.most_blocks + 1) + block + 1] = scan_chunks(p, head, block);
+}
+
+/// Sums the sizes of a head's blocks and lists its items.
+MOBA_KERNEL(kThreads, 1) list_kernel(MOBA_PARAMETER PlanParams p) {
+  auto* sums = reinterpret_cast<std::uint32_t*>(ptx::shared());
+  const auto head = static_cast<std::int32_t>(ptx::block_y());
+  std::uint32_t* offsets = p.plan.offsets + head * (p.most_blocks + 1);
+  const std::int32_t blocks = p.batch.block_starts[p.batch.sequences];
+  std::uint32_t before = 0;
+  if (ptx::thread() == 0) offsets[0] = 0;
+  for (std::int32_t first = 0; first < blocks; first += kThreads) {
+    const std::int32_t block = first + ptx::thread();
+    const std::uint32_t size = block < blocks ? offsets[block + 1] : 0;
+    const auto scanned = tile::scan<kThreads>(size, sums);
+    const std::uint32_t begin = before + scanned.before;
+    before += scanned.total;
+    if (block >= blocks) continue;
+    offsets[block + 1] = begin + size;
+    const std::uint32_t full = size / kTileRows, left = size % kTileRows;
+    Item* items = p.plan.full + ptx::atomic_add(p.plan.totals + Plan::kFull, full);
+    for (std::uint32_t i = 0; i < full; ++i) items[i] = {head, block, begin + i * kTileRows, kTileRows};
+    if (left > 0)
+      p.plan.rest[ptx::atomic_add(p.plan.totals + Plan::kRest, 1)] = {head, block, begin + full * kTileRows,
+                                                                      left};
+  }
+}
+
+/// A warp writes the choices of one chunk, 32 at a time: those of one block side by side, in order.
+MOBA_KERNEL(kThreads, 4) scatter_kernel(MOBA_PARAMETER PlanParams p) {
+  constexpr std::uint32_t kNone = 0xFFFFFFFFU;
+  const std::int64_t head = ptx::block_y();
+  const std::int64_t chunk = std::int64_t{ptx::block_x()} * (kThreads / ptx::kLanes) + ptx::warp();
+  if (chunk >= p.chunks) return;
+  const std::uint32_t* offsets = p.plan.offsets + head * (p.most_blocks + 1);
+  std::uint32_t* cursors = p.plan.counts + (head * p.chunks + chunk) * p.most_blocks;
+  std::uint32_t* entries = p.plan.entries + head * p.rows * p.width;
+  const std::int64_t begin = chunk * p.chunk, all = p.rows * p.width;
+  const std::int64_t end = begin + p.chunk < all ? begin + p.chunk : all;
+  const unsigned below = (1U << ptx::lane()) - 1;
+  for (std::int64_t first = begin; first < end; first += ptx::kLanes) {
+    const std::int64_t index = first + ptx::lane();
+    const std::int32_t block = index < end ? chosen(p, head, index) : -1;
+    const unsigned alike = ptx::match(block < 0 ? kNone : static_cast<std::uint32_t>(block));
+    std::uint32_t cursor = 0;
+    if (block >= 0) cursor = cursors[block];
+    ptx::warp_barrier();  // all have read before the first of each writes
+    if (block >= 0) {
+      const unsigned rank = static_cast<unsigned>(ptx::count_bits(alike & below));
+      if (rank == 0) cursors[block] = cursor + static_cast<unsigned>(ptx::count_bits(alike));
+      entries[offsets[block] + cursor + rank] =
+          static_cast<std::uint32_t>(index / p.width * p.ranks + index % p.width);
+    }
+    ptx::warp_barrier();
+  }
+}
+
+}  // namespace
+
+Plan carve_plan(Carver& carver, const Task& task, const Group& part) {
+  Plan plan{.totals = carver.take<std::uint32_t>(Plan::kTotals)};
+  if (task.width == 0) return plan;
+  const std::int64_t heads = part.heads(), choices = task.rows(part) * task.width,
+                     blocks = task.most_blocks();
+  plan.entries = carver.take<std::uint32_t>(heads * choices);
+  plan.offsets = carver.take<std::uint32_t>(heads * (blocks + 1));
+  plan.counts = carver.take<std::uint32_t>(heads * chunks_of(task, part) * blocks);
+  plan.full = carver.take<Item>(heads * (choices / kTileRows));
+  plan.rest = carver.take<Item>(heads * blocks);
+  return plan;
+}
+
+void plan(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+          const std::int32_t* selection, const Plan& plan) {
+  queue.fill(plan.totals, 0, Plan::kTotals * sizeof(std::uint32_t));
+  if (task.width == 0) return;
+  const PlanParams params{.plan = plan,
+                          .batch = batch,
+                          .selection = selection,
+                          .rows = task.rows(part),
+                          .width = task.width,
+                          .ranks = task.ranks(),
+                          .group = task.group,
+                          .most_blocks = task.most_blocks(),
+                          .chunks = chunks_of(task, part),
+                          .chunk = chunk_of(task),
+                          .token0 = static_cast<std::int32_t>(part.token0)};
+  const std::int64_t heads = part.heads();
+  queue.fill(plan.counts, 0,
+             static_cast<std::size_t>(heads * params.chunks * params.most_blocks) * sizeof(std::uint32_t));
+  queue.launch("count", count_kernel, {divide_up(params.rows * params.width, kThreads), heads}, kThreads, 0,
+               params);
+  queue.launch("size", size_kernel, {divide_up(params.most_blocks, kThreads), heads}, kThreads, 0, params);
+  queue.launch("list", list_kernel, {1, heads}, kThreads, kThreads / ptx::kLanes * sizeof(std::uint32_t),
+               params);
+  queue.launch("scatter", scatter_kernel, {divide_up(params.chunks, kThreads / ptx::kLanes), heads}, kThreads,
+               0, params);
+}
+
+}  // namespace moba::cuda

@@ -1,0 +1,33 @@
+#pragma once
+
+#include "cuda/stages.h"
+
+namespace moba::cuda {
+
+/// Up to kTileRows rows of one head that chose one block: entries [first, first + count) of the head's list.
+struct Item {
+  std::int32_t head = 0;   // of the part
+  std::int32_t block = 0;  // packed
+  std::uint32_t first = 0, count = 0;
+};
+
+/// The routing inverted, on the device: for every head and block the entries that chose it, ascending. Entry
+/// `row * ranks + rank` is one row's choice, and the place of its partial answer.
+struct Plan {
+  std::uint32_t* entries = nullptr;  // [heads, rows * width]
+  std::uint32_t* offsets = nullptr;  // [heads, most_blocks + 1], into a head's entries
+  std::uint32_t* counts = nullptr;   // [heads, chunks, most_blocks]; then what of a block lies before a chunk
+  /// Items of kTileRows rows, and what remains of every block: in no particular order, for each is worked on
+  /// by itself.
+  Item *full = nullptr, *rest = nullptr;
+  /// Numbers of both.
+  std::uint32_t* totals = nullptr;  // [kTotals]
+
+  static constexpr int kFull = 0, kRest = 1, kTotals = 2;
+};
+
+Plan carve_plan(Carver& carver, const Task& task, const Group& part);
+void plan(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+          const std::int32_t* selection, const Plan& plan);
+
+}  // namespace moba::cuda

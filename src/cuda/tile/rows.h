@@ -1,0 +1,126 @@
+#pragma once
+
+#include "cuda/ptx/copy.h"
+#include "cuda/ptx/matrix.h"
+
+namespace moba::cuda::tile {
+
+/// Elements of a piece, which is what one thread copies and one row of a hardware tile holds: 16 bytes.
+constexpr int kPiece = 8;
+
+/// Rows of `head_dim` 16-bit elements in shared memory. The pieces of a row are permuted so that the same
+/// piece of eight rows in succession, as a hardware tile wants it, lies in all 32 banks.
+template <typename T, int head_dim>
+struct Rows {
+  static constexpr int kPieces = head_dim / kPiece;
+  static constexpr int kPermuted = kPieces % 8 == 0 ? 8 : 4;
+  static_assert(kPieces % kPermuted == 0);
+
+  T* data;
+
+  /// Bytes from `data` to piece `known` + `index` of a row, `known` being known to the compiler and a
+  /// multiple of the least power of 2 above `index`: then one of few offsets of the lane's own and a
+  /// constant.
+  MOBA_DEVICE static std::uint32_t offset(int row, int known, int index) {
+    const int mask = kPermuted == 8 ? row & 7 : row >> 1 & 3;
+    const int permuted = index ^ mask ^ (known & (kPermuted - 1));
+    return static_cast<std::uint32_t>(row * head_dim * 2 + permuted * 16 +
+                                      known / kPermuted * kPermuted * 16);
+  }
+  /// Bytes from `data` to a piece of a row.
+  MOBA_DEVICE static std::uint32_t start(int row, int index) {
+    const int mask = kPermuted == 8 ? row & 7 : row >> 1 & 3;
+    return static_cast<std::uint32_t>(row * head_dim * 2 + (index ^ mask) * 16);
+  }
+  MOBA_DEVICE T* piece(int row, int index) const { return data + start(row, index) / 2; }
+};
+
+/// Which pieces a thread copies: always the same one of every so many rows, a multiple of 8 so that the
+/// permutation is the same too, and no address has to be kept for each.
+template <int rows, int threads, int head_dim>
+struct Share {
+  static constexpr int kPieces = head_dim / kPiece;
+  static constexpr int kStep = threads / kPieces / 8 * 8;
+  static_assert(kStep > 0);
+  static constexpr int kSteps = (rows + kStep - 1) / kStep;
+
+  MOBA_DEVICE static int row() { return ptx::thread() / kPieces; }
+  MOBA_DEVICE static int piece() { return ptx::thread() % kPieces; }
+  MOBA_DEVICE static bool is_mine(int row) { return ptx::thread() < kStep * kPieces && row < rows; }
+};
+
+/// Begins to load rows that lie `stride` elements apart, the first at `from`; zeros from row `valid` on.
+template <int rows, int threads, typename T, int head_dim>
+MOBA_DEVICE void load_rows(const Rows<T, head_dim>& to, const T* from, std::int64_t stride,
+                           std::int32_t valid) {
+  using S = Share<rows, threads, head_dim>;
+  from += S::row() * stride + S::piece() * kPiece;
+  MOBA_UNROLL
+  for (int i = 0; i < S::kSteps; ++i) {
+    const int row = S::row() + i * S::kStep;
+    if (S::is_mine(row)) ptx::copy_async(to.data, to.start(row, S::piece()), from, row < valid);
+    from += S::kStep * stride;
+  }
+}
+
+/// The same of rows from anywhere: `source(row)` is where row's elements are, null for a row of zeros.
+template <int rows, int threads, typename T, int head_dim, typename Source>
+MOBA_DEVICE void gather_rows(const Rows<T, head_dim>& to, Source&& source) {
+  using S = Share<rows, threads, head_dim>;
+  MOBA_UNROLL
+  for (int i = 0; i < S::kSteps; ++i) {
+    const int row = S::row() + i * S::kStep;
+    if (!S::is_mine(row)) continue;
+    const T* from = source(row);
+    ptx::copy_async(to.data, to.start(row, S::piece()), from == nullptr ? from : from + S::piece() * kPiece,
+                    from != nullptr);
+  }
+}
+
+/// Operands of ptx::multiply out of shared memory, at step `k` of 16 elements.
+/// Left: rows [row, row + 16).
+template <typename T, int head_dim>
+MOBA_DEVICE void load_left(std::uint32_t (&a)[4], const Rows<T, head_dim>& from, int row, int k) {
+  const int lane = ptx::lane();
+  ptx::load_tiles(a, from.data, from.offset(row + lane % 16, 2 * k, lane / 16));
+}
+
+/// Right, for products with rows: rows [row, row + 16) are two tiles' columns, b[0..1] and b[2..3].
+template <typename T, int head_dim>
+MOBA_DEVICE void load_right(std::uint32_t (&b)[4], const Rows<T, head_dim>& from, int row, int k) {
+  const int lane = ptx::lane();
+  ptx::load_tiles(b, from.data, from.offset(row + lane % 8 + lane / 16 * 8, 2 * k, lane / 8 % 2));
+}
+
+/// Right, for sums over rows [row, row + 16): pieces `piece` and `piece` + 1 are two tiles' columns.
+template <typename T, int head_dim>
+MOBA_DEVICE void load_right_transposed(std::uint32_t (&b)[4], const Rows<T, head_dim>& from, int row,
+                                       int piece) {
+  const int lane = ptx::lane();
+  ptx::load_tiles_transposed(b, from.data, from.offset(row + lane % 16, piece, lane / 16));
+}
+
+/// sums[tiles of 16 rows][tiles of 8 columns] += left right^T: products of rows [left_row, ...) with rows
+/// [0, columns). Element r of a tile is of row lane / 4 + r / 2 * 8 and column lane % 4 * 2 + r % 2.
+template <typename T, int head_dim, int row_tiles, int column_tiles>
+MOBA_DEVICE void multiply_rows(float (&sums)[row_tiles][column_tiles][4], const Rows<T, head_dim>& left,
+                               int left_row, const Rows<T, head_dim>& right) {
+  MOBA_UNROLL
+  for (int k = 0; k < head_dim / 16; ++k) {
+    std::uint32_t a[row_tiles][4];
+    MOBA_UNROLL
+    for (int i = 0; i < row_tiles; ++i) load_left(a[i], left, left_row + 16 * i, k);
+    MOBA_UNROLL
+    for (int j = 0; j < column_tiles; j += 2) {
+      std::uint32_t b[4];
+      load_right(b, right, 8 * j, k);
+      MOBA_UNROLL
+      for (int i = 0; i < row_tiles; ++i) {
+        ptx::multiply<T>(sums[i][j], a[i], b[0], b[1]);
+        ptx::multiply<T>(sums[i][j + 1], a[i], b[2], b[3]);
+      }
+    }
+  }
+}
+
+}  // namespace moba::cuda::tile

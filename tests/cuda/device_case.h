@@ -1,0 +1,20 @@
+#pragma once
+
+#include "cases.h"
+#include "moba/cuda.h"
+
+/// Cases on the emulated device, whose memory is the host's.
+namespace moba::test {
+
+inline Tensor on_device(Tensor t) {
+  t.device = Device::cuda;
+  return t;
+}
+
+/// What run_attention does, on CUDA tensors.
+Result run_on_device(const Case& c, Execution execution = {});
+
+/// A small case of any kind that the CUDA backend takes. The same seed gives the same case.
+Case random_device_case(std::uint64_t seed);
+
+}  // namespace moba::test
