@@ -109,10 +109,11 @@ MOBA_DEVICE Work near_work(const AttendParams<T>& p, const Shared<T, head_dim>& 
       p.token0, p.token1, p.group);
   const auto sees = [&](int r) { return near_keys(p, tile.position_of(r, p.group), tile.keys); };
   const Stretch first_sees = sees(0), last_sees = sees(tile.count - 1);
+  const Stretch cut_sees = near_keys(p, tile.position_at(tile.cut, p.group), tile.keys);
   const Work work{.head = index % p.heads,
                   .count = tile.count,
                   .first_key = tile.first_key,
-                  .begin = first_sees.begin,
+                  .begin = cut_sees.begin,
                   .end = last_sees.end,
                   .all_begin = last_sees.begin,
                   .all_end = first_sees.end};
@@ -234,7 +235,7 @@ MOBA_DEVICE void write(const AttendParams<T>& p, const Shared<T, head_dim>& shar
       }
       if (lane % 4 != 0 || row >= work.count) continue;
       if (!last_word) {
-        p.partial_lse[work.head * p.rows * p.ranks + shared.slots[row]] = lse;
+        p.partial_lse[slot_at(work.head, p.rows, p.ranks, shared.slots[row])] = lse;
       } else if (p.lse != nullptr) {
         const std::int64_t part_row = shared.slots[row];
         const std::int64_t q_head = (p.head0 + work.head) * p.group + part_row % p.group;
@@ -247,9 +248,9 @@ MOBA_DEVICE void write(const AttendParams<T>& p, const Shared<T, head_dim>& shar
   for (int i = lane; i < 16 * row_tiles * kPieces; i += ptx::kLanes) {
     const int row = warp_row + i / kPieces, piece = i % kPieces;
     if (row >= work.count) break;
-    const std::int64_t slot = shared.slots[row];
+    const std::uint32_t slot = shared.slots[row];
     T* to = last_word ? p.out.row(p.token0 + slot / p.group, (p.head0 + work.head) * p.group + slot % p.group)
-                      : p.partials + (work.head * p.rows * p.ranks + slot) * head_dim;
+                      : p.partials + slot_at(work.head, p.rows, p.ranks, slot) * head_dim;
     *reinterpret_cast<ptx::Vector*>(to + piece * tile::kPiece) =
         *reinterpret_cast<const ptx::Vector*>(shared.q.piece(row, piece));
   }

@@ -39,7 +39,7 @@ MOBA_KERNEL(kThreads, 1) lay_out_kernel(MOBA_PARAMETER LayOutParams p) {
       const Stretch queries = queries_of(p.batch, s, p.token0, p.token1);
       blocks =
           static_cast<std::int32_t>(divide_up(p.batch.k_starts[s + 1] - p.batch.k_starts[s], p.block_size));
-      tiles = static_cast<std::int32_t>(divide_up((queries.end - queries.begin) * p.group, kTileRows));
+      tiles = tiles_of(queries, p.group);
     }
     const auto scanned_blocks = tile::scan<kThreads>(blocks, sums);
     const auto scanned_tiles = tile::scan<kThreads>(tiles, sums);

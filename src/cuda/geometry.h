@@ -67,41 +67,55 @@ MOBA_BOTH Stretch queries_of(const Batch& batch, std::int32_t sequence, std::int
 }
 
 /// Up to kTileRows neighbouring rows of one sequence, which all heads have alike. A row is a query and one of
-/// the `group` query heads of a kv head: row = (token - token0) * group + member.
+/// the `group` query heads of a kv head: row = (token - token0) * group + member. Tiles are cut from the
+/// first query of the sequence on, so that a row meets the same keys in the same order whatever else is in
+/// its part.
 struct Tile {
   std::int32_t sequence = 0;
   std::int32_t count = 0;      // rows
   std::int32_t first_key = 0;  // packed
   std::int32_t keys = 0;       // of the sequence
+  std::int32_t before = 0;     // position of query 0
   std::int64_t first_row = 0;  // of the part
-  std::int64_t first_query = 0, first_member = 0;
-  std::int32_t before = 0;  // position of query 0
+  std::int64_t from = 0;       // row r is row from + r of the sequence's
+  std::int64_t cut = 0;        // where the tile begins, `from` or rows of another part before it
 
-  /// The query, counted in the sequence, that row r of the tile is of.
-  MOBA_BOTH std::int64_t query_of(int r, std::int64_t group) const {
-    return first_query + (first_member + r) / group;
+  MOBA_BOTH std::int32_t position_at(std::int64_t sequence_row, std::int64_t group) const {
+    return static_cast<std::int32_t>(sequence_row / group) + before;
   }
-  MOBA_BOTH std::int32_t position_of(int r, std::int64_t group) const {
-    return static_cast<std::int32_t>(query_of(r, group)) + before;
-  }
+  /// Of the query that row r is of.
+  MOBA_BOTH std::int32_t position_of(int r, std::int64_t group) const { return position_at(from + r, group); }
 };
+
+/// Tiles of a sequence's queries [begin, end).
+MOBA_BOTH std::int32_t tiles_of(const Stretch& queries, std::int64_t group) {
+  if (queries.begin == queries.end) return 0;
+  return static_cast<std::int32_t>(divide_up(queries.end * group, kTileRows) -
+                                   queries.begin * group / kTileRows);
+}
 
 MOBA_BOTH Tile tile_at(const Batch& batch, std::int32_t index, std::int32_t token0, std::int32_t token1,
                        std::int64_t group) {
   const std::int32_t s = sequence_of(batch.tile_starts, batch.sequences, index);
   const Stretch queries = queries_of(batch, s, token0, token1);
-  const std::int64_t skipped = static_cast<std::int64_t>(index - batch.tile_starts[s]) * kTileRows;
-  const std::int64_t left = (queries.end - queries.begin) * group - skipped;
+  const std::int64_t begin = queries.begin * group, end = queries.end * group;
+  const std::int64_t cut = (begin / kTileRows + index - batch.tile_starts[s]) * kTileRows;
   Tile tile;
   tile.sequence = s;
-  tile.count = static_cast<std::int32_t>(left < kTileRows ? left : kTileRows);
   tile.first_key = batch.k_starts[s];
   tile.keys = batch.k_starts[s + 1] - batch.k_starts[s];
-  tile.first_row = (batch.q_starts[s] + queries.begin - token0) * group + skipped;
-  tile.first_query = queries.begin + skipped / group;
-  tile.first_member = skipped % group;
   tile.before = tile.keys - (batch.q_starts[s + 1] - batch.q_starts[s]);
+  tile.cut = cut;
+  tile.from = cut > begin ? cut : begin;
+  tile.count = static_cast<std::int32_t>((cut + kTileRows < end ? cut + kTileRows : end) - tile.from);
+  tile.first_row = (batch.q_starts[s] - token0) * group + tile.from;
   return tile;
+}
+
+/// The place of a partial answer: [heads of the part, rows * ranks].
+MOBA_BOTH std::int64_t slot_at(std::int64_t head, std::int64_t rows, std::int64_t ranks,
+                               std::uint32_t entry) {
+  return head * rows * ranks + entry;
 }
 
 /// The element of a mean: [heads of the group, packed blocks, D].

@@ -32,7 +32,9 @@ struct Task {
   /// No fewer than the sequences have together; how many those are, only the device knows.
   std::int64_t most_blocks() const { return keys / routing.block_size + sequences; }
   std::int64_t rows(const Group& part) const { return part.tokens() * group; }
-  std::int64_t most_tiles(const Group& part) const { return divide_up(rows(part), kTileRows) + sequences; }
+  std::int64_t most_tiles(const Group& part) const {
+    return divide_up(rows(part), kTileRows) + sequences + 1;
+  }
 };
 
 /// Throws Error naming `function` where the backend, or the device it would run on, cannot do what is asked.

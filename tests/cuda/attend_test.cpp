@@ -1,6 +1,8 @@
 // Whole forward calls on the emulated device against the oracle.
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+
 #include "device_case.h"
 #include "oracle.h"
 
@@ -11,7 +13,7 @@ class CudaAgreement : public testing::TestWithParam<std::uint64_t> {};
 
 /// Swaps of blocks whose scores rounding cannot tell apart are counted, and must stay rare.
 TEST_P(CudaAgreement, WithTheOracleOnRandomCases) {
-  constexpr std::uint64_t kCases = 25;
+  constexpr std::uint64_t kCases = 40;
   std::int64_t swaps = 0, listed = 0;
   for (std::uint64_t i = 0; i < kCases && !HasFailure(); ++i) {
     const Case c = random_device_case(GetParam() * kCases + i);
@@ -24,6 +26,126 @@ TEST_P(CudaAgreement, WithTheOracleOnRandomCases) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, CudaAgreement, testing::Range<std::uint64_t>(0, 4));
+
+Case long_case(std::uint64_t seed, const Routing& routing, std::int64_t queries) {
+  Case c{.seed = seed, .dtype = seed % 2 == 0 ? DType::bf16 : DType::f16, .group = 2, .head_dim = 64};
+  c.sequences = one_sequence(queries, 330);
+  c.routing = routing;
+  fill(c);
+  return c;
+}
+
+/// Several tiles of rows, keys and means; blocks that more rows chose than a tile holds; lists of choices too
+/// long for shared memory, and of several chunks.
+TEST(CudaAttend, WorksThroughManyTiles) {
+  const std::vector<Routing> routings = {
+      {.block_size = 64, .top_k = 3},
+      {.block_size = 2, .top_k = 5, .sink_blocks = 1},
+      {.block_size = 1, .top_k = 9},
+      {.block_size = 3, .top_k = 40},
+      {.block_size = 200, .top_k = 1},
+      {.block_size = 7, .top_k = 20, .causal = false},
+      {.block_size = 48, .top_k = 4, .sink_blocks = 1, .causal = false, .own_block = true},
+      Routing::full(),
+      Routing::full(false),
+  };
+  std::uint64_t seed = 500;
+  for (const Routing& routing : routings) {
+    for (const std::int64_t queries : {330, 37}) {
+      const Case c = long_case(++seed, routing, queries);
+      check_result(c, run_on_device(c), Rounding::partial);
+    }
+  }
+}
+
+TEST(CudaAttend, ManyShortSequences) {
+  Case c{.seed = 3, .dtype = DType::f16, .head_dim = 64, .routing = {.block_size = 2, .top_k = 2}};
+  c.sequences = {{0}, {0}};
+  for (int i = 0; i < 1200; ++i) {  // more starts than a launch carries
+    c.sequences.q.push_back(c.sequences.q.back() + (i % 40 == 0 ? i / 40 % 7 : 0));
+    c.sequences.k.push_back(c.sequences.q.back());
+  }
+  fill(c);
+  check_result(c, run_on_device(c), Rounding::partial);
+}
+
+TEST(CudaAttend, AnyOrderOfBlocksAndWarpsGivesTheSameBits) {
+  const Case c = long_case(7, {.block_size = 16, .top_k = 4}, 330);
+  const Result expected = run_on_device(c);
+  for (int i = 0; i < 3; ++i) EXPECT_TRUE(run_on_device(c) == expected);  // every run shuffles anew
+}
+
+TEST(CudaAttend, AnyWorkspaceGivesTheSameBitsOrAnError) {
+  Case c{.seed = 11, .dtype = DType::bf16, .kv_heads = 2, .group = 3, .head_dim = 64};
+  c.sequences = {{0, 5, 5, 130}, {0, 9, 20, 160}};
+  for (const Routing& routing :
+       {Routing{.block_size = 16, .top_k = 3}, Routing{.block_size = 16, .top_k = 4, .causal = false}}) {
+    c.routing = routing;
+    fill(c);
+    Profile roomy;
+    const Result expected = run_on_device(c, {.profile = &roomy});
+    bool refused = false;
+    for (std::size_t budget = roomy.workspace_bytes; budget > 0; budget = budget * 2 / 3) {
+      Profile profile;
+      const Execution tight{.workspace_bytes = budget, .profile = &profile};
+      try {
+        const Result found = run_on_device(c, tight);
+        ASSERT_FALSE(refused) << budget << " bytes do, more do not";
+        ASSERT_TRUE(found == expected) << "workspace_bytes " << budget;
+        ASSERT_LE(profile.workspace_bytes, budget);
+      } catch (const Error& error) {
+        refused = true;
+        ASSERT_NE(std::string(error.what()).find("workspace_bytes"), std::string::npos) << error.what();
+      }
+    }
+    EXPECT_TRUE(refused);
+  }
+}
+
+TEST(CudaAttend, SequencesMayLieOnTheDevice) {
+  const Case c = random_device_case(12);
+  const DeviceSequences sequences{c.sequences.q.data(), c.sequences.k.data(),
+                                  static_cast<std::int64_t>(c.sequences.q.size()) - 1, c.keys()};
+  Result result(c);
+  Outputs outputs = result.outputs();
+  outputs.out = on_device(outputs.out);
+  outputs.selection = nullptr;
+  attention(on_device(c.q.view()), on_device(c.k.view()), on_device(c.v.view()), sequences, c.routing,
+            outputs);
+  const Result expected = run_on_device(c);
+  EXPECT_TRUE(result.out.bytes() == expected.out.bytes());
+  EXPECT_EQ(selection_width(sequences, c.routing),
+            std::min(c.routing.top_k, (c.keys() + c.routing.block_size - 1) / c.routing.block_size));
+}
+
+TEST(CudaAttend, TheRoutingAlone) {
+  const Case c = long_case(8, {.block_size = 16, .top_k = 4}, 100);
+  Result found(c);
+  select_blocks(on_device(c.q.view()), on_device(c.k.view()), c.sequences, c.routing,
+                found.outputs().selection);
+  EXPECT_EQ(found.selection, run_on_device(c).selection);
+}
+
+TEST(CudaAttend, ScratchComesFromTheCallersAllocatorAndGoesBack) {
+  const Case c = long_case(9, {.block_size = 16, .top_k = 4}, 100);
+  std::size_t held = 0, calls = 0;
+  const Allocator counting{[&](std::size_t bytes) {
+                             held += bytes;
+                             ++calls;
+                             return std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+                           },
+                           [&](void* memory, std::size_t bytes) {
+                             held -= bytes;
+                             std::free(memory);
+                           }};
+  const Execution counted{.scratch = counting};
+  EXPECT_TRUE(run_on_device(c, counted) == run_on_device(c));
+  EXPECT_EQ(held, 0U);
+  EXPECT_EQ(calls, 1U);
+  const Allocator empty{[](std::size_t) -> void* { return nullptr; }, [](void*, std::size_t) {}};
+  const Execution without_memory{.scratch = empty};
+  EXPECT_THROW(run_on_device(c, without_memory), DeviceError);
+}
 
 }  // namespace
 }  // namespace moba::test

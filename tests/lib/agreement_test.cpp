@@ -68,13 +68,13 @@ std::string name_of_shard(const testing::TestParamInfo<Agreement::ParamType>& in
 }
 
 std::vector<std::string> fast_backends() {
-  std::vector<std::string> names = backends();
+  std::vector<std::string> names = host_backends();
   std::erase(names, "reference");
   return names;
 }
 
 INSTANTIATE_TEST_SUITE_P(All, Agreement,
-                         testing::Combine(testing::ValuesIn(backends()),
+                         testing::Combine(testing::ValuesIn(host_backends()),
                                           testing::Range<std::uint64_t>(0, kShards)),
                          name_of_shard);
 INSTANTIATE_TEST_SUITE_P(All, FastAgreement,

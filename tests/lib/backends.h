@@ -3,20 +3,28 @@
 #include <gtest/gtest.h>
 
 #include <string>
+#include <vector>
 
 #include "moba/attention.h"
 
 namespace moba::test {
 
-/// Runs a test once for every backend of this build.
+/// The backends of this build that work on the host's memory.
+inline std::vector<std::string> host_backends() {
+  std::vector<std::string> names = backends();
+  std::erase(names, "cuda");
+  return names;
+}
+
+/// Runs a test once for every one of them.
 class EveryBackend : public testing::TestWithParam<std::string> {
  protected:
   Execution execution() const { return {.backend = GetParam(), .parallel = serial()}; }
   bool exact() const { return GetParam() == "reference"; }
 };
 
-#define MOBA_FOR_EVERY_BACKEND(suite)                                       \
-  INSTANTIATE_TEST_SUITE_P(All, suite, testing::ValuesIn(moba::backends()), \
+#define MOBA_FOR_EVERY_BACKEND(suite)                                                  \
+  INSTANTIATE_TEST_SUITE_P(All, suite, testing::ValuesIn(moba::test::host_backends()), \
                            [](const auto& instance) { return std::string(instance.param); })
 
 }  // namespace moba::test

@@ -1,0 +1,98 @@
+// What the CUDA backend refuses, before it launches anything.
+#include <gtest/gtest.h>
+
+#include <functional>
+
+#include "device_case.h"
+
+namespace moba::test {
+namespace {
+
+struct Call {
+  Case c{.dtype = DType::bf16, .head_dim = 64, .sequences = one_sequence(5)};
+  Tensor q{}, k{}, v{}, out{};
+  std::vector<std::uint16_t> memory = std::vector<std::uint16_t>(5 * 64 + 8);
+
+  Call() { refill(); }
+  void refill() {
+    fill(c);
+    q = on_device(c.q.view());
+    k = on_device(c.k.view());
+    v = on_device(c.v.view());
+    memory.resize(static_cast<std::size_t>(5 * c.head_dim) * 4 + 8);
+    out = q;
+    out.data = memory.data();
+    out.strides = {c.head_dim, c.head_dim, 1};
+  }
+  void run() const { attention(q, k, v, c.sequences, c.routing, {.out = out}, {.backend = "cuda"}); }
+};
+
+TEST(CudaDoor, NamesWhatItRefuses) {
+  const std::vector<std::pair<const char*, std::function<void(Call&)>>> mistakes = {
+      {"attention: backend cuda takes bf16 and f16; q is f32",
+       [](Call& call) {
+         call.c.dtype = DType::f32;
+         call.refill();
+       }},
+      {"attention: backend cuda takes head_dim 64, 96, 128 and 256; q has 80",
+       [](Call& call) {
+         call.c.head_dim = 80;
+         call.refill();
+       }},
+      {"attention: backend cuda works on CUDA tensors; q is on the CPU",
+       [](Call& call) {
+         for (Tensor* t : {&call.q, &call.k, &call.v, &call.out}) t->device = Device::cpu;
+       }},
+      {"attention: k is on another device than q", [](Call& call) { call.k.device = Device::cpu; }},
+      {"attention: backend cuda wants every row of v aligned to 16 bytes; its address is 0 past that and its "
+       "strides are 68 and 64 elements",
+       [](Call& call) {
+         call.v.sizes[0] = call.k.sizes[0] = call.q.sizes[0] = call.out.sizes[0] = 4;
+         call.c.sequences = one_sequence(4);
+         call.v.strides[0] = 68;
+       }},
+      {"attention: backend cuda wants every row of out aligned to 16 bytes; its address is 2 past that",
+       [](Call& call) { call.out.data = call.memory.data() + 1; }},
+  };
+  for (const auto& [message, mistake] : mistakes) {
+    Call call;
+    mistake(call);
+    try {
+      call.run();
+      FAIL() << "no error: " << message;
+    } catch (const Error& error) {
+      EXPECT_EQ(std::string(error.what()).find(message), 0U) << error.what();
+    }
+  }
+  EXPECT_NO_THROW(Call().run());
+}
+
+TEST(CudaDoor, CudaTensorsGoToTheCudaBackendAndOthersDoNot) {
+  const Call call;
+  EXPECT_NO_THROW(attention(call.q, call.k, call.v, call.c.sequences, call.c.routing, {.out = call.out}));
+  for (const char* backend : {"cpu", "reference"}) {
+    try {
+      attention(call.q, call.k, call.v, call.c.sequences, call.c.routing, {.out = call.out},
+                {.backend = backend});
+      FAIL() << "no error";
+    } catch (const Error& error) {
+      EXPECT_NE(std::string(error.what()).find("works on CPU tensors"), std::string::npos) << error.what();
+    }
+  }
+}
+
+TEST(CudaDoor, SequencesOnTheDeviceAreForDeviceBackends) {
+  const Call call;
+  const DeviceSequences sequences{call.c.sequences.q.data(), call.c.sequences.k.data(), 1, 5};
+  EXPECT_THROW(
+      attention(call.q, call.k, call.v, sequences, call.c.routing, {.out = call.out}, {.backend = "cpu"}),
+      Error);
+  for (const DeviceSequences& wrong :
+       {DeviceSequences{nullptr, sequences.k, 1, 5}, DeviceSequences{sequences.q, sequences.k, -1, 5},
+        DeviceSequences{sequences.q, sequences.k, 1, -1}}) {
+    EXPECT_THROW(attention(call.q, call.k, call.v, wrong, call.c.routing, {.out = call.out}), Error);
+  }
+}
+
+}  // namespace
+}  // namespace moba::test

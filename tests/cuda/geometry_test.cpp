@@ -1,0 +1,61 @@
+// Index arithmetic at 10 million tokens and 64 heads, far past 32 bits.
+#include "cuda/geometry.h"
+
+#include <gtest/gtest.h>
+
+#include <array>
+
+namespace moba::cuda {
+namespace {
+
+constexpr std::int64_t kTokens = 10'000'000, kHeads = 64, kDim = 256;
+
+TEST(Geometry, RowsOfALargeTensor) {
+  auto* const base = reinterpret_cast<bfloat16*>(std::uintptr_t{1} << 20);
+  const View<bfloat16> view{base, kHeads * kDim, kDim};
+  EXPECT_EQ(view.row(kTokens - 1, kHeads - 1) - base, kTokens * kHeads * kDim - kDim);
+}
+
+TEST(Geometry, MeansAndSlotsOfAllHeads) {
+  const std::int64_t blocks = kTokens / 16, rows = kTokens * 4, ranks = 12;
+  EXPECT_EQ(mean_offset(kHeads - 1, blocks, blocks - 1, kDim), (kHeads * blocks - 1) * kDim);
+  const auto last = static_cast<std::uint32_t>(rows * ranks - 1);
+  EXPECT_EQ(slot_at(kHeads - 1, rows, ranks, last), kHeads * rows * ranks - 1);
+}
+
+TEST(Geometry, BlocksUpToTheLastKeyThatFits) {
+  constexpr std::int32_t kKeys = 2'147'483'647;
+  const std::int64_t size = (std::int64_t{1} << 30) + 5;
+  const Stretch last = keys_of(1, size, kKeys);
+  EXPECT_EQ(last.begin, size);
+  EXPECT_EQ(last.end, kKeys);
+  EXPECT_EQ(keys_of(2'147'483, 1000, kKeys).end, kKeys);
+}
+
+TEST(Geometry, TilesOfALongSequence) {
+  const std::array<std::int32_t, 3> q{0, 3, kTokens + 3}, k{0, 3, kTokens + 3};
+  for (const std::int32_t token0 : {0, 1, 5'000'001}) {
+    Batch batch{2, q.data(), k.data(), nullptr, nullptr};
+    std::array<std::int32_t, 3> tiles{};
+    for (std::int32_t s = 0; s < 2; ++s) {
+      tiles[static_cast<std::size_t>(s) + 1] =
+          tiles[static_cast<std::size_t>(s)] + tiles_of(queries_of(batch, s, token0, kTokens + 3), kHeads);
+    }
+    batch.tile_starts = tiles.data();
+    EXPECT_LE(tiles[2], divide_up((kTokens + 3 - token0) * kHeads, kTileRows) + 3);
+    std::int64_t rows = 0;
+    for (const std::int32_t index : {0, tiles[1], tiles[1] + 1, tiles[2] - 2, tiles[2] - 1}) {
+      const Tile tile = tile_at(batch, index, token0, kTokens + 3, kHeads);
+      EXPECT_GT(tile.count, 0);
+      EXPECT_LE(tile.count, kTileRows);
+      if (index > tiles[1] + 1) {
+        EXPECT_EQ(tile.cut, (kTokens * kHeads / kTileRows - (tiles[2] - index)) * kTileRows);
+      }
+      rows = tile.first_row + tile.count;
+    }
+    EXPECT_EQ(rows, (kTokens + 3 - token0) * kHeads);
+  }
+}
+
+}  // namespace
+}  // namespace moba::cuda
