@@ -50,7 +50,8 @@ struct Axis {
   std::vector<double> ticks() const {
     std::vector<double> values;
     const double step = tick_step(high - low);
-    for (double tick = std::ceil(low / step) * step; tick <= high; tick += step) values.push_back(tick);
+    const auto first = std::llround(std::ceil(low / step)), last = std::llround(std::floor(high / step));
+    for (long long i = first; i <= last; ++i) values.push_back(static_cast<double>(i) * step);
     return values;
   }
 };

@@ -64,14 +64,22 @@ class Progress {
 int train(const TrainFlags& flags) {
   const llm::train::RunSettings settings = settings_from(flags);
   Run run(settings, [](const std::string& line) { std::fprintf(stderr, "%s\n", line.c_str()); });
-  std::fprintf(stderr, "%s\n",
-               fmt::format("{:.2f}M parameters, {:.2f}M trained; steps {} to {} in {}",
-                           static_cast<double>(run.parameters()) / 1e6,
-                           static_cast<double>(run.trained_parameters()) / 1e6, run.step() + 1, run.steps(),
-                           settings.out.string())
-                   .c_str());
+  if (run.step() >= run.steps()) {
+    std::fprintf(stderr, "nothing to do: all %lld steps are done\n", static_cast<long long>(run.steps()));
+    return 0;
+  }
+  const std::string summary = fmt::format("{:.2f}M parameters, {:.2f}M trained; steps {} to {} in {}",
+                                          static_cast<double>(run.parameters()) / 1e6,
+                                          static_cast<double>(run.trained_parameters()) / 1e6, run.step() + 1,
+                                          run.steps(), settings.out.string());
+  std::fprintf(stderr, "%s\n", summary.c_str());
 
-  for (const int signal : {SIGINT, SIGTERM}) std::signal(signal, [](int number) { stop_requested = number; });
+  for (const int signal : {SIGINT, SIGTERM}) {
+    std::signal(signal, [](int number) {
+      stop_requested = number;
+      std::signal(number, SIG_DFL);  // asked twice, it ends at once
+    });
+  }
   Progress progress(run.step(), run.steps());
   run.train([&](const StepRecord& record) { progress.tell(record); }, [] { return stop_requested != 0; });
   progress.end();

@@ -29,11 +29,10 @@ constexpr std::int64_t kLogits = std::int64_t{1} << 24;
 
 /// d += left^T right, `d` in f32: [n, a]^T [n, b].
 void accumulate(const at::Tensor& d, const at::Tensor& left, const at::Tensor& right, double scale = 1) {
-  at::Tensor sum = d;
   if (left.scalar_type() == at::kFloat) {
-    sum.addmm_(left.t(), right, 1, scale);
+    d.addmm_(left.t(), right, 1, scale);
   } else {
-    sum.add_(at::mm(left.t(), right), scale);
+    d.add_(at::mm(left.t(), right), scale);
   }
 }
 
@@ -54,7 +53,7 @@ struct Adapter {
     accumulate(d_a, at::mm(d, b), x, scale);
   }
 
-  void add_gradient_to(at::Tensor dx, const at::Tensor& dy) const {
+  void add_gradient_to(const at::Tensor& dx, const at::Tensor& dy) const {
     dx.addmm_(at::mm(dy.narrow(1, row, b.size(0)), b), a, 1, scale);
   }
 };
@@ -162,7 +161,7 @@ struct Model::Impl {
   at::ScalarType working_type() const { return settings.dtype == DType::bf16 ? at::kBFloat16 : at::kFloat; }
   bool trains_all() const { return !settings.lora; }
 
-  at::Tensor part(const at::Tensor& flat, const Layout& of, std::initializer_list<std::string> names) const;
+  static at::Tensor part(const at::Tensor& flat, const Layout& of, const std::string& name);
   Norm norm_of(const std::string& name) const;
   Linear linear_of(const std::string& prefix, std::initializer_list<const char*> names, bool has_bias);
   void bind();
@@ -212,18 +211,13 @@ Model::Impl::Impl(const ModelConfig& shape, const ModelSettings& with)
   allocate();
 }
 
-/// Tensors that follow one another, as one.
-at::Tensor Model::Impl::part(const at::Tensor& flat, const Layout& of,
-                             std::initializer_list<std::string> names) const {
-  const Layout::Entry& first = of.at(*names.begin());
-  std::int64_t count = 0;
-  for (const std::string& name : names) count += of.at(name).count;
-  const at::Tensor whole = flat.narrow(0, first.offset, count);
-  return first.shape.size() == 1 ? whole : whole.view({-1, first.shape[1]});
+at::Tensor Model::Impl::part(const at::Tensor& flat, const Layout& of, const std::string& name) {
+  const Layout::Entry& entry = of.at(name);
+  return flat.narrow(0, entry.offset, entry.count).view(entry.shape);
 }
 
 Norm Model::Impl::norm_of(const std::string& name) const {
-  return {part(values, layout, {name}), trains_all() ? part(gradients, layout, {name}) : at::Tensor()};
+  return {part(values, layout, name), trains_all() ? part(gradients, layout, name) : at::Tensor()};
 }
 
 Linear Model::Impl::linear_of(const std::string& prefix, std::initializer_list<const char*> names,
@@ -239,19 +233,19 @@ Linear Model::Impl::linear_of(const std::string& prefix, std::initializer_list<c
   };
   for (const char* name : names) {
     const std::string weight = prefix + name + ".weight", bias = prefix + name + ".bias";
-    linear.weight = merge(linear.weight, part(working, layout, {weight}));
-    if (trains_all()) linear.d_weight = merge(linear.d_weight, part(gradients, layout, {weight}));
+    linear.weight = merge(linear.weight, part(working, layout, weight));
+    if (trains_all()) linear.d_weight = merge(linear.d_weight, part(gradients, layout, weight));
     if (has_bias) {
-      linear.bias = merge(linear.bias, part(working, layout, {bias}));
-      if (trains_all()) linear.d_bias = merge(linear.d_bias, part(gradients, layout, {bias}));
+      linear.bias = merge(linear.bias, part(working, layout, bias));
+      if (trains_all()) linear.d_bias = merge(linear.d_bias, part(gradients, layout, bias));
     }
     const std::string a = prefix + name + ".lora_A.weight", b = prefix + name + ".lora_B.weight";
     const auto& entries = adapter_layout.entries();
     if (std::any_of(entries.begin(), entries.end(), [&](const auto& entry) { return entry.name == a; })) {
-      linear.adapters.push_back({row, settings.lora->scale(), part(working_adapters, adapter_layout, {a}),
-                                 part(working_adapters, adapter_layout, {b}),
-                                 part(adapter_gradients, adapter_layout, {a}),
-                                 part(adapter_gradients, adapter_layout, {b})});
+      linear.adapters.push_back({row, settings.lora->scale(), part(working_adapters, adapter_layout, a),
+                                 part(working_adapters, adapter_layout, b),
+                                 part(adapter_gradients, adapter_layout, a),
+                                 part(adapter_gradients, adapter_layout, b)});
     }
     row += layout.at(weight).shape[0];
   }
@@ -265,8 +259,8 @@ void Model::Impl::bind() {
   if (settings.lora)
     working_adapters = is_f32 ? adapters : at::empty({adapter_layout.size()}, working_type());
 
-  embedding = part(values, layout, {"model.embed_tokens.weight"});
-  if (trains_all()) d_embedding = part(gradients, layout, {"model.embed_tokens.weight"});
+  embedding = part(values, layout, "model.embed_tokens.weight");
+  if (trains_all()) d_embedding = part(gradients, layout, "model.embed_tokens.weight");
   for (std::int64_t l = 0; l < config.layers; ++l) {
     const std::string prefix = fmt::format("model.layers.{}.", l);
     Layer& layer = layers.emplace_back();
@@ -574,9 +568,9 @@ std::vector<float> Model::merged() const {
     constexpr std::string_view kEnd = ".lora_A.weight";
     if (!entry.name.ends_with(kEnd)) continue;
     const std::string name = entry.name.substr(0, entry.name.size() - kEnd.size());
-    at::Tensor weight = impl_->part(flat, impl_->layout, {name + ".weight"});
-    weight.addmm_(impl_->part(impl_->adapters, impl_->adapter_layout, {name + ".lora_B.weight"}),
-                  impl_->part(impl_->adapters, impl_->adapter_layout, {entry.name}), 1,
+    at::Tensor weight = Impl::part(flat, impl_->layout, name + ".weight");
+    weight.addmm_(Impl::part(impl_->adapters, impl_->adapter_layout, name + ".lora_B.weight"),
+                  Impl::part(impl_->adapters, impl_->adapter_layout, entry.name), 1,
                   impl_->settings.lora->scale());
   }
   return result;

@@ -151,7 +151,7 @@ struct Run::Impl {
   void begin();
   void resume(const fs::path& checkpoint);
   void open_log();
-  void check_space() const;
+  void check_space();
   void save();
   std::vector<Routing> routings(Attend attend) const;
   StepRecord do_step();
@@ -309,10 +309,10 @@ void Run::Impl::open_log() {
   log.open(path, std::ios::app);
 }
 
-void Run::Impl::check_space() const {
+void Run::Impl::check_space() {
   const auto& lora = settings.computing.lora;
   const auto all = static_cast<double>(model.layout().size());
-  const auto trained = static_cast<double>(const_cast<Model&>(model).trained().values.size());
+  const auto trained = static_cast<double>(model.trained().values.size());
   const double bytes = sizeof(float) * (all + (lora ? 3 : 2) * trained) + (1 << 20);
   const auto copies = static_cast<double>(std::max<std::int64_t>(1, settings.keep + 1 - checkpoints.count()));
   const auto free = static_cast<double>(fs::space(settings.out).available);

@@ -1,8 +1,10 @@
 """`moba train` against PyTorch and `transformers`: gradients, losses, checkpoints; and against the kill signal."""
 
+import contextlib
 import json
 import math
 import os
+import pty
 import random
 import resource
 import signal
@@ -504,6 +506,26 @@ def test_tokenizer_from_gguf(place, train, moba, smollm2):
         assert tokenizer(written).input_ids == ids
         assert json.loads(moba("tokenize", "-m", place / "run", "-p", written, "--json").stdout) == ids
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template
+
+
+def test_bar_on_a_terminal(place, build_folder):
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([build_folder / "moba", *arguments(place)], stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while part := os.read(ours, 4096):
+            shown += part
+    process.communicate()
+    assert shown.count(b" left") == 12 and b"6/12, 0:00:" in shown
+    assert shown.endswith(b"\r\x1b[K")
+
+
+def test_a_run_that_is_done(place, train, moba):
+    whole = train(steps=3)
+    done = moba(*arguments(place, steps=3, resume=True))
+    assert done.returncode == 0 and b"nothing to do: all 3 steps are done" in done.stderr
+    assert log_of(place / "run") == whole
 
 
 def test_plot(place, train):
