@@ -68,10 +68,13 @@ int train(const TrainFlags& flags) {
     std::fprintf(stderr, "nothing to do: all %lld steps are done\n", static_cast<long long>(run.steps()));
     return 0;
   }
-  const std::string summary = fmt::format("{:.2f}M parameters, {:.2f}M trained; steps {} to {} in {}",
-                                          static_cast<double>(run.parameters()) / 1e6,
-                                          static_cast<double>(run.trained_parameters()) / 1e6, run.step() + 1,
-                                          run.steps(), settings.out.string());
+  const auto millions = [](std::int64_t count) {
+    return fmt::format("{:.2f}M", static_cast<double>(count) / 1e6);
+  };
+  const std::string summary =
+      fmt::format("{} parameters, {} trained; {} tokens of data; steps {} to {} in {}",
+                  millions(run.parameters()), millions(run.trained_parameters()), millions(run.data_tokens()),
+                  run.step() + 1, run.steps(), settings.out.string());
   std::fprintf(stderr, "%s\n", summary.c_str());
 
   for (const int signal : {SIGINT, SIGTERM}) {

@@ -1,6 +1,8 @@
 #include "llm/train/run.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -102,6 +104,29 @@ void check_memory(const ModelConfig& config, const ModelSettings& computing, con
                   name, gibibytes(machine), gibibytes(needed)));
 }
 
+/// A folder that one run at a time writes to, made if it is not there.
+class Claim {
+ public:
+  explicit Claim(const fs::path& folder) {
+    std::error_code error;
+    fs::create_directories(folder, error);
+    if (error || !fs::is_directory(folder)) {
+      throw DataError(fmt::format("--out {}: cannot be made: {}", folder.string(), error.message()));
+    }
+    file_ = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (file_ < 0 || flock(file_, LOCK_EX | LOCK_NB) == 0) return;
+    close(file_);
+    throw DataError(fmt::format(
+        "--out {}: expected a folder that no other run writes to; found one that does", folder.string()));
+  }
+  ~Claim() { close(file_); }  // which gives the folder free, as the end of the process does
+  Claim(const Claim&) = delete;
+  Claim& operator=(const Claim&) = delete;
+
+ private:
+  int file_;
+};
+
 TextTokens open_tokens(const RunSettings& settings) {
   if (!settings.tokenizer.empty()) return TextTokens::open(settings.tokenizer);
   return settings.model.empty() ? TextTokens::bytes() : TextTokens::open(settings.model);
@@ -128,6 +153,7 @@ struct Run::Impl {
   RunSettings settings;
   Origin origin;
   TextTokens tokens;
+  Claim claim;
   Corpus corpus;
   Packing packing;
   Model model;
@@ -143,7 +169,6 @@ struct Run::Impl {
 
   ModelConfig config_of_run(const Tell& tell) const;
   ModelSettings model_settings() const;
-  Corpus open_corpus(const Tell& tell) const;
   PackingSettings packing_settings() const;
   void check_layers() const;
   nlohmann::ordered_json identity() const;
@@ -163,7 +188,8 @@ Run::Impl::Impl(const RunSettings& with, const Tell& tell)
     : settings(with),
       origin(open_origin(settings)),
       tokens(open_tokens(settings)),
-      corpus(open_corpus(tell)),
+      claim(settings.out),
+      corpus(Corpus::open(settings.data, tokens, settings.out / "data", tell)),
       packing(corpus, packing_settings()),
       model(config_of_run(tell), model_settings()),
       optimiser(model.trained(), settings.adamw),
@@ -205,15 +231,6 @@ ModelSettings Run::Impl::model_settings() const {
   ModelSettings computing = settings.computing;
   computing.most_tokens = packing_settings().batch_tokens;
   return computing;
-}
-
-Corpus Run::Impl::open_corpus(const Tell& tell) const {
-  std::error_code error;
-  fs::create_directories(settings.out, error);
-  if (error || !fs::is_directory(settings.out)) {
-    throw DataError(fmt::format("--out {}: cannot be made: {}", settings.out.string(), error.message()));
-  }
-  return Corpus::open(settings.data, tokens, settings.out / "data", tell);
 }
 
 PackingSettings Run::Impl::packing_settings() const {
@@ -428,6 +445,9 @@ std::int64_t Run::step() const {
 }
 std::int64_t Run::steps() const {
   return impl_->settings.steps;
+}
+std::int64_t Run::data_tokens() const {
+  return impl_->corpus.tokens();
 }
 std::int64_t Run::parameters() const {
   return impl_->model.layout().size();

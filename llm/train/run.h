@@ -76,6 +76,7 @@ class Run {
   /// Steps that are done; above 0 at the start of a run that goes on.
   std::int64_t step() const;
   std::int64_t steps() const;
+  std::int64_t data_tokens() const;
   std::int64_t parameters() const;
   std::int64_t trained_parameters() const;
 

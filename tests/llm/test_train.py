@@ -26,6 +26,7 @@ SHAPE = dict(
     vocab_size=203, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512,
 )
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LENGTHS = [70, 1, 129]
 MOBA = dict(block_size=16, top_k=3)
 
@@ -115,8 +116,7 @@ MODELS = {
     "llama tied": ("Llama", {"tie_word_embeddings": True}),
     "llama one kv head, own head_dim": ("Llama", {"num_key_value_heads": 1, "head_dim": 24}),
     "llama biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
-    "llama yarn": ("Llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0,
-                                                 "original_max_position_embeddings": 64}}),
+    "llama yarn": ("Llama", {"rope_parameters": YARN | {"rope_theta": 1e4}}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
 }
@@ -425,11 +425,14 @@ def test_killed_runs_resume_bit_identically(place, train, build_folder, moba):
     pytest.fail("the runs ended before they could be killed")
 
 
-def test_interrupted_run_saves_and_goes_on(place, train, build_folder):
+def test_interrupted_run_saves_and_goes_on(place, train, build_folder, moba):
     whole = train("whole", steps=60)
     command = [build_folder / "moba", *arguments(place, "stopped", steps=60)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline().startswith(b"step:")
+    os.kill(process.pid, signal.SIGSTOP)
+    refuse(moba, place, 1, "--out", "expected a folder that no other run writes to", out="stopped", resume=True)
+    os.kill(process.pid, signal.SIGCONT)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -595,6 +598,8 @@ BAD = {
     "too large": (1, config_with(hidden_size=2**30, num_hidden_layers=2**31 - 1), ["bad.json", "GiB"]),
     "too many layers": (1, config_with(num_hidden_layers=2**31 - 1), ["bad.json", "GiB"]),
     "wrong deviation": (1, config_with(initializer_range="x"), ["bad.json", "initializer_range"]),
+    "context that cannot grow": (2, lambda place: config_with(rope_scaling=YARN)(place) | {"seq_len": 512, "batch_tokens": 512},
+                                 ["--seq-len 512: expected at most 256"]),
     "file for a folder": (1, file_in_the_way, ["--out", "way/run", "cannot be made"]),
     "no room": (1, flags(keep=2**31 - 1), ["--out", "expected", "GiB free"]),
     "shares": (2, flags(attn_schedule="moba:0.9,full:0.2"), ["--attn-schedule", "add up to 1, not to 1.1"]),
