@@ -17,7 +17,7 @@
 namespace moba::cuda::emulation {
 namespace {
 
-constexpr std::size_t kStackBytes = 256 << 10;  // AddressSanitizer's frames are several times as large
+constexpr std::size_t kStackBytes = 64 << 10;  // the sums of a tile, with room for AddressSanitizer's zones
 
 thread_local Fiber* resuming = nullptr;
 
