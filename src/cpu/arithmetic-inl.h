@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "cpu/matrix_tiles.h"
+#include "cpu/split-inl.h"
 #include "cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -48,16 +49,6 @@ struct Source {
         first, count, [&](std::int64_t at) { return problem->values(*sequence, head, at); }, visit);
   }
 };
-
-HWY_INLINE bool all_finite(const float* row, std::size_t size) {
-  const F32 d;
-  Vec odd = hn::Zero(d);  // NaN as soon as it meets what is not finite
-  std::size_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) odd = hn::MulAdd(hn::LoadU(d, row + i), hn::Zero(d), odd);
-  bool finite = hn::AllTrue(d, hn::Eq(odd, odd));
-  for (; i < size; ++i) finite = finite && std::isfinite(row[i]);
-  return finite;
-}
 
 /// Keys of a chunk, by their number in it.
 using KeySet = std::bitset<kChunk>;
@@ -312,16 +303,13 @@ struct BFloat16 {
   }
 };
 
-/// f32 on bf16 units: every value is cut into three bf16 parts of 8 bits each, which add up to it exactly,
-/// and a product of two values is the six products of parts that are above f32's own rounding. Values lie in
-/// words of two: i and i + 16 of 32 neighbours in depth, which costs two instructions instead of a shuffle;
-/// rows and panels agree on it. What is not finite does not split (inf - inf), so it is found while splitting
-/// and multiplied the plain way.
+/// f32 split into parts (split-inl.h). What is not finite is found while it is packed, and multiplied the
+/// plain way.
 struct SplitFloat32 {
   static constexpr std::size_t kHeight = kMaxTileRows, kMostKeys = kChunk;
   static constexpr bool kEven = false;  // a tile of 17 rows costs what one of 32 does
   static constexpr bool kFetchesRows = true;
-  static constexpr std::size_t kWords = kBf16Depth / 2, kParts = kMaxParts;
+  static constexpr std::size_t kWords = kSplitWords, kParts = kMaxParts;
   /// Keys whose weights, three parts of 32 rows, stay in the first-level cache while the values pass by.
   static constexpr std::size_t kResidentKeys = 128;
 
@@ -370,7 +358,8 @@ struct SplitFloat32 {
       widen(query, dtype, head_dim, sign, tile.rows + r * kRowStride);
     }
     queries[r] = row;
-    split_row(row, reinterpret_cast<std::uint32_t*>(tile.narrow_rows + r * kNarrowStride), kRowPart / 2);
+    split_row(row, head_dim, reinterpret_cast<std::uint32_t*>(tile.narrow_rows + r * kNarrowStride),
+              kRowPart / 2);
     if (!all_finite(row, head_dim)) odd_rows |= 1U << r;
   }
 
@@ -428,54 +417,17 @@ struct SplitFloat32 {
   }
 
  private:
-  /// 32 values as 16 words of each part. Cutting, unlike rounding, takes one instruction a part.
-  HWY_INLINE static void split(Vec left, Vec right, __m512i* words) {
-    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000U));
-    __m512 l = left.raw, r = right.raw;
-#pragma GCC unroll 3
-    for (std::size_t part = 0; part < kParts; ++part) {
-      const __m512i low = _mm512_castps_si512(l), high = _mm512_castps_si512(r);
-      // low >> 16 | (high & upper)
-      words[part] = _mm512_ternarylogic_epi32(_mm512_srli_epi32(low, 16), high, upper, 0xF8);
-      if (part + 1 == kParts) break;
-      l = _mm512_sub_ps(l, _mm512_castsi512_ps(_mm512_and_si512(low, upper)));
-      r = _mm512_sub_ps(r, _mm512_castsi512_ps(_mm512_and_si512(high, upper)));
-    }
-  }
-
-  /// Splits a row; part p starts p * part_stride words after the first.
-  HWY_INLINE void split_row(const float* row, std::uint32_t* to, std::size_t part_stride) const {
-    for (std::size_t at = 0; at < head_dim; at += kBf16Depth) {
-      const Vec left = load_some(row, at), right = load_some(row, at + kWords);
-      __m512i words[kParts];
-      split(left, right, words);
-      for (std::size_t part = 0; part < kParts; ++part)
-        _mm512_storeu_si512(to + part * part_stride + at / 2, words[part]);
-    }
-  }
-
-  HWY_INLINE Vec load_some(const float* row, std::size_t at) const {
-    if (at + kLanes <= head_dim) return hn::LoadU(F32(), row + at);
-    return hn::MaskedLoad(hn::FirstN(F32(), head_dim > at ? head_dim - at : 0), F32(), row + at);
-  }
-
   void pack_keys() {
     constexpr std::size_t kRowWords = kMaxHeadDim / 2;
     odd_keys.reset();
     const auto transpose = [&](std::size_t first) HWY_ATTR {
-      for (std::size_t part = 0; part < kParts; ++part) {
-        std::array<const float*, kLanes> from;
-        for (std::size_t r = 0; r < kLanes; ++r)
-          from[r] = reinterpret_cast<const float*>(tile.words + (part * kLanes + r) * kRowWords);
-        transpose_rows(from.data(), depth() / 2,
-                       reinterpret_cast<float*>(keys + (first / kNarrowCols * kParts + part) * key_part() +
-                                                first % kNarrowCols));
-      }
+      transpose_split(tile.words, kRowWords, depth(),
+                      keys + first / kNarrowCols * kParts * key_part() + first % kNarrowCols, key_part());
     };
     source.for_keys([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
       const float* key = row_as_f32(from, source.problem->k.dtype, i, head_dim, tile.widened);
       odd_keys[index] = !all_finite(key, head_dim);
-      split_row(key, tile.words + index % kLanes * kRowWords, kLanes * kRowWords);
+      split_row(key, head_dim, tile.words + index % kLanes * kRowWords, kLanes * kRowWords);
       if (index % kLanes == kLanes - 1) transpose(index - (kLanes - 1));
     });
     // What follows the last key is scored too, and then ignored: any finite value will do.
@@ -487,17 +439,7 @@ struct SplitFloat32 {
     odd_values.reset();
     std::array<const float*, kBf16Depth> rows;
     const auto zip = [&](std::size_t first) HWY_ATTR {
-      for (std::size_t column = 0; column < depth(); column += kLanes) {
-        std::uint32_t* to = values + column / kNarrowCols * kParts * value_part() + first / 2 * kNarrowCols +
-                            column % kNarrowCols;
-        for (std::size_t pair = 0; pair < kWords; ++pair) {
-          const Vec low = load_some(rows[pair], column), high = load_some(rows[pair + kWords], column);
-          __m512i words[kParts];
-          split(low, high, words);
-          for (std::size_t part = 0; part < kParts; ++part)
-            _mm512_storeu_si512(to + part * value_part() + pair * kNarrowCols, words[part]);
-        }
-      }
+      zip_rows(rows.data(), head_dim, values + first / 2 * kNarrowCols, kParts * value_part(), value_part());
     };
     source.for_values([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
       const std::size_t at = index % kBf16Depth;

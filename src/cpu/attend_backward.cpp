@@ -3,7 +3,9 @@
 // round t, range r meets part (r + t) modulo their number. No two cells of a round share a row or a key, so
 // every sum is added in place, in an order that depends on the problem alone.
 #include <algorithm>
+#include <atomic>
 #include <numeric>
+#include <string_view>
 
 #include "cpu/gradient.h"
 #include "cpu/sizes.h"
@@ -17,65 +19,8 @@
 // foreach_target first
 #include <hwy/highway.h>
 
-#include "cpu/tile-inl.h"
-
-#ifndef MOBA_CPU_BACKWARD_SCRATCH
-#define MOBA_CPU_BACKWARD_SCRATCH
-namespace moba::cpu {
-namespace {
-
-/// Rows that add to a chunk's gradients together: enough to outweigh reading and writing those, few enough
-/// to stay beside them in the second-level cache.
-constexpr std::size_t kBatch = 112;
-
-/// Of one worker; the packed chunk and its gradients follow it in memory.
-struct alignas(64) BackwardScratch {
-  float queries[kBatch * kRowStride];  // times scale x log2(e)
-  float d_outs[kBatch * kRowStride];
-  float weights[kBatch * kScoreStride];
-  float d_logits[kBatch * kScoreStride];
-  float dq[kMaxTileRows * kRowStride];
-  float widened[(kMaxLanes + 1) * kMaxHeadDim];  // the last row stays zero
-  float* dq_rows[kMaxTileRows];
-  float ones[kMaxTileRows];
-  std::size_t seen[kBatch];  // keys of the chunk that each row sees, ascending
-};
-
-constexpr float kLog2E = 1.44269504F, kLn2 = 0.69314718F;
-
-Chunking chunking_of(const Problem& problem, const SequenceView& sequence) {
-  constexpr auto kMost = static_cast<std::int64_t>(kChunk);
-  const std::int64_t keys = std::clamp<std::int64_t>(sequence.keys, 1, problem.routing.block_size),
-                     chunks = (keys + kMost - 1) / kMost;
-  return {chunks, static_cast<std::int64_t>(
-                      round_up(static_cast<std::size_t>((keys + chunks - 1) / chunks), kMaxCols))};
-}
-
-/// Chunk `index` of a sequence and who in the range sees it; `count` is 0 when nobody does.
-Chunk chunk_of(const Gradient& g, const SequenceView& sequence, const Range& range, const Chunking& chunking,
-               std::int64_t index) {
-  const Problem& problem = g.problem;
-  const std::int64_t block = index / chunking.of_block, block_first = block * problem.routing.block_size;
-  const std::int64_t end = std::min(block_first + problem.routing.block_size, sequence.keys);
-  Chunk chunk{.first = block_first + index % chunking.of_block * chunking.size};
-  chunk.count = std::clamp<std::int64_t>(end - chunk.first, 0, chunking.size);
-  if (chunk.count == 0) return chunk;
-  if (g.plan.rows.size() > 0) chunk.chosen = g.plan.rows_of(range, block);
-  if (problem.routing.causal) {
-    const std::int64_t zero = sequence.position(range.q0), tokens = range.q1 - range.q0;
-    chunk.own_first = std::clamp<std::int64_t>(chunk.first - zero, 0, tokens) * problem.group;
-    chunk.own_last = std::clamp<std::int64_t>(end - zero, 0, tokens) * problem.group;
-  }
-  if (chunk.chosen.empty()) {
-    const std::int64_t last = sequence.position(range.q0 + (chunk.own_last - 1) / problem.group);
-    chunk.count = chunk.own_first == chunk.own_last ? 0 : std::min(chunk.count, last + 1 - chunk.first);
-  }
-  return chunk;
-}
-
-}  // namespace
-}  // namespace moba::cpu
-#endif
+#include "cpu/descend-inl.h"
+#include "cpu/descend_split-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
@@ -83,52 +28,6 @@ namespace {
 
 constexpr auto kHeight = static_cast<std::int64_t>(kTileRows);
 constexpr auto kKeyTiles = key_tiles(std::make_index_sequence<kTileRows>());
-
-/// Something to be done a little at a time, `step` pieces at each occasion.
-struct Errands {
-  std::int64_t next = 0, end = 0, step = 0;
-
-  void spread(std::int64_t first, std::int64_t last, std::int64_t occasions) {
-    next = first;
-    end = last;
-    step = (last - first + occasions - 1) / occasions;
-  }
-};
-
-struct Worker {
-  const Gradient& g;
-  const SequenceView& sequence;
-  const Cell& cell;
-  BackwardScratch& batch;
-  float* keys;      // [panels(count)][D][kCols]
-  float* values;    // [panels(count)][D][kCols]
-  float* key_rows;  // [panels(D)][count][kCols]
-  float *dk, *dv;   // [count, stride]
-  std::size_t stride;
-  Chunk chunk{}, next_chunk{};
-  Errands rows_ahead{}, keys_ahead{};
-
-  std::size_t depth() const { return static_cast<std::size_t>(g.problem.head_dim); }
-  std::size_t count() const { return static_cast<std::size_t>(chunk.count); }
-  std::int64_t own() const { return chunk.own_last - chunk.own_first; }
-  std::int64_t rows() const { return own() + static_cast<std::int64_t>(chunk.chosen.size()); }
-  /// Rows whose own block this is come first, so that what a row sees of the chunk never shrinks.
-  std::uint32_t row(std::int64_t index) const {
-    return index < own() ? static_cast<std::uint32_t>(chunk.own_first + index)
-                         : chunk.chosen[static_cast<std::size_t>(index - own())];
-  }
-  std::int64_t query_of(std::uint32_t row) const {
-    return cell.range->q0 + row / static_cast<std::uint32_t>(g.problem.group);
-  }
-  std::int64_t head_of(std::uint32_t row) const {
-    return cell.range->head * g.problem.group + row % static_cast<std::uint32_t>(g.problem.group);
-  }
-  const std::byte* row_of(const Tensor& t, std::uint32_t row) const {
-    return static_cast<const std::byte*>(t.data) + Problem::offset(t, sequence, query_of(row), head_of(row)) *
-                                                       static_cast<std::int64_t>(size_of(t.dtype));
-  }
-  float* dq_of(std::uint32_t row) const { return g.dq.row(sequence.q_begin + query_of(row), head_of(row)); }
-};
 
 void pack(Worker& w) {
   const Problem& problem = w.g.problem;
@@ -153,52 +52,6 @@ void pack(Worker& w) {
   }
 }
 
-/// Brings `size` bytes into the second-level cache. Always inlined, as what calls it must be: GCC takes a
-/// function of prefetches alone for one without effect, and drops its calls.
-HWY_INLINE void prefetch(const void* from, std::size_t size) {
-  const auto* bytes = static_cast<const std::byte*>(from);
-  for (std::size_t at = 0; at < size; at += 64) __builtin_prefetch(bytes + at, 0, 2);
-}
-
-/// What the next tile will gather, a third of a row at a time: its query, its d_out, its dq.
-HWY_INLINE void prefetch_row(const Worker& w, std::int64_t piece) {
-  const std::uint32_t row = w.row(piece / 3);
-  const std::size_t size = w.depth() * size_of(w.g.problem.q.dtype);
-  if (piece % 3 == 0) prefetch(w.row_of(w.g.problem.q, row), size);
-  if (piece % 3 == 1) prefetch(w.row_of(w.g.backward.d_out, row), size);
-  if (piece % 3 == 2) prefetch(w.dq_of(row), w.depth() * sizeof(float));
-}
-
-/// What the end of this chunk and the beginning of the next will touch, a row at a time.
-HWY_INLINE void prefetch_key(const Worker& w, std::int64_t piece) {
-  const std::int64_t key = piece / 4, head = w.cell.range->head;
-  const std::size_t size = w.depth() * size_of(w.g.problem.k.dtype);
-  const std::int64_t position = w.cell.first_key + w.chunk.first + key;
-  if (piece % 4 < 2 && key < w.chunk.count)
-    prefetch((piece % 4 == 0 ? w.g.dk : w.g.dv).row(position, head), w.depth() * sizeof(float));
-  if (piece % 4 >= 2 && key < w.next_chunk.count) {
-    const Rows rows = piece % 4 == 2 ? w.g.problem.keys(w.sequence, head, w.next_chunk.first + key)
-                                     : w.g.problem.values(w.sequence, head, w.next_chunk.first + key);
-    prefetch(rows.data, size);
-  }
-}
-
-/// Both are done a little at a time, between products, so that memory is never asked for too much at once.
-HWY_INLINE void look_for_rows(Worker& w) {
-  for (std::int64_t i = 0; i < w.rows_ahead.step && w.rows_ahead.next < w.rows_ahead.end; ++i)
-    prefetch_row(w, w.rows_ahead.next++);
-}
-
-HWY_INLINE void look_for_keys(Worker& w) {
-  for (std::int64_t i = 0; i < w.keys_ahead.step && w.keys_ahead.next < w.keys_ahead.end; ++i)
-    prefetch_key(w, w.keys_ahead.next++);
-}
-
-void gather(Worker& w, const Tensor& t, std::uint32_t row, float factor, float* to) {
-  widen(w.row_of(t, row), t.dtype, w.depth(), factor, to);
-  std::fill(to + w.depth(), to + w.stride, 0.0F);
-}
-
 /// weights = 2^(weights - lse), d_logits = weights (d_logits - delta)
 void weigh(float* HWY_RESTRICT weights, float* HWY_RESTRICT d_logits, std::size_t columns, RowStats stats) {
   const F32 d;
@@ -208,16 +61,6 @@ void weigh(float* HWY_RESTRICT weights, float* HWY_RESTRICT d_logits, std::size_
     hn::Store(p, d, weights + i);
     hn::Store(hn::Mul(p, hn::Sub(hn::Load(d, d_logits + i), delta)), d, d_logits + i);
   }
-}
-
-/// to += factor * from
-void add_scaled(const float* HWY_RESTRICT from, std::size_t size, float factor, float* HWY_RESTRICT to) {
-  const F32 d;
-  const Vec by = hn::Set(d, factor);
-  std::size_t i = 0;
-  for (; i + kLanes <= size; i += kLanes)
-    hn::StoreU(hn::MulAdd(by, hn::LoadU(d, from + i), hn::LoadU(d, to + i)), d, to + i);
-  for (; i < size; ++i) to[i] += factor * from[i];
 }
 
 /// Rows [first, last) of the chunk's list as rows `at` and on of the batch: their weights, the gradients of
@@ -234,9 +77,7 @@ void descend_tile(Worker& w, std::int64_t first, std::int64_t last, std::size_t 
     const std::uint32_t row = w.row(index);
     gather(w, problem.q, row, problem.scale * kLog2E, queries + r * kRowStride);
     gather(w, w.g.backward.d_out, row, 1, d_outs + r * kRowStride);
-    const std::int64_t visible =
-        index < w.own() ? w.sequence.position(w.query_of(row)) + 1 - w.chunk.first : w.chunk.count;
-    seen[r] = static_cast<std::size_t>(std::min(visible, w.chunk.count));
+    seen[r] = w.seen(index);
   }
   const std::size_t columns = seen[rows - 1];
   w.rows_ahead.spread(3 * last, 3 * std::min(last + kHeight, w.rows()),
@@ -314,11 +155,30 @@ void descend_chunk(Worker& w) {
                       2 * batches * static_cast<std::int64_t>(key_tiles_of(w) * panels(w.depth())));
   for (std::int64_t i = 0; i < batches; ++i)
     descend_batch(w, tiles * i / batches, tiles * (i + 1) / batches, tiles);
-  for (std::size_t i = 0; i < w.count(); ++i) {
-    const std::int64_t key = w.cell.first_key + w.chunk.first + static_cast<std::int64_t>(i);
-    // The gathered queries carry scale x log2(e).
-    add_scaled(w.dk + i * w.stride, w.depth(), kLn2, w.g.dk.row(key, w.cell.range->head));
-    add_scaled(w.dv + i * w.stride, w.depth(), 1, w.g.dv.row(key, w.cell.range->head));
+  hand_over(w, kLn2);  // the gathered queries carry scale x log2(e)
+}
+
+/// Calls visit() for every chunk of the cell that anybody sees.
+template <typename Visit>
+void for_chunks(Worker& w, Visit&& visit) {
+  const Problem& problem = w.g.problem;
+  const Chunking chunking = chunking_of(problem, w.sequence);
+  const std::int64_t blocks = problem.routing.causal ? problem.own_block(w.sequence, w.cell.range->q1 - 1) + 1
+                                                     : problem.blocks(w.sequence);
+  std::int64_t index = w.cell.part;
+  const auto next_seen = [&] {
+    for (; index < blocks * chunking.of_block; index += w.cell.parts) {
+      const Chunk chunk = chunk_of(w.g, w.sequence, *w.cell.range, chunking, index);
+      if (chunk.count == 0) continue;
+      index += w.cell.parts;
+      return chunk;
+    }
+    return Chunk{};
+  };
+  for (w.next_chunk = next_seen(); w.next_chunk.count > 0;) {
+    w.chunk = w.next_chunk;
+    w.next_chunk = next_seen();
+    visit();
   }
 }
 
@@ -333,27 +193,30 @@ void descend_cell(const Gradient& g, const Cell& cell, float* memory) {
   const auto place = [&](std::size_t i) { return chunk_begin + i * kChunk * stride; };
   Worker w{g, sequence, cell, batch, place(0), place(1), place(2), place(3), place(4), stride};
   std::fill(std::begin(batch.widened), std::end(batch.widened), 0.0F);
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
+  if (g.units != Units::multiply_add) {
+    const auto descend = [&](auto&& descent) { for_chunks(w, [&] { descent.descend_chunk(); }); };
+    part_tiles()->begin();
+    if (g.units == Units::bf16) {
+      descend(SplitDescent<1>(w, chunk_begin));
+    } else {
+      descend(SplitDescent<kMaxParts>(w, chunk_begin));
+    }
+    return part_tiles()->end();
+  }
+#endif
   std::fill(std::begin(batch.ones), std::end(batch.ones), 1.0F);
   for (std::size_t r = 0; r < kMaxTileRows; ++r) batch.dq_rows[r] = batch.dq + r * kRowStride;
+  for_chunks(w, [&] { descend_chunk(w); });
+}
 
-  const Chunking chunking = chunking_of(problem, sequence);
-  const std::int64_t blocks =
-      problem.routing.causal ? problem.own_block(sequence, cell.range->q1 - 1) + 1 : problem.blocks(sequence);
-  std::int64_t index = cell.part;
-  const auto next_seen = [&] {
-    for (; index < blocks * chunking.of_block; index += cell.parts) {
-      const Chunk chunk = chunk_of(g, sequence, *cell.range, chunking, index);
-      if (chunk.count == 0) continue;
-      index += cell.parts;
-      return chunk;
-    }
-    return Chunk{};
-  };
-  for (w.next_chunk = next_seen(); w.next_chunk.count > 0;) {
-    w.chunk = w.next_chunk;
-    w.next_chunk = next_seen();
-    descend_chunk(w);
+/// Whether the first `count` of the rows are finite.
+bool rows_finite(const Rows& rows, DType dtype, std::int64_t count, std::size_t size) {
+  alignas(64) float widened[kMaxHeadDim];
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (!all_finite(row_as_f32(rows, dtype, i, size, widened), size)) return false;
   }
+  return true;
 }
 
 /// Statistics of tokens [first, last) at one query head.
@@ -394,12 +257,15 @@ namespace moba::cpu {
 
 HWY_EXPORT(descend_cell);
 HWY_EXPORT(row_stats);
+HWY_EXPORT(rows_finite);
 HWY_EXPORT(narrow_row);
 
 namespace {
 
 std::size_t worker_bytes(const Problem& problem) {
-  return sizeof(BackwardScratch) + 5 * kChunk * padded_dim(problem.head_dim) * sizeof(float);
+  const std::size_t floats = std::max(5 * kChunk * padded_dim(problem.head_dim),
+                                      part_tiles() == nullptr ? 0 : split_descent_floats(problem.head_dim));
+  return sizeof(BackwardScratch) + floats * sizeof(float);
 }
 
 std::int64_t keys_of(const Problem& problem) {
@@ -453,6 +319,48 @@ struct Output {
     });
   }
 };
+
+/// Whether q, k, v and d_out are finite at the group's heads, as the products of parts need them.
+bool finite(const Problem& problem, const Backward& backward, const Group& group, const Parallel& parallel) {
+  constexpr std::int64_t kTokens = 256;
+  const auto check = &HWY_DYNAMIC_DISPATCH(rows_finite);
+  const auto size = static_cast<std::size_t>(problem.head_dim);
+  std::atomic<bool> all{true};
+  const auto spread = [&](std::int64_t tokens, std::int64_t heads, auto&& rows_at) {
+    const std::int64_t steps = (tokens + kTokens - 1) / kTokens;
+    parallel.run(steps * heads, [&](std::int64_t task, int) {
+      const std::int64_t first = task % steps * kTokens;
+      if (!rows_at(task / steps, first, std::min(kTokens, tokens - first))) all = false;
+    });
+  };
+  for (const Tensor* t : {&problem.q, &backward.d_out}) {
+    spread(problem.tokens, group.heads() * problem.group,
+           [&](std::int64_t head, std::int64_t first, std::int64_t count) {
+             const std::int64_t element =
+                 first * t->strides[0] + (group.head0 * problem.group + head) * t->strides[1];
+             const auto* from = static_cast<const std::byte*>(t->data) +
+                                element * static_cast<std::int64_t>(size_of(t->dtype));
+             return check({.data = from, .stride = t->strides[0]}, t->dtype, count, size);
+           });
+  }
+  for (const SequenceView& s : problem.sequences) {
+    spread(s.keys, group.heads(), [&](std::int64_t head, std::int64_t first, std::int64_t count) {
+      return check(problem.keys(s, group.head0 + head, first), problem.k.dtype, count, size) &&
+             check(problem.values(s, group.head0 + head, first), problem.v.dtype, count, size);
+    });
+  }
+  return all;
+}
+
+Units units_for(const Problem& problem, const Backward& backward, const Group& group,
+                const Parallel& parallel) {
+  const bool all_bf16 = problem.q.dtype == DType::bf16 && problem.k.dtype == DType::bf16 &&
+                        problem.v.dtype == DType::bf16 && backward.d_out.dtype == DType::bf16;
+  const bool on_amx = all_bf16 ? bf16_tiles() != nullptr && bf16_tiles()->name == std::string_view("amx")
+                               : split_tiles() != nullptr && problem.routing.block_size >= kSplitFrom;
+  if (!on_amx || !finite(problem, backward, group, parallel)) return Units::multiply_add;
+  return all_bf16 ? Units::bf16 : Units::split;
+}
 
 /// A range with every part of its sequence's keys.
 std::vector<Cell> cells_of(const Gradient& g, const Range& range, std::int64_t first_key) {
@@ -517,7 +425,9 @@ void attend_backward(const Problem& problem, const Selection& selection, const P
       dk(gradients.dk, group.head0, group.head1, resources),
       dv(gradients.dv, group.head0, group.head1, resources);
   const Buffer<RowStats> stats(resources.scratch, group.heads() * problem.group * problem.tokens);
-  const Gradient g{problem, plan, backward, group, dq.sums, dk.sums, dv.sums, stats.data()};
+  const Gradient g{problem, plan,         backward,
+                   group,   dq.sums,      dk.sums,
+                   dv.sums, stats.data(), units_for(problem, backward, group, parallel)};
   for (const Output* output : {&dq, &dk, &dv}) output->clear(parallel);
 
   constexpr std::int64_t kTokens = 256;

@@ -128,7 +128,8 @@ MOBA_AMX void amx_multiply(const In* rows, std::size_t row_stride, std::size_t c
 
 /// Five small products first, over the whole depth, then the large one: what is rounded along the way is
 /// small but for the last. Each step changes one operand alone.
-MOBA_AMX void amx_multiply_split(const bfloat16* rows, std::size_t row_stride, std::size_t row_part,
+template <bool kSplit>
+MOBA_AMX void amx_multiply_parts(const bfloat16* rows, std::size_t row_stride, std::size_t row_part,
                                  std::size_t count, const bfloat16* panel, std::size_t panel_part,
                                  std::size_t depth, bool more, float* out, std::size_t out_stride,
                                  Ahead& ahead) {
@@ -140,7 +141,7 @@ MOBA_AMX void amx_multiply_split(const bfloat16* rows, std::size_t row_stride, s
   } else {
     zero_block();
   }
-  for (std::size_t i = 0; i < depth; i += kStep) {
+  for (std::size_t i = 0; kSplit && i < depth; i += kStep) {
     const bfloat16 *from = rows + i, *columns = panel + i * kNarrowCols;
     load_rows(both, from + 2 * row_part, row_stride);
     load_panel(columns);
@@ -235,7 +236,8 @@ constexpr Bf16Tiles kAmxBf16{"amx", 2 * kTile, amx_multiply<bfloat16, bfloat16, 
                              amx_end};
 constexpr Int8Tiles kAmxInt8{"amx", 2 * kTile, amx_multiply<std::uint8_t, std::int8_t, std::int32_t, AmxInt8>,
                              amx_begin, amx_end};
-constexpr SplitTiles kAmxSplit{2 * kTile, amx_multiply_split, amx_begin, amx_end};
+constexpr SplitTiles kAmxSplit{2 * kTile, amx_multiply_parts<true>, amx_multiply_parts<false>, amx_begin,
+                               amx_end};
 constexpr Bf16Tiles kAvx512Bf16{"avx512_bf16", kDotRows, dot_multiply, nothing, nothing};
 constexpr Int8Tiles kAvx512Vnni{"avx512_vnni", kDotRows, vnni_multiply, nothing, nothing};
 
@@ -285,8 +287,12 @@ const Bf16Tiles* bf16_tiles() {
   return nullptr;
 }
 
+const SplitTiles* part_tiles() {
+  return may_use_amx() ? &kAmxSplit : nullptr;
+}
+
 const SplitTiles* split_tiles() {
-  return wanted("MOBA_CPU_F32", "amx", true) && may_use_amx() ? &kAmxSplit : nullptr;
+  return wanted("MOBA_CPU_F32", "amx", true) ? part_tiles() : nullptr;
 }
 
 const Int8Tiles* int8_tiles() {
@@ -303,6 +309,9 @@ const Int8Tiles* int8_tiles() {
 namespace moba::cpu {
 
 const Bf16Tiles* bf16_tiles() {
+  return nullptr;
+}
+const SplitTiles* part_tiles() {
   return nullptr;
 }
 const SplitTiles* split_tiles() {

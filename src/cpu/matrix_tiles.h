@@ -66,6 +66,8 @@ struct SplitTiles {
   void (*multiply)(const bfloat16* rows, std::size_t row_stride, std::size_t row_part, std::size_t count,
                    const bfloat16* panel, std::size_t panel_part, std::size_t depth, bool more, float* out,
                    std::size_t out_stride, Ahead& ahead);
+  /// The same of operands that are bf16, and so one part.
+  decltype(multiply) multiply_bf16;
   void (*begin)();
   void (*end)();
 };
@@ -73,7 +75,10 @@ struct SplitTiles {
 /// The fastest that this CPU, its system and MOBA_CPU_BF16 (amx, avx512_bf16, none) allow; null when bf16 is
 /// to be widened to f32.
 const Bf16Tiles* bf16_tiles();
-/// Null when f32 is left to multiply-adds: without AMX, or when MOBA_CPU_F32 (amx, fma) says so.
+/// Products of parts where the CPU has AMX, else null.
+const SplitTiles* part_tiles();
+/// The same for f32: null when it is left to multiply-adds: without AMX, or when MOBA_CPU_F32 (amx, fma) says
+/// so.
 const SplitTiles* split_tiles();
 /// The fastest that the CPU and MOBA_CPU_INT8 allow with MOBA_CPU_INT8 (amx, avx512_vnni, none); null when
 /// there is no faster way than f32.

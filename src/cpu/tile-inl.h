@@ -10,6 +10,7 @@
 #include <hwy/highway.h>
 
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -229,6 +230,16 @@ HWY_INLINE const float* row_as_f32(const Rows& rows, DType dtype, std::int64_t i
   if (dtype == DType::f32) return reinterpret_cast<const float*>(from);
   widen(from, dtype, size, rows.scales == nullptr ? 1.0F : rows.scales[index], scratch);
   return scratch;
+}
+
+HWY_INLINE bool all_finite(const float* row, std::size_t size) {
+  const F32 d;
+  Vec odd = hn::Zero(d);  // NaN as soon as it meets what is not finite
+  std::size_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) odd = hn::MulAdd(hn::LoadU(d, row + i), hn::Zero(d), odd);
+  bool finite = hn::AllTrue(d, hn::Eq(odd, odd));
+  for (; i < size; ++i) finite = finite && std::isfinite(row[i]);
+  return finite;
 }
 
 #if HWY_TARGET != HWY_SCALAR

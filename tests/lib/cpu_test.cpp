@@ -1,6 +1,7 @@
 // What only the fast CPU backend has: several instruction sets, two gates that must choose alike.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
@@ -139,6 +140,45 @@ TEST(CpuUnits, F32OnAmxIsF32) {
   const bool has_amx = cpu_target() == "AVX3" && flags.find("amx_bf16") != std::string::npos;
   EXPECT_EQ(fma != amx, has_amx);  // the forcing took
   for (std::size_t i = 0; i < fma.size(); ++i) EXPECT_NEAR(fma[i], amx[i], 2e-6);
+}
+
+TEST(CpuUnits, F32GradientsOnAmxAreF32) {
+  constexpr std::int64_t kKeys = 1100, kSize = 40;
+  std::mt19937 random(6);
+  std::normal_distribution<float> normal;
+  const auto numbers = [&](std::int64_t rows) {
+    std::vector<float> x(static_cast<std::size_t>(rows * kSize));
+    for (float& value : x) value = normal(random);
+    return x;
+  };
+  for (const std::int64_t queries : {kKeys, std::int64_t{170}}) {
+    std::vector<float> q = numbers(2 * queries), k = numbers(kKeys), v = numbers(kKeys),
+                       d_out = numbers(2 * queries), out(q.size()),
+                       lse(static_cast<std::size_t>(2 * queries));
+    const auto rows = [](std::vector<float>& x, std::int64_t count, std::int64_t heads) {
+      return view(x.data(), {count, heads, kSize});
+    };
+    const Sequences sequences = one_sequence(queries, kKeys);
+    for (const bool causal : {true, false}) {
+      attention(rows(q, queries, 2), rows(k, kKeys, 1), rows(v, kKeys, 1), sequences, Routing::full(causal),
+                {.out = rows(out, queries, 2), .lse = lse.data()}, {.backend = "cpu"});
+      const auto gradients = [&](const char* units) {
+        const Environment environment("MOBA_CPU_F32", units);
+        std::vector<float> dq(q.size()), dk(k.size()), dv(v.size());
+        attention_backward(rows(d_out, queries, 2), rows(q, queries, 2), rows(k, kKeys, 1), rows(v, kKeys, 1),
+                           {.out = rows(out, queries, 2), .lse = lse.data()}, sequences,
+                           Routing::full(causal),
+                           {.dq = rows(dq, queries, 2), .dk = rows(dk, kKeys, 1), .dv = rows(dv, kKeys, 1)},
+                           {.backend = "cpu"});
+        dq.insert(dq.end(), dk.begin(), dk.end());
+        dq.insert(dq.end(), dv.begin(), dv.end());
+        return dq;
+      };
+      const std::vector<float> fma = gradients("fma"), amx = gradients("amx");
+      for (std::size_t i = 0; i < fma.size(); ++i)
+        ASSERT_NEAR(fma[i], amx[i], 1e-5 + 1e-5 * std::abs(fma[i]));
+    }
+  }
 }
 
 TEST(CpuTarget, ForcingTakes) {
