@@ -1,0 +1,89 @@
+#include "cuda/plan.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+
+#include "device_case.h"
+
+namespace moba::cuda {
+namespace {
+
+using test::Case;
+using test::on_device;
+
+/// Whole tiles and what remains of every block: together each entry once.
+std::vector<std::uint32_t> listed(const Plan& plan, const Item* items, int total, std::int64_t head,
+                                  std::int64_t choices) {
+  std::vector<std::uint32_t> entries;
+  for (std::uint32_t i = 0; i < plan.totals[total]; ++i) {
+    EXPECT_LE(items[i].count, static_cast<std::uint32_t>(kTileRows));
+    if (items[i].head != head) continue;
+    const std::uint32_t* first = plan.entries + head * choices + items[i].first;
+    entries.insert(entries.end(), first, first + items[i].count);
+  }
+  return entries;
+}
+
+/// Several chunks, a block that every row chose, blocks that none did, and rows with fewer choices than
+/// others.
+TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
+  Case c{.dtype = DType::f16, .kv_heads = 2, .group = 2, .head_dim = 64};
+  c.sequences = {{0, 3, 703}, {0, 40, 740}};
+  c.routing = {.block_size = 20, .top_k = 5};
+  test::fill(c);
+  const DeviceBatch starts = batch_of(c.sequences);
+  const Task task = make_task("test", on_device(c.q.view()), on_device(c.k.view()), on_device(c.v.view()),
+                              starts, c.routing);
+  const Group part{0, 2, 1, task.tokens};
+  const std::int64_t rows = task.rows(part), choices = rows * task.width;
+  std::vector<std::int32_t> selection(static_cast<std::size_t>(2 * choices));
+  std::map<std::pair<std::int64_t, std::int32_t>, std::vector<std::uint32_t>> expected;
+  for (std::int64_t head = 0; head < 2; ++head) {
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const bool is_first = part.token0 + row / task.group < 3;
+      std::int32_t block = 0;
+      for (std::int64_t w = 0; w < task.width;
+           ++w, block += 1 + static_cast<std::int32_t>((row * 7 + w + head) % 5)) {
+        const bool chooses = is_first ? w == 0 : row % 9 != 0 || w < 2;
+        selection[static_cast<std::size_t>(head * choices + row * task.width + w)] = chooses ? block : -1;
+        if (chooses)
+          expected[{head, block + (is_first ? 0 : 2)}].push_back(
+              static_cast<std::uint32_t>(row * task.ranks() + w));
+      }
+    }
+  }
+
+  Carver measure;
+  carve_starts(measure, task, starts);
+  carve_plan(measure, task, part);
+  Queue queue("test", {});
+  const Slab slab(queue, measure.used());
+  Carver carver(slab.data());
+  const Batch batch = lay_out(queue, task, starts, part, carve_starts(carver, task, starts));
+  const Plan plan = carve_plan(carver, task, part);
+  cuda::plan(queue, task, part, batch, selection.data(), plan);
+
+  for (std::int64_t head = 0; head < 2; ++head) {
+    const std::uint32_t* offsets = plan.offsets + head * (task.most_blocks() + 1);
+    std::vector<std::uint32_t> all;
+    for (std::int32_t block = 0; block < batch.block_starts[2]; ++block) {
+      const std::uint32_t* entries = plan.entries + head * choices;
+      const std::vector<std::uint32_t> found(entries + offsets[block], entries + offsets[block + 1]);
+      const std::vector<std::uint32_t> wanted = expected[{head, block}];
+      ASSERT_EQ(found, wanted) << "head " << head << ", block " << block;
+      all.insert(all.end(), found.begin(), found.end());
+    }
+    std::vector<std::uint32_t> worked = listed(plan, plan.full, Plan::kFull, head, choices);
+    EXPECT_EQ(worked.size() % kTileRows, 0U);
+    const std::vector<std::uint32_t> rest = listed(plan, plan.rest, Plan::kRest, head, choices);
+    worked.insert(worked.end(), rest.begin(), rest.end());
+    std::sort(worked.begin(), worked.end());
+    std::sort(all.begin(), all.end());
+    EXPECT_EQ(worked, all);
+  }
+}
+
+}  // namespace
+}  // namespace moba::cuda
