@@ -33,7 +33,7 @@ const Backend& named_backend(const std::string& name, Device device, std::string
     return *backend;
   }
   std::string known;
-  for (const std::string& built : backends()) known += (known.empty() ? "" : ", ") + built;
+  for (const std::string& built : backends()) known.append(known.empty() ? "" : ", ").append(built);
   throw Error(place + " is \"" + wanted + "\"; this build has " + known);
 }
 

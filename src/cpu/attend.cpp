@@ -55,7 +55,7 @@ struct Worker {
 
   /// What is fetched while a tile is worked on: rows of the next tile, and rows of the next chunk, a few
   /// between any two panels. All at once they would take every line buffer and stall the panels' own loads.
-  const TileRows* next_rows = nullptr;
+  TileRows next{};
   std::size_t next_row = 0;
   std::int64_t chunk_rows = 0;  // of the next chunk, at a time
 
@@ -63,9 +63,9 @@ struct Worker {
     if constexpr (!Arithmetic::kFetchesRows) {
       constexpr std::size_t kRows = (Arithmetic::kHeight + 5) / 6;
       const std::size_t bytes = depth() * size_of(problem.q.dtype);
-      for (std::size_t end = std::min(next_row + kRows, next_rows->count); next_row < end; ++next_row) {
-        const std::byte* query = next_rows->query[next_row];
-        const float* out = state.out + next_rows->ids[next_row] * state.stride;
+      for (std::size_t end = std::min(next_row + kRows, next.count); next_row < end; ++next_row) {
+        const std::byte* query = next.query[next_row];
+        const float* out = state.out + next.ids[next_row] * state.stride;
         for (std::size_t at = 0; at < bytes; at += 64) __builtin_prefetch(query + at, 0, 2);
         for (std::size_t at = 0; at < state.stride; at += 16) __builtin_prefetch(out + at, 1, 2);
       }
@@ -73,15 +73,13 @@ struct Worker {
     upcoming.advance(chunk_rows);
   }
 
-  void begin_fetching(const TileRows& next) {
+  void begin_fetching() {
+    next_row = 0;
     if constexpr (Arithmetic::kFetchesRows) {
       arithmetic.begin_fetching(next.count, state.stride * sizeof(float), [&](std::size_t r) {
         return std::pair(next.query[r],
                          reinterpret_cast<const std::byte*>(state.out + next.ids[r] * state.stride));
       });
-    } else {
-      next_rows = &next;
-      next_row = 0;
     }
   }
 };
@@ -201,12 +199,12 @@ void attend_rows(Worker<Arithmetic>& w, std::int64_t rows, bool own_block, Id&& 
     return Arithmetic::kEven ? rows * tile / tiles
                              : std::min(rows, tile * static_cast<std::int64_t>(Arithmetic::kHeight));
   };
-  TileRows next = locate(w, 0, begin(1), id);
+  w.next = locate(w, 0, begin(1), id);
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
-    const TileRows now = next;
-    next.count = 0;
-    if (tile + 1 < tiles) next = locate(w, begin(tile + 1), begin(tile + 2), id);
-    w.begin_fetching(next);
+    const TileRows now = w.next;
+    w.next.count = 0;
+    if (tile + 1 < tiles) w.next = locate(w, begin(tile + 1), begin(tile + 2), id);
+    w.begin_fetching();
     attend_tile(w, now, own_block);
   }
 }
