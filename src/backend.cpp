@@ -29,7 +29,11 @@ const Backend& named_backend(const std::string& name, Device device, std::string
   for (const Backend* backend : kBackends) {
     if (backend->name != wanted) continue;
     if (!backend->missing.empty())
-      throw Error(place + " " + wanted + " is not in this build: " + std::string(backend->missing));
+      throw Error(std::string(place)
+                      .append(" ")
+                      .append(wanted)
+                      .append(" is not in this build: ")
+                      .append(backend->missing));
     return *backend;
   }
   std::string known;
