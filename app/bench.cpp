@@ -36,7 +36,7 @@ struct BenchFlags {
   std::vector<std::int64_t> topks{3};
   std::vector<std::string> dtypes{"f32"}, passes{"forward"}, routings{"independent"};
   std::int64_t heads = 1, kv_heads = 0, head_dim = 128, threads = 0, runs = 5;
-  double sample = 1;
+  double sample = 1, budget = 0;
   std::uint64_t seed = 1;
   std::string output = "table", workspace = "256m";
 };
@@ -161,6 +161,9 @@ int run(const BenchFlags& flags) {
                            ? openmp().threads
                            : static_cast<int>(in_range("-t/--threads", flags.threads, 1, 1024));
   conditions.runs = static_cast<int>(in_range("-n/--runs", flags.runs, 5, 1000));
+  if (!(flags.budget >= 0))
+    throw UsageError(fmt::format("--budget: expected seconds, 0: no limit; found {}", flags.budget));
+  if (flags.budget > 0) conditions.budget_seconds = flags.budget;
   conditions.seed = flags.seed;
   conditions.workspace_bytes =
       static_cast<std::size_t>(size_from("--workspace", flags.workspace, std::int64_t{1} << 40));
@@ -209,6 +212,12 @@ CLI::App* add_bench(CLI::App& parent, std::function<int()>& action) {
       ->capture_default_str();
   command->add_option("-t,--threads", flags->threads, "Threads [as many as there are cores]");
   command->add_option("-n,--runs", flags->runs, "Timed runs of every row, at least 5")->capture_default_str();
+  command
+      ->add_option(
+          "--budget", flags->budget,
+          "Seconds for the timed runs of a row: a slow one gets fewer of them, or none but the run that is "
+          "checked; 0: no limit")
+      ->capture_default_str();
   command->add_option("--seed", flags->seed, "Of the data")->capture_default_str();
   command->add_option("--workspace", flags->workspace, "Most scratch memory, in bytes")
       ->capture_default_str();

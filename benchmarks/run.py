@@ -2,15 +2,17 @@
 """The standing set: attention alone against the machine's limit and against its peers, in one run with the same threads.
 
 Every figure of ours comes from `moba bench`, which checks its answers before it times them; peers run in processes of
-their own, before and after ours. Writes benchmarks/results/<machine>-<date>.json and .md after every group, and plots
-at the end.
+their own. Results are in benchmarks/results/<machine>-<date>.json and .md after every call, plots at the end; a call that
+is made again on the same day replaces its rows.
 
     .venv/bin/python benchmarks/run.py                 # everything, about 25 minutes on two cores
-    .venv/bin/python benchmarks/run.py --quick         # a minute or two
+    .venv/bin/python benchmarks/run.py --continue      # the calls that have no rows of today
     .venv/bin/python benchmarks/run.py --only forward,decode   # anew; the day's other groups stay
+    .venv/bin/python benchmarks/run.py --quick         # a minute or two
 """
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -21,27 +23,44 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_PEER_SECONDS = 120
+# Of the timed runs of a row: five as long as they take less than 12 s each.
+BUDGET_SECONDS = 60
 KI, MI = 1 << 10, 1 << 20
 FULL = (512, 0)
 # Chunk size and top-k, in the order of the targets.
 CHOICES = [FULL, (4096, 12), (512, 3), (128, 8)]
 
 
-def cpu_name():
+# ---- the machine ----
+
+def cpu_field(name):
     for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
+        if line.startswith(name):
             return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    return ""
+
+
+def cpu_name():
+    return cpu_field("model name") or platform.processor() or platform.machine()
+
+
+def cpu_units():
+    """The units that kernels may run on, in the order of the CPU's list."""
+    telling = {"fma", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm"}
+    return [unit for unit in (cpu_field("flags") or cpu_field("Features")).split() if unit in telling]
 
 
 def machine_name():
     words = re.sub(r"\((r|tm)\)|cpu|processor|@.*", " ", cpu_name().lower())
     return "-".join(re.findall(r"[a-z0-9]+", words)) + f"-{os.cpu_count()}-cores"
 
+
+# ---- calls ----
 
 def length(tokens):
     return f"{tokens // MI}M" if tokens % MI == 0 else f"{tokens // KI}K" if tokens % KI == 0 else str(tokens)
@@ -51,69 +70,240 @@ def blocks(choice):
     return "full" if choice[1] == 0 else f"({choice[0]}, {choice[1]})"
 
 
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One process, which makes a row or a few."""
+    group: str
+    expected: float  # seconds on two cores, for the time that is left
+    flags: dict
+    threads: int | None = None  # as many as the whole set
+    environment: dict = dataclasses.field(default_factory=dict)
+    peer: str | None = None  # None: moba bench
+    tokens: int = 0  # of a peer
+    choice: tuple = FULL  # of a peer
+
+    def arguments(self, threads):
+        words = ["-t" if self.peer is None else "--threads", str(self.threads or threads)]
+        for name, value in self.flags.items():
+            words += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+        return words
+
+    def key(self, threads):
+        """What tells this call from others."""
+        words = [f"{name}={value}" for name, value in self.environment.items()]
+        return shlex.join([self.group, *words, self.peer or "moba", *self.arguments(threads)])
+
+    def text(self, threads):
+        words = [f"{name}={value}" for name, value in self.environment.items()]
+        program = ["moba", "bench"] if self.peer is None else ["python", "benchmarks/peers/time_peer.py", self.peer]
+        return shlex.join([*words, *program, *self.arguments(threads)])
+
+
+def ours(group, expected, tokens, choices, threads=None, environment=None, budget=BUDGET_SECONDS, **flags):
+    """`moba bench`; underscores in the names of flags are dashes."""
+    return Call(group, expected, {"tokens": ",".join(length(n).lower() for n in tokens),
+                                  "chunk_size": ",".join(str(size) for size, _ in choices),
+                                  "topk": ",".join(str(k) for _, k in choices), "budget": budget, **flags},
+                threads, environment or {})
+
+
+def theirs(group, name, expected_by_tokens, choice=FULL, **flags):
+    """A peer at rising lengths, a process each. One that would take too long is extrapolated from the shorter ones."""
+    return [Call(group, expected, {"tokens": tokens, "chunk_size": choice[0], "topk": choice[1],
+                                   "budget": BUDGET_SECONDS, **flags}, peer=name, tokens=tokens, choice=choice)
+            for tokens, expected in expected_by_tokens.items()]
+
+
+# ---- the groups, most telling first ----
+
+def forward():
+    sparse, three = [(512, 3), (128, 8)], [FULL, (512, 3), (128, 8)]
+    return [*theirs("forward", "sdpa", {8 * KI: 4, 16 * KI: 6, 32 * KI: 13, 64 * KI: 45, 128 * KI: 60, MI: 0}),
+            ours("forward", 10, [32 * KI], three),
+            ours("forward", 5, [8 * KI, 16 * KI], three),
+            ours("forward", 12, [64 * KI, 128 * KI], sparse),
+            ours("forward", 40, [256 * KI, 512 * KI], sparse),
+            ours("forward", 65, [MI], sparse),
+            ours("forward", 20, [128 * KI], [FULL], sample=0.25),
+            ours("forward", 18, [128 * KI], [(4096, 12)], sample=0.25),
+            ours("forward", 40, [MI], [FULL], sample=0.004),
+            ours("forward", 45, [MI], [(4096, 12)], sample=0.0625)]
+
+
+def units():
+    """What f32 attention runs on: multiply-adds, and where the CPU has it, AMX."""
+    forms = ["fma", "amx"] if "amx_bf16" in cpu_units() else ["fma"]
+    return [ours("units", 12, [32 * KI], [FULL, (512, 3), (128, 8)], environment={"MOBA_CPU_F32": form}) for form in forms]
+
+
+def backward():
+    return [ours("backward", 22, [32 * KI], [FULL, (512, 3), (128, 8)], **{"pass": "backward"}),
+            ours("backward", 20, [128 * KI], [(512, 3), (128, 8)], **{"pass": "backward"}),
+            *theirs("backward", "sdpa-backward", {32 * KI: 30})]
+
+
+def decode():
+    return [ours("decode", 10, [MI], [choice], heads=4, dtype=dtype, **{"pass": "decode"})
+            for dtype in ["f32", "f16", "i8"] for choice in [(4096, 12), (128, 8)]]
+
+
+def gate():
+    return [ours("gate", expected, [MI], [(128, 8)], environment={"MOBA_CPU_GATE": form}, **{"pass": "gate"})
+            for form, expected in [("f32", 28), ("int8", 16)]]
+
+
+def naive():
+    choice = (2048, 3)
+    return [*(ours("naive", 2, [tokens], [choice]) for tokens in [4 * KI, 8 * KI, 16 * KI, 32 * KI]),
+            *theirs("naive", "moba-naive", {4 * KI: 4, 8 * KI: 6, 16 * KI: 15, 32 * KI: 50}, choice)]
+
+
+def bf16():
+    return [ours("bf16", 25, [32 * KI], [FULL, (512, 3), (128, 8)], dtype="f32,bf16,f16"),
+            *theirs("bf16", "sdpa", {32 * KI: 15}, dtype="bfloat16")]
+
+
+def routings():
+    patterns = "independent,clustered,sink"
+    return [ours("routings", 15, [64 * KI], [(512, 3), (128, 8)], routing=patterns),
+            ours("routings", 25, [64 * KI], [(4096, 12)], routing=patterns, sample=0.25)]
+
+
+def heads():
+    return [ours("heads", 12, [32 * KI], [(512, 3), (128, 8)], heads=9, kv_heads=kv_heads) for kv_heads in [9, 3]]
+
+
+def threads():
+    return [ours("threads", 24 // count, [32 * KI], [FULL, (512, 3), (128, 8)], threads=count) for count in [1, 2]]
+
+
+def small_heads():
+    return [ours("small-heads", 8, [32 * KI], [FULL, (512, 3), (128, 8)], head_dim=64),
+            ours("small-heads", 7, [128 * KI], [(512, 3), (128, 8)], head_dim=64),
+            ours("small-heads", 12, [128 * KI], [(4096, 12)], head_dim=64, sample=0.25),
+            ours("small-heads", 45, [MI], [(512, 3), (128, 8)], head_dim=64),
+            ours("small-heads", 25, [MI], [FULL], head_dim=64, sample=0.004),
+            ours("small-heads", 28, [MI], [(4096, 12)], head_dim=64, sample=0.0625)]
+
+
+def flex():
+    return theirs("flex", "flex", {8 * KI: 25, 32 * KI: 35, 128 * KI: 80}, (512, 3))
+
+
+def ten_million():
+    tokens, sixty_four = 10 * MI, (10 * MI // 64, 3)
+    return [ours("ten-million", 130, [tokens], [(512, 3)], dtype="bf16", budget=30),
+            ours("ten-million", 80, [tokens], [FULL], dtype="bf16", budget=30, sample=0.0005),
+            ours("ten-million", 240, [tokens], [sixty_four], dtype="bf16", budget=30, sample=0.1)]
+
+
+def quick():
+    return [*theirs("forward", "sdpa", {4 * KI: 4, 8 * KI: 4, 16 * KI: 6}),
+            ours("forward", 15, [8 * KI, 16 * KI, 32 * KI], [FULL, (512, 3), (128, 8)]),
+            ours("backward", 4, [8 * KI], [FULL, (512, 3)], **{"pass": "backward"}),
+            ours("gate", 3, [32 * KI], [(128, 8)], **{"pass": "gate"}),
+            ours("decode", 10, [64 * KI], [(512, 3)], heads=4, dtype="f32,i8", **{"pass": "decode"})]
+
+
+GROUPS = {"forward": forward, "units": units, "backward": backward, "decode": decode, "gate": gate, "naive": naive,
+          "bf16": bf16, "routings": routings, "heads": heads, "threads": threads, "small-heads": small_heads,
+          "flex": flex, "ten-million": ten_million}
+
+
+def growth(points):
+    """Seconds by length, a n^2 + b n, fitted to relative errors."""
+    import numpy as np
+    tokens, seconds = np.array(points).T
+    matrix = np.stack([tokens**2, tokens], 1) / seconds[:, None]
+    a, b = np.linalg.lstsq(matrix, np.ones(len(points)), rcond=None)[0]
+    if b < 0:  # faster than quadratic growth cannot be told from noise
+        a, b = 1 / np.mean(tokens**2 / seconds), 0
+    return lambda n: float(a * n**2 + b * n)
+
+
 class Bench:
-    """Runs what a group asks for and keeps what came of it."""
+    """Makes calls and keeps what came of them, in the order of the plan."""
 
-    def __init__(self, options):
+    def __init__(self, options, plan):
         self.options = options
+        self.order = {call.key(options.threads): place for place, call in enumerate(plan)}
         self.rows, self.peers, self.failures = [], [], []
+        self.wall_seconds = {}  # by call
 
-    def keep(self, report, groups):
-        """Takes over what an earlier run of the day found in other groups."""
+    def keep(self, report):
+        """Takes over what an earlier run of the day found for calls of the plan."""
         for name in ["rows", "peers", "failures"]:
-            setattr(self, name, [entry for entry in report[name] if entry["group"] not in groups])
+            setattr(self, name, [entry for entry in report[name] if entry.get("call") in self.order])
+        self.wall_seconds = {key: s for key, s in report.get("wall_seconds", {}).items() if key in self.order}
 
-    def moba(self, group, tokens, choices, threads=None, environment=None, **flags):
-        """One call of `moba bench`; underscores in the names of flags are dashes."""
-        command = [self.options.moba, "bench", "-o", "json", "-t", str(threads or self.options.threads),
-                   "--tokens", ",".join(str(n) for n in tokens),
-                   "--chunk-size", ",".join(str(size) for size, _ in choices),
-                   "--topk", ",".join(str(k) for _, k in choices)]
-        for name, value in flags.items():
-            command += ["--" + name.replace("_", "-"), str(value)]
-        print("  moba", shlex.join(command[1:]), file=sys.stderr)
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})},
-                                  timeout=self.options.timeout)
-        except subprocess.TimeoutExpired:
-            return self.fail(group, command, f"took more than {self.options.timeout} s")
-        if done.returncode != 0:
-            return self.fail(group, command, done.stderr.strip())
-        for row in json.loads(done.stdout):
-            self.rows.append({"group": group, **row, **(environment or {})})
+    def has(self, call):
+        key = call.key(self.options.threads)
+        return any(entry["call"] == key for entry in [*self.rows, *self.peers])
 
-    def peer(self, group, name, lengths, choice=FULL, **flags):
-        """A peer over rising lengths. One that would take too long is extrapolated from the shorter ones."""
-        known = []
-        for tokens in lengths:
-            row = {"group": group, "peer": name, "tokens": tokens, "chunk_size": choice[0], "topk": choice[1], **flags}
-            expected = growth(known)(tokens) if len(known) >= 2 else 0
-            if expected > LONGEST_PEER_SECONDS:
-                self.peers.append({**row, "seconds_median": expected, "extrapolated": True})
-                continue
-            command = [sys.executable, str(ROOT / "benchmarks/peers/time_peer.py"), name, "--tokens", str(tokens),
-                       "--chunk-size", str(choice[0]), "--topk", str(choice[1]), "--threads", str(self.options.threads)]
-            for flag, value in flags.items():
-                command += ["--" + flag.replace("_", "-"), str(value)]
-            print("  peer", name, length(tokens), file=sys.stderr)
-            # Huge pages, as ours has them.
-            environment = {**os.environ, "OMP_NUM_THREADS": str(self.options.threads), "THP_MEM_ALLOC_ENABLE": "1"}
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, env=environment,
-                                      timeout=8 * LONGEST_PEER_SECONDS)
-            except subprocess.TimeoutExpired:
-                return self.fail(group, command, "did not end")
-            if done.returncode != 0:
-                return self.fail(group, command, (done.stderr.strip().splitlines() or ["killed"])[-1])
-            found = json.loads(done.stdout)
-            row |= found | {"seconds_median": statistics.median(found["seconds"]), "extrapolated": False}
-            known.append((tokens, row["seconds_median"]))
-            self.peers.append(row)
+    def make(self, call, show=lambda _: None):
+        """Runs a call and puts what came of it in the place of what it said before."""
+        key, start = call.key(self.options.threads), time.time()
+        found = self.peer(call, show) if call.peer else self.moba(call, show)
+        self.wall_seconds[key] = time.time() - start
+        for name in ["rows", "peers", "failures"]:
+            kept = [entry for entry in getattr(self, name) if entry["call"] != key]
+            kept += [{"group": call.group, "call": key, **entry} for entry in found.get(name, [])]
+            setattr(self, name, sorted(kept, key=lambda entry: self.order[entry["call"]]))
+        return found
 
-    def fail(self, group, command, message):
-        print("  failed:", message, file=sys.stderr)
-        program = Path(command[0]).name if "peers" not in command[1] else "peer"
-        self.failures.append({"group": group, "command": shlex.join([program, *command[2:]]), "message": message})
+    def moba(self, call, show):
+        command = [self.options.moba, "bench", "-o", "json", *call.arguments(self.options.threads)]
+        text, failure = self.run(call, command, self.options.timeout, show)
+        return failure or {"rows": [{**row, **call.environment} for row in json.loads(text)]}
+
+    def peer(self, call, show):
+        row = {"peer": call.peer, "tokens": call.tokens, "chunk_size": call.choice[0], "topk": call.choice[1],
+               **{name: value for name, value in call.flags.items() if name in ["dtype", "heads", "head_dim"]}}
+        known = self.shorter(call.group, row)
+        expected = growth(known)(call.tokens) if len(known) >= 2 else 0
+        if expected > LONGEST_PEER_SECONDS:
+            return {"peers": [{**row, "seconds_median": expected, "extrapolated": True}]}
+        command = [sys.executable, str(ROOT / "benchmarks/peers/time_peer.py"), call.peer,
+                   *call.arguments(self.options.threads)]
+        text, failure = self.run(call, command, 8 * LONGEST_PEER_SECONDS, show)
+        if failure:
+            return failure
+        found = json.loads(text)
+        return {"peers": [{**row, **found, "seconds_median": statistics.median(found["seconds"]), "extrapolated": False}]}
+
+    def shorter(self, group, row):
+        """(tokens, seconds) of the same peer, measured at lesser lengths."""
+        series = {name: value for name, value in row.items() if name != "tokens"}
+        return [(p["tokens"], p["seconds_median"]) for p in self.peers
+                if p["group"] == group and p["tokens"] < row["tokens"] and not p["extrapolated"]
+                and all(p.get(name) == value for name, value in series.items())]
+
+    def run(self, call, command, timeout, show):
+        """What a command prints, or a failure. `show` is told every second how many have passed."""
+        # Huge pages for torch, as ours has them.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(call.threads or self.options.threads),
+                       "THP_MEM_ALLOC_ENABLE": "1", **call.environment}
+
+        def failure(message):
+            return None, {"failures": [{"command": call.text(self.options.threads), "message": message}]}
+
+        start = time.time()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            while True:
+                try:
+                    output, errors = process.communicate(timeout=1)
+                    break
+                except subprocess.TimeoutExpired:
+                    show(time.time() - start)
+                    if time.time() - start > timeout:
+                        process.kill()
+                        return failure(f"took more than {timeout} s")
+                except BaseException:
+                    process.kill()
+                    raise
+        if process.returncode != 0:
+            return failure((errors.strip().splitlines() or [f"ended by signal {-process.returncode}"])[-1])
+        return output, None
 
     def find(self, choice=None, **wanted):
         """Rows of ours, sorted by length."""
@@ -131,105 +321,7 @@ class Bench:
         return next((p for p in self.peers if all(p.get(k) == v for k, v in wanted.items())), None)
 
 
-def growth(points):
-    """Seconds by length, a n^2 + b n, fitted to relative errors."""
-    import numpy as np
-    tokens, seconds = np.array(points).T
-    matrix = np.stack([tokens**2, tokens], 1) / seconds[:, None]
-    a, b = np.linalg.lstsq(matrix, np.ones(len(points)), rcond=None)[0]
-    if b < 0:  # faster than quadratic growth cannot be told from noise
-        a, b = 1 / np.mean(tokens**2 / seconds), 0
-    return lambda n: float(a * n**2 + b * n)
-
-
-# ---- the groups, most telling first ----
-
-def forward(bench):
-    bench.peer("forward", "sdpa", [8 * KI, 16 * KI, 32 * KI, 64 * KI, 128 * KI, 256 * KI, 512 * KI, MI])
-    bench.moba("forward", [32 * KI], [FULL, (512, 3), (128, 8)])
-    bench.moba("forward", [64 * KI, 128 * KI, 256 * KI, 512 * KI, MI], [(512, 3), (128, 8)])
-    bench.moba("forward", [8 * KI, 16 * KI], [FULL, (512, 3), (128, 8)])
-    bench.moba("forward", [128 * KI], [FULL, (4096, 12)], sample=0.25)
-    bench.moba("forward", [MI], [FULL], sample=0.004)
-    bench.moba("forward", [MI], [(4096, 12)], sample=0.05)
-
-
-def backward(bench):
-    bench.moba("backward", [32 * KI], [FULL, (512, 3), (128, 8)], **{"pass": "backward"})
-    bench.moba("backward", [128 * KI], [(512, 3), (128, 8)], **{"pass": "backward"})
-    bench.peer("backward", "sdpa-backward", [8 * KI, 16 * KI, 32 * KI])
-
-
-def decode(bench):
-    for dtype in ["f32", "f16", "i8"]:
-        for choice in [(4096, 12), (128, 8)]:
-            bench.moba("decode", [MI], [choice], heads=4, dtype=dtype, **{"pass": "decode"})
-
-
-def gate(bench):
-    for form in ["f32", "int8"]:
-        bench.moba("gate", [MI], [(128, 8)], environment={"MOBA_CPU_GATE": form}, **{"pass": "gate"})
-
-
-def naive(bench):
-    choice = (2048, 3)
-    lengths = [4 * KI, 8 * KI, 16 * KI, 32 * KI]
-    for tokens in lengths:  # a process each, so that memory can be told
-        bench.moba("naive", [tokens], [choice])
-    bench.peer("naive", "moba-naive", lengths, choice)
-
-
-def bf16(bench):
-    bench.moba("bf16", [32 * KI], [FULL, (512, 3), (128, 8)], dtype="f32,bf16,f16")
-    bench.peer("bf16", "sdpa", [32 * KI], dtype="bfloat16")
-
-
-def routings(bench):
-    bench.moba("routings", [64 * KI], [(4096, 12), (512, 3), (128, 8)], routing="independent,clustered,sink")
-
-
-def heads(bench):
-    for kv_heads in [9, 3]:
-        bench.moba("heads", [32 * KI], [(512, 3), (128, 8)], heads=9, kv_heads=kv_heads)
-
-
-def threads(bench):
-    for count in [1, 2]:
-        bench.moba("threads", [32 * KI], [FULL, (512, 3), (128, 8)], threads=count)
-
-
-def small_heads(bench):
-    bench.moba("small-heads", [32 * KI], [FULL, (512, 3), (128, 8)], head_dim=64)
-    bench.moba("small-heads", [128 * KI], [(512, 3), (128, 8)], head_dim=64)
-    bench.moba("small-heads", [128 * KI], [(4096, 12)], head_dim=64, sample=0.25)
-
-
-def flex(bench):
-    bench.peer("flex", "flex", [8 * KI, 16 * KI, 32 * KI, 64 * KI, 128 * KI], (512, 3))
-
-
-def ten_million(bench):
-    tokens, sixty_four = 10 * MI, (10 * MI // 64, 3)
-    share = 0.1 if bench.options.long else 0.002
-    bench.moba("ten-million", [tokens], [sixty_four], dtype="bf16", sample=share)
-    bench.moba("ten-million", [tokens], [FULL], dtype="bf16", sample=share / 8)
-    bench.moba("ten-million", [tokens], [(512, 3)], dtype="bf16", sample=1 if bench.options.long else 0.05)
-
-
-def quick(bench):
-    bench.peer("forward", "sdpa", [4 * KI, 8 * KI, 16 * KI])
-    bench.moba("forward", [8 * KI, 16 * KI, 32 * KI], [FULL, (512, 3), (128, 8)])
-    bench.moba("backward", [8 * KI], [FULL, (512, 3)], **{"pass": "backward"})
-    bench.moba("gate", [32 * KI], [(128, 8)], **{"pass": "gate"})
-    bench.moba("decode", [64 * KI], [(512, 3)], heads=4, dtype="f32,i8", **{"pass": "decode"})
-
-
-GROUPS = {"forward": forward, "backward": backward, "decode": decode, "gate": gate, "naive": naive, "bf16": bf16,
-          "routings": routings, "heads": heads, "threads": threads, "small-heads": small_heads, "flex": flex,
-          "ten-million": ten_million}
-
-
-# ---- the targets: what was asked, what was found, whether it is met (None: not measured) ----
+# ---- the targets: what was asked, what was found, whether it is met (None: not measured, or not asked) ----
 
 def at_least(value, bar, text=None):
     if value is None:
@@ -252,7 +344,7 @@ def times(value, extrapolated=False):
 
 
 def lowest_fraction(rows, bar):
-    """Of all lengths, the worst, and where it was."""
+    """Of all lengths, the worst decides."""
     if not rows:
         return "not measured", None
     fractions = [f"{length(r['tokens'])}: {r['fraction_of_peak']:.3f}{' (sampled)' if r['share'] < 1 else ''}"
@@ -266,6 +358,14 @@ def forward_targets(bench):
         for choice, bar in zip(CHOICES, bars):
             rows = [r for r in bench.find(choice, group=group, dtype="f32", head_dim=dim) if r["tokens"] >= 32 * KI]
             yield f"forward f32, D {dim}, {blocks(choice)}, of FMA peak", f">= {bar}", *lowest_fraction(rows, bar)
+
+
+def unit_targets(bench):
+    for choice in [FULL, *CHOICES[2:]]:
+        found = [f"{form} {bench.find(choice, group='units', MOBA_CPU_F32=form)[0]['fraction_of_peak']:.3f}"
+                 for form in ["fma", "amx"] if bench.find(choice, group="units", MOBA_CPU_F32=form)]
+        yield (f"forward f32, D 128, {blocks(choice)}, 32K, of FMA peak, by unit", "shown",
+               ", ".join(found) or "not measured", None)
 
 
 def routing_targets(bench):
@@ -284,8 +384,11 @@ def head_targets(bench):
 
 def bf16_targets(bench):
     for choice in [FULL, *CHOICES[2:]]:
-        change = ratio(bench.seconds(choice, group="bf16", dtype="bf16"), bench.seconds(choice, group="bf16", dtype="f32"))
-        yield f"forward bf16 against f32, {blocks(choice)}, time", "<= 0.62", *at_most(change, 0.62)
+        bf16_seconds = bench.seconds(choice, group="bf16", dtype="bf16")
+        change = ratio(bf16_seconds, bench.seconds(choice, group="bf16", dtype="f32"))
+        fma = ratio(bf16_seconds, bench.seconds(choice, group="units", MOBA_CPU_F32="fma"))
+        text = change and fma and f"{change:.3f} ({fma:.3f} of f32 by multiply-adds)"
+        yield f"forward bf16 against f32, {blocks(choice)}, 32K, time", "<= 0.62", *at_most(change, 0.62, text)
 
 
 def sdpa_targets(bench):
@@ -296,6 +399,14 @@ def sdpa_targets(bench):
                       bench.seconds(choice, group="forward", tokens=tokens, dtype="f32"))
         yield (f"forward against torch SDPA, {blocks(choice)}, {length(tokens)}", f">= {bar}x",
                *at_least(speed, bar, times(speed, peer and peer["extrapolated"])))
+
+
+def flex_targets(bench):
+    for tokens in [32 * KI, 128 * KI]:
+        peer = bench.peer_row("flex", tokens)
+        speed = ratio(peer and peer["seconds_median"], bench.seconds((512, 3), group="forward", tokens=tokens))
+        text = times(speed, peer and peer["extrapolated"])
+        yield f"forward against FlexAttention with MoBA's mask, (512, 3), {length(tokens)}", "shown", text or "not measured", None
 
 
 def backward_targets(bench):
@@ -334,19 +445,21 @@ def linear_targets(bench):
 
 
 def ten_million_targets(bench):
-    rows = bench.find(group="ten-million")
-    whole = [r for r in rows if r["chunk_size"] == 512 and r["topk"] == 3]
-    text = ", ".join(f"{r['seconds_median']:.1f} s{' (sampled)' if r['share'] < 1 else ''}" for r in whole)
-    yield "10M tokens, bf16, (512, 3)", "runs", text or "not measured", bool(whole) or None
-    dense = bench.seconds(FULL, group="ten-million")
-    speed = ratio(dense, bench.seconds((10 * MI // 64, 3), group="ten-million"))
-    yield "10M tokens, bf16, 64 blocks, K 3, against full, both sampled", ">= 12x", *at_least(speed, 12, times(speed))
+    whole = bench.find((512, 3), group="ten-million")
+    text = ", ".join(f"{r['seconds_median']:.1f} s, {r['peak_rss_bytes'] / 2**30:.1f} GiB" for r in whole)
+    yield ("10M tokens, bf16, (512, 3), whole", "runs in 24 GiB", text or "not measured",
+           max(r["peak_rss_bytes"] for r in whole) <= 24 * 2**30 if whole else None)
+    sampled = bench.find((10 * MI // 64, 3), group="ten-million")
+    dense = bench.find(FULL, group="ten-million")
+    speed = ratio(dense[0]["seconds_median"] if dense else None, sampled[0]["seconds_median"] if sampled else None)
+    text = speed and f"{speed:.1f}x (shares of {sampled[0]['share']:g} and {dense[0]['share']:g}, scaled)"
+    yield "10M tokens, bf16, 64 blocks, K 3, against full, both sampled", ">= 12x", *at_least(speed, 12, text)
 
 
 def naive_targets(bench):
     choice, tokens = (2048, 3), 32 * KI
-    peer = bench.peer_row("moba-naive", tokens)
-    speed = ratio(peer and peer["seconds_median"], bench.seconds(choice, group="naive", tokens=tokens))
+    row, peer = bench.find(choice, group="naive", tokens=tokens), bench.peer_row("moba-naive", tokens)
+    speed = ratio(peer and peer["seconds_median"], row[0]["seconds_median"] if row else None)
     yield (f"against the mask-based form, {blocks(choice)}, {length(tokens)}", ">= 100x",
            *at_least(speed, 100, times(speed, peer and peer["extrapolated"])))
 
@@ -355,10 +468,12 @@ def naive_targets(bench):
         memory = [r["peak_rss_bytes"] for r in sorted(rows, key=lambda r: r["tokens"]) if "peak_rss_bytes" in r]
         return (memory[-1] - memory[-2]) / max(memory[-2] - memory[-3], 1) if len(memory) >= 3 else None
 
-    ours, theirs = grown(bench.find(group="naive")), grown([p for p in bench.peers if p["group"] == "naive"])
-    text = f"{ours:.1f} against {theirs:.1f}" if ours and theirs else None
+    mine, masked = grown(bench.find(group="naive")), grown([p for p in bench.peers if p["group"] == "naive"])
+    text = mine and masked and row and peer and "peak_rss_bytes" in peer and (
+        f"{mine:.1f} against {masked:.1f}; {length(tokens)} takes {row[0]['peak_rss_bytes'] / 2**30:.2f} GiB against "
+        f"{peer['peak_rss_bytes'] / 2**30:.1f}") or None
     yield ("memory added by a doubling over the doubling before: ours about 2, the mask's about 4", "<= 2.5",
-           *at_most(ours, 2.5, text))
+           *at_most(mine, 2.5, text))
 
 
 def thread_targets(bench):
@@ -368,7 +483,7 @@ def thread_targets(bench):
 
 
 def generate_targets(bench):
-    reports = sorted(bench.options.out.glob("ttft-*.json"))
+    reports = sorted(bench.options.out.glob("ttft-*.json"), key=lambda path: path.stat().st_mtime)
     share = None
     if reports:
         row = json.loads(reports[-1].read_text())["results"]["moba, MoBA"]
@@ -377,8 +492,9 @@ def generate_targets(bench):
         share, 0.15, share and f"{100 * share:.1f}% ({reports[-1].name})")
 
 
-TARGETS = [forward_targets, routing_targets, head_targets, bf16_targets, sdpa_targets, backward_targets, gate_targets,
-           decode_targets, linear_targets, ten_million_targets, naive_targets, thread_targets, generate_targets]
+TARGETS = [forward_targets, unit_targets, routing_targets, head_targets, bf16_targets, sdpa_targets, flex_targets,
+           backward_targets, gate_targets, decode_targets, linear_targets, ten_million_targets, naive_targets,
+           thread_targets, generate_targets]
 
 
 # ---- the report ----
@@ -392,18 +508,23 @@ def table(header, lines):
             *("| " + " | ".join(line) + " |" for line in lines), ""]
 
 
+def form(row):
+    """What the environment asked for, where it asked."""
+    return "".join(f", {row[name]} {what}" for name, what in [("MOBA_CPU_GATE", "gate"), ("MOBA_CPU_F32", "unit")]
+                   if name in row)
+
+
 def row_line(row):
-    choice = (row["chunk_size"], row["topk"])
+    choice, runs = (row["chunk_size"], row["topk"]), len(row["seconds"])
     spread = 50 * (row["seconds_max"] - row["seconds_min"]) / row["seconds_median"]
     rate = f"{row['read_bytes'] / row['seconds_median'] / 1e9:.1f} GB/s" if row["pass"] == "decode" else \
         f"{row['gflops']:.0f} GFLOP/s"
-    form = f", {row['MOBA_CPU_GATE']} gate" if "MOBA_CPU_GATE" in row else ""
-    return [row["pass"] + form, length(row["tokens"]) + (f", {row['share']:g} sampled" if row["share"] < 1 else ""),
+    return [row["pass"] + form(row), length(row["tokens"]) + (f", {row['share']:g} sampled" if row["share"] < 1 else ""),
             blocks(choice), f"{row['heads']}/{row['kv_heads']}", str(row["head_dim"]), row["dtype"], row["routing"],
-            str(row["threads"]), f"{duration(row['seconds_median'])} +-{spread:.0f}%", rate,
+            str(row["threads"]), duration(row["seconds_median"]) + (f" +-{spread:.0f}%" if runs > 1 else ""), str(runs), rate,
             f"{row['fraction_of_peak']:.3f} {row['ceiling']}",
             " / ".join(duration(row[s + "_seconds"]) for s in ["centroids", "gate", "plan", "attend"]),
-            f"{row['workspace_bytes'] / MI:.0f} MiB"]
+            f"{row['workspace_bytes'] / MI:.0f} MiB", f"{row['peak_rss_bytes'] / 2**30:.2f} GiB"]
 
 
 def peer_line(row):
@@ -411,23 +532,35 @@ def peer_line(row):
     memory = f"{row['peak_rss_bytes'] / 2**30:.2f} GiB" if "peak_rss_bytes" in row else ""
     return [row["peer"], length(row["tokens"]), blocks(choice), row.get("dtype", "float32"),
             duration(row["seconds_median"]), "extrapolated" if row["extrapolated"] else
-            f"median of {len(row['seconds'])}", memory]
+            f"median of {len(row['seconds'])}" if len(row["seconds"]) > 1 else "one run", memory]
+
+
+def ceilings(bench):
+    best = {name: max((r[name] for r in bench.rows), default=0) for name in ["fma_gflops", "bf16_gflops", "read_gb_per_s"]}
+    texts = [f"{best['fma_gflops']:.0f} GFLOP/s of f32 multiply-adds" if best["fma_gflops"] else "",
+             f"{best['bf16_gflops']:.0f} of the CPU's bf16 products" if best["bf16_gflops"] else "",
+             f"{best['read_gb_per_s']:.1f} GB/s read" if best["read_gb_per_s"] else ""]
+    text = f"Best ceilings seen: {', '.join(filter(None, texts))}. Every fraction is of the ceiling measured around its own row."
+    if "amx_bf16" not in cpu_units():
+        return text
+    sixth = f", {best['bf16_gflops'] / 6:.0f} GFLOP/s" if best["bf16_gflops"] else ""
+    return text + (" f32 attention runs on AMX here, every number in three bf16 parts and six products of theirs, so its limit "
+                   f"is a sixth of the bf16 products{sixth}, and its fraction of the multiply-adds' peak may exceed 1; rows "
+                   "with a `fma` unit were kept from it.")
 
 
 def markdown(bench, report):
-    best = {name: max((r[name] for r in bench.rows), default=0) for name in ["fma_gflops", "bf16_gflops", "read_gb_per_s"]}
-    lines = [f"# Attention on {report['machine']}", "",
-             f"{report['date']}, {report['threads']} threads. Made with `{report['command']}` in "
-             f"{report['minutes']:.0f} minutes. Best ceilings seen: {best['fma_gflops']:.0f} GFLOP/s of f32 "
-             f"multiply-adds, {best['bf16_gflops']:.0f} of the CPU's bf16 products, {best['read_gb_per_s']:.1f} GB/s read. "
-             "Every fraction is of the ceiling measured around its own row. Medians of at least 5 runs.", ""]
+    lines = [f"# Attention on {report['machine']}", "", f"Units: {', '.join(report['units'])}. {report['date']}, "
+             f"{report['threads']} threads. Made with `{report['command']}`; its calls took {report['minutes']:.0f} minutes. "
+             f"{ceilings(bench)} Times are medians; fewer than five runs are those that would take longer than "
+             f"{BUDGET_SECONDS} s together, and a row of one run has the time of the run whose answer was checked.", ""]
     if report["targets"]:
         marks = {True: "met", False: "not met", None: ""}
-        lines += ["## Targets", "", *table(["what", "target", "measured", ""], [
+        lines += ["## Targets", "", *table(["what", "target", "measured", "met?"], [
             [t["what"], t["target"], t["measured"], marks[t["met"]]] for t in report["targets"]])]
     lines += ["## Rows of `moba bench`", "", *table(
-        ["pass", "tokens", "blocks", "heads", "D", "dtype", "routing", "threads", "time", "rate", "of peak",
-         "centroids / gate / plan / attend", "scratch"], map(row_line, bench.rows))]
+        ["pass", "tokens", "blocks", "heads", "D", "dtype", "routing", "threads", "time", "runs", "rate", "of peak",
+         "centroids / gate / plan / attend", "scratch", "peak memory"], map(row_line, bench.rows))]
     if bench.peers:
         lines += ["## Peers", "", "torch " + report["torch"] + ". `flex` is FlexAttention, compiled, with the block mask of "
                   "MoBA's selection, whose making is not timed; `moba-naive` is MoBA with a mask over all pairs. A time "
@@ -442,7 +575,7 @@ def plot_time(bench, stem):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(7, 5))
+    figure, axes = plt.subplots(figsize=(7.5, 5.5))
     series = {f"moba {blocks(c)}": [(r["tokens"], r["seconds_median"], r["share"] < 1)
                                     for r in bench.find(c, group="forward", dtype="f32")] for c in CHOICES}
     for name, label in [("sdpa", "torch SDPA, full"), ("flex", "FlexAttention, MoBA (512, 3)"),
@@ -451,26 +584,27 @@ def plot_time(bench, stem):
                                if p["peer"] == name and p["group"] != "bf16")
     for index, (label, points) in enumerate(s for s in series.items() if s[1]):
         style = {"color": f"C{index}", "marker": "o", "linestyle": "-" if label.startswith("moba") else "--"}
-        axes.plot([p[0] for p in points], [p[1] for p in points], label=label, **style)
+        axes.plot([p[0] for p in points], [p[1] for p in points], label=label, markersize=5, **style)
         for tokens, seconds, _ in (p for p in points if p[2]):
-            axes.plot([tokens], [seconds], marker="o", markerfacecolor="white", color=f"C{index}")
+            axes.plot([tokens], [seconds], marker="o", markersize=5, markerfacecolor="white", color=f"C{index}")
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds",
              title="One head, D 128, f32, causal: forward (hollow: extrapolated or sampled)")
     axes.set_xscale("log", base=2)
     ticks = sorted({p[0] for points in series.values() for p in points})
     axes.set_xticks(ticks, [length(n) for n in ticks])
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=9)
     figure.savefig(f"{stem}-time.png", dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
 def plot_peak(bench, stem):
     import matplotlib.pyplot as plt
-    rows = [r for r in bench.rows if r["group"] in ["forward", "backward", "gate", "decode", "bf16"]]
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.22 * len(rows)))
-    labels = [f"{r['pass']} {r['dtype']} {length(r['tokens'])} {blocks((r['chunk_size'], r['topk']))}"
-              + (f" {r['MOBA_CPU_GATE']}" if "MOBA_CPU_GATE" in r else "") for r in rows]
+    rows = [r for r in bench.rows if r["group"] in ["forward", "units", "backward", "gate", "decode", "bf16"]
+            and (r["group"] != "forward" or r["tokens"] in [32 * KI, 128 * KI, MI])]
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.2 * len(rows)))
+    labels = [f"{r['pass']} {r['dtype']} {length(r['tokens'])} {blocks((r['chunk_size'], r['topk']))}{form(r)}"
+              + (", sampled" if r["share"] < 1 else "") for r in rows]
     places = list(range(len(rows)))
     colours = {"fma_f32": "C0", "read_bandwidth": "C2"}
     axes.barh(places, [r["fraction_of_peak"] for r in rows], color=[colours.get(r["ceiling"], "C1") for r in rows])
@@ -481,62 +615,118 @@ def plot_peak(bench, stem):
     for ceiling in dict.fromkeys(r["ceiling"] for r in rows):
         axes.barh([0], [0], color=colours.get(ceiling, "C1"), label=names.get(ceiling, f"of {ceiling}"))
     axes.set(xlabel="fraction of the ceiling measured in the same run")
-    axes.legend()
+    if rows:
+        axes.legend(fontsize=8)
+    axes.grid(axis="x", alpha=0.3)
     figure.savefig(f"{stem}-peak.png", dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
-def write(bench, stem, start):
-    from importlib.metadata import version
+def replace(path, text):
+    """Whoever reads meanwhile sees the old or the new."""
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def write(bench, stem):
     targets = [] if bench.options.quick else [
         dict(zip(["what", "target", "measured", "met"], target)) for each in TARGETS for target in each(bench)]
-    report = {"command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
-              "machine": f"{cpu_name()}, {os.cpu_count()} cores", "date": datetime.date.today().isoformat(),
-              "threads": bench.options.threads, "minutes": (time.time() - start) / 60, "torch": version("torch"),
-              "targets": targets, "rows": bench.rows, "peers": bench.peers, "failures": bench.failures}
-    bench.options.out.mkdir(parents=True, exist_ok=True)
-    Path(f"{stem}.json").write_text(json.dumps(report, indent=1) + "\n")
-    Path(f"{stem}.md").write_text(markdown(bench, report))
+    report = {"command": shlex.join(["python", "benchmarks/run.py", *(["--quick"] if bench.options.quick else [])]),
+              "machine": f"{cpu_name()}, {os.cpu_count()} cores", "units": cpu_units(),
+              "date": datetime.date.today().isoformat(), "threads": bench.options.threads,
+              "minutes": sum(bench.wall_seconds.values()) / 60, "torch": version("torch"), "targets": targets,
+              "rows": bench.rows, "peers": bench.peers, "failures": bench.failures, "wall_seconds": bench.wall_seconds}
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    replace(Path(f"{stem}.json"), json.dumps(report, indent=1) + "\n")
+    replace(Path(f"{stem}.md"), markdown(bench, report))
 
 
-def parse():
+# ---- the program ----
+
+def say(text="", end="\n"):
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def told(found):
+    """A line for what a call found."""
+    for row in found.get("rows", []):
+        yield (f"{length(row['tokens'])} {blocks((row['chunk_size'], row['topk']))} {row['dtype']}: "
+               f"{duration(row['seconds_median'])}, {row['fraction_of_peak']:.3f} of {row['ceiling']}")
+    for row in found.get("peers", []):
+        yield f"{length(row['tokens'])}: {duration(row['seconds_median'])}{', extrapolated' if row['extrapolated'] else ''}"
+    for failure in found.get("failures", []):
+        yield f"failed: {failure['message']}"
+
+
+def run_all(bench, calls, stem):
+    """Makes the calls, writing after each."""
+    start, done = time.time(), 0
+    for number, call in enumerate(calls, 1):
+        passed, left = time.time() - start, sum(c.expected for c in calls[number - 1:])
+        if done > 60:  # until then the expectation is the better guess
+            left *= passed / done
+        say(f"[{number}/{len(calls)}, {passed / 60:.0f} min so far, about {left / 60:.0f} left] "
+            f"{call.group}: {call.text(bench.options.threads)}")
+
+        def show(seconds, expected=call.expected):
+            if sys.stderr.isatty():
+                say(f"\r    {seconds:.0f} s of about {expected:.0f}\033[K\r", end="")
+
+        for line in told(bench.make(call, show)):
+            say("    " + line)
+        done += call.expected
+        write(bench, stem)
+
+
+def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few short rows")
     parser.add_argument("--only", help=f"groups, of {','.join(GROUPS)}")
-    parser.add_argument("--long", action="store_true", help="10M tokens: (512, 3) whole, larger samples (hours)")
+    parser.add_argument("--continue", action="store_true", dest="resume", help="leave out calls that have rows of today")
+    parser.add_argument("--list", action="store_true", help="print the calls and how long they should take, make none")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--timeout", type=int, default=600, help="seconds for one call of moba bench (an hour with --long)")
+    parser.add_argument("--timeout", type=int, default=900, help="seconds for one call of moba bench")
     parser.add_argument("--moba", default=str(ROOT / "build/release/moba"), help="the program")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--name", help="of the files of results [the machine and the date]")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.groups = options.only.split(",") if options.only else list(GROUPS)
     for group in options.groups:
         if group not in GROUPS:
             parser.error(f"--only: expected groups of {','.join(GROUPS)}; found {group}")
     if not Path(options.moba).exists():
         parser.error(f"--moba: {options.moba} is missing; `make build` makes it")
-    if options.long:
-        options.timeout = max(options.timeout, 3600)
     return options
 
 
-def main():
-    options = parse()
+def main(arguments=None):
+    options = parse(arguments)
     name = options.name or f"{machine_name()}-{datetime.date.today().isoformat()}{'-quick' if options.quick else ''}"
-    stem, start = options.out / name, time.time()
-    bench = Bench(options)
-    if options.only and Path(f"{stem}.json").exists():
-        bench.keep(json.loads(Path(f"{stem}.json").read_text()), options.groups)
-    groups = {"quick": quick} if options.quick else {group: GROUPS[group] for group in options.groups}
-    for group, run in groups.items():
-        print(f"{group} ({(time.time() - start) / 60:.0f} min)", file=sys.stderr)
-        run(bench)
-        write(bench, stem, start)
+    stem = options.out / name
+    plan = quick() if options.quick else [call for group in GROUPS.values() for call in group()]
+    bench = Bench(options, plan)
+    if Path(f"{stem}.json").exists():
+        bench.keep(json.loads(Path(f"{stem}.json").read_text()))
+    calls = [call for call in plan if (options.quick or call.group in options.groups)
+             and not (options.resume and bench.has(call))]
+    if options.list:
+        for call in calls:
+            print(f"{call.expected:4.0f} s  {call.group}: {call.text(options.threads)}")
+        print(f"{sum(call.expected for call in calls) / 60:.0f} minutes")
+        return 0
+    try:
+        run_all(bench, calls, stem)
+        stopped = False
+    except KeyboardInterrupt:
+        say("\nstopped; --continue makes the calls that are missing")
+        stopped = True
+    write(bench, stem)
     plot_time(bench, stem)
     plot_peak(bench, stem)
     print(f"{stem}.md")
+    return 130 if stopped else 1 if bench.failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

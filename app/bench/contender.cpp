@@ -63,7 +63,7 @@ struct Shared {
 
   Shared(const Setting& setting, const std::vector<Choice>& choices, const Conditions& conditions,
          const Parallel& parallel)
-      : problem(make_problem(setting, conditions, parallel)),
+      : problem(make_problem(setting, choices, conditions, parallel)),
         recipe(recipe_of(setting, choices, conditions)) {
     problem.q = array(problem.queries(), setting.heads);
     for (const Slice& slice : problem.slices)
@@ -91,28 +91,25 @@ class Forward : public Contender {
   Checked check() override {
     poison(shared_->out.memory.bytes());
     Checked checked;
+    Profile last;
     for (const Slice& slice : problem().slices) {
       Blocks blocks(problem(), choice_, slice);
-      attend(slice, blocks.data(), nullptr);
+      checked.wall_seconds += attend(slice, blocks.data(), last, checked.stages);
       check_probes(problem(), choice_, blocks, &shared_->out.tensor, checked);
       add(computed_, work_of(problem(), choice_, blocks));
     }
     checked.work = sampled() ? whole_ : computed_;
+    checked.seconds = scaled(checked.wall_seconds, last, checked.stages);
     return checked;
   }
 
   double run(Profile& stages) override {
     Profile profile, last;
-    const double seconds = seconds_of([&] {
-      for (const Slice& slice : problem().slices) {
-        last = {};
-        attend(slice, nullptr, &last);
-        add(profile, last);
-      }
-    });
-    if (sampled()) scale(profile, last);
+    double seconds = 0;
+    for (const Slice& slice : problem().slices) seconds += attend(slice, nullptr, last, profile);
+    seconds = scaled(seconds, last, profile);
     add(stages, profile);
-    return sampled() ? profile.centroids + profile.gate + profile.plan + profile.attend : seconds;
+    return seconds;
   }
 
   Samples sample() override { return sample_rows(problem(), shared_->out); }
@@ -121,21 +118,29 @@ class Forward : public Contender {
   const Problem& problem() const { return shared_->problem; }
   bool sampled() const { return problem().setting.share < 1; }
 
-  void attend(const Slice& slice, std::int32_t* selection, Profile* profile) const {
+  /// Seconds of a slice; its stages are `last`, and added to `profile`.
+  double attend(const Slice& slice, std::int32_t* selection, Profile& last, Profile& profile) const {
     const Tensor q = rows_of(problem().q.tensor, slice.offset, slice.count);
     const Tensor out = rows_of(shared_->out.tensor, slice.offset, slice.count);
-    attention(q, problem().keys(slice.end()), problem().values(slice.end()),
-              one_sequence(slice.count, slice.end()), routing_of(choice_),
-              {.out = out, .selection = selection}, problem().execution(profile));
+    last = {};
+    const double seconds = seconds_of([&] {
+      attention(q, problem().keys(slice.end()), problem().values(slice.end()),
+                one_sequence(slice.count, slice.end()), routing_of(choice_),
+                {.out = out, .selection = selection}, problem().execution(&last));
+    });
+    add(profile, last);
+    return seconds;
   }
 
   /// From the slices to all tokens: every stage by its own work; the centroids once, from the last slice's.
-  void scale(Profile& profile, const Profile& last) const {
+  double scaled(double seconds, const Profile& last, Profile& profile) const {
+    if (!sampled()) return seconds;
     const auto tokens = static_cast<double>(problem().setting.tokens);
     profile.centroids = last.centroids * tokens / static_cast<double>(problem().slices.back().end());
     if (computed_.gate_flops > 0) profile.gate *= whole_.gate_flops / computed_.gate_flops;
     profile.plan *= tokens / static_cast<double>(problem().queries());
     profile.attend *= whole_.attention_flops / computed_.attention_flops;
+    return profile.centroids + profile.gate + profile.plan + profile.attend;
   }
 
   std::shared_ptr<Shared> shared_;
@@ -150,9 +155,8 @@ class Gate : public Contender {
 
   Checked check() override {
     poison(std::as_writable_bytes(std::span(blocks_.blocks)));
-    Profile unused;
-    run(unused);
     Checked checked;
+    checked.seconds = checked.wall_seconds = run(checked.stages);
     check_probes(problem(), choice_, blocks_, nullptr, checked);
     checked.work.gate_flops = work_of(problem(), choice_, blocks_).gate_flops;
     return checked;
@@ -218,8 +222,7 @@ class Backward : public Contender {
 
     for (const Array* array : {&gradients_->dq, &gradients_->dk, &gradients_->dv})
       poison(array->memory.bytes());
-    Profile unused;
-    run(unused);
+    checked.seconds = checked.wall_seconds = run(checked.stages);
     for (const Slice& probe : problem().probes) check_gradients(probe);
     check_totals();
     checked.work = work_of(problem(), choice_, blocks_);
@@ -338,7 +341,7 @@ class Decode : public Contender {
  public:
   Decode(const Setting& setting, const Choice& choice, const Conditions& conditions, const Parallel& parallel,
          Ceiling& ceiling)
-      : problem_(make_problem(setting, conditions, parallel)),
+      : problem_(make_problem(setting, {choice}, conditions, parallel)),
         choice_(choice),
         ceiling_(ceiling),
         cache_({setting.kv_heads, setting.head_dim, choice.chunk_size, setting.dtype}),
@@ -362,9 +365,8 @@ class Decode : public Contender {
 
   Checked check() override {
     poison(out_.memory.bytes());
-    Profile unused;
-    run(unused);
     Checked checked;
+    checked.seconds = checked.wall_seconds = run(checked.stages);
     const Setting& s = problem_.setting;
     const Array expected(query_dtype_, 1, s.heads, s.head_dim), fast(query_dtype_, 1, s.heads, s.head_dim);
     for (std::int64_t token = 0; token < kTokens; ++token) {

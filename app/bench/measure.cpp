@@ -20,9 +20,17 @@ Bytes copy_of(Contender& contender) {
 
 /// The stages of all runs, to take medians of.
 struct Times {
-  std::vector<double> seconds;
-  std::vector<Profile> stages;
+  /// How many are wanted; none: the run that was checked is the only one.
+  int runs = 0;
+  std::vector<double> seconds{};
+  std::vector<Profile> stages{};
 };
+
+Times times_for(const Checked& checked, const Conditions& conditions) {
+  const double fitting = conditions.budget_seconds / checked.wall_seconds;
+  if (fitting < 1) return {.seconds = {checked.seconds}, .stages = {checked.stages}};
+  return {.runs = static_cast<int>(std::min<double>(conditions.runs, fitting))};
+}
 
 Profile medians(const std::vector<Profile>& runs) {
   Profile result;
@@ -68,6 +76,7 @@ std::vector<Row> measure(const Setting& setting, const std::vector<Choice>& choi
   const auto all = contenders(setting, choices, conditions, parallel, ceiling);
   std::vector<Row> rows;
   std::vector<Bytes> expected;
+  std::vector<Times> times;
   for (std::size_t i = 0; i < all.size(); ++i) {
     progress(title(setting, choices[i]) + ": checking the answer");
     const Checked checked = all[i]->check();
@@ -78,12 +87,13 @@ std::vector<Row> measure(const Setting& setting, const std::vector<Choice>& choi
                     .checked_rows = checked.rows,
                     .ties = checked.ties});
     expected.push_back(copy_of(*all[i]));
+    times.push_back(times_for(checked, conditions));
   }
 
-  std::vector<Times> times(all.size());
   for (int run = 0; run < conditions.runs; ++run) {
     for (std::size_t i = 0; i < all.size(); ++i) {
-      progress(fmt::format("{}: run {} of {}", title(setting, choices[i]), run + 1, conditions.runs));
+      if (run >= times[i].runs) continue;
+      progress(fmt::format("{}: run {} of {}", title(setting, choices[i]), run + 1, times[i].runs));
       measure_ceiling();
       time_once(*all[i], expected[i], times[i]);
     }

@@ -6,26 +6,41 @@
 namespace moba::bench {
 namespace {
 
-constexpr std::int64_t kSlices = 8, kProbes = 8, kProbeRows = 8;
+constexpr std::int64_t kMostSlices = 8, kProbes = 8, kProbeRows = 8;
+/// A shorter slice brings a block too few rows to be worth packing, which says nothing about the whole.
+constexpr std::int64_t kSliceRows = 16384;
+/// The reference compares about a million and a half (query, key) pairs a second.
+constexpr std::int64_t kProbePairs = std::int64_t{1} << 24;
 constexpr std::size_t kReferenceWorkspace = std::size_t{1} << 30;
 
 /// Evenly spread: the middle of each stretch of the sequence.
 std::vector<Slice> slices_of(const Setting& setting) {
   if (setting.share >= 1) return {{0, setting.tokens, 0}};
   std::vector<Slice> slices;
-  const std::int64_t stretch = setting.tokens / kSlices;
+  const auto all = std::llround(setting.share * static_cast<double>(setting.tokens));
+  const std::int64_t number = std::clamp<std::int64_t>(all / kSliceRows, 1, kMostSlices),
+                     stretch = setting.tokens / number;
   const auto count = std::clamp<std::int64_t>(std::llround(setting.share * static_cast<double>(stretch)),
                                               std::min(kProbeRows, stretch), stretch);
-  for (std::int64_t i = 0; i < kSlices; ++i)
+  for (std::int64_t i = 0; i < number; ++i)
     slices.push_back({i * stretch + (stretch - count) / 2, count, i * count});
   return slices;
 }
 
-std::vector<Slice> probes_of(const std::vector<Slice>& slices) {
+/// Rows of a probe, by how many keys a row sees under the widest of the choices.
+std::int64_t probe_rows(const Setting& setting, const std::vector<Choice>& choices) {
+  std::int64_t keys = 1;
+  for (const Choice& choice : choices)
+    keys = std::max(keys,
+                    is_dense(choice, setting.tokens) ? setting.tokens / 2 : choice.topk * choice.chunk_size);
+  return std::clamp<std::int64_t>(kProbePairs / kProbes / keys, 1, kProbeRows);
+}
+
+std::vector<Slice> probes_of(const std::vector<Slice>& slices, std::int64_t most_rows) {
   std::vector<Slice> probes;
   const auto each = kProbes / static_cast<std::int64_t>(slices.size());
   for (const Slice& slice : slices) {
-    const std::int64_t rows = std::min(kProbeRows, slice.count), room = slice.count - rows;
+    const std::int64_t rows = std::min(most_rows, slice.count), room = slice.count - rows;
     for (std::int64_t i = 0; i < each; ++i) {
       const std::int64_t at = each == 1 ? room : room * i / (each - 1);
       if (!probes.empty() && slice.first + at < probes.back().end()) continue;  // too few rows for all
@@ -45,10 +60,11 @@ Execution Problem::reference() const {
   return {.backend = "reference", .parallel = parallel, .workspace_bytes = kReferenceWorkspace};
 }
 
-Problem make_problem(const Setting& setting, const Conditions& conditions, const Parallel& parallel) {
+Problem make_problem(const Setting& setting, const std::vector<Choice>& choices, const Conditions& conditions,
+                     const Parallel& parallel) {
   Problem problem{.setting = setting, .conditions = conditions, .parallel = parallel};
   problem.slices = slices_of(setting);
-  problem.probes = probes_of(problem.slices);
+  problem.probes = probes_of(problem.slices, probe_rows(setting, choices));
   return problem;
 }
 

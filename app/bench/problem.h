@@ -37,8 +37,10 @@ struct Problem {
   Execution reference() const;
 };
 
-/// Slices and probes, with empty arrays.
-Problem make_problem(const Setting& setting, const Conditions& conditions, const Parallel& parallel);
+/// Slices and probes, with empty arrays. `choices`: what probes will be compared for; where rows see millions
+/// of keys, fewer are.
+Problem make_problem(const Setting& setting, const std::vector<Choice>& choices, const Conditions& conditions,
+                     const Parallel& parallel);
 
 Routing routing_of(const Choice& choice);
 bool is_dense(const Choice& choice, std::int64_t tokens);

@@ -18,6 +18,12 @@ double spread_percent(const Row& row) {
   return 50 * (row.seconds.back() - row.seconds.front()) / row.median();
 }
 
+/// Says so where a budget allowed fewer runs than the usual five.
+std::string few_runs(const Row& row) {
+  const std::size_t runs = row.seconds.size();
+  return runs >= 5 ? "" : runs == 1 ? ", 1 run" : fmt::format(", {} runs", runs);
+}
+
 std::vector<std::string> cells(const Row& row) {
   const Setting& s = row.setting;
   const std::string heads =
@@ -34,7 +40,7 @@ std::vector<std::string> cells(const Row& row) {
           fmt::format("{}", s.head_dim),
           name_of(s.dtype),
           name_of(s.pattern),
-          fmt::format("{} +-{:.0f}%", duration(row.median()), spread_percent(row)),
+          fmt::format("{} +-{:.0f}%{}", duration(row.median()), spread_percent(row), few_runs(row)),
           rate,
           fmt::format("{:.1f}% {}", 100 * row.fraction_of_peak(), row.ceiling()),
           duration(row.stages.centroids),

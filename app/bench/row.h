@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,8 @@ struct Setting {
 /// How often, with what means.
 struct Conditions {
   int threads = 1, runs = 5;
+  /// Of a row's timed runs together, as far as the run that was checked foretells.
+  double budget_seconds = std::numeric_limits<double>::infinity();
   std::uint64_t seed = 0;
   std::size_t workspace_bytes = 0;
 };

@@ -94,6 +94,7 @@ def main():
     parser.add_argument("--topk", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=60, help="seconds of all runs together; one is made anyway")
     parser.add_argument("--check", action="store_true", help="compare with the naive form first (flex)")
     options = parser.parse_args()
 
@@ -102,11 +103,13 @@ def main():
     q, k, v = torch.randn(3, 1, options.heads, options.tokens, options.head_dim,
                           dtype=getattr(torch, options.dtype)).unbind(0)
     call, prepare = PEERS[options.peer](q, k, v, options)
-    first = seconds_of(call, prepare)  # warm-up, compilation
-    # Long calls are repeated less; one of half a minute stands for itself.
-    runs = 0 if first > 30 and options.peer != "flex" else min(options.runs, 3) if first > 4 else options.runs
-    seconds = sorted(seconds_of(call, prepare) for _ in range(runs)) or [first]
-    print(json.dumps({"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}))
+    if options.peer == "flex":
+        call()  # compiles
+    first = seconds_of(call, prepare)
+    seconds = [first] if first > 10 else []  # of a long run, what warming up takes cannot be told
+    runs = min(options.runs, max(1, int(options.budget / first)))
+    seconds += [seconds_of(call, prepare) for _ in range(runs - len(seconds))]
+    print(json.dumps({"seconds": sorted(seconds), "peak_rss_bytes": peak_rss_bytes()}))
 
 
 if __name__ == "__main__":

@@ -122,6 +122,13 @@ def test_a_sample_stands_for_the_whole():
     assert part["gate_flops"] == whole["gate_flops"] > 0
 
 
+def test_a_budget_leaves_the_run_that_was_checked():
+    (row,) = rows("--tokens", "1k", "--budget", "1e-9")
+    assert len(row["seconds"]) == 1 and row["checked_rows"] > 0 and row["attend_seconds"] > 0
+    assert ", 1 run" in bench("--tokens", "1k", "--budget", "1e-9").stdout
+    assert len(rows("--tokens", "1k", "--budget", "1000")[0]["seconds"]) == 5
+
+
 def test_csv_and_table():
     flags = ["--tokens", "256", "--head-dim", "16", "--chunk-size", "32", "--topk", "0,2"]
     found = list(csv.DictReader(io.StringIO(bench("-o", "csv", *flags).stdout)))
@@ -142,7 +149,8 @@ def test_nothing_but_the_report_is_printed():
     (["--dtype", "f64"], "--dtype"), (["--routing", "none"], "--routing"), (["--runs", "4"], "--runs"),
     (["--heads", "3", "--kv-heads", "2"], "--kv-heads"), (["--head-dim", "300"], "--head-dim"), (["-t", "-1"], "--threads"),
     (["-o", "xml"], "--output"), (["--sample", "0"], "--sample"), (["--sample", "nan"], "--sample"),
-    (["--sample", "0.5", "--pass", "gate"], "--sample"), (["--tokens", "1g", "--heads", "64"], "GiB"),
+    (["--sample", "0.5", "--pass", "gate"], "--sample"), (["--budget", "-1"], "--budget"), (["--budget", "nan"], "--budget"),
+    (["--tokens", "1g", "--heads", "64"], "GiB"),
     (["--workspace", "1"], "workspace"), (["--nope"], "--nope")])
 def test_bad_flags(flags, named):
     done = bench(*flags, code=2)
@@ -171,20 +179,98 @@ def test_growth_of_a_peer():
     assert seconds(100_000) == pytest.approx(30.1)
 
 
-def test_report_of_the_standing_set(tmp_path):
-    """The quick set's shape of report, over rows of a tiny run."""
+@pytest.fixture(scope="module")
+def tiny_row():
+    return rows("--tokens", "256", "--head-dim", "16")[0]
+
+
+@pytest.fixture
+def stand(tmp_path, monkeypatch, tiny_row):
+    """The standing set over two groups of one call each, by a program that prints a row and keeps a list of its calls."""
     run = module("run", ROOT / "benchmarks" / "run.py")
-    stub = tmp_path / "moba"
-    (row,) = rows("--tokens", "256", "--head-dim", "16")
-    stub.write_text(f"#!{sys.executable}\nimport json\nprint(json.dumps([{row!r}]))\n")
-    stub.chmod(0o755)
-    options = type("Options", (), {"moba": str(stub), "threads": 2, "timeout": 60, "quick": False, "out": tmp_path})
-    one = run.Bench(options)
-    one.moba("forward", [256], [(512, 3)])
-    one.fail("forward", ["moba", "bench", "-t", "2"], "out of memory")
-    run.write(one, tmp_path / "report", 0)
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert report["rows"][0]["seconds_median"] == row["seconds_median"]
-    assert len(report["targets"]) > 30 and report["failures"][0]["message"] == "out of memory"
-    text = (tmp_path / "report.md").read_text()
-    assert "not measured" in text and "out of memory" in text
+    monkeypatch.setattr(run, "GROUPS", {"forward": lambda: [run.ours("forward", 1, [256], [(512, 3)])],
+                                        "heads": lambda: [run.ours("heads", 1, [256], [(512, 3)], heads=2)]})
+    monkeypatch.setattr(run, "plot_time", lambda *_: None)
+    monkeypatch.setattr(run, "plot_peak", lambda *_: None)
+
+    class Stand:
+        path, log, refused = tmp_path / "day.json", tmp_path / "log", tmp_path / "refused"
+
+        def __call__(self, *flags):
+            return run.main(["--moba", str(tmp_path / "moba"), "--out", str(tmp_path), "--name", "day", "--threads", "2", *flags])
+
+        def calls(self):
+            """Whether each call so far was for two heads, then forgets them."""
+            found = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+            self.log.unlink(missing_ok=True)
+            return ["--heads" in call for call in found]
+
+        def report(self):
+            return json.loads(self.path.read_text())
+
+    result = Stand()
+    (tmp_path / "moba").write_text(f"""#!{sys.executable}
+import json, os, sys
+with open({str(result.log)!r}, "a") as log:
+    print(json.dumps(sys.argv), file=log)
+if os.path.exists({str(result.refused)!r}):
+    sys.exit("out of memory")
+if "--heads" in sys.argv:  # what came before is on the disk by now
+    assert json.load(open({str(result.path)!r}))["rows"]
+print(json.dumps([{tiny_row!r}]))
+""")
+    (tmp_path / "moba").chmod(0o755)
+    return result
+
+
+def test_results_are_written_after_every_call(stand):
+    assert stand() == 0 and stand.calls() == [False, True]
+    report = stand.report()
+    assert [row["group"] for row in report["rows"]] == ["forward", "heads"]
+    assert len(report["targets"]) > 40 and not report["failures"]
+    assert "not measured" in stand.path.with_suffix(".md").read_text()
+
+
+def test_a_call_made_again_replaces_its_rows(stand):
+    assert stand() == stand("--only", "heads") == 0
+    assert stand.calls() == [False, True, True]
+    assert [row["group"] for row in stand.report()["rows"]] == ["forward", "heads"]
+
+
+def test_continuing_makes_what_is_missing(stand):
+    assert stand("--only", "forward") == 0 and stand.calls() == [False]
+    assert stand("--continue") == 0 and stand.calls() == [True]
+    assert stand("--continue") == 0 and stand.calls() == []
+    assert stand("--threads", "1", "--continue") == 0 and stand.calls() == [False, True]  # other rows than those of two
+    assert len(stand.report()["rows"]) == 2
+
+
+def test_what_failed_is_said_and_made_again(stand):
+    stand.refused.touch()
+    assert stand() == 1 and stand.calls() == [False, True]
+    assert [f["message"] for f in stand.report()["failures"]] == ["out of memory"] * 2
+    assert "out of memory" in stand.path.with_suffix(".md").read_text()
+    stand.refused.unlink()
+    assert stand("--continue") == 0 and stand.calls() == [False, True]
+    assert not stand.report()["failures"]
+
+
+def test_a_slow_peer_is_extrapolated_from_its_own_shorter_runs(tmp_path):
+    run = module("run", ROOT / "benchmarks" / "run.py")
+    options = type("Options", (), {"moba": "none", "threads": 2, "timeout": 60, "quick": False, "out": tmp_path})
+    short, middle, long = run.theirs("forward", "sdpa", {1000: 1, 2000: 1, 1_000_000: 0})
+    bench = run.Bench(options, [short, middle, long])
+    bench.run = lambda call, *_: (json.dumps({"seconds": [1e-9 * call.tokens**2], "peak_rss_bytes": 1}), None)
+    for call in [short, middle, long]:
+        bench.make(call)
+    assert [p["extrapolated"] for p in bench.peers] == [False, False, True]
+    assert bench.peers[-1]["seconds_median"] == pytest.approx(1000)
+    run.write(bench, tmp_path / "report")
+    assert "| sdpa | 1000000 | full | float32 | 1e+03 s | extrapolated |" in (tmp_path / "report.md").read_text()
+
+
+def test_every_call_of_the_standing_set_is_one_of_its_own():
+    run = module("run", ROOT / "benchmarks" / "run.py")
+    plan = [call for group in run.GROUPS.values() for call in group()]
+    assert len({call.key(2) for call in plan}) == len(plan) > 50
+    assert sum(call.expected for call in plan) < 30 * 60
