@@ -192,7 +192,7 @@ def flex():
 
 def ten_million():
     tokens, sixty_four = 10 * MI, (10 * MI // 64, 3)
-    return [ours("ten-million", 130, [tokens], [(512, 3)], dtype="bf16", budget=30),
+    return [ours("ten-million", 170, [tokens], [(512, 3)], dtype="bf16", budget=30, workspace="2g"),
             ours("ten-million", 80, [tokens], [FULL], dtype="bf16", budget=30, sample=0.0005),
             ours("ten-million", 240, [tokens], [sixty_four], dtype="bf16", budget=30, sample=0.1)]
 
