@@ -7,6 +7,7 @@ namespace moba::app {
 
 /// Every subcommand's flags; parsing sets `action` to what it does, which gives the exit code.
 CLI::App* add_bench(CLI::App& parent, std::function<int()>& action);
+CLI::App* add_eval(CLI::App& parent, std::function<int()>& action);
 CLI::App* add_generate(CLI::App& parent, std::function<int()>& action);
 CLI::App* add_info(CLI::App& parent, std::function<int()>& action);
 CLI::App* add_tokenize(CLI::App& parent, std::function<int()>& action);

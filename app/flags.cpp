@@ -18,6 +18,20 @@ std::int64_t layer_number(const char* flag, std::string_view text, std::string_v
 
 }  // namespace
 
+std::int64_t size_from(const char* flag, std::string_view text, std::int64_t most) {
+  std::int64_t value = 0;
+  const char* end = text.data() + text.size();
+  const auto parsed = std::from_chars(text.data(), end, value);
+  const std::string_view suffix(parsed.ptr, static_cast<std::size_t>(end - parsed.ptr));
+  const std::map<std::string_view, int> shifts{{"", 0}, {"k", 10}, {"K", 10}, {"m", 20}, {"M", 20}};
+  const auto shift = shifts.find(suffix);
+  if (parsed.ec != std::errc() || shift == shifts.end() || value < 1 || value > most >> shift->second) {
+    throw llm::UsageError(
+        fmt::format("{}: expected 1 to {}, such as 8k or 1m; found '{}'", flag, most, text));
+  }
+  return value << shift->second;
+}
+
 std::vector<llm::LayerRange> layer_ranges(const char* flag, std::string_view text) {
   std::vector<llm::LayerRange> ranges;
   for (std::size_t begin = 0; begin <= text.size();) {

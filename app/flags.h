@@ -60,6 +60,9 @@ T in_range(const char* flag, const std::optional<T>& value, T low, T high, T oth
   return value ? in_range(flag, *value, low, high) : otherwise;
 }
 
+/// "8k" is 8192, "1m" 1048576. Throws UsageError for what is no such number from 1 to `most`.
+std::int64_t size_from(const char* flag, std::string_view text, std::int64_t most = kMostTokens);
+
 /// Throws UsageError where a flag is given that nothing would look at; `why` goes on from "has no effect".
 inline void refuse(bool given, const char* flag, const char* why) {
   if (given) throw llm::UsageError(fmt::format("{}: has no effect {}", flag, why));

@@ -1,15 +1,10 @@
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
-#include <csignal>
 #include <cstdio>
-#include <filesystem>
-#include <fstream>
 #include <functional>
-#include <iostream>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -18,7 +13,10 @@
 #include <vector>
 
 #include "app/commands.h"
+#include "app/document.h"
 #include "app/generate_settings.h"
+#include "app/program.h"
+#include "app/progress.h"
 #include "llm/error.h"
 #include "llm/formats/weights.h"
 #include "llm/memory.h"
@@ -30,14 +28,6 @@ namespace {
 
 using llm::DataError;
 using llm::UsageError;
-
-constexpr int kInterruptedCode = 130;  // what shells expect after Ctrl-C
-constexpr std::size_t kLargestFile = std::size_t{256} << 20;
-
-volatile std::sig_atomic_t interrupt_requested = 0;
-
-/// Thrown out of a prefill that the user gave up.
-struct Interrupted {};
 
 enum class Finish : std::uint8_t { end_token, length, context, interrupted };
 
@@ -67,31 +57,6 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-/// The whole of a file, or of standard input for "-", without the newline that ends it.
-std::string read_document(const std::string& path) {
-  const bool from_stdin = path == "-";
-  const std::string name = from_stdin ? "standard input" : path;
-  if (!from_stdin && std::filesystem::is_directory(path)) {
-    throw DataError(fmt::format("-f/--file {}: expected a text file; found a folder", path));
-  }
-  std::ifstream file;
-  if (!from_stdin) file.open(path, std::ios::binary);
-  std::istream& stream = from_stdin ? std::cin : file;
-  std::string text;
-  std::vector<char> buffer(std::size_t{1} << 16);
-  while (stream && text.size() <= kLargestFile) {
-    stream.read(buffer.data(), static_cast<std::streamsize>(buffer.size()));
-    text.append(buffer.data(), static_cast<std::size_t>(stream.gcount()));
-  }
-  if (text.size() > kLargestFile) {
-    throw DataError(fmt::format("-f/--file {}: expected at most {} bytes; found more", name, kLargestFile));
-  }
-  if (!stream.eof())
-    throw DataError(fmt::format("-f/--file {}: expected a text file; it cannot be read", name));
-  if (text.ends_with('\n')) text.pop_back();
-  return text;
-}
-
 std::string prompt_text(const GenerateSettings& settings) {
   if (!settings.file) return *settings.prompt;
   const std::string document = read_document(*settings.file);
@@ -113,41 +78,6 @@ std::vector<std::int32_t> prompt_tokens(const GenerateSettings& settings, const 
   return ids;
 }
 
-/// One line on a terminal that is rewritten while a prompt is read; nothing elsewhere.
-class ProgressLine {
- public:
-  explicit ProgressLine(std::size_t tokens) : total_(static_cast<double>(tokens)) {}
-  ~ProgressLine() {
-    if (shown_) std::fputs("\r\033[K", stderr);
-  }
-  ProgressLine(const ProgressLine&) = delete;
-  ProgressLine& operator=(const ProgressLine&) = delete;
-
-  void operator()(double read) {
-    if (interrupt_requested) throw Interrupted();
-    const double time = now();
-    if (!terminal_ || time - last_ < 0.1) return;
-    last_ = time;
-    shown_ = true;
-    const double speed = read / (time - start_);
-    const std::string line =
-        fmt::format("\rreading {:.0f} of {:.0f} tokens, {:.0f} tokens/s, {:.0f} s left\033[K", read, total_,
-                    speed, (total_ - read) / speed);
-    std::fputs(line.c_str(), stderr);
-  }
-
- private:
-  bool terminal_ = isatty(STDERR_FILENO) == 1;
-  bool shown_ = false;
-  double total_, start_ = now(), last_ = start_;
-};
-
-void print(std::string_view text) {
-  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
-    throw DataError("standard output: cannot be written");
-  }
-}
-
 /// Writes tokens, `logits` giving the first, until one of them, the user or a limit ends it.
 Finish write_answer(const GenerateSettings& settings, const llm::Tokenizer& tokenizer, llm::Session& session,
                     std::vector<float> logits, Generation& result) {
@@ -161,7 +91,7 @@ Finish write_answer(const GenerateSettings& settings, const llm::Tokenizer& toke
   };
   const auto write = [&] {
     while (!full()) {
-      if (interrupt_requested) return Finish::interrupted;
+      if (interrupt_requested()) return Finish::interrupted;
       const std::int32_t token = sampler(logits);
       if (!settings.ignore_eos && std::find(ends.begin(), ends.end(), token) != ends.end())
         return Finish::end_token;
@@ -187,10 +117,10 @@ Generation generate(const GenerateSettings& settings, const llm::Weights& weight
   llm::Session session(llm::Model::load(weights, settings.dtype), settings.session);
   result.load_seconds = now() - start;
 
-  std::signal(SIGINT, [](int) { interrupt_requested = 1; });
+  note_interrupts();
   std::vector<float> logits;
   {
-    ProgressLine progress(result.prompt.size());
+    ProgressLine progress("reading", static_cast<double>(result.prompt.size()));
     const double prefill_start = now();
     logits = session.prefill(result.prompt, std::ref(progress));
     result.prefill_seconds = now() - prefill_start;

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "app/session_flags.h"
 #include "llm/session/sampler.h"
 #include "llm/session/session.h"
 #include "moba/tensor.h"
@@ -15,18 +16,15 @@ namespace moba::app {
 /// What the command line of `moba generate` says, before it is checked. Unset where the user said nothing and
 /// that makes a difference.
 struct GenerateFlags {
-  std::string model;
+  SessionFlags session;
+  llm::AttentionMode attention = llm::AttentionMode::full;
   std::optional<std::string> prompt, file;
   std::int64_t predict = -1;
-  std::optional<std::int64_t> context, threads;
+  std::optional<std::int64_t> context;
   double temperature = 0;
   std::optional<std::int64_t> top_k, seed;
   std::optional<double> top_p, min_p;
   bool no_chat = false, ignore_eos = false, json = false;
-  llm::AttentionMode attention = llm::AttentionMode::full, decode = llm::AttentionMode::full;
-  std::optional<std::int64_t> block_size, top_blocks, sink, full_tail;
-  std::optional<std::string> full_layers;
-  DType dtype = DType::f32;
 };
 
 /// What will be done.

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "app/commands.h"
+#include "app/program.h"
 #include "llm/error.h"
 #include "llm/formats/gguf.h"
 #include "llm/formats/json.h"
@@ -264,12 +265,6 @@ std::string table(const InfoOptions& options, const llm::Weights& weights, const
   line("tokenizer", llm::one_line(around.tokenizer));
   line("chat template", llm::chat_form(around.chat_template));
   return options.tensors ? text + tensor_lines(weights) : text;
-}
-
-void print(const std::string& text) {
-  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
-    throw llm::DataError("standard output: cannot be written");
-  }
 }
 
 }  // namespace

@@ -19,7 +19,8 @@ std::string first_line(const std::string& text) {
 
 int fail(const CLI::App& app, const std::string& message, int code) {
   std::string command = app.get_name();
-  for (const CLI::App* sub : app.get_subcommands()) command += " " + sub->get_name();
+  for (auto used = app.get_subcommands(); !used.empty(); used = used.front()->get_subcommands())
+    command += " " + used.front()->get_name();
   std::fprintf(stderr, "%s: %s\n", command.c_str(), message.c_str());
   return code;
 }
@@ -49,6 +50,12 @@ int run(CLI::App& app, const std::function<int()>& action, int argc, char** argv
     return fail(app, "out of memory", kDataError);
   } catch (const std::exception& error) {
     return fail(app, first_line(error.what()), kDataError);  // LibTorch's go on with a backtrace
+  }
+}
+
+void print(std::string_view text) {
+  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
+    throw llm::DataError("standard output: cannot be written");
   }
 }
 

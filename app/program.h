@@ -2,11 +2,15 @@
 
 #include <CLI/CLI.hpp>
 #include <functional>
+#include <string_view>
 
 namespace moba::app {
 
 /// Parses the arguments, runs the subcommand that sets `action`, and turns whatever goes wrong into one line
 /// on standard error and exit code 2 (usage) or 1 (data).
 int run(CLI::App& app, const std::function<int()>& action, int argc, char** argv);
+
+/// Writes to standard output, at once. Throws DataError where that is not to be.
+void print(std::string_view text);
 
 }  // namespace moba::app

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "app/commands.h"
+#include "app/program.h"
 #include "llm/error.h"
 #include "llm/tokenizer/tokenizer.h"
 
@@ -97,12 +98,6 @@ std::string table(const llm::Tokenizer& tokenizer, const std::vector<std::int32_
   for (const std::int32_t id : ids)
     text += fmt::format("{:>7}  {}\n", id, visible(tokenizer.piece(id, true)));
   return text;
-}
-
-void print(const std::string& text) {
-  if (std::fwrite(text.data(), 1, text.size(), stdout) != text.size() || std::fflush(stdout) != 0) {
-    throw llm::DataError("standard output: cannot be written");
-  }
 }
 
 int tokenize(const TokenizeFlags& flags) {

@@ -12,6 +12,7 @@ build_packages=(
   libhwy-dev                                              # the library: vectors
   libcli11-dev libfmt-dev nlohmann-json3-dev              # the program: flags, text, JSON
   libpcre2-dev libutf8proc-dev                            # the tokenizer
+  libcairo2-dev pkg-config                                # pictures of evaluations
   libgtest-dev libgmock-dev                               # the tests
   python3-venv
 )

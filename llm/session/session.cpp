@@ -125,4 +125,9 @@ std::vector<float> Session::decode(std::int32_t token) {
                             .progress = {}});
 }
 
+void Session::rewind(std::int64_t tokens) {
+  for (KvCache& cache : caches_) cache.truncate(tokens);
+  length_ = tokens;
+}
+
 }  // namespace moba::llm

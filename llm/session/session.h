@@ -61,6 +61,9 @@ class Session {
   /// Reads one token in the decode mode and returns the logits [vocab] after it.
   std::vector<float> decode(std::int32_t token);
 
+  /// Forgets all but the first `tokens` of what was read.
+  void rewind(std::int64_t tokens);
+
   /// Tokens read so far.
   std::int64_t length() const { return length_; }
   AttentionSeconds attention_seconds() const { return seconds_; }

@@ -14,6 +14,7 @@
 #include "llm/formats/json.h"
 #include "llm/formats/mapped_file.h"
 #include "llm/formats/output_file.h"
+#include "llm/formats/text_files.h"
 #include "llm/train/fingerprint.h"
 
 namespace moba::llm::train {
@@ -27,51 +28,10 @@ constexpr const char* kIndex = "index.json";
 constexpr std::int64_t kShardBytes = std::int64_t{1} << 30;
 constexpr std::int64_t kTellBytes = std::int64_t{64} << 20;
 
-struct Source {
-  fs::path path;
-  bool is_named;  // on the command line, not found in a folder
-};
-
 /// What a file looked like when it was tokenised.
-nlohmann::json stamp_of(const Source& source) {
+nlohmann::json stamp_of(const TextFile& source) {
   return {source.path.string(), fs::file_size(source.path),
           fs::last_write_time(source.path).time_since_epoch().count()};
-}
-
-/// The files in a folder and its subfolders, in alphabetical order; hidden ones and what lies in `besides`
-/// are passed over.
-std::vector<fs::path> files_in(const fs::path& folder, const fs::path& besides) {
-  std::vector<fs::path> files;
-  const auto options = fs::directory_options::skip_permission_denied;
-  for (fs::recursive_directory_iterator entry(folder, options), end; entry != end; ++entry) {
-    const bool is_hidden = entry->path().filename().string().starts_with('.');
-    if (entry->is_directory() && (is_hidden || fs::equivalent(entry->path(), besides))) {
-      entry.disable_recursion_pending();
-    } else if (entry->is_regular_file() && !is_hidden) {
-      files.push_back(entry->path());
-    }
-  }
-  std::sort(files.begin(), files.end());
-  return files;
-}
-
-std::vector<Source> find_sources(const std::vector<fs::path>& paths, const fs::path& besides) {
-  std::vector<Source> sources;
-  for (const fs::path& path : paths) {
-    if (!fs::exists(path)) {
-      throw DataError(fmt::format("--data {}: expected a file or a folder; found none", path.string()));
-    }
-    if (!fs::is_directory(path)) {
-      sources.push_back({path, true});
-      continue;
-    }
-    for (const fs::path& file : files_in(path, besides)) sources.push_back({file, false});
-  }
-  return sources;
-}
-
-std::string_view text_of(const MappedFile& file) {
-  return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
 }
 
 struct Text {
@@ -153,16 +113,10 @@ class ShardWriter {
 };
 
 /// Adds the documents of a file; false for one that has none or is binary.
-bool add_file(const Source& source, ShardWriter& writer) {
+bool add_file(const TextFile& source, ShardWriter& writer) {
   const MappedFile file(source.path);
-  const std::string_view text = text_of(file);
-  const char* wrong = text.empty()                                ? "an empty one"
-                      : text.find('\0') != std::string_view::npos ? "a binary one: it holds a zero byte"
-                                                                  : nullptr;
-  if (wrong != nullptr) {
-    if (!source.is_named) return false;
-    throw DataError(fmt::format("--data {}: expected a text file; found {}", file.name(), wrong));
-  }
+  const std::string_view text = text_in(source, file);
+  if (text.empty()) return false;
   if (source.path.extension() != ".jsonl") {
     writer.add({"", std::string(text)});
     return true;
@@ -179,14 +133,14 @@ bool add_file(const Source& source, ShardWriter& writer) {
   return true;
 }
 
-void build(const std::vector<Source>& sources, const nlohmann::json& key, const TextTokens& tokens,
+void build(const std::vector<TextFile>& sources, const nlohmann::json& key, const TextTokens& tokens,
            const fs::path& cache, const Corpus::Tell& tell) {
   const fs::path half_done = cache.string() + ".part";
   fs::remove_all(half_done);
   fs::create_directories(half_done);
   ShardWriter writer(half_done, tokens);
   std::int64_t left_out = 0, told = 0;
-  for (const Source& source : sources) {
+  for (const TextFile& source : sources) {
     if (!add_file(source, writer)) ++left_out;
     if (writer.total() - told >= kTellBytes) {
       told = writer.total();
@@ -241,12 +195,12 @@ struct Corpus::Impl {
 
 Corpus Corpus::open(const std::vector<fs::path>& paths, const TextTokens& tokens, const fs::path& cache,
                     const Tell& tell) {
-  const std::vector<Source> sources = find_sources(paths, cache.parent_path());
+  const std::vector<TextFile> sources = find_text_files(paths, cache.parent_path());
   nlohmann::json key{{"version", kVersion},
                      {"tokenizer", tokens.identity()},
                      {"token_bytes", tokens.vocab_size() > 65536 ? 4 : 2},
                      {"files", nlohmann::json::array()}};
-  for (const Source& source : sources) key["files"].push_back(stamp_of(source));
+  for (const TextFile& source : sources) key["files"].push_back(stamp_of(source));
 
   const auto is_current = [&] {
     if (!fs::exists(cache / kIndex)) return false;

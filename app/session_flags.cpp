@@ -1,0 +1,105 @@
+#include "app/session_flags.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <thread>
+
+#include "app/flags.h"
+#include "llm/error.h"
+
+namespace moba::app {
+namespace {
+
+using llm::AttentionMode;
+using llm::UsageError;
+
+const std::map<std::string, AttentionMode> kDecodeModes{{"full", AttentionMode::full},
+                                                        {"moba", AttentionMode::moba}};
+const std::map<std::string, DType> kDTypes{{"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}};
+
+void refuse_idle(const SessionFlags& flags, const std::vector<AttentionMode>& prefills) {
+  const auto is_sparse = [](AttentionMode mode) { return mode != AttentionMode::full; };
+  const bool prefills_sparsely = std::any_of(prefills.begin(), prefills.end(), is_sparse);
+  if (!prefills_sparsely && !is_sparse(flags.decode)) {
+    constexpr const char* kWhy = "with --attn full and --decode full";
+    refuse(flags.block_size.has_value(), "--moba-chunk-size", kWhy);
+    refuse(flags.top_blocks.has_value(), "--moba-topk", kWhy);
+    refuse(flags.sink.has_value(), "--moba-sink", kWhy);
+    refuse(flags.full_layers.has_value(), "--moba-full-layers", kWhy);
+  }
+  refuse(!prefills_sparsely && flags.full_tail.has_value(), "--moba-full-tail", "with --attn full");
+}
+
+}  // namespace
+
+void add_model_flags(CLI::App& command, SessionFlags& flags) {
+  command.add_option("-m,--model", flags.model, "Weights: a GGUF file or a Hugging Face folder")->required();
+  add_number(command, "-t,--threads", flags.threads, "Threads [as many as there are cores]");
+  add_choice(command, "--dtype", flags.dtype, kDTypes, "Working precision of weights and cache [f32]");
+}
+
+void add_block_flags(CLI::App& command, SessionFlags& flags) {
+  const std::string group = "Attention";
+  add_number(command, "--moba-chunk-size", flags.block_size, "Tokens in a block [256]")->group(group);
+  add_number(command, "--moba-topk", flags.top_blocks, "Blocks a token attends to, its own included [4]")
+      ->group(group);
+  add_number(command, "--moba-sink", flags.sink,
+             "First blocks that are always selected, counted in top-k [1]")
+      ->group(group);
+  command.add_option("--moba-full-layers", flags.full_layers, "Layers that stay full, such as 0,27-29")
+      ->group(group);
+}
+
+void add_answer_flags(CLI::App& command, SessionFlags& flags) {
+  const std::string group = "Attention";
+  add_choice(command, "--decode", flags.decode, kDecodeModes, "How the answer is written [full]");
+  command.get_option("--decode")->group(group);
+  add_number(command, "--moba-full-tail", flags.full_tail, "Last prompt tokens that are read fully [128]")
+      ->group(group);
+}
+
+std::vector<llm::SessionSettings> sessions_from(const SessionFlags& flags,
+                                                const std::vector<AttentionMode>& prefills) {
+  refuse_idle(flags, prefills);
+  llm::SessionSettings session;
+  session.decode = flags.decode;
+  Routing& moba = session.moba;
+  moba.block_size =
+      in_range("--moba-chunk-size", flags.block_size, std::int64_t{1}, kMostTokens, moba.block_size);
+  moba.top_k = in_range("--moba-topk", flags.top_blocks, std::int64_t{1}, kMostTokens, moba.top_k);
+  const std::int64_t most_sinks = moba.top_k - 1;
+  if (flags.sink && (*flags.sink < 0 || *flags.sink > most_sinks)) {
+    throw UsageError(fmt::format("--moba-sink: expected 0 to {}, one less than --moba-topk {}; found {}",
+                                 most_sinks, moba.top_k, *flags.sink));
+  }
+  moba.sink_blocks = flags.sink.value_or(std::min(moba.sink_blocks, most_sinks));
+  session.full_tail =
+      in_range("--moba-full-tail", flags.full_tail, std::int64_t{0}, kMostTokens, session.full_tail);
+  if (flags.full_layers) session.full_layers = layer_ranges("--moba-full-layers", *flags.full_layers);
+
+  const auto cores = static_cast<std::int64_t>(std::max(1U, std::thread::hardware_concurrency()));
+  session.threads =
+      static_cast<int>(in_range("-t/--threads", flags.threads, std::int64_t{1}, std::int64_t{1024}, cores));
+
+  std::vector<llm::SessionSettings> sessions(prefills.size(), session);
+  for (std::size_t i = 0; i < prefills.size(); ++i) sessions[i].prefill = prefills[i];
+  return sessions;
+}
+
+void add_attention(nlohmann::ordered_json& json, const llm::SessionSettings& session) {
+  const bool prefills_sparsely = session.prefill != AttentionMode::full;
+  json["decode"] = name_of(session.decode);
+  if (!prefills_sparsely && session.decode == AttentionMode::full) return;
+  json["moba_chunk_size"] = session.moba.block_size;
+  json["moba_topk"] = session.moba.top_k;
+  json["moba_sink"] = session.moba.sink_blocks;
+  if (prefills_sparsely) json["moba_full_tail"] = session.full_tail;
+  json["moba_full_layers"] = nlohmann::json::array();
+  for (const llm::LayerRange& range : session.full_layers) {
+    for (std::int64_t layer = range.first; layer <= range.last; ++layer)
+      json["moba_full_layers"].push_back(layer);
+  }
+}
+
+}  // namespace moba::app

@@ -1,0 +1,46 @@
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <cstdint>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "llm/session/session.h"
+#include "moba/tensor.h"
+
+// The flags of every subcommand that runs a model: which one, how it attends, on how many threads.
+namespace moba::app {
+
+inline const std::map<std::string, llm::AttentionMode> kAttentionModes{
+    {"full", llm::AttentionMode::full},
+    {"moba", llm::AttentionMode::moba},
+    {"moba-naive", llm::AttentionMode::moba_naive}};
+
+/// Before they are checked; unset where the user said nothing and that makes a difference.
+struct SessionFlags {
+  std::string model;
+  llm::AttentionMode decode = llm::AttentionMode::full;
+  std::optional<std::int64_t> block_size, top_blocks, sink, full_tail, threads;
+  std::optional<std::string> full_layers;
+  DType dtype = DType::f32;
+};
+
+/// -m, -t, --dtype.
+void add_model_flags(CLI::App& command, SessionFlags& flags);
+/// --moba-chunk-size, --moba-topk, --moba-sink, --moba-full-layers.
+void add_block_flags(CLI::App& command, SessionFlags& flags);
+/// --decode, --moba-full-tail.
+void add_answer_flags(CLI::App& command, SessionFlags& flags);
+
+/// One session's settings for each way to read a prompt. Throws UsageError, naming the flag, for values out
+/// of range and for flags that none of them looks at.
+std::vector<llm::SessionSettings> sessions_from(const SessionFlags& flags,
+                                                const std::vector<llm::AttentionMode>& prefills);
+
+/// Adds --decode and what is in force of the --moba flags, under their names.
+void add_attention(nlohmann::ordered_json& json, const llm::SessionSettings& session);
+
+}  // namespace moba::app

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace moba::llm::eval {
+
+/// Draws that are the same on every machine: of the standard's generators alone, not its distributions.
+class Random {
+ public:
+  /// What tells this case from every other: the user's seed, the length, the number of the sample, ...
+  Random(std::initializer_list<std::int64_t> parts) : engine_(seeded(parts)) {}
+
+  /// 0 to count - 1; so few that what the remainder favours cannot be seen.
+  std::int64_t below(std::int64_t count) {
+    return static_cast<std::int64_t>(engine_() % static_cast<std::uint64_t>(count));
+  }
+  template <typename T>
+  const T& one_of(const std::vector<T>& values) {
+    return values[static_cast<std::size_t>(below(static_cast<std::int64_t>(values.size())))];
+  }
+  template <typename T>
+  void shuffle(std::vector<T>& values) {
+    for (std::size_t i = values.size(); i > 1; --i)
+      std::swap(values[i - 1], values[static_cast<std::size_t>(below(static_cast<std::int64_t>(i)))]);
+  }
+  /// A number of this many digits, the first not 0.
+  std::string number(std::int64_t digits) {
+    std::string text(1, static_cast<char>('1' + below(9)));
+    while (static_cast<std::int64_t>(text.size()) < digits) text += static_cast<char>('0' + below(10));
+    return text;
+  }
+
+ private:
+  static std::mt19937_64 seeded(std::initializer_list<std::int64_t> parts) {
+    std::vector<std::uint32_t> words;
+    for (const std::int64_t part : parts) {
+      words.push_back(static_cast<std::uint32_t>(part));
+      words.push_back(static_cast<std::uint32_t>(static_cast<std::uint64_t>(part) >> 32));
+    }
+    std::seed_seq sequence(words.begin(), words.end());
+    return std::mt19937_64(sequence);
+  }
+
+  std::mt19937_64 engine_;
+};
+
+}  // namespace moba::llm::eval

@@ -1,0 +1,43 @@
+#include "llm/eval/reader.h"
+
+#include <algorithm>
+#include <span>
+
+#include "llm/session/sampler.h"
+#include "llm/session/text_stream.h"
+
+namespace moba::llm::eval {
+
+std::int64_t Reader::shared_with(const std::vector<std::int32_t>& prompt) const {
+  // The tail of a prompt is read in another way than what comes before it.
+  const std::int64_t tail = settings_.prefill == AttentionMode::full ? 0 : settings_.full_tail;
+  const auto differs = std::mismatch(held_.begin(), held_.end(), prompt.begin(), prompt.end()).first;
+  const auto held = static_cast<std::int64_t>(held_.size()), size = static_cast<std::int64_t>(prompt.size());
+  return std::max<std::int64_t>(0, std::min({differs - held_.begin(), held - tail, size - tail, size - 1}));
+}
+
+std::string Reader::answer(const std::vector<std::int32_t>& prompt, std::int64_t most,
+                           const Session::Progress& progress,
+                           const std::function<bool(const std::string&)>& is_enough) {
+  const std::int64_t shared = shared_with(prompt);
+  session_.rewind(shared);
+  held_ = prompt;
+  std::vector<float> logits =
+      session_.prefill(std::span(prompt).subspan(static_cast<std::size_t>(shared)), [&](double tokens) {
+        if (progress) progress(static_cast<double>(shared) + tokens);
+      });
+
+  const std::vector<std::int32_t>& ends = tokenizer_.end_tokens();
+  Sampler likeliest({});
+  TextStream stream;
+  std::string text;
+  for (std::int64_t written = 1;; ++written) {
+    const std::int32_t token = likeliest(logits);
+    if (std::find(ends.begin(), ends.end(), token) != ends.end()) return text;
+    text += stream.push(tokenizer_.piece(token));
+    if (written >= most || (is_enough && is_enough(text))) return text;
+    logits = session_.decode(token);
+  }
+}
+
+}  // namespace moba::llm::eval

@@ -1,0 +1,12 @@
+#pragma once
+
+#include <string>
+
+#include "llm/eval/random.h"
+
+namespace moba::llm::eval {
+
+/// A name for a fact, such as "amber-otter": one of some sixty thousand.
+std::string random_name(Random& random);
+
+}  // namespace moba::llm::eval
