@@ -6,7 +6,7 @@ JOBS ?= $(shell nproc)
 PYTHON := .venv/bin/python
 SOURCES = git ls-files '*.h' '*.cpp' '*.cu'
 
-.PHONY: help setup build python demo test test-cpp test-asan test-tsan test-python test-long cuda neon bench format lint install-test clean
+.PHONY: help setup build python demo test test-cpp test-asan test-tsan test-python test-long cuda gpu-check neon bench format lint install-test clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | \
@@ -52,6 +52,9 @@ test-long: test-cpp python  ## tens of thousands of generated cases more
 cuda: setup  ## the CUDA backend with nvcc, no GPU needed; says what registers its kernels take
 	@cmake --preset cuda --log-level=ERROR >/dev/null
 	cmake --build build/cuda -j$(JOBS)
+
+gpu-check:  ## on a machine with an NVIDIA GPU: builds, tests and measures the CUDA backend; needs no network
+	@$(firstword $(wildcard $(PYTHON)) python3) tools/gpu_check.py
 
 neon: setup  ## the kernels compile for Arm (needs Debian's g++-aarch64-linux-gnu)
 	tools/check_neon.sh

@@ -58,7 +58,8 @@ TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
   Carver measure;
   carve_starts(measure, task, starts);
   carve_plan(measure, task, part);
-  Queue queue("test", {});
+  const Execution execution;  // the queue refers to it
+  Queue queue("test", execution);
   const Slab slab(queue, measure.used());
   Carver carver(slab.data());
   const Batch batch = lay_out(queue, task, starts, part, carve_starts(carver, task, starts));

@@ -1,0 +1,406 @@
+#!/usr/bin/env python3
+"""MoBA on a CUDA device against dense attention through torch (cuDNN, else FlashAttention), in the same run.
+
+Each problem is checked on sampled rows in float64 before it is timed. What is compared takes turns; times are medians of
+CUDA events and include the gate and the index. Rows are in benchmarks/results/<gpu>-<date>.json and .md after every part;
+parts that the time given does not allow are named there. Ends with 1 when an answer was wrong.
+
+    python3 benchmarks/cuda.py --seconds 200
+"""
+
+import argparse
+import datetime
+import json
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KI, MI = 1 << 10, 1 << 20
+HEAD_DIM = 128
+DEVICE = "cuda"
+
+
+# ---- what is counted ----
+
+def length(tokens):
+    return f"{tokens // MI}M" if tokens % MI == 0 else f"{tokens // KI}K"
+
+
+def dense_pairs(tokens):
+    return tokens * (tokens + 1) // 2
+
+
+def counts(tokens, block_size, top_k):
+    """Pairs of a query and a key that it attends to, and of a query and a block that it scores, of one head."""
+    blocks, rest = divmod(tokens, block_size)
+
+    def sum_over_queries(of_block):
+        return sum(of_block(own) for own in range(blocks)) * block_size + of_block(blocks) * rest
+
+    own_block = blocks * block_size * (block_size + 1) // 2 + rest * (rest + 1) // 2
+    chosen = sum_over_queries(lambda own: min(top_k - 1, own)) * block_size
+    return own_block + chosen, sum_over_queries(lambda own: own)
+
+
+def useful(tokens, choice, per_pair):
+    pairs, scored = counts(tokens, *choice)
+    return HEAD_DIM * (per_pair * pairs + (2 * scored if per_pair == 4 else 0))
+
+
+# ---- rows ----
+
+def row(what, value, unit, stages=(None, None), at_most=False, detail=""):
+    """`stages`: the targets of stage 1 (mma.sync) and 2 (wgmma)."""
+    return {"what": what, "value": value, "unit": unit, "targets": list(stages), "at_most": at_most, "detail": detail}
+
+
+def verdict(entry, stage):
+    target, value = entry["targets"][stage], entry["value"]
+    if target is None:
+        return ""
+    bar = f"{'at most' if entry['at_most'] else 'at least'} {target:g}"
+    if value is None:
+        return bar
+    return f"{bar}: {'met' if (value <= target if entry['at_most'] else value >= target) else 'missed'}"
+
+
+def markdown(report):
+    lines = [f"# CUDA: {report['machine']['gpu']}, {report['date']}", ""]
+    lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
+    lines += [f"- command: `{report['command']}`", ""]
+    lines += ["| what | measured | stage 1 | stage 2 | detail |", "|---|---|---|---|---|"]
+    for entry in report["rows"]:
+        value = "-" if entry["value"] is None else f"{entry['value']:.3g} {entry['unit']}"
+        lines.append(f"| {entry['what']} | {value} | {verdict(entry, 0)} | {verdict(entry, 1)} | {entry['detail']} |")
+    for title, entries in (("Skipped", report["skipped"]), ("Wrong or failed", report["failed"])):
+        if entries:
+            lines += ["", f"## {title}", *(f"- {entry}" for entry in entries)]
+    return "\n".join(lines) + "\n"
+
+
+def write(report, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", report["machine"]["gpu"].lower()).strip("-")
+    path = folder / f"{name}-{report['date']}"
+    for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".md", markdown(report))):
+        path.with_suffix(suffix).write_text(text)
+    return path.with_suffix(".md")
+
+
+# ---- problems ----
+
+def offsets(batch, tokens):
+    import torch
+
+    return torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * tokens
+
+
+class Problem:
+    """Packed q, k and v of `batch` sequences, of fresh normally distributed numbers. `routing`: what choices are like."""
+
+    def __init__(self, tokens, heads=16, kv_heads=None, batch=1, routing="independent"):
+        import torch
+
+        self.tokens, self.heads, self.batch = tokens, heads, batch
+        self.q, self.k, self.v = (
+            torch.randn(batch * tokens, h, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
+            for h in (heads, kv_heads or heads, kv_heads or heads)
+        )
+        if routing == "clustered":  # stretches of 1024 queries and keys share a direction with others
+            topics = torch.randn(64, 1, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
+            of = torch.randint(64, (batch * tokens // 1024 + 1,), device=DEVICE).repeat_interleave(1024)[: batch * tokens]
+            self.q += topics[of]
+            self.k += topics[of]
+        elif routing == "sink-heavy":  # every query wants the first block
+            direction = torch.randn(1, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
+            self.q += direction
+            self.k[:512] += direction
+        self.cu = offsets(batch, tokens)
+
+    def moba(self, choice, q=None, k=None, v=None, selection=False):
+        from moba import ops
+
+        q, k, v = (given if given is not None else own for given, own in ((q, self.q), (k, self.k), (v, self.v)))
+        return ops.attention(q, k, v, self.cu, self.cu, *choice, return_selection=selection)
+
+    def dense(self, peer, q=None, k=None, v=None):
+        from torch.nn.attention import sdpa_kernel
+        from torch.nn.functional import scaled_dot_product_attention
+
+        tensors = [given if given is not None else own for given, own in ((q, self.q), (k, self.k), (v, self.v))]
+        views = [t.unflatten(0, (self.batch, self.tokens)).transpose(1, 2) for t in tensors]
+        with sdpa_kernel(peer):
+            return scaled_dot_product_attention(*views, is_causal=True, enable_gqa=tensors[0].shape[1] != tensors[1].shape[1])
+
+    def verify(self, choice, rows=32):
+        """Raises AssertionError unless sampled rows of two heads are right: blocks and output, in float64."""
+        import torch
+
+        block_size, top_k = choice
+        poison = torch.full((2 * self.q.numel(),), float("nan"), dtype=self.q.dtype, device=DEVICE)
+        del poison  # the output lies in its memory
+        out, _, selection = self.moba(choice, selection=True)
+        assert torch.isfinite(out).all(), f"{choice}: some of the output is not finite"
+        position = torch.randint(self.tokens, (rows,), device=DEVICE)
+        position[:2] = torch.tensor([0, self.tokens - 1])
+        key = torch.arange(self.tokens, device=DEVICE)
+        complete = self.tokens // block_size
+        for head in (0, self.heads - 1):
+            kv = head * self.k.shape[1] // self.heads
+            q = self.q[position, head]
+            keys, values = self.k[: self.tokens, kv], self.v[: self.tokens, kv]
+            chosen = torch.zeros(rows, complete + 2, dtype=torch.bool, device=DEVICE)
+            listed = selection[head, position].long()
+            chosen.scatter_(1, torch.where(listed < 0, complete + 1, listed), True)
+            assert chosen.gather(1, position[:, None] // block_size).all(), f"{choice}: a query without its own block"
+            if complete:
+                means = keys[: complete * block_size].unflatten(0, (complete, block_size)).float().mean(1).to(q.dtype)
+                scores = q.double() @ means.double().T
+                candidate = torch.arange(complete, device=DEVICE) < position[:, None] // block_size
+                worst = scores.masked_fill(~(candidate & chosen[:, :complete]), torch.inf).amin(1)
+                missed = scores.masked_fill(~candidate | chosen[:, :complete], -torch.inf).amax(1)
+                assert (missed <= worst + 1e-3 * (1 + scores.abs().amax(1))).all(), f"{choice}: a better block was passed over"
+                count = torch.minimum(candidate.sum(1), torch.tensor(top_k - 1))
+                assert torch.equal((candidate & chosen[:, :complete]).sum(1), count), f"{choice}: too few or many blocks"
+            logits = (q.double() @ keys.double().T) * HEAD_DIM**-0.5
+            logits = logits.masked_fill(~chosen[:, key // block_size] | (key > position[:, None]), -torch.inf)
+            right = logits.softmax(-1) @ values.double()
+            error = (out[position, head].double() - right).norm() / right.norm()
+            assert error < 1e-2, f"{choice}: the output is off by {error:.2e}"
+
+
+def interleaved(functions, rounds=5, seconds=20.0):
+    """Milliseconds of each, which take turns after one call that does not count: median, spread, number of runs. What takes
+    long is run less often, once at least."""
+    import torch
+
+    times = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    torch.cuda.synchronize()
+    begin = time.monotonic()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end))
+        if time.monotonic() - begin > seconds:
+            break
+    return {
+        name: {"ms": statistics.median(t), "spread": (max(t) - min(t)) / statistics.median(t), "runs": len(t)}
+        for name, t in times.items()
+    }
+
+
+def told(entry):
+    return f"{entry['ms']:.3f} ms, {entry['runs']} runs, spread {100 * entry['spread']:.0f}%"
+
+
+# ---- parts, in the order of what they matter ----
+
+class Bench:
+    def __init__(self):
+        import torch
+        from torch.nn.attention import SDPBackend
+
+        self.peers = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention": SDPBackend.FLASH_ATTENTION}
+        small = Problem(1024, heads=2)
+        for name in list(self.peers):
+            try:
+                small.dense(self.peers[name])
+            except RuntimeError:
+                del self.peers[name]
+        if not self.peers:
+            sys.exit("cuda: torch has neither cuDNN nor FlashAttention on this device; nothing to compare with")
+        self.peer = next(iter(self.peers))
+        torch.cuda.synchronize()
+
+    def dense(self, problem, **tensors):
+        return problem.dense(self.peers[self.peer], **tensors)
+
+    def ceilings(self):
+        import torch
+
+        a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+        source = torch.empty(MI * KI, dtype=torch.int32, device=DEVICE).random_()
+        target = torch.empty_like(source)
+        times = interleaved({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds=20)
+        yield row("ceiling: matrix product, 8192^3 bf16", 2 * 8192**3 / times["product"]["ms"] / 1e9, "TFLOP/s")
+        yield row("ceiling: copy, read and written", 2 * source.nbytes / times["copy"]["ms"] / 1e9, "TB/s")
+
+    def forward(self):
+        tokens = 32 * KI
+        problem = Problem(tokens)
+        targets = {(4096, 12): (0.45, 0.92), (2048, 3): (0.45, 0.92), (512, 3): (0.40, 0.80), (128, 8): (0.30, 0.50)}
+        for choice in targets:
+            problem.verify(choice)
+        calls = {name: (lambda peer=peer: problem.dense(peer)) for name, peer in self.peers.items()}
+        times = interleaved(calls | {c: (lambda c=c: problem.moba(c)) for c in targets} | {"full": lambda: problem.moba((512, 64))})
+        rate = {name: 4 * HEAD_DIM * 16 * dense_pairs(tokens) / times[name]["ms"] / 1e9 for name in (*self.peers, "full")}
+        for name, speed in rate.items():
+            yield row(f"forward, 32K h16 d128, dense: {'ours' if name == 'full' else name}", speed, "TFLOP/s", detail=told(times[name]))
+        for choice, stages in targets.items():
+            speed = 16 * useful(tokens, choice, 4) / times[choice]["ms"] / 1e9
+            yield row(f"forward, 32K h16 d128, {choice}: useful rate of {self.peer}'s", speed / rate[self.peer], "", stages,
+                      detail=f"{speed:.0f} TFLOP/s, {told(times[choice])}")
+
+    def backward(self):
+        import torch
+        from moba.functional import varlen
+
+        tokens = 32 * KI
+        problem = Problem(tokens)
+        targets = {(2048, 3): (0.40, 0.90), (512, 3): (0.35, 0.75), (128, 8): (0.30, 0.60)}
+        calls = {}
+
+        def add(name, attend):
+            leaves = [t.detach().requires_grad_() for t in (problem.q, problem.k, problem.v)]
+            out = attend(*leaves)
+            d_out = torch.randn_like(out)
+            calls[name] = lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True)
+
+        add(self.peer, lambda q, k, v: self.dense(problem, q=q, k=k, v=v))
+        for choice in targets:
+            add(choice, lambda q, k, v, c=choice: varlen(q, k, v, problem.cu, problem.cu, *c)[0])
+        times = interleaved(calls)
+        rate = 10 * HEAD_DIM * 16 * dense_pairs(tokens) / times[self.peer]["ms"] / 1e9
+        yield row(f"backward, 32K h16 d128, dense: {self.peer}", rate, "TFLOP/s", detail=told(times[self.peer]))
+        for choice, stages in targets.items():
+            speed = 16 * useful(tokens, choice, 10) / times[choice]["ms"] / 1e9
+            yield row(f"backward, 32K h16 d128, {choice}: useful rate of {self.peer}'s", speed / rate, "", stages,
+                      detail=f"{speed:.0f} TFLOP/s, {told(times[choice])}")
+
+    def against_dense(self, label, problem, targets, seconds=20.0):
+        for choice in targets:
+            problem.verify(choice)
+        ours = interleaved({c: (lambda c=c: problem.moba(c)) for c in targets}, seconds=seconds)
+        theirs = interleaved({self.peer: lambda: self.dense(problem)}, seconds=seconds / 2)[self.peer]
+        for choice, stages in targets.items():
+            yield row(f"{label}, {choice}: whole forward against {self.peer}", theirs["ms"] / ours[choice]["ms"], "x", stages,
+                      detail=f"{told(ours[choice])}; dense {told(theirs)}")
+
+    def batch_of_two(self):
+        yield from self.against_dense("64K b2 h16 d128", Problem(64 * KI, batch=2), {(128, 8): (6, 11)})
+
+    def million(self):
+        targets = {(128, 8): (60, 110), (512, 3): (110, 230), (2048, 3): (45, 85), (4096, 12): (5, 10)}
+        yield from self.against_dense("1M h16 d128", Problem(MI), targets, seconds=12)
+
+    def memory(self):
+        import torch
+        from moba.functional import varlen
+
+        for tokens in (512 * KI, MI):
+            problem = Problem(tokens)
+            leaves = [t.requires_grad_() for t in (problem.q, problem.k, problem.v)]
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            out = varlen(*leaves, problem.cu, problem.cu, 128, 8)[0]
+            torch.autograd.grad(out, leaves, out.detach())
+            torch.cuda.synchronize()
+            yield row(f"{length(tokens)} h16 d128 (128, 8), forward and backward: most memory, inputs included",
+                      torch.cuda.max_memory_allocated() / 2**30, "GiB", (80, 80), at_most=True)
+            del problem, leaves, out
+
+    def linearity(self):
+        ours = {}
+        for tokens in (256 * KI, 512 * KI, MI):
+            problem = Problem(tokens)
+            ours[tokens] = interleaved({"": lambda: problem.moba((128, 8))})[""]
+            del problem
+        for tokens in (512 * KI, MI):
+            yield row(f"(128, 8) h16 d128: time at {length(tokens)} over time at half of it",
+                      ours[tokens]["ms"] / ours[tokens // 2]["ms"], "x", detail=told(ours[tokens]))
+
+    def routings(self):
+        for routing in ("independent", "clustered", "sink-heavy"):
+            problem = Problem(128 * KI, routing=routing)
+            for choice in ((512, 3), (128, 8)):
+                problem.verify(choice)
+                found = interleaved({"": lambda: problem.moba(choice)})[""]
+                speed = 16 * useful(problem.tokens, choice, 4) / found["ms"] / 1e9
+                yield row(f"forward, 128K h16 d128, {choice}, {routing} choices", speed, "TFLOP/s", detail=told(found))
+
+    def report_figures(self):
+        for entry in self.against_dense("1M, 32 query heads and 8 of keys, d128", Problem(MI, heads=32, kv_heads=8),
+                                        {(4096, 12): (None, None)}, seconds=12):
+            yield entry | {"detail": "6.5x in the report; " + entry["detail"]}
+        one_million = Problem(MI, heads=1)
+        dense = interleaved({"": lambda: self.dense(one_million)}, seconds=4)[""]
+        del one_million
+        tokens = 10 * MI
+        problem, choice = Problem(tokens, heads=1), (tokens // 64, 3)
+        problem.verify(choice, rows=4)
+        found = interleaved({"": lambda: problem.moba(choice)}, seconds=8)[""]
+        yield row(f"10M, 64 blocks, 3 of them, 1 head: against {self.peer}, its time at 1M times 100", 100 * dense["ms"] / found["ms"],
+                  "x", detail=f"16x in the report, 13.0 the ceiling; {told(found)}")
+
+
+# Seconds that a part takes at most where it is as fast as stage 1 is meant to be.
+PARTS = {"ceilings": 4, "forward": 12, "backward": 15, "batch_of_two": 8, "million": 50, "memory": 15, "routings": 12,
+         "linearity": 12, "report_figures": 60}
+
+
+def machine():
+    import torch
+
+    properties = torch.cuda.get_device_properties(0)
+    return {"gpu": properties.name, "multiprocessors": properties.multi_processor_count,
+            "memory": f"{properties.total_memory / 2**30:.0f} GiB", "torch": torch.__version__, "CUDA of torch": torch.version.cuda}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=240, help="what does not fit in them is skipped and named")
+    parser.add_argument("--only", help=f"parts, with commas between them: {', '.join(PARTS)}")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+    wanted = options.only.split(",") if options.only else list(PARTS)
+    if unknown := set(wanted) - set(PARTS):
+        parser.error(f"--only has {', '.join(sorted(unknown))}; {', '.join(PARTS)} are expected")
+    deadline = time.monotonic() + options.seconds
+    try:
+        import moba
+        import torch
+    except ImportError as error:
+        sys.exit(f"cuda: {error.name} cannot be imported (make gpu-check builds and runs all of it)")
+    if not torch.cuda.is_available():
+        sys.exit("cuda: no CUDA device that this torch can use")
+
+    report = {"machine": machine(), "date": datetime.date.today().isoformat(), "command": " ".join(["python3", *sys.argv]),
+              "rows": [], "skipped": ["decode, 1M tokens: moba.ops.decode takes CPU tensors alone"], "failed": []}
+    bench = Bench()
+    for part in wanted:
+        if deadline - time.monotonic() < PARTS[part]:
+            report["skipped"].append(f"{part}: up to {PARTS[part]} s, and {max(deadline - time.monotonic(), 0):.0f} s were left")
+            continue
+        begin = time.monotonic()
+        try:
+            for entry in getattr(bench, part)():
+                report["rows"].append(entry)
+                value = "-" if entry["value"] is None else f"{entry['value']:.3g} {entry['unit']}"
+                print(f"{entry['what']}: {value} {verdict(entry, 0)}", flush=True)
+        except torch.OutOfMemoryError:
+            report["skipped"].append(f"{part}: the device has too little memory")
+        except (AssertionError, RuntimeError, ValueError) as error:
+            report["failed"].append(f"{part}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            print(f"FAILED {report['failed'][-1]}", flush=True)
+        torch.cuda.empty_cache()
+        print(f"  {part}: {time.monotonic() - begin:.0f} s", flush=True)
+        path = write(report, options.results)
+    for entry in report["skipped"]:
+        print(f"skipped {entry}")
+    if report["rows"]:
+        print(f"written: {path}")
+    return 1 if report["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # lest this file be taken for NVIDIA's package of its name
+    sys.exit(main())

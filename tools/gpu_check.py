@@ -1,0 +1,227 @@
+#!/usr/bin/env python3
+"""Builds the CUDA backend for the GPU of this machine, tests it, and measures it; needs no network.
+
+Says first what it will do and what it skips. Wants nvcc, cmake, a C++20 compiler and this Python's torch with CUDA. Highway
+and GoogleTest, where the system has none, come from the prefix that MOBA_DEPS names (docs/cuda.md). Ends with 0 when
+everything passed; results are in build/gpu-check and benchmarks/results.
+
+    python3 tools/gpu_check.py              # make gpu-check; within 8 minutes on an H200
+    python3 tools/gpu_check.py --dry-run    # what it would do; needs no GPU
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "build" / "gpu-check"
+DEVICE_TESTS = BUILD / "tests" / "cuda" / "moba_cuda_device_tests"
+EMULATED_TESTS = BUILD / "tests" / "cuda" / "moba_cuda_tests"
+# Small, and between them every kernel.
+SANITIZED = ("CudaAttend.AnyOrderOfBlocksAndWarpsGivesTheSameBits:CudaAttend.TheRoutingAlone:CudaAttend.ManyShortSequences:"
+             "CudaAttendBackward.AnyOrderOfBlocksAndWarpsGivesTheSameBits:CudaAttendBackward.SelectsAgainToTheSameBlocks")
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# Seconds: of each phase at most, and of everything.
+LIMITS = {"build": 170, "C++ tests": 60, "PyTorch tests": 75, **dict.fromkeys(SANITIZERS, 15)}
+TOTAL, LEAST_FOR_THE_BENCHMARK = 470, 30
+
+
+def nvcc():
+    beside = [Path(os.environ[name]) / "bin" for name in ("CUDA_PATH", "CUDA_HOME") if os.environ.get(name)]
+    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(map(str, [*beside, "/usr/local/cuda/bin"])))
+
+
+def torch_with_cuda():
+    """The torch of this Python, and why it does not do."""
+    try:
+        import torch
+    except ImportError:
+        return None, f"torch, which {sys.executable} cannot import"
+    if torch.version.cuda is None:
+        return torch, f"a torch with CUDA (this one is {torch.__version__})"
+    if not torch.cuda.is_available():
+        return torch, "a GPU that torch can use"
+    return torch, None
+
+
+def missing():
+    found = [] if nvcc() else ["nvcc (on the PATH, or in CUDA_PATH)"]
+    found += [name for name in ("cmake", "ninja") if not shutil.which(name)]
+    return found + [why for why in (torch_with_cuda()[1],) if why]
+
+
+def skipped():
+    """What this machine lacks that only some phases want."""
+    lines = []
+    if not sanitizer():
+        lines.append("compute-sanitizer: it is not on the PATH nor beside nvcc")
+    for module, of in (("pytest", "PyTorch tests"), ("transformers", "PyTorch tests: the model of transformers")):
+        if not find_spec(module):
+            lines.append(f"{of}: {sys.executable} has no {module}")
+    return lines
+
+
+def sanitizer():
+    beside = Path(nvcc()).resolve().parent if nvcc() else None
+    return shutil.which("compute-sanitizer") or (beside and shutil.which("compute-sanitizer", path=str(beside)))
+
+
+def environment():
+    """Of everything that runs: the package just built, and the libraries of MOBA_DEPS."""
+    deps = os.environ.get("MOBA_DEPS")
+    libraries = [str(path.parent.resolve()) for path in Path(deps).glob("**/libhwy.so*")] if deps else []
+    paths = [*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    return os.environ | {"PYTHONPATH": str(BUILD / "package"), "LD_LIBRARY_PATH": os.pathsep.join(dict.fromkeys(paths)),
+                         "PYTHONUNBUFFERED": "1"}
+
+
+def configure(torch_folder, architecture):
+    command = ["cmake", "--preset", "cuda", "-B", BUILD, "-DMOBA_BUILD_PYTORCH=ON", "-DMOBA_WARNINGS_AS_ERRORS=OFF", f"-DMOBA_TORCH_DIR={torch_folder}",
+               f"-DCMAKE_CUDA_ARCHITECTURES={architecture}", f"-DCMAKE_CUDA_COMPILER={nvcc() or 'nvcc'}", "--log-level=ERROR"]
+    deps = os.environ.get("MOBA_DEPS")
+    if deps:
+        command.append(f"-DCMAKE_PREFIX_PATH={Path(deps).resolve()};{Path(deps).resolve() / 'usr'}")
+    return command
+
+
+def build_commands(torch_folder, architecture):
+    targets = ["moba_torch", "moba_cuda_device_tests", "moba_cuda_tests"]
+    return [configure(torch_folder, architecture), ["cmake", "--build", BUILD, "-j", str(os.cpu_count()), "--target", *targets]]
+
+
+def pytest_command():
+    return [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/pytorch/test_cuda.py"]
+
+
+def device_command(results=None, only=None):
+    options = [f"--gtest_output=json:{results}"] if results else []
+    return [DEVICE_TESTS, "--gtest_brief=1", *options, *([f"--gtest_filter={only}"] if only else [])]
+
+
+def sanitizer_command(tool):
+    return [sanitizer() or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *device_command(only=SANITIZED)]
+
+
+def benchmark_command(seconds):
+    return [sys.executable, "benchmarks/cuda.py", "--seconds", f"{seconds:.0f}"]
+
+
+def said(command):
+    return " ".join(str(word).replace(str(ROOT) + "/", "") for word in command)
+
+
+class Check:
+    def __init__(self):
+        self.begin = time.monotonic()
+        self.failed = []
+
+    def left(self):
+        return TOTAL - (time.monotonic() - self.begin)
+
+    def run(self, phase, command, limit=None):
+        """Whether it passed within its seconds. Its output is shown when it did not, and kept in build/gpu-check."""
+        limit = min(limit or LIMITS[phase], self.left())
+        begin = time.monotonic()
+        try:
+            done = subprocess.run(command, cwd=ROOT, env=environment(), timeout=max(limit, 1), text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            output, why = done.stdout, None if done.returncode == 0 else f"ended with {done.returncode}"
+        except subprocess.TimeoutExpired as late:
+            output, why = (late.stdout or b"").decode(errors="replace"), f"took more than its {limit:.0f} s"
+        BUILD.mkdir(parents=True, exist_ok=True)
+        (BUILD / f"{phase.replace(' ', '-')}.log").write_text(output)
+        print(f"gpu-check: {phase}: {why or 'passed'}, {time.monotonic() - begin:.0f} s", flush=True)
+        if why:
+            print(output[-4000:], flush=True)
+            self.failed.append(f"{phase} {why}")
+        return output if not why else None
+
+    def compare(self, emulated, real):
+        """The same tests, emulated and on the device."""
+        if not (emulated.exists() and real.exists()):
+            return
+        results = [{f"{suite['name']}.{test['name']}": test for suite in json.loads(path.read_text())["testsuites"]
+                    for test in suite["testsuite"]} for path in (emulated, real)]
+        both = sorted(results[0].keys() & results[1].keys())
+        other = [name for name in both if ("failures" in results[0][name]) != ("failures" in results[1][name])]
+        swaps = [sum(int(tests[name].get("swaps", 0)) for name in both) for tests in results]
+        print(f"gpu-check: {len(both)} tests emulated and on the device, {len(other)} of them end differently"
+              f"{': ' + ', '.join(other) if other else ''}; blocks that rounding swapped: {swaps[0]} and {swaps[1]}")
+        if other:
+            self.failed.append("the emulation and the device disagree")
+
+
+def package():
+    folder = BUILD / "package" / "moba"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ROOT / "pytorch" / "moba", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(BUILD / "pytorch" / "libmoba_torch.so", folder)
+
+
+def plan(torch_folder, architecture):
+    lines = [said(command) for command in build_commands(torch_folder, architecture)]
+    lines += [said(device_command()), f"{said([EMULATED_TESTS])} (beside the rest; its results are compared)"]
+    return lines + [said(pytest_command()), *map(said, map(sanitizer_command, SANITIZERS)), said(benchmark_command(0)) +
+                    f" (what is left of {TOTAL} s)"]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    options = parser.parse_args()
+    lacking = missing()
+    if lacking and not options.dry_run:
+        print(f"gpu-check: this machine lacks {'; '.join(lacking)}", file=sys.stderr)
+        return 1
+    torch, _ = torch_with_cuda()
+    torch_folder = Path(torch.__file__).parent if torch else "(torch)"
+    architecture = "(the GPU's)"
+    if not lacking:
+        major, minor = torch.cuda.get_device_capability()
+        architecture = {90: "90a-real"}.get(10 * major + minor, f"{major}{minor}-real")
+        print(f"gpu-check: {torch.cuda.get_device_name()}, torch {torch.__version__}, {TOTAL} s for everything")
+    for line in [f"lacking: {what}" for what in lacking] + [f"skipped: {what}" for what in skipped()]:
+        print(f"gpu-check: {line}", flush=True)
+    if options.dry_run:
+        print("\n".join(plan(torch_folder, architecture)))
+        return 0
+
+    check = Check()
+    for command in build_commands(torch_folder, architecture):
+        if check.run("build", command) is None:
+            return 1
+    package()
+    real, emulated = BUILD / "device.json", BUILD / "emulated.json"
+    for path in (real, emulated):
+        path.unlink(missing_ok=True)
+    with subprocess.Popen([EMULATED_TESTS, "--gtest_brief=1", f"--gtest_output=json:{emulated}"], cwd=ROOT, env=environment(),
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as emulation:
+        check.run("C++ tests", device_command(real))
+        if find_spec("pytest"):
+            check.run("PyTorch tests", pytest_command())
+        if sanitizer():
+            for tool in SANITIZERS:
+                check.run(tool, sanitizer_command(tool))
+        try:  # before anything is timed
+            emulation.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            emulation.kill()
+            print("gpu-check: skipped: the comparison with the emulation, which took too long")
+    check.compare(emulated, real)
+    seconds = check.left() - 20
+    if seconds < LEAST_FOR_THE_BENCHMARK:
+        print(f"gpu-check: skipped: the benchmark, {seconds:.0f} s were left")
+    elif output := check.run("benchmark", benchmark_command(seconds), limit=check.left()):
+        print(output)
+    print(f"gpu-check: {'failed: ' + '; '.join(check.failed) if check.failed else 'all passed'}")
+    return 1 if check.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
