@@ -83,7 +83,7 @@ def environment():
 
 def configure(torch_folder, architecture):
     command = ["cmake", "--preset", "cuda", "-B", BUILD, "-DMOBA_BUILD_PYTORCH=ON", "-DMOBA_WARNINGS_AS_ERRORS=OFF", f"-DMOBA_TORCH_DIR={torch_folder}",
-               f"-DCMAKE_CUDA_ARCHITECTURES={architecture}", f"-DCMAKE_CUDA_COMPILER={nvcc() or 'nvcc'}", "--log-level=ERROR"]
+               f"-DMOBA_CUDA_ARCHITECTURES={architecture}", f"-DCMAKE_CUDA_COMPILER={nvcc() or 'nvcc'}", "--log-level=ERROR"]
     deps = os.environ.get("MOBA_DEPS")
     if deps:
         command.append(f"-DCMAKE_PREFIX_PATH={Path(deps).resolve()};{Path(deps).resolve() / 'usr'}")
