@@ -11,6 +11,10 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
   check_attention(function, q, k, v, sequences, routing);
   check_backward(function, d_out, q, k, v, saved, gradients);
   check_execution(function, execution);
+  if (const DeviceFlow* device = device_flow(function, q, execution)) {
+    return device->attention_backward(function, d_out, q, k, v, saved, batch_of(sequences), routing,
+                                      gradients, execution);
+  }
 
   const Problem problem = make_problem(q, k, v, sequences, routing);
   const Backend& backend = choose_backend(execution.backend, problem, function);

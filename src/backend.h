@@ -39,6 +39,9 @@ struct DeviceFlow {
   void (*attention)(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
                     const DeviceBatch& batch, const Routing& routing, const Outputs& outputs,
                     const Execution& execution);
+  void (*attention_backward)(std::string_view function, const Tensor& d_out, const Tensor& q, const Tensor& k,
+                             const Tensor& v, const Saved& saved, const DeviceBatch& batch,
+                             const Routing& routing, const Gradients& gradients, const Execution& execution);
 };
 
 /// One implementation of the six stages. The reference, CPU and CUDA tables are all there are;

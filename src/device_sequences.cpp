@@ -38,6 +38,17 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSe
       .attention(function, q, k, v, batch_of(sequences), routing, outputs, execution);
 }
 
+void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const Saved& saved, const DeviceSequences& sequences, const Routing& routing,
+                        const Gradients& gradients, const Execution& execution) {
+  constexpr std::string_view function = "attention_backward";
+  check_attention(function, q, k, v, sequences, routing);
+  check_backward(function, d_out, q, k, v, saved, gradients);
+  flow_for(function, q, execution)
+      .attention_backward(function, d_out, q, k, v, saved, batch_of(sequences), routing, gradients,
+                          execution);
+}
+
 void select_blocks(const Tensor& q, const Tensor& k, const DeviceSequences& sequences, const Routing& routing,
                    std::int32_t* selection, const Execution& execution) {
   constexpr std::string_view function = "select_blocks";

@@ -25,6 +25,13 @@ MOBA_EXPORT void attention(const Tensor& q, const Tensor& k, const Tensor& v,
                            const DeviceSequences& sequences, const Routing& routing, const Outputs& outputs,
                            const Execution& execution = {});
 
+/// What a saved selection lists and the device can tell to be none of a query's blocks is passed over:
+/// nothing comes back from there to throw an error.
+MOBA_EXPORT void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                                    const Saved& saved, const DeviceSequences& sequences,
+                                    const Routing& routing, const Gradients& gradients,
+                                    const Execution& execution = {});
+
 MOBA_EXPORT void select_blocks(const Tensor& q, const Tensor& k, const DeviceSequences& sequences,
                                const Routing& routing, std::int32_t* selection,
                                const Execution& execution = {});

@@ -150,35 +150,6 @@ MOBA_DEVICE Work listed_work(const AttendParams<T>& p, const Shared<T, head_dim>
           .all_end = keys.end};
 }
 
-/// out += weights values, for the rows of this warp; `weights` in the layout in which products come.
-template <typename T, int head_dim, int row_tiles, int key_tiles>
-MOBA_DEVICE void add_values(float (&out)[row_tiles][head_dim / 8][4],
-                            const float (&weights)[row_tiles][key_tiles][4],
-                            const tile::Rows<T, head_dim>& values) {
-  MOBA_UNROLL
-  for (int k = 0; k < key_tiles / 2; ++k) {
-    std::uint32_t a[row_tiles][4];
-    MOBA_UNROLL
-    for (int i = 0; i < row_tiles; ++i) {
-      MOBA_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        const float(&w)[4] = weights[i][2 * k + r / 2];
-        a[i][r] = ptx::pack<T>(w[r % 2 * 2], w[r % 2 * 2 + 1]);
-      }
-    }
-    MOBA_UNROLL
-    for (int j = 0; j < head_dim / 8; j += 2) {
-      std::uint32_t b[4];
-      tile::load_right_transposed(b, values, 16 * k, j);
-      MOBA_UNROLL
-      for (int i = 0; i < row_tiles; ++i) {
-        ptx::multiply<T>(out[i][j], a[i], b[0], b[1]);
-        ptx::multiply<T>(out[i][j + 1], a[i], b[2], b[3]);
-      }
-    }
-  }
-}
-
 template <int row_tiles, int key_tiles>
 MOBA_DEVICE void negate(float (&logits)[row_tiles][key_tiles][4]) {
   MOBA_UNROLL
@@ -295,7 +266,7 @@ MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>
     if (key < work.all_begin || key + C::kKeys > work.all_end)
       hide(logits, shared, work, by_row, key, warp_row);
     softmax.add(logits, out, p.scale.scale);
-    add_values(out, logits, shared.v(buffer));
+    tile::add_weighted(out, logits, shared.v(buffer));
   }
   ptx::copy_wait<0>();
   ptx::barrier();  // with no keys at all, for the rows: they lie where the answers will

@@ -5,7 +5,7 @@
 namespace moba {
 namespace {
 
-constexpr DeviceFlow kFlow{.attention = cuda::attention};
+constexpr DeviceFlow kFlow{.attention = cuda::attention, .attention_backward = cuda::attention_backward};
 
 }  // namespace
 

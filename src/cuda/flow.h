@@ -9,4 +9,8 @@ void attention(std::string_view function, const Tensor& q, const Tensor& k, cons
                const DeviceBatch& batch, const Routing& routing, const Outputs& outputs,
                const Execution& execution);
 
+void attention_backward(std::string_view function, const Tensor& d_out, const Tensor& q, const Tensor& k,
+                        const Tensor& v, const Saved& saved, const DeviceBatch& batch, const Routing& routing,
+                        const Gradients& gradients, const Execution& execution);
+
 }  // namespace moba::cuda

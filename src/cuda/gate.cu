@@ -226,6 +226,35 @@ MOBA_KERNEL(kListThreads, 8) list_selection_kernel(MOBA_PARAMETER ListParams p) 
   for (; count < p.public_width; ++count) to[count] = -1;
 }
 
+struct ReadParams {
+  const std::int32_t* saved;  // [Hq, Tq, public_width]
+  std::int32_t* selection;    // [heads, rows, width]
+  Batch batch;
+  std::int64_t block_size, group, head0, rows, width, public_width, token0, tokens;
+  bool causal;
+};
+
+/// A thread a row.
+MOBA_KERNEL(kListThreads, 8) read_selection_kernel(MOBA_PARAMETER ReadParams p) {
+  const std::int64_t head = ptx::block_y();
+  const std::int64_t row = std::int64_t{ptx::block_x()} * kListThreads + ptx::thread();
+  if (row >= p.rows) return;
+  const auto token = static_cast<std::int32_t>(p.token0 + row / p.group);
+  const std::int32_t s = sequence_of(p.batch.q_starts, p.batch.sequences, token);
+  const std::int32_t keys = p.batch.k_starts[s + 1] - p.batch.k_starts[s];
+  const std::int32_t position = token + keys - p.batch.q_starts[s + 1];
+  const std::int64_t own = position < 0 ? 0 : position / p.block_size;
+  const std::int64_t candidates = p.causal ? own : divide_up(keys, p.block_size);
+  const std::int32_t* from =
+      p.saved + (((p.head0 + head) * p.group + row % p.group) * p.tokens + token) * p.public_width;
+  std::int32_t* to = p.selection + (head * p.rows + row) * p.width;
+  std::int64_t count = 0;
+  for (std::int64_t i = 0; i < p.public_width && count < p.width; ++i) {
+    if (from[i] >= 0 && from[i] < candidates) to[count++] = from[i];
+  }
+  for (; count < p.width; ++count) to[count] = -1;
+}
+
 }  // namespace
 
 std::uint64_t* carve_gate(Carver& carver, const Task& task, const Group& part) {
@@ -278,6 +307,24 @@ void write_selection(Queue& queue, const Task& task, const Group& part, const Ba
                           .causal = task.routing.causal,
                           .everything = task.everything};
   queue.launch("list_selection", list_selection_kernel, {divide_up(params.rows, kListThreads), part.heads()},
+               kListThreads, 0, params);
+}
+
+void read_selection(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+                    const std::int32_t* saved, std::int32_t* selection) {
+  const ReadParams params{.saved = saved,
+                          .selection = selection,
+                          .batch = batch,
+                          .block_size = task.routing.block_size,
+                          .group = task.group,
+                          .head0 = part.head0,
+                          .rows = task.rows(part),
+                          .width = task.width,
+                          .public_width = task.public_width,
+                          .token0 = part.token0,
+                          .tokens = task.tokens,
+                          .causal = task.routing.causal};
+  queue.launch("read_selection", read_selection_kernel, {divide_up(params.rows, kListThreads), part.heads()},
                kListThreads, 0, params);
 }
 

@@ -16,4 +16,9 @@ void gate(Queue& queue, const Task& task, const Group& part, const Batch& batch,
 void write_selection(Queue& queue, const Task& task, const Group& part, const Batch& batch,
                      const std::int32_t* selection, std::int32_t* out);
 
+/// The way back: a part's rows of `selection` from the caller's list. What is no block that the row may pick
+/// is passed over.
+void read_selection(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+                    const std::int32_t* saved, std::int32_t* selection);
+
 }  // namespace moba::cuda

@@ -40,6 +40,8 @@ struct Task {
 /// Throws Error naming `function` where the backend, or the device it would run on, cannot do what is asked.
 Task make_task(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
                const DeviceBatch& batch, const Routing& routing);
+/// That a block of the device may have as much shared memory.
+void check_shared(std::string_view function, std::int64_t head_dim, std::size_t bytes);
 /// That `t` lies on the device in rows of 16-byte pieces.
 void check_view(std::string_view function, const char* name, const Tensor& t);
 /// That a list is device memory. Null is none.

@@ -25,11 +25,7 @@ void check_device(std::string_view function, std::int64_t head_dim) {
                          std::to_string(device.capability / 10) + "." +
                          std::to_string(device.capability % 10));
   }
-  if (device.shared_bytes < attend_shared_bytes(head_dim)) {
-    refuse(function, "needs " + std::to_string(attend_shared_bytes(head_dim)) +
-                         " bytes of shared memory for head_dim " + std::to_string(head_dim) +
-                         "; a block of this device has " + std::to_string(device.shared_bytes));
-  }
+  check_shared(function, head_dim, attend_shared_bytes(head_dim));
 }
 
 void check_supported(std::string_view function, const Tensor& q, const Tensor& k) {
@@ -51,6 +47,15 @@ void check_supported(std::string_view function, const Tensor& q, const Tensor& k
 }
 
 }  // namespace
+
+void check_shared(std::string_view function, std::int64_t head_dim, std::size_t bytes) {
+  const Hardware device = current_hardware(function);
+  if (device.shared_bytes < bytes) {
+    refuse(function, "needs " + std::to_string(bytes) + " bytes of shared memory for head_dim " +
+                         std::to_string(head_dim) + "; a block of this device has " +
+                         std::to_string(device.shared_bytes));
+  }
+}
 
 void check_view(std::string_view function, const char* name, const Tensor& t) {
   if (t.device != Device::cuda)

@@ -76,6 +76,15 @@ MOBA_DEVICE std::byte* shared() {
 
 #endif
 
+/// The same number, of which the compiler knows nothing any more: what follows from it is computed again
+/// instead of held in registers from one turn of a loop to the next.
+MOBA_DEVICE int forgotten(int number) {
+#if !defined(MOBA_CUDA_EMULATION)
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
+}
+
 MOBA_DEVICE int lane() {
   return thread() % kLanes;
 }

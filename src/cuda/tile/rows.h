@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
 #include "cuda/ptx/matrix.h"
 
@@ -80,23 +81,20 @@ MOBA_DEVICE void gather_rows(const Rows<T, head_dim>& to, Source&& source) {
 /// Operands of ptx::multiply out of shared memory, at step `k` of 16 elements.
 /// Left: rows [row, row + 16).
 template <typename T, int head_dim>
-MOBA_DEVICE void load_left(std::uint32_t (&a)[4], const Rows<T, head_dim>& from, int row, int k) {
-  const int lane = ptx::lane();
+MOBA_DEVICE void load_left(std::uint32_t (&a)[4], const Rows<T, head_dim>& from, int row, int k, int lane) {
   ptx::load_tiles(a, from.data, from.offset(row + lane % 16, 2 * k, lane / 16));
 }
 
 /// Right, for products with rows: rows [row, row + 16) are two tiles' columns, b[0..1] and b[2..3].
 template <typename T, int head_dim>
-MOBA_DEVICE void load_right(std::uint32_t (&b)[4], const Rows<T, head_dim>& from, int row, int k) {
-  const int lane = ptx::lane();
+MOBA_DEVICE void load_right(std::uint32_t (&b)[4], const Rows<T, head_dim>& from, int row, int k, int lane) {
   ptx::load_tiles(b, from.data, from.offset(row + lane % 8 + lane / 16 * 8, 2 * k, lane / 8 % 2));
 }
 
 /// Right, for sums over rows [row, row + 16): pieces `piece` and `piece` + 1 are two tiles' columns.
 template <typename T, int head_dim>
 MOBA_DEVICE void load_right_transposed(std::uint32_t (&b)[4], const Rows<T, head_dim>& from, int row,
-                                       int piece) {
-  const int lane = ptx::lane();
+                                       int piece, int lane) {
   ptx::load_tiles_transposed(b, from.data, from.offset(row + lane % 16, piece, lane / 16));
 }
 
@@ -105,15 +103,47 @@ MOBA_DEVICE void load_right_transposed(std::uint32_t (&b)[4], const Rows<T, head
 template <typename T, int head_dim, int row_tiles, int column_tiles>
 MOBA_DEVICE void multiply_rows(float (&sums)[row_tiles][column_tiles][4], const Rows<T, head_dim>& left,
                                int left_row, const Rows<T, head_dim>& right) {
+  const int lane = ptx::lane();
   MOBA_UNROLL
   for (int k = 0; k < head_dim / 16; ++k) {
     std::uint32_t a[row_tiles][4];
     MOBA_UNROLL
-    for (int i = 0; i < row_tiles; ++i) load_left(a[i], left, left_row + 16 * i, k);
+    for (int i = 0; i < row_tiles; ++i) load_left(a[i], left, left_row + 16 * i, k, lane);
     MOBA_UNROLL
     for (int j = 0; j < column_tiles; j += 2) {
       std::uint32_t b[4];
-      load_right(b, right, 8 * j, k);
+      load_right(b, right, 8 * j, k, lane);
+      MOBA_UNROLL
+      for (int i = 0; i < row_tiles; ++i) {
+        ptx::multiply<T>(sums[i][j], a[i], b[0], b[1]);
+        ptx::multiply<T>(sums[i][j + 1], a[i], b[2], b[3]);
+      }
+    }
+  }
+}
+
+/// sums[tiles of 16 rows][tiles of 8 columns] += weights rows, for as many columns as there are sums, from
+/// piece `first_piece` on. `weights`, one for each of the sums' rows and of `rows`, are as products come.
+template <typename T, int head_dim, int row_tiles, int weight_tiles, int column_tiles>
+MOBA_DEVICE void add_weighted(float (&sums)[row_tiles][column_tiles][4],
+                              const float (&weights)[row_tiles][weight_tiles][4],
+                              const Rows<T, head_dim>& rows, int first_piece = 0) {
+  const int lane = ptx::forgotten(ptx::lane());
+  MOBA_UNROLL
+  for (int k = 0; k < weight_tiles / 2; ++k) {
+    std::uint32_t a[row_tiles][4];
+    MOBA_UNROLL
+    for (int i = 0; i < row_tiles; ++i) {
+      MOBA_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const float(&w)[4] = weights[i][2 * k + r / 2];
+        a[i][r] = ptx::pack<T>(w[r % 2 * 2], w[r % 2 * 2 + 1]);
+      }
+    }
+    MOBA_UNROLL
+    for (int j = 0; j < column_tiles; j += 2) {
+      std::uint32_t b[4];
+      load_right_transposed(b, rows, 16 * k, first_piece + j, lane);
       MOBA_UNROLL
       for (int i = 0; i < row_tiles; ++i) {
         ptx::multiply<T>(sums[i][j], a[i], b[0], b[1]);

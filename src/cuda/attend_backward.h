@@ -1,0 +1,56 @@
+#pragma once
+
+#include "cuda/plan.h"
+
+/// The gradient in two walks that share nothing but two numbers a row, as the reference's does: by row for
+/// dq, then by key for dk and dv. Logits and their gradients are computed in both, which makes seven products
+/// where one walk would make five; but then no sum is ever written and read again while it grows, weights go
+/// from product to product without leaving the registers, and the order of every sum is the problem's alone.
+namespace moba::cuda {
+
+/// Of one row: the logarithm to base 2 of its softmax denominator, +inf where it sees nothing and weights
+/// shall come out as 0; and the sum over its keys of weight x gradient of the weight.
+struct RowSums {
+  float lse = 0, delta = 0;
+};
+
+/// Sums of all rows of a part, [heads, rows].
+void sum_rows(Queue& queue, const Task& task, const Group& part, const Backward& backward, RowSums* sums);
+
+/// Rows that chose one block, beyond the first so many: what the gradient of a block that everybody chooses
+/// is cut into.
+struct Segment {
+  std::int32_t head = 0, block = 0;    // of the part; packed
+  std::uint32_t first = 0, count = 0;  // entries of the head's list
+};
+
+/// Memory of the walk by key.
+struct KeyWalk {
+  std::int32_t* chunk_starts = nullptr;    // [sequences + 1], chunks of keys before each sequence
+  Segment* segments = nullptr;             // [most_segments], those of a block side by side
+  std::uint32_t* first_segment = nullptr;  // [heads, most_blocks], of blocks that have any
+  std::uint32_t* count = nullptr;          // of segments
+  float* sums = nullptr;                   // [most_segments, chunks of a block], dk and dv of a chunk, f32
+};
+
+/// `part` spans all tokens.
+KeyWalk carve_key_walk(Carver& carver, const Task& task, const Group& part);
+
+/// dk and dv of the part's heads.
+void attend_backward_keys(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+                          const Plan& plan, const RowSums* sums, const Backward& backward,
+                          const KeyWalk& walk);
+
+/// Gradients of rows through parts of their keys, [heads, rows * ranks, D] in the dtype of q.
+void* carve_dq_slots(Carver& carver, const Task& task, const Group& part);
+
+/// dq of the part's rows.
+void attend_backward_rows(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+                          const Plan& plan, const std::int32_t* selection, const RowSums* sums,
+                          const Backward& backward, void* slots);
+
+/// Shared memory that a thread block of either walk takes, at most.
+std::size_t attend_backward_shared_bytes(std::int64_t head_dim);
+std::size_t attend_backward_keys_shared_bytes(std::int64_t head_dim);
+
+}  // namespace moba::cuda

@@ -1,0 +1,111 @@
+#include <algorithm>
+
+#include "cuda/attend_backward.h"
+#include "cuda/flow.h"
+#include "cuda/gate.h"
+#include "cuda/parts.h"
+
+namespace moba::cuda {
+namespace {
+
+/// Device memory of a part. What a head needs for all of its tokens is kept from part to part; routing, the
+/// walk by key and the walk by row take turns in the rest.
+struct Memory {
+  Starts starts{};
+  RowSums* sums = nullptr;            // [heads, rows of all tokens]
+  std::int32_t* selection = nullptr;  // [heads, rows of all tokens, width]
+
+  void* means = nullptr;
+  std::uint64_t* best = nullptr;
+
+  Plan plan{};
+  KeyWalk keys{};
+
+  Plan part_plan{};  // `plan` again where the part is all there is
+  void* slots = nullptr;
+
+  std::size_t bytes = 0;
+};
+
+Group all_tokens_of(const Task& task, const Group& part) {
+  return {part.head0, part.head1, 0, task.tokens};
+}
+
+Memory carve(std::byte* slab, const Task& task, const DeviceBatch& batch, const Group& part, bool selects) {
+  const Group all = all_tokens_of(task, part);
+  Carver carver(slab);
+  Memory memory{.starts = carve_starts(carver, task, batch)};
+  memory.sums = carver.take<RowSums>(all.heads() * task.rows(all));
+  memory.selection = carver.take<std::int32_t>(all.heads() * task.rows(all) * task.width);
+  Carver routing = carver, by_key = carver, by_row = carver;
+  if (selects) {
+    memory.means = routing.take<std::uint16_t>(all.heads() * task.most_blocks() * task.head_dim);
+    memory.best = carve_gate(routing, task, all);
+  }
+  memory.plan = carve_plan(by_key, task, all);
+  memory.keys = carve_key_walk(by_key, task, all);
+  memory.part_plan = carve_plan(by_row, task, part);
+  memory.slots = carve_dq_slots(by_row, task, part);
+  memory.bytes = std::max({routing.used(), by_key.used(), by_row.used()});
+  return memory;
+}
+
+void check_rows(std::string_view function, const Task& task) {
+  if (slots_are_countable(task, {0, 1, 0, task.tokens})) return;
+  throw Error(std::string(function) + ": backend cuda counts the choices of a kv head's rows in 31 bits; " +
+              std::to_string(task.tokens) + " tokens of " + std::to_string(task.group) +
+              " query heads with top_k " + std::to_string(task.routing.top_k) + " have more");
+}
+
+}  // namespace
+
+void attention_backward(std::string_view function, const Tensor& d_out, const Tensor& q, const Tensor& k,
+                        const Tensor& v, const Saved& saved, const DeviceBatch& batch, const Routing& routing,
+                        const Gradients& gradients, const Execution& execution) {
+  const Task task = make_task(function, q, k, v, batch, routing);
+  check_shared(function, task.head_dim, attend_backward_shared_bytes(task.head_dim));
+  check_rows(function, task);
+  check_view(function, "d_out", d_out);
+  check_view(function, "saved.out", saved.out);
+  check_view(function, "dq", gradients.dq);
+  check_view(function, "dk", gradients.dk);
+  check_view(function, "dv", gradients.dv);
+  check_list(function, "saved.lse", saved.lse);
+  check_list(function, "saved.selection", saved.selection);
+  if (task.sequences == 0 || (task.tokens == 0 && task.keys == 0)) return;
+
+  const Backward backward{d_out, saved.out, saved.lse, gradients};
+  const bool selects = task.needs_scores() && saved.selection == nullptr;
+  const auto bytes = [&](const Group& part) { return carve(nullptr, task, batch, part, selects).bytes; };
+  // Keys that nobody sees have gradients too: 0.
+  const std::vector<Group> parts = task.tokens == 0 ? std::vector<Group>{{0, task.kv_heads, 0, 0}}
+                                                    : parts_within(function, task, execution, bytes);
+  Queue queue(function, execution);
+  const Slab slab(queue, bytes(parts.front()));
+  for (const Group& part : parts) {
+    const Memory memory = carve(slab.data(), task, batch, part, selects);
+    const Group all = all_tokens_of(task, part);
+    const bool whole = part.tokens() == task.tokens;
+    if (part.token0 == 0) {
+      const Batch on_device = lay_out(queue, task, batch, all, memory.starts);
+      sum_rows(queue, task, all, backward, memory.sums);
+      if (selects) {
+        centroids(queue, task, all, on_device, memory.means);
+        gate(queue, task, all, on_device, memory.means, memory.best, memory.selection);
+      } else if (task.needs_scores()) {
+        read_selection(queue, task, all, on_device, saved.selection, memory.selection);
+      }
+      plan(queue, task, all, on_device, memory.selection, memory.plan);
+      attend_backward_keys(queue, task, all, on_device, memory.plan, memory.sums, backward, memory.keys);
+    }
+    const Batch on_device = lay_out(queue, task, batch, part, memory.starts);
+    const std::int32_t* selection = memory.selection + part.token0 * task.group * task.width;
+    if (!whole) plan(queue, task, part, on_device, selection, memory.part_plan);
+    attend_backward_rows(queue, task, part, on_device, memory.part_plan, selection,
+                         memory.sums + part.token0 * task.group, backward, memory.slots);
+  }
+  if (execution.profile != nullptr)
+    execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(parts.front()));
+}
+
+}  // namespace moba::cuda

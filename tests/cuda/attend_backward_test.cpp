@@ -1,0 +1,353 @@
+// Whole backward calls on the emulated device against the reference in f64, which sums the same inputs.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdlib>
+#include <string>
+
+#include "device_case.h"
+
+namespace moba::test {
+namespace {
+
+struct Differentiated {
+  Array dq, dk, dv;
+
+  bool operator==(const Differentiated& other) const {
+    return dq.bytes() == other.dq.bytes() && dk.bytes() == other.dk.bytes() && dv.bytes() == other.dv.bytes();
+  }
+  bool gaps_untouched() const { return dq.gaps_untouched() && dk.gaps_untouched() && dv.gaps_untouched(); }
+};
+
+struct Backpropagation {
+  Case c;
+  Array d_out;
+  Result forward;
+
+  explicit Backpropagation(const Case& of) : c(of), d_out(gradient_for(of)), forward(run_on_device(of)) {}
+
+  Saved saved(bool with_selection) {
+    const Outputs outputs = forward.outputs();
+    return {on_device(outputs.out), outputs.lse, with_selection ? outputs.selection : nullptr};
+  }
+
+ private:
+  static Array gradient_for(const Case& c) {
+    Case other = c;
+    other.seed = c.seed + 99;
+    other.values = Values::normal;
+    other.q_layout = Layout::aligned;
+    fill(other);
+    return other.q;
+  }
+};
+
+Differentiated gradients_for(const Case& c, DType dtype, Layout layout) {
+  return {Array(dtype, c.queries(), c.q_heads(), c.head_dim, layout),
+          Array(dtype, c.keys(), c.kv_heads, c.head_dim, layout),
+          Array(dtype, c.keys(), c.kv_heads, c.head_dim, layout)};
+}
+
+Differentiated backward(Backpropagation& b, const Execution& execution = {}, bool with_selection = true) {
+  const Case& c = b.c;
+  Differentiated d = gradients_for(c, c.dtype, c.out_layout);
+  attention_backward(on_device(b.d_out.view()), on_device(c.q.view()), on_device(c.k.view()),
+                     on_device(c.v.view()), b.saved(with_selection), c.sequences, c.routing,
+                     {on_device(d.dq.view()), on_device(d.dk.view()), on_device(d.dv.view())}, execution);
+  return d;
+}
+
+Array widened(const Array& from) {
+  Array to(DType::f64, from.tokens(), from.heads(), from.head_dim());
+  for (std::int64_t token = 0; token < from.tokens(); ++token) {
+    for (std::int64_t head = 0; head < from.heads(); ++head) {
+      for (std::int64_t d = 0; d < from.head_dim(); ++d) to.set(token, head, d, from.get(token, head, d));
+    }
+  }
+  return to;
+}
+
+/// The reference's gradients in f64, given the device's selection.
+Differentiated truth_of(Backpropagation& b) {
+  Case wide = b.c;
+  wide.dtype = DType::f64;
+  wide.q = widened(b.c.q);
+  wide.k = widened(b.c.k);
+  wide.v = widened(b.c.v);
+  const Array d_out = widened(b.d_out), out = widened(b.forward.out);
+  Differentiated d = gradients_for(wide, DType::f64, Layout::contiguous);
+  const Outputs outputs = b.forward.outputs();
+  attention_backward(d_out.view(), wide.q.view(), wide.k.view(), wide.v.view(),
+                     {.out = out.view(), .lse = outputs.lse, .selection = outputs.selection}, wide.sequences,
+                     wide.routing, {d.dq.view(), d.dk.view(), d.dv.view()}, {.backend = "reference"});
+  return d;
+}
+
+/// What frameworks compute: f32 sums, weights and gradients of logits rounded to the storage type before they
+/// meet the inputs.
+struct Plain {
+  Differentiated gradients;
+  double largest_slot = 0;  // of dq, through one block
+
+  explicit Plain(Backpropagation& b) : gradients(gradients_for(b.c, DType::f64, Layout::contiguous)) {
+    const Case& c = b.c;
+    for (Array* gradient : {&gradients.dq, &gradients.dk, &gradients.dv}) clear(*gradient);
+    for (std::size_t s = 0; s + 1 < c.sequences.q.size(); ++s) {
+      const std::int64_t q0 = c.sequences.q[s], q1 = c.sequences.q[s + 1];
+      const std::int64_t k0 = c.sequences.k[s], keys = c.sequences.k[s + 1] - k0;
+      for (std::int64_t token = q0; token < q1; ++token) {
+        for (std::int64_t head = 0; head < c.q_heads(); ++head) {
+          for (const std::int32_t block : b.forward.row(head, token)) {
+            const std::int64_t begin = block * c.routing.block_size;
+            std::int64_t end = std::min(begin + std::min(c.routing.block_size, keys), keys);
+            if (c.routing.causal) end = std::min(end, token - q1 + keys + 1);
+            add_block(b, head, token, k0 + begin, k0 + end);
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  static void clear(Array& array) {
+    for (std::int64_t token = 0; token < array.tokens(); ++token) {
+      for (std::int64_t head = 0; head < array.heads(); ++head) {
+        for (std::int64_t d = 0; d < array.head_dim(); ++d) array.set(token, head, d, 0);
+      }
+    }
+  }
+  static void add(Array& to, std::int64_t token, std::int64_t head, std::int64_t d, float value) {
+    to.set(token, head, d, static_cast<float>(to.get(token, head, d)) + value);
+  }
+
+  void add_block(Backpropagation& b, std::int64_t head, std::int64_t token, std::int64_t begin,
+                 std::int64_t end) {
+    const Case& c = b.c;
+    const std::int64_t depth = c.head_dim, kv_head = head / c.group;
+    const float scale = c.routing.scale.value_or(1 / std::sqrt(static_cast<float>(depth)));
+    const auto at = [](const Array& a, std::int64_t t, std::int64_t h, std::int64_t d) {
+      return static_cast<float>(a.get(t, h, d));
+    };
+    std::vector<float> slot(static_cast<std::size_t>(depth));
+    float delta = 0;
+    for (std::int64_t d = 0; d < depth; ++d)
+      delta += at(b.d_out, token, head, d) * at(b.forward.out, token, head, d);
+    for (std::int64_t key = begin; key < end; ++key) {
+      float logit = 0, d_weight = 0;
+      for (std::int64_t d = 0; d < depth; ++d) {
+        logit += at(c.q, token, head, d) * at(c.k, key, kv_head, d);
+        d_weight += at(b.d_out, token, head, d) * at(c.v, key, kv_head, d);
+      }
+      const float weight = std::exp(logit * scale - b.forward.lse_at(head, token));
+      const auto rounded_weight = static_cast<float>(rounded(weight, c.dtype));
+      const auto d_logit = static_cast<float>(rounded(weight * (d_weight - delta), c.dtype));
+      for (std::int64_t d = 0; d < depth; ++d) {
+        slot[static_cast<std::size_t>(d)] += scale * d_logit * at(c.k, key, kv_head, d);
+        add(gradients.dk, key, kv_head, d, scale * d_logit * at(c.q, token, head, d));
+        add(gradients.dv, key, kv_head, d, rounded_weight * at(b.d_out, token, head, d));
+      }
+    }
+    for (std::int64_t d = 0; d < depth; ++d) {
+      const float value = slot[static_cast<std::size_t>(d)];
+      largest_slot = std::max(largest_slot, std::fabs(double{value}));
+      add(gradients.dq, token, head, d, value);
+    }
+  }
+};
+
+double unit_of(DType dtype) {
+  return dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
+}
+
+/// Error at most thrice that of plain sums of rounded weights, and one rounding of the result.
+void check_gradient(const char* name, const Array& found, const Array& truth, const Array& plain,
+                    double slack) {
+  double worst = 0;
+  const auto for_each = [&](auto&& visit) {
+    for (std::int64_t token = 0; token < truth.tokens(); ++token) {
+      for (std::int64_t head = 0; head < truth.heads(); ++head) {
+        for (std::int64_t d = 0; d < truth.head_dim(); ++d) visit(token, head, d);
+      }
+    }
+  };
+  for_each([&](std::int64_t t, std::int64_t h, std::int64_t d) {
+    worst = std::max(worst, std::fabs(plain.get(t, h, d) - truth.get(t, h, d)));
+  });
+  const double allowed = 3 * worst + slack;
+  for_each([&](std::int64_t t, std::int64_t h, std::int64_t d) {
+    const double expected = truth.get(t, h, d), unit = unit_of(found.dtype());
+    const double error = std::fabs(found.get(t, h, d) - expected);
+    if (testing::Test::HasFailure() || error <= allowed + unit * std::fabs(expected) + 0x1p-24) return;
+    ADD_FAILURE() << name << " of head " << h << ", token " << t << ", element " << d << " is "
+                  << found.get(t, h, d) << "; " << expected << " is expected, give or take " << allowed;
+  });
+}
+
+void check_backward(const Case& c) {
+  SCOPED_TRACE(describe(c));
+  Backpropagation b(c);
+  const Differentiated found = backward(b);
+  EXPECT_TRUE(found.gaps_untouched()) << "wrote outside its outputs";
+  const Differentiated truth = truth_of(b);
+  const Plain plain(b);
+  // Several slots of a row, each rounded.
+  const double slots = unit_of(c.dtype) * 2 * plain.largest_slot;
+  // What f32 leaves where gradients of weights cancel.
+  const double residue = 0x1p-24 * static_cast<double>(c.head_dim) * largest(b.d_out) * largest(c.v);
+  check_gradient("dq", found.dq, truth.dq, plain.gradients.dq, slots + residue * largest(c.k));
+  check_gradient("dk", found.dk, truth.dk, plain.gradients.dk, residue * largest(c.q));
+  check_gradient("dv", found.dv, truth.dv, plain.gradients.dv, 0);
+}
+
+Case random_backward_case(std::uint64_t seed) {
+  Case c = random_device_case(seed);
+  if (c.values == Values::specials) c.values = Values::normal;
+  fill(c);
+  return c;
+}
+
+class CudaBackward : public testing::TestWithParam<std::uint64_t> {};
+
+TEST_P(CudaBackward, EqualsTheReferenceOnRandomCases) {
+  constexpr std::uint64_t kCases = 30;
+  for (std::uint64_t i = 0; i < kCases && !HasFailure(); ++i)
+    check_backward(random_backward_case(5000 + GetParam() * kCases + i));
+}
+
+INSTANTIATE_TEST_SUITE_P(All, CudaBackward, testing::Range<std::uint64_t>(0, 3));
+
+Case long_case(std::uint64_t seed, const Routing& routing, std::int64_t queries) {
+  Case c{.seed = seed, .dtype = seed % 2 == 0 ? DType::bf16 : DType::f16, .group = 2, .head_dim = 64};
+  c.sequences = one_sequence(queries, 210);
+  c.routing = routing;
+  fill(c);
+  return c;
+}
+
+/// Several tiles of rows, and blocks of several chunks of keys.
+TEST(CudaAttendBackward, WorksThroughManyTiles) {
+  const std::vector<Routing> routings = {
+      {.block_size = 64, .top_k = 3},
+      {.block_size = 3, .top_k = 20, .sink_blocks = 1},
+      {.block_size = 150, .top_k = 1},
+      {.block_size = 140, .top_k = 1, .causal = false},
+      {.block_size = 48, .top_k = 4, .sink_blocks = 1, .causal = false, .own_block = true},
+      Routing::full(),
+      Routing::full(false),
+  };
+  std::uint64_t seed = 500;
+  for (const Routing& routing : routings) {
+    for (const std::int64_t queries : {210, 37}) check_backward(long_case(++seed, routing, queries));
+  }
+}
+
+/// The widest rows share their sums between warps.
+TEST(CudaAttendBackward, WideRowsThroughManyTiles) {
+  for (const Routing& routing : {Routing{.block_size = 70, .top_k = 2}, Routing::full()}) {
+    Case c = long_case(600, routing, 140);
+    c.head_dim = 256;
+    fill(c);
+    check_backward(c);
+  }
+}
+
+/// So many rows choose the first block that its gradients are summed in segments.
+TEST(CudaAttendBackward, ABlockThatEverybodyChooses) {
+  Case c{.seed = 3, .dtype = DType::f16, .group = 8, .head_dim = 64};
+  c.sequences = {{0, 20, 1180}, {0, 20, 1180}};
+  c.routing = {.block_size = 2, .top_k = 2, .sink_blocks = 1};
+  fill(c);
+  check_backward(c);
+}
+
+TEST(CudaAttendBackward, SelectsAgainToTheSameBlocks) {
+  for (std::uint64_t seed = 100; seed < 110; ++seed) {
+    Backpropagation b(random_backward_case(seed));
+    EXPECT_TRUE(backward(b, {}, true) == backward(b, {}, false)) << describe(b.c);
+  }
+}
+
+TEST(CudaAttendBackward, AnyOrderOfBlocksAndWarpsGivesTheSameBits) {
+  Backpropagation b(long_case(7, {.block_size = 16, .top_k = 4}, 210));
+  const Differentiated expected = backward(b);
+  for (int i = 0; i < 3; ++i) EXPECT_TRUE(backward(b) == expected);  // every run shuffles anew
+}
+
+TEST(CudaAttendBackward, AnyWorkspaceGivesTheSameBitsOrAnError) {
+  Case c{.seed = 11, .dtype = DType::bf16, .kv_heads = 2, .group = 3, .head_dim = 64};
+  c.sequences = {{0, 5, 5, 90}, {0, 9, 20, 110}};
+  for (const Routing& routing :
+       {Routing{.block_size = 16, .top_k = 3}, Routing{.block_size = 16, .top_k = 4, .causal = false}}) {
+    c.routing = routing;
+    fill(c);
+    Backpropagation b(c);
+    Profile roomy;
+    const Differentiated expected = backward(b, {.profile = &roomy});
+    bool refused = false;
+    for (std::size_t budget = roomy.workspace_bytes; budget > 0; budget = budget / 2) {
+      Profile profile;
+      try {
+        const Differentiated found = backward(b, {.workspace_bytes = budget, .profile = &profile});
+        ASSERT_FALSE(refused) << budget << " bytes do, more do not";
+        ASSERT_TRUE(found == expected) << "workspace_bytes " << budget;
+        ASSERT_LE(profile.workspace_bytes, budget);
+      } catch (const Error& error) {
+        refused = true;
+        ASSERT_NE(std::string(error.what()).find("workspace_bytes"), std::string::npos) << error.what();
+      }
+    }
+    EXPECT_TRUE(refused);
+  }
+}
+
+TEST(CudaAttendBackward, SequencesMayLieOnTheDevice) {
+  const Case c = random_backward_case(12);
+  Backpropagation b(c);
+  const DeviceSequences sequences{c.sequences.q.data(), c.sequences.k.data(),
+                                  static_cast<std::int64_t>(c.sequences.q.size()) - 1, c.keys()};
+  Differentiated d = gradients_for(c, c.dtype, c.out_layout);
+  attention_backward(on_device(b.d_out.view()), on_device(c.q.view()), on_device(c.k.view()),
+                     on_device(c.v.view()), b.saved(false), sequences, c.routing,
+                     {on_device(d.dq.view()), on_device(d.dk.view()), on_device(d.dv.view())});
+  EXPECT_TRUE(d == backward(b));
+}
+
+TEST(CudaAttendBackward, KeysThatNobodySeesHaveNoGradient) {
+  Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 4, .top_k = 2}};
+  c.sequences = {{0, 0, 0}, {0, 7, 30}};
+  fill(c);
+  Backpropagation b(c);
+  const Differentiated d = backward(b);
+  EXPECT_EQ(largest(d.dk), 0);
+  EXPECT_EQ(largest(d.dv), 0);
+}
+
+/// The device cannot throw: what is no choice of a row is as if it were not there.
+TEST(CudaAttendBackward, ASelectionThatIsNoneIsPassedOver) {
+  Backpropagation b(long_case(8, {.block_size = 4, .top_k = 3}, 40));
+  Backpropagation less = b;
+  for (std::int64_t head = 0; head < b.c.q_heads(); ++head) {
+    const std::int64_t row = (head * 40 + 10) * b.forward.width;
+    for (std::int64_t i = 0; i < b.forward.width; ++i) {
+      constexpr std::int32_t kWrong[] = {2'000'000'000, 1'000, 53};
+      b.forward.outputs().selection[row + i] = kWrong[i];
+      less.forward.outputs().selection[row + i] = -1;
+    }
+  }
+  EXPECT_TRUE(backward(b) == backward(less));
+}
+
+TEST(CudaAttendBackward, NamesWhatItRefuses) {
+  Backpropagation b(random_backward_case(12));
+  b.d_out = Array(b.c.dtype, b.c.queries(), b.c.q_heads(), b.c.head_dim, Layout::padded);
+  try {
+    backward(b);
+    FAIL() << "no error";
+  } catch (const Error& error) {
+    EXPECT_EQ(std::string(error.what()).find("attention_backward: backend cuda wants every row of d_out"), 0U)
+        << error.what();
+  }
+}
+
+}  // namespace
+}  // namespace moba::test
