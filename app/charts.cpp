@@ -3,8 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 
-#include "app/picture.h"
+#include "app/axis.h"
 
 namespace moba::app {
 namespace {
@@ -63,6 +64,43 @@ void draw_heatmaps(const std::filesystem::path& png, const std::string& title,
     }
     picture.text({at + map_width / 2, kTop + map_height + 38}, column_label, 11, Align::centre, kMuted);
   }
+  picture.save(png);
+}
+
+void draw_curves(const std::filesystem::path& png, const std::string& title, const std::vector<Curve>& curves,
+                 const std::string& x_label) {
+  constexpr double kWidth = 720, kHeight = 420, kLeft = 66;
+  constexpr std::array<Colour, 3> kColours{{{0.12, 0.37, 0.60}, {0.84, 0.37, 0.05}, {0.35, 0.55, 0.20}}};
+  Picture picture(kWidth, kHeight);
+  picture.text({kLeft, 26}, title, 14);
+  std::vector<Point> all;
+  for (const Curve& curve : curves) all.insert(all.end(), curve.points.begin(), curve.points.end());
+  if (!all.empty()) {
+    const auto by_x = [](const Point& a, const Point& b) { return a.x < b.x; };
+    const auto by_y = [](const Point& a, const Point& b) { return a.y < b.y; };
+    const auto [left, right] = std::minmax_element(all.begin(), all.end(), by_x);
+    const auto [low, high] = std::minmax_element(all.begin(), all.end(), by_y);
+    const double margin = std::max(0.05 * (high->y - low->y), 1e-3);
+    const Axis x{left->x - 0.5, right->x + 0.5, kLeft, kWidth - kRight};
+    const Axis y{low->y - margin, high->y + margin, kHeight - kBottom, kTop};
+    for (const double tick : y.ticks()) {
+      picture.line({{kLeft, y.at(tick)}, {kWidth - kRight, y.at(tick)}}, kFaint, 1);
+      picture.text({kLeft - 8, y.at(tick) + 4}, fmt::format("{:.6g}", tick), 11, Align::right);
+    }
+    for (const double tick : x.ticks())
+      picture.text({x.at(tick), kHeight - kBottom + 18}, fmt::format("{:.6g}", tick), 11, Align::centre);
+    double legend = kLeft;
+    for (std::size_t c = 0; c < curves.size(); ++c) {
+      const Colour& colour = kColours[c % kColours.size()];
+      std::vector<Point> places;
+      for (const Point& point : curves[c].points) places.push_back({x.at(point.x), y.at(point.y)});
+      picture.line(places, colour, 2);
+      picture.fill({legend, 42}, 18, 4, colour);
+      picture.text({legend + 24, 48}, curves[c].name, 12);
+      legend += 24 + label_width({curves[c].name}) + kGap;
+    }
+  }
+  picture.text({(kLeft + kWidth - kRight) / 2, kHeight - 14}, x_label, 11, Align::centre, kMuted);
   picture.save(png);
 }
 

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "app/picture.h"
+
 namespace moba::app {
 
 /// Shares from 0 to 1 in rows and columns, an unknown one left blank.
@@ -18,5 +20,15 @@ struct Heatmap {
 void draw_heatmaps(const std::filesystem::path& png, const std::string& title,
                    const std::vector<Heatmap>& maps, const std::string& row_label,
                    const std::string& column_label);
+
+/// One line of a plot.
+struct Curve {
+  std::string name;
+  std::vector<Point> points;
+};
+
+/// Curves over a common axis, with a legend. Curves without points are left out. Throws DataError.
+void draw_curves(const std::filesystem::path& png, const std::string& title, const std::vector<Curve>& curves,
+                 const std::string& x_label);
 
 }  // namespace moba::app

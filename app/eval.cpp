@@ -110,7 +110,9 @@ CLI::App* add_eval(CLI::App& parent, std::function<int()>& action) {
   command->footer(
       "Example: which facts does a model find, at which lengths and depths, with and without MoBA?\n"
       "  moba eval needle -m model.gguf --lengths 2k,4k,8k --depths 10 --png needle.png\n");
+  add_eval_loss(*command, action);
   add_eval_needle(*command, action);
+  add_eval_ruler(*command, action);
   return command;
 }
 

@@ -66,6 +66,8 @@ nlohmann::ordered_json json_head(const char* task, const EvalFlags& flags, const
 void print_json(const nlohmann::ordered_json& json);
 
 /// Each adds itself to `moba eval`.
+CLI::App* add_eval_loss(CLI::App& parent, std::function<int()>& action);
 CLI::App* add_eval_needle(CLI::App& parent, std::function<int()>& action);
+CLI::App* add_eval_ruler(CLI::App& parent, std::function<int()>& action);
 
 }  // namespace moba::app

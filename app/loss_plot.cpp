@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "app/axis.h"
 #include "llm/formats/output_file.h"
 
 namespace moba::app {
@@ -32,29 +33,6 @@ std::vector<Point> read_points(const std::filesystem::path& log) {
   }
   return points;
 }
-
-/// 1, 2 or 5 times a power of ten: about six of them fit into `range`.
-double tick_step(double range) {
-  const double power = std::pow(10.0, std::floor(std::log10(range / 6)));
-  for (const double factor : {1.0, 2.0, 5.0}) {
-    if (range / (factor * power) <= 7) return factor * power;
-  }
-  return 10 * power;
-}
-
-/// One axis: values from `low` to `high` lie between two places of the picture.
-struct Axis {
-  double low, high, begin, end;
-
-  double at(double value) const { return begin + (value - low) / (high - low) * (end - begin); }
-  std::vector<double> ticks() const {
-    std::vector<double> values;
-    const double step = tick_step(high - low);
-    const auto first = std::llround(std::ceil(low / step)), last = std::llround(std::floor(high / step));
-    for (long long i = first; i <= last; ++i) values.push_back(static_cast<double>(i) * step);
-    return values;
-  }
-};
 
 std::string path_of(const std::vector<Point>& points, const Axis& x, const Axis& y, const char* style) {
   std::string path;

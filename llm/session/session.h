@@ -67,6 +67,8 @@ class Session {
   /// Tokens read so far.
   std::int64_t length() const { return length_; }
   AttentionSeconds attention_seconds() const { return seconds_; }
+  /// Logits of a token.
+  std::int64_t vocab() const { return model_.config().vocab; }
 
  private:
   struct Step {

@@ -1,0 +1,281 @@
+#include "llm/eval/loss.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <memory>
+
+#include "app/charts.h"
+#include "app/eval.h"
+#include "app/flags.h"
+#include "app/program.h"
+#include "app/progress.h"
+#include "llm/error.h"
+
+namespace moba::app {
+namespace {
+
+using llm::eval::Losses;
+using llm::eval::Portion;
+using llm::eval::Positions;
+using Sequences = std::vector<std::vector<std::int32_t>>;
+using Json = nlohmann::ordered_json;
+
+struct LossFlags {
+  EvalFlags common;
+  std::string seq_len = "2k";
+  std::optional<std::string> trailing, most_tokens;
+  std::int64_t buckets = 16;
+  bool join = false;
+};
+
+/// What one way to read predicted.
+struct Prediction {
+  Losses losses;
+  double seconds = 0;
+};
+
+/// A mean with its interval, where there are portions enough for one.
+struct Estimate {
+  double value;
+  std::optional<llm::eval::Interval> interval;
+  std::int64_t tokens = 0;
+};
+
+Estimate estimate(const std::vector<Portion>& portions) {
+  Estimate result{llm::eval::mean(portions), std::nullopt, 0};
+  for (const Portion& portion : portions) result.tokens += portion.count;
+  if (portions.size() >= 2 && std::isfinite(result.value)) result.interval = bootstrap(portions);
+  return result;
+}
+
+/// "2k" tokens, or a share of the sequence such as 0.1.
+std::int64_t trailing_from(const std::optional<std::string>& text, std::int64_t seq_len) {
+  if (!text) return std::max<std::int64_t>(1, seq_len / 16);  // the report's 2K of 32K
+  if (text->find('.') == std::string::npos) return size_from("--trailing", *text, seq_len - 1);
+  double share = 0;
+  const char* end = text->data() + text->size();
+  const auto parsed = std::from_chars(text->data(), end, share);
+  if (parsed.ec != std::errc() || parsed.ptr != end || !(share > 0 && share < 1)) {
+    throw llm::UsageError(
+        fmt::format("--trailing: expected tokens or a share between 0 and 1; found '{}'", *text));
+  }
+  const auto tokens = std::llround(share * static_cast<double>(seq_len));
+  return std::clamp<std::int64_t>(tokens, 1, seq_len - 1);
+}
+
+/// Fills `predictions`, one for each way, sequence by sequence. Throws Interrupted; what is in them then is
+/// the same sequences for every way.
+void predict(const Subject& subject, const llm::Model& model, const Sequences& sequences,
+             const Positions& positions, std::vector<Prediction>& predictions) {
+  double total = 0, done = 0;
+  for (const auto& sequence : sequences) total += static_cast<double>(sequence.size());
+  total *= static_cast<double>(subject.ways.size());
+  ProgressLine progress("", total);
+  const Parallel parallel = openmp(subject.ways.front().session.threads);
+  std::vector<llm::Session> sessions;
+  for (const Way& way : subject.ways) sessions.emplace_back(model, way.session);
+
+  for (const auto& sequence : sequences) {
+    std::vector<std::vector<double>> losses;
+    for (std::size_t w = 0; w < sessions.size(); ++w) {
+      progress.name(subject.ways[w].name + ":");
+      const auto start = std::chrono::steady_clock::now();
+      losses.push_back(llm::eval::token_losses(sessions[w], sequence, parallel,
+                                               [&](double read) { progress(done + read); }));
+      predictions[w].seconds +=
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      done += static_cast<double>(sequence.size());
+    }
+    for (std::size_t w = 0; w < sessions.size(); ++w) add(predictions[w].losses, positions, losses[w]);
+  }
+}
+
+std::string text_of(const Estimate& estimate) {
+  if (!estimate.interval) return fmt::format("{:.4f}", estimate.value);
+  return fmt::format("{:.4f} ({:.4f} to {:.4f})", estimate.value, estimate.interval->low,
+                     estimate.interval->high);
+}
+
+std::string difference_line(const char* what, const Estimate& difference, double base) {
+  return fmt::format("{} {:+.4f}{}, {:+.3f}%", what, difference.value,
+                     difference.interval ? fmt::format(" ({:+.4f} to {:+.4f})", difference.interval->low,
+                                                       difference.interval->high)
+                                         : "",
+                     100 * difference.value / base);
+}
+
+std::string table(const Subject& subject, const Positions& positions,
+                  const std::vector<Prediction>& predictions) {
+  const Losses& first = predictions.front().losses;
+  const Estimate base = estimate(first.all), base_trailing = estimate(first.trailing);
+  std::string text =
+      fmt::format("{} sequences of up to {} tokens, {} full; {} tokens predicted\n\n{:<12}{:<28}{:<12}{}\n",
+                  first.all.size(), positions.seq_len, first.trailing.size(), base.tokens, "", "loss (95%)",
+                  "perplexity", fmt::format("last {} (95%)", positions.trailing));
+  for (std::size_t w = 0; w < predictions.size(); ++w) {
+    const Losses& losses = predictions[w].losses;
+    const Estimate all = estimate(losses.all), trailing = estimate(losses.trailing);
+    text += fmt::format("{:<12}{:<28}{:<12.4f}{}\n", subject.ways[w].name, text_of(all), std::exp(all.value),
+                        trailing.tokens > 0 ? text_of(trailing) : "no full sequence");
+  }
+  for (std::size_t w = 1; w < predictions.size(); ++w) {
+    const Losses& losses = predictions[w].losses;
+    text += fmt::format("{} against {}: {}", subject.ways[w].name, subject.ways[0].name,
+                        difference_line("loss", estimate(difference(losses.all, first.all)), base.value));
+    if (base_trailing.tokens > 0) {
+      text += "; " + difference_line("trailing", estimate(difference(losses.trailing, first.trailing)),
+                                     base_trailing.value);
+    }
+    text += "\n";
+  }
+  text += fmt::format("\n{:>15} {:>10}", "position", "tokens");
+  for (const Way& way : subject.ways) text += fmt::format(" {:>10}", way.name);
+  for (std::int64_t b = 0; b < positions.buckets; ++b) {
+    const auto bucket = static_cast<std::size_t>(b);
+    text += fmt::format("\n{:>15} {:>10}",
+                        fmt::format("{}-{}", positions.begin_of(b), positions.begin_of(b + 1) - 1),
+                        estimate(first.positions[bucket]).tokens);
+    for (const Prediction& prediction : predictions)
+      text += fmt::format(" {:>10.4f}", llm::eval::mean(prediction.losses.positions[bucket]));
+  }
+  return text + "\n";
+}
+
+Json to_json(const Estimate& estimate) {
+  Json json{{"loss", estimate.value}, {"low", nullptr}, {"high", nullptr}, {"tokens", estimate.tokens}};
+  if (estimate.interval) {
+    json["low"] = estimate.interval->low;
+    json["high"] = estimate.interval->high;
+  }
+  return json;
+}
+
+Json to_json(const Losses& losses, const Positions& positions) {
+  const Estimate all = estimate(losses.all);
+  Json json = to_json(all);
+  json["perplexity"] = std::exp(all.value);
+  json["trailing"] = losses.trailing.empty() ? Json() : to_json(estimate(losses.trailing));
+  json["positions"] = Json::array();
+  for (std::int64_t b = 0; b < positions.buckets; ++b) {
+    Json bucket{{"from", positions.begin_of(b)}, {"to", positions.begin_of(b + 1)}};
+    bucket.update(to_json(estimate(losses.positions[static_cast<std::size_t>(b)])));
+    json["positions"].push_back(bucket);
+  }
+  return json;
+}
+
+Json difference_json(const std::vector<Portion>& portions, const std::vector<Portion>& base) {
+  if (base.empty()) return {};
+  const Estimate all = estimate(difference(portions, base));
+  Json json = to_json(all);
+  json["relative"] = all.value / llm::eval::mean(base);
+  return json;
+}
+
+Json to_json(const LossFlags& flags, const Subject& subject, const Positions& positions,
+             const std::vector<Prediction>& predictions, bool complete) {
+  const Losses& first = predictions.front().losses;
+  Json json = json_head("loss", flags.common, subject);
+  json["data"] = flags.common.data;
+  json["seq_len"] = positions.seq_len;
+  json["trailing_tokens"] = positions.trailing;
+  json["join"] = flags.join;
+  json["sequences"] = first.all.size();
+  json["full_sequences"] = first.trailing.size();
+  json["complete"] = complete;
+  json["by_attn"] = Json::array();
+  json["differences"] = Json::array();
+  for (std::size_t w = 0; w < predictions.size(); ++w) {
+    const Losses& losses = predictions[w].losses;
+    Json way{{"attn", subject.ways[w].name}};
+    way.update(to_json(losses, positions));
+    way["seconds"] = predictions[w].seconds;
+    json["by_attn"].push_back(way);
+    if (w == 0) continue;
+    Json compared{{"attn", subject.ways[w].name}, {"against", subject.ways[0].name}};
+    compared.update(difference_json(losses.all, first.all));
+    compared["trailing"] = difference_json(losses.trailing, first.trailing);
+    json["differences"].push_back(compared);
+  }
+  return json;
+}
+
+void draw(const std::string& png, const Subject& subject, const Positions& positions,
+          const std::vector<Prediction>& predictions) {
+  std::vector<Curve> curves;
+  for (std::size_t w = 0; w < predictions.size(); ++w) {
+    Curve curve{fmt::format("{}: {:.4f}", subject.ways[w].name, llm::eval::mean(predictions[w].losses.all)),
+                {}};
+    for (std::int64_t b = 0; b < positions.buckets; ++b) {
+      const double loss = llm::eval::mean(predictions[w].losses.positions[static_cast<std::size_t>(b)]);
+      const auto middle = static_cast<double>(positions.begin_of(b) + positions.begin_of(b + 1)) / 2;
+      if (std::isfinite(loss)) curve.points.push_back({middle, loss});
+    }
+    curves.push_back(std::move(curve));
+  }
+  draw_curves(png, "Loss by position, nats a token", curves, "position in the sequence, tokens");
+}
+
+int loss(const LossFlags& flags) {
+  llm::eval::SequenceSettings cut;
+  cut.seq_len = size_from("--seq-len", flags.seq_len);
+  if (cut.seq_len < 2) throw llm::UsageError("--seq-len: expected at least 2; found 1");
+  cut.join = flags.join;
+  cut.seed = flags.common.seed;
+  if (flags.most_tokens)
+    cut.most_tokens =
+        size_from("--max-tokens", *flags.most_tokens, std::numeric_limits<std::int64_t>::max() / 2);
+  const Positions positions{cut.seq_len, trailing_from(flags.trailing, cut.seq_len),
+                            in_range("--buckets", flags.buckets, std::int64_t{1}, cut.seq_len)};
+
+  Subject subject = open_subject(flags.common);
+  for (Way& way : subject.ways) way.session.full_tail = 0;  // every token is read in the way it is asked for
+  const Sequences sequences = sequences_of(paths_of(flags.common), subject.tokenizer, cut);
+  const llm::Model model = load_model(subject, flags.common);
+  std::vector<Prediction> predictions(subject.ways.size());
+  note_interrupts();
+  bool complete = true;
+  try {
+    predict(subject, model, sequences, positions, predictions);
+  } catch (const Interrupted&) {
+    complete = false;
+  }
+  if (predictions.front().losses.all.empty()) return kInterruptedCode;
+  if (flags.common.json) {
+    print_json(to_json(flags, subject, positions, predictions, complete));
+  } else {
+    print(table(subject, positions, predictions));
+  }
+  if (flags.common.png) draw(*flags.common.png, subject, positions, predictions);
+  return complete ? 0 : kInterruptedCode;
+}
+
+}  // namespace
+
+CLI::App* add_eval_loss(CLI::App& parent, std::function<int()>& action) {
+  CLI::App* command = parent.add_subcommand("loss", "Loss and perplexity of texts, by position, at the end");
+  const auto flags = std::make_shared<LossFlags>();
+  add_flags(*command, flags->common, "Text files and folders; each file is a document");
+  command->get_option("--data")->required();
+  command->add_option("--seq-len", flags->seq_len, "Most tokens of a sequence; 8k is 8192")
+      ->capture_default_str();
+  command->add_flag("--join", flags->join, "Join the documents, so that sequences are full");
+  command->add_option("--max-tokens", flags->most_tokens, "Stop after this many, such as 1m [all]");
+  command->add_option(
+      "--trailing", flags->trailing,
+      "Tokens at the end of full sequences whose loss is told apart, or their share such as 0.1 "
+      "[a sixteenth]");
+  add_number(*command, "--buckets", flags->buckets, "Parts of a sequence for the loss by position")
+      ->capture_default_str();
+  add_block_flags(*command, flags->common.session);
+  command->footer(
+      "Example: what MoBA costs at 8192 tokens\n"
+      "  moba eval loss -m model --data books/ --seq-len 8k --attn full,moba --png loss.png\n");
+  command->callback([flags, &action] { action = [flags] { return loss(*flags); }; });
+  return command;
+}
+
+}  // namespace moba::app

@@ -1,0 +1,66 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "llm/eval/interval.h"
+#include "llm/session/session.h"
+#include "llm/tokenizer/tokenizer.h"
+
+namespace moba::llm::eval {
+
+/// How texts become sequences to predict.
+struct SequenceSettings {
+  /// Most tokens of a sequence. What a document has beyond them is another sequence.
+  std::int64_t seq_len = 2048;
+  /// The documents are one stream, so that every sequence but the last is full.
+  bool join = false;
+  /// Stop when the sequences have this many tokens together.
+  std::int64_t most_tokens = 0;
+  /// Of the order of the files.
+  std::int64_t seed = 0;
+};
+
+/// Sequences of at least two tokens from text files, each file a document that begins with what the tokenizer
+/// puts before every text. Throws DataError.
+std::vector<std::vector<std::int32_t>> sequences_of(const std::vector<std::filesystem::path>& paths,
+                                                    const Tokenizer& tokenizer,
+                                                    const SequenceSettings& settings);
+
+/// -log p of every token of a sequence but the first, given those before it: [tokens - 1], in nats. Every
+/// token is read in the session's prefill mode; what the session held is forgotten.
+std::vector<double> token_losses(Session& session, std::span<const std::int32_t> tokens,
+                                 const Parallel& parallel, const Session::Progress& progress);
+
+/// -log softmax(logits)[token].
+double loss_of(std::span<const float> logits, std::int32_t token);
+
+/// The losses of one way to read, by sequence.
+struct Losses {
+  /// Of every sequence, all its tokens.
+  std::vector<Portion> all;
+  /// Of every full sequence, its last tokens.
+  std::vector<Portion> trailing;
+  /// [buckets][sequences]: by position in the sequence.
+  std::vector<std::vector<Portion>> positions;
+};
+
+/// Where positions are looked at.
+struct Positions {
+  std::int64_t seq_len, trailing, buckets;
+
+  /// The bucket of a position; the first tokens are those from begin_of(bucket) on.
+  std::int64_t bucket_of(std::int64_t position) const { return position * buckets / seq_len; }
+  std::int64_t begin_of(std::int64_t bucket) const { return (bucket * seq_len + buckets - 1) / buckets; }
+};
+
+/// Adds the losses of a sequence, losses[i] that of the token at position i + 1.
+void add(Losses& losses, const Positions& positions, const std::vector<double>& of_tokens);
+
+/// The differences, token by token, of two ways to read the same sequences.
+std::vector<Portion> difference(const std::vector<Portion>& a, const std::vector<Portion>& b);
+
+}  // namespace moba::llm::eval

@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "llm/eval/haystack.h"
+#include "llm/tokenizer/tokenizer.h"
+
+namespace moba::llm::eval {
+
+/// RULER's tasks (arXiv 2404.06654) but the two that ask questions about other people's articles: prompts in
+/// the wording of the paper's appendix, tasks as it configures them, with our texts and words.
+const std::vector<std::string>& ruler_tasks();
+
+struct RulerCase {
+  std::vector<std::int32_t> prompt;
+  std::vector<std::string> expected;
+};
+
+/// Makes prompts. The same seed, task, length and sample give the same prompt.
+class RulerMaker {
+ public:
+  /// `haystack` and `tokenizer` outlive this.
+  RulerMaker(const Haystack& haystack, const Tokenizer& tokenizer, bool chat, std::int64_t seed)
+      : haystack_(haystack), tokenizer_(tokenizer), words_(haystack.words()), chat_(chat), seed_(seed) {}
+
+  /// A prompt that with its answer has nearly `length` tokens. Throws UsageError for a length that is too
+  /// short for the task, DataError where there is too little text.
+  RulerCase make(const std::string& task, std::int64_t length, std::int64_t sample) const;
+
+ private:
+  const Haystack& haystack_;
+  const Tokenizer& tokenizer_;
+  std::vector<std::string> words_;
+  bool chat_;
+  std::int64_t seed_;
+};
+
+/// Tokens of an answer.
+std::int64_t ruler_answer_tokens(const std::string& task);
+
+/// RULER's score of these tasks: the share of the expected strings that the answer contains, in letters of
+/// any case.
+double ruler_score(const std::string& answer, const std::vector<std::string>& expected);
+
+}  // namespace moba::llm::eval
