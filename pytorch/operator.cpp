@@ -1,223 +1,15 @@
 /// The PyTorch operator: tensors in, views to libmoba, tensors out. Nothing is computed here. Only torch's
 /// stable ABI is used, so that one build of this file serves every torch from 2.10 on.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
-#include <algorithm>
-#include <atomic>
-#include <cstdint>
-#include <limits>
-#include <optional>
-#include <string>
 #include <tuple>
-#include <utility>
-#include <vector>
 
-#include "moba/attention.h"
+#include "device_call.h"
+#include "host_call.h"
 #include "moba/cache.h"
 
+namespace moba::pytorch {
 namespace {
-
-using moba::Error;
-using TorchTensor = torch::stable::Tensor;
-using torch::headeronly::ScalarType;
-
-std::string sizes_text(const TorchTensor& t) {
-  std::string text = "[";
-  for (std::int64_t dim = 0; dim < t.dim(); ++dim) {
-    text += (dim > 0 ? ", " : "") + std::to_string(t.size(dim));
-  }
-  return text + "]";
-}
-
-moba::DType dtype_of(const std::string& function, const char* name, const TorchTensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return moba::DType::f32;
-    case ScalarType::BFloat16:
-      return moba::DType::bf16;
-    case ScalarType::Half:
-      return moba::DType::f16;
-    case ScalarType::Double:
-      return moba::DType::f64;
-    default:
-      throw Error(function + ": " + name + " is " + torch::headeronly::toString(t.scalar_type()) +
-                  "; float32, bfloat16, float16 or float64 is expected");
-  }
-}
-
-void require_cpu(const std::string& function, const char* name, const TorchTensor& t) {
-  if (!t.is_cpu()) throw Error(function + ": " + name + " is not on the CPU, where q is");
-}
-
-/// A tensor that libmoba can walk, and its view: strides are taken as they are, except that a last dimension
-/// that is not contiguous is copied.
-class Argument {
- public:
-  Argument(const std::string& function, const char* name, const TorchTensor& given) : tensor_(given) {
-    require_cpu(function, name, given);
-    if (given.dim() != 3) {
-      throw Error(function + ": " + name + " has sizes " + sizes_text(given) +
-                  "; [tokens, heads, head_dim] is expected");
-    }
-    if (given.size(2) > 1 && given.stride(2) != 1) tensor_ = torch::stable::contiguous(given);
-    view_.dtype = dtype_of(function, name, given);
-    view_.data = tensor_.data_ptr();
-    view_.rank = 3;
-    for (std::size_t dim = 0; dim < 3; ++dim) {
-      view_.sizes[dim] = tensor_.size(static_cast<std::int64_t>(dim));
-      view_.strides[dim] = tensor_.stride(static_cast<std::int64_t>(dim));
-    }
-    view_.strides[2] = 1;  // what an empty tensor says of itself means nothing
-  }
-
-  const moba::Tensor& view() const { return view_; }
-  const TorchTensor& tensor() const { return tensor_; }
-
- private:
-  TorchTensor tensor_;
-  moba::Tensor view_{};
-};
-
-std::vector<std::int32_t> offsets_of(const std::string& function, const char* name, const TorchTensor& t) {
-  require_cpu(function, name, t);
-  if (t.dim() != 1 || t.scalar_type() != ScalarType::Int) {
-    throw Error(function + ": " + name + " is " + torch::headeronly::toString(t.scalar_type()) + " " +
-                sizes_text(t) + "; int32 [sequences + 1] is expected");
-  }
-  std::vector<std::int32_t> offsets(static_cast<std::size_t>(t.size(0)));
-  const auto* data = static_cast<const std::int32_t*>(t.data_ptr());
-  const std::int64_t stride = t.stride(0);
-  for (std::size_t i = 0; i < offsets.size(); ++i) offsets[i] = data[static_cast<std::int64_t>(i) * stride];
-  return offsets;
-}
-
-/// The threads of torch's pool: as many as torch.set_num_threads says. Its parallel_for hands every thread an
-/// equal share, so the threads themselves are what is shared out, and tasks are drawn one by one.
-moba::Parallel torch_threads() {
-  const int threads = static_cast<int>(torch::stable::get_num_threads());
-  return {threads, [threads](std::int64_t tasks, const moba::Parallel::Body& body) {
-            std::atomic<std::int64_t> next{0};
-            const auto draw = [&](std::int64_t worker, std::int64_t) {
-              for (std::int64_t task = next++; task < tasks; task = next++)
-                body(task, static_cast<int>(worker));
-            };
-            torch::stable::parallel_for(0, std::min<std::int64_t>(threads, tasks), 1, draw);
-          }};
-}
-
-TorchTensor bytes_of(std::size_t bytes) {
-  const auto size = static_cast<std::int64_t>(bytes);
-  const std::int64_t stride = 1;
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_uint8(),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return TorchTensor(handle);
-}
-
-/// Scratch memory out of torch's allocator, as tensors of bytes. What is small lies in one that each thread
-/// keeps from call to call, as a stack: glibc's aligned allocation, which torch's is, may never find again
-/// what small calls gave back, and a process that makes many of them then grows without end.
-class Scratch {
- public:
-  moba::Allocator allocator() {
-    return {[this](std::size_t bytes) { return allocate(bytes); },
-            [this](void* memory, std::size_t bytes) { release(static_cast<std::byte*>(memory), bytes); }};
-  }
-
- private:
-  static constexpr std::size_t kKept = std::size_t{1} << 20, kAlignment = 64;
-
-  static std::byte* kept() {
-    thread_local const TorchTensor bytes = bytes_of(kKept);
-    return static_cast<std::byte*>(bytes.data_ptr());
-  }
-
-  static std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-  void* allocate(std::size_t bytes) {
-    if (aligned(bytes) <= kKept - top_) {
-      void* memory = kept() + top_;
-      top_ += aligned(bytes);
-      return memory;
-    }
-    held_.push_back(bytes_of(bytes));
-    return held_.back().data_ptr();
-  }
-
-  void release(std::byte* memory, std::size_t bytes) {
-    if (memory >= kept() && memory < kept() + kKept) {
-      if (memory + aligned(bytes) == kept() + top_)
-        top_ -= aligned(bytes);  // what is not on top waits for the call's end
-      return;
-    }
-    const auto found = std::find_if(held_.rbegin(), held_.rend(),
-                                    [&](const TorchTensor& tensor) { return tensor.data_ptr() == memory; });
-    held_.erase(std::prev(found.base()));
-  }
-
-  std::size_t top_ = 0;
-  std::vector<TorchTensor> held_;
-};
-
-struct Call {
-  std::string function;
-  moba::Sequences sequences{};
-  moba::Routing routing;
-  Scratch scratch{};
-
-  Call(std::string name, const TorchTensor& cu_seqlens_q, const TorchTensor& cu_seqlens_k,
-       std::int64_t block_size, std::int64_t top_k, std::int64_t sink_blocks, bool causal,
-       std::optional<double> scale)
-      : Call(std::move(name), block_size, top_k, sink_blocks, scale) {
-    sequences.q = offsets_of(function, "cu_seqlens_q", cu_seqlens_q);
-    sequences.k = offsets_of(function, "cu_seqlens_k", cu_seqlens_k);
-    routing.causal = causal;
-  }
-
-  Call(std::string name, std::int64_t block_size, std::int64_t top_k, std::int64_t sink_blocks,
-       std::optional<double> scale)
-      : function(std::move(name)),
-        routing{.block_size = block_size, .top_k = top_k, .sink_blocks = sink_blocks} {
-    if (scale) routing.scale = static_cast<float>(*scale);
-  }
-
-  /// float64 is for the reference alone, so it need not be asked for.
-  moba::Execution execution(const std::string& backend, moba::DType dtype) {
-    moba::Execution execution;
-    execution.backend = backend.empty() && dtype == moba::DType::f64 ? "reference" : backend;
-    execution.parallel = torch_threads();
-    execution.scratch = scratch.allocator();
-    return execution;
-  }
-
-  /// Entries of a row of the operator's selection. Known from shapes alone, as torch.compile needs it, and so
-  /// at least as many as libmoba writes, whose rows are only as long as the longest sequence asks for.
-  std::int64_t width(std::int64_t keys) const {
-    if (routing.block_size < 1 || routing.top_k < 1) return 0;  // refused behind the door
-    return std::min(routing.top_k, keys == 0 ? 0 : (keys - 1) / routing.block_size + 1);
-  }
-};
-
-TorchTensor empty(const std::vector<std::int64_t>& sizes, ScalarType dtype) {
-  std::vector<std::int64_t> strides(sizes.size(), 1);
-  for (std::size_t dim = sizes.size(); dim-- > 1;)
-    strides[dim - 1] = strides[dim] * std::max<std::int64_t>(sizes[dim], 1);
-  AtenTensorHandle handle = nullptr;
-  const auto number = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), number, aoti_torch_device_type_cpu(), 0,
-                                                  &handle));
-  return TorchTensor(handle);
-}
-
-TorchTensor empty_like(const Argument& model) {
-  const auto& sizes = model.view().sizes;
-  return empty({sizes[0], sizes[1], sizes[2]}, model.tensor().scalar_type());
-}
 
 /// The forward's selection [Hq, Tq, width], to be written by libmoba and read by torch.
 TorchTensor spread_rows(TorchTensor selection, std::int64_t written) {
@@ -231,8 +23,9 @@ TorchTensor spread_rows(TorchTensor selection, std::int64_t written) {
   return selection;
 }
 
-const float* lse_of(const std::string& function, const TorchTensor& lse, const moba::Tensor& q) {
-  require_cpu(function, "lse", lse);
+const float* lse_of(const std::string& function, const TorchTensor& lse, const Tensor& q,
+                    const Place& place) {
+  require_place(function, "lse", lse, place);
   if (lse.dim() != 2 || lse.size(0) != q.sizes[1] || lse.size(1) != q.sizes[0] ||
       lse.scalar_type() != ScalarType::Float || !lse.is_contiguous()) {
     throw Error(function + ": lse has sizes " + sizes_text(lse) +
@@ -244,8 +37,9 @@ const float* lse_of(const std::string& function, const TorchTensor& lse, const m
 /// The forward's selection as libmoba wants it. Null when there is none, and it is then selected again.
 class SavedSelection {
  public:
-  SavedSelection(const Call& call, const moba::Tensor& q, std::int64_t keys, const TorchTensor& given) {
-    require_cpu(call.function, "selection", given);
+  template <typename AnyCall>
+  SavedSelection(const AnyCall& call, const Tensor& q, std::int64_t keys, const TorchTensor& given) {
+    require_place(call.function, "selection", given, call.place);
     const std::int64_t width = call.width(keys);
     if (given.dim() != 3 || given.size(0) != q.sizes[1] || given.size(1) != q.sizes[0] ||
         (given.size(2) != width && given.size(2) != 0) || given.scalar_type() != ScalarType::Int ||
@@ -256,8 +50,8 @@ class SavedSelection {
     }
     if (given.numel() == 0) return;
     blocks_ = static_cast<const std::int32_t*>(given.data_ptr());
-    const std::int64_t wanted = moba::selection_width(call.sequences, call.routing);
-    if (wanted >= width) return;
+    const std::int64_t wanted = selection_width(call.sequences, call.routing);
+    if (wanted >= width) return;  // as on a device, always
     for (std::int64_t row = 0; row < q.sizes[0] * q.sizes[1]; ++row)
       narrow_.insert(narrow_.end(), blocks_ + row * width, blocks_ + row * width + wanted);
     blocks_ = narrow_.data();
@@ -270,61 +64,80 @@ class SavedSelection {
   std::vector<std::int32_t> narrow_;
 };
 
+Routing routing_of(std::int64_t block_size, std::int64_t top_k, std::int64_t sink_blocks, bool causal,
+                   std::optional<double> scale) {
+  Routing routing{.block_size = block_size, .top_k = top_k, .sink_blocks = sink_blocks, .causal = causal};
+  if (scale) routing.scale = static_cast<float>(*scale);
+  return routing;
+}
+
+template <typename AnyCall>
 std::tuple<TorchTensor, TorchTensor, TorchTensor> attention(
     const TorchTensor& q, const TorchTensor& k, const TorchTensor& v, const TorchTensor& cu_seqlens_q,
     const TorchTensor& cu_seqlens_k, std::int64_t block_size, std::int64_t top_k, std::int64_t sink_blocks,
     bool causal, std::optional<double> scale, bool return_selection, std::string backend) {
-  Call call("attention", cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale);
-  const Argument queries(call.function, "q", q), keys(call.function, "k", k), values(call.function, "v", v);
-  TorchTensor out = empty_like(queries);
-  TorchTensor lse = empty({q.size(1), q.size(0)}, ScalarType::Float);
+  AnyCall call({"attention", routing_of(block_size, top_k, sink_blocks, causal, scale)}, q, k, cu_seqlens_q,
+               cu_seqlens_k);
+  const Place place = call.place;
+  const Argument queries(call.function, "q", q, place), keys(call.function, "k", k, place),
+      values(call.function, "v", v, place);
+  TorchTensor out = empty_like(queries, place);
+  TorchTensor lse = empty({q.size(1), q.size(0)}, ScalarType::Float, place);
   TorchTensor selection =
-      empty({q.size(1), q.size(0), return_selection ? call.width(k.size(0)) : 0}, ScalarType::Int);
+      empty({q.size(1), q.size(0), return_selection ? call.width(k.size(0)) : 0}, ScalarType::Int, place);
   moba::attention(
       queries.view(), keys.view(), values.view(), call.sequences, call.routing,
-      {.out = Argument(call.function, "out", out).view(),
+      {.out = Argument(call.function, "out", out, place).view(),
        .lse = static_cast<float*>(lse.data_ptr()),
        .selection = selection.numel() > 0 ? static_cast<std::int32_t*>(selection.data_ptr()) : nullptr},
       call.execution(backend, queries.view().dtype));
   if (selection.numel() > 0)
-    selection = spread_rows(selection, moba::selection_width(call.sequences, call.routing));
+    selection = spread_rows(selection, selection_width(call.sequences, call.routing));
   return {out, lse, selection};
 }
 
+template <typename AnyCall>
 std::tuple<TorchTensor, TorchTensor, TorchTensor> attention_backward(
     const TorchTensor& d_out, const TorchTensor& q, const TorchTensor& k, const TorchTensor& v,
     const TorchTensor& out, const TorchTensor& lse, const TorchTensor& selection,
     const TorchTensor& cu_seqlens_q, const TorchTensor& cu_seqlens_k, std::int64_t block_size,
     std::int64_t top_k, std::int64_t sink_blocks, bool causal, std::optional<double> scale,
     std::string backend) {
-  Call call("attention_backward", cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale);
-  const Argument gradient(call.function, "d_out", d_out), queries(call.function, "q", q),
-      keys(call.function, "k", k), values(call.function, "v", v), forward(call.function, "out", out);
+  AnyCall call({"attention_backward", routing_of(block_size, top_k, sink_blocks, causal, scale)}, q, k,
+               cu_seqlens_q, cu_seqlens_k);
+  const Place place = call.place;
+  const Argument gradient(call.function, "d_out", d_out, place), queries(call.function, "q", q, place),
+      keys(call.function, "k", k, place), values(call.function, "v", v, place),
+      forward(call.function, "out", out, place);
   const SavedSelection saved(call, queries.view(), k.size(0), selection);
-  TorchTensor dq = empty_like(queries), dk = empty_like(keys), dv = empty_like(values);
-  moba::attention_backward(
-      gradient.view(), queries.view(), keys.view(), values.view(),
-      {.out = forward.view(), .lse = lse_of(call.function, lse, queries.view()), .selection = saved.blocks()},
-      call.sequences, call.routing,
-      {.dq = Argument(call.function, "dq", dq).view(),
-       .dk = Argument(call.function, "dk", dk).view(),
-       .dv = Argument(call.function, "dv", dv).view()},
-      call.execution(backend, queries.view().dtype));
+  TorchTensor dq = empty_like(queries, place), dk = empty_like(keys, place), dv = empty_like(values, place);
+  moba::attention_backward(gradient.view(), queries.view(), keys.view(), values.view(),
+                           {.out = forward.view(),
+                            .lse = lse_of(call.function, lse, queries.view(), place),
+                            .selection = saved.blocks()},
+                           call.sequences, call.routing,
+                           {.dq = Argument(call.function, "dq", dq, place).view(),
+                            .dk = Argument(call.function, "dk", dk, place).view(),
+                            .dv = Argument(call.function, "dv", dv, place).view()},
+                           call.execution(backend, queries.view().dtype));
   return {dq, dk, dv};
 }
 
+template <typename AnyCall>
 TorchTensor select_blocks(const TorchTensor& q, const TorchTensor& k, const TorchTensor& cu_seqlens_q,
                           const TorchTensor& cu_seqlens_k, std::int64_t block_size, std::int64_t top_k,
                           std::int64_t sink_blocks, bool causal, std::string backend) {
-  Call call("select_blocks", cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, {});
-  const Argument queries(call.function, "q", q), keys(call.function, "k", k);
-  TorchTensor selection = empty({q.size(1), q.size(0), call.width(k.size(0))}, ScalarType::Int);
-  std::int32_t nowhere = 0;  // an empty tensor has no memory of its own
+  AnyCall call({"select_blocks", routing_of(block_size, top_k, sink_blocks, causal, {})}, q, k, cu_seqlens_q,
+               cu_seqlens_k);
+  const Argument queries(call.function, "q", q, call.place), keys(call.function, "k", k, call.place);
+  TorchTensor selection = empty({q.size(1), q.size(0), call.width(k.size(0))}, ScalarType::Int, call.place);
+  // An empty tensor has no memory of its own.
+  const TorchTensor written = selection.numel() > 0 ? selection : empty({1}, ScalarType::Int, call.place);
   moba::select_blocks(queries.view(), keys.view(), call.sequences, call.routing,
-                      selection.numel() > 0 ? static_cast<std::int32_t*>(selection.data_ptr()) : &nowhere,
+                      static_cast<std::int32_t*>(written.data_ptr()),
                       call.execution(backend, queries.view().dtype));
   if (selection.numel() > 0)
-    selection = spread_rows(selection, moba::selection_width(call.sequences, call.routing));
+    selection = spread_rows(selection, selection_width(call.sequences, call.routing));
   return selection;
 }
 
@@ -341,7 +154,7 @@ moba::Tensor row_of(const TorchTensor& t, moba::DType dtype, std::int64_t index,
 
 void require_rows(const std::string& function, const char* name, const TorchTensor& t,
                   std::int64_t sequences) {
-  require_cpu(function, name, t);
+  require_place(function, name, t, {});
   if (t.dim() != 4 || t.size(0) != sequences) {
     throw Error(function + ": " + name + " has sizes " + sizes_text(t) + "; [" + std::to_string(sequences) +
                 ", tokens or blocks, heads, head_dim] is expected");
@@ -354,13 +167,13 @@ std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const TorchTen
                                             std::int64_t top_k, std::int64_t sink_blocks,
                                             std::optional<double> scale, std::string backend) {
   const std::string function = "decode";
-  const Argument queries(function, "q", q);
+  const Argument queries(function, "q", q, {});
   const std::int64_t sequences = q.size(0);
   require_rows(function, "k", k, sequences);
   require_rows(function, "v", v, sequences);
   require_rows(function, "means", means, sequences);
-  const moba::DType k_dtype = dtype_of(function, "k", k), v_dtype = dtype_of(function, "v", v),
-                    means_dtype = dtype_of(function, "means", means);
+  const DType k_dtype = pytorch::dtype_of(function, "k", k), v_dtype = pytorch::dtype_of(function, "v", v),
+              means_dtype = pytorch::dtype_of(function, "means", means);
   const std::vector<std::int32_t> from = offsets_of(function, "begin", begin),
                                   to = offsets_of(function, "end", end);
   if (static_cast<std::int64_t>(from.size()) != sequences || to.size() != from.size())
@@ -379,15 +192,18 @@ std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const TorchTen
                       row_of(means, means_dtype, s, 0, means.size(1))});
   }
 
-  TorchTensor out = empty_like(queries), lse = empty({q.size(1), sequences}, ScalarType::Float);
-  Call call(function, block_size, top_k, sink_blocks, scale);
+  TorchTensor out = empty_like(queries, {}), lse = empty({q.size(1), sequences}, ScalarType::Float, {});
+  HostCall call({function, routing_of(block_size, top_k, sink_blocks, true, scale)});
   moba::decode(queries.view(), cached, call.routing,
-               {.out = Argument(function, "out", out).view(), .lse = static_cast<float*>(lse.data_ptr())},
+               {.out = Argument(function, "out", out, {}).view(), .lse = static_cast<float*>(lse.data_ptr())},
                call.execution(backend, queries.view().dtype));
   return {out, lse};
 }
 
 }  // namespace
+}  // namespace moba::pytorch
+
+using namespace moba::pytorch;
 
 STABLE_TORCH_LIBRARY(moba, library) {
   library.def(
@@ -408,8 +224,14 @@ STABLE_TORCH_LIBRARY(moba, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moba, CPU, library) {
-  library.impl("attention", TORCH_BOX(&attention));
-  library.impl("attention_backward", TORCH_BOX(&attention_backward));
+  library.impl("attention", TORCH_BOX(&attention<HostCall>));
+  library.impl("attention_backward", TORCH_BOX(&attention_backward<HostCall>));
   library.impl("decode", TORCH_BOX(&decode));
-  library.impl("select", TORCH_BOX(&select_blocks));
+  library.impl("select", TORCH_BOX(&select_blocks<HostCall>));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(moba, CUDA, library) {
+  library.impl("attention", TORCH_BOX(&attention<DeviceCall>));
+  library.impl("attention_backward", TORCH_BOX(&attention_backward<DeviceCall>));
+  library.impl("select", TORCH_BOX(&select_blocks<DeviceCall>));
 }

@@ -46,6 +46,8 @@ def _refused(error: Exception) -> Exception:
     text = str(error)
     if not text.startswith(("attention: ", "attention_backward: ", "select_blocks: ", "decode: ")):
         return error
+    if ": CUDA: " in text:  # the device failed, the arguments are right
+        return RuntimeError(text)
     return ValueError(text.replace("select_blocks: ", "select: ").replace("sequences.", "cu_seqlens_"))
 
 
@@ -212,26 +214,33 @@ _register_underived("attention_backward")
 _register_underived("decode")
 
 
+def _decode_on_cuda(q, *rest):
+    raise NotImplementedError("decode: q is on a CUDA device; ops.attention takes one query a sequence there")
+
+
+_library.impl("decode", _decode_on_cuda, "CUDA")
+
+
 # Under autocast the inputs take its dtype, as torch's own attention has it. float64 stays what it is.
 
-_autocast_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
+def _register_autocast(name, operator, device, key):
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-def _cast(value):
-    castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
-    return value.to(torch.get_autocast_dtype("cpu")) if castable else value
+    def cast(value):
+        castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(torch.get_autocast_dtype(device)) if castable else value
 
-
-def _register_autocast(name, operator):
     def kernel(*args, **kwargs):
-        with torch._C._ExcludeDispatchKeyGuard(_autocast_keys):
-            return operator(*map(_cast, args), **{key: _cast(value) for key, value in kwargs.items()})
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return operator(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
 
-    _library.impl(name, kernel, "AutocastCPU")
+    _library.impl(name, kernel, key)
 
 
-_register_autocast("attention", _attention)
-_register_autocast("select", _select)
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _register_autocast("attention", _attention, _device, _key)
+    _register_autocast("select", _select, _device, _key)
 
 
 # A batch of packed batches is a longer packed batch.

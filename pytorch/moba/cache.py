@@ -102,11 +102,14 @@ class MobaLayer(DynamicLayer):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self._stored:
-            self._take(torch.arange(self._stored[0].shape[0]).repeat_interleave(repeats))
+            self._take(self._rows().repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         if self._stored:
-            self._take(torch.arange(self._stored[0].shape[0])[indices])
+            self._take(self._rows()[indices])
+
+    def _rows(self) -> Tensor:
+        return torch.arange(self._stored[0].shape[0], device=self._stored[0].device)
 
 
 class MobaCache(Cache):

@@ -25,8 +25,8 @@ def check_tensors(function: str, q: Tensor, k: Tensor, v: Tensor, dims: str) -> 
             raise TypeError(f"{function}: {name} is {t.dtype}; q is {q.dtype}")
         if t.device != q.device:
             raise ValueError(f"{function}: {name} is on {t.device}; q is on {q.device}")
-    if q.device.type not in ("cpu", "meta"):
-        raise NotImplementedError(f"{function}: q is on {q.device}; this build has kernels for the CPU")
+    if q.device.type not in ("cpu", "cuda", "meta"):
+        raise NotImplementedError(f"{function}: q is on {q.device}; there are kernels for the CPU and for CUDA")
 
 
 def check_int(function: str, name: str, value: int | None) -> int:
@@ -101,7 +101,7 @@ def attention(
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"attention: scale is {scale!r}; a number is expected")
     if not isinstance(backend, str):
-        raise TypeError(f'attention: backend is {backend!r}; "cpu", "reference" or "" is expected')
+        raise TypeError(f'attention: backend is {backend!r}; "cpu", "reference", "cuda" or "" is expected')
     batch, queries = q.shape[:2]
     keys = k.shape[1]
     for name, t in (("k", k), ("v", v)):

@@ -7,6 +7,9 @@ more, is dense attention. Selections are int32 `[Hq, Tq, min(top_k, ceil(Tk / bl
 sequence, ascending, padded with -1. Raise TypeError (of a dtype) or ValueError naming the argument, what was expected and what
 came. Results are bit-identical on every run and for any number of threads, so torch.use_deterministic_algorithms has
 nothing to change.
+
+CUDA tensors go to the CUDA backend, where the package was built with it: bfloat16 and float16, head_dim 64, 96, 128 and 256,
+on the current stream and never waiting for it. Offsets stay on the device, so nothing checks what they hold.
 """
 
 from torch import Tensor
@@ -28,7 +31,7 @@ def attention(
     """`out [Tq, Hq, D]`, `lse [Hq, Tq]` (float32, natural logarithm, no gradient), and the selection, 0 wide unless asked for.
 
     Differentiable in q, k and v; the selection counts as a constant. `scale` of the logits: D^-0.5 unless given. `backend`:
-    "cpu" or "reference"; empty: the best there is.
+    "cpu", "reference" or "cuda"; empty: the best there is for the device.
     """
 
 def attention_backward(
@@ -80,5 +83,5 @@ def decode(
 
     `k`, `v` `[B, tokens, Hkv, D]`, any strides, of which sequence b holds tokens `[begin[b], end[b])`, the query's own last;
     int32. `means` `[B, blocks, Hkv, D]` float32: of every complete block counted from `begin[b]`, the mean of its keys rounded to
-    their dtype; not read where the routing covers every block.
+    their dtype; not read where the routing covers every block. CPU tensors alone.
     """

@@ -140,7 +140,7 @@ def _attend(
     records = records_of(module) if top_k < EVERYTHING else []
     sinks = config.sink_blocks if top_k < EVERYTHING else 0
     casting = torch.is_autocast_enabled(query.device.type)
-    if queries == 1 and not (records or casting or torch.is_grad_enabled()):
+    if queries == 1 and query.is_cpu and not (records or casting or torch.is_grad_enabled()):
         out = _decode(query, key, value, config, scaling, spans, top_k, sinks)
         if out is not None:
             return out

@@ -1,0 +1,89 @@
+/// Calls on a CUDA device: PyTorch's current stream, memory out of its allocator, and nothing that waits.
+#pragma once
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <utility>
+
+#include "moba/cuda.h"
+#include "tensors.h"
+
+namespace moba::pytorch {
+
+/// The current stream of a device. Of torch's stable ABI this function alone lies in the library that CUDA
+/// builds of torch have and others lack, so it is looked for once there is a tensor on such a device.
+inline void* current_stream(const std::string& function, std::int32_t device) {
+  using Ask = AOTITorchError (*)(std::int32_t, void**);
+  static const Ask ask = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library == nullptr ? nullptr
+                              : reinterpret_cast<Ask>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  if (ask == nullptr)
+    throw Error(function + ": q is on a device that is not CUDA's: torch has no libtorch_cuda.so");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(ask(device, &stream));
+  return stream;
+}
+
+inline Call with_cuda(Call call) {
+  const std::vector<std::string> built = backends();
+  if (std::find(built.begin(), built.end(), "cuda") == built.end()) {
+    throw Error(call.function +
+                ": q is on a CUDA device; this package was built without CUDA (pip install . "
+                "-Ccmake.define.MOBA_BUILD_CUDA=ON builds it in)");
+  }
+  return call;
+}
+
+/// The starts of sequences stay on the device, unread: the host knows that none is longer than all of them.
+class DeviceCall : public Call {
+ public:
+  DeviceSequences sequences{};
+
+  DeviceCall(Call call, const TorchTensor& q, const TorchTensor& k, const TorchTensor& cu_seqlens_q,
+             const TorchTensor& cu_seqlens_k)
+      : Call(with_cuda(std::move(call))), guard_(place_of(q).index) {
+    place = place_of(q);
+    if (!place.is_cuda()) throw Error(function + ": q is not on a CUDA device, where another tensor is");
+    q_starts_ = contiguous(check(cu_seqlens_q, "cu_seqlens_q"));
+    k_starts_ = contiguous(check(cu_seqlens_k, "cu_seqlens_k"));
+    if (q_starts_.size(0) == 0) throw Error(function + ": sequences.q is empty; it starts with 0");
+    if (q_starts_.size(0) != k_starts_.size(0)) {
+      throw Error(function + ": sequences.k has " + std::to_string(k_starts_.size(0)) +
+                  " entries; sequences.q has " + std::to_string(q_starts_.size(0)));
+    }
+    sequences = {.q = static_cast<const std::int32_t*>(q_starts_.data_ptr()),
+                 .k = static_cast<const std::int32_t*>(k_starts_.data_ptr()),
+                 .count = q_starts_.size(0) - 1,
+                 .longest = k.dim() > 0 ? k.size(0) : 0};
+  }
+
+  Execution execution(const std::string& backend, DType) {
+    Execution execution;
+    execution.backend = backend;
+    execution.stream = current_stream(function, place.index);
+    execution.scratch = {
+        [this](std::size_t bytes) { return held_.emplace_back(bytes_of(bytes, place)).data_ptr(); },
+        [this](void* memory, std::size_t) {
+          std::erase_if(held_, [&](const TorchTensor& t) { return t.data_ptr() == memory; });
+        }};
+    return execution;
+  }
+
+ private:
+  const TorchTensor& check(const TorchTensor& t, const char* name) const {
+    check_offsets(function, name, t, place);
+    return t;
+  }
+  static TorchTensor contiguous(const TorchTensor& t) {
+    return t.size(0) > 1 && t.stride(0) != 1 ? torch::stable::contiguous(t) : t;
+  }
+
+  torch::stable::accelerator::DeviceGuard guard_;
+  TorchTensor q_starts_{}, k_starts_{};
+  std::vector<TorchTensor> held_{};
+};
+
+}  // namespace moba::pytorch

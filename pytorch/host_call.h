@@ -1,0 +1,108 @@
+/// Calls on the CPU: torch's threads, and memory out of its allocator.
+#pragma once
+
+#include <atomic>
+#include <optional>
+#include <utility>
+
+#include "tensors.h"
+
+namespace moba::pytorch {
+
+inline std::vector<std::int32_t> offsets_of(const std::string& function, const char* name,
+                                            const TorchTensor& t) {
+  check_offsets(function, name, t, {});
+  std::vector<std::int32_t> offsets(static_cast<std::size_t>(t.size(0)));
+  const auto* data = static_cast<const std::int32_t*>(t.data_ptr());
+  const std::int64_t stride = t.stride(0);
+  for (std::size_t i = 0; i < offsets.size(); ++i) offsets[i] = data[static_cast<std::int64_t>(i) * stride];
+  return offsets;
+}
+
+/// The threads of torch's pool: as many as torch.set_num_threads says. Its parallel_for hands every thread an
+/// equal share, so the threads themselves are what is shared out, and tasks are drawn one by one.
+inline Parallel torch_threads() {
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  return {threads, [threads](std::int64_t tasks, const Parallel::Body& body) {
+            std::atomic<std::int64_t> next{0};
+            const auto draw = [&](std::int64_t worker, std::int64_t) {
+              for (std::int64_t task = next++; task < tasks; task = next++)
+                body(task, static_cast<int>(worker));
+            };
+            torch::stable::parallel_for(0, std::min<std::int64_t>(threads, tasks), 1, draw);
+          }};
+}
+
+/// Scratch memory out of torch's allocator, as tensors of bytes. What is small lies in one that each thread
+/// keeps from call to call, as a stack: glibc's aligned allocation, which torch's is, may never find again
+/// what small calls gave back, and a process that makes many of them then grows without end.
+class Scratch {
+ public:
+  Allocator allocator() {
+    return {[this](std::size_t bytes) { return allocate(bytes); },
+            [this](void* memory, std::size_t bytes) { release(static_cast<std::byte*>(memory), bytes); }};
+  }
+
+ private:
+  static constexpr std::size_t kKept = std::size_t{1} << 20, kAlignment = 64;
+
+  static std::byte* kept() {
+    thread_local const TorchTensor bytes = bytes_of(kKept, {});
+    return static_cast<std::byte*>(bytes.data_ptr());
+  }
+
+  static std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+  void* allocate(std::size_t bytes) {
+    if (aligned(bytes) <= kKept - top_) {
+      void* memory = kept() + top_;
+      top_ += aligned(bytes);
+      return memory;
+    }
+    held_.push_back(bytes_of(bytes, {}));
+    return held_.back().data_ptr();
+  }
+
+  void release(std::byte* memory, std::size_t bytes) {
+    if (memory >= kept() && memory < kept() + kKept) {
+      if (memory + aligned(bytes) == kept() + top_)
+        top_ -= aligned(bytes);  // what is not on top waits for the call's end
+      return;
+    }
+    const auto found = std::find_if(held_.rbegin(), held_.rend(),
+                                    [&](const TorchTensor& tensor) { return tensor.data_ptr() == memory; });
+    held_.erase(std::prev(found.base()));
+  }
+
+  std::size_t top_ = 0;
+  std::vector<TorchTensor> held_;
+};
+
+class HostCall : public Call {
+ public:
+  Sequences sequences{};
+
+  HostCall(Call call, const TorchTensor& q, const TorchTensor& k, const TorchTensor& cu_seqlens_q,
+           const TorchTensor& cu_seqlens_k)
+      : HostCall(std::move(call)) {
+    require_place(function, "q", q, place);
+    require_place(function, "k", k, place);
+    sequences.q = offsets_of(function, "cu_seqlens_q", cu_seqlens_q);
+    sequences.k = offsets_of(function, "cu_seqlens_k", cu_seqlens_k);
+  }
+  explicit HostCall(Call call) : Call(std::move(call)) {}
+
+  /// float64 is for the reference alone, so it need not be asked for.
+  Execution execution(const std::string& backend, DType dtype) {
+    Execution execution;
+    execution.backend = backend.empty() && dtype == DType::f64 ? "reference" : backend;
+    execution.parallel = torch_threads();
+    execution.scratch = scratch_.allocator();
+    return execution;
+  }
+
+ private:
+  Scratch scratch_{};
+};
+
+}  // namespace moba::pytorch

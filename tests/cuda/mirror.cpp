@@ -1,0 +1,179 @@
+// The backend "cuda" of the tests, whose tensors lie in the host's memory: what a call reads and writes is
+// copied to the device, and what it wrote comes back. The same for a real device and for the emulated one.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <stdexcept>
+
+#include "backend.h"
+#include "cuda/flow.h"
+
+#ifndef MOBA_CUDA_EMULATION
+#include <cuda_runtime_api.h>
+#endif
+
+namespace moba {
+namespace {
+
+#ifdef MOBA_CUDA_EMULATION
+
+void* allocate(std::size_t bytes) {
+  return std::malloc(bytes);
+}
+void release(void* memory) {
+  std::free(memory);
+}
+void transfer(void* to, const void* from, std::size_t bytes) {
+  std::memcpy(to, from, bytes);
+}
+
+#else
+
+void require(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+void* allocate(std::size_t bytes) {
+  void* memory = nullptr;
+  require(cudaMalloc(&memory, bytes), "memory for a test");
+  return memory;
+}
+/// Waits, as every call of the runtime that is not named after streams does.
+void release(void* memory) {
+  static_cast<void>(cudaFree(memory));
+}
+void transfer(void* to, const void* from, std::size_t bytes) {
+  require(cudaMemcpy(to, from, bytes, cudaMemcpyDefault), "a copy for a test");
+}
+
+#endif
+
+constexpr std::uintptr_t kRow = 16;
+
+/// A stretch of host memory on the device, as far past a multiple of 16 bytes as it is here.
+struct Piece {
+  Piece(std::byte* on_host, std::size_t count)
+      : host(on_host),
+        bytes(count),
+        shift(reinterpret_cast<std::uintptr_t>(on_host) % kRow),
+        memory(static_cast<std::byte*>(allocate(shift + count))) {
+    transfer(device(), host, bytes);
+  }
+  ~Piece() { release(memory); }
+  Piece(const Piece&) = delete;
+  Piece& operator=(const Piece&) = delete;
+
+  std::byte* device() const { return memory + shift; }
+
+  std::byte* host;
+  std::size_t bytes, shift;
+  std::byte* memory;
+  bool written = false;
+};
+
+class Mirror {
+ public:
+  Tensor read(Tensor t) {
+    const std::size_t bytes = size_of(t.dtype);
+    std::int64_t low = 0, high = 1;
+    for (std::size_t dim = 0; dim < static_cast<std::size_t>(t.rank); ++dim) {
+      if (t.sizes[dim] == 0) return t;
+      const std::int64_t reach = (t.sizes[dim] - 1) * t.strides[dim];
+      (reach < 0 ? low : high) += reach;
+    }
+    if (t.data == nullptr) return t;
+    auto* const first = static_cast<std::byte*>(t.data) + low * static_cast<std::int64_t>(bytes);
+    const Piece& piece = pieces_.emplace_back(first, static_cast<std::size_t>(high - low) * bytes);
+    t.data = piece.device() - low * static_cast<std::int64_t>(bytes);
+    return t;
+  }
+
+  template <typename T>
+  T* read(T* list, std::int64_t count) {
+    if (list == nullptr || count == 0) return list;
+    auto* const first = reinterpret_cast<std::byte*>(const_cast<std::remove_const_t<T>*>(list));
+    return reinterpret_cast<T*>(
+        pieces_.emplace_back(first, static_cast<std::size_t>(count) * sizeof(T)).device());
+  }
+
+  template <typename... What>
+  auto write(What... what) {
+    const std::size_t before = pieces_.size();
+    const auto there = read(what...);
+    if (pieces_.size() > before) pieces_.back().written = true;
+    return there;
+  }
+
+  DeviceBatch starts(DeviceBatch batch) {
+    if (!batch.on_device) return batch;
+    batch.q_starts = read(batch.q_starts, batch.count + 1);
+    batch.k_starts = read(batch.k_starts, batch.count + 1);
+    return batch;
+  }
+
+  /// The caller's allocator is asked and told, and the memory is the device's.
+  Execution resources(Execution execution) {
+    if (!execution.scratch.allocate) return execution;
+    execution.scratch = {[this, ask = execution.scratch.allocate](std::size_t bytes) -> void* {
+                           void* const theirs = ask(bytes);
+                           if (theirs == nullptr) return nullptr;
+                           void* const memory = allocate(bytes);
+                           theirs_[memory] = theirs;
+                           return memory;
+                         },
+                         [this, tell = execution.scratch.release](void* memory, std::size_t bytes) {
+                           tell(theirs_.at(memory), bytes);
+                           release(memory);
+                         }};
+    return execution;
+  }
+
+  void bring_back() const {
+    for (const Piece& piece : pieces_) {
+      if (piece.written) transfer(piece.host, piece.device(), piece.bytes);
+    }
+  }
+
+ private:
+  std::deque<Piece> pieces_;
+  std::map<void*, void*> theirs_;
+};
+
+std::int64_t listed(const DeviceBatch& batch, const Routing& routing, const Tensor& q) {
+  const std::int64_t blocks = batch.longest == 0 ? 0 : (batch.longest - 1) / routing.block_size + 1;
+  return q.sizes[0] * q.sizes[1] * std::min(routing.top_k, blocks);
+}
+
+void attention(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
+               const DeviceBatch& batch, const Routing& routing, const Outputs& outputs,
+               const Execution& execution) {
+  Mirror mirror;
+  const Outputs there{.out = mirror.write(outputs.out),
+                      .lse = mirror.write(outputs.lse, q.sizes[0] * q.sizes[1]),
+                      .selection = mirror.write(outputs.selection, listed(batch, routing, q))};
+  cuda::attention(function, mirror.read(q), mirror.read(k), mirror.read(v), mirror.starts(batch), routing,
+                  there, mirror.resources(execution));
+  mirror.bring_back();
+}
+
+void attention_backward(std::string_view function, const Tensor& d_out, const Tensor& q, const Tensor& k,
+                        const Tensor& v, const Saved& saved, const DeviceBatch& batch, const Routing& routing,
+                        const Gradients& gradients, const Execution& execution) {
+  Mirror mirror;
+  const Saved forward{.out = mirror.read(saved.out),
+                      .lse = mirror.read(saved.lse, q.sizes[0] * q.sizes[1]),
+                      .selection = mirror.read(saved.selection, listed(batch, routing, q))};
+  const Gradients there{mirror.write(gradients.dq), mirror.write(gradients.dk), mirror.write(gradients.dv)};
+  cuda::attention_backward(function, mirror.read(d_out), mirror.read(q), mirror.read(k), mirror.read(v),
+                           forward, mirror.starts(batch), routing, there, mirror.resources(execution));
+  mirror.bring_back();
+}
+
+constexpr DeviceFlow kFlow{.attention = attention, .attention_backward = attention_backward};
+
+}  // namespace
+
+const Backend cuda_backend{.name = "cuda", .device = &kFlow};
+
+}  // namespace moba

@@ -1,0 +1,273 @@
+"""The operators on a CUDA device, against float64 and the CPU. What needs a device is skipped without one."""
+
+import moba
+import pytest
+import torch
+from packed import batch, dense_given, offsets
+
+ops = moba.ops
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DTYPES = (torch.bfloat16, torch.float16)
+ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def there(*tensors):
+    return [t.cuda() for t in tensors]
+
+
+def gradients_of(out, leaves, d_out):
+    return torch.autograd.grad(out, leaves, d_out)
+
+
+CASES = [
+    ([1, 0, 700, 65], 4, 2, 64, 64, 3),
+    ([2048], 4, 1, 128, 128, 4),
+    ([1000, 3], 6, 3, 96, 100, 3),
+    ([513], 2, 2, 256, 32, 5),
+    ([300, 300], 8, 8, 128, 512, 3),
+    ([1500], 3, 1, 64, 1, 9),
+]
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward_and_backward_against_float64(case, dtype):
+    lengths, heads, kv_heads, head_dim, block_size, top_k = case
+    q, k, v, cu, _ = batch(lengths, heads, kv_heads, head_dim, dtype)
+    leaves = [t.requires_grad_() for t in there(q, k, v)]
+    out, lse, selection = ops.attention(*leaves, *there(cu, cu), block_size, top_k, return_selection=True)
+    d_out = torch.randn(out.shape).to(dtype)
+    gradients = gradients_of(out, leaves, d_out.cuda())
+
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    rows = torch.arange(out.shape[0])
+    expected, expected_lse = dense_given(*wide, selection.cpu(), rows, cu, cu, block_size)
+    right = gradients_of(expected, wide, d_out.double())
+    for name, found, wanted, times in zip("o q k v".split(), (out, *gradients), (expected, *right), (1, 3, 3, 3)):
+        error = (found.double().cpu() - wanted).abs().max()
+        assert error <= times * ROUNDING[dtype] * max(1.0, wanted.abs().max().item()), f"{name}: {error}"
+    torch.testing.assert_close(lse.double().cpu(), expected_lse, atol=1e-3, rtol=1e-4)
+
+    chosen = ops.select(q.detach(), k.detach(), cu, cu, block_size, top_k, backend="reference")
+    assert (chosen != selection.cpu()).any(-1).float().mean() <= 0.02  # scores within rounding of each other
+    assert torch.equal(ops.select(*leaves[:2], *there(cu, cu), block_size, top_k), selection)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dense_attention_errs_no_more_than_torch_does(dtype):
+    q, k, v, cu, _ = batch([1500], 4, 4, 128, dtype)
+    d_out = torch.randn(q.shape).to(dtype)
+
+    def dense(*tensors):
+        heads_first = [t.transpose(0, 1)[None] for t in tensors]
+        return torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True)[0].transpose(0, 1)
+
+    def ours(q, k, v):
+        return ops.attention(q, k, v, cu.cuda(), cu.cuda(), 512, 3)[0]
+
+    results = []
+    for attend, tensors in ((dense, [t.double() for t in (q, k, v)]), (dense, there(q, k, v)), (ours, there(q, k, v))):
+        leaves = [t.requires_grad_() for t in tensors]
+        out = attend(*leaves)
+        results.append([t.double().cpu() for t in (out, *gradients_of(out, leaves, d_out.to(out)))])
+    right, theirs, found = results
+    for times, a, b, c in zip((2, 3, 3, 3), right, theirs, found):
+        assert (c - a).abs().max() <= times * (b - a).abs().max()
+
+
+@on_gpu
+def test_any_strides():
+    q, k, v, cu, _ = batch([300], 2, 2, 64, torch.bfloat16)
+    q, k, v, cu = there(q, k, v, cu)
+    expected = ops.attention(q, k, v, cu, cu, 32, 3)[0]
+    wide = torch.cat([q, q], dim=-1)[..., 1:65].copy_(q)  # rows off 16 bytes
+    spread = torch.stack([k, k], dim=-1)[..., 0]
+    heads_first = v.transpose(0, 1).contiguous().transpose(0, 1)
+    apart = cu.repeat_interleave(2)[::2]
+    assert torch.equal(ops.attention(wide, spread, heads_first, apart, apart, 32, 3)[0], expected)
+    leaf = q.clone().requires_grad_()
+    ops.attention(leaf, k, v, cu, cu, 32, 3)[0].sum().backward()  # a gradient of strides 0
+    assert torch.isfinite(leaf.grad).all()
+
+
+@on_gpu
+@pytest.mark.parametrize("lengths", ([], [0], [0, 0], [3, 0, 5, 0]))
+def test_empty_batches(lengths):
+    q, k, v, cu, _ = batch(lengths, 2, 2, 64, torch.float16)
+    leaves = [t.requires_grad_() for t in there(q, k, v)]
+    out, lse, selection = ops.attention(*leaves, *there(cu, cu), 4, 2, return_selection=True)
+    assert selection.shape == ops.select(*leaves[:2], *there(cu, cu), 4, 2).shape
+    assert torch.isfinite(out).all() and lse.shape == (2, sum(lengths))
+    out.sum().backward()
+
+
+@on_gpu
+def test_a_thousand_repetitions_give_the_same_bits():
+    q, k, v, cu, _ = batch([900, 124], 4, 2, 64, torch.bfloat16)
+    leaves = [t.requires_grad_() for t in there(q, k, v)]
+    cu = cu.cuda()
+    first = None
+    for _ in range(1000):
+        out = ops.attention(*leaves, cu, cu, 32, 4)[0]
+        results = (out, *gradients_of(out, leaves, out.detach()))
+        first = first or results
+        assert all(torch.equal(a, b) for a, b in zip(results, first))
+
+
+@on_gpu
+def test_the_host_never_waits_and_a_graph_can_be_captured():
+    q, k, v, cu, _ = batch([500, 30], 4, 2, 128, torch.bfloat16)
+    q, k, v, cu = there(q, k, v, cu)
+
+    def step():
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = moba.functional.varlen(*leaves, cu, cu, 64, 3)[0]
+        return (out, *gradients_of(out, leaves, out.detach()))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for lengths in ([500, 30], [1, 529]):  # other values, and other sequences of as many tokens
+        for t in (q, k, v):
+            t.normal_()
+        cu.copy_(offsets(lengths))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step()))
+
+
+@on_gpu
+def test_it_runs_on_the_current_stream_in_torchs_memory():
+    q, k, v, cu, _ = batch([4000], 2, 2, 64, torch.bfloat16)
+    q, k, v, cu = there(q, k, v, cu)
+    expected = ops.attention(q, k, v, cu, cu, 64, 3)[0]
+    held = torch.cuda.memory_allocated()
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)
+        late = q * 1  # what the call reads is there only after the pause
+        found = ops.attention(late, k, v, cu, cu, 64, 3)[0]
+    side.synchronize()
+    assert torch.equal(found, expected)
+    del late, found
+    assert torch.cuda.memory_allocated() == held
+
+
+@on_gpu
+def test_memory_that_is_not_there_is_an_error_of_the_call_and_of_no_other():
+    q, k, v, cu, _ = batch([100_000], 8, 8, 128, torch.bfloat16)
+    q, k, v, cu = there(q, k, v, cu)
+    torch.cuda.empty_cache()
+    whole = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + (256 << 20)) / whole)
+    try:
+        with pytest.raises(RuntimeError):
+            ops.attention(q, k, v, cu, cu, 128, 8)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    few = offsets([100]).cuda()
+    assert torch.isfinite(ops.attention(q[:100], k[:100], v[:100], few, few, 16, 3)[0]).all()
+
+
+@on_gpu
+def test_refusals_by_name():
+    q, k, v, cu, _ = batch([20], 2, 2, 64)
+    call = dict(q=q.half().cuda(), k=k.half().cuda(), v=v.half().cuda(), cu_seqlens_q=cu.cuda(), cu_seqlens_k=cu.cuda())
+
+    def refused(message, error=ValueError, **change):
+        with pytest.raises(error, match=message):
+            ops.attention(**(call | change), block_size=4, top_k=2)
+
+    refused("takes bf16 and f16; q is f32", q=q.cuda(), k=k.cuda(), v=v.cuda())
+    refused("cu_seqlens_q is on cpu", cu_seqlens_q=cu)
+    refused("k is on cpu", k=k.half())
+    refused("backend cpu", backend="cpu")
+    narrow = {name: call[name][..., :40].contiguous() for name in "qkv"}
+    refused("head_dim 64, 96, 128 and 256; q has 40", **narrow)
+    refused("empty", cu_seqlens_q=cu[:0].cuda(), cu_seqlens_k=cu[:0].cuda())
+    with pytest.raises(NotImplementedError, match="decode: q is on a CUDA device"):
+        ops.decode(call["q"], *call["k"][None, None].expand(2, 20, 20, 2, 64), torch.zeros(20, 5, 2, 64).cuda(),
+                   *there(cu[:1].expand(20), cu[1:].expand(20)), 4, 2)
+
+
+@on_gpu
+def test_autocast_compile_and_opcheck():
+    q, k, v, cu, _ = batch([100], 2, 2, 64)
+    q, k, v, cu = there(q, k, v, cu)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert ops.attention(q, k, v, cu, cu, 8, 3)[0].dtype == torch.bfloat16
+    half = [t.half().requires_grad_() for t in (q, k, v)]
+    torch.library.opcheck(ops.attention, (*half, cu, cu, 8, 3))
+    compiled = torch.compile(lambda *a: ops.attention(*a, cu, cu, 8, 3)[0] * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*half), ops.attention(*half, cu, cu, 8, 3)[0] * 2)
+
+
+@on_gpu
+def test_batches_and_the_published_function():
+    q, k, v = (torch.randn(2, 200, heads, 64).bfloat16() for heads in (4, 2, 2))
+    mask = torch.ones(2, 200, dtype=torch.bool)
+    mask[0, :30] = False
+    here = moba.attention(q, k, v, block_size=32, top_k=3, padding_mask=mask)
+    found = moba.attention(*there(q, k, v), block_size=32, top_k=3, padding_mask=mask.cuda())
+    assert (found.cpu() != here).any(-1).float().mean() < 0.9  # a bit of rounding, most rows
+    torch.testing.assert_close(found.cpu(), here, atol=4e-2, rtol=2e-2)
+    packed = [t[1] for t in there(q, k, v)]
+    cu = offsets([150, 50]).cuda()
+    fast, slow = (attend(*packed, cu, 150, 32, 3) for attend in (moba.moba_attn_varlen, moba.moba_attn_varlen_naive))
+    torch.testing.assert_close(fast, slow, atol=4e-2, rtol=2e-2)
+
+
+@on_gpu
+@pytest.mark.parametrize("decode", ("full", "moba"))
+def test_a_model_generates(decode):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
+    )
+    moba.register_moba(moba.MoBAConfig(16, 3, decode=decode))
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    model.set_attn_implementation("moba")
+    ids = torch.randint(1, 64, (2, 100), device="cuda")
+    plain, cached = (
+        model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache) for cache in (None, moba.MobaCache())
+    )
+    assert torch.equal(plain, cached) and plain.shape == (2, 106)
+
+
+def test_the_operators_have_kernels_for_cuda():
+    for name in ("attention", "attention_backward", "select", "decode"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moba::{name}", "CUDA")
+
+
+def test_a_build_without_cuda_says_so():
+    q, k, v, cu, _ = batch([20], 2, 2, 64, torch.float16)
+    with pytest.raises(ValueError) as refused:
+        ops.attention(q, k, v, cu, cu, 4, 2, backend="cuda")
+    if "is not in this build" not in str(refused.value):
+        pytest.skip("this package was built with CUDA")
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    for call in (lambda: ops.attention.redispatch(keys, q, k, v, cu, cu, 4, 2), lambda: ops.select.redispatch(keys, q, k, cu, cu, 4, 2)):
+        with pytest.raises((ValueError, RuntimeError), match="q is on a CUDA device; this package was built without CUDA"):
+            call()
+
+
+def test_a_traced_call_on_cuda_needs_no_device():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q, k = (torch.empty(2, 50, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
+        out, blocks = moba.attention(q, k, k, block_size=8, top_k=3, return_selection=True)
+    assert out.device.type == blocks.device.type == "cuda"
+    assert out.shape == q.shape and blocks.shape == (2, 4, 50, 3)
