@@ -132,12 +132,12 @@ def test_the_host_never_waits_and_a_graph_can_be_captured():
     try:
         with torch.cuda.stream(side):
             step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
     for lengths in ([500, 30], [1, 529]):  # other values, and other sequences of as many tokens
         for t in (q, k, v):
             t.normal_()
