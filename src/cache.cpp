@@ -12,8 +12,8 @@
 namespace moba {
 namespace {
 
-constexpr std::align_val_t kPageAlignment{64};
 constexpr std::int64_t kMinPageTokens = 64, kMaxPageTokens = 1024;
+constexpr std::size_t kMaxSlabBytes = 16 * kHugePage;
 
 /// One block a page; several when blocks are tiny, a part when they are huge.
 std::int64_t page_tokens_for(std::int64_t block_size) {
@@ -53,8 +53,31 @@ void widen_row(const Tensor& t, std::int64_t token, std::int64_t head, float* ou
 
 }  // namespace
 
-void KvCache::State::Page::Free::operator()(std::byte* memory) const {
-  ::operator delete[](memory, kPageAlignment);
+/// Memory comes in slabs that hold as many pages as there were before, so that a small cache stays small and
+/// a large one lies on huge pages.
+void KvCache::State::resize(Sequence& s, std::int64_t tokens) const {
+  const auto pages = static_cast<std::size_t>((tokens + page_tokens - 1) / page_tokens);
+  std::size_t held = 0, first = 0;  // pages of all slabs, and of all but the last
+  for (const Slab& slab : s.slabs) held += slab.size() / page_bytes();
+  while (!s.slabs.empty()) {
+    first = held - s.slabs.back().size() / page_bytes();
+    if (first < pages) break;
+    s.slabs.pop_back();
+    held = first;
+  }
+  s.k_pages.resize(std::min(pages, s.k_pages.size()));
+  s.v_pages.resize(s.k_pages.size());
+  while (s.k_pages.size() < pages) {
+    if (s.k_pages.size() == held) {
+      const std::size_t most = std::max<std::size_t>(kMaxSlabBytes / page_bytes(), 1);
+      first = held;
+      s.slabs.emplace_back(std::clamp<std::size_t>(std::max(pages - held, held), 1, most) * page_bytes());
+      held += s.slabs.back().size() / page_bytes();
+    }
+    const std::byte* page = s.slabs.back().data() + (s.k_pages.size() - first) * page_bytes();
+    s.k_pages.push_back(page);
+    s.v_pages.push_back(page + half_page_bytes);
+  }
 }
 
 KvLayout KvCache::State::layout() const {
@@ -95,8 +118,8 @@ std::int64_t KvCache::length(std::int64_t sequence) const {
 std::size_t KvCache::bytes() const {
   std::size_t total = 0;
   for (const State::Sequence& s : state_->sequences) {
-    total += s.pages.size() * 2 * state_->half_page_bytes +
-             (s.means.capacity() + s.sum.capacity()) * sizeof(float);
+    for (const State::Slab& slab : s.slabs) total += slab.size();
+    total += (s.means.capacity() + s.sum.capacity()) * sizeof(float);
   }
   return total;
 }
@@ -109,17 +132,11 @@ void KvCache::append(const Tensor& k, const Tensor& v, std::int64_t sequence) {
 
   const std::int64_t row_floats = kv_heads * head_dim;
   s.means.resize(static_cast<std::size_t>((s.length + added) / block_size * row_floats));
-  while (static_cast<std::int64_t>(s.pages.size()) * page_tokens < s.length + added) {
-    State::Page page{
-        decltype(State::Page::memory)(new (kPageAlignment) std::byte[2 * state_->half_page_bytes])};
-    s.k_pages.push_back(page.memory.get());
-    s.v_pages.push_back(page.memory.get() + state_->half_page_bytes);
-    s.pages.push_back(std::move(page));
-  }
+  state_->resize(s, s.length + added);
 
   std::vector<float> row(static_cast<std::size_t>(head_dim)), seen(row.size());
   for (std::int64_t token = 0; token < added; ++token) {
-    std::byte* page = s.pages[static_cast<std::size_t>(s.length / page_tokens)].memory.get();
+    auto* page = const_cast<std::byte*>(s.k_pages[static_cast<std::size_t>(s.length / page_tokens)]);
     for (const Tensor* t : {&k, &v}) {
       std::byte* half = t == &k ? page : page + state_->half_page_bytes;
       for (std::int64_t head = 0; head < kv_heads; ++head) {
@@ -152,11 +169,8 @@ void KvCache::truncate(std::int64_t tokens, std::int64_t sequence) {
   }
   if (tokens == s.length) return;
   const auto [kv_heads, head_dim, block_size, dtype, sequences] = state_->shape;
-  const auto pages = static_cast<std::size_t>((tokens + state_->page_tokens - 1) / state_->page_tokens);
   s.length = tokens;
-  s.pages.resize(pages);
-  s.k_pages.resize(pages);
-  s.v_pages.resize(pages);
+  state_->resize(s, tokens);
   s.means.resize(static_cast<std::size_t>(tokens / block_size * kv_heads * head_dim));
 
   std::fill(s.sum.begin(), s.sum.end(), 0.0F);

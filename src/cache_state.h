@@ -2,35 +2,68 @@
 
 #include <cstddef>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "moba/cache.h"
 #include "problem.h"
+#include "scratch.h"
 
 namespace moba {
 
+/// Where a cache keeps what it holds: uninitialised, large pieces on huge pages.
+template <typename T>
+struct CacheAllocator {
+  using value_type = T;
+
+  CacheAllocator() = default;
+  template <typename U>
+  explicit CacheAllocator(const CacheAllocator<U>& /*other*/) {}
+  T* allocate(std::size_t count) {
+    const std::size_t bytes = whole(count * sizeof(T));
+    void* memory = ::operator new(bytes, alignment(bytes));
+    prefer_huge_pages(memory, bytes);
+    return static_cast<T*>(memory);
+  }
+  void deallocate(T* memory, std::size_t count) {
+    ::operator delete(memory, alignment(whole(count * sizeof(T))));
+  }
+  template <typename U>
+  void construct(U* value) {
+    ::new (static_cast<void*>(value)) U;
+  }
+  bool operator==(const CacheAllocator&) const = default;
+
+ private:
+  static std::size_t whole(std::size_t bytes) {
+    return bytes < kHugePage ? bytes : (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  }
+  static std::align_val_t alignment(std::size_t bytes) {
+    return std::align_val_t{bytes < kHugePage ? Scratch::kAlignment : kHugePage};
+  }
+};
+
 struct KvCache::State {
-  /// One allocation holds the keys of a page, then its values: each [Hkv, page_tokens, D], for i8 followed by
-  /// f32 scales [Hkv, page_tokens].
-  struct Page {
-    struct Free {
-      void operator()(std::byte* memory) const;
-    };
-    std::unique_ptr<std::byte[], Free> memory;
-  };
+  /// Pages in one allocation. Each holds its keys, then its values: each [Hkv, page_tokens, D], for i8
+  /// followed by f32 scales [Hkv, page_tokens].
+  using Slab = std::vector<std::byte, CacheAllocator<std::byte>>;
 
   struct Sequence {
     std::int64_t length = 0;
-    std::vector<Page> pages;
-    std::vector<const std::byte*> k_pages, v_pages;
-    std::vector<float> means;  // [complete blocks, Hkv, D]
-    std::vector<float> sum;    // [Hkv, D], of the keys of the block that is being filled
+    std::vector<Slab> slabs;
+    std::vector<const std::byte*> k_pages, v_pages;   // those in use, slab after slab
+    std::vector<float, CacheAllocator<float>> means;  // [complete blocks, Hkv, D]
+    std::vector<float> sum;  // [Hkv, D], of the keys of the block that is being filled
   };
 
   Shape shape;
   std::int64_t page_tokens = 0;
   std::size_t scale_offset = 0, half_page_bytes = 0;
   std::vector<Sequence> sequences;
+
+  std::size_t page_bytes() const { return 2 * half_page_bytes; }
+  /// Sets the pages in use to those that `tokens` take.
+  void resize(Sequence& sequence, std::int64_t tokens) const;
 
   KvLayout layout() const;
 };

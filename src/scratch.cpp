@@ -6,19 +6,19 @@
 
 namespace moba {
 
+void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] std::size_t bytes) {
+#if defined(__linux__)
+  const auto first = (reinterpret_cast<std::uintptr_t>(memory) + kHugePage - 1) & ~(kHugePage - 1);
+  const auto last = (reinterpret_cast<std::uintptr_t>(memory) + bytes) & ~(kHugePage - 1);
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 std::byte* Scratch::allocate(std::size_t bytes) {
   void* memory = allocator_->allocate ? allocator_->allocate(bytes)
                                       : ::operator new (bytes, std::align_val_t{kAlignment});
   if (memory == nullptr) throw std::bad_alloc();
-#if defined(__linux__)
-  // Rows are gathered from all over a large buffer; with small pages every one of them would miss the TLB.
-  constexpr std::size_t kHugePage = std::size_t{2} << 20;
-  if (bytes >= 2 * kHugePage) {
-    const auto first = (reinterpret_cast<std::uintptr_t>(memory) + kHugePage - 1) & ~(kHugePage - 1);
-    const auto last = (reinterpret_cast<std::uintptr_t>(memory) + bytes) & ~(kHugePage - 1);
-    if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
-#endif
+  prefer_huge_pages(memory, bytes);
   held_ += bytes;
   peak_ = std::max(peak_, held_);
   return static_cast<std::byte*>(memory);

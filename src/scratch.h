@@ -10,6 +10,10 @@
 
 namespace moba {
 
+constexpr std::size_t kHugePage = std::size_t{2} << 20;
+/// For large memory that is read from all over: with small pages every row of it would miss the TLB.
+void prefer_huge_pages(void* memory, std::size_t bytes);
+
 /// Scratch memory of one call: taken from the caller's allocator, given back when its buffer goes, and
 /// counted. Used by one thread at a time; buffers are taken before parallel work begins.
 class Scratch {

@@ -125,7 +125,8 @@ TEST_P(Decode, ForgottenTokensLeaveNoTrace) {
     used.truncate(131);
     used.truncate(69);
     EXPECT_EQ(used.length(), 69);
-    append(used, c, 69, 81);
+    used.truncate(40);
+    append(used, c, 40, 110);
     const Case last = part_of(c, 149, 1);
     Result expected(last), found(last);
     attention(last.q.view(), fresh, 0, c.routing, expected.outputs(), execution());
@@ -163,6 +164,35 @@ TEST_P(Decode, SequencesOfAnyLengthTogether) {
       for (std::int64_t d = 0; d < c.head_dim; ++d)
         EXPECT_NEAR(found.out.get(s, head, d), expected.out.get(0, head, d), 1e-5);
     }
+  }
+}
+
+/// More candidates than one piece of the gate holds, each three times, so that equal scores lie in different
+/// pieces; lists shorter and longer than what is chosen; blocks of several pieces.
+TEST_P(Decode, ManyBlocksAndTies) {
+  const std::vector<Routing> wide = {{.block_size = 2, .top_k = 6},
+                                     {.block_size = 1, .top_k = 9, .sink_blocks = 2},
+                                     {.block_size = 1, .top_k = 300},
+                                     {.block_size = 150, .top_k = 3}};
+  for (const Routing& routing : wide) {
+    Case c = small_case(DType::f32, routing, 903);
+    for (std::int64_t token = 300; token < 900; ++token) {
+      for (std::int64_t head = 0; head < c.kv_heads; ++head) {
+        for (std::int64_t d = 0; d < c.head_dim; ++d) c.k.set(token, head, d, c.k.get(token - 300, head, d));
+      }
+    }
+    KvCache cache = cache_for(c);
+    append(cache, c, 0, 903);
+    const Case last = part_of(c, 902, 1);
+    check_decoded(last, cache, execution(), exact());
+    const auto run = [&](const Parallel& parallel) {
+      Result result(last);
+      decode(last.q.view(), cache, routing, {.out = result.out.view(), .lse = result.outputs().lse},
+             {.backend = GetParam(), .parallel = parallel});
+      return result;
+    };
+    const Result expected = run(serial());
+    for (const Parallel& parallel : {openmp(2), std_threads(5)}) EXPECT_TRUE(run(parallel) == expected);
   }
 }
 
