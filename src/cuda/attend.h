@@ -20,6 +20,13 @@ std::size_t attend_shared_bytes(std::int64_t head_dim);
 void attend(Queue& queue, const Task& task, const Group& part, const Batch& batch, const Plan& plan,
             const Partials& partials, const Outputs& outputs);
 
+/// Whether the kernel for Hopper takes over: where it can and a tile of its 128 keys would not be half empty,
+/// unless the environment's MOBA_CUDA_ATTEND says "ampere" or "hopper". An Error where it cannot, but must.
+bool attends_on_hopper(std::string_view function, const Task& task);
+/// What `attend` does.
+void attend_on_hopper(Queue& queue, const Task& task, const Group& part, const Batch& batch, const Plan& plan,
+                      const Partials& partials, const Outputs& outputs);
+
 /// Merges each row's slots in the order of their ranks, and writes the outputs.
 void combine(Queue& queue, const Task& task, const Group& part, const std::int32_t* selection,
              const Partials& partials, const Outputs& outputs);

@@ -43,6 +43,7 @@ void attention(std::string_view function, const Tensor& q, const Tensor& k, cons
   if (attends) check_view(function, "out", outputs.out);
   check_list(function, "lse", outputs.lse);
   check_list(function, "selection", outputs.selection);
+  const bool on_hopper = attends && attends_on_hopper(function, task);
   if (task.tokens == 0 || task.sequences == 0) return;
 
   const auto bytes = [&](const Group& part) {
@@ -65,7 +66,8 @@ void attention(std::string_view function, const Tensor& q, const Tensor& k, cons
       write_selection(queue, task, part, on_device, memory.selection, outputs.selection);
     if (!attends) continue;  // the routing alone was asked for
     plan(queue, task, part, on_device, memory.selection, memory.plan);
-    attend(queue, task, part, on_device, memory.plan, memory.partials, outputs);
+    (on_hopper ? attend_on_hopper : attend)(queue, task, part, on_device, memory.plan, memory.partials,
+                                            outputs);
     combine(queue, task, part, memory.selection, memory.partials, outputs);
   }
   if (execution.profile != nullptr)

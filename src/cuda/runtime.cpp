@@ -1,6 +1,10 @@
 #include "cuda/runtime.h"
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
+
+#include <array>
+#include <bit>
 
 #include "moba/error.h"
 
@@ -39,6 +43,39 @@ bool is_on_device(const void* pointer) {
     return false;
   }
   return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
+}
+
+/// The driver's function is asked for by name, so that the library needs no driver to be loaded.
+TensorMap tensor_map(std::string_view function, const Tensor& t, int rows) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status{};
+  constexpr unsigned kVersion = 12000;
+  require(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kVersion, cudaEnableDefault,
+                                           &status),
+          function, "the driver cannot be asked for tensor maps");
+  if (status != cudaDriverEntryPointSuccess || found == nullptr)
+    throw DeviceError(std::string(function) + ": CUDA: the driver knows no tensor maps");
+
+  const std::array<cuuint64_t, 3> sizes{static_cast<cuuint64_t>(t.sizes[2]),
+                                        static_cast<cuuint64_t>(t.sizes[1]),
+                                        static_cast<cuuint64_t>(t.sizes[0])};
+  const std::array<cuuint64_t, 2> strides{2 * static_cast<cuuint64_t>(t.strides[1]),
+                                          2 * static_cast<cuuint64_t>(t.strides[0])};
+  const std::array<cuuint32_t, 3> box{TensorMap::kColumns, 1, static_cast<cuuint32_t>(rows)};
+  const std::array<cuuint32_t, 3> steps{1, 1, 1};
+  alignas(64) CUtensorMap map{};
+  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+  const CUresult result = encode(
+      &map, t.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+      box.size(), t.data, sizes.data(), strides.data(), box.data(), steps.data(),
+      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw DeviceError(std::string(function) + ": CUDA: no tensor map of " + std::to_string(t.sizes[0]) +
+                      " x " + std::to_string(t.sizes[1]) + " x " + std::to_string(t.sizes[2]) +
+                      " elements: error " + std::to_string(result));
+  }
+  return std::bit_cast<TensorMap>(map);
 }
 
 void Queue::check_grid(const char* name, Grid grid) const {

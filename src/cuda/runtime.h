@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "cuda/ptx/device.h"
+#include "cuda/tensor_map.h"
 #include "moba/execution.h"
 
 #if defined(MOBA_CUDA_EMULATION)
@@ -28,6 +29,9 @@ Hardware current_hardware(std::string_view function);
 
 /// Whether `pointer` is memory that the device can use.
 bool is_on_device(const void* pointer);
+
+/// For boxes of `rows` tokens.
+TensorMap tensor_map(std::string_view function, const Tensor& t, int rows);
 
 struct Grid {
   std::int64_t x = 1, y = 1;

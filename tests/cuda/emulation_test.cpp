@@ -10,7 +10,10 @@
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
 #include "cuda/ptx/matrix.h"
+#include "cuda/ptx/transfer.h"
 #include "cuda/ptx/warp.h"
+#include "cuda/ptx/warpgroup.h"
+#include "cuda/tile/panels.h"
 #include "cuda/tile/scan.h"
 
 namespace moba::cuda {
@@ -190,6 +193,176 @@ TEST(Emulation, NamedBarriersHoldBackSomeWarpsAlone) {
   });
   EXPECT_EQ(first, 1);
   EXPECT_EQ(second, 2);
+}
+
+/// Small whole numbers, whose products and sums are exact.
+float number_at(int row, int column) {
+  return static_cast<float>((row * 5 + column * 3) % 7 - 3);
+}
+
+/// A tile of such numbers, written by all of a warpgroup.
+template <typename T, int rows, int head_dim>
+void write_numbers(const tile::Panels<T, rows, head_dim>& to) {
+  for (int i = ptx::thread(); i < rows * head_dim; i += ptx::kGroupThreads) {
+    const int row = i / head_dim, column = i % head_dim;
+    to.piece(row, column / 8)[column % 8].bits = ptx::rounded_bits(T{}, number_at(row, column));
+    emulation::wrote(to.piece(row, column / 8));
+  }
+}
+
+/// Rows [64, 128) of one tile by those of another; then their products' first 64 by its columns.
+template <typename T, int head_dim>
+void check_group_products() {
+  using Tile = tile::Panels<T, 128, head_dim>;
+  std::vector<float> logits(64 * 128), sums(64 * head_dim);
+  emulation::run("group", {}, ptx::kGroupThreads, Tile::kBytes, [&] {
+    const Tile tile{ptx::shared()};
+    write_numbers(tile);
+    ptx::fence_async();
+    ptx::barrier();
+    float d[16][4], out[head_dim / 8][4] = {};
+    ptx::group_fence();
+    for (int k = 0; k < head_dim / 16; ++k)
+      ptx::multiply_shared<T>(d, tile.along_rows(64, k), tile.along_rows(0, k), k > 0);
+    ptx::group_commit();
+    ptx::group_wait(d);
+    // A's first step is of columns 0 to 15 of the product, made small; B's is rows 16 to 31.
+    std::uint32_t a[4];
+    const auto small = [](float value) { return static_cast<float>(static_cast<int>(value) % 4); };
+    for (int r = 0; r < 4; ++r)
+      a[r] = ptx::pack<T>(small(d[r / 2][r % 2 * 2]), small(d[r / 2][r % 2 * 2 + 1]));
+    ptx::group_fence();
+    ptx::multiply_registers<T>(out, a, tile.across_rows(16));
+    ptx::group_commit();
+    ptx::group_wait(out);
+    const int row = ptx::warp() * 16 + ptx::lane() / 4, column = ptx::lane() % 4 * 2;
+    const auto put = [&](std::vector<float>& to, int columns, int j, int e, float value) {
+      to[static_cast<std::size_t>((row + e / 2 * 8) * columns + 8 * j + column + e % 2)] = value;
+    };
+    for (int e = 0; e < 4; ++e) {
+      for (int j = 0; j < 16; ++j) put(logits, 128, j, e, d[j][e]);
+      for (int j = 0; j < head_dim / 8; ++j) put(sums, head_dim, j, e, out[j][e]);
+    }
+  });
+  for (int row = 0; row < 64; ++row) {
+    for (int column = 0; column < 128; ++column) {
+      float sum = 0;
+      for (int k = 0; k < head_dim; ++k) sum += number_at(64 + row, k) * number_at(column, k);
+      ASSERT_EQ(logits[static_cast<std::size_t>(row * 128 + column)], sum) << row << ", " << column;
+    }
+    for (int column = 0; column < head_dim; ++column) {
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) {
+        const int weight = static_cast<int>(logits[static_cast<std::size_t>(row * 128 + k)]) % 4;
+        sum += static_cast<float>(weight) * number_at(16 + k, column);
+      }
+      ASSERT_EQ(sums[static_cast<std::size_t>(row * head_dim + column)], sum) << row << ", " << column;
+    }
+  }
+}
+
+TEST(Emulation, ProductsOfAWarpgroupHaveTheHardwaresLayout) {
+  check_group_products<bfloat16, 64>();
+  check_group_products<float16, 128>();
+}
+
+/// The manual's 128-byte swizzle and descriptor, spelled out.
+TEST(Emulation, OperandsAreDescribedAsTheManualSays) {
+  EXPECT_EQ(ptx::describe_operand(0x12340, 0x4000, 1024), 0x4000004004001234U);
+  using Tile = tile::Panels<bfloat16, 128, 128>;
+  EXPECT_EQ(Tile::start(0, 3), 3U * 16);
+  EXPECT_EQ(Tile::start(9, 3), 9U * 128 + 2 * 16);
+  EXPECT_EQ(Tile::start(9, 11), 128U * 128 + 9 * 128 + 2 * 16);
+}
+
+/// A box of two heads' tensor, in part behind its end, lands where panels look for it.
+TEST(Emulation, BoxesLandInPanelsWithZerosBehindTheTensor) {
+  constexpr int kTokens = 20, kHeads = 2, kRows = 16;
+  std::vector<std::uint16_t> values(kTokens * kHeads * 64);
+  for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<std::uint16_t>(i + 1);
+  const TensorMap map{.data = reinterpret_cast<const std::byte*>(values.data()),
+                      .sizes = {kTokens, kHeads, 64},
+                      .strides = {kHeads * 128, 128},
+                      .rows = kRows};
+  using Tile = tile::Panels<bfloat16, kRows, 64>;
+  emulation::run("box", {}, 32, Tile::kBytes + sizeof(ptx::Mbarrier), [&] {
+    const Tile tile{ptx::shared()};
+    auto* barrier = reinterpret_cast<ptx::Mbarrier*>(tile.data + Tile::kBytes);
+    if (ptx::lane() == 0) {
+      ptx::begin_phases(barrier, 1);
+      ptx::fence_async();
+    }
+    ptx::barrier();
+    if (ptx::lane() == 5) {
+      ptx::arrive_expecting(barrier, Tile::kBytes);
+      ptx::copy_box(tile.data, map, 0, 1, 10, barrier);
+    }
+    ptx::wait_for(barrier, 1);
+    ptx::wait_for(barrier, 0);
+    for (int i = ptx::lane(); i < kRows * 64; i += 32) {
+      const int row = i / 64, column = i % 64, expected = ((10 + row) * kHeads + 1) * 64 + column + 1;
+      EXPECT_EQ(tile.piece(row, column / 8)[column % 8].bits, row < 10 ? expected : 0) << row;
+    }
+  });
+}
+
+TEST(Emulation, ProductsThatNobodyWaitsForAreAnError) {
+  std::string found;
+  for (int i = 0; i < 20 && found.empty(); ++i) {  // some run at once
+    found = error_of(ptx::kGroupThreads, [] {
+      float d[8][4] = {};
+      const std::uint32_t a[4] = {};
+      ptx::multiply_registers<bfloat16>(d, a, ptx::describe_operand(1024, 16, 1024));
+    });
+  }
+  EXPECT_NE(found.find("products that nobody waited for"), std::string::npos) << found;
+}
+
+TEST(Emulation, AProductOfWhatWasNotFencedIsAnError) {
+  const std::vector<std::uint32_t> from(4, 7);
+  for (const bool fences : {false, true}) {
+    const std::string error = error_of(ptx::kGroupThreads, [&] {
+      ptx::copy_async(ptx::shared(), 0, from.data(), true);
+      ptx::copy_commit();
+      ptx::copy_wait<0>();
+      if (fences) ptx::fence_async();
+      ptx::barrier();
+      float d[8][4] = {};
+      const std::uint32_t a[4] = {};
+      ptx::multiply_registers<bfloat16>(d, a, ptx::describe_operand(1024, 16, 1024));
+      ptx::group_commit();
+      ptx::group_wait(d);
+    });
+    EXPECT_EQ(error.find("without a fence") == std::string::npos, fences) << error;
+  }
+}
+
+TEST(Emulation, APhaseThatLacksAnArrivalOrBytesIsAnError) {
+  for (const std::uint32_t bytes : {0U, 16U}) {
+    const std::string error = error_of(32, [&] {
+      auto* barrier = reinterpret_cast<ptx::Mbarrier*>(ptx::shared());
+      if (ptx::lane() == 0) ptx::begin_phases(barrier, bytes == 0 ? 2 : 1);
+      ptx::barrier();
+      if (ptx::lane() == 0) ptx::arrive_expecting(barrier, bytes);
+      ptx::wait_for(barrier, 0);
+    });
+    EXPECT_NE(error.find("warp 0 waits for a phase of an mbarrier"), std::string::npos) << error;
+  }
+}
+
+TEST(Emulation, AnMbarrierMustBeInitialised) {
+  const std::string error =
+      error_of(32, [] { ptx::arrive(reinterpret_cast<ptx::Mbarrier*>(ptx::shared())); });
+  EXPECT_NE(error.find("used before it is initialised"), std::string::npos) << error;
+}
+
+TEST(Emulation, AWarpgroupMustMeet) {
+  const std::string error = error_of(ptx::kGroupThreads, [] {
+    if (ptx::warp() != 2) ptx::group_fence();
+  });
+  EXPECT_NE(error.find("warp 0 waits at wgmma.fence; warp 1 waits at wgmma.fence; warp 2 has ended"),
+            std::string::npos)
+      << error;
 }
 
 }  // namespace

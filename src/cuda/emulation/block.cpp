@@ -4,11 +4,13 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -20,7 +22,7 @@ namespace {
 constexpr int kBarriers = 16;
 constexpr int kNoBarrier = -1;
 
-enum class State { ready, at_collective, at_barrier, finished };
+enum class State { ready, at_collective, at_barrier, at_mbarrier, finished };
 
 struct Copy {
   void* to;
@@ -34,6 +36,9 @@ struct Thread {
   const char* name = "";  // of what it waits at
   void* operands = nullptr;
   void (*body)(void* const*) = nullptr;
+  int together = kLanes;  // threads that the collective is of
+  const void* mbarrier = nullptr;
+  unsigned fences = 0;
   int barrier = kNoBarrier;
   int expected = 0;
   std::vector<std::vector<Copy>> groups;  // committed, the oldest first
@@ -44,7 +49,50 @@ void land(const Copy& copy) {
   std::array<std::byte, 16> bytes{};
   if (copy.bytes > 0) std::memcpy(bytes.data(), copy.from, static_cast<std::size_t>(copy.bytes));
   std::memcpy(copy.to, bytes.data(), bytes.size());
+  wrote(copy.to);
 }
+
+/// A product that a warpgroup has begun, with its threads' operands.
+struct Product {
+  void (*body)(void* const*) = nullptr;
+  std::vector<std::vector<std::byte>> operands;
+
+  void run() {
+    std::array<void*, kGroupThreads> pointers{};
+    for (std::size_t i = 0; i < pointers.size(); ++i) pointers[i] = operands[i].data();
+    body(pointers.data());
+  }
+};
+
+/// What a thread brings to the beginning of a product.
+struct Begun {
+  const std::byte* operands;
+  std::size_t bytes;
+  void (*body)(void* const*);
+};
+
+struct Warpgroup {
+  std::vector<Product> open;
+  std::vector<std::vector<Product>> groups;  // committed, the oldest first
+};
+
+struct Mbarrier {
+  int arrivals = 0, missing = 0;
+  std::int64_t missing_bytes = 0;
+  unsigned phase = 0;
+};
+
+struct BulkCopy {
+  std::function<void()> land;
+  const void* barrier;
+  std::int64_t bytes;
+};
+
+/// Who wrote 16 bytes of shared memory last, and how often it had fenced before.
+struct Mark {
+  int thread = -1;
+  unsigned fences = 0;
+};
 
 /// One block of threads at a time; its fibers and their stacks serve all blocks of all launches.
 class Machine {
@@ -61,7 +109,20 @@ class Machine {
   Thread& current() { return *threads_[static_cast<std::size_t>(place.thread)]; }
   bool chance() { return (random_() & 1U) != 0; }
   void arrive(int id, int expected);
+  void begin_product(void* const* threads);
+  void commit_products();
+  void finish_products(int pending);
+  Mbarrier* mbarrier(const void* address);
+  void settle(const void* address, Mbarrier& barrier);
+  /// The mark of an address, if it is in shared memory.
+  Mark* mark(const void* address);
+  bool has_fenced(const Mark& mark) const { return thread(mark.thread).fences > mark.fences; }
+  /// On a fiber, where what is thrown would find nobody to catch it.
+  void fail_later(const std::string& why) { failure_ = why; }
   const std::function<void()>* kernel = nullptr;
+  std::unordered_map<const void*, Mbarrier> mbarriers;
+  std::vector<BulkCopy> bulk_copies;
+  std::map<std::string, int> launches;
 
  private:
   struct Barrier {
@@ -70,7 +131,11 @@ class Machine {
 
   void run_block();
   bool step(int warp);
-  void run_collective(int warp);
+  void run_collective(int first, int count);
+  bool have_met(int warp) const;
+  void check_alike(int first, int count) const;
+  bool land_bulk_copies(bool all);
+  void check_nothing_pends();
   [[noreturn]] void fail(const std::string& why) const;
   [[noreturn]] void fail_stuck() const;
   static std::string describe(const Thread& thread);
@@ -80,6 +145,10 @@ class Machine {
   std::mt19937_64 random_;
   std::vector<std::unique_ptr<Thread>> threads_;
   std::array<Barrier, kBarriers> barriers_{};
+  std::vector<Warpgroup> groups_;
+  int running_group_ = 0;  // whose collective runs
+  std::vector<Mark> marks_;
+  std::size_t shared_bytes_ = 0;
   std::string failure_;
   const char* name_ = "";
 };
@@ -114,6 +183,8 @@ std::string Machine::describe(const Thread& thread) {
       return "has ended";
     case State::at_collective:
       return std::string("waits at ") + thread.name;
+    case State::at_mbarrier:
+      return "waits for a phase of an mbarrier";
     case State::at_barrier:
       return "waits at barrier " + std::to_string(thread.barrier);
   }
@@ -140,9 +211,8 @@ void Machine::fail_stuck() const {
 void Machine::arrive(int id, int expected) {
   Barrier& barrier = barriers_[static_cast<std::size_t>(id)];
   if (barrier.arrived > 0 && barrier.expected != expected) {
-    // On a fiber: what is thrown here would find nobody to catch it.
-    failure_ = "barrier " + std::to_string(id) + " is for " + std::to_string(barrier.expected) +
-               " threads and for " + std::to_string(expected);
+    fail_later("barrier " + std::to_string(id) + " is for " + std::to_string(barrier.expected) +
+               " threads and for " + std::to_string(expected));
   }
   barrier.expected = expected;
   if (++barrier.arrived < expected) return;
@@ -153,19 +223,100 @@ void Machine::arrive(int id, int expected) {
   }
 }
 
-void Machine::run_collective(int warp) {
-  const Thread& leader = thread(warp * kLanes);
-  std::array<void*, kLanes> operands{};
-  for (int lane = 0; lane < kLanes; ++lane) {
-    Thread& each = thread(warp * kLanes + lane);
-    if (each.body != leader.body) {
-      fail("warp " + std::to_string(warp) + ": lane 0 " + describe(leader) + ", lane " +
-           std::to_string(lane) + " " + describe(each));
-    }
-    operands[static_cast<std::size_t>(lane)] = each.operands;
+void Machine::check_alike(int first, int count) const {
+  const Thread& leader = thread(first);
+  for (int i = 1; i < count; ++i) {
+    const Thread& each = thread(first + i);
+    if (each.body == leader.body) continue;
+    fail("warp " + std::to_string((first + i) / kLanes) + ": lane 0 " + describe(leader) + ", lane " +
+         std::to_string(i % kLanes) + " " + describe(each));
   }
-  leader.body(operands.data());
-  for (int lane = 0; lane < kLanes; ++lane) thread(warp * kLanes + lane).state = State::ready;
+}
+
+void Machine::run_collective(int first, int count) {
+  check_alike(first, count);
+  std::array<void*, kGroupThreads> operands{};
+  for (int i = 0; i < count; ++i) operands[static_cast<std::size_t>(i)] = thread(first + i).operands;
+  running_group_ = first / kGroupThreads;
+  thread(first).body(operands.data());
+  if (!failure_.empty()) fail(std::exchange(failure_, {}));
+  for (int i = 0; i < count; ++i) thread(first + i).state = State::ready;
+}
+
+bool Machine::have_met(int warp) const {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (thread(warp * kLanes + lane).state != State::at_collective) return false;
+  }
+  return true;
+}
+
+void Machine::begin_product(void* const* threads) {
+  const auto* first = static_cast<const Begun*>(threads[0]);
+  Product product{.body = first->body, .operands = {}};
+  for (int i = 0; i < kGroupThreads; ++i) {
+    const auto* each = static_cast<const Begun*>(threads[i]);
+    if (each->body != first->body) fail("the threads of a warpgroup begin different products");
+    product.operands.emplace_back(each->operands, each->operands + each->bytes);
+  }
+  Warpgroup& group = groups_[static_cast<std::size_t>(running_group_)];
+  group.open.push_back(std::move(product));
+  if (!chance()) return;
+  for (std::vector<Product>& products : group.groups) {
+    for (Product& each : products) each.run();
+    products.clear();
+  }
+  for (Product& each : group.open) each.run();
+  group.open.clear();
+}
+
+void Machine::commit_products() {
+  Warpgroup& group = groups_[static_cast<std::size_t>(running_group_)];
+  group.groups.push_back(std::exchange(group.open, {}));
+}
+
+void Machine::finish_products(int pending) {
+  Warpgroup& group = groups_[static_cast<std::size_t>(running_group_)];
+  while (static_cast<int>(group.groups.size()) > pending) {
+    for (Product& each : group.groups.front()) each.run();
+    group.groups.erase(group.groups.begin());
+  }
+}
+
+Mbarrier* Machine::mbarrier(const void* address) {
+  const auto found = mbarriers.find(address);
+  if (found != mbarriers.end()) return &found->second;
+  fail_later("an mbarrier is used before it is initialised");
+  return nullptr;
+}
+
+/// Begins the next phase if this one has seen all, and wakes who waits.
+void Machine::settle(const void* address, Mbarrier& barrier) {
+  if (barrier.missing > 0 || barrier.missing_bytes != 0) return;
+  barrier.missing = barrier.arrivals;
+  barrier.phase ^= 1U;
+  for (int i = 0; i < place.threads; ++i) {
+    Thread& waiting = thread(i);
+    if (waiting.state == State::at_mbarrier && waiting.mbarrier == address) waiting.state = State::ready;
+  }
+}
+
+bool Machine::land_bulk_copies(bool all) {
+  bool landed = false;
+  std::erase_if(bulk_copies, [&](const BulkCopy& copy) {
+    if (!all && chance()) return false;
+    copy.land();
+    Mbarrier* barrier = mbarrier(copy.barrier);
+    if (!failure_.empty()) fail(std::exchange(failure_, {}));
+    barrier->missing_bytes -= copy.bytes;
+    settle(copy.barrier, *barrier);
+    return landed = true;
+  });
+  return landed;
+}
+
+Mark* Machine::mark(const void* address) {
+  const auto offset = static_cast<std::size_t>(static_cast<const std::byte*>(address) - place.shared);
+  return offset < shared_bytes_ ? &marks_[offset / 16] : nullptr;
 }
 
 /// Runs every lane of a warp that can run to where it waits next; false when none could.
@@ -180,11 +331,21 @@ bool Machine::step(int warp) {
     if (!failure_.empty()) fail(std::exchange(failure_, {}));
     moved = true;
   }
-  bool all = true;
-  for (int lane = 0; lane < kLanes; ++lane)
-    all = all && thread(warp * kLanes + lane).state == State::at_collective;
-  if (all) run_collective(warp);
-  return moved || all;
+  if (!have_met(warp)) return moved;
+  if (thread(warp * kLanes).together == kLanes) {
+    run_collective(warp * kLanes, kLanes);
+    return true;
+  }
+  check_alike(warp * kLanes, kLanes);
+  constexpr int kWarps = kGroupThreads / kLanes;
+  const int first = warp / kWarps * kWarps;
+  for (int other = first; other < first + kWarps; ++other) {
+    if (other * kLanes >= place.threads || !have_met(other) ||
+        thread(other * kLanes).together != kGroupThreads)
+      return moved;
+  }
+  run_collective(first * kLanes, kGroupThreads);
+  return true;
 }
 
 void Machine::run_block() {
@@ -195,9 +356,13 @@ void Machine::run_block() {
     each.state = State::ready;
     each.groups.clear();
     each.open.clear();
+    each.fences = 0;
     each.fiber.start(run_thread);
   }
   barriers_ = {};
+  mbarriers.clear();
+  groups_.assign(static_cast<std::size_t>(place.threads / kGroupThreads + 1), {});
+  std::fill(marks_.begin(), marks_.end(), Mark{});
   while (!running.empty()) {
     std::shuffle(running.begin(), running.end(), random_);
     bool moved = false;
@@ -208,7 +373,16 @@ void Machine::run_block() {
       }
       return true;
     });
+    moved = land_bulk_copies(!moved) || moved;
     if (!moved && !running.empty()) fail_stuck();
+  }
+  check_nothing_pends();
+}
+
+void Machine::check_nothing_pends() {
+  if (!bulk_copies.empty()) fail("ends with copies that nobody waited for");
+  for (const Warpgroup& group : groups_) {
+    if (!group.open.empty() || !group.groups.empty()) fail("ends with products that nobody waited for");
   }
   for (int i = 0; i < place.threads; ++i) {
     bool pending = !thread(i).open.empty();
@@ -220,12 +394,16 @@ void Machine::run_block() {
 void Machine::run(const char* name, Dim grid, int threads, std::size_t shared_bytes,
                   const std::function<void()>& body) {
   name_ = name;
+  ++launches[name];
+  bulk_copies.clear();
   kernel = &body;
   while (threads_.size() < static_cast<std::size_t>(threads)) threads_.push_back(std::make_unique<Thread>());
   // Exactly as large as asked for, so that AddressSanitizer sees what lies beside it.
   const std::unique_ptr<std::byte, void (*)(std::byte*)> shared(
-      static_cast<std::byte*>(::operator new (shared_bytes, std::align_val_t{128})),
-      [](std::byte* memory) { ::operator delete (memory, std::align_val_t{128}); });
+      static_cast<std::byte*>(::operator new (shared_bytes, std::align_val_t{1024})),
+      [](std::byte* memory) { ::operator delete (memory, std::align_val_t{1024}); });
+  shared_bytes_ = shared_bytes;
+  marks_.resize(shared_bytes / 16 + 1);
   place = {.grid = grid, .threads = threads, .shared = shared.get()};
 
   std::vector<std::uint64_t> order(static_cast<std::size_t>(grid.x) * grid.y * grid.z);
@@ -250,8 +428,33 @@ void collective(const char* name, void* operands, void (*body)(void* const* lane
   self.name = name;
   self.operands = operands;
   self.body = body;
+  self.together = kLanes;
   self.state = State::at_collective;
   wait(self);
+}
+
+void group_collective(const char* name, void* operands, void (*body)(void* const* threads)) {
+  Thread& self = machine().current();
+  self.name = name;
+  self.operands = operands;
+  self.body = body;
+  self.together = kGroupThreads;
+  self.state = State::at_collective;
+  wait(self);
+}
+
+void group_product(const void* operands, std::size_t bytes, void (*body)(void* const* threads)) {
+  Begun own{static_cast<const std::byte*>(operands), bytes, body};
+  group_collective("wgmma", &own, [](void* const* threads) { machine().begin_product(threads); });
+}
+
+void group_commit() {
+  group_collective("wgmma.commit_group", nullptr, [](void* const*) { machine().commit_products(); });
+}
+
+void group_wait(int pending) {
+  group_collective("wgmma.wait_group", &pending,
+                   [](void* const* threads) { machine().finish_products(*static_cast<int*>(threads[0])); });
 }
 
 void barrier_sync(int id, int threads) {
@@ -292,6 +495,66 @@ void copy_async_wait(int pending) {
     }
     self.groups.erase(self.groups.begin());
   }
+}
+
+void mbarrier_init(const void* barrier, int arrivals) {
+  machine().mbarriers[barrier] = {.arrivals = arrivals, .missing = arrivals};
+}
+
+void mbarrier_arrive(const void* address, std::int64_t announced_bytes) {
+  Machine& m = machine();
+  Mbarrier* barrier = m.mbarrier(address);
+  if (barrier == nullptr) return;
+  barrier->missing_bytes += announced_bytes;
+  --barrier->missing;
+  m.settle(address, *barrier);
+}
+
+void mbarrier_wait(const void* address, unsigned parity) {
+  Machine& m = machine();
+  const Mbarrier* barrier = m.mbarrier(address);
+  Thread& self = m.current();
+  while (barrier != nullptr && barrier->phase == parity) {
+    self.mbarrier = address;
+    self.state = State::at_mbarrier;
+    wait(self);
+  }
+}
+
+void copy_bulk(std::function<void()> land, const void* barrier, std::int64_t bytes) {
+  machine().bulk_copies.push_back({std::move(land), barrier, bytes});
+}
+
+void wrote(const void* shared) {
+  Machine& m = machine();
+  Mark* mark = m.mark(shared);
+  if (mark != nullptr) *mark = {m.place.thread, m.current().fences};
+}
+
+void fence_async() {
+  ++machine().current().fences;
+}
+
+bool check_fenced(const void* shared) {
+  Machine& m = machine();
+  const Mark* mark = m.mark(shared);
+  if (mark == nullptr) {
+    m.fail_later("the async proxy reaches outside of shared memory");
+    return false;
+  }
+  if (mark->thread < 0 || m.has_fenced(*mark)) return true;
+  m.fail_later("shared memory that thread " + std::to_string(mark->thread) +
+               " wrote is used by the async proxy without a fence");
+  return false;
+}
+
+int& capability() {
+  thread_local int value = 80;
+  return value;
+}
+
+int launches(const char* name) {
+  return machine().launches[name];
 }
 
 void run(const char* name, Dim grid, int threads, std::size_t shared_bytes,

@@ -31,6 +31,16 @@ const Place& here();
 /// `body` runs once over the 32 of them.
 void collective(const char* name, void* operands, void (*body)(void* const* lanes));
 
+/// The same of a warpgroup: the four warps whose first is a multiple of four.
+constexpr int kGroupThreads = 128;
+void group_collective(const char* name, void* operands, void (*body)(void* const* threads));
+
+/// wgmma.mma_async: a product that a warpgroup begins. `body` runs over its threads' operands, which are
+/// copied, at once or when the product's group is waited for, at random; products of a warpgroup in order.
+void group_product(const void* operands, std::size_t bytes, void (*body)(void* const* threads));
+void group_commit();
+void group_wait(int pending);
+
 /// bar.sync and bar.arrive: passed when `threads` threads have come to barrier `id`.
 void barrier_sync(int id, int threads);
 void barrier_arrive(int id, int threads);
@@ -40,6 +50,27 @@ void copy_async(void* to, const void* from, int bytes);
 void copy_async_commit();
 /// Returns when all but the newest `pending` committed groups of this thread have landed.
 void copy_async_wait(int pending);
+
+/// mbarrier: a phase ends when `arrivals` threads have arrived and all bytes that were announced have landed.
+void mbarrier_init(const void* barrier, int arrivals);
+void mbarrier_arrive(const void* barrier, std::int64_t announced_bytes);
+/// Returns once the phase of that parity has ended; the first phase's is 0.
+void mbarrier_wait(const void* barrier, unsigned parity);
+/// cp.async.bulk: `land` runs some time later, and then `barrier` counts the bytes.
+void copy_bulk(std::function<void()> land, const void* barrier, std::int64_t bytes);
+
+/// Bulk copies and products of warpgroups reach shared memory by another way than threads do, the async
+/// proxy. What a thread has written there (in pieces of 16 bytes) it must fence before others pass it on.
+void wrote(const void* shared);
+void fence_async();
+/// Whether `shared` is shared memory that was not written without a fence behind; an error of the block if
+/// not.
+bool check_fenced(const void* shared);
+
+/// Compute capability of the device that is played, 80 unless told otherwise.
+int& capability();
+/// How often a kernel of that name has been launched by this thread.
+int launches(const char* name);
 
 /// Runs a kernel. Other seeds shuffle otherwise; MOBA_EMULATION_SEED sets the first.
 void run(const char* name, Dim grid, int threads, std::size_t shared_bytes,

@@ -9,11 +9,21 @@
 namespace moba::cuda {
 
 Hardware current_hardware(std::string_view) {
-  return {.multiprocessors = 2, .capability = 80, .shared_bytes = 163 << 10};
+  const int capability = emulation::capability();
+  return {.multiprocessors = 2,
+          .capability = capability,
+          .shared_bytes = std::size_t{capability >= 90 ? 227U : 163U} << 10};
 }
 
 bool is_on_device(const void*) {
   return true;
+}
+
+TensorMap tensor_map(std::string_view, const Tensor& t, int rows) {
+  TensorMap map{.data = static_cast<const std::byte*>(t.data), .rows = rows};
+  for (int i = 0; i < 3; ++i) map.sizes[i] = t.sizes[i];
+  for (int i = 0; i < 2; ++i) map.strides[i] = 2 * t.strides[i];
+  return map;
 }
 
 void Queue::check_grid(const char*, Grid) const {}

@@ -50,7 +50,7 @@ MOBA_DEVICE unsigned block_y() {
 MOBA_DEVICE unsigned blocks_x() {
   return emulation::here().grid.x;
 }
-/// The block's dynamic shared memory, aligned to 128 bytes.
+/// The block's dynamic shared memory, aligned to 1024 bytes.
 MOBA_DEVICE std::byte* shared() {
   return emulation::here().shared;
 }
@@ -70,7 +70,7 @@ MOBA_DEVICE unsigned blocks_x() {
   return gridDim.x;
 }
 MOBA_DEVICE std::byte* shared() {
-  extern __shared__ __align__(128) std::byte memory[];
+  extern __shared__ __align__(1024) std::byte memory[];
   return memory;
 }
 

@@ -1,0 +1,352 @@
+// attend.cu's items on Hopper. A block stays on its multiprocessor and takes every so-many-th item. Its first
+// warpgroup only brings things: one thread the keys and values, in bulk copies that land permuted as products
+// want them, and three warps the rows, which come from anywhere. The other two warpgroups hold 64 rows each
+// and begin their products of a tile by turns, so that one's softmax runs while the other multiplies.
+#include <algorithm>
+#include <concepts>
+#include <cstdlib>
+#include <string>
+
+#include "cuda/attend_items.h"
+#include "cuda/ptx/barrier.h"
+#include "cuda/ptx/transfer.h"
+#include "cuda/tile/panels.h"
+#include "moba/error.h"
+
+namespace moba::cuda {
+namespace hopper {  // named: where a compilation is for another device, it uses nothing of this
+
+inline constexpr int kKeys = 128;  // of a tile
+inline constexpr int kGroups = 2;  // that multiply
+inline constexpr int kGroupRows = kTileRows / kGroups;
+inline constexpr int kThreads = (1 + kGroups) * ptx::kGroupThreads;
+inline constexpr int kRowThreads = ptx::kGroupThreads - ptx::kLanes;         // that bring rows
+inline constexpr int kReaders = kGroups * ptx::kGroupThreads / ptx::kLanes;  // warps
+inline constexpr int kBringerRegisters = 72, kReaderRegisters = 216;
+
+/// Named barriers; of kTurn and kRead, each group has its own.
+inline constexpr int kRowsPlaced = 1, kTurn = 2, kRead = 4;
+
+template <typename T>
+struct Params {
+  TensorMap k, v;
+  AttendParams<T> items;
+};
+
+/// What is known of an item's rows.
+struct Places {
+  std::int64_t q_offsets[kTileRows];
+  Stretch bounds[kTileRows];
+  std::uint32_t slots[kTileRows];
+  Work work;
+};
+
+template <typename T, int head_dim>
+struct Shared {
+  static constexpr int kStages = head_dim > 64 ? 2 : 4;  // tiles of keys
+  using Rows = tile::Panels<T, kTileRows, head_dim>;
+  using Keys = tile::Panels<T, kKeys, head_dim>;
+
+  /// Who brings waits until what was there `is_read`; who reads, until it `is_here`.
+  struct Turns {
+    ptx::Mbarrier is_here, is_read;
+  };
+  struct Rest {
+    Places places[2];
+    Turns q[2], k[kStages], v[kStages];
+  };
+  static constexpr std::size_t kBytes = 2 * Rows::kBytes + 2 * kStages * Keys::kBytes + sizeof(Rest);
+
+  std::byte* memory;
+
+  MOBA_DEVICE Rows q(int buffer) const { return {memory + buffer * Rows::kBytes}; }
+  MOBA_DEVICE Keys k(int stage) const { return {memory + 2 * Rows::kBytes + 2 * stage * Keys::kBytes}; }
+  MOBA_DEVICE Keys v(int stage) const { return {k(stage).data + Keys::kBytes}; }
+  MOBA_DEVICE Rest& rest() const { return *reinterpret_cast<Rest*>(k(kStages).data); }
+};
+
+/// Which of some buffers comes next, and how often it was used before.
+template <int count>
+struct Ring {
+  int at = 0;
+  unsigned parity = 0;
+
+  MOBA_DEVICE void advance() {
+    if (++at < count) return;
+    at = 0;
+    parity ^= 1U;
+  }
+};
+
+template <typename Run>
+MOBA_DEVICE void for_own_items(std::int64_t items, Run&& run) {
+  for (std::int64_t index = ptx::block_x(); index < items; index += ptx::blocks_x()) run(index);
+}
+
+/// By one thread.
+template <typename T, int head_dim>
+MOBA_DEVICE void bring_keys(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items) {
+  using S = Shared<T, head_dim>;
+  Ring<S::kStages> stage;
+  for_own_items(items, [&](std::int64_t index) {
+    with_item(p.items, index, [&](const Work& work, auto&&) {
+      const auto bring = [&](const TensorMap& map, const typename S::Keys& to, typename S::Turns& turns,
+                             std::int32_t key) {
+        ptx::wait_for(&turns.is_read, stage.parity ^ 1U);
+        ptx::arrive_expecting(&turns.is_here, S::Keys::kBytes);
+        MOBA_UNROLL
+        for (int panel = 0; panel < S::Keys::kPanels; ++panel) {
+          ptx::copy_box(to.data + panel * S::Keys::kPanelBytes, map, panel * S::Keys::kColumns,
+                        static_cast<int>(p.items.head0 + work.head), work.first_key + key, &turns.is_here);
+        }
+      };
+      for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
+        bring(p.k, shared.k(stage.at), shared.rest().k[stage.at], key);
+        bring(p.v, shared.v(stage.at), shared.rest().v[stage.at], key);
+      }
+    });
+  });
+}
+
+/// By kRowThreads threads; `thread` is the number among them.
+template <typename T, int head_dim>
+MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
+                            int thread) {
+  Ring<2> buffer;
+  for_own_items(items, [&](std::int64_t index) {
+    auto& turns = shared.rest().q[buffer.at];
+    Places& places = shared.rest().places[buffer.at];
+    ptx::wait_for(&turns.is_read, buffer.parity ^ 1U);
+    with_item(p.items, index, [&](const Work& work, auto&& place_of) {
+      for (int r = thread; r < kTileRows; r += kRowThreads) {
+        const Place place = place_of(r);
+        places.q_offsets[r] = place.q_offset;
+        places.bounds[r] = place.sees;
+        places.slots[r] = place.slot;
+      }
+      if (thread == 0) places.work = work;
+    });
+    ptx::named_barrier(kRowsPlaced, kRowThreads);
+    // Eight threads share the 128 bytes of a row in a panel.
+    const auto q = shared.q(buffer.at);
+    const int piece = thread % 8;
+    for (int r = thread / 8; r < kTileRows; r += kRowThreads / 8) {
+      const std::int64_t offset = places.q_offsets[r];
+      MOBA_UNROLL
+      for (int panel = 0; panel < head_dim / 64; ++panel) {
+        const int index_of_piece = 8 * panel + piece;
+        ptx::copy_async(q.data, q.start(r, index_of_piece),
+                        offset == kNoRow ? nullptr : p.items.q.data + offset + index_of_piece * tile::kPiece,
+                        offset != kNoRow);
+      }
+    }
+    ptx::copy_commit();
+    ptx::copy_wait<0>();
+    ptx::fence_async();
+    ptx::arrive(&turns.is_here);
+    buffer.advance();
+  });
+}
+
+/// Once for each warp, when all of its lanes have read.
+MOBA_DEVICE void release(ptx::Mbarrier& is_read) {
+  ptx::warp_barrier();
+  if (ptx::lane() == 0) ptx::arrive(&is_read);
+}
+
+/// Values behind a tile's last key are somebody else's, and times a weight of 0 need not be 0. Each group
+/// clears them for itself.
+template <typename Keys>
+MOBA_DEVICE void clear_behind(const Keys& values, int keys, int group) {
+  constexpr int kPieces = 8 * Keys::kPanels;
+  for (int i = keys * kPieces + ptx::thread() % ptx::kGroupThreads; i < kKeys * kPieces;
+       i += ptx::kGroupThreads)
+    ptx::clear_piece(values.data, values.start(i / kPieces, i % kPieces));
+  ptx::fence_async();
+  ptx::named_barrier(kRead + group, ptx::kGroupThreads);
+}
+
+/// Waits for the group's turn to multiply; `pass_turn` gives it to the other.
+MOBA_DEVICE void take_turn(int group) {
+  ptx::named_barrier(kTurn + group, kGroups * ptx::kGroupThreads);
+}
+MOBA_DEVICE void pass_turn(int group) {
+  ptx::named_barrier_arrive(kTurn + 1 - group, kGroups * ptx::kGroupThreads);
+}
+
+/// Tells the compiler that all lanes have the same value: it does not let products under way at a branch that
+/// might divide a warp.
+template <std::integral N>
+MOBA_DEVICE N uniform(N value) {
+  return ptx::shuffle(value, 0);
+}
+MOBA_DEVICE Work uniform(const Work& work) {
+  return {.near = uniform(static_cast<int>(work.near)) != 0,
+          .head = uniform(work.head),
+          .count = uniform(work.count),
+          .begin = uniform(work.begin),
+          .end = uniform(work.end),
+          .all_begin = uniform(work.all_begin),
+          .all_end = uniform(work.all_end)};
+}
+
+/// out += weights values.
+template <typename T, int head_dim>
+MOBA_DEVICE void add_values(float (&out)[head_dim / 8][4], const float (&weights)[kKeys / 8][4],
+                            const typename Shared<T, head_dim>::Keys& values) {
+  std::uint32_t a[kKeys / 16][4];
+  MOBA_UNROLL
+  for (int k = 0; k < kKeys / 16; ++k) {
+    MOBA_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      const float(&w)[4] = weights[2 * k + r / 2];
+      a[k][r] = ptx::pack<T>(w[r % 2 * 2], w[r % 2 * 2 + 1]);
+    }
+  }
+  ptx::group_fence();
+  MOBA_UNROLL
+  for (int k = 0; k < kKeys / 16; ++k) ptx::multiply_registers<T>(out, a[k], values.across_rows(16 * k));
+  ptx::group_commit();
+  ptx::group_wait(out);
+}
+
+/// By the two groups that multiply: what the others bring.
+template <typename T, int head_dim>
+MOBA_DEVICE void answer(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
+                        int group) {
+  using S = Shared<T, head_dim>;
+  typename S::Rest& rest = shared.rest();
+  const int first_row = group * kGroupRows;
+  const int warp_row = first_row + ptx::warp() % 4 * 16;
+  Ring<2> buffer;
+  Ring<S::kStages> stage;
+  if (group == 1) pass_turn(group);
+  for_own_items(items, [&](std::int64_t) {
+    ptx::wait_for(&rest.q[buffer.at].is_here, buffer.parity);
+    const Places& places = rest.places[buffer.at];
+    const Work work = uniform(places.work);
+    const auto q = shared.q(buffer.at);
+    const bool has_rows = first_row < work.count;  // the other group has some
+    float out[1][head_dim / 8][4] = {};
+    tile::Softmax<1> softmax;
+    softmax.clear();
+    for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
+      const auto k = shared.k(stage.at), v = shared.v(stage.at);
+      float logits[1][kKeys / 8][4];
+      ptx::wait_for(&rest.k[stage.at].is_here, stage.parity);
+      take_turn(group);
+      if (has_rows) {
+        ptx::group_fence();
+        MOBA_UNROLL
+        for (int step = 0; step < head_dim / 16; ++step)
+          ptx::multiply_shared<T>(logits[0], q.along_rows(first_row, step), k.along_rows(0, step), step > 0);
+        ptx::group_commit();
+        pass_turn(group);
+        ptx::group_wait(logits[0]);
+        if (p.items.scale.negate) negate(logits);
+        if (key < work.all_begin || key + kKeys > work.all_end)
+          hide(logits, places.bounds, work, key, warp_row);
+        softmax.add(logits, out, p.items.scale.scale);
+      } else {
+        pass_turn(group);
+      }
+      release(rest.k[stage.at].is_read);
+      ptx::wait_for(&rest.v[stage.at].is_here, stage.parity);
+      if (has_rows) {
+        if (key + kKeys > work.end) clear_behind(v, work.end - key, group);
+        add_values<T, head_dim>(out[0], logits[0], v);
+      }
+      release(rest.v[stage.at].is_read);
+    }
+    if (has_rows) {
+      ptx::named_barrier(kRead + group, ptx::kGroupThreads);  // q has been read: answers go there
+      write(p.items, q, places.slots, work, out, softmax, warp_row);
+    }
+    release(rest.q[buffer.at].is_read);
+    buffer.advance();
+  });
+  if (group == 0) take_turn(group);  // the one that is left over
+}
+
+template <typename T, int head_dim>
+MOBA_KERNEL(kThreads, 1)
+attend_kernel(MOBA_PARAMETER Params<T> p) {
+  if constexpr (ptx::kHasWarpgroups) {
+    const Shared<T, head_dim> shared{ptx::shared()};
+    const std::int64_t items = uniform(p.items.items());
+    if (ptx::thread() == 0) {
+      auto& rest = shared.rest();
+      const auto begin = [](auto& turns, int bringers) {
+        ptx::begin_phases(&turns.is_here, bringers);
+        ptx::begin_phases(&turns.is_read, kReaders);
+      };
+      for (auto& turns : rest.q) begin(turns, kRowThreads);
+      for (auto& turns : rest.k) begin(turns, 1);
+      for (auto& turns : rest.v) begin(turns, 1);
+      ptx::fence_async();
+    }
+    ptx::barrier();
+    const int group = uniform(ptx::thread() / ptx::kGroupThreads);
+    if (group == 0) {
+      ptx::give_registers<kBringerRegisters>();
+      if (ptx::thread() == 0) bring_keys(p, shared, items);
+      if (ptx::warp() > 0) bring_rows(p, shared, items, ptx::thread() - ptx::kLanes);
+    } else {
+      ptx::take_registers<kReaderRegisters>();
+      answer(p, shared, items, group - 1);
+    }
+  }
+}
+
+}  // namespace hopper
+
+namespace {
+
+/// Whether the library holds the kernel's code, which only a build for sm_90a does.
+#if defined(MOBA_CUDA_EMULATION) || defined(MOBA_CUDA_HOPPER)
+constexpr bool kIsBuilt = true;
+#else
+constexpr bool kIsBuilt = false;
+#endif
+
+/// Whether bulk copies can take tiles of `t` as it lies.
+bool has_map(const Tensor& t) {
+  constexpr std::int64_t kMostBytes = std::int64_t{1} << 40;
+  const auto fits = [](std::int64_t stride) { return stride > 0 && stride < kMostBytes / 2; };
+  return t.sizes[0] > 0 && fits(t.strides[0]) && fits(t.strides[1]);
+}
+
+}  // namespace
+
+bool attends_on_hopper(std::string_view function, const Task& task) {
+  const char* asked = std::getenv("MOBA_CUDA_ATTEND");
+  const std::string_view choice = asked == nullptr ? "" : asked;
+  const auto refuse = [&](const std::string& why) {
+    throw Error(std::string(function) + ": MOBA_CUDA_ATTEND=" + std::string(choice) + ": " + why);
+  };
+  if (!choice.empty() && choice != "ampere" && choice != "hopper") refuse("expected ampere or hopper");
+  const bool can = kIsBuilt && current_hardware(function).capability == 90 &&
+                   (task.head_dim == 64 || task.head_dim == 128) && has_map(task.k) && has_map(task.v);
+  if (choice == "hopper" && !can)
+    refuse(
+        "needs a build for sm_90a, compute capability 9.0, head_dim 64 or 128, and positive strides of k and "
+        "v");
+  return choice == "hopper" || (choice.empty() && can && task.routing.block_size > hopper::kKeys / 2);
+}
+
+void attend_on_hopper(Queue& queue, const Task& task, const Group& part, const Batch& batch, const Plan& plan,
+                      const Partials& partials, const Outputs& outputs) {
+  with_type(task, [&]<typename T, int head_dim>() {
+    if constexpr (head_dim == 64 || head_dim == 128) {
+      const hopper::Params<T> params{.k = tensor_map(queue.function(), task.k, hopper::kKeys),
+                                     .v = tensor_map(queue.function(), task.v, hopper::kKeys),
+                                     .items = attend_params<T>(task, part, batch, plan, partials, outputs)};
+      const std::int64_t blocks = current_hardware(queue.function()).multiprocessors;
+      queue.launch("attend on hopper", hopper::attend_kernel<T, head_dim>,
+                   {std::min(blocks, most_items(task, part))}, hopper::kThreads,
+                   hopper::Shared<T, head_dim>::kBytes, params);
+    }
+  });
+}
+
+}  // namespace moba::cuda

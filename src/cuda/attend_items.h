@@ -1,0 +1,256 @@
+#pragma once
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
+#include "cuda/attend.h"
+#include "cuda/ptx/convert.h"
+#include "cuda/ptx/copy.h"
+#include "cuda/ptx/warp.h"
+#include "cuda/tile/softmax.h"
+
+/// What the kernels of attention have in common: which items there are, what each works on, and where its
+/// answers go. The listed items come first, whole ones before the rest; then tiles of neighbouring rows with
+/// the keys of their own block, or, in dense attention, with all that they may see.
+namespace moba::cuda {
+
+constexpr std::int64_t kNoRow = -1;
+
+template <typename T>
+struct AttendParams {
+  View<const T> q, k, v;
+  Batch batch;
+  Plan plan;
+  const std::uint32_t* entries;
+  std::int64_t block_size, group, head0, heads;
+  std::int64_t rows, width, ranks;  // of a head
+  std::int32_t token0, token1;
+  bool near, causal;
+  tile::Scale scale;
+  // Where width is 0, the answer.
+  View<T> out;
+  float* lse;  // [Hq, Tq], may be null
+  std::int64_t tokens;
+  // Elsewhere, slots.
+  T* partials;         // [heads, rows * ranks, D]
+  float* partial_lse;  // [heads, rows * ranks]
+
+  MOBA_DEVICE std::uint32_t listed() const { return plan.totals[Plan::kFull] + plan.totals[Plan::kRest]; }
+  MOBA_DEVICE std::int64_t items() const {
+    return listed() + (near ? batch.tile_starts[batch.sequences] * heads : 0);
+  }
+};
+
+/// An item: up to kTileRows rows, and keys [begin, end) of a sequence. All rows see keys in
+/// [all_begin, all_end).
+struct Work {
+  bool near = false;
+  std::int64_t head = 0;  // of the part
+  std::int32_t count = 0;
+  std::int32_t first_key = 0;  // of the sequence, packed
+  std::int32_t begin = 0, end = 0, all_begin = 0, all_end = 0;
+};
+
+/// A row of an item.
+struct Place {
+  std::int64_t q_offset = kNoRow;  // of its query's elements
+  std::uint32_t slot = 0;
+  Stretch sees{};  // keys, where the item is near
+};
+
+/// The keys of its own block that the query at `position` sees, or of all when nothing is causal.
+template <typename T>
+MOBA_DEVICE Stretch near_keys(const AttendParams<T>& p, std::int32_t position, std::int32_t keys) {
+  if (!p.causal) return {0, keys};
+  if (position < 0) return {0, 0};
+  return {static_cast<std::int32_t>(position / p.block_size * p.block_size), position + 1};
+}
+
+/// Where the elements of a row's query begin.
+template <typename T>
+MOBA_DEVICE std::int64_t q_offset(const AttendParams<T>& p, std::int64_t head, std::uint32_t row) {
+  const auto group = static_cast<std::uint32_t>(p.group);
+  return (std::int64_t{p.token0} + row / group) * p.q.token_stride +
+         ((p.head0 + head) * p.group + row % group) * p.q.head_stride;
+}
+
+/// Tile `index` of all heads, those of the last queries first, which see most.
+template <typename T, typename Run>
+MOBA_DEVICE void with_near_item(const AttendParams<T>& p, std::int64_t index, Run&& run) {
+  const Tile tile = tile_at(
+      p.batch, static_cast<std::int32_t>(p.batch.tile_starts[p.batch.sequences] - 1 - index / p.heads),
+      p.token0, p.token1, p.group);
+  const auto sees = [&](int r) { return near_keys(p, tile.position_of(r, p.group), tile.keys); };
+  const Stretch first_sees = sees(0), last_sees = sees(tile.count - 1);
+  const Stretch cut_sees = near_keys(p, tile.position_at(tile.cut, p.group), tile.keys);
+  const Work work{.near = true,
+                  .head = index % p.heads,
+                  .count = tile.count,
+                  .first_key = tile.first_key,
+                  .begin = cut_sees.begin,
+                  .end = last_sees.end,
+                  .all_begin = last_sees.begin,
+                  .all_end = first_sees.end};
+  run(work, [&](int r) -> Place {
+    if (r >= work.count) return {};
+    const auto row = static_cast<std::uint32_t>(tile.first_row + r);
+    return {q_offset(p, work.head, row),
+            row * static_cast<std::uint32_t>(p.ranks) + static_cast<std::uint32_t>(p.width), sees(r)};
+  });
+}
+
+/// Rows that chose a block.
+template <typename T, typename Run>
+MOBA_DEVICE void with_listed_item(const AttendParams<T>& p, std::uint32_t index, Run&& run) {
+  const std::uint32_t full = p.plan.totals[Plan::kFull];
+  const Item item = index < full ? p.plan.full[index] : p.plan.rest[index - full];
+  const std::int32_t sequence = sequence_of(p.batch.block_starts, p.batch.sequences, item.block);
+  const std::int32_t k_begin = p.batch.k_starts[sequence];
+  const Stretch keys = keys_of(item.block - p.batch.block_starts[sequence], p.block_size,
+                               p.batch.k_starts[sequence + 1] - k_begin);
+  const std::uint32_t* entries = p.entries + item.head * p.rows * p.width + item.first;
+  const Work work{.head = item.head,
+                  .count = static_cast<std::int32_t>(item.count),
+                  .first_key = k_begin,
+                  .begin = keys.begin,
+                  .end = keys.end,
+                  .all_begin = keys.begin,
+                  .all_end = keys.end};
+  run(work, [&](int r) -> Place {
+    if (r >= work.count) return {};
+    return {q_offset(p, work.head, entries[r] / static_cast<std::uint32_t>(p.ranks)), entries[r], {}};
+  });
+}
+
+/// Calls run(work, place) for an item, place(r) being the Place of its row r.
+template <typename T, typename Run>
+MOBA_DEVICE void with_item(const AttendParams<T>& p, std::int64_t index, Run&& run) {
+  const std::uint32_t listed = p.listed();
+  if (index < listed) {
+    with_listed_item(p, static_cast<std::uint32_t>(index), run);
+  } else {
+    with_near_item(p, index - listed, run);
+  }
+}
+
+template <int row_tiles, int key_tiles>
+MOBA_DEVICE void negate(float (&logits)[row_tiles][key_tiles][4]) {
+  MOBA_UNROLL
+  for (int i = 0; i < row_tiles; ++i) {
+    MOBA_UNROLL
+    for (int j = 0; j < key_tiles; ++j) {
+      MOBA_UNROLL
+      for (int e = 0; e < 4; ++e) logits[i][j][e] = -logits[i][j][e];
+    }
+  }
+}
+
+/// Hides logits of keys that a row does not see: those outside of the item's or, where it is near, of the
+/// row's `bounds`. `key` is that of the first column.
+template <int row_tiles, int key_tiles>
+MOBA_DEVICE void hide(float (&logits)[row_tiles][key_tiles][4], const Stretch* bounds, const Work& work,
+                      std::int32_t key, int warp_row) {
+  MOBA_UNROLL
+  for (int i = 0; i < row_tiles; ++i) {
+    MOBA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row + 16 * i + 8 * half + ptx::lane() / 4;
+      const Stretch sees = work.near ? bounds[row] : Stretch{work.begin, work.end};
+      MOBA_UNROLL
+      for (int j = 0; j < key_tiles; ++j) {
+        MOBA_UNROLL
+        for (int e = 0; e < 2; ++e) {
+          const std::int32_t column = key + 8 * j + ptx::lane() % 4 * 2 + e;
+          if (column < sees.begin || column >= sees.end) logits[i][j][2 * half + e] = -ptx::infinity();
+        }
+      }
+    }
+  }
+}
+
+/// Writes the rows of this warp, through its own rows of q's shared memory so that whole pieces go out.
+template <typename T, typename Rows, int row_tiles, int out_tiles>
+MOBA_DEVICE void write(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
+                       const Work& work, const float (&out)[row_tiles][out_tiles][4],
+                       const tile::Softmax<row_tiles>& softmax, int warp_row) {
+  constexpr float kLn2 = 0.693147180559945309F;
+  const int lane = ptx::lane();
+  const bool last_word = p.width == 0;
+  MOBA_UNROLL
+  for (int i = 0; i < row_tiles; ++i) {
+    MOBA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row + 16 * i + 8 * half + lane / 4;
+      float total = 0;
+      const float lse = kLn2 * softmax.log2_sum(i, half, p.scale.scale, total);
+      const float share = total == 0 ? 0 : 1 / total;
+      MOBA_UNROLL
+      for (int j = 0; j < out_tiles; ++j) {
+        auto* to = reinterpret_cast<std::uint32_t*>(rows.piece(row, j)) + lane % 4;
+        *to = ptx::pack<T>(out[i][j][2 * half] * share, out[i][j][2 * half + 1] * share);
+      }
+      if (lane % 4 != 0 || row >= work.count) continue;
+      if (!last_word) {
+        p.partial_lse[slot_at(work.head, p.rows, p.ranks, slots[row])] = lse;
+      } else if (p.lse != nullptr) {
+        const std::int64_t part_row = slots[row];
+        const std::int64_t q_head = (p.head0 + work.head) * p.group + part_row % p.group;
+        p.lse[q_head * p.tokens + p.token0 + part_row / p.group] = lse;
+      }
+    }
+  }
+  ptx::warp_barrier();
+  for (int i = lane; i < 16 * row_tiles * out_tiles; i += ptx::kLanes) {
+    const int row = warp_row + i / out_tiles, piece = i % out_tiles;
+    if (row >= work.count) break;
+    const std::uint32_t slot = slots[row];
+    T* to = last_word ? p.out.row(p.token0 + slot / p.group, (p.head0 + work.head) * p.group + slot % p.group)
+                      : p.partials + slot_at(work.head, p.rows, p.ranks, slot) * (8 * out_tiles);
+    *reinterpret_cast<ptx::Vector*>(to + piece * 8) =
+        *reinterpret_cast<const ptx::Vector*>(rows.piece(row, piece));
+  }
+}
+
+/// The scale in powers of 2. One of 0 becomes the smallest that keeps -inf, which is where the hidden are.
+inline tile::Scale scale_of(float scale) {
+  constexpr float kLog2E = 1.44269504088896341F;
+  return {.scale = std::max(std::fabs(scale) * kLog2E, FLT_MIN), .negate = scale < 0};
+}
+
+/// What the host tells them.
+template <typename T>
+AttendParams<T> attend_params(const Task& task, const Group& part, const Batch& batch, const Plan& plan,
+                              const Partials& partials, const Outputs& outputs) {
+  return {.q = view_of<const T>(task.q),
+          .k = view_of<const T>(task.k),
+          .v = view_of<const T>(task.v),
+          .batch = batch,
+          .plan = plan,
+          .entries = plan.entries,
+          .block_size = task.routing.block_size,
+          .group = task.group,
+          .head0 = part.head0,
+          .heads = part.heads(),
+          .rows = task.rows(part),
+          .width = task.width,
+          .ranks = task.ranks(),
+          .token0 = static_cast<std::int32_t>(part.token0),
+          .token1 = static_cast<std::int32_t>(part.token1),
+          .near = task.has_near_keys(),
+          .causal = task.routing.causal,
+          .scale = scale_of(task.scale),
+          .out = view_of<T>(outputs.out),
+          .lse = outputs.lse,
+          .tokens = task.tokens,
+          .partials = static_cast<T*>(partials.out),
+          .partial_lse = partials.lse};
+}
+
+/// No fewer than there are.
+inline std::int64_t most_items(const Task& task, const Group& part) {
+  return part.heads() * (task.rows(part) * task.width / kTileRows +
+                         (task.width > 0 ? task.most_blocks() : 0) + task.most_tiles(part));
+}
+
+}  // namespace moba::cuda

@@ -1,0 +1,24 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "moba/tensor.h"
+
+namespace moba::cuda {
+
+/// What the hardware's bulk copies must know of a tensor [tokens, heads, D] of 16-bit elements: that it comes
+/// in boxes of kColumns elements of one head and a number of tokens, which lie in shared memory as rows of
+/// 128 bytes with their 16-byte pieces permuted (CU_TENSOR_MAP_SWIZZLE_128B). Only the driver can make one.
+struct TensorMap {
+  static constexpr int kColumns = 64;
+#if defined(MOBA_CUDA_EMULATION)
+  const std::byte* data = nullptr;
+  std::int64_t sizes[3]{}, strides[2]{};  // strides in bytes
+  int rows = 0;
+#else
+  alignas(64) std::byte opaque[128]{};
+#endif
+};
+
+}  // namespace moba::cuda

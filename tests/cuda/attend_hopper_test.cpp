@@ -1,0 +1,135 @@
+// The kernel for Hopper on the emulated device, against the oracle and as the door chooses it.
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <string>
+
+#include "cuda/emulation/block.h"
+#include "device_case.h"
+#include "oracle.h"
+
+namespace moba::test {
+namespace {
+
+constexpr const char* kKernel = "attend on hopper";
+
+/// A device of capability 9.0 for as long as a test takes.
+class CudaHopper : public testing::Test {
+ protected:
+  CudaHopper() { cuda::emulation::capability() = 90; }
+  ~CudaHopper() override {
+    cuda::emulation::capability() = 80;
+    unsetenv("MOBA_CUDA_ATTEND");
+  }
+  static void choose(const char* kernel) { setenv("MOBA_CUDA_ATTEND", kernel, 1); }
+  /// Of a run with nothing else in it.
+  static bool was_used(const Case& c) {
+    const int before = cuda::emulation::launches(kKernel);
+    run_on_device(c);
+    return cuda::emulation::launches(kKernel) > before;
+  }
+};
+
+Case case_of(std::uint64_t seed, std::int64_t head_dim, const Routing& routing, std::int64_t queries,
+             std::int64_t keys) {
+  Case c{.seed = seed, .dtype = seed % 2 == 0 ? DType::bf16 : DType::f16, .group = 2, .head_dim = head_dim};
+  c.sequences = one_sequence(queries, keys);
+  c.routing = routing;
+  fill(c);
+  return c;
+}
+
+TEST_F(CudaHopper, AgreesWithTheOracleOnRandomCases) {
+  constexpr std::uint64_t kCases = 30;
+  std::int64_t swaps = 0, listed = 0;
+  for (std::uint64_t seed = 9000; seed < 9000 + kCases && !HasFailure(); ++seed) {
+    Case c = random_device_case(seed);
+    c.head_dim = seed % 2 == 0 ? 64 : 128;
+    fill(c);
+    const auto has_strides = [](const Tensor& t) { return t.strides[0] > 0 && t.strides[1] > 0; };
+    const bool fits = c.keys() > 0 && has_strides(c.k.view()) && has_strides(c.v.view());
+    choose(fits ? "hopper" : "ampere");
+    const int before = cuda::emulation::launches(kKernel);
+    const Result result = run_on_device(c);
+    EXPECT_TRUE(!fits || c.queries() == 0 || cuda::emulation::launches(kKernel) > before) << describe(c);
+    swaps += check_result(c, result, Rounding::partial);
+    listed += static_cast<std::int64_t>(result.selection.size());
+  }
+  EXPECT_LE(swaps, listed / 1000);
+}
+
+/// Several tiles of keys in an item, more items than buffers, items with fewer rows than a warpgroup, tails.
+TEST_F(CudaHopper, WorksThroughManyTiles) {
+  choose("hopper");
+  const std::vector<Routing> routings = {
+      {.block_size = 64, .top_k = 3},
+      {.block_size = 200, .top_k = 2},
+      {.block_size = 128, .top_k = 2, .causal = false},
+      {.block_size = 160, .top_k = 2, .sink_blocks = 1, .causal = false, .own_block = true},
+      {.block_size = 300, .top_k = 1, .scale = -0.2F},
+      Routing::full(),
+      Routing::full(false),
+  };
+  std::uint64_t seed = 700;
+  for (const Routing& routing : routings) {
+    for (const std::int64_t head_dim : {64, 128}) {
+      const Case c = case_of(++seed, head_dim, routing, head_dim == 64 ? 430 : 90, 430);
+      check_result(c, run_on_device(c), Rounding::partial);
+    }
+  }
+}
+
+TEST_F(CudaHopper, AnyOrderOfWarpsAndLandingsGivesTheSameBits) {
+  choose("hopper");
+  const Case c = case_of(7, 64, {.block_size = 96, .top_k = 2}, 200, 300);
+  const Result expected = run_on_device(c);
+  for (int i = 0; i < 2; ++i) EXPECT_TRUE(run_on_device(c) == expected);
+}
+
+/// What lies behind a block's last key came with the same copy.
+TEST_F(CudaHopper, WhatOtherSequencesHoldDoesNotShow) {
+  choose("hopper");
+  Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 100, .top_k = 2}};
+  c.sequences = {{0, 40, 80}, {0, 150, 300}};
+  fill(c);
+  const Result expected = run_on_device(c);
+  for (std::int64_t token = 150; token < 300; ++token) {
+    for (std::int64_t d = 0; d < 64; ++d) c.v.set(token, 0, d, std::numeric_limits<float>::quiet_NaN());
+  }
+  const Result found = run_on_device(c);
+  for (std::int64_t token = 0; token < 40; ++token) {
+    for (std::int64_t d = 0; d < 64; ++d)
+      EXPECT_EQ(found.out.get(token, 0, d), expected.out.get(token, 0, d));
+  }
+}
+
+TEST_F(CudaHopper, IsChosenWhereItFits) {
+  const Case large = case_of(1, 64, {.block_size = 128, .top_k = 2}, 20, 300);
+  EXPECT_TRUE(was_used(large));
+  EXPECT_FALSE(was_used(case_of(1, 64, {.block_size = 64, .top_k = 2}, 20, 300)));
+  EXPECT_FALSE(was_used(case_of(1, 96, {.block_size = 128, .top_k = 2}, 20, 300)));
+  choose("ampere");
+  EXPECT_FALSE(was_used(large));
+  choose("");
+  cuda::emulation::capability() = 80;
+  EXPECT_FALSE(was_used(large));
+}
+
+TEST_F(CudaHopper, IsRefusedByNameWhereItCannot) {
+  const auto error_of = [](const Case& c) -> std::string {
+    try {
+      run_on_device(c);
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "";
+  };
+  choose("hopper");
+  const Case wide = case_of(1, 96, {.block_size = 128, .top_k = 2}, 20, 300);
+  EXPECT_NE(error_of(wide).find("MOBA_CUDA_ATTEND=hopper: needs a build for sm_90a"), std::string::npos);
+  choose("volta");
+  EXPECT_NE(error_of(wide).find("MOBA_CUDA_ATTEND=volta: expected ampere or hopper"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace moba::test
