@@ -374,6 +374,67 @@ void check_cached(const Tensor& q, std::span<const CachedSequence> sequences, co
   }
 }
 
+namespace {
+
+/// One page of [pages, page_tokens, Hkv, D].
+Tensor page_of(std::string_view function, const char* name, const Tensor& t) {
+  if (t.rank != 4)
+    refuse(function, name, " has rank ", t.rank, "; [pages, page_tokens, kv heads, head_dim] is expected");
+  Tensor page = t;
+  page.rank = 3;
+  for (std::size_t dim = 0; dim < 3; ++dim) {
+    page.sizes[dim] = t.sizes[dim + 1];
+    page.strides[dim] = t.strides[dim + 1];
+  }
+  check_view(function, name, page);
+  if (t.sizes[0] < 0) refuse(function, name, " has ", t.sizes[0], " pages");
+  return page;
+}
+
+}  // namespace
+
+void check_paged(std::string_view function, const PagedCache& cache, std::int64_t block_size) {
+  const Tensor k = page_of(function, "cache.k", cache.k), v = page_of(function, "cache.v", cache.v);
+  check_same_shape(function, "cache.v", v, "cache.k", k);
+  if (cache.v.sizes[0] != cache.k.sizes[0])
+    refuse(function, "cache.v has ", cache.v.sizes[0], " pages; cache.k has ", cache.k.sizes[0]);
+  check_view(function, "cache.means", cache.means);
+  check_same_kind(function, "cache.means", cache.means, "cache.k", k);
+  if (cache.means.sizes[0] != cache.k.sizes[0] || cache.means.sizes[1] != k.sizes[1] ||
+      cache.means.sizes[2] != k.sizes[2])
+    refuse(function, "cache.means has sizes ", sizes_of(cache.means), "; [", cache.k.sizes[0], ", ",
+           k.sizes[1], ", ", k.sizes[2], "] is expected");
+  if (cache.sequences < 0) refuse(function, "cache.sequences is ", cache.sequences);
+  if (cache.sequences > 0 && (cache.page_table == nullptr || cache.lengths == nullptr))
+    refuse(function, cache.lengths == nullptr ? "cache.lengths" : "cache.page_table",
+           " is null; int32 on the device are expected");
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  if (cache.longest < 0 || cache.longest > kMost)
+    refuse(function, "cache.longest is ", cache.longest, "; 0 to ", kMost, " are expected");
+  const std::int64_t page_tokens = k.sizes[0];
+  if (page_tokens < 1) refuse(function, "cache.k has pages of 0 tokens");
+  if (cache.table_stride < (cache.longest + page_tokens - 1) / page_tokens)
+    refuse(function, "cache.table_stride is ", cache.table_stride, "; ", cache.longest, " tokens need ",
+           (cache.longest + page_tokens - 1) / page_tokens, " pages of ", page_tokens);
+  if (block_size % page_tokens != 0 && block_size < cache.longest)
+    refuse(function, "block_size is ", block_size, "; a multiple of cache.k's pages of ", page_tokens,
+           " tokens is expected");
+}
+
+void check_paged(std::string_view function, const Tensor& q, const PagedCache& cache,
+                 const Routing& routing) {
+  check_view(function, "q", q);
+  check_routing(function, routing);
+  if (!routing.causal) refuse(function, "causal is not set; a cache answers causal queries only");
+  const std::int64_t blocks = cache.longest <= 0 ? 1 : (cache.longest - 1) / routing.block_size + 1;
+  check_paged(function, cache,
+              routing.top_k >= blocks ? std::numeric_limits<std::int64_t>::max() : routing.block_size);
+  check_same_kind(function, "cache.k", cache.k, "q", q);
+  check_heads(function, q.sizes[1], "cache.k", cache.k.sizes[2]);
+  if (cache.k.sizes[3] != q.sizes[2])
+    refuse(function, "cache.k has head_dim ", cache.k.sizes[3], "; q has ", q.sizes[2]);
+}
+
 void check_decode(const Tensor& q, std::int64_t sequences, const Outputs& outputs) {
   if (q.sizes[0] != sequences)
     refuse("decode", "q has ", q.sizes[0], " tokens; the cache has ", sequences, " sequences");

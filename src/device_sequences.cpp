@@ -59,4 +59,25 @@ void select_blocks(const Tensor& q, const Tensor& k, const DeviceSequences& sequ
       .attention(function, q, k, k, batch_of(sequences), routing, {.selection = selection}, execution);
 }
 
+void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, const Outputs& outputs,
+            const Execution& execution) {
+  constexpr std::string_view function = "decode";
+  check_paged(function, q, cache, routing);
+  check_decode(q, cache.sequences, outputs);
+  check_outputs(function, q, outputs);
+  flow_for(function, q, execution).decode(function, q, cache, routing, outputs, execution);
+}
+
+void update_means(const PagedCache& cache, std::int64_t block_size, const std::int32_t* before,
+                  std::int64_t most_added, const Execution& execution) {
+  constexpr std::string_view function = "update_means";
+  if (block_size < 1 || most_added < 0) {
+    throw Error(std::string(function) + ": block_size is " + std::to_string(block_size) + " and most_added " +
+                std::to_string(most_added) + "; at least 1 and 0 are expected");
+  }
+  check_paged(function, cache, block_size);
+  flow_for(function, cache.k, execution)
+      .update_means(function, cache, block_size, before, most_added, execution);
+}
+
 }  // namespace moba

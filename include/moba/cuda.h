@@ -36,4 +36,35 @@ MOBA_EXPORT void select_blocks(const Tensor& q, const Tensor& k, const DeviceSeq
                                const Routing& routing, std::int32_t* selection,
                                const Execution& execution = {});
 
+/// Keys and values of many sequences in pages of device memory, as serving engines keep them. All of it is
+/// the caller's: it writes the keys and values of new tokens, then `lengths`, and calls `update_means`. To
+/// forget tokens is to lower a length.
+struct PagedCache {
+  /// [pages, page_tokens, Hkv, D] of one dtype, any strides but of the last dimension.
+  Tensor k{}, v{};
+  /// [pages, Hkv, D], in the dtype of k: the mean key of a complete block, at the page where the block
+  /// begins.
+  Tensor means{};
+  /// [sequences, table_stride]: page i of a sequence holds its tokens from i x page_tokens on. Read by the
+  /// device, so nothing checks it; entries behind a sequence's last token are not read.
+  const std::int32_t* page_table = nullptr;
+  std::int64_t table_stride = 0;
+  /// [sequences], tokens that each holds, 0 included.
+  const std::int32_t* lengths = nullptr;
+  std::int64_t sequences = 0;
+  /// At least the longest length.
+  std::int64_t longest = 0;
+};
+
+/// One new token for every sequence, as `decode` on a KvCache: `q` and `outputs.out` [sequences, Hq, D],
+/// `outputs.lse` [Hq, sequences]. Each query is the last token of its sequence, whose key the cache already
+/// holds. page_tokens divides the routing's block size.
+MOBA_EXPORT void decode(const Tensor& q, const PagedCache& cache, const Routing& routing,
+                        const Outputs& outputs, const Execution& execution = {});
+
+/// Computes the means of the blocks that tokens have completed since sequences held `before` [sequences] of
+/// them (null: none), at most `most_added` each.
+MOBA_EXPORT void update_means(const PagedCache& cache, std::int64_t block_size, const std::int32_t* before,
+                              std::int64_t most_added, const Execution& execution = {});
+
 }  // namespace moba

@@ -5,7 +5,10 @@
 namespace moba {
 namespace {
 
-constexpr DeviceFlow kFlow{.attention = cuda::attention, .attention_backward = cuda::attention_backward};
+constexpr DeviceFlow kFlow{.attention = cuda::attention,
+                           .attention_backward = cuda::attention_backward,
+                           .decode = cuda::decode,
+                           .update_means = cuda::update_means};
 
 }  // namespace
 

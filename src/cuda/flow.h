@@ -13,4 +13,10 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
                         const Tensor& v, const Saved& saved, const DeviceBatch& batch, const Routing& routing,
                         const Gradients& gradients, const Execution& execution);
 
+void decode(std::string_view function, const Tensor& q, const PagedCache& cache, const Routing& routing,
+            const Outputs& outputs, const Execution& execution);
+
+void update_means(std::string_view function, const PagedCache& cache, std::int64_t block_size,
+                  const std::int32_t* before, std::int64_t most_added, const Execution& execution);
+
 }  // namespace moba::cuda

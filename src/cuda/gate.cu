@@ -5,6 +5,7 @@
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/warp.h"
+#include "cuda/tile/order.h"
 #include "cuda/tile/rows.h"
 
 namespace moba::cuda {
@@ -42,20 +43,15 @@ struct GateParams {
 /// A score and its block as one number, so that the better candidate is the larger: of equal scores the more
 /// recent block; a NaN as -inf; nothing at all as 0.
 using Key = std::uint64_t;
-constexpr std::uint32_t kForced = 0xFFFFFFFFU;
 
 MOBA_DEVICE Key key_of(std::uint32_t order, std::int32_t block) {
   return static_cast<Key>(order) << 32 | static_cast<std::uint32_t>(block);
-}
-MOBA_DEVICE std::uint32_t order_of(float score) {
-  const std::uint32_t bits = ptx::bits_of(score == score ? score : -ptx::infinity());
-  return bits >> 31 != 0 ? ~bits : bits | 0x80000000U;
 }
 /// No score below this can enter a heap with that root.
 MOBA_DEVICE float threshold_of(Key root) {
   const auto order = static_cast<std::uint32_t>(root >> 32);
   if (order == 0) return -ptx::infinity();
-  if (order == kForced) return ptx::infinity();
+  if (order == tile::kForced) return ptx::infinity();
   return ptx::float_from(order >> 31 != 0 ? order & 0x7FFFFFFFU : ~order);
 }
 
@@ -108,7 +104,8 @@ MOBA_DEVICE void offer(Key* heap, std::int32_t width, const float (&scores)[colu
       const bool enters = may_enter(j, e);
       if (ptx::ballot(enters) == 0) continue;
       const std::int32_t block = block_at(j, e);
-      const Key key = key_of(is_forced(block) ? kForced : order_of(scores[j][2 * half + e]), block);
+      const Key key =
+          key_of(is_forced(block) ? tile::kForced : tile::order_of(scores[j][2 * half + e]), block);
       for (int turn = 0; turn < 4; ++turn) {
         if (enters && own_lane == turn && key > heap[0]) sift(heap, width, 0, key);
         ptx::warp_barrier();

@@ -170,7 +170,38 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
   mirror.bring_back();
 }
 
-constexpr DeviceFlow kFlow{.attention = attention, .attention_backward = attention_backward};
+PagedCache paged(Mirror& mirror, PagedCache cache) {
+  cache.k = mirror.read(cache.k);
+  cache.v = mirror.read(cache.v);
+  cache.means = mirror.write(cache.means);
+  cache.page_table = mirror.read(cache.page_table, cache.sequences * cache.table_stride);
+  cache.lengths = mirror.read(cache.lengths, cache.sequences);
+  return cache;
+}
+
+void decode(std::string_view function, const Tensor& q, const PagedCache& cache, const Routing& routing,
+            const Outputs& outputs, const Execution& execution) {
+  Mirror mirror;
+  const PagedCache there = paged(mirror, cache);
+  cuda::decode(function, mirror.read(q), there, routing,
+               {.out = mirror.write(outputs.out), .lse = mirror.write(outputs.lse, q.sizes[0] * q.sizes[1])},
+               mirror.resources(execution));
+  mirror.bring_back();
+}
+
+void update_means(std::string_view function, const PagedCache& cache, std::int64_t block_size,
+                  const std::int32_t* before, std::int64_t most_added, const Execution& execution) {
+  Mirror mirror;
+  const PagedCache there = paged(mirror, cache);
+  cuda::update_means(function, there, block_size, mirror.read(before, cache.sequences), most_added,
+                     mirror.resources(execution));
+  mirror.bring_back();
+}
+
+constexpr DeviceFlow kFlow{.attention = attention,
+                           .attention_backward = attention_backward,
+                           .decode = decode,
+                           .update_means = update_means};
 
 }  // namespace
 

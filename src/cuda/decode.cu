@@ -1,0 +1,607 @@
+// One new token for every sequence of a paged cache, bound by how fast memory can be read: means of the
+// candidates, then the keys and values of the chosen blocks, cut into pieces so that the whole device reads.
+// The query heads of a kv head, up to 16 of them, are the rows of a tile: they share all that is read, and
+// the tensor cores have time to spare.
+#include "cuda/decode.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
+#include "cuda/ptx/barrier.h"
+#include "cuda/tile/order.h"
+#include "cuda/tile/rows.h"
+#include "cuda/tile/scan.h"
+#include "cuda/tile/softmax.h"
+
+namespace moba::cuda {
+namespace {
+
+constexpr int kTile = 16;  // query heads
+constexpr int kElements = 8;
+constexpr float kLn2 = 0.693147180559945309F, kLog2E = 1.44269504088896341F;
+
+/// A warp takes 16 keys or means of a tile. At D 256 more threads are needed to load than to compute.
+template <int head_dim>
+struct Cut {
+  static constexpr int kComputing = 4, kKeys = 16 * kComputing;
+  static constexpr int kThreads = (head_dim > 128 ? 8 : kComputing) * ptx::kLanes;
+};
+
+/// Keys of a piece: no fewer than make its own merging cheap, and no more than 64 pieces of a block.
+std::int64_t piece_of(const Task& task) {
+  constexpr std::int64_t kLeast = 256, kMost = 64, kStep = 64;
+  return std::max(kLeast, divide_up(divide_up(task.routing.block_size, kMost), kStep) * kStep);
+}
+std::int64_t pieces_of_block(const Task& task) {
+  return divide_up(task.routing.block_size, piece_of(task));
+}
+std::int64_t tiles_of_group(const Task& task) {
+  return divide_up(task.group, kTile);
+}
+std::int64_t candidates_of(const Task& task) {
+  return (task.longest - 1) / task.routing.block_size;
+}
+
+/// Keys, values or means, and where their pages are.
+template <typename T>
+struct Pages {
+  T* data = nullptr;
+  std::int64_t page_stride = 0, token_stride = 0, head_stride = 0;
+  std::int32_t page_tokens = 1;
+  const std::int32_t* table = nullptr;
+  std::int64_t table_stride = 0;
+
+  MOBA_DEVICE T* row(std::int64_t sequence, std::int32_t token, std::int64_t head) const {
+    const std::int64_t page = table[sequence * table_stride + token / page_tokens];
+    return data + page * page_stride + token % page_tokens * token_stride + head * head_stride;
+  }
+};
+
+template <typename T>
+Pages<T> pages_of(const Tensor& t, const PagedCache& cache) {
+  return {.data = static_cast<T*>(t.data),
+          .page_stride = t.strides[0],
+          .token_stride = t.strides[1],
+          .head_stride = t.strides[2],
+          .page_tokens = static_cast<std::int32_t>(t.sizes[1]),
+          .table = cache.page_table,
+          .table_stride = cache.table_stride};
+}
+/// The mean of the block that begins at a token is the "row" of that token.
+template <typename T>
+Pages<T> pages_of_means(const PagedCache& cache) {
+  Pages<T> pages = pages_of<T>(cache.k, cache);
+  pages.data = static_cast<T*>(cache.means.data);
+  pages.page_stride = cache.means.strides[0];
+  pages.token_stride = 0;
+  pages.head_stride = cache.means.strides[1];
+  return pages;
+}
+
+/// What all stages know. A unit is a sequence and a tile of the query heads of one kv head.
+template <typename T>
+struct DecodeParams {
+  View<const T> q;
+  Pages<const T> k, v, means;
+  const std::int32_t* lengths;  // [Tq]
+  Decoding decoding;
+  std::int64_t block_size, most_candidates;
+  std::int64_t group, head0, heads, sequence0;
+  std::int64_t tiles;  // of a group
+  std::int32_t width, ranks, sinks;
+  std::int32_t piece, pieces;
+  tile::Scale scale;
+
+  MOBA_DEVICE std::int64_t q_heads() const { return heads * group; }
+};
+
+struct Unit {
+  std::int64_t sequence = 0;             // of all
+  std::int64_t kv_head = 0, q_head = 0;  // of all; the first of the tile
+  std::int64_t row = 0;                  // of the part: [sequences, query heads], the first of the tile
+  std::int32_t count = 0;                // query heads
+  std::int32_t length = 0;               // tokens of the sequence
+};
+
+template <typename T>
+MOBA_DEVICE Unit unit_at(const DecodeParams<T>& p, std::int64_t index) {
+  const std::int64_t tile = index % p.tiles, head = index / p.tiles % p.heads,
+                     sequence = index / p.tiles / p.heads;
+  const std::int64_t left = p.group - tile * kTile;
+  return {.sequence = p.sequence0 + sequence,
+          .kv_head = p.head0 + head,
+          .q_head = (p.head0 + head) * p.group + tile * kTile,
+          .row = sequence * p.q_heads() + head * p.group + tile * kTile,
+          .count = static_cast<std::int32_t>(left < kTile ? left : kTile),
+          .length = p.lengths[p.sequence0 + sequence]};
+}
+
+/// Complete blocks before the last token's own.
+template <typename T>
+MOBA_DEVICE std::int32_t own_block(const DecodeParams<T>& p, std::int32_t length) {
+  return length == 0 ? 0 : static_cast<std::int32_t>((length - 1) / p.block_size);
+}
+
+template <int head_dim, typename T>
+MOBA_DEVICE void load_queries(const DecodeParams<T>& p, const Unit& unit, const tile::Rows<T, head_dim>& to) {
+  tile::gather_rows<kTile, Cut<head_dim>::kThreads>(
+      to, [&](int row) { return row < unit.count ? p.q.row(unit.sequence, unit.q_head + row) : nullptr; });
+}
+
+/// Rows [16 warp, ...) of a tile.
+template <typename T, int head_dim>
+MOBA_DEVICE tile::Rows<T, head_dim> of_warp(const tile::Rows<T, head_dim>& rows) {
+  return {rows.data + ptx::warp() * 16 * head_dim};
+}
+
+template <typename T, int head_dim>
+MOBA_KERNEL(Cut<head_dim>::kThreads, head_dim > 128 ? 2 : 4)
+decode_score_kernel(MOBA_PARAMETER DecodeParams<T> p) {
+  using C = Cut<head_dim>;
+  const std::int64_t parts = divide_up(p.most_candidates, C::kKeys);
+  const Unit unit = unit_at(p, ptx::block_x() / parts);
+  const auto first = static_cast<std::int32_t>(ptx::block_x() % parts * C::kKeys);
+  const std::int32_t candidates = own_block(p, unit.length);
+  if (first >= candidates) return;
+  const tile::Rows<T, head_dim> q{reinterpret_cast<T*>(ptx::shared())}, means{q.data + kTile * head_dim};
+  load_queries(p, unit, q);
+  tile::gather_rows<C::kKeys, C::kThreads>(means, [&](int row) -> const T* {
+    if (first + row >= candidates) return nullptr;
+    return p.means.row(unit.sequence, static_cast<std::int32_t>((first + row) * p.block_size), unit.kv_head);
+  });
+  ptx::copy_commit();
+  ptx::copy_wait<0>();
+  ptx::barrier();
+  if (ptx::warp() >= C::kComputing) return;
+  float scores[1][2][4] = {};
+  tile::multiply_rows(scores, q, 0, of_warp(means));
+  MOBA_UNROLL
+  for (int j = 0; j < 2; ++j) {
+    MOBA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const int row = ptx::lane() / 4 + e / 2 * 8;
+      const std::int32_t block = first + ptx::warp() * 16 + 8 * j + ptx::lane() % 4 * 2 + e % 2;
+      if (row >= unit.count || block >= candidates) continue;
+      p.decoding.orders[(unit.row + row) * p.most_candidates + block] =
+          block < p.sinks ? tile::kForced : tile::order_of(scores[0][j][e]);
+    }
+  }
+}
+
+constexpr int kSelectThreads = 256;
+
+struct SelectParams {
+  Decoding decoding;
+  const std::int32_t* lengths;
+  std::int64_t block_size, most_candidates, q_heads, sequence0;
+  std::int32_t width;
+};
+
+/// How many of `orders` are at least `least`.
+MOBA_DEVICE std::int32_t count_from(const std::uint32_t* orders, std::int32_t count, std::uint32_t least,
+                                    std::int32_t* shared) {
+  std::int32_t own = 0;
+  for (std::int32_t i = ptx::thread(); i < count; i += kSelectThreads) own += orders[i] >= least ? 1 : 0;
+  return tile::scan<kSelectThreads>(own, shared).total;
+}
+
+/// A query head of a sequence: the order of the worst that is kept is found bit by bit; of those that share
+/// it the most recent are kept.
+MOBA_KERNEL(kSelectThreads, 4) decode_select_kernel(MOBA_PARAMETER SelectParams p) {
+  auto* sums = reinterpret_cast<std::int32_t*>(ptx::shared());
+  const std::int64_t row = ptx::block_x();
+  const std::int32_t length = p.lengths[p.sequence0 + row / p.q_heads];
+  const auto candidates = length == 0 ? 0 : static_cast<std::int32_t>((length - 1) / p.block_size);
+  const std::uint32_t* orders = p.decoding.orders + row * p.most_candidates;
+  std::int32_t* to = p.decoding.selection + row * p.width;
+  const std::int32_t kept = candidates < p.width ? candidates : p.width;
+
+  std::uint32_t worst = 0;
+  if (kept < candidates) {
+    for (std::uint32_t bit = 1U << 31; bit != 0; bit >>= 1) {
+      const std::int32_t count = count_from(orders, candidates, worst | bit, sums);
+      if (count >= kept) worst |= bit;
+      if (count == kept) break;
+    }
+  }
+  const std::int32_t above = worst == 0xFFFFFFFFU ? 0 : count_from(orders, candidates, worst + 1, sums);
+  const std::int32_t equal = count_from(orders, candidates, worst, sums) - above;
+  const std::int32_t passed_over = equal - (kept - above);  // the oldest of equals
+
+  std::int32_t written = 0, equal_before = 0;
+  for (std::int32_t first = 0; first < candidates; first += kSelectThreads) {
+    const std::int32_t block = first + ptx::thread();
+    const bool exists = block < candidates;
+    const bool is_equal = exists && orders[block] == worst;
+    const auto equals = tile::scan<kSelectThreads>(is_equal ? 1 : 0, sums);
+    const bool is_kept =
+        exists && (is_equal ? equal_before + equals.before >= passed_over : orders[block] > worst);
+    const auto places = tile::scan<kSelectThreads>(is_kept ? 1 : 0, sums);
+    if (is_kept) to[written + places.before] = block;
+    written += places.total;
+    equal_before += equals.total;
+  }
+  for (std::int32_t i = kept + ptx::thread(); i < p.width; i += kSelectThreads) to[i] = -1;
+}
+
+/// Shared memory of a block of decode_attend. Answers of the warps lie where keys and values have been.
+template <typename T, int head_dim>
+struct Shared {
+  using C = Cut<head_dim>;
+  static constexpr int kKeyElements = C::kKeys * head_dim;
+  static constexpr std::size_t kBytes =
+      (kTile * head_dim + 4 * kKeyElements) * sizeof(T) + kTile * sizeof(std::int32_t);
+
+  tile::Rows<T, head_dim> q;
+  T* keys;              // two buffers of keys, with their values behind each
+  std::int32_t* ranks;  // [kTile], of the block among a query head's; -1 where it is none
+
+  MOBA_DEVICE explicit Shared(std::byte* memory) {
+    q.data = reinterpret_cast<T*>(memory);
+    keys = q.data + kTile * head_dim;
+    ranks = reinterpret_cast<std::int32_t*>(keys + 4 * kKeyElements);
+  }
+  MOBA_DEVICE tile::Rows<T, head_dim> k(int buffer) const { return {keys + 2 * buffer * kKeyElements}; }
+  MOBA_DEVICE tile::Rows<T, head_dim> v(int buffer) const { return {keys + (2 * buffer + 1) * kKeyElements}; }
+  MOBA_DEVICE float* answers() const { return reinterpret_cast<float*>(keys); }  // [warps, kTile, D]
+  MOBA_DEVICE float* lses() const { return answers() + C::kComputing * kTile * head_dim; }  // [warps, kTile]
+  static_assert(C::kComputing * kTile * (head_dim + 1) * sizeof(float) <= 4 * kKeyElements * sizeof(T));
+};
+
+/// The place of a query head's answer through one piece of the block that is its `rank`th.
+template <typename T>
+MOBA_DEVICE std::int64_t slot_of(const DecodeParams<T>& p, std::int64_t row, std::int32_t rank,
+                                 std::int32_t piece) {
+  return (row * p.ranks + rank) * p.pieces + piece;
+}
+
+/// Which query heads attend to a block; false when another thread block takes this one, that of the first of
+/// them.
+template <typename T, int head_dim>
+MOBA_DEVICE bool find_readers(const DecodeParams<T>& p, const Shared<T, head_dim>& shared, const Unit& unit,
+                              std::int32_t block, int first_reader) {
+  const int row = ptx::thread();
+  if (row < kTile) {
+    std::int32_t rank = -1;
+    if (row < unit.count && block < 0) rank = p.width;
+    if (row < unit.count && block >= 0) {
+      const std::int32_t* chosen = p.decoding.selection + (unit.row + row) * p.width;
+      for (std::int32_t i = 0; i < p.width; ++i) {
+        if (chosen[i] == block) rank = i;
+      }
+    }
+    shared.ranks[row] = rank;
+  }
+  ptx::barrier();
+  for (int before = 0; before < first_reader; ++before) {
+    if (shared.ranks[before] >= 0) return false;
+  }
+  return true;
+}
+
+/// Leaves each warp's answers, normalised, and merges them in the order of the warps.
+template <typename T, int head_dim>
+MOBA_DEVICE void merge_warps(const DecodeParams<T>& p, const Shared<T, head_dim>& shared, const Unit& unit,
+                             std::int32_t piece, const float (&out)[1][head_dim / 8][4],
+                             const tile::Softmax<1>& softmax) {
+  using C = Cut<head_dim>;
+  ptx::barrier();  // keys and values have been used
+  const int lane = ptx::lane(), warp = ptx::warp();
+  if (warp < C::kComputing) {
+    MOBA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = 8 * half + lane / 4;
+      float total = 0;
+      const float lse = softmax.log2_sum(0, half, p.scale.scale, total);
+      const float share = total == 0 ? 0 : 1 / total;
+      float* to = shared.answers() + (warp * kTile + row) * head_dim + lane % 4 * 2;
+      MOBA_UNROLL
+      for (int j = 0; j < head_dim / 8; ++j) {
+        to[8 * j] = out[0][j][2 * half] * share;
+        to[8 * j + 1] = out[0][j][2 * half + 1] * share;
+      }
+      if (lane % 4 == 0) shared.lses()[warp * kTile + row] = lse;
+    }
+  }
+  ptx::barrier();
+  for (int i = ptx::thread(); i < unit.count * head_dim; i += C::kThreads) {
+    const int row = i / head_dim, column = i % head_dim;
+    const std::int32_t rank = shared.ranks[row];
+    if (rank < 0) continue;
+    float most = -ptx::infinity();
+    MOBA_UNROLL
+    for (int w = 0; w < C::kComputing; ++w) most = ptx::larger(most, shared.lses()[w * kTile + row]);
+    const float base = most == -ptx::infinity() ? 0 : most;
+    float sum = 0, answer = 0;
+    MOBA_UNROLL
+    for (int w = 0; w < C::kComputing; ++w) {
+      const float weight = ptx::exp2(shared.lses()[w * kTile + row] - base);
+      sum += weight;
+      answer = ptx::multiply_add(weight, shared.answers()[(w * kTile + row) * head_dim + column], answer);
+    }
+    const std::int64_t slot = slot_of(p, unit.row + row, rank, piece);
+    p.decoding.partials[slot * head_dim + column] = sum == 0 ? 0 : answer / sum;
+    if (column == 0) p.decoding.partial_lse[slot] = base + ptx::log2(sum);
+  }
+}
+
+template <typename T, int head_dim>
+MOBA_KERNEL(Cut<head_dim>::kThreads, head_dim > 128 ? 1 : 2)
+decode_attend_kernel(MOBA_PARAMETER DecodeParams<T> p) {
+  using C = Cut<head_dim>;
+  const Shared<T, head_dim> shared(ptx::shared());
+  const int heads = static_cast<int>(p.group < kTile ? p.group : kTile);
+  const std::int64_t works = (std::int64_t{heads} * p.width + 1) * p.pieces;
+  const Unit unit = unit_at(p, ptx::block_x() / works);
+  const auto work = static_cast<std::int32_t>(ptx::block_x() % works);
+  const std::int32_t piece = work % p.pieces, choice = work / p.pieces - 1;  // -1: the own block
+  const int reader = choice < 0 ? 0 : choice / p.width;
+  if (reader >= unit.count || unit.length == 0) return;
+  const std::int32_t chosen =
+      choice < 0 ? -1 : p.decoding.selection[(unit.row + reader) * p.width + choice % p.width];
+  if (choice >= 0 && chosen < 0) return;
+  const std::int64_t begin = (chosen < 0 ? own_block(p, unit.length) : chosen) * p.block_size;
+  const std::int64_t first = begin + std::int64_t{piece} * p.piece;
+  std::int64_t end = first + p.piece;
+  end = end < begin + p.block_size ? end : begin + p.block_size;
+  end = end < unit.length ? end : unit.length;
+  if (first >= end) return;
+  if (!find_readers(p, shared, unit, chosen, reader)) return;
+
+  const auto last = static_cast<std::int32_t>(end);
+  const auto load = [&](std::int32_t key, int buffer) {
+    const auto source = [&](const Pages<const T>& pages) {
+      return [&, key](int row) {
+        return key + row < last ? pages.row(unit.sequence, key + row, unit.kv_head) : nullptr;
+      };
+    };
+    tile::gather_rows<C::kKeys, C::kThreads>(shared.k(buffer), source(p.k));
+    tile::gather_rows<C::kKeys, C::kThreads>(shared.v(buffer), source(p.v));
+    ptx::copy_commit();
+  };
+  load_queries(p, unit, shared.q);
+  load(static_cast<std::int32_t>(first), 0);
+
+  float out[1][head_dim / 8][4] = {};
+  tile::Softmax<1> softmax;
+  softmax.clear();
+  int buffer = 0;
+  for (auto key = static_cast<std::int32_t>(first); key < last; key += C::kKeys, buffer ^= 1) {
+    ptx::copy_wait<0>();
+    ptx::barrier();  // this buffer is filled, and the other has been used
+    if (key + C::kKeys < last) load(key + C::kKeys, buffer ^ 1);
+    const std::int32_t warp_key = key + ptx::warp() * 16;
+    if (ptx::warp() >= C::kComputing || warp_key >= last) continue;
+    float logits[1][2][4] = {};
+    tile::multiply_rows(logits, shared.q, 0, of_warp(shared.k(buffer)));
+    MOBA_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      MOBA_UNROLL
+      for (int e = 0; e < 4; ++e) {
+        const bool is_hidden = warp_key + 8 * j + ptx::lane() % 4 * 2 + e % 2 >= last;
+        float& logit = logits[0][j][e];
+        logit = is_hidden ? -ptx::infinity() : p.scale.negate ? -logit : logit;
+      }
+    }
+    softmax.add(logits, out, p.scale.scale);
+    tile::add_weighted(out, logits, of_warp(shared.v(buffer)));
+  }
+  merge_warps(p, shared, unit, piece, out, softmax);
+}
+
+constexpr int kCombineThreads = 128;
+
+template <typename T>
+struct CombineParams {
+  DecodeParams<T> decode;
+  View<T> out;
+  float* lse;  // [Hq, Tq], may be null
+  std::int64_t tokens;
+};
+
+/// A thread block a query head of a sequence.
+template <typename T, int head_dim>
+MOBA_KERNEL(kCombineThreads, 8)
+decode_combine_kernel(MOBA_PARAMETER CombineParams<T> c) {
+  const DecodeParams<T>& p = c.decode;
+  const std::int64_t row = ptx::block_x(), sequence = p.sequence0 + row / p.q_heads(),
+                     q_head = p.head0 * p.group + row % p.q_heads();
+  const std::int32_t length = p.lengths[sequence];
+  const std::int32_t own = static_cast<std::int32_t>(length - std::int64_t{own_block(p, length)} *
+                                                                  p.block_size);  // keys of the own block
+  const auto pieces_at = [&](std::int32_t rank) -> std::int32_t {
+    if (rank == p.width) return static_cast<std::int32_t>(divide_up(own, p.piece));
+    return p.decoding.selection[row * p.width + rank] < 0 ? 0 : p.pieces;
+  };
+  float most = -ptx::infinity();
+  for (std::int32_t rank = 0; rank < p.ranks; ++rank) {
+    const std::int32_t pieces = pieces_at(rank);
+    for (std::int32_t i = 0; i < pieces; ++i)
+      most = ptx::larger(most, p.decoding.partial_lse[slot_of(p, row, rank, i)]);
+  }
+  const float base = most == -ptx::infinity() ? 0 : most;
+  for (int pair = ptx::thread(); pair < head_dim / 2; pair += kCombineThreads) {
+    float sum = 0, low = 0, high = 0;
+    for (std::int32_t rank = 0; rank < p.ranks; ++rank) {
+      const std::int32_t pieces = pieces_at(rank);
+      for (std::int32_t i = 0; i < pieces; ++i) {
+        const std::int64_t slot = slot_of(p, row, rank, i);
+        const float weight = ptx::exp2(p.decoding.partial_lse[slot] - base);
+        const float* from = p.decoding.partials + slot * head_dim + 2 * pair;
+        sum += weight;
+        low = ptx::multiply_add(weight, from[0], low);
+        high = ptx::multiply_add(weight, from[1], high);
+      }
+    }
+    const float share = sum == 0 ? 0 : 1 / sum;
+    reinterpret_cast<std::uint32_t*>(c.out.row(sequence, q_head))[pair] =
+        ptx::pack<T>(low * share, high * share);
+    if (pair == 0 && c.lse != nullptr) c.lse[q_head * c.tokens + sequence] = kLn2 * (base + ptx::log2(sum));
+  }
+}
+
+constexpr int kMeanThreads = 128;
+
+template <typename T>
+struct MeansParams {
+  Pages<const T> k;
+  Pages<T> means;
+  const std::int32_t *before, *lengths;  // [sequences]; null before: 0
+  std::int64_t block_size, blocks, heads;
+};
+
+/// A thread block a completed block and head. As `centroids`, whose keys are not in pages.
+template <typename T, int head_dim>
+MOBA_KERNEL(kMeanThreads, 8)
+decode_means_kernel(MOBA_PARAMETER MeansParams<T> p) {
+  constexpr int kColumns = head_dim / kElements, kRows = kMeanThreads / kColumns;
+  auto* sums = reinterpret_cast<float*>(ptx::shared());  // [kRows, D]
+  const std::int64_t head = ptx::block_x() / p.blocks % p.heads,
+                     sequence = ptx::block_x() / p.blocks / p.heads;
+  const std::int64_t first = p.before == nullptr ? 0 : p.before[sequence] / p.block_size;
+  const std::int64_t begin = (first + ptx::block_x() % p.blocks) * p.block_size, end = begin + p.block_size;
+  if (end > p.lengths[sequence]) return;
+  const int column = ptx::thread() % kColumns, row = ptx::thread() / kColumns;
+  if (row < kRows) {
+    float sum[kElements] = {};
+    for (std::int64_t key = begin + row; key < end; key += kRows) {
+      const ptx::Vector v =
+          ptx::load_streaming(p.k.row(sequence, static_cast<std::int32_t>(key), head) + column * kElements);
+      const std::uint32_t pairs[] = {v.x, v.y, v.z, v.w};
+      MOBA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        sum[2 * i] += ptx::unpack_low<T>(pairs[i]);
+        sum[2 * i + 1] += ptx::unpack_high<T>(pairs[i]);
+      }
+    }
+    MOBA_UNROLL
+    for (int i = 0; i < kElements; ++i) sums[row * head_dim + column * kElements + i] = sum[i];
+  }
+  ptx::barrier();
+  const auto count = static_cast<float>(p.block_size);
+  auto* mean =
+      reinterpret_cast<std::uint32_t*>(p.means.row(sequence, static_cast<std::int32_t>(begin), head));
+  for (int pair = ptx::thread(); pair < head_dim / 2; pair += kMeanThreads) {
+    float low = 0, high = 0;
+    for (int r = 0; r < kRows; ++r) {
+      low += sums[r * head_dim + 2 * pair];
+      high += sums[r * head_dim + 2 * pair + 1];
+    }
+    mean[pair] = ptx::pack<T>(low / count, high / count);
+  }
+}
+
+template <typename T>
+DecodeParams<T> params_of(const Task& task, const Group& part, const PagedCache& cache,
+                          const Decoding& decoding) {
+  return {.q = view_of<const T>(task.q),
+          .k = pages_of<const T>(cache.k, cache),
+          .v = pages_of<const T>(cache.v, cache),
+          .means = pages_of_means<const T>(cache),
+          .lengths = cache.lengths,
+          .decoding = decoding,
+          .block_size = task.routing.block_size,
+          .most_candidates = candidates_of(task),
+          .group = task.group,
+          .head0 = part.head0,
+          .heads = part.heads(),
+          .sequence0 = part.token0,
+          .tiles = tiles_of_group(task),
+          .width = static_cast<std::int32_t>(task.width),
+          .ranks = static_cast<std::int32_t>(task.ranks()),
+          .sinks = static_cast<std::int32_t>(task.routing.sink_blocks),
+          .piece = static_cast<std::int32_t>(piece_of(task)),
+          .pieces = static_cast<std::int32_t>(pieces_of_block(task)),
+          // One of 0 becomes the smallest that keeps -inf, which is where the hidden are.
+          .scale = {.scale = std::max(std::fabs(task.scale) * kLog2E, FLT_MIN), .negate = task.scale < 0}};
+}
+
+std::int64_t units_of(const Task& task, const Group& part) {
+  return part.tokens() * part.heads() * tiles_of_group(task);
+}
+
+}  // namespace
+
+std::size_t decode_shared_bytes(std::int64_t head_dim) {
+  return head_dim > 128 ? Shared<float16, 256>::kBytes : Shared<float16, 128>::kBytes;
+}
+
+Decoding carve_decoding(Carver& carver, const Task& task, const Group& part) {
+  const std::int64_t rows = task.rows(part) * part.heads();
+  Decoding decoding;
+  if (task.needs_scores()) {
+    decoding.orders = carver.take<std::uint32_t>(rows * candidates_of(task));
+    decoding.selection = carver.take<std::int32_t>(rows * task.width);
+  }
+  const std::int64_t slots = rows * task.ranks() * pieces_of_block(task);
+  decoding.partials = carver.take<float>(slots * task.head_dim);
+  decoding.partial_lse = carver.take<float>(slots);
+  return decoding;
+}
+
+void decode_score(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+                  const Decoding& decoding) {
+  with_type(task, [&]<typename T, int head_dim>() {
+    using C = Cut<head_dim>;
+    queue.launch("decode_score", decode_score_kernel<T, head_dim>,
+                 {units_of(task, part) * divide_up(candidates_of(task), C::kKeys)}, C::kThreads,
+                 (kTile + C::kKeys) * head_dim * sizeof(T), params_of<T>(task, part, cache, decoding));
+  });
+}
+
+void decode_select(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+                   const Decoding& decoding) {
+  const SelectParams params{.decoding = decoding,
+                            .lengths = cache.lengths,
+                            .block_size = task.routing.block_size,
+                            .most_candidates = candidates_of(task),
+                            .q_heads = part.heads() * task.group,
+                            .sequence0 = part.token0,
+                            .width = static_cast<std::int32_t>(task.width)};
+  queue.launch("decode_select", decode_select_kernel, {part.heads() * task.rows(part)}, kSelectThreads,
+               kSelectThreads / ptx::kLanes * sizeof(std::int32_t), params);
+}
+
+void decode_attend(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+                   const Decoding& decoding) {
+  with_type(task, [&]<typename T, int head_dim>() {
+    const std::int64_t works =
+        (std::min<std::int64_t>(task.group, kTile) * task.width + 1) * pieces_of_block(task);
+    queue.launch("decode_attend", decode_attend_kernel<T, head_dim>, {units_of(task, part) * works},
+                 Cut<head_dim>::kThreads, Shared<T, head_dim>::kBytes,
+                 params_of<T>(task, part, cache, decoding));
+  });
+}
+
+void decode_combine(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+                    const Decoding& decoding, const Outputs& outputs) {
+  with_type(task, [&]<typename T, int head_dim>() {
+    const CombineParams<T> params{.decode = params_of<T>(task, part, cache, decoding),
+                                  .out = view_of<T>(outputs.out),
+                                  .lse = outputs.lse,
+                                  .tokens = task.tokens};
+    queue.launch("decode_combine", decode_combine_kernel<T, head_dim>, {part.heads() * task.rows(part)},
+                 kCombineThreads, 0, params);
+  });
+}
+
+void complete_means(Queue& queue, const Task& task, const PagedCache& cache, const std::int32_t* before,
+                    std::int64_t most_added) {
+  with_type(task, [&]<typename T, int head_dim>() {
+    const std::int64_t block_size = task.asked_block_size;
+    const MeansParams<T> params{.k = pages_of<const T>(cache.k, cache),
+                                .means = pages_of_means<T>(cache),
+                                .before = before,
+                                .lengths = cache.lengths,
+                                .block_size = block_size,
+                                .blocks = std::min(most_added, task.longest) / block_size + 1,
+                                .heads = task.kv_heads};
+    constexpr int kRows = kMeanThreads / (head_dim / kElements);
+    queue.launch("decode_means", decode_means_kernel<T, head_dim>,
+                 {cache.sequences * params.heads * params.blocks}, kMeanThreads,
+                 kRows * head_dim * sizeof(float), params);
+  });
+}
+
+}  // namespace moba::cuda

@@ -1,0 +1,38 @@
+#pragma once
+
+#include "cuda/stages.h"
+
+/// One query a sequence, against pages. What `task` calls tokens are sequences here.
+namespace moba::cuda {
+
+/// Memory of a part.
+struct Decoding {
+  std::uint32_t* orders = nullptr;    // [sequences, query heads, most_blocks], scores as tile::order_of says
+  std::int32_t* selection = nullptr;  // [sequences, query heads, width], ascending, padded with -1
+  // Answers through pieces of blocks: [sequences, query heads, ranks, pieces of a block].
+  float* partials = nullptr;     // [.., D]
+  float* partial_lse = nullptr;  // to base 2
+};
+
+Decoding carve_decoding(Carver& carver, const Task& task, const Group& part);
+
+/// Scores every query against the kept means of its candidates.
+void decode_score(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+                  const Decoding& decoding);
+/// Keeps the best.
+void decode_select(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+                   const Decoding& decoding);
+/// Attends to pieces of the chosen blocks and of the own one.
+void decode_attend(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+                   const Decoding& decoding);
+/// Merges the pieces of each query in the order of their keys.
+void decode_combine(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+                    const Decoding& decoding, const Outputs& outputs);
+
+/// Means of blocks that were completed behind `before` tokens.
+void complete_means(Queue& queue, const Task& task, const PagedCache& cache, const std::int32_t* before,
+                    std::int64_t most_added);
+
+std::size_t decode_shared_bytes(std::int64_t head_dim);
+
+}  // namespace moba::cuda

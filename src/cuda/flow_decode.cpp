@@ -1,0 +1,77 @@
+#include <algorithm>
+
+#include "cuda/decode.h"
+#include "cuda/flow.h"
+#include "cuda/parts.h"
+
+namespace moba::cuda {
+namespace {
+
+/// One page, [page_tokens, Hkv, D], and that all of them lie on the device in pieces of 16 bytes.
+Tensor page_of(std::string_view function, const char* name, const Tensor& t) {
+  Tensor page = t;
+  page.rank = 3;
+  for (std::size_t dim = 0; dim < 3; ++dim) {
+    page.sizes[dim] = t.sizes[dim + 1];
+    page.strides[dim] = t.strides[dim + 1];
+  }
+  Tensor pages = page;  // their first rows
+  pages.sizes[0] = t.sizes[0];
+  pages.strides[0] = t.strides[0];
+  check_view(function, name, page);
+  check_view(function, name, pages);
+  return page;
+}
+
+}  // namespace
+
+void decode(std::string_view function, const Tensor& q, const PagedCache& cache, const Routing& routing,
+            const Outputs& outputs, const Execution& execution) {
+  const Tensor k = page_of(function, "cache.k", cache.k), v = page_of(function, "cache.v", cache.v);
+  const DeviceBatch batch{.count = cache.sequences, .longest = cache.longest};
+  const Task task = make_task(function, q, k, v, batch, routing);
+  check_shared(function, task.head_dim, decode_shared_bytes(task.head_dim));
+  check_view(function, "cache.means", cache.means);
+  check_view(function, "out", outputs.out);
+  check_list(function, "cache.page_table", cache.page_table);
+  check_list(function, "cache.lengths", cache.lengths);
+  check_list(function, "lse", outputs.lse);
+  if (task.sequences == 0) return;
+
+  const auto bytes = [&](const Group& part) {
+    Carver carver;
+    carve_decoding(carver, task, part);
+    return carver.used();
+  };
+  const std::vector<Group> parts = parts_within(function, task, execution, bytes);
+  Queue queue(function, execution);
+  const Slab slab(queue, bytes(parts.front()));
+  for (const Group& part : parts) {
+    Carver carver(slab.data());
+    const Decoding decoding = carve_decoding(carver, task, part);
+    if (task.needs_scores()) {
+      decode_score(queue, task, part, cache, decoding);
+      decode_select(queue, task, part, cache, decoding);
+    }
+    decode_attend(queue, task, part, cache, decoding);
+    decode_combine(queue, task, part, cache, decoding, outputs);
+  }
+  if (execution.profile != nullptr)
+    execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(parts.front()));
+}
+
+void update_means(std::string_view function, const PagedCache& cache, std::int64_t block_size,
+                  const std::int32_t* before, std::int64_t most_added, const Execution& execution) {
+  const Tensor k = page_of(function, "cache.k", cache.k);
+  const DeviceBatch batch{.count = cache.sequences, .longest = cache.longest};
+  const Task task = make_task(function, k, k, k, batch, {.block_size = block_size, .top_k = 1});
+  check_view(function, "cache.means", cache.means);
+  check_list(function, "cache.page_table", cache.page_table);
+  check_list(function, "cache.lengths", cache.lengths);
+  check_list(function, "before", before);
+  if (cache.longest < block_size) return;
+  Queue queue(function, execution);
+  complete_means(queue, task, cache, before, most_added);
+}
+
+}  // namespace moba::cuda

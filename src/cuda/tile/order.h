@@ -1,0 +1,15 @@
+#pragma once
+
+#include "cuda/ptx/convert.h"
+
+namespace moba::cuda::tile {
+
+/// Scores as integers that compare alike; a NaN is the least score, -inf. Above all: kForced; below all: 0.
+constexpr std::uint32_t kForced = 0xFFFFFFFFU;
+
+MOBA_DEVICE std::uint32_t order_of(float score) {
+  const std::uint32_t bits = ptx::bits_of(score == score ? score : -ptx::infinity());
+  return bits >> 31 != 0 ? ~bits : bits | 0x80000000U;
+}
+
+}  // namespace moba::cuda::tile

@@ -1,0 +1,307 @@
+// Decoding against pages on the emulated device, against the reference on the same keys in one piece.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+
+#include "device_case.h"
+#include "moba/cache.h"
+
+namespace moba::test {
+namespace {
+
+struct Shape {
+  DType dtype = DType::bf16;
+  std::int64_t kv_heads = 1, group = 1, head_dim = 64, page_tokens = 8;
+  Values values = Values::normal;
+};
+
+double unit_of(DType dtype) {
+  return dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
+}
+
+/// Sequences of given lengths, whole and in pages, which lie in no particular order among pages of NaN.
+struct Paged {
+  Paged(std::uint64_t seed, const Shape& of, const Routing& with, std::vector<std::int32_t> tokens)
+      : shape(of), routing(with), lengths(std::move(tokens)) {
+    const auto longest = std::max<std::int64_t>(*std::max_element(lengths.begin(), lengths.end()), 1);
+    const std::int64_t stride = (longest - 1) / shape.page_tokens + 2;
+    pages = static_cast<std::int64_t>(lengths.size()) * stride + 3;
+    k = Array(shape.dtype, pages * shape.page_tokens, shape.kv_heads, shape.head_dim);
+    v = Array(shape.dtype, pages * shape.page_tokens, shape.kv_heads, shape.head_dim);
+    means = Array(shape.dtype, pages, shape.kv_heads, shape.head_dim, Layout::aligned);
+    std::vector<std::int32_t> order(static_cast<std::size_t>(pages));
+    for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i);
+    std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
+    for (std::size_t s = 0; s < lengths.size(); ++s) {
+      Case& c = sequences.emplace_back(Case{.seed = seed + s,
+                                            .dtype = shape.dtype,
+                                            .kv_heads = shape.kv_heads,
+                                            .group = shape.group,
+                                            .head_dim = shape.head_dim,
+                                            .sequences = one_sequence(1, lengths[s]),
+                                            .routing = routing,
+                                            .values = shape.values});
+      fill(c);
+      for (std::int64_t i = 0; i < stride; ++i) {
+        const std::int64_t used = (lengths[s] + shape.page_tokens - 1) / shape.page_tokens;
+        const std::int32_t page = order[s * static_cast<std::size_t>(stride) + static_cast<std::size_t>(i)];
+        table.push_back(i < used ? page : std::numeric_limits<std::int32_t>::max());
+      }
+      for (std::int64_t token = 0; token < lengths[s]; ++token) write(s, token, stride);
+    }
+    cache = {.k = in_pages(k),
+             .v = in_pages(v),
+             .means = on_device(means.view()),
+             .page_table = table.data(),
+             .table_stride = stride,
+             .lengths = lengths.data(),
+             .sequences = static_cast<std::int64_t>(lengths.size()),
+             .longest = longest};
+    q = Array(shape.dtype, cache.sequences, shape.kv_heads * shape.group, shape.head_dim, Layout::aligned);
+    for (std::int64_t s = 0; s < cache.sequences; ++s) {
+      for (std::int64_t head = 0; head < q.heads(); ++head) {
+        for (std::int64_t d = 0; d < shape.head_dim; ++d)
+          q.set(s, head, d, sequences[static_cast<std::size_t>(s)].q.get(0, head, d));
+      }
+    }
+  }
+  Paged(const Paged&) = delete;
+  Paged& operator=(const Paged&) = delete;
+
+  std::int64_t mean_page(std::size_t sequence, std::int64_t block) const {
+    return table[sequence * static_cast<std::size_t>(cache.table_stride) +
+                 static_cast<std::size_t>(block * routing.block_size / shape.page_tokens)];
+  }
+  /// A case whose result is what a call writes.
+  Case result_shape() const {
+    return {.dtype = shape.dtype,
+            .kv_heads = shape.kv_heads,
+            .group = shape.group,
+            .head_dim = shape.head_dim,
+            .sequences = one_sequence(cache.sequences),
+            .routing = routing,
+            .out_layout = Layout::aligned};
+  }
+  Result decode_on_device(const Execution& execution = {}) const {
+    Result result(result_shape());
+    Outputs outputs = result.outputs();
+    outputs.out = on_device(outputs.out);
+    outputs.selection = nullptr;
+    decode(on_device(q.view()), cache, routing, outputs, execution);
+    return result;
+  }
+  /// On the means that the device has computed.
+  Result decode_by_reference() const {
+    std::vector<std::vector<float>> wide(sequences.size());
+    std::vector<CachedSequence> cached;
+    for (std::size_t s = 0; s < sequences.size(); ++s) {
+      const std::int64_t blocks = lengths[s] / routing.block_size;
+      std::vector<float>& mean = wide[s];
+      mean.reserve(static_cast<std::size_t>(blocks * shape.kv_heads * shape.head_dim + 1));
+      for (std::int64_t block = 0; block < blocks; ++block) {
+        for (std::int64_t head = 0; head < shape.kv_heads; ++head) {
+          for (std::int64_t d = 0; d < shape.head_dim; ++d)
+            mean.push_back(static_cast<float>(means.get(mean_page(s, block), head, d)));
+        }
+      }
+      cached.push_back({.k = sequences[s].k.view(),
+                        .v = sequences[s].v.view(),
+                        .means = view(mean.data(), {blocks, shape.kv_heads, shape.head_dim})});
+    }
+    Result result(result_shape());
+    decode(q.view(), cached, routing, {.out = result.out.view(), .lse = result.outputs().lse},
+           {.backend = "reference"});
+    return result;
+  }
+
+  Shape shape;
+  Routing routing;
+  std::vector<std::int32_t> lengths, table;
+  std::int64_t pages = 0;
+  std::vector<Case> sequences;  // one query each
+  Array q, k, v, means;
+  PagedCache cache;
+
+ private:
+  Tensor in_pages(const Array& array) const {
+    const std::int64_t row = shape.kv_heads * shape.head_dim;
+    Tensor t = on_device(array.view());
+    t.rank = 4;
+    t.sizes = {pages, shape.page_tokens, shape.kv_heads, shape.head_dim};
+    t.strides = {shape.page_tokens * row, row, shape.head_dim, 1};
+    return t;
+  }
+  void write(std::size_t sequence, std::int64_t token, std::int64_t stride) {
+    const std::int64_t page = table[sequence * static_cast<std::size_t>(stride) +
+                                    static_cast<std::size_t>(token / shape.page_tokens)];
+    const std::int64_t to = page * shape.page_tokens + token % shape.page_tokens;
+    for (std::int64_t head = 0; head < shape.kv_heads; ++head) {
+      for (std::int64_t d = 0; d < shape.head_dim; ++d) {
+        k.set(to, head, d, sequences[sequence].k.get(token, head, d));
+        v.set(to, head, d, sequences[sequence].v.get(token, head, d));
+      }
+    }
+  }
+};
+
+void check_means(const Paged& p) {
+  for (std::size_t s = 0; s < p.sequences.size(); ++s) {
+    const std::int64_t size = p.routing.block_size;
+    for (std::int64_t block = 0; block < p.lengths[s] / size; ++block) {
+      for (std::int64_t head = 0; head < p.shape.kv_heads; ++head) {
+        for (std::int64_t d = 0; d < p.shape.head_dim; ++d) {
+          double sum = 0;
+          for (std::int64_t i = 0; i < size; ++i) sum += p.sequences[s].k.get(block * size + i, head, d);
+          const double mean = sum / static_cast<double>(size);
+          ASSERT_NEAR(p.means.get(p.mean_page(s, block), head, d), mean,
+                      unit_of(p.shape.dtype) * std::fabs(mean) + 1e-6)
+              << "sequence " << s << ", block " << block;
+        }
+      }
+    }
+  }
+}
+
+void check_decode(const Paged& p) {
+  SCOPED_TRACE(describe(p.sequences.front()) + ", pages of " + std::to_string(p.shape.page_tokens));
+  if (p.routing.top_k != Routing::kEverything) {
+    update_means(p.cache, p.routing.block_size, nullptr, p.cache.longest);
+    check_means(p);
+  }
+  EXPECT_TRUE(p.means.gaps_untouched());
+  const Result found = p.decode_on_device(), expected = p.decode_by_reference();
+  EXPECT_TRUE(found.fences_untouched()) << "wrote outside its outputs";
+  const double unit = unit_of(p.shape.dtype);
+  double allowed = 0;  // as weights are rounded
+  for (const Case& c : p.sequences) allowed = std::max(allowed, unit * largest(c.v));
+  for (std::int64_t s = 0; s < p.cache.sequences; ++s) {
+    for (std::int64_t head = 0; head < p.q.heads(); ++head) {
+      const double lse = expected.lse_at(head, s);
+      if (std::isinf(lse)) {
+        ASSERT_EQ(found.lse_at(head, s), lse);
+      } else {
+        ASSERT_NEAR(found.lse_at(head, s), lse, 1e-4 + 1e-6 * std::fabs(lse))
+            << "head " << head << ", sequence " << s;
+      }
+      for (std::int64_t d = 0; d < p.shape.head_dim; ++d) {
+        const double out = expected.out.get(s, head, d);
+        ASSERT_NEAR(found.out.get(s, head, d), out, allowed + 2 * unit * std::fabs(out))
+            << "head " << head << ", sequence " << s << ", element " << d;
+      }
+    }
+  }
+}
+
+TEST(CudaDecode, EqualsTheReference) {
+  constexpr auto kEverything = Routing::kEverything;
+  const std::vector<std::pair<Shape, Routing>> cases = {
+      {{.group = 1, .page_tokens = 8}, {.block_size = 8, .top_k = 3}},
+      {{.dtype = DType::f16, .kv_heads = 2, .group = 3, .page_tokens = 4}, {.block_size = 8, .top_k = 4}},
+      {{.group = 8, .page_tokens = 16}, {.block_size = 32, .top_k = 2, .sink_blocks = 1}},
+      {{.dtype = DType::f16, .group = 20, .page_tokens = 1}, {.block_size = 1, .top_k = 30}},
+      {{.group = 2, .head_dim = 96, .page_tokens = 5}, {.block_size = 5, .top_k = 6, .sink_blocks = 3}},
+      {{.kv_heads = 2, .group = 4, .head_dim = 128, .page_tokens = 10}, {.block_size = 20, .top_k = 3}},
+      {{.dtype = DType::f16, .head_dim = 256, .page_tokens = 16}, {.block_size = 16, .top_k = 3}},
+      {{.group = 3, .page_tokens = 7}, {.block_size = 21, .top_k = 1}},
+      {{.group = 3, .page_tokens = 7}, {.block_size = 5, .top_k = kEverything}},
+      {{.group = 2, .page_tokens = 4, .values = Values::equal}, {.block_size = 4, .top_k = 5}},
+      {{.group = 2, .page_tokens = 4, .values = Values::integers}, {.block_size = 4, .top_k = 5}},
+      {{.group = 2, .page_tokens = 4}, {.block_size = 4, .top_k = 5, .scale = -0.3F}},
+      {{.group = 2, .page_tokens = 4}, {.block_size = 4, .top_k = 3, .scale = 0.0F}},
+  };
+  std::uint64_t seed = 40;
+  for (const auto& [shape, routing] : cases) {
+    if (HasFailure()) return;
+    check_decode(Paged(seed += 10, shape, routing, {73, 0, 1, 40, 21, 8}));
+  }
+}
+
+/// Blocks of several pieces, more candidates than a thread block selects from at a time, the whole of a long
+/// sequence.
+TEST(CudaDecode, LongSequences) {
+  check_decode(Paged(1, {.group = 2, .page_tokens = 50}, {.block_size = 350, .top_k = 2}, {1210, 300}));
+  check_decode(Paged(2, {.group = 2, .page_tokens = 2}, {.block_size = 2, .top_k = 9}, {1210, 300}));
+  check_decode(Paged(3, {.group = 5, .page_tokens = 50}, Routing::full(), {1210, 300}));
+}
+
+TEST(CudaDecode, MeansGrowWithTheirSequences) {
+  const Paged p(9, {.kv_heads = 2, .page_tokens = 4}, {.block_size = 8, .top_k = 2}, {40, 7, 64, 9, 0});
+  std::vector<std::int32_t> lengths(5, 0), before;
+  PagedCache growing = p.cache;
+  growing.lengths = lengths.data();
+  for (const std::int32_t step : {5, 3, 1, 7, 24, 24}) {
+    before = lengths;
+    for (std::size_t s = 0; s < lengths.size(); ++s) lengths[s] = std::min(lengths[s] + step, p.lengths[s]);
+    update_means(growing, 8, before.data(), step);
+  }
+  ASSERT_EQ(lengths, p.lengths);
+  check_means(p);
+  EXPECT_TRUE(p.means.gaps_untouched());
+  check_decode(p);
+}
+
+TEST(CudaDecode, AnyOrderAndWorkspaceGiveTheSameBits) {
+  const Paged p(5, {.kv_heads = 2, .group = 3, .page_tokens = 8}, {.block_size = 8, .top_k = 4},
+                {90, 50, 13});
+  update_means(p.cache, 8, nullptr, 90);
+  Profile roomy;
+  const Result expected = p.decode_on_device({.profile = &roomy});
+  EXPECT_TRUE(p.decode_on_device() == expected);
+  bool refused = false;
+  for (std::size_t budget = roomy.workspace_bytes; budget > 0; budget = budget / 2) {
+    try {
+      EXPECT_TRUE(p.decode_on_device({.workspace_bytes = budget}) == expected) << budget;
+      EXPECT_FALSE(refused);
+    } catch (const Error& error) {
+      refused = true;
+      EXPECT_NE(std::string(error.what()).find("workspace_bytes"), std::string::npos) << error.what();
+    }
+  }
+  EXPECT_TRUE(refused);
+}
+
+/// A query that is no number selects the sinks and the most recent blocks, as everywhere.
+TEST(CudaDecode, NotANumberStaysInItsRow) {
+  Paged p(6, {.group = 2, .page_tokens = 4}, {.block_size = 4, .top_k = 3, .sink_blocks = 1}, {50, 30});
+  update_means(p.cache, 4, nullptr, 50);
+  const Result before = p.decode_on_device();
+  p.q.set(0, 1, 7, std::numeric_limits<double>::quiet_NaN());
+  const Result found = p.decode_on_device();
+  for (std::int64_t d = 0; d < 64; ++d) {
+    EXPECT_TRUE(std::isnan(found.out.get(0, 1, d)));
+    EXPECT_EQ(found.out.get(0, 0, d), before.out.get(0, 0, d));
+    EXPECT_EQ(found.out.get(1, 1, d), before.out.get(1, 1, d));
+  }
+}
+
+TEST(CudaDecode, NamesWhatItRefuses) {
+  Paged p(7, {.page_tokens = 8}, {.block_size = 8, .top_k = 2}, {50, 30});
+  const auto error_of = [&](const PagedCache& cache, const Routing& routing) -> std::string {
+    try {
+      Result result(p.result_shape());
+      decode(on_device(p.q.view()), cache, routing, {.out = on_device(result.out.view())});
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  PagedCache wrong = p.cache;
+  wrong.table_stride = 6;
+  EXPECT_EQ(error_of(wrong, p.routing), "decode: cache.table_stride is 6; 50 tokens need 7 pages of 8");
+  EXPECT_EQ(error_of(p.cache, {.block_size = 12, .top_k = 2}),
+            "decode: block_size is 12; a multiple of cache.k's pages of 8 tokens is expected");
+  EXPECT_EQ(error_of(p.cache, {.block_size = 8, .top_k = 2, .causal = false}),
+            "decode: causal is not set; a cache answers causal queries only");
+  wrong = p.cache;
+  wrong.lengths = nullptr;
+  EXPECT_EQ(error_of(wrong, p.routing), "decode: cache.lengths is null; int32 on the device are expected");
+  wrong = p.cache;
+  wrong.v.strides[0] += 1;
+  EXPECT_EQ(error_of(wrong, p.routing).find("decode: backend cuda wants every row of cache.v aligned"), 0U);
+}
+
+}  // namespace
+}  // namespace moba::test
