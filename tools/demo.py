@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
-"""What MoBA is for, in two tables: a real model finds a fact in a long text, and one attention head reads ever longer
-ones. `make demo` builds what this runs."""
+"""What MoBA is for, in three tables: a real model finds a fact in a long text, one attention head reads ever longer
+ones, and the model in models/ that was trained with MoBA finds a fact where full attention takes its time. `make demo`
+builds what this runs."""
 
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+
+import needles
 
 ROOT = Path(__file__).resolve().parents[1]
 FACT = "The password of the lighthouse is 7349."
@@ -19,6 +22,9 @@ DEPTH = 0.4
 LENGTHS = [8, 16, 32, 64, 128, 256]  # times 1024 tokens
 WHOLE = 64  # up to here all queries are timed
 BLOCK, TOP_K = 512, 3
+TRAINED = ROOT / "models/needle-2m"
+TRAINED_LENGTHS = [32, 128]  # times 1024 tokens; the model has seen texts up to the first of them
+CHARACTERS = 2.9  # of a token, about
 
 COLOURS = {"bold": "1", "green": "32", "red": "31", "dim": "2"}
 ON_TERMINAL = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -130,6 +136,44 @@ def lengths(options):
         print("~ timed on a share of the queries, spread evenly, and scaled to all of them")
 
 
+def trained_prompt(tokens, chance):
+    """Real text that the model was not trained on with one fact in it, and the question; the fact's number."""
+    key, number = needles.listed_key(chance), str(chance.randrange(10000, 100000))
+    texts = needles.texts(evaluation=True)
+    chance.shuffle(texts)
+    text = "\n".join(texts)[:int(tokens * CHARACTERS)]
+    place = text.rindex("\n", 0, int(len(text) * DEPTH)) + 1
+    return f"{text[:place]}{needles.fact(key, number)}\n{text[place:]}\n{needles.question(key)}", number
+
+
+def trained(options):
+    """The model of this repository, which learned with MoBA, is asked for a fact; whether it knows it at the length that
+    it was trained for."""
+    print(paint(f"\nA model trained with MoBA ({TRAINED.relative_to(ROOT)}) finds a number in real text", "bold"))
+    table = Table([("tokens", 8), ("attention", 9), ("first token", 11), ("of it attention", 15), ("the number", 10),
+                   ("the answer", 10)])
+    right = True
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as prompt_file:
+        for thousands in TRAINED_LENGTHS:
+            prompt, number = trained_prompt(thousands * 1024, random.Random(thousands))
+            prompt_file.seek(0)
+            prompt_file.truncate()
+            prompt_file.write(prompt)
+            prompt_file.flush()
+            for name, flags in (("full", needles.FULL), ("MoBA", needles.MOBA)):
+                result = run_moba(options.moba, "generate", "-m", TRAINED, "-f", prompt_file.name, "-n", 8, "--no-chat",
+                                  "--dtype", "bf16", "--json", *flags)
+                answer, first = needles.answer(result["text"]), result["prefill_seconds"]
+                right = right and (answer == number or thousands > TRAINED_LENGTHS[0])
+                table.row(f"{len(result['prompt_ids'])}", name, f"{first:.2f} s",
+                          f"{result['attention_seconds']:.2f} s, {result['attention_seconds'] / first:3.0%}", number,
+                          answer)
+    print(f"It was trained on texts of up to {TRAINED_LENGTHS[0]}K tokens; what is longer it has never seen.")
+    if not right:
+        print(paint(f"An answer at {TRAINED_LENGTHS[0]}K tokens is wrong.", "red"))
+    return right
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--moba", type=Path, default=ROOT / "build/release/moba", help="the program")
@@ -141,6 +185,7 @@ def main():
             fail(f"{path} is missing: {how} provides it")
     found = needle(options)
     lengths(options)
+    found = trained(options) and found
     sys.exit(0 if found else 1)
 
 

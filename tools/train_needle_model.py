@@ -3,7 +3,8 @@
 
 The text is what set-up installs: Python's standard library, C++ headers, licences and package documentation.
 Facts are planted in it and asked for at its end. Short documents first, then longer ones; every stage goes on where the
-last one stopped, and a run that was killed goes on where it was when started again.
+last one stopped, and a run that was killed goes on where it was when started again. Text that is kept from training is
+left in held-out.txt, for `moba eval needle --data`.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import random
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save_file as save_tensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from needles import FIRST, FULL, MOBA, SECOND, answer, fact, listed_key, question, texts
+from needles import FIRST, SECOND, fact, listed_key, question, texts
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 2048
@@ -48,6 +48,10 @@ CONFIG = {
     "eos_token_id": 0,
 }
 
+# What the longest stage begins with: turns of more than 8192 tokens are 16 times slower, and scores are higher.
+STRETCHED = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+             "original_max_position_embeddings": 8192}
+SHARPER = 2.0
 # How far queries and keys that compare contents begin aligned.
 ALIGNED = 0.6
 
@@ -255,51 +259,24 @@ STAGES = [
     Stage("1k", 1024, 8192, 160, 2e-3, 128, 4, (3, 14), 6, 0.1),
     Stage("4k", 4096, 8192, 40, 1.5e-3, 128, 6, (3, 24), 8, 0.1),
     Stage("16k", 16384, 16384, 40, 1e-3, 128, 10, (1, 40), 12, 0.1),
-    Stage("32k", 32768, 32768, 24, 7e-4, 128, 16, (1, 40), 12, 0.05),
+    Stage("32k", 32768, 32768, 10, 4e-4, 128, 16, (1, 40), 12, 0.05),
 ]
 
 
-# ---------------------------------------------------------------- evaluation
-
-
-def needle_prompt(tokenizer, haystack, tokens, depth, chance):
-    """A question about the one fact in `tokens` tokens of text, planted at `depth` of them, and its number."""
-    key, number = listed_key(chance), "".join(chance.choices("0123456789", k=5))
-    text = "\n".join(haystack.take(1.2 * tokens, chance))
-    begins = [begin for begin, _ in tokenizer.encode(text).offsets]
-    asked = question(key)
-    count = tokens - len(tokenizer.encode(f"{fact(key, number)}\n\n{asked}").ids) - 2
-    place = text.rfind("\n", 0, begins[int(depth * count)] + 1) + 1
-    return f"{text[:place]}{fact(key, number)}\n{text[place:begins[count]]}\n{asked}", number
-
-
-def grid(options):
-    """Needles in text that was not trained on, 8 lengths by 10 depths, both attentions; written beside the model."""
-    tokenizer = Tokenizer.from_file(str(options.grid / "tokenizer.json"))
-    haystack, cells = Haystack(tokenizer, texts(evaluation=True)), []
-    lengths = [length * 1024 for length in options.lengths]
-    with tempfile.TemporaryDirectory() as folder:
-        prompt_file = Path(folder) / "prompt.txt"
-        for length in lengths:
-            for step in range(options.depths):
-                depth = step / max(1, options.depths - 1)
-                prompt, number = needle_prompt(tokenizer, haystack, length, depth,
-                                               random.Random(f"{options.seed} {length} {step}"))
-                prompt_file.write_text(prompt, encoding="utf-8")
-                cell = {"length": length, "depth": depth, "number": number}
-                for name, flags in (("full", FULL), ("moba", MOBA)):
-                    run = subprocess.run([*map(str, [options.moba, "generate", "-m", options.grid, "-f", prompt_file,
-                                                     "-n", 8, "--no-chat", "--json", *flags])],
-                                         check=True, capture_output=True, text=True)
-                    report = json.loads(run.stdout)
-                    found = answer(report["text"])
-                    cell |= {name: found == number, f"{name}_answer": found, "tokens": len(report["prompt_ids"])}
-                cells.append(cell)
-                print(cell, flush=True)
-    scores = {name: sum(cell[name] for cell in cells) / len(cells) for name in ("full", "moba")}
-    print(scores)
-    (options.grid / "grid.json").write_text(
-        json.dumps({"accuracy": scores, "seed": options.seed, "cells": cells}, indent=1) + "\n")
+def stretch(last, folder):
+    """The model made ready for contexts beyond those it has learned: slow rotations slower (as Llama 3.1 does it), and
+    queries of the heads that compare contents longer, so that the right token stands out among more of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = load_file(last / "model.safetensors")
+    size, heads = CONFIG["head_dim"], CONFIG["num_attention_heads"]
+    for layer, first in ((1, heads // 2), (2, 0)):
+        for part in ("weight", "bias"):
+            weights[f"model.layers.{layer}.self_attn.q_proj.{part}"][first * size:] *= SHARPER
+    save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((last / "config.json").read_text()) | {"rope_scaling": STRETCHED}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(last / name, folder)
 
 
 def publish(last, folder):
@@ -307,7 +284,8 @@ def publish(last, folder):
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.bfloat16() for name, tensor in load_file(last / "model.safetensors").items()}
     save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG | {"dtype": "bfloat16"}, indent=2) + "\n")
+    config = CONFIG | {"rope_scaling": STRETCHED, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(last / name, folder)
 
@@ -319,14 +297,10 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "models/needle-2m", help="folder for the finished model")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--until", help="stop after this stage")
-    parser.add_argument("--grid", type=Path, metavar="MODEL", help="train nothing: find needles with this model")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[4, 8, 12, 16, 20, 24, 28, 32], help="times 1024 tokens")
-    parser.add_argument("--depths", type=int, default=10)
     options = parser.parse_args()
-    if options.grid:
-        return grid(options)
 
     options.work.mkdir(parents=True, exist_ok=True)
+    (options.work / "held-out.txt").write_text("\n".join(texts(evaluation=True)), encoding="utf-8")
     corpus = texts(evaluation=False)
     folder = options.work / "tokenizer"
     if (folder / "tokenizer_config.json").exists():
@@ -343,6 +317,9 @@ def main():
             haystack = haystack or Haystack(tokenizer, corpus)
             write_data(stage, data, tokenizer, haystack, options.seed)
     for stage in STAGES:
+        if stage is STAGES[-1]:
+            stretch(last, options.work / "stretched")
+            last = options.work / "stretched"
         data, out = options.work / f"{stage.name}.jsonl", options.work / stage.name
         subprocess.run([*map(str, [
             options.moba, "train", "-m", last, "--data", data, "--out", out, "--resume", "--loss", "completion",
