@@ -32,6 +32,7 @@ std::vector<llm::AttentionMode> modes_from(const std::vector<std::string>& words
 
 void add_flags(CLI::App& command, EvalFlags& flags, const std::string& data_help) {
   add_model_flags(command, flags.session);
+  add_dtype_flag(command, flags.session);
   command.add_option("--data", flags.data, data_help);
   add_number(command, "--seed", flags.seed, "Of everything that is drawn")->capture_default_str();
   add_choice(command, "-o,--output", flags.json, kOutputs, "How to print the results [table]");

@@ -36,6 +36,7 @@ llm::Sampling sampling_from(const GenerateFlags& flags) {
 
 void add_flags(CLI::App& command, GenerateFlags& flags) {
   add_model_flags(command, flags.session);
+  add_dtype_flag(command, flags.session);
   command.add_option("-p,--prompt", flags.prompt, "What to say to the model");
   command.add_option(
       "-f,--file", flags.file,

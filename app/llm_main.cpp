@@ -8,6 +8,7 @@ int main(int argc, char** argv) {
   std::function<int()> action;
   moba::app::add_eval(app, action);
   moba::app::add_generate(app, action);
+  moba::app::add_inspect(app, action);
   moba::app::add_train(app, action);
   return moba::app::run(app, action, argc, argv);
 }

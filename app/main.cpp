@@ -42,7 +42,8 @@ int main(int argc, char** argv) {
   std::function<int()> action;
   for (const auto& [name, what] : {std::pair("generate", "Read a prompt or a long document and answer"),
                                    std::pair("train", "Train a model, from scratch or further"),
-                                   std::pair("eval", "Measure what a model predicts and finds")}) {
+                                   std::pair("eval", "Measure what a model predicts and finds"),
+                                   std::pair("inspect", "Show which blocks every layer and head selects")}) {
     CLI::App* command = app.add_subcommand(name, what);
     command->prefix_command();
     command->set_help_flag();

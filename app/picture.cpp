@@ -63,6 +63,7 @@ void Picture::line(const std::vector<Point>& points, const Colour& colour, doubl
   cairo_t* cairo = impl_->cairo.get();
   impl_->use(colour);
   cairo_set_line_width(cairo, width);
+  cairo_new_path(cairo);  // text leaves a point behind
   for (const Point& point : points) cairo_line_to(cairo, point.x, point.y);
   cairo_stroke(cairo);
 }

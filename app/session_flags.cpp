@@ -36,6 +36,9 @@ void refuse_idle(const SessionFlags& flags, const std::vector<AttentionMode>& pr
 void add_model_flags(CLI::App& command, SessionFlags& flags) {
   command.add_option("-m,--model", flags.model, "Weights: a GGUF file or a Hugging Face folder")->required();
   add_number(command, "-t,--threads", flags.threads, "Threads [as many as there are cores]");
+}
+
+void add_dtype_flag(CLI::App& command, SessionFlags& flags) {
   add_choice(command, "--dtype", flags.dtype, kDTypes, "Working precision of weights and cache [f32]");
 }
 

@@ -28,8 +28,9 @@ struct SessionFlags {
   DType dtype = DType::f32;
 };
 
-/// -m, -t, --dtype.
+/// -m, -t.
 void add_model_flags(CLI::App& command, SessionFlags& flags);
+void add_dtype_flag(CLI::App& command, SessionFlags& flags);
 /// --moba-chunk-size, --moba-topk, --moba-sink, --moba-full-layers.
 void add_block_flags(CLI::App& command, SessionFlags& flags);
 /// --decode, --moba-full-tail.

@@ -1,0 +1,51 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "llm/eval/interval.h"
+#include "llm/model/model.h"
+#include "moba/attention.h"
+
+namespace moba::llm::eval {
+
+/// Where a selected block lies: the query's own; else the first of the text; else the one before the own;
+/// else any other.
+enum class Place : std::uint8_t { current, sink, recent, far };
+inline constexpr std::size_t kPlaces = 4;
+
+/// What one head selected.
+struct HeadMap {
+  /// [rows][columns]: how many times a query of the row selected a block of the column.
+  std::vector<std::uint32_t> chosen;
+  /// Of all blocks that were selected.
+  std::array<std::int64_t, kPlaces> places{};
+  /// [rows]: by how much the last block that the gate took scored above the first that it left, where it had
+  /// a choice. Scores are unscaled products of a query with a block's mean key, in f32.
+  std::vector<Portion> margins;
+};
+
+/// What every head selected, queries gathered into rows and blocks into columns.
+struct RoutingMap {
+  std::int64_t tokens, blocks;
+  std::int64_t queries_in_row, blocks_in_column, rows, columns;
+  std::vector<std::vector<HeadMap>> layers;  // [layers][heads]
+};
+
+struct RoutingMapSettings {
+  Routing moba;
+  /// [layers]: these attend to everything; what the gate would select there is recorded all the same.
+  std::vector<bool> reads_fully;
+  int threads = 1;
+  /// Most rows times columns of all heads together.
+  std::int64_t most_cells = std::int64_t{3} << 20;
+};
+
+/// Reads `tokens` and records what the gate selects. The model is in f32.
+RoutingMap map_routing(const Model& model, std::span<const std::int32_t> tokens,
+                       const RoutingMapSettings& settings, const std::function<void(double)>& progress);
+
+}  // namespace moba::llm::eval
