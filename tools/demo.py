@@ -24,7 +24,7 @@ WHOLE = 64  # up to here all queries are timed
 BLOCK, TOP_K = 512, 3
 TRAINED = ROOT / "models/needle-2m"
 TRAINED_LENGTHS = [32, 128]  # times 1024 tokens; the model has seen texts up to the first of them
-CHARACTERS = 2.9  # of a token, about
+CHARACTERS = 2.6  # of a token, about
 
 COLOURS = {"bold": "1", "green": "32", "red": "31", "dim": "2"}
 ON_TERMINAL = sys.stdout.isatty() and "NO_COLOR" not in os.environ
