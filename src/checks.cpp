@@ -393,17 +393,26 @@ Tensor page_of(std::string_view function, const char* name, const Tensor& t) {
 
 }  // namespace
 
-void check_paged(std::string_view function, const PagedCache& cache, std::int64_t block_size) {
+namespace {
+
+/// That the pages go into blocks, and that there is a mean for each.
+void check_means(std::string_view function, const PagedCache& cache, std::int64_t block_size) {
+  const Tensor &k = cache.k, &means = cache.means;
+  check_view(function, "cache.means", means);
+  check_same_kind(function, "cache.means", means, "cache.k", k);
+  if (means.sizes[0] != k.sizes[0] || means.sizes[1] != k.sizes[2] || means.sizes[2] != k.sizes[3])
+    refuse(function, "cache.means has sizes ", sizes_of(means), "; [", k.sizes[0], ", ", k.sizes[2], ", ",
+           k.sizes[3], "] is expected");
+  if (block_size % k.sizes[1] != 0)
+    refuse(function, "block_size is ", block_size, "; a multiple of cache.k's pages of ", k.sizes[1],
+           " tokens is expected");
+}
+
+void check_pages(std::string_view function, const PagedCache& cache) {
   const Tensor k = page_of(function, "cache.k", cache.k), v = page_of(function, "cache.v", cache.v);
   check_same_shape(function, "cache.v", v, "cache.k", k);
   if (cache.v.sizes[0] != cache.k.sizes[0])
     refuse(function, "cache.v has ", cache.v.sizes[0], " pages; cache.k has ", cache.k.sizes[0]);
-  check_view(function, "cache.means", cache.means);
-  check_same_kind(function, "cache.means", cache.means, "cache.k", k);
-  if (cache.means.sizes[0] != cache.k.sizes[0] || cache.means.sizes[1] != k.sizes[1] ||
-      cache.means.sizes[2] != k.sizes[2])
-    refuse(function, "cache.means has sizes ", sizes_of(cache.means), "; [", cache.k.sizes[0], ", ",
-           k.sizes[1], ", ", k.sizes[2], "] is expected");
   if (cache.sequences < 0) refuse(function, "cache.sequences is ", cache.sequences);
   if (cache.sequences > 0 && (cache.page_table == nullptr || cache.lengths == nullptr))
     refuse(function, cache.lengths == nullptr ? "cache.lengths" : "cache.page_table",
@@ -412,13 +421,19 @@ void check_paged(std::string_view function, const PagedCache& cache, std::int64_
   if (cache.longest < 0 || cache.longest > kMost)
     refuse(function, "cache.longest is ", cache.longest, "; 0 to ", kMost, " are expected");
   const std::int64_t page_tokens = k.sizes[0];
-  if (page_tokens < 1) refuse(function, "cache.k has pages of 0 tokens");
-  if (cache.table_stride < (cache.longest + page_tokens - 1) / page_tokens)
+  if (page_tokens < 1 || page_tokens > kMost)
+    refuse(function, "cache.k has pages of ", page_tokens, " tokens; 1 to ", kMost, " are expected");
+  const std::int64_t needed = (cache.longest + page_tokens - 1) / page_tokens;
+  if (cache.table_stride < needed)
     refuse(function, "cache.table_stride is ", cache.table_stride, "; ", cache.longest, " tokens need ",
-           (cache.longest + page_tokens - 1) / page_tokens, " pages of ", page_tokens);
-  if (block_size % page_tokens != 0 && block_size < cache.longest)
-    refuse(function, "block_size is ", block_size, "; a multiple of cache.k's pages of ", page_tokens,
-           " tokens is expected");
+           needed, " pages of ", page_tokens);
+}
+
+}  // namespace
+
+void check_paged(std::string_view function, const PagedCache& cache, std::int64_t block_size) {
+  check_pages(function, cache);
+  check_means(function, cache, block_size);
 }
 
 void check_paged(std::string_view function, const Tensor& q, const PagedCache& cache,
@@ -426,13 +441,13 @@ void check_paged(std::string_view function, const Tensor& q, const PagedCache& c
   check_view(function, "q", q);
   check_routing(function, routing);
   if (!routing.causal) refuse(function, "causal is not set; a cache answers causal queries only");
-  const std::int64_t blocks = cache.longest <= 0 ? 1 : (cache.longest - 1) / routing.block_size + 1;
-  check_paged(function, cache,
-              routing.top_k >= blocks ? std::numeric_limits<std::int64_t>::max() : routing.block_size);
+  check_pages(function, cache);
   check_same_kind(function, "cache.k", cache.k, "q", q);
   check_heads(function, q.sizes[1], "cache.k", cache.k.sizes[2]);
   if (cache.k.sizes[3] != q.sizes[2])
     refuse(function, "cache.k has head_dim ", cache.k.sizes[3], "; q has ", q.sizes[2]);
+  if (routing.top_k > 1 && cache.longest > 0 && routing.top_k <= (cache.longest - 1) / routing.block_size)
+    check_means(function, cache, routing.block_size);
 }
 
 void check_decode(const Tensor& q, std::int64_t sequences, const Outputs& outputs) {

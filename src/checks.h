@@ -30,9 +30,9 @@ void check_append(const KvCache& cache, const Tensor& k, const Tensor& v, std::i
 void check_cached(std::string_view function, const Tensor& q, const KvCache& cache, const Routing& routing);
 /// Of decode: sequences in the caller's memory.
 void check_cached(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing);
-/// Of the cache of moba/cuda.h: its tensors, and that its pages go into blocks.
+/// Of the cache of moba/cuda.h: its tensors, its means among them, and that its pages go into blocks.
 void check_paged(std::string_view function, const PagedCache& cache, std::int64_t block_size);
-/// And what is asked of it.
+/// The same with a query; means only where it has to choose.
 void check_paged(std::string_view function, const Tensor& q, const PagedCache& cache, const Routing& routing);
 /// On top of check_cached: one query a sequence.
 void check_decode(const Tensor& q, std::int64_t sequences, const Outputs& outputs);

@@ -43,7 +43,7 @@ struct PagedCache {
   /// [pages, page_tokens, Hkv, D] of one dtype, any strides but of the last dimension.
   Tensor k{}, v{};
   /// [pages, Hkv, D], in the dtype of k: the mean key of a complete block, at the page where the block
-  /// begins.
+  /// begins. Not read, and may be empty, where nothing is to be chosen: top_k is 1 or covers every block.
   Tensor means{};
   /// [sequences, table_stride]: page i of a sequence holds its tokens from i x page_tokens on. Read by the
   /// device, so nothing checks it; entries behind a sequence's last token are not read.
@@ -58,7 +58,7 @@ struct PagedCache {
 
 /// One new token for every sequence, as `decode` on a KvCache: `q` and `outputs.out` [sequences, Hq, D],
 /// `outputs.lse` [Hq, sequences]. Each query is the last token of its sequence, whose key the cache already
-/// holds. page_tokens divides the routing's block size.
+/// holds. Where blocks are to be chosen, page_tokens divides their size.
 MOBA_EXPORT void decode(const Tensor& q, const PagedCache& cache, const Routing& routing,
                         const Outputs& outputs, const Execution& execution = {});
 

@@ -169,7 +169,7 @@ decode_score_kernel(MOBA_PARAMETER DecodeParams<T> p) {
   }
 }
 
-constexpr int kSelectThreads = 256;
+constexpr int kSelectThreads = 512;
 
 struct SelectParams {
   Decoding decoding;
@@ -181,14 +181,21 @@ struct SelectParams {
 /// How many of `orders` are at least `least`.
 MOBA_DEVICE std::int32_t count_from(const std::uint32_t* orders, std::int32_t count, std::uint32_t least,
                                     std::int32_t* shared) {
+  constexpr int kUnroll = 8;  // loads under way
   std::int32_t own = 0;
-  for (std::int32_t i = ptx::thread(); i < count; i += kSelectThreads) own += orders[i] >= least ? 1 : 0;
+  for (std::int64_t first = ptx::thread(); first < count; first += kUnroll * kSelectThreads) {
+    MOBA_UNROLL
+    for (int i = 0; i < kUnroll; ++i) {
+      const std::int64_t index = first + i * kSelectThreads;
+      own += index < count && orders[index] >= least ? 1 : 0;
+    }
+  }
   return tile::scan<kSelectThreads>(own, shared).total;
 }
 
 /// A query head of a sequence: the order of the worst that is kept is found bit by bit; of those that share
 /// it the most recent are kept.
-MOBA_KERNEL(kSelectThreads, 4) decode_select_kernel(MOBA_PARAMETER SelectParams p) {
+MOBA_KERNEL(kSelectThreads, 2) decode_select_kernel(MOBA_PARAMETER SelectParams p) {
   auto* sums = reinterpret_cast<std::int32_t*>(ptx::shared());
   const std::int64_t row = ptx::block_x();
   const std::int32_t length = p.lengths[p.sequence0 + row / p.q_heads];

@@ -31,7 +31,7 @@ void decode(std::string_view function, const Tensor& q, const PagedCache& cache,
   const DeviceBatch batch{.count = cache.sequences, .longest = cache.longest};
   const Task task = make_task(function, q, k, v, batch, routing);
   check_shared(function, task.head_dim, decode_shared_bytes(task.head_dim));
-  check_view(function, "cache.means", cache.means);
+  if (task.needs_scores()) check_view(function, "cache.means", cache.means);
   check_view(function, "out", outputs.out);
   check_list(function, "cache.page_table", cache.page_table);
   check_list(function, "cache.lengths", cache.lengths);

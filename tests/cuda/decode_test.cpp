@@ -227,6 +227,16 @@ TEST(CudaDecode, LongSequences) {
   check_decode(Paged(3, {.group = 5, .page_tokens = 50}, Routing::full(), {1210, 300}));
 }
 
+TEST(CudaDecode, NoMeansAreNeededWhereNothingIsChosen) {
+  for (const Routing& routing : {Routing{.block_size = 12, .top_k = 1}, Routing::full()}) {
+    Paged p(4, {.group = 2, .page_tokens = 5}, routing, {50, 30});
+    p.cache.means = {};
+    const Result found = p.decode_on_device();
+    p.cache.means = on_device(p.means.view());
+    EXPECT_TRUE(found == p.decode_on_device());
+  }
+}
+
 TEST(CudaDecode, MeansGrowWithTheirSequences) {
   const Paged p(9, {.kv_heads = 2, .page_tokens = 4}, {.block_size = 8, .top_k = 2}, {40, 7, 64, 9, 0});
   std::vector<std::int32_t> lengths(5, 0), before;
