@@ -42,6 +42,7 @@ test-asan test-tsan: test-%: setup  ## the library's tests under AddressSanitize
 	ctest --test-dir build/$* --output-on-failure --progress -j$(JOBS) $(CTEST_SELECTION)
 
 test-python: test-cpp python  ## the Python tests, on the optimised build
+	@tools/setup.sh browser
 	$(PYTHON) -m pytest -q tests
 
 test-long: test-cpp python  ## tens of thousands of generated cases more

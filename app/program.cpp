@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "llm/error.h"
 
@@ -17,11 +18,22 @@ std::string first_line(const std::string& text) {
   return text.substr(0, text.find('\n'));
 }
 
-int fail(const CLI::App& app, const std::string& message, int code) {
+/// "moba eval needle".
+std::string command_of(const CLI::App& app) {
   std::string command = app.get_name();
   for (auto used = app.get_subcommands(); !used.empty(); used = used.front()->get_subcommands())
     command += " " + used.front()->get_name();
-  std::fprintf(stderr, "%s: %s\n", command.c_str(), message.c_str());
+  return command;
+}
+
+/// Whether a subcommand is missing where one is needed.
+bool lacks_subcommand(const CLI::App& app) {
+  const auto used = app.get_subcommands();
+  return used.empty() ? app.get_require_subcommand_min() > 0 : lacks_subcommand(*used.front());
+}
+
+int fail(const CLI::App& app, const std::string& message, int code) {
+  std::fprintf(stderr, "%s: %s\n", command_of(app).c_str(), message.c_str());
   return code;
 }
 
@@ -29,8 +41,9 @@ int fail(const CLI::App& app, const std::string& message, int code) {
 int explain(const CLI::App& app, const CLI::ParseError& error) {
   if (error.get_exit_code() == 0) return app.exit(error);
   std::string message = error.what();
-  if (app.get_subcommands().empty() && !app.remaining().empty()) {
-    message = "expected a subcommand (see moba --help); found " + app.remaining().front();
+  const std::vector<std::string> left = app.remaining(/*recurse=*/true);
+  if (lacks_subcommand(app) && !left.empty()) {
+    message = "expected a subcommand (see " + command_of(app) + " --help); found " + left.front();
   }
   std::replace(message.begin(), message.end(), '\n', ' ');
   return fail(app, message, kUsageError);

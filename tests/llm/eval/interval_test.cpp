@@ -1,0 +1,84 @@
+#include "llm/eval/interval.h"
+
+#include <gmock/gmock.h>
+
+#include <cmath>
+#include <vector>
+
+#include "llm/eval/prompt.h"
+
+namespace moba::llm::eval {
+namespace {
+
+// Values from Brown, Cai, DasGupta's formula worked out by hand, as R's prop.test(correct = FALSE) gives
+// them.
+TEST(Wilson, KnownIntervals) {
+  const Interval none = wilson(0, 10), most = wilson(8, 10), all = wilson(20, 20);
+  EXPECT_NEAR(none.low, 0, 1e-12);
+  EXPECT_NEAR(none.high, 0.2775328, 1e-6);
+  EXPECT_NEAR(most.low, 0.4901625, 1e-6);
+  EXPECT_NEAR(most.high, 0.9433178, 1e-6);
+  EXPECT_NEAR(all.low, 0.8388748, 1e-6);
+  EXPECT_NEAR(all.high, 1, 1e-12);
+}
+
+TEST(Wilson, NothingTriedSaysNothing) {
+  EXPECT_EQ(wilson(0, 0).low, 0);
+  EXPECT_EQ(wilson(0, 0).high, 1);
+}
+
+TEST(Mean, IsOfTokensNotOfSequences) {
+  EXPECT_DOUBLE_EQ(mean({{6, 2}, {3, 1}, {0, 3}}), 1.5);
+  EXPECT_TRUE(std::isnan(mean({})));
+}
+
+TEST(Bootstrap, HoldsTheMeanAndRepeats) {
+  std::vector<Portion> portions;
+  for (int i = 0; i < 50; ++i) portions.push_back({static_cast<double>(i % 7), 1});
+  const Interval first = bootstrap(portions), again = bootstrap(portions);
+  EXPECT_EQ(first.low, again.low);
+  EXPECT_EQ(first.high, again.high);
+  EXPECT_LT(first.low, mean(portions));
+  EXPECT_GT(first.high, mean(portions));
+  EXPECT_NEAR(first.high - first.low, 2 * 1.96 * 2.0 / std::sqrt(50.0), 0.25);  // their deviation is 2
+}
+
+TEST(Bootstrap, EqualPortionsLeaveNoDoubt) {
+  const Interval interval = bootstrap({{4, 2}, {4, 2}, {4, 2}});
+  EXPECT_EQ(interval.low, 2);
+  EXPECT_EQ(interval.high, 2);
+}
+
+TEST(UnitsThatFit, FindsTheMostOfThem) {
+  for (const std::int64_t tokens_a_unit : {1, 3, 17}) {
+    for (const std::int64_t most : {100, 1000, 131072}) {
+      const std::int64_t units = units_that_fit(most, [&](std::int64_t n) { return 40 + n * tokens_a_unit; });
+      const std::int64_t tokens = 40 + units * tokens_a_unit;
+      EXPECT_LE(tokens, most);
+      EXPECT_GT(tokens, most - std::max(most / 256 + 1, tokens_a_unit));
+    }
+  }
+}
+
+TEST(UnitsThatFit, UnevenUnits) {
+  const auto tokens = [](std::int64_t n) { return n < 50 ? n : 50 + 90 * (n - 50); };
+  const std::int64_t units = units_that_fit(1000, tokens);
+  EXPECT_EQ(units, 60);
+}
+
+TEST(UnitsThatFit, TooManyAlready) {
+  EXPECT_EQ(units_that_fit(39, [](std::int64_t n) { return 40 + n; }), -1);
+}
+
+TEST(UnitsThatFit, EndsWhereThereIsNoMore) {
+  const std::int64_t units =
+      units_that_fit(1000, [](std::int64_t n) { return std::min<std::int64_t>(n, 300); });
+  EXPECT_GE(units, 300);
+}
+
+TEST(Filled, EveryMark) {
+  EXPECT_EQ(filled("{key}: {value}, {key} {other}", {{"key", "{value}"}, {"value", "7"}}), "7: 7, 7 {other}");
+}
+
+}  // namespace
+}  // namespace moba::llm::eval

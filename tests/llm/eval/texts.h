@@ -1,0 +1,34 @@
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+#include "llm/tokenizer/tokenizer.h"
+
+namespace moba::llm::eval {
+
+/// A folder that is gone at the end of a test.
+class TemporaryFolder {
+ public:
+  TemporaryFolder();
+  ~TemporaryFolder();
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+
+  const std::filesystem::path& path() const { return path_; }
+  /// Writes a file and gives its path.
+  std::filesystem::path write(const std::string& name, const std::string& text) const;
+
+ private:
+  std::filesystem::path path_;
+};
+
+/// Token i is byte i.
+const Tokenizer& byte_tokenizer();
+
+/// Numbered lines of made-up words, no line like another.
+std::string lines_of_text(int lines);
+
+std::size_t count_of(const std::string& text, const std::string& part);
+
+}  // namespace moba::llm::eval
