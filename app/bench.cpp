@@ -3,7 +3,6 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <functional>
@@ -18,6 +17,7 @@
 #include "app/bench/memory.h"
 #include "app/bench/report.h"
 #include "app/commands.h"
+#include "app/flags.h"
 #include "llm/error.h"
 #include "moba/error.h"
 
@@ -40,20 +40,6 @@ struct BenchFlags {
   std::uint64_t seed = 1;
   std::string output = "table", workspace = "256m";
 };
-
-/// "8k" is 8192, "1m" 1048576.
-std::int64_t size_from(const char* flag, const std::string& text, std::int64_t most) {
-  std::int64_t value = 0;
-  const char* end = text.data() + text.size();
-  const auto parsed = std::from_chars(text.data(), end, value);
-  const std::string_view suffix(parsed.ptr, static_cast<std::size_t>(end - parsed.ptr));
-  const std::map<std::string_view, int> shifts{{"", 0},   {"k", 10}, {"K", 10}, {"m", 20},
-                                               {"M", 20}, {"g", 30}, {"G", 30}};
-  const auto shift = shifts.find(suffix);
-  if (parsed.ec != std::errc() || shift == shifts.end() || value < 1 || value > most >> shift->second)
-    throw UsageError(fmt::format("{}: expected 1 to {}, such as 8k or 1m; found '{}'", flag, most, text));
-  return value << shift->second;
-}
 
 std::int64_t in_range(const char* flag, std::int64_t value, std::int64_t low, std::int64_t high) {
   if (value >= low && value <= high) return value;

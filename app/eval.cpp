@@ -65,8 +65,9 @@ std::vector<std::filesystem::path> paths_of(const EvalFlags& flags) {
 }
 
 std::vector<std::int64_t> lengths_from(const std::vector<std::string>& texts, const Subject& subject) {
-  std::vector<std::int64_t> lengths;
-  for (const std::string& text : texts) lengths.push_back(size_from("--lengths", text));
+  std::vector<std::int64_t> lengths(texts.size());
+  std::transform(texts.begin(), texts.end(), lengths.begin(),
+                 [](const std::string& text) { return size_from("--lengths", text); });
   std::sort(lengths.begin(), lengths.end());
   if (const auto twice = std::adjacent_find(lengths.begin(), lengths.end()); twice != lengths.end())
     throw llm::UsageError(fmt::format("--lengths: expected each once; found {} again", *twice));

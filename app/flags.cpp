@@ -23,7 +23,8 @@ std::int64_t size_from(const char* flag, std::string_view text, std::int64_t mos
   const char* end = text.data() + text.size();
   const auto parsed = std::from_chars(text.data(), end, value);
   const std::string_view suffix(parsed.ptr, static_cast<std::size_t>(end - parsed.ptr));
-  const std::map<std::string_view, int> shifts{{"", 0}, {"k", 10}, {"K", 10}, {"m", 20}, {"M", 20}};
+  const std::map<std::string_view, int> shifts{{"", 0},   {"k", 10}, {"K", 10}, {"m", 20},
+                                               {"M", 20}, {"g", 30}, {"G", 30}};
   const auto shift = shifts.find(suffix);
   if (parsed.ec != std::errc() || shift == shifts.end() || value < 1 || value > most >> shift->second) {
     throw llm::UsageError(

@@ -54,9 +54,12 @@ Picture::Picture(double width, double height) {
 Picture::~Picture() = default;
 
 void Picture::fill(Point corner, double width, double height, const Colour& colour) {
+  cairo_t* cairo = impl_->cairo.get();
   impl_->use(colour);
-  cairo_rectangle(impl_->cairo.get(), corner.x, corner.y, width, height);
-  cairo_fill(impl_->cairo.get());
+  cairo_set_antialias(cairo, CAIRO_ANTIALIAS_NONE);  // neighbours meet without a seam
+  cairo_rectangle(cairo, corner.x, corner.y, width, height);
+  cairo_fill(cairo);
+  cairo_set_antialias(cairo, CAIRO_ANTIALIAS_DEFAULT);
 }
 
 void Picture::line(const std::vector<Point>& points, const Colour& colour, double width) {

@@ -71,8 +71,8 @@ std::string niah_needle(const Niah& task, const std::string& key, const std::str
 std::string niah_context(const Niah& task, const Texts& needles, Source& source, std::int64_t units,
                          const std::function<std::string()>& other_needle) {
   if (task.filler == Filler::text) {
-    std::vector<double> depths;  // RULER's: 40 from 0 to 1
-    for (int i = 0; i < 40; ++i) depths.push_back(i / 39.0);
+    std::vector<double> depths(40);  // as many as RULER has, from 0 to 1
+    for (std::size_t i = 0; i < depths.size(); ++i) depths[i] = static_cast<double>(i) / 39;
     source.random.shuffle(depths);
     depths.resize(needles.size());
     std::sort(depths.rbegin(), depths.rend());  // from the back, so that what is planted moves no later place
