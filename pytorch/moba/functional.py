@@ -54,12 +54,18 @@ def varlen(
     return_selection: bool = False,
     backend: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.attention`; where a gradient will be asked for, the selection is kept for it."""
-    keep = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    """`ops.attention`; where a gradient will be asked for, a selection that is costly to repeat is kept for it."""
+    gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    keep = gradient and top_k < EVERYTHING and _costs_to_select(k.shape[0], block_size, top_k)
     return ops.attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale,
-        return_selection or (keep and top_k < EVERYTHING), backend,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale, return_selection or keep, backend,
     )
+
+
+def _costs_to_select(keys: int, block_size: int, top_k: int) -> bool:
+    """Whether scoring a row's blocks, D operations for each of `keys / block_size` on average, is more than a hundredth of its
+    backward pass, 10 D for each of `top_k * block_size` keys. A compiled graph keeps the selection: lengths are symbols there."""
+    return torch.compiler.is_compiling() or 10 * keys > top_k * block_size * block_size
 
 
 def attention(

@@ -218,6 +218,19 @@ def test_the_gradient_is_the_same_with_and_without_a_saved_selection():
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+@pytest.mark.parametrize("tokens, kept", [(64, False), (320, True)])
+def test_a_selection_is_kept_for_the_gradient_where_it_is_costly_to_repeat(tokens, kept):
+    q, k, v = (torch.randn(1, tokens, 2, 16, requires_grad=True) for _ in range(3))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = moba.attention(q, k, v, block_size=16, top_k=3)
+    selections = [t for t in saved if t.dtype == torch.int32 and t.dim() == 3]
+    assert [t.numel() > 0 for t in selections] == [kept]
+    again = moba.attention(q, k, v, block_size=16, top_k=3, backend="reference")
+    for ours, wanted in zip(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(again.sum(), (q, k, v))):
+        assert torch.allclose(ours, wanted, atol=1e-5)
+
+
 def test_second_derivatives_are_refused():
     q, k, v, cu, _ = batch([20])
     q.requires_grad_()
