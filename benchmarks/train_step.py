@@ -2,7 +2,8 @@
 """Seconds of a training step: moba train (full and MoBA) against the same Llama in PyTorch (transformers, SDPA, AdamW).
 
 The same shape, tokens a step, threads and dtype, one after the other in every round; the first step of each does not
-count. Then the peak memory of a long step with activation checkpointing. Writes
+count. Then the peak memory of a long step with activation checkpointing, and what the trainer adds to the passes and the
+optimiser in short steps: what a longer run takes more than a shorter one, less what its steps computed. Writes
 benchmarks/results/train-<machine>-<date>.json and .md.
 
     .venv/bin/python benchmarks/train_step.py --rounds 3 --threads 2
@@ -53,11 +54,11 @@ def run_peer(options):
         print(json.dumps({"seconds": seconds, "memory_gib": peak_rss_bytes() / 2**30}), flush=True)
 
 
-def train(options, folder, tokens, *flags):
+def train(options, folder, tokens, *flags, steps=None):
     """The lines of a run's log."""
     out = Path(tempfile.mkdtemp(dir=folder))
     command = [options.moba, "train", "--config", folder / "config.json", "--data", folder / "text.txt", "--out", out,
-               "--steps", options.steps, "--seq-len", tokens, "--batch-tokens", tokens, "--threads", options.threads,
+               "--steps", steps or options.steps, "--seq-len", tokens, "--batch-tokens", tokens, "--threads", options.threads,
                "--dtype", options.dtype, *flags]
     subprocess.run([str(word) for word in command], check=True, capture_output=True)
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -83,6 +84,18 @@ def measure(options, folder):
     return rows
 
 
+def overhead(options, folder, tokens=2048, few=10, many=60):
+    """Of the passes and the optimiser, what everything else takes in a step: data, log, lines told."""
+    walls, logs = [], []
+    for steps in (few, many):
+        start = time.perf_counter()
+        logs.append(train(options, folder, tokens, steps=steps))
+        walls.append(time.perf_counter() - start)
+    wall = (walls[1] - walls[0]) / (many - few)
+    compute = statistics.mean(step["compute_seconds"] for step in logs[1][few:])
+    return {"tokens": tokens, "steps": many - few, "seconds": wall, "compute_seconds": compute, "overhead": wall / compute - 1}
+
+
 def markdown(report):
     lines = [f"# A training step of {report['tokens']} tokens, 4 layers of width 256", "",
              f"{report['machine']}, {report['date']}, {report['threads']} threads, {report['dtype']}, median of "
@@ -93,9 +106,12 @@ def markdown(report):
         share = "" if row["attention_share"] is None else f"{row['attention_share']:.0%}"
         lines.append(f"| {name} | {row['seconds']:.2f} | {report['tokens'] / row['seconds']:.0f} | {share} "
                      f"| {row['speedup_over_peer']:.2f}x | {row['memory_gib']:.2f} |")
-    long = report["long"]
+    long, short = report["long"], report["short"]
     return "\n".join([*lines, "", f"{long['tokens']} tokens with activation checkpointing: {long['seconds']:.2f} s a step, "
-                      f"peak memory {long['memory_gib']:.2f} GiB."]) + "\n"
+                      f"peak memory {long['memory_gib']:.2f} GiB.", "",
+                      f"{short['tokens']} tokens: {1000 * short['seconds']:.0f} ms a step over {short['steps']} steps, "
+                      f"{1000 * short['compute_seconds']:.0f} ms of them in the passes and the optimiser; all else adds "
+                      f"{short['overhead']:.1%}."]) + "\n"
 
 
 def main():
@@ -126,6 +142,7 @@ def main():
         long = train(options, folder, 2 * options.tokens, "--activation-checkpointing")
         report["long"] = {"tokens": 2 * options.tokens, "seconds": min(step["seconds"] for step in long[1:]),
                           "memory_gib": long[-1]["memory_gib"]}
+        report["short"] = overhead(options, folder)
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"train-{options.machine}-{options.dtype}-{date}"
     stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")

@@ -142,6 +142,7 @@ std::string StepRecord::json() const {
                                     {"attention", attention},
                                     {"tokens", tokens},
                                     {"seconds", seconds},
+                                    {"compute_seconds", compute_seconds},
                                     {"tokens_per_second", tokens_per_second},
                                     {"attention_share", attention_share},
                                     {"memory_gib", memory_gib},
@@ -398,7 +399,11 @@ void Run::Impl::fail_at_step(double loss, const std::vector<Batch>& batches,
 }
 
 StepRecord Run::Impl::do_step() {
-  const auto begin = std::chrono::steady_clock::now();
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point begin = Clock::now();
+  const auto seconds_since = [](Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+  };
   const double attention_before = model.attention_seconds();
   StepRecord record;
   record.epoch = position.epoch;
@@ -411,6 +416,7 @@ StepRecord Run::Impl::do_step() {
   }
   const Attend attend = settings.schedule.at(step, settings.steps);
   const std::vector<Routing> routes = routings(attend);
+  const Clock::time_point computing = Clock::now();
   const Parameters trained = model.trained();
   clear_gradients(trained);
   double loss = 0;
@@ -427,10 +433,11 @@ StepRecord Run::Impl::do_step() {
   ++step;
   optimiser.update(step, record.learning_rate);
   model.values_changed();
+  record.compute_seconds = seconds_since(computing);
 
   record.step = step;
   record.attention = attend == Attend::full ? "full" : "moba";
-  record.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  record.seconds = seconds_since(begin);
   record.tokens_per_second = static_cast<double>(record.tokens) / record.seconds;
   record.attention_share = (model.attention_seconds() - attention_before) / record.seconds;
   record.memory_gib = static_cast<double>(peak_rss_bytes()) / (1 << 30);

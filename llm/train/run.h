@@ -54,6 +54,8 @@ struct StepRecord {
   std::string_view attention;
   std::int64_t tokens = 0;  // of this step
   double seconds = 0, tokens_per_second = 0;
+  /// Of the seconds, in the forward and backward pass and the optimiser.
+  double compute_seconds = 0;
   /// Of the time, inside attention.
   double attention_share = 0;
   double memory_gib = 0;
