@@ -153,11 +153,21 @@ Json to_json(const Estimate& estimate) {
   return json;
 }
 
+/// So that models can be compared sequence by sequence, as ways to read are here.
+Json by_sequence(const std::vector<Portion>& portions) {
+  Json json = Json::array();
+  for (const Portion& portion : portions)
+    json.push_back({{"loss", portion.sum / static_cast<double>(portion.count)}, {"tokens", portion.count}});
+  return json;
+}
+
 Json to_json(const Losses& losses, const Positions& positions) {
   const Estimate all = estimate(losses.all);
   Json json = to_json(all);
   json["perplexity"] = std::exp(all.value);
+  json["by_sequence"] = by_sequence(losses.all);
   json["trailing"] = losses.trailing.empty() ? Json() : to_json(estimate(losses.trailing));
+  if (!losses.trailing.empty()) json["trailing"]["by_sequence"] = by_sequence(losses.trailing);
   json["positions"] = Json::array();
   for (std::int64_t b = 0; b < positions.buckets; ++b) {
     Json bucket{{"from", positions.begin_of(b)}, {"to", positions.begin_of(b + 1)}};

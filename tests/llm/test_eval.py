@@ -106,6 +106,10 @@ def check_losses(report, losses):
     tails = torch.cat([sequence[-24:] for sequence in losses if len(sequence) == SEQ_LEN - 1])
     assert report["trailing"]["loss"] == pytest.approx(tails.double().mean().item(), rel=1e-5)
     assert report["trailing"]["tokens"] == 72
+    for part, of_sequences in ((report, losses), (report["trailing"], tails.split(24))):
+        told = sorted((sequence["loss"], sequence["tokens"]) for sequence in part["by_sequence"])
+        expected = sorted((s.double().mean().item(), len(s)) for s in of_sequences)
+        assert told == [(pytest.approx(loss, rel=1e-5), tokens) for loss, tokens in expected]
     for i, bucket in enumerate(report["positions"]):
         assert [bucket["from"], bucket["to"]] == [24 * i, 24 * i + 24]
         inside = torch.cat([sequence[max(24 * i - 1, 0):24 * i + 23] for sequence in losses])

@@ -1,0 +1,704 @@
+#!/usr/bin/env python3
+"""Full attention, MoBA and the hybrid of both, trained on the same tokens from the same seeds, and what follows from it.
+
+Real text (what set-up installs) becomes one stream for training and one for evaluation; `moba train` trains every model
+from nothing, `moba eval loss` reads the evaluation text with it. Stages, in this order:
+
+  speed    a few steps of everything, and from them the minutes that the rest needs
+  sharing  a hybrid run that begins as a copy of the MoBA run is the hybrid run, to the last bit
+  sizes    three sizes with full attention, MoBA, and MoBA for 90% of the steps, then full attention
+  blocks   sizes of blocks and top-k at equal sparsity, the smallest size
+  layers   fine-tuning on outlines of source code, with the last layers full
+  seeds    the smallest size with another seed, to see what chance does
+  needle   the heatmap of models/needle-2m
+
+Writes benchmarks/results/fidelity-<machine>-<date>.json, .md and pictures after every stage. A run that was stopped goes
+on with --continue; --only names stages.
+
+    .venv/bin/python benchmarks/fidelity.py --threads 2
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ttft import cpu_name
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+from needles import MOBA as NEEDLE_BLOCKS, texts  # noqa: E402
+
+SEQ_LEN = 8192
+TRAILING = SEQ_LEN // 16  # the report's 2K of 32K
+BUCKETS = 16
+VOCABULARY = 2048
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int
+    layers: int
+    lr: float
+
+    @property
+    def inner(self):
+        return 8 * self.width // 3 // 16 * 16
+
+    @property
+    def parameters(self):
+        """Embeddings, which are the head too, and layers with two norms each."""
+        layer = 4 * self.width**2 + 3 * self.width * self.inner + 2 * self.width
+        return VOCABULARY * self.width + self.layers * layer + self.width
+
+    def config(self):
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY,
+                "hidden_size": self.width, "intermediate_size": self.inner,
+                "num_hidden_layers": self.layers, "num_attention_heads": self.width // 32,
+                "num_key_value_heads": self.width // 32, "max_position_embeddings": SEQ_LEN, "rope_theta": 10000.0,
+                "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0}
+
+
+SIZES = {"small": Size(64, 2, 4e-3), "middle": Size(128, 3, 3e-3), "large": Size(192, 4, 2e-3)}
+STEPS = 600
+BLOCKS = (128, 4)
+MODES = {"full": ["--attn", "full"], "MoBA": ["--attn", "moba"], "hybrid": ["--attn-schedule", "moba:0.9,full:0.1"]}
+SWITCH = STEPS * 9 // 10
+# Each reads 512 tokens of 8192, 93.75% sparsity; the first has its own block alone, so nothing is chosen.
+EQUAL_SPARSITY = ((512, 1), (256, 2), BLOCKS, (64, 8), (32, 16))
+# Fine-tuning goes on with the hybrid of this size; that many tokens of outline are scored.
+TUNED, TUNING_STEPS, TUNING_TRAILING = "middle", 100, 256
+EVALUATED = 24  # sequences
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def relative_difference(ours, theirs, draws=1000):
+    """The difference of two models' mean losses over the second's, from the losses of the same sequences, all of one
+    length, with the 95% interval of a bootstrap over sequences."""
+    if len(ours) != len(theirs):
+        raise ValueError(f"expected losses of the same sequences; found {len(ours)} and {len(theirs)}")
+    a, b = np.array(ours), np.array(theirs)
+    drawn = np.random.default_rng(0).integers(0, len(a), (draws, len(a)))
+    low, high = np.percentile(a[drawn].sum(1) / b[drawn].sum(1) - 1, (2.5, 97.5))
+    return {"relative": float(a.sum() / b.sum() - 1), "low": float(low), "high": float(high)}
+
+
+def smoothed(values, width):
+    """Means over up to `width` values around each, fewer at the ends, as many on either side."""
+    values, half = np.asarray(values, float), width // 2
+    sums = np.concatenate([[0], np.cumsum(values)])
+    at = np.arange(len(values))
+    reach = np.minimum(half, np.minimum(at, len(values) - 1 - at))
+    return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+
+
+def sparsity(blocks, seq_len=SEQ_LEN):
+    """The share of the blocks that the last query of a sequence does not read."""
+    return 1 - blocks[0] * blocks[1] / seq_len
+
+
+def switch_of(losses, switch):
+    """What happens where the hybrid turns to full attention, in relative differences of training losses on the same
+    tokens: `first` of that step against the MoBA run, whose weights are still the same; `before` and `after` of the
+    tenth of the steps on either side against the run with full attention."""
+    part = len(losses["full"]) - switch
+
+    def relative(a, b, begin, end):
+        return sum(losses[a][begin:end]) / sum(losses[b][begin:end]) - 1
+
+    return {"first": relative("hybrid", "MoBA", switch, switch + 1),
+            "before": relative("hybrid", "full", switch - part, switch),
+            "after": relative("hybrid", "full", switch, switch + part)}
+
+
+def kept(way):
+    """What is needed of a way to read in the JSON of `moba eval loss`."""
+    def part(of):
+        return {key: of[key] for key in ("loss", "low", "high")} | {"by_sequence": [s["loss"] for s in of["by_sequence"]]}
+    return part(way) | {"trailing": part(way["trailing"]), "positions": [bucket["loss"] for bucket in way["positions"]]}
+
+
+def name_of(blocks):
+    return f"{blocks[0]}x{blocks[1]}"
+
+
+def last_layers(full, layers):
+    """--moba-full-layers for that many of the last."""
+    return f"{layers - full}-{layers - 1}"
+
+
+# ---------------------------------------------------------------- text
+
+
+def neighbours(documents, size):
+    """Documents that lie side by side, joined until they are at least so long."""
+    groups, open_group = [], []
+    for text in documents:
+        open_group.append(text)
+        if sum(map(len, open_group)) >= size:
+            groups.append("\n\n".join(open_group))
+            open_group = []
+    return groups
+
+
+def without(text, seen):
+    """A text less the paragraphs that are in `seen`."""
+    return "\n\n".join(paragraph for paragraph in text.split("\n\n") if paragraph not in seen)
+
+
+def outline(text):
+    """The lines that define functions and classes."""
+    return [line.strip() for line in re.findall(r"^[ \t]*(?:async def|def|class) .*$", text, re.MULTILINE)]
+
+
+def outline_documents(groups, tokenizer, count, chance):
+    """Prompts, and their outlines, which begin just before the tokens that are scored and reach a little beyond the
+    sequence: {"prompt", "completion"}."""
+    most = SEQ_LEN - TUNING_TRAILING
+
+    @functools.cache
+    def starts(group):
+        """Where its tokens begin."""
+        return [begin for begin, _ in tokenizer.encode(groups[group]).offsets]
+
+    groups = [group for group in groups if len(outline(group)) > 100]
+    found = []
+    while len(found) < count:
+        group = chance.randrange(len(groups))
+        places = starts(group)
+        first = chance.randrange(max(1, len(places) - most))
+        lines = groups[group][places[first]:places[min(first + most - 8, len(places) - 1)]].split("\n")[1:-1]
+        prompt = "\n".join(lines) + "\nOutline:\n"
+        tokens = len(tokenizer.encode(prompt).ids)
+        if not most - 100 < tokens <= most:
+            continue
+        completion = ""
+        for line in outline(prompt):
+            completion += line + "\n"
+            if tokens + len(tokenizer.encode(completion).ids) > SEQ_LEN + 4:
+                found.append({"prompt": prompt, "completion": completion})
+                break
+    return found
+
+
+def within_sequence(document, tokenizer):
+    """The document with only as many lines of the outline as fit."""
+    lines = document["completion"].splitlines(keepends=True)
+    while len(tokenizer.encode(document["prompt"] + "".join(lines)).ids) >= SEQ_LEN:
+        lines.pop()
+    return document | {"completion": "".join(lines)}
+
+
+def make_tokenizer(folder, groups):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(groups, trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    folder.mkdir(parents=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}))
+    return tokenizer
+
+
+def make_data(folder):
+    """Tokenizer, train.txt and held-out.txt of streams of neighbouring files, outlines to train on and to score."""
+    shutil.rmtree(folder, ignore_errors=True)  # what was not finished
+    chance = random.Random(SEED)
+    training, held_out = texts("training"), texts("held-out") + texts("tuning")
+    seen = {paragraph for text in training for paragraph in text.split("\n\n")}
+    groups = neighbours(training, 100_000)
+    chance.shuffle(groups)
+    tokenizer = make_tokenizer(folder / "tokenizer", groups[:20])
+
+    def stream(parts, tokens):
+        """As many of these parts as have so many tokens."""
+        taken, total = [], 0
+        while total < tokens:
+            if len(taken) == len(parts):
+                sys.exit(f"the text of this machine: expected at least {tokens:.0f} tokens; found {total}")
+            taken.append(parts[len(taken)])
+            total += len(tokenizer.encode(taken[-1]).ids)
+        return taken
+
+    trained = stream(groups, STEPS * SEQ_LEN * 1.02)
+    (folder / "train.txt").write_text("\n\n".join(trained))
+    left = neighbours([text for text in (without(text, seen) for text in held_out) if text], 100_000)
+    chance.shuffle(left)
+    (folder / "held-out.txt").write_text("\n\n".join(stream(left, (EVALUATED + 1) * SEQ_LEN)))
+
+    with (folder / "outlines.jsonl").open("w") as file:
+        for document in outline_documents(groups, tokenizer, TUNING_STEPS, chance):
+            file.write(json.dumps(within_sequence(document, tokenizer)) + "\n")
+    (folder / "outlines").mkdir()
+    for number, document in enumerate(outline_documents(left, tokenizer, EVALUATED, chance)):
+        (folder / "outlines" / f"{number:02}.txt").write_text(document["prompt"] + document["completion"])
+
+
+# ---------------------------------------------------------------- runs
+
+
+class Lab:
+    """What is made and measured, and where."""
+
+    def __init__(self, options, results):
+        self.options, self.work, self.data, self.results = options, options.work, options.work / "data", results
+
+    def moba(self, *arguments):
+        command = [str(word) for word in (self.options.moba, *arguments, "-t", self.options.threads)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            sys.exit(f"{shlex.join(command)}\n{done.stderr}")
+        return done.stdout
+
+    def train(self, out, steps, *flags, seq_len=SEQ_LEN):
+        """The lines of the log. A run that is done already is only read."""
+        self.moba("train", "--out", out, "--steps", steps, "--seq-len", seq_len, "--batch-tokens", seq_len, "--dtype", "bf16",
+                  "--save-every", max(1, steps // 10), "--resume", *flags)
+        return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+    def pretrain(self, out, size, mode, steps=STEPS, blocks=BLOCKS, seed=SEED, **more):
+        config = self.work / f"{size}.json"
+        config.write_text(json.dumps(SIZES[size].config(), indent=2) + "\n")
+        return self.train(out, steps, "--config", config, "--tokenizer", self.data / "tokenizer",
+                          "--data", self.data / "train.txt", "--lr", SIZES[size].lr, "--seed", seed, "--warmup", steps // 20,
+                          *MODES[mode], *(block_flags(blocks) if mode != "full" else ()), **more)
+
+    def evaluate(self, model, *flags, blocks=BLOCKS, ways="full,moba"):
+        """By way to read, the losses."""
+        told = json.loads(self.moba("eval", "loss", "-m", model, "--seq-len", SEQ_LEN, "-o", "json", "--attn", ways,
+                                    *(block_flags(blocks) if "moba" in ways else ()), "--buckets", BUCKETS, *flags))
+        return {way["attn"]: kept(way) for way in told["by_attn"]}
+
+    def evaluate_text(self, model, sequences=EVALUATED, **how):
+        return self.evaluate(model, "--data", self.data / "held-out.txt", "--join", "--max-tokens", sequences * SEQ_LEN,
+                             "--trailing", TRAILING, **how)
+
+    def once(self, place, make):
+        """What is in the results at this place, made if it is not there yet."""
+        folder = self.results
+        for name in place[:-1]:
+            folder = folder.setdefault(name, {})
+        if place[-1] not in folder:
+            print(f"{datetime.datetime.now():%H:%M:%S} {' '.join(place)}", flush=True)
+            folder[place[-1]] = make()
+            (self.work / "results.json").write_text(json.dumps(self.results))
+        return folder[place[-1]]
+
+    def pretrained(self, place, size, mode, ways="full,moba", **how):
+        """Trained and evaluated: the training losses and the evaluation."""
+        def make():
+            out = self.work / "-".join(place)
+            if mode == "hybrid":
+                begin_as(out, self.work / "-".join([*place[:-1], "MoBA"]), SWITCH)
+            start = time.perf_counter()
+            log = self.pretrain(out, size, mode, **how)
+            minutes = (time.perf_counter() - start) / 60
+            evaluation = self.evaluate_text(out, ways=ways, blocks=how.get("blocks", BLOCKS))
+            return {"losses": [line["loss"] for line in log], "tokens": sum(line["tokens"] for line in log),
+                    "tokens_per_second": float(np.median([line["tokens_per_second"] for line in log])),
+                    "minutes": minutes, "evaluation": evaluation}
+        return self.once(place, make)
+
+
+def block_flags(blocks):
+    return ["--moba-chunk-size", blocks[0], "--moba-topk", blocks[1], "--moba-sink", 0]
+
+
+def begin_as(out, other, step):
+    """A run that has come as far as the other had at this step."""
+    if out.exists():
+        return
+    half_done = out.with_name(out.name + ".part")
+    shutil.rmtree(half_done, ignore_errors=True)
+    for name in (f"step-{step:08}", "data"):
+        shutil.copytree(other / name, half_done / name)
+    shutil.copy(other / "log.jsonl", half_done)
+    half_done.rename(out)
+
+
+def do_speed(lab):
+    def measure(size, mode):
+        with tempfile.TemporaryDirectory(dir=lab.work) as folder:
+            out = Path(folder) / "run"
+            start = time.perf_counter()
+            log = lab.pretrain(out, size, mode, steps=4)
+            begun = time.perf_counter() - start - sum(line["seconds"] for line in log)
+            start = time.perf_counter()
+            lab.evaluate_text(out, sequences=2, ways=mode.lower())
+            return {"step_seconds": min(line["seconds"] for line in log[1:]), "start_seconds": begun,
+                    "evaluation_seconds": (time.perf_counter() - start) * EVALUATED / 2,
+                    "memory_gib": log[-1]["memory_gib"], "attention_share": log[-1]["attention_share"]}
+
+    of = {size: {mode: lab.once(["speed", size, mode], lambda: measure(size, mode)) for mode in ("full", "MoBA")}
+          for size in SIZES}
+
+    def minutes(size, full, moba, read_full, read_moba):
+        """For so many steps, and for so many evaluations."""
+        a, b = of[size]["full"], of[size]["MoBA"]
+        return (full * a["step_seconds"] + moba * b["step_seconds"] + read_full * a["evaluation_seconds"]
+                + read_moba * b["evaluation_seconds"]) / 60
+
+    smallest = next(iter(SIZES))
+    needs = {"sizes": sum(minutes(size, STEPS * 1.1, STEPS, 3, 3) for size in SIZES),
+             "blocks": minutes(smallest, 0, STEPS * 4, 0, 4),
+             "layers": minutes(TUNED, TUNING_STEPS * 2, TUNING_STEPS * 2, 2, 2),
+             "seeds": minutes(smallest, STEPS, STEPS, 1, 1)}
+    print("minutes: " + ", ".join(f"{stage} {needed:.0f}" for stage, needed in needs.items()), flush=True)
+
+
+def do_sharing(lab):
+    def compare():
+        steps, seq_len, size = 10, 1024, next(iter(SIZES))
+        with tempfile.TemporaryDirectory(dir=lab.work) as folder:
+            whole, moba, copy = (Path(folder) / name for name in ("whole", "moba", "copy"))
+            losses = lab.pretrain(whole, size, "hybrid", steps, seq_len=seq_len)
+            lab.pretrain(moba, size, "MoBA", steps, seq_len=seq_len)
+            begin_as(copy, moba, steps * 9 // 10)
+            shared = lab.pretrain(copy, size, "hybrid", steps, seq_len=seq_len)
+            same = [a["loss"] for a in losses] == [b["loss"] for b in shared]
+            same &= (whole / "model.safetensors").read_bytes() == (copy / "model.safetensors").read_bytes()
+        if not same:
+            sys.exit("a hybrid run that begins as a copy of the MoBA run is another run")
+        return {"steps": steps, "identical": True}
+    lab.once(["sharing"], compare)
+
+
+def do_sizes(lab):
+    for size in SIZES:
+        for mode in MODES:
+            lab.pretrained(["sizes", size, mode], size, mode)
+
+
+def do_blocks(lab):
+    smallest = next(iter(SIZES))
+    for blocks in EQUAL_SPARSITY:
+        if blocks != BLOCKS:
+            lab.pretrained(["blocks", name_of(blocks)], smallest, "MoBA", ways="moba", blocks=blocks)
+
+
+def do_layers(lab):
+    layers, base = SIZES[TUNED].layers, lab.work / f"sizes-{TUNED}-hybrid"
+
+    def tune(full):
+        out = lab.work / f"layers-{full}"
+        is_full = full == layers
+        some = ["--moba-full-layers", last_layers(full, layers)] if 0 < full < layers else []
+        log = lab.train(out, TUNING_STEPS, "-m", base, "--data", lab.data / "outlines.jsonl", "--loss", "completion", "--lr",
+                        SIZES[TUNED].lr / 2, "--seed", SEED,
+                        *(MODES["full"] if is_full else [*MODES["MoBA"], *block_flags(BLOCKS), *some]))
+        evaluation = lab.evaluate(out, "--data", lab.data / "outlines", "--trailing", TUNING_TRAILING, *some,
+                                  ways="full" if is_full else "moba")
+        return {"losses": [line["loss"] for line in log], "evaluation": evaluation}
+
+    lab.once(["layers", "before"], lambda: {"evaluation": lab.evaluate(
+        base, "--data", lab.data / "outlines", "--trailing", TUNING_TRAILING)})
+    for full in range(layers + 1):
+        lab.once(["layers", str(full)], lambda: tune(full))
+
+
+def do_seeds(lab):
+    smallest = next(iter(SIZES))
+    for mode in ("full", "MoBA"):
+        lab.pretrained(["seeds", mode], smallest, mode, ways=mode.lower(), seed=SEED + 1)
+
+
+def do_needle(lab):
+    def find():
+        lengths = ",".join(f"{n}k" for n in range(4, 33, 4))
+        told = json.loads(lab.moba(
+            "eval", "needle", "-m", ROOT / "models/needle-2m", "--lengths", lengths, "--depths", 10, "--digits", 5,
+            "--dtype", "bf16", "--data", lab.work / "needle.txt", *NEEDLE_BLOCKS[2:], "-o", "json",
+            "--png", place_of(lab.results, lab.options, "-needle.png")))
+        return {key: told[key] for key in ("accuracy", "by_attn", "settings")} | {
+            "cells": [{key: cell[key] for key in ("attn", "length", "depth", "found", "tried")} for cell in told["cells"]]}
+    (lab.work / "needle.txt").write_text("\n".join(texts("held-out")))
+    lab.once(["needle"], find)
+
+
+STAGES = {"speed": do_speed, "sharing": do_sharing, "sizes": do_sizes, "blocks": do_blocks, "layers": do_layers,
+          "seeds": do_seeds, "needle": do_needle}
+
+
+# ---------------------------------------------------------------- report
+
+
+def place_of(results, options, ending):
+    return options.out / f"fidelity-{options.machine}-{results['date']}{ending}"
+
+
+def dumped(results):
+    """JSON with a list of numbers on one line."""
+    text = json.dumps(results, indent=1)
+    return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
+
+
+def percent(difference):
+    if isinstance(difference, float):
+        return f"{difference:+.2%}"
+    return f"{difference['relative']:+.2%} ({difference['low']:+.2%} to {difference['high']:+.2%})"
+
+
+def own_reading(runs, mode):
+    """A model is read as it was trained, the hybrid as it was last."""
+    return runs[mode]["evaluation"]["moba" if mode == "MoBA" else "full"]
+
+
+def compared(ours, theirs, trailing):
+    """Relative difference of two evaluations, of everything or of the last tokens."""
+    parts = [(e["trailing"] if trailing else e)["by_sequence"] for e in (ours, theirs)]
+    return relative_difference(*parts)
+
+
+def table(heads, rows):
+    lines = [heads, ["---"] * len(heads), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
+
+
+def complete(results):
+    """Sizes of which all three runs are done."""
+    return {size: runs for size, runs in results.get("sizes", {}).items() if set(runs) == set(MODES)}
+
+
+def size_tables(results):
+    lines, rows, switches, ways = ["## Sizes", ""], [], [], []
+    for size, runs in complete(results).items():
+        full, moba, hybrid = (own_reading(runs, mode) for mode in MODES)
+        for trailing in (False, True):
+            def loss(evaluation):
+                return f"{(evaluation['trailing'] if trailing else evaluation)['loss']:.4f}"
+            rows.append([f"{size}, {SIZES[size].parameters / 1e6:.2f}M", f"last {TRAILING}" if trailing else "all", loss(full),
+                         loss(moba), percent(compared(moba, full, trailing)), loss(hybrid),
+                         percent(compared(hybrid, full, trailing))])
+        happened = switch_of({mode: run["losses"] for mode, run in runs.items()}, SWITCH)
+        switches.append([size, *(percent(happened[key]) for key in ("before", "first", "after"))])
+        for way in ("full", "moba"):
+            ways.append([size, "full attention" if way == "full" else "MoBA",
+                         *(f"{runs[mode]['evaluation'][way]['loss']:.4f}" for mode in MODES)])
+    lines += table(["model", "tokens", "full", "MoBA", "MoBA to full", "hybrid", "hybrid to full"], rows)
+    lines += ["Training losses around the hybrid's switch: against full attention in the tenth of the steps before, in the first "
+              "step with full attention against MoBA with the same weights, against full attention after it.", ""]
+    lines += table(["model", "before", "first step", "after"], switches)
+    lines += ["Every model read in both ways, all tokens:", ""]
+    lines += table(["model", "read with", *(f"trained: {mode}" for mode in MODES)], ways)
+    return lines
+
+
+def target_lines(results):
+    lines = []
+    for name, mode, trailing, most in (("MoBA's loss against full attention's", "MoBA", False, 0.005),
+                                       ("the hybrid's trailing loss against full attention's", "hybrid", True, 0.003)):
+        told = []
+        for size, runs in complete(results).items():
+            difference = compared(own_reading(runs, mode), own_reading(runs, "full"), trailing)["relative"]
+            told.append(f"{size} {difference:+.2%} ({'met' if difference <= most else 'missed'})")
+        lines.append(f"- at most {most:.1%}, {name}: {', '.join(told)}")
+    return ["## Targets", "", *lines, ""]
+
+
+def position_table(results):
+    size, runs = list(complete(results).items())[-1]
+    readings = [own_reading(runs, mode)["positions"] for mode in MODES]
+    rows = [[f"{SEQ_LEN * i // BUCKETS}-{SEQ_LEN * (i + 1) // BUCKETS - 1}", *(f"{r[i]:.4f}" for r in readings)]
+            for i in range(BUCKETS)]
+    return [f"## Loss by position, {size}", ""] + table(["tokens", *MODES], rows)
+
+
+def smallest_runs(results):
+    return complete(results)[next(iter(SIZES))]
+
+
+def block_rows(results):
+    """Blocks, the evaluation."""
+    runs = {BLOCKS: smallest_runs(results)["MoBA"]} | {
+        blocks: results["blocks"][name_of(blocks)] for blocks in EQUAL_SPARSITY if name_of(blocks) in results["blocks"]}
+    return [(blocks, runs[blocks]["evaluation"]["moba"]) for blocks in EQUAL_SPARSITY if blocks in runs]
+
+
+def block_table(results):
+    full = own_reading(smallest_runs(results), "full")
+    rows = [[f"{blocks[0]}, {blocks[1]}" + (": nothing to choose" if blocks[1] == 1 else ""), f"{e['loss']:.4f}",
+             percent(compared(e, full, False)), f"{e['trailing']['loss']:.4f}", percent(compared(e, full, True))]
+            for blocks, e in block_rows(results)]
+    return [f"## Blocks of {sparsity(BLOCKS):.2%} sparsity, small", ""] + table(
+        ["blocks, top-k", "loss", "to full attention", f"last {TRAILING}", "to full attention"], rows)
+
+
+def layer_rows(results):
+    """Full layers, the loss of outlines, against full attention's if that is done."""
+    layers, runs = SIZES[TUNED].layers, results["layers"]
+    done = {full: next(iter(runs[str(full)]["evaluation"].values())) for full in range(layers + 1) if str(full) in runs}
+    return [(full, e["trailing"], compared(e, done[layers], True) if layers in done else None) for full, e in done.items()]
+
+
+def layer_table(results):
+    before = results["layers"]["before"]["evaluation"]
+    rows = [[full, f"{trailing['loss']:.4f}", percent(difference) if difference else ""]
+            for full, trailing, difference in layer_rows(results)]
+    return [f"## Fine-tuning with the last layers full, {TUNED} ({SIZES[TUNED].layers} layers)", "",
+            f"Loss of {TUNING_TRAILING} tokens of outlines; before fine-tuning {before['full']['trailing']['loss']:.4f} read with "
+            f"full attention, {before['moba']['trailing']['loss']:.4f} with MoBA.", ""] + table(
+        ["full layers", "loss", "to all layers full"], rows)
+
+
+def seed_table(results):
+    runs, first = results["seeds"], smallest_runs(results)
+    rows = [[mode, *(percent(compared(own_reading(runs, mode), own_reading(first, mode), trailing))
+                     for trailing in (False, True))] for mode in runs]
+    lines = ["## Another seed, small", ""] + table(["attention", "loss to that of the first seed", f"last {TRAILING}"], rows)
+    if len(runs) == 2:
+        full, moba = (own_reading(runs, mode) for mode in ("full", "MoBA"))
+        lines += [f"With this seed MoBA to full attention: {percent(compared(moba, full, False))}, last {TRAILING} "
+                  f"{percent(compared(moba, full, True))}.", ""]
+    return lines
+
+
+def needle_table(results):
+    cells = results["needle"]["cells"]
+    lengths = sorted({cell["length"] for cell in cells})
+    rows = []
+    for way in results["needle"]["by_attn"]:
+        found = [sum(c["found"] for c in cells if c["attn"] == way["attn"] and c["length"] == n) for n in lengths]
+        rows.append([way["attn"], *found, f"{way['found']} of {way['tried']}"])
+    return ["## Needles found, models/needle-2m", ""] + table(["read with", *(f"{n // 1024}K" for n in lengths), "all"], rows)
+
+
+def markdown(results):
+    lines = ["# Full attention, MoBA and the hybrid", "",
+             f"{results['machine']}, {results['threads']} threads, {results['date']}. Made with `{results['commands'][0]}`. "
+             f"{STEPS} steps of {SEQ_LEN} tokens, blocks of {BLOCKS[0]}, top-k {BLOCKS[1]} ({sparsity(BLOCKS):.2%} sparsity at the "
+             f"end of a sequence), {EVALUATED} sequences held out; nats a token, 95% intervals by a bootstrap over sequences. "
+             f"A model is read as it was trained, the hybrid with full attention.", ""]
+    if complete(results):
+        lines += target_lines(results) + size_tables(results) + position_table(results)
+        for stage, part in (("blocks", block_table), ("layers", layer_table), ("seeds", seed_table)):
+            if stage in results:
+                lines += part(results)
+    if "needle" in results:
+        lines += needle_table(results)
+    return "\n".join(lines)
+
+
+COLOURS = {"full": "#1f4e79", "MoBA": "#e07b00", "hybrid": "#2e8b57"}
+
+
+def draw_sizes(results, curves, positions):
+    """Training losses and losses by position, each above its difference from full attention's."""
+    from matplotlib import pyplot
+    done = complete(results)
+    figures = []
+    for title, across in (("step", curves), ("position, tokens", positions)):
+        figure, axes = pyplot.subplots(2, len(done), figsize=(4.2 * len(done), 6), sharex=True, squeeze=False,
+                                       layout="constrained", height_ratios=(3, 2))
+        figures.append((figure, across))
+        for (size, runs), (above, below) in zip(done.items(), axes.T):
+            for mode in MODES:
+                if across is curves:
+                    values = smoothed(runs[mode]["losses"], 15)
+                    base = smoothed(runs["full"]["losses"], 15)
+                    x = np.arange(1, len(values) + 1)
+                else:
+                    values, base = (np.array(own_reading(runs, m)["positions"]) for m in (mode, "full"))
+                    x = (np.arange(BUCKETS) + 0.5) * SEQ_LEN / BUCKETS
+                above.plot(x, values, color=COLOURS[mode], label=mode, linewidth=1.3)
+                below.plot(x, 100 * (values / base - 1), color=COLOURS[mode], linewidth=1.3)
+            if across is curves:
+                for axis in (above, below):
+                    axis.axvline(SWITCH + 0.5, color="grey", linestyle=":", linewidth=1)
+            above.set_title(f"{size}, {SIZES[size].parameters / 1e6:.2f}M parameters")
+            below.set_xlabel(title)
+        axes[0, 0].set_ylabel("training loss" if across is curves else "held-out loss")
+        axes[1, 0].set_ylabel("to full attention, %")
+        axes[0, 0].legend(frameon=False)
+    for figure, path in figures:
+        figure.savefig(path, dpi=110)
+        pyplot.close(figure)
+
+
+def draw_ablations(results, path):
+    from matplotlib import pyplot
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    full = own_reading(smallest_runs(results), "full")
+    for trailing, colour, label in ((False, COLOURS["MoBA"], "all tokens"), (True, COLOURS["full"], f"last {TRAILING}")):
+        told = [(f"{b[0]}, {b[1]}", compared(e, full, trailing)) for b, e in block_rows(results)]
+        bars(left, told, colour, label)
+    left.set(title=f"{sparsity(BLOCKS):.2%} sparsity, small", xlabel="blocks of, top-k", ylabel="loss to full attention, %")
+    left.legend(frameon=False)
+    bars(right, [(full, difference) for full, _, difference in layer_rows(results) if difference], COLOURS["MoBA"], None)
+    right.set(title=f"outlines, {TUNED}", xlabel="last layers full in fine-tuning", ylabel="loss to all layers full, %")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def bars(axis, told, colour, label):
+    """Points with their intervals, in percent."""
+    names, differences = zip(*told)
+    middle, low, high = (100 * np.array([d[key] for d in differences]) for key in ("relative", "low", "high"))
+    axis.errorbar([str(name) for name in names], middle, (middle - low, high - middle), color=colour, label=label, capsize=3,
+                  marker="o", markersize=4, linewidth=1)
+
+
+def report(results, options):
+    text = markdown(results)
+    place_of(results, options, ".json").write_text(dumped(results))
+    place_of(results, options, ".md").write_text(text)
+    if complete(results):
+        draw_sizes(results, place_of(results, options, "-curves.png"), place_of(results, options, "-positions.png"))
+    if "blocks" in results and len(results.get("layers", ())) > SIZES[TUNED].layers + 1:
+        draw_ablations(results, place_of(results, options, "-ablations.png"))
+    return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moba", type=Path, default=ROOT / "build/release/moba", help="the program")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/fidelity", help="folder for data and checkpoints")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--machine", default="x86_64", help="a short name for the files of results")
+    parser.add_argument("--only", help="stages, such as sizes,blocks")
+    parser.add_argument("--continue", dest="goes_on", action="store_true", help="go on where an earlier run stopped")
+    options = parser.parse_args()
+    stages = options.only.split(",") if options.only else list(STAGES)
+    if unknown := set(stages) - set(STAGES):
+        parser.error(f"--only: expected some of {','.join(STAGES)}; found {','.join(sorted(unknown))}")
+
+    if options.work.exists() and not options.goes_on:
+        parser.error(f"--work {options.work}: expected a folder that is not there yet, or --continue")
+    begun = options.work / "results.json"
+    results = json.loads(begun.read_text()) if begun.exists() else {
+        "commands": [], "machine": f"{cpu_name()}, {os.cpu_count()} cores", "threads": options.threads,
+        "date": datetime.date.today().isoformat()}
+    results["commands"].append(shlex.join(["python", "benchmarks/fidelity.py", *sys.argv[1:]]))
+    options.out.mkdir(parents=True, exist_ok=True)
+    if not (options.work / "data").exists():
+        make_data(options.work / "data.part")
+        (options.work / "data.part").rename(options.work / "data")
+    lab = Lab(options, results)
+    for stage in stages:
+        STAGES[stage](lab)
+        text = report(results, options)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What benchmarks/fidelity.py computes, cuts and writes around the programs that it runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import fidelity  # noqa: E402
+
+
+def test_relative_difference():
+    told = fidelity.relative_difference([2.0, 4.0, 6.0], [1.0, 4.0, 5.0])
+    assert told["relative"] == pytest.approx(0.2)
+    assert told["low"] == pytest.approx(0) and told["high"] == pytest.approx(1)  # only the second, only the first
+    same = fidelity.relative_difference([1.5, 2.5], [1.5, 2.5])
+    assert same == {"relative": 0, "low": 0, "high": 0}
+    with pytest.raises(ValueError, match="same sequences; found 1 and 2"):
+        fidelity.relative_difference([1.0], [1.0, 2.0])
+
+
+@pytest.mark.parametrize("width", (1, 3, 7, 99))
+def test_smoothed(width):
+    values = np.arange(12.0) ** 2
+    for i, value in enumerate(fidelity.smoothed(values, width)):
+        reach = min(width // 2, i, 11 - i)
+        assert value == pytest.approx(values[i - reach:i + reach + 1].mean())
+
+
+def test_switch():
+    losses = {"full": [5.0, 4.0, 2.0, 2.0], "MoBA": [5.0, 4.4, 2.2, 2.4], "hybrid": [5.0, 4.4, 2.1, 2.0]}
+    told = fidelity.switch_of(losses, 2)
+    assert told["before"] == pytest.approx(0.4 / 9)
+    assert told["first"] == pytest.approx(2.1 / 2.2 - 1) and told["after"] == pytest.approx(0.1 / 4)
+
+
+def test_blocks_are_equally_sparse():
+    assert {fidelity.sparsity(blocks) for blocks in fidelity.EQUAL_SPARSITY} == {0.9375}
+    assert fidelity.BLOCKS in fidelity.EQUAL_SPARSITY
+
+
+def test_last_layers():
+    assert fidelity.last_layers(1, 4) == "3-3" and fidelity.last_layers(3, 4) == "1-3"
+
+
+def test_what_is_an_outline():
+    text = "import a\nclass A(B):\n    def f(self): pass\n\n    async def g(self):\n        define = 1\n# def no\ndef h():\n"
+    assert fidelity.outline(text) == ["class A(B):", "def f(self): pass", "async def g(self):", "def h():"]
+
+
+def test_streams():
+    assert fidelity.neighbours(["aa", "b", "ccc", "d"], 3) == ["aa\n\nb", "ccc"]
+    assert fidelity.without("one\n\ntwo\n\nthree", {"two"}) == "one\n\nthree"
+
+
+def test_json_has_lists_of_numbers_on_a_line():
+    results = {"a": {"b": [1.5, 2, None], "c": []}, "d": [{"e": [1]}]}
+    text = fidelity.dumped(results)
+    assert json.loads(text) == results and '"b": [ 1.5, 2, null ]' in text
+
+
+def evaluation(loss):
+    part = {"loss": loss, "low": loss - 0.1, "high": loss + 0.1, "by_sequence": [loss] * 3}
+    return part | {"trailing": part, "positions": [loss] * fidelity.BUCKETS}
+
+
+def run(loss):
+    return {"losses": [loss] * fidelity.STEPS, "evaluation": {"full": evaluation(loss), "moba": evaluation(loss)}}
+
+
+@pytest.fixture
+def results():
+    of = {"full": 4.0, "MoBA": 4.01, "hybrid": 4.016}
+    return {"commands": ["python benchmarks/fidelity.py"], "machine": "a machine", "date": "2026-01-02", "threads": 1,
+            "sizes": {size: {mode: run(loss) for mode, loss in of.items()} for size in fidelity.SIZES},
+            "blocks": {"512x1": run(4.4)},
+            "layers": {"before": run(6.0), "0": run(3.3), "3": run(3.0)},
+            "seeds": {"full": run(4.04), "MoBA": run(4.0)},
+            "needle": {"by_attn": [{"attn": "full", "found": 3, "tried": 4}],
+                       "cells": [{"attn": "full", "length": n, "depth": d, "found": n == 4096 or d, "tried": 1}
+                                 for n in (4096, 8192) for d in (0, 1)]}}
+
+
+def test_the_report(results):
+    text = fidelity.markdown(results)
+    assert "small +0.25% (met)" in text     # MoBA, at most 0.5%
+    assert "small +0.40% (missed)" in text  # the hybrid's end of sequences, at most 0.3%
+    assert "| 512, 1: nothing to choose | 4.4000 | +10.00% (+10.00% to +10.00%) |" in text
+    assert "| 0 | 3.3000 | +10.00%" in text and "| 3 | 3.0000 | +0.00%" in text
+    assert "| MoBA | -0.25%" in text and "With this seed MoBA to full attention: -0.99%" in text
+    assert "| full | 2 | 1 | 3 of 4 |" in text
+
+
+def test_the_report_of_a_run_that_has_just_begun(results):
+    begun = {key: results[key] for key in ("commands", "machine", "date", "threads")} | {"sizes": {"small": {"full": run(4.0)}}}
+    assert "##" not in fidelity.markdown(begun)
+
+
+@pytest.mark.parametrize("arguments, says", ((["--only", "sizes,shapes"], "found shapes"), (["--work", "/"], "--work /")))
+def test_refused(arguments, says):
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/fidelity.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and says in done.stderr.splitlines()[-1]
