@@ -116,38 +116,6 @@ struct Source {
   std::int32_t seen = 0;  // keys of the chunk, the first so many
 };
 
-template <typename T, int head_dim>
-struct Shared {
-  using C = Cut<head_dim>;
-  static constexpr int kKeyElements = C::kKeys * head_dim, kRowElements = C::kRows * head_dim;
-  static constexpr std::size_t kBytes =
-      (2 * kKeyElements + 4 * kRowElements) * sizeof(T) +
-      2 * C::kRows * (sizeof(RowSums) + sizeof(Source) + sizeof(std::int32_t));
-
-  tile::Rows<T, head_dim> k, v;
-  // Two buffers each.
-  T* rows;  // queries, with the gradients of their answers behind each buffer
-  RowSums* row_sums;
-  Source* row_sources;
-  std::int32_t* row_seen;
-
-  MOBA_DEVICE explicit Shared(std::byte* memory) {
-    k.data = reinterpret_cast<T*>(memory);
-    v.data = k.data + kKeyElements;
-    rows = v.data + kKeyElements;
-    row_sums = reinterpret_cast<RowSums*>(rows + 4 * kRowElements);
-    row_sources = reinterpret_cast<Source*>(row_sums + 2 * C::kRows);
-    row_seen = reinterpret_cast<std::int32_t*>(row_sources + 2 * C::kRows);
-  }
-  MOBA_DEVICE tile::Rows<T, head_dim> q(int buffer) const { return {rows + 2 * buffer * kRowElements}; }
-  MOBA_DEVICE tile::Rows<T, head_dim> d_out(int buffer) const {
-    return {rows + (2 * buffer + 1) * kRowElements};
-  }
-  MOBA_DEVICE RowSums* sums(int buffer) const { return row_sums + buffer * C::kRows; }
-  MOBA_DEVICE Source* sources(int buffer) const { return row_sources + buffer * C::kRows; }
-  MOBA_DEVICE std::int32_t* seen(int buffer) const { return row_seen + buffer * C::kRows; }
-};
-
 /// A chunk of keys and the rows that see it: `listed` entries, then `near` neighbouring rows.
 struct Work {
   std::int64_t head = 0;       // of the part
@@ -161,6 +129,40 @@ struct Work {
   std::int64_t sums = 0;
 
   MOBA_DEVICE std::uint32_t rows() const { return listed + near; }
+};
+
+template <typename T, int head_dim>
+struct Shared {
+  using C = Cut<head_dim>;
+  static constexpr int kKeyElements = C::kKeys * head_dim, kRowElements = C::kRows * head_dim;
+  static constexpr std::size_t kBytes =
+      (2 * kKeyElements + 4 * kRowElements) * sizeof(T) +
+      2 * C::kRows * (sizeof(RowSums) + sizeof(Source) + sizeof(std::int32_t)) + sizeof(Work);
+
+  tile::Rows<T, head_dim> k, v;
+  // Two buffers each.
+  T* rows;  // queries, with the gradients of their answers behind each buffer
+  RowSums* row_sums;
+  Source* row_sources;
+  std::int32_t* row_seen;
+  Work* work;  // for when all rows have passed: its numbers need not stay in registers until then
+
+  MOBA_DEVICE explicit Shared(std::byte* memory) {
+    k.data = reinterpret_cast<T*>(memory);
+    v.data = k.data + kKeyElements;
+    rows = v.data + kKeyElements;
+    row_sums = reinterpret_cast<RowSums*>(rows + 4 * kRowElements);
+    row_sources = reinterpret_cast<Source*>(row_sums + 2 * C::kRows);
+    row_seen = reinterpret_cast<std::int32_t*>(row_sources + 2 * C::kRows);
+    work = reinterpret_cast<Work*>(row_seen + 2 * C::kRows);
+  }
+  MOBA_DEVICE tile::Rows<T, head_dim> q(int buffer) const { return {rows + 2 * buffer * kRowElements}; }
+  MOBA_DEVICE tile::Rows<T, head_dim> d_out(int buffer) const {
+    return {rows + (2 * buffer + 1) * kRowElements};
+  }
+  MOBA_DEVICE RowSums* sums(int buffer) const { return row_sums + buffer * C::kRows; }
+  MOBA_DEVICE Source* sources(int buffer) const { return row_sources + buffer * C::kRows; }
+  MOBA_DEVICE std::int32_t* seen(int buffer) const { return row_seen + buffer * C::kRows; }
 };
 
 /// Chunk `chunk` of a block, as far as the keys go.
@@ -429,27 +431,29 @@ attend_backward_keys_kernel(MOBA_PARAMETER KeysParams<T> p) {
   const Work work = p.segments ? segment_work<head_dim>(p) : first_work<head_dim>(p);
   if (work.count == 0) return;
   const Shared<T, head_dim> shared(ptx::shared());
-  const std::int64_t kv_head = p.head0 + work.head;
-  tile::load_rows<C::kKeys, C::kThreads>(shared.k, p.k.row(work.first_key, kv_head), p.k.token_stride,
-                                         work.count);
-  tile::load_rows<C::kKeys, C::kThreads>(shared.v, p.v.row(work.first_key, kv_head), p.v.token_stride,
-                                         work.count);
+  if (ptx::thread() == 0) *shared.work = work;
+  tile::load_rows<C::kKeys, C::kThreads>(shared.k, p.k.row(work.first_key, p.head0 + work.head),
+                                         p.k.token_stride, work.count);
+  tile::load_rows<C::kKeys, C::kThreads>(shared.v, p.v.row(work.first_key, p.head0 + work.head),
+                                         p.v.token_stride, work.count);
   const int warp_key = ptx::warp() / C::kShares * 16;
   const int first_piece = ptx::warp() % C::kShares * (C::kColumns / tile::kPiece);
   float dk[1][C::kColumns / 8][4] = {}, dv[1][C::kColumns / 8][4] = {};
   add_rows(p, shared, work, warp_key, first_piece, dk, dv);
   ptx::copy_wait<0>();
   ptx::barrier();  // keys and values have been used: their gradients will lie there
-  if (warp_key >= work.count) return;
+  const Work& done = *shared.work;
+  if (warp_key >= done.count) return;
   if (p.segments) {
-    leave_sums<T, head_dim>(p, work.sums, 0, dk);
-    leave_sums<T, head_dim>(p, work.sums, 1, dv);
+    leave_sums<T, head_dim>(p, done.sums, 0, dk);
+    leave_sums<T, head_dim>(p, done.sums, 1, dv);
     return;
   }
-  add_segments<T, head_dim>(p, work, 0, dk);
-  add_segments<T, head_dim>(p, work, 1, dv);
-  write(p.dk, shared.k, work, kv_head, warp_key, first_piece, p.scale, dk);
-  write(p.dv, shared.v, work, kv_head, warp_key, first_piece, 1, dv);
+  add_segments<T, head_dim>(p, done, 0, dk);
+  add_segments<T, head_dim>(p, done, 1, dv);
+  const std::int64_t kv_head = p.head0 + done.head;
+  write(p.dk, shared.k, done, kv_head, warp_key, first_piece, p.scale, dk);
+  write(p.dv, shared.v, done, kv_head, warp_key, first_piece, 1, dv);
 }
 
 }  // namespace
