@@ -11,6 +11,20 @@
 
 namespace moba::pytorch {
 
+#if defined(MOBA_CUDA_EMULATION)
+
+struct DeviceGuard {
+  explicit DeviceGuard(std::int32_t) {}
+};
+
+inline void* current_stream(const std::string&, std::int32_t) {
+  return nullptr;
+}
+
+#else
+
+using torch::stable::accelerator::DeviceGuard;
+
 /// The current stream of a device. Of torch's stable ABI this function alone lies in the library that CUDA
 /// builds of torch have and others lack, so it is looked for once there is a tensor on such a device.
 inline void* current_stream(const std::string& function, std::int32_t device) {
@@ -26,6 +40,8 @@ inline void* current_stream(const std::string& function, std::int32_t device) {
   TORCH_ERROR_CODE_CHECK(ask(device, &stream));
   return stream;
 }
+
+#endif
 
 inline Call with_cuda(Call call) {
   const std::vector<std::string> built = backends();
@@ -44,20 +60,29 @@ class DeviceCall : public Call {
 
   DeviceCall(Call call, const TorchTensor& q, const TorchTensor& k, const TorchTensor& cu_seqlens_q,
              const TorchTensor& cu_seqlens_k)
-      : Call(with_cuda(std::move(call))), guard_(place_of(q).index) {
+      : DeviceCall(std::move(call), q) {
+    const std::int32_t* q_starts = list("cu_seqlens_q", cu_seqlens_q);
+    const std::int32_t* k_starts = list("cu_seqlens_k", cu_seqlens_k);
+    if (cu_seqlens_q.size(0) == 0) throw Error(function + ": sequences.q is empty; it starts with 0");
+    if (cu_seqlens_q.size(0) != cu_seqlens_k.size(0)) {
+      throw Error(function + ": sequences.k has " + std::to_string(cu_seqlens_k.size(0)) +
+                  " entries; sequences.q has " + std::to_string(cu_seqlens_q.size(0)));
+    }
+    sequences = {.q = q_starts,
+                 .k = k_starts,
+                 .count = cu_seqlens_q.size(0) - 1,
+                 .longest = k.dim() > 0 ? k.size(0) : 0};
+  }
+  DeviceCall(Call call, const TorchTensor& q) : Call(with_cuda(std::move(call))), guard_(place_of(q).index) {
     place = place_of(q);
     if (!place.is_cuda()) throw Error(function + ": q is not on a CUDA device, where another tensor is");
-    q_starts_ = contiguous(check(cu_seqlens_q, "cu_seqlens_q"));
-    k_starts_ = contiguous(check(cu_seqlens_k, "cu_seqlens_k"));
-    if (q_starts_.size(0) == 0) throw Error(function + ": sequences.q is empty; it starts with 0");
-    if (q_starts_.size(0) != k_starts_.size(0)) {
-      throw Error(function + ": sequences.k has " + std::to_string(k_starts_.size(0)) +
-                  " entries; sequences.q has " + std::to_string(q_starts_.size(0)));
-    }
-    sequences = {.q = static_cast<const std::int32_t*>(q_starts_.data_ptr()),
-                 .k = static_cast<const std::int32_t*>(k_starts_.data_ptr()),
-                 .count = q_starts_.size(0) - 1,
-                 .longest = k.dim() > 0 ? k.size(0) : 0};
+  }
+
+  /// The numbers of a one-dimensional tensor of int32, side by side for as long as the call lasts.
+  const std::int32_t* list(const char* name, const TorchTensor& t) {
+    check_offsets(function, name, t, place);
+    lists_.push_back(t.size(0) > 1 && t.stride(0) != 1 ? torch::stable::contiguous(t) : t);
+    return static_cast<const std::int32_t*>(lists_.back().data_ptr());
   }
 
   Execution execution(const std::string& backend, DType) {
@@ -73,17 +98,8 @@ class DeviceCall : public Call {
   }
 
  private:
-  const TorchTensor& check(const TorchTensor& t, const char* name) const {
-    check_offsets(function, name, t, place);
-    return t;
-  }
-  static TorchTensor contiguous(const TorchTensor& t) {
-    return t.size(0) > 1 && t.stride(0) != 1 ? torch::stable::contiguous(t) : t;
-  }
-
-  torch::stable::accelerator::DeviceGuard guard_;
-  TorchTensor q_starts_{}, k_starts_{};
-  std::vector<TorchTensor> held_{};
+  DeviceGuard guard_;
+  std::vector<TorchTensor> lists_{}, held_{};
 };
 
 }  // namespace moba::pytorch

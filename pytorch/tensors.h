@@ -19,12 +19,20 @@ namespace moba::pytorch {
 using TorchTensor = torch::stable::Tensor;
 using torch::headeronly::ScalarType;
 
-/// A device, in the numbers of torch's stable ABI.
+/// A device, in the numbers of torch's stable ABI. With the emulated one, torch's tensors on the CPU are its.
 struct Place {
   std::int32_t type = aoti_torch_device_type_cpu();
   std::int32_t index = 0;
 
-  bool is_cuda() const { return type == aoti_torch_device_type_cuda(); }
+#if defined(MOBA_CUDA_EMULATION)
+  bool is_cuda() const {
+    return true;
+  }
+#else
+  bool is_cuda() const {
+    return type == aoti_torch_device_type_cuda();
+  }
+#endif
   bool operator==(const Place&) const = default;
 };
 
@@ -81,29 +89,36 @@ inline DType dtype_of(const std::string& function, const char* name, const Torch
 }
 
 /// A tensor that libmoba can walk, and its view: strides are taken as they are, except that a last dimension
-/// that is not contiguous is copied, and on a CUDA device rows that do not begin on 16 bytes.
+/// that is not contiguous is copied, and on a CUDA device rows that do not begin on 16 bytes. [tokens, heads,
+/// head_dim], or of rank 4 what a sequence has of each.
 class Argument {
  public:
-  Argument(const std::string& function, const char* name, const TorchTensor& given, const Place& place)
+  Argument(const std::string& function, const char* name, const TorchTensor& given, const Place& place,
+           int rank = 3)
       : tensor_(given) {
     require_place(function, name, given, place);
-    if (given.dim() != 3) {
-      throw Error(function + ": " + name + " has sizes " + sizes_text(given) +
-                  "; [tokens, heads, head_dim] is expected");
+    if (given.dim() != rank) {
+      throw Error(function + ": " + name + " has sizes " + sizes_text(given) + "; " +
+                  (rank == 3 ? "[tokens" : "[sequences, tokens or blocks") +
+                  ", heads, head_dim] is expected");
     }
     view_.dtype = pytorch::dtype_of(function, name, given);
     if (!can_be_walked(given, place)) {
-      tensor_ = empty({given.size(0), given.size(1), given.size(2)}, given.scalar_type(), place);
+      std::vector<std::int64_t> sizes;
+      for (int dim = 0; dim < rank; ++dim) sizes.push_back(given.size(dim));
+      tensor_ = empty(sizes, given.scalar_type(), place);
       torch::stable::copy_(tensor_, given);
     }
     view_.data = tensor_.data_ptr();
     view_.device = place.is_cuda() ? Device::cuda : Device::cpu;
-    view_.rank = 3;
-    for (std::size_t dim = 0; dim < 3; ++dim) {
-      view_.sizes[dim] = tensor_.size(static_cast<std::int64_t>(dim));
-      view_.strides[dim] = tensor_.stride(static_cast<std::int64_t>(dim));
+    view_.rank = rank;
+    for (int dim = 0; dim < rank; ++dim) {
+      const auto at = static_cast<std::size_t>(dim);
+      view_.sizes[at] = tensor_.size(dim);
+      view_.strides[at] = stride_of(tensor_, dim);
     }
-    view_.strides[2] = 1;  // what an empty tensor says of itself means nothing
+    view_.strides[static_cast<std::size_t>(rank) - 1] =
+        1;  // what an empty tensor says of itself means nothing
   }
 
   const Tensor& view() const { return view_; }
@@ -111,11 +126,19 @@ class Argument {
 
  private:
   bool can_be_walked(const TorchTensor& t, const Place& place) const {
-    if (t.size(2) > 1 && t.stride(2) != 1) return false;
+    const std::int64_t last = t.dim() - 1;
+    if (t.size(last) > 1 && t.stride(last) != 1) return false;
+    if (!place.is_cuda()) return true;
     constexpr std::int64_t kRow = 16;
     const auto bytes = static_cast<std::int64_t>(size_of(view_.dtype));
-    return !place.is_cuda() || (reinterpret_cast<std::uintptr_t>(t.data_ptr()) % kRow == 0 &&
-                                t.stride(0) * bytes % kRow == 0 && t.stride(1) * bytes % kRow == 0);
+    bool aligned = reinterpret_cast<std::uintptr_t>(t.data_ptr()) % kRow == 0;
+    for (std::int64_t dim = 0; dim < last; ++dim) aligned = aligned && stride_of(t, dim) * bytes % kRow == 0;
+    return aligned;
+  }
+
+  /// That of a batch of one may be any number, and is of no use.
+  static std::int64_t stride_of(const TorchTensor& t, std::int64_t dim) {
+    return dim == 0 && t.dim() == 4 && t.size(0) == 1 ? 0 : t.stride(dim);
   }
 
   TorchTensor tensor_;

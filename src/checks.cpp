@@ -376,7 +376,7 @@ void check_cached(const Tensor& q, std::span<const CachedSequence> sequences, co
 
 namespace {
 
-/// One page of [pages, page_tokens, Hkv, D].
+/// One page of [pages, page_tokens, Hkv, D], without tokens where there is none.
 Tensor page_of(std::string_view function, const char* name, const Tensor& t) {
   if (t.rank != 4)
     refuse(function, name, " has rank ", t.rank, "; [pages, page_tokens, kv heads, head_dim] is expected");
@@ -386,6 +386,7 @@ Tensor page_of(std::string_view function, const char* name, const Tensor& t) {
     page.sizes[dim] = t.sizes[dim + 1];
     page.strides[dim] = t.strides[dim + 1];
   }
+  if (t.sizes[0] == 0) page.sizes[0] = 0;
   check_view(function, name, page);
   if (t.sizes[0] < 0) refuse(function, name, " has ", t.sizes[0], " pages");
   return page;
@@ -398,14 +399,18 @@ namespace {
 /// That the pages go into blocks, and that there is a mean for each.
 void check_means(std::string_view function, const PagedCache& cache, std::int64_t block_size) {
   const Tensor &k = cache.k, &means = cache.means;
-  check_view(function, "cache.means", means);
+  page_of(function, "cache.means", means);
   check_same_kind(function, "cache.means", means, "cache.k", k);
-  if (means.sizes[0] != k.sizes[0] || means.sizes[1] != k.sizes[2] || means.sizes[2] != k.sizes[3])
-    refuse(function, "cache.means has sizes ", sizes_of(means), "; [", k.sizes[0], ", ", k.sizes[2], ", ",
-           k.sizes[3], "] is expected");
-  if (block_size % k.sizes[1] != 0)
-    refuse(function, "block_size is ", block_size, "; a multiple of cache.k's pages of ", k.sizes[1],
-           " tokens is expected");
+  const std::int64_t page_tokens = k.sizes[1];
+  const std::int64_t blocks =
+      page_tokens < block_size ? 1 : std::min(page_tokens, cache.longest) / block_size;
+  if (means.sizes[0] != k.sizes[0] || means.sizes[1] < blocks || means.sizes[2] != k.sizes[2] ||
+      means.sizes[3] != k.sizes[3])
+    refuse(function, "cache.means has sizes ", sizes_of(means), "; [", k.sizes[0], ", ", blocks, " or more, ",
+           k.sizes[2], ", ", k.sizes[3], "] is expected");
+  if (cache.longest > page_tokens && block_size % page_tokens != 0 && page_tokens % block_size != 0)
+    refuse(function, "block_size is ", block_size, "; a multiple or a divisor of cache.k's pages of ",
+           page_tokens, " tokens is expected");
 }
 
 void check_pages(std::string_view function, const PagedCache& cache) {
@@ -414,19 +419,21 @@ void check_pages(std::string_view function, const PagedCache& cache) {
   if (cache.v.sizes[0] != cache.k.sizes[0])
     refuse(function, "cache.v has ", cache.v.sizes[0], " pages; cache.k has ", cache.k.sizes[0]);
   if (cache.sequences < 0) refuse(function, "cache.sequences is ", cache.sequences);
-  if (cache.sequences > 0 && (cache.page_table == nullptr || cache.lengths == nullptr))
-    refuse(function, cache.lengths == nullptr ? "cache.lengths" : "cache.page_table",
-           " is null; int32 on the device are expected");
+  if (cache.sequences > 0 && cache.lengths == nullptr)
+    refuse(function, "cache.lengths is null; int32 on the device are expected");
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   if (cache.longest < 0 || cache.longest > kMost)
     refuse(function, "cache.longest is ", cache.longest, "; 0 to ", kMost, " are expected");
-  const std::int64_t page_tokens = k.sizes[0];
-  if (page_tokens < 1 || page_tokens > kMost)
+  const std::int64_t page_tokens = cache.k.sizes[1];
+  if (page_tokens < (cache.longest > 0 ? 1 : 0) || page_tokens > kMost)
     refuse(function, "cache.k has pages of ", page_tokens, " tokens; 1 to ", kMost, " are expected");
-  const std::int64_t needed = (cache.longest + page_tokens - 1) / page_tokens;
+  const std::int64_t needed = cache.longest == 0 ? 0 : (cache.longest - 1) / page_tokens + 1;
   if (cache.table_stride < needed)
     refuse(function, "cache.table_stride is ", cache.table_stride, "; ", cache.longest, " tokens need ",
            needed, " pages of ", page_tokens);
+  if (cache.page_table == nullptr && needed > 0 && cache.k.sizes[0] / cache.table_stride < cache.sequences)
+    refuse(function, "cache.k has ", cache.k.sizes[0], " pages and no page_table; ", cache.sequences,
+           " times ", cache.table_stride, " are expected");
 }
 
 }  // namespace

@@ -42,15 +42,20 @@ MOBA_EXPORT void select_blocks(const Tensor& q, const Tensor& k, const DeviceSeq
 struct PagedCache {
   /// [pages, page_tokens, Hkv, D] of one dtype, any strides but of the last dimension.
   Tensor k{}, v{};
-  /// [pages, Hkv, D], in the dtype of k: the mean key of a complete block, at the page where the block
-  /// begins. Not read, and may be empty, where nothing is to be chosen: top_k is 1 or covers every block.
+  /// [pages, blocks that a page can begin, Hkv, D], in the dtype of k: the mean key of a complete block, at
+  /// the page where the block begins. Not read, and may be empty, where nothing is to be chosen: top_k is 1
+  /// or covers every block.
   Tensor means{};
   /// [sequences, table_stride]: page i of a sequence holds its tokens from i x page_tokens on. Read by the
-  /// device, so nothing checks it; entries behind a sequence's last token are not read.
+  /// device, so nothing checks it; entries behind a sequence's last token are not read. Null: page i of
+  /// sequence s is page s x table_stride + i.
   const std::int32_t* page_table = nullptr;
   std::int64_t table_stride = 0;
   /// [sequences], tokens that each holds, 0 included.
   const std::int32_t* lengths = nullptr;
+  /// [sequences], how many of them, the first ones, are padding that nobody sees; null: none. Blocks are
+  /// counted from behind it, and their means lie as if there were none.
+  const std::int32_t* starts = nullptr;
   std::int64_t sequences = 0;
   /// At least the longest length.
   std::int64_t longest = 0;
@@ -58,7 +63,8 @@ struct PagedCache {
 
 /// One new token for every sequence, as `decode` on a KvCache: `q` and `outputs.out` [sequences, Hq, D],
 /// `outputs.lse` [Hq, sequences]. Each query is the last token of its sequence, whose key the cache already
-/// holds. Where blocks are to be chosen, page_tokens divides their size.
+/// holds. Where blocks are to be chosen, page_tokens divides their size, is a multiple of it, or is no less
+/// than `longest`.
 MOBA_EXPORT void decode(const Tensor& q, const PagedCache& cache, const Routing& routing,
                         const Outputs& outputs, const Execution& execution = {});
 

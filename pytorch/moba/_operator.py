@@ -20,8 +20,13 @@ _TENSORS = {
     "select": ("q", "k", *_OFFSETS),
     "decode": ("q", "k", "v", "means", "begin", "end"),
 }
-_DTYPES = {"lse": torch.float32, "means": torch.float32} | dict.fromkeys((*_OFFSETS, "selection", "begin", "end"), torch.int32)
+_DTYPES = {"lse": torch.float32} | dict.fromkeys((*_OFFSETS, "selection", "begin", "end"), torch.int32)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def means_dtype(keys: Tensor) -> torch.dtype:
+    """What `decode` wants the means of such keys in."""
+    return keys.dtype if keys.is_cuda else torch.float32
 
 
 def _check_tensors(function: str, *tensors: Tensor) -> None:
@@ -32,7 +37,7 @@ def _check_tensors(function: str, *tensors: Tensor) -> None:
     if dtype not in _FLOATING:
         raise TypeError(f"{function}: q is {dtype}; one of {', '.join(map(str, _FLOATING))} is expected")
     for name, t in zip(names, tensors):
-        expected = _DTYPES.get(name)
+        expected = means_dtype(q) if name == "means" else _DTYPES.get(name)
         if expected is None and t.dtype is not dtype:
             raise TypeError(f"{function}: {name} is {t.dtype}; q is {dtype}")
         if expected is not None and t.dtype is not expected:
@@ -48,7 +53,7 @@ def _refused(error: Exception) -> Exception:
         return error
     if ": CUDA: " in text:  # the device failed, the arguments are right
         return RuntimeError(text)
-    return ValueError(text.replace("select_blocks: ", "select: ").replace("sequences.", "cu_seqlens_"))
+    return ValueError(text.replace("select_blocks: ", "select: ").replace("sequences.", "cu_seqlens_").replace("cache.", ""))
 
 
 _door = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
@@ -212,13 +217,6 @@ def _register_underived(function):
 _library.impl("attention", _with_gradient, "Autograd", with_keyset=True)
 _register_underived("attention_backward")
 _register_underived("decode")
-
-
-def _decode_on_cuda(q, *rest):
-    raise NotImplementedError("decode: q is on a CUDA device; ops.attention takes one query a sequence there")
-
-
-_library.impl("decode", _decode_on_cuda, "CUDA")
 
 
 # Under autocast the inputs take its dtype, as torch's own attention has it. float64 stays what it is.

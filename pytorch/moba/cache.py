@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ._operator import means_dtype
+
 _GROWTH = 1.5
 _LEAST_CAPACITY = 256
 
@@ -55,14 +57,14 @@ class MobaLayer(DynamicLayer):
         return keys, values
 
     def means(self, begins: list[int], block_size: int) -> Tensor:
-        """Mean keys of the complete blocks, float32 [B, blocks, Hkv, D], row b's counted from token `begins[b]`. Each is
-        computed once, when its block is full."""
+        """Mean keys of the complete blocks, as `ops.decode` takes them: [B, blocks, Hkv, D], row b's counted from token
+        `begins[b]`. Each is computed once, when its block is full."""
         if block_size != self._block_size or begins != self._begins:
             self._block_size, self._begins, self._complete = block_size, begins, [0] * len(begins)
         keys = self._stored[0]
         batch, capacity, heads, head_dim = keys.shape
         if self._means.shape[:2] != (batch, capacity // block_size):
-            means = keys.new_empty(batch, capacity // block_size, heads, head_dim, dtype=torch.float32)
+            means = keys.new_empty(batch, capacity // block_size, heads, head_dim, dtype=means_dtype(keys))
             kept = min(max(self._complete), means.shape[1])
             if kept:
                 means[:, :kept] = self._means[:, :kept]

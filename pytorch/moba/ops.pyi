@@ -82,6 +82,7 @@ def decode(
     """One new token for each of B sequences: `out [B, Hq, D]` and `lse [Hq, B]` for `q [B, Hq, D]`, without a derivative.
 
     `k`, `v` `[B, tokens, Hkv, D]`, any strides, of which sequence b holds tokens `[begin[b], end[b])`, the query's own last;
-    int32. `means` `[B, blocks, Hkv, D]` float32: of every complete block counted from `begin[b]`, the mean of its keys rounded to
-    their dtype; not read where the routing covers every block. CPU tensors alone.
+    int32. `means` `[B, blocks, Hkv, D]`: of every complete block counted from `begin[b]`, the mean of its keys rounded to their
+    dtype; float32 on the CPU, in the dtype of k on CUDA; not read where the routing covers every block. On CUDA nothing checks what
+    `begin` and `end` hold.
     """

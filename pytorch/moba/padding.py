@@ -27,7 +27,8 @@ def spans_of_mask(mask: Tensor, queries: int, offset: int | Tensor = 0) -> Tenso
 
 def whole_spans(batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
     """The spans of a batch without padding."""
-    return torch.tensor([[0, queries, 0, keys]], dtype=torch.int32, device=device).expand(batch, 4)
+    spans = torch.tensor([[0, queries, 0, keys]], dtype=torch.int32)
+    return spans.to(device, non_blocking=True).expand(batch, 4)
 
 
 def cu_seqlens_of(spans: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor]:

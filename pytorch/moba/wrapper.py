@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from . import ops
+from ._operator import means_dtype
 from .config import MoBAConfig
 from .functional import EVERYTHING, check_tensors, flatten, varlen
 from .modes import current_mode, records_of
@@ -121,11 +122,18 @@ def moba_layer(
     if naive:
         attend = partial(_attend_naive, query, key, value, config, scaling)
     else:
-        attend = partial(_attend, module, query, key, value, config, scaling)
+        attend = partial(_attend, module, query, key, value, attention_mask, config, scaling)
     if top_k == EVERYTHING or config.full_tail == 0 or queries == 1:
         return attend(spans, top_k), None
     before, tail = split_tail(spans, config.full_tail)
     return attend(before, top_k) + attend(tail, EVERYTHING), None  # each is 0 where the other attends
+
+
+def _can_decode(query: Tensor) -> bool:
+    """Whether `ops.decode` has a kernel for such queries."""
+    if query.is_cuda:
+        return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in (64, 96, 128, 256)
+    return query.is_cpu
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,15 +141,15 @@ def _packed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def _attend(
-    module: Module, query: Tensor, key: Tensor, value: Tensor, config: MoBAConfig, scaling: float | None, spans: Tensor,
-    top_k: int,
+    module: Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, config: MoBAConfig, scaling: float | None,
+    spans: Tensor, top_k: int,
 ) -> Tensor:
     batch, _, queries, _ = query.shape
     records = records_of(module) if top_k < EVERYTHING else []
     sinks = config.sink_blocks if top_k < EVERYTHING else 0
     casting = torch.is_autocast_enabled(query.device.type)
-    if queries == 1 and query.is_cpu and not (records or casting or torch.is_grad_enabled()):
-        out = _decode(query, key, value, config, scaling, spans, top_k, sinks)
+    if queries == 1 and _can_decode(query) and not (records or casting or torch.is_grad_enabled()):
+        out = _decode(query, key, value, mask, config, scaling, spans, top_k, sinks)
         if out is not None:
             return out
     q, k, v = _packed(query, key, value)
@@ -154,16 +162,26 @@ def _attend(
     return out.unflatten(0, (batch, queries))
 
 
+def _begins(mask: Tensor | None, batch: int) -> list[int]:
+    """Where each row's tokens begin, as the host knows it: a device is asked once for each mask, which all layers share."""
+    if mask is None:
+        return [0] * batch
+    begins = getattr(mask, "moba_begins", None)
+    if begins is None:
+        begins = mask.moba_begins = mask[:, 0, 0, 2].tolist()  # type: ignore[attr-defined]
+    return begins
+
+
 def _decode(
-    query: Tensor, key: Tensor, value: Tensor, config: MoBAConfig, scaling: float | None, spans: Tensor, top_k: int,
-    sinks: int,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, config: MoBAConfig, scaling: float | None, spans: Tensor,
+    top_k: int, sinks: int,
 ) -> Tensor | None:
     """One token of each row, straight from the cache. None when that needs means of blocks and nobody keeps them."""
-    begin, end = spans[:, 2].contiguous(), spans[:, 3].contiguous()
+    begin, end = spans.unbind(-1)[2:]
     if top_k == EVERYTHING:
-        means = query.new_empty(query.shape[0], 0, *key.shape[1::2], dtype=torch.float32)
+        means = query.new_empty(query.shape[0], 0, *key.shape[1::2], dtype=means_dtype(query))
     elif (layer := getattr(key, "moba_layer", None)) is not None:
-        means = layer.means(begin.tolist(), config.moba_chunk_size)
+        means = layer.means(_begins(mask, query.shape[0]), config.moba_chunk_size)
     else:
         return None
     out, _ = ops.decode(

@@ -43,40 +43,15 @@ std::int64_t candidates_of(const Task& task) {
   return (task.longest - 1) / task.routing.block_size;
 }
 
-/// Keys, values or means, and where their pages are.
-template <typename T>
-struct Pages {
-  T* data = nullptr;
-  std::int64_t page_stride = 0, token_stride = 0, head_stride = 0;
-  std::int32_t page_tokens = 1;
-  const std::int32_t* table = nullptr;
-  std::int64_t table_stride = 0;
-
-  MOBA_DEVICE T* row(std::int64_t sequence, std::int32_t token, std::int64_t head) const {
-    const std::int64_t page = table[sequence * table_stride + token / page_tokens];
-    return data + page * page_stride + token % page_tokens * token_stride + head * head_stride;
-  }
-};
-
 template <typename T>
 Pages<T> pages_of(const Tensor& t, const PagedCache& cache) {
   return {.data = static_cast<T*>(t.data),
           .page_stride = t.strides[0],
           .token_stride = t.strides[1],
           .head_stride = t.strides[2],
-          .page_tokens = static_cast<std::int32_t>(t.sizes[1]),
+          .page_tokens = static_cast<std::int32_t>(cache.k.sizes[1]),
           .table = cache.page_table,
           .table_stride = cache.table_stride};
-}
-/// The mean of the block that begins at a token is the "row" of that token.
-template <typename T>
-Pages<T> pages_of_means(const PagedCache& cache) {
-  Pages<T> pages = pages_of<T>(cache.k, cache);
-  pages.data = static_cast<T*>(cache.means.data);
-  pages.page_stride = cache.means.strides[0];
-  pages.token_stride = 0;
-  pages.head_stride = cache.means.strides[1];
-  return pages;
 }
 
 /// What all stages know. A unit is a sequence and a tile of the query heads of one kv head.
@@ -84,7 +59,7 @@ template <typename T>
 struct DecodeParams {
   View<const T> q;
   Pages<const T> k, v, means;
-  const std::int32_t* lengths;  // [Tq]
+  Spans spans;  // [Tq]
   Decoding decoding;
   std::int64_t block_size, most_candidates;
   std::int64_t group, head0, heads, sequence0;
@@ -101,7 +76,7 @@ struct Unit {
   std::int64_t kv_head = 0, q_head = 0;  // of all; the first of the tile
   std::int64_t row = 0;                  // of the part: [sequences, query heads], the first of the tile
   std::int32_t count = 0;                // query heads
-  std::int32_t length = 0;               // tokens of the sequence
+  std::int32_t start = 0, length = 0;    // of the sequence: its first token in its pages, and how many
 };
 
 template <typename T>
@@ -109,12 +84,14 @@ MOBA_DEVICE Unit unit_at(const DecodeParams<T>& p, std::int64_t index) {
   const std::int64_t tile = index % p.tiles, head = index / p.tiles % p.heads,
                      sequence = index / p.tiles / p.heads;
   const std::int64_t left = p.group - tile * kTile;
+  const Stretch span = p.spans.of(p.sequence0 + sequence);
   return {.sequence = p.sequence0 + sequence,
           .kv_head = p.head0 + head,
           .q_head = (p.head0 + head) * p.group + tile * kTile,
           .row = sequence * p.q_heads() + head * p.group + tile * kTile,
           .count = static_cast<std::int32_t>(left < kTile ? left : kTile),
-          .length = p.lengths[p.sequence0 + sequence]};
+          .start = span.begin,
+          .length = span.size()};
 }
 
 /// Complete blocks before the last token's own.
@@ -148,7 +125,7 @@ decode_score_kernel(MOBA_PARAMETER DecodeParams<T> p) {
   load_queries(p, unit, q);
   tile::gather_rows<C::kKeys, C::kThreads>(means, [&](int row) -> const T* {
     if (first + row >= candidates) return nullptr;
-    return p.means.row(unit.sequence, static_cast<std::int32_t>((first + row) * p.block_size), unit.kv_head);
+    return p.means.mean(unit.sequence, first + row, p.block_size, unit.kv_head);
   });
   ptx::copy_commit();
   ptx::copy_wait<0>();
@@ -173,7 +150,7 @@ constexpr int kSelectThreads = 512;
 
 struct SelectParams {
   Decoding decoding;
-  const std::int32_t* lengths;
+  Spans spans;
   std::int64_t block_size, most_candidates, q_heads, sequence0;
   std::int32_t width;
 };
@@ -198,7 +175,7 @@ MOBA_DEVICE std::int32_t count_from(const std::uint32_t* orders, std::int32_t co
 MOBA_KERNEL(kSelectThreads, 2) decode_select_kernel(MOBA_PARAMETER SelectParams p) {
   auto* sums = reinterpret_cast<std::int32_t*>(ptx::shared());
   const std::int64_t row = ptx::block_x();
-  const std::int32_t length = p.lengths[p.sequence0 + row / p.q_heads];
+  const std::int32_t length = p.spans.of(p.sequence0 + row / p.q_heads).size();
   const auto candidates = length == 0 ? 0 : static_cast<std::int32_t>((length - 1) / p.block_size);
   const std::uint32_t* orders = p.decoding.orders + row * p.most_candidates;
   std::int32_t* to = p.decoding.selection + row * p.width;
@@ -360,7 +337,7 @@ decode_attend_kernel(MOBA_PARAMETER DecodeParams<T> p) {
   const auto load = [&](std::int32_t key, int buffer) {
     const auto source = [&](const Pages<const T>& pages) {
       return [&, key](int row) {
-        return key + row < last ? pages.row(unit.sequence, key + row, unit.kv_head) : nullptr;
+        return key + row < last ? pages.row(unit.sequence, unit.start + key + row, unit.kv_head) : nullptr;
       };
     };
     tile::gather_rows<C::kKeys, C::kThreads>(shared.k(buffer), source(p.k));
@@ -414,7 +391,7 @@ decode_combine_kernel(MOBA_PARAMETER CombineParams<T> c) {
   const DecodeParams<T>& p = c.decode;
   const std::int64_t row = ptx::block_x(), sequence = p.sequence0 + row / p.q_heads(),
                      q_head = p.head0 * p.group + row % p.q_heads();
-  const std::int32_t length = p.lengths[sequence];
+  const std::int32_t length = p.spans.of(sequence).size();
   const std::int32_t own = static_cast<std::int32_t>(length - std::int64_t{own_block(p, length)} *
                                                                   p.block_size);  // keys of the own block
   const auto pieces_at = [&](std::int32_t rank) -> std::int32_t {
@@ -454,7 +431,8 @@ template <typename T>
 struct MeansParams {
   Pages<const T> k;
   Pages<T> means;
-  const std::int32_t *before, *lengths;  // [sequences]; null before: 0
+  const std::int32_t* before;  // [sequences]; null: 0
+  Spans spans;
   std::int64_t block_size, blocks, heads;
 };
 
@@ -466,15 +444,17 @@ decode_means_kernel(MOBA_PARAMETER MeansParams<T> p) {
   auto* sums = reinterpret_cast<float*>(ptx::shared());  // [kRows, D]
   const std::int64_t head = ptx::block_x() / p.blocks % p.heads,
                      sequence = ptx::block_x() / p.blocks / p.heads;
-  const std::int64_t first = p.before == nullptr ? 0 : p.before[sequence] / p.block_size;
-  const std::int64_t begin = (first + ptx::block_x() % p.blocks) * p.block_size, end = begin + p.block_size;
-  if (end > p.lengths[sequence]) return;
+  const Stretch span = p.spans.of(sequence);
+  const Stretch held{span.begin, p.before == nullptr ? 0 : p.before[sequence]};
+  const std::int64_t block = held.size() / p.block_size + ptx::block_x() % p.blocks;
+  const std::int64_t begin = block * p.block_size, end = begin + p.block_size;
+  if (end > span.size()) return;
   const int column = ptx::thread() % kColumns, row = ptx::thread() / kColumns;
   if (row < kRows) {
     float sum[kElements] = {};
     for (std::int64_t key = begin + row; key < end; key += kRows) {
-      const ptx::Vector v =
-          ptx::load_streaming(p.k.row(sequence, static_cast<std::int32_t>(key), head) + column * kElements);
+      const ptx::Vector v = ptx::load_streaming(
+          p.k.row(sequence, static_cast<std::int32_t>(span.begin + key), head) + column * kElements);
       const std::uint32_t pairs[] = {v.x, v.y, v.z, v.w};
       MOBA_UNROLL
       for (int i = 0; i < 4; ++i) {
@@ -487,8 +467,8 @@ decode_means_kernel(MOBA_PARAMETER MeansParams<T> p) {
   }
   ptx::barrier();
   const auto count = static_cast<float>(p.block_size);
-  auto* mean =
-      reinterpret_cast<std::uint32_t*>(p.means.row(sequence, static_cast<std::int32_t>(begin), head));
+  auto* mean = reinterpret_cast<std::uint32_t*>(
+      p.means.mean(sequence, static_cast<std::int32_t>(block), p.block_size, head));
   for (int pair = ptx::thread(); pair < head_dim / 2; pair += kMeanThreads) {
     float low = 0, high = 0;
     for (int r = 0; r < kRows; ++r) {
@@ -505,8 +485,8 @@ DecodeParams<T> params_of(const Task& task, const Group& part, const PagedCache&
   return {.q = view_of<const T>(task.q),
           .k = pages_of<const T>(cache.k, cache),
           .v = pages_of<const T>(cache.v, cache),
-          .means = pages_of_means<const T>(cache),
-          .lengths = cache.lengths,
+          .means = pages_of<const T>(cache.means, cache),
+          .spans = {cache.starts, cache.lengths},
           .decoding = decoding,
           .block_size = task.routing.block_size,
           .most_candidates = candidates_of(task),
@@ -560,7 +540,7 @@ void decode_score(Queue& queue, const Task& task, const Group& part, const Paged
 void decode_select(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
                    const Decoding& decoding) {
   const SelectParams params{.decoding = decoding,
-                            .lengths = cache.lengths,
+                            .spans = {cache.starts, cache.lengths},
                             .block_size = task.routing.block_size,
                             .most_candidates = candidates_of(task),
                             .q_heads = part.heads() * task.group,
@@ -598,9 +578,9 @@ void complete_means(Queue& queue, const Task& task, const PagedCache& cache, con
   with_type(task, [&]<typename T, int head_dim>() {
     const std::int64_t block_size = task.asked_block_size;
     const MeansParams<T> params{.k = pages_of<const T>(cache.k, cache),
-                                .means = pages_of_means<T>(cache),
+                                .means = pages_of<T>(cache.means, cache),
                                 .before = before,
-                                .lengths = cache.lengths,
+                                .spans = {cache.starts, cache.lengths},
                                 .block_size = block_size,
                                 .blocks = std::min(most_added, task.longest) / block_size + 1,
                                 .heads = task.kv_heads};

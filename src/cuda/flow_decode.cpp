@@ -7,7 +7,8 @@
 namespace moba::cuda {
 namespace {
 
-/// One page, [page_tokens, Hkv, D], and that all of them lie on the device in pieces of 16 bytes.
+/// One page, [page_tokens, Hkv, D], without tokens where there is none; and that all of them lie on the
+/// device in pieces of 16 bytes.
 Tensor page_of(std::string_view function, const char* name, const Tensor& t) {
   Tensor page = t;
   page.rank = 3;
@@ -15,12 +16,19 @@ Tensor page_of(std::string_view function, const char* name, const Tensor& t) {
     page.sizes[dim] = t.sizes[dim + 1];
     page.strides[dim] = t.strides[dim + 1];
   }
+  if (t.sizes[0] == 0) page.sizes[0] = 0;
   Tensor pages = page;  // their first rows
   pages.sizes[0] = t.sizes[0];
   pages.strides[0] = t.strides[0];
   check_view(function, name, page);
   check_view(function, name, pages);
   return page;
+}
+
+void check_lists(std::string_view function, const PagedCache& cache) {
+  check_list(function, "cache.page_table", cache.page_table);
+  check_list(function, "cache.lengths", cache.lengths);
+  check_list(function, "cache.starts", cache.starts);
 }
 
 }  // namespace
@@ -31,10 +39,9 @@ void decode(std::string_view function, const Tensor& q, const PagedCache& cache,
   const DeviceBatch batch{.count = cache.sequences, .longest = cache.longest};
   const Task task = make_task(function, q, k, v, batch, routing);
   check_shared(function, task.head_dim, decode_shared_bytes(task.head_dim));
-  if (task.needs_scores()) check_view(function, "cache.means", cache.means);
+  if (task.needs_scores()) page_of(function, "cache.means", cache.means);
   check_view(function, "out", outputs.out);
-  check_list(function, "cache.page_table", cache.page_table);
-  check_list(function, "cache.lengths", cache.lengths);
+  check_lists(function, cache);
   check_list(function, "lse", outputs.lse);
   if (task.sequences == 0) return;
 
@@ -65,9 +72,8 @@ void update_means(std::string_view function, const PagedCache& cache, std::int64
   const Tensor k = page_of(function, "cache.k", cache.k);
   const DeviceBatch batch{.count = cache.sequences, .longest = cache.longest};
   const Task task = make_task(function, k, k, k, batch, {.block_size = block_size, .top_k = 1});
-  check_view(function, "cache.means", cache.means);
-  check_list(function, "cache.page_table", cache.page_table);
-  check_list(function, "cache.lengths", cache.lengths);
+  page_of(function, "cache.means", cache.means);
+  check_lists(function, cache);
   check_list(function, "before", before);
   if (cache.longest < block_size) return;
   Queue queue(function, execution);

@@ -24,6 +24,33 @@ struct View {
   }
 };
 
+/// Keys or values [pages, tokens of a page, heads, D], or means of blocks where tokens are, and the pages of
+/// each sequence.
+template <typename T>
+struct Pages {
+  T* data = nullptr;
+  std::int64_t page_stride = 0, token_stride = 0, head_stride = 0;  // elements
+  std::int32_t page_tokens = 1;
+  const std::int32_t* table = nullptr;  // null: the identity
+  std::int64_t table_stride = 0;
+
+  MOBA_BOTH T* row(std::int64_t sequence, std::int32_t token, std::int64_t head) const {
+    return at(sequence, token, token % page_tokens, head);
+  }
+  MOBA_BOTH T* mean(std::int64_t sequence, std::int32_t block, std::int64_t block_size,
+                    std::int64_t head) const {
+    const auto token = static_cast<std::int32_t>(block * block_size);
+    return at(sequence, token, token % page_tokens / block_size, head);
+  }
+
+ private:
+  MOBA_BOTH T* at(std::int64_t sequence, std::int32_t token, std::int64_t in_page, std::int64_t head) const {
+    const std::int64_t index = sequence * table_stride + token / page_tokens;
+    const std::int64_t page = table == nullptr ? index : table[index];
+    return data + page * page_stride + in_page * token_stride + head * head_stride;
+  }
+};
+
 /// The packed sequences. Every array has `sequences` + 1 entries, from 0.
 struct Batch {
   std::int32_t sequences = 0;
@@ -51,6 +78,18 @@ MOBA_BOTH std::int32_t sequence_of(const std::int32_t* starts, std::int32_t sequ
 /// Keys [begin, end) of a block, counted in its sequence.
 struct Stretch {
   std::int32_t begin = 0, end = 0;
+
+  MOBA_BOTH std::int32_t size() const { return end > begin ? end - begin : 0; }
+};
+
+/// Which tokens of their pages sequences consist of.
+struct Spans {
+  const std::int32_t* begins = nullptr;  // null: 0
+  const std::int32_t* ends = nullptr;
+
+  MOBA_BOTH Stretch of(std::int64_t sequence) const {
+    return {begins == nullptr ? 0 : begins[sequence], ends[sequence]};
+  }
 };
 
 MOBA_BOTH Stretch keys_of(std::int32_t block, std::int64_t block_size, std::int32_t keys) {

@@ -16,25 +16,33 @@ struct Shape {
   DType dtype = DType::bf16;
   std::int64_t kv_heads = 1, group = 1, head_dim = 64, page_tokens = 8;
   Values values = Values::normal;
+  bool in_order = false;     // page i of sequence s is page s x table_stride + i, without a table
+  std::int32_t padding = 0;  // sequence s has padding x (s mod 3) tokens of it before its own
 };
 
 double unit_of(DType dtype) {
   return dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
 }
 
-/// Sequences of given lengths, whole and in pages, which lie in no particular order among pages of NaN.
+/// Sequences of given lengths, whole and in pages, which lie in no particular order, or in it, among pages of
+/// NaN.
 struct Paged {
   Paged(std::uint64_t seed, const Shape& of, const Routing& with, std::vector<std::int32_t> tokens)
       : shape(of), routing(with), lengths(std::move(tokens)) {
-    const auto longest = std::max<std::int64_t>(*std::max_element(lengths.begin(), lengths.end()), 1);
+    for (std::size_t s = 0; s < lengths.size(); ++s) {
+      starts.push_back(shape.padding * static_cast<std::int32_t>(s % 3));
+      ends.push_back(starts.back() + lengths[s]);
+    }
+    const auto longest = std::max<std::int64_t>(*std::max_element(ends.begin(), ends.end()), 1);
     const std::int64_t stride = (longest - 1) / shape.page_tokens + 2;
     pages = static_cast<std::int64_t>(lengths.size()) * stride + 3;
+    means_of_page = std::max<std::int64_t>(shape.page_tokens / routing.block_size, 1);
     k = Array(shape.dtype, pages * shape.page_tokens, shape.kv_heads, shape.head_dim);
     v = Array(shape.dtype, pages * shape.page_tokens, shape.kv_heads, shape.head_dim);
-    means = Array(shape.dtype, pages, shape.kv_heads, shape.head_dim, Layout::aligned);
+    means = Array(shape.dtype, pages * means_of_page, shape.kv_heads, shape.head_dim, Layout::aligned);
     std::vector<std::int32_t> order(static_cast<std::size_t>(pages));
     for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<std::int32_t>(i);
-    std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
+    if (!shape.in_order) std::shuffle(order.begin(), order.end(), std::mt19937_64(seed));
     for (std::size_t s = 0; s < lengths.size(); ++s) {
       Case& c = sequences.emplace_back(Case{.seed = seed + s,
                                             .dtype = shape.dtype,
@@ -46,18 +54,19 @@ struct Paged {
                                             .values = shape.values});
       fill(c);
       for (std::int64_t i = 0; i < stride; ++i) {
-        const std::int64_t used = (lengths[s] + shape.page_tokens - 1) / shape.page_tokens;
+        const std::int64_t used = (ends[s] + shape.page_tokens - 1) / shape.page_tokens;
         const std::int32_t page = order[s * static_cast<std::size_t>(stride) + static_cast<std::size_t>(i)];
-        table.push_back(i < used ? page : std::numeric_limits<std::int32_t>::max());
+        table.push_back(i < used || shape.in_order ? page : std::numeric_limits<std::int32_t>::max());
       }
       for (std::int64_t token = 0; token < lengths[s]; ++token) write(s, token, stride);
     }
-    cache = {.k = in_pages(k),
-             .v = in_pages(v),
-             .means = on_device(means.view()),
-             .page_table = table.data(),
+    cache = {.k = in_pages(k, shape.page_tokens),
+             .v = in_pages(v, shape.page_tokens),
+             .means = in_pages(means, means_of_page),
+             .page_table = shape.in_order ? nullptr : table.data(),
              .table_stride = stride,
-             .lengths = lengths.data(),
+             .lengths = ends.data(),
+             .starts = shape.padding > 0 ? starts.data() : nullptr,
              .sequences = static_cast<std::int64_t>(lengths.size()),
              .longest = longest};
     q = Array(shape.dtype, cache.sequences, shape.kv_heads * shape.group, shape.head_dim, Layout::aligned);
@@ -71,9 +80,12 @@ struct Paged {
   Paged(const Paged&) = delete;
   Paged& operator=(const Paged&) = delete;
 
-  std::int64_t mean_page(std::size_t sequence, std::int64_t block) const {
-    return table[sequence * static_cast<std::size_t>(cache.table_stride) +
-                 static_cast<std::size_t>(block * routing.block_size / shape.page_tokens)];
+  /// The row of `means` that a block has.
+  std::int64_t mean_row(std::size_t sequence, std::int64_t block) const {
+    const std::int64_t token = block * routing.block_size;
+    const std::int64_t page = table[sequence * static_cast<std::size_t>(cache.table_stride) +
+                                    static_cast<std::size_t>(token / shape.page_tokens)];
+    return page * means_of_page + token % shape.page_tokens / routing.block_size;
   }
   /// A case whose result is what a call writes.
   Case result_shape() const {
@@ -104,7 +116,7 @@ struct Paged {
       for (std::int64_t block = 0; block < blocks; ++block) {
         for (std::int64_t head = 0; head < shape.kv_heads; ++head) {
           for (std::int64_t d = 0; d < shape.head_dim; ++d)
-            mean.push_back(static_cast<float>(means.get(mean_page(s, block), head, d)));
+            mean.push_back(static_cast<float>(means.get(mean_row(s, block), head, d)));
         }
       }
       cached.push_back({.k = sequences[s].k.view(),
@@ -119,25 +131,24 @@ struct Paged {
 
   Shape shape;
   Routing routing;
-  std::vector<std::int32_t> lengths, table;
-  std::int64_t pages = 0;
+  std::vector<std::int32_t> lengths, starts{}, ends{}, table{};
+  std::int64_t pages = 0, means_of_page = 1;
   std::vector<Case> sequences;  // one query each
   Array q, k, v, means;
   PagedCache cache;
 
  private:
-  Tensor in_pages(const Array& array) const {
-    const std::int64_t row = shape.kv_heads * shape.head_dim;
+  Tensor in_pages(const Array& array, std::int64_t rows) const {
     Tensor t = on_device(array.view());
     t.rank = 4;
-    t.sizes = {pages, shape.page_tokens, shape.kv_heads, shape.head_dim};
-    t.strides = {shape.page_tokens * row, row, shape.head_dim, 1};
+    t.sizes = {pages, rows, t.sizes[1], t.sizes[2]};
+    t.strides = {rows * t.strides[0], t.strides[0], t.strides[1], 1};
     return t;
   }
   void write(std::size_t sequence, std::int64_t token, std::int64_t stride) {
     const std::int64_t page = table[sequence * static_cast<std::size_t>(stride) +
-                                    static_cast<std::size_t>(token / shape.page_tokens)];
-    const std::int64_t to = page * shape.page_tokens + token % shape.page_tokens;
+                                    static_cast<std::size_t>((starts[sequence] + token) / shape.page_tokens)];
+    const std::int64_t to = page * shape.page_tokens + (starts[sequence] + token) % shape.page_tokens;
     for (std::int64_t head = 0; head < shape.kv_heads; ++head) {
       for (std::int64_t d = 0; d < shape.head_dim; ++d) {
         k.set(to, head, d, sequences[sequence].k.get(token, head, d));
@@ -156,7 +167,7 @@ void check_means(const Paged& p) {
           double sum = 0;
           for (std::int64_t i = 0; i < size; ++i) sum += p.sequences[s].k.get(block * size + i, head, d);
           const double mean = sum / static_cast<double>(size);
-          ASSERT_NEAR(p.means.get(p.mean_page(s, block), head, d), mean,
+          ASSERT_NEAR(p.means.get(p.mean_row(s, block), head, d), mean,
                       unit_of(p.shape.dtype) * std::fabs(mean) + 1e-6)
               << "sequence " << s << ", block " << block;
         }
@@ -211,6 +222,14 @@ TEST(CudaDecode, EqualsTheReference) {
       {{.group = 2, .page_tokens = 4, .values = Values::integers}, {.block_size = 4, .top_k = 5}},
       {{.group = 2, .page_tokens = 4}, {.block_size = 4, .top_k = 5, .scale = -0.3F}},
       {{.group = 2, .page_tokens = 4}, {.block_size = 4, .top_k = 3, .scale = 0.0F}},
+      {{.kv_heads = 2, .group = 2, .page_tokens = 24}, {.block_size = 8, .top_k = 3}},
+      {{.group = 2, .page_tokens = 4, .padding = 3}, {.block_size = 8, .top_k = 3, .sink_blocks = 1}},
+      {{.group = 2, .page_tokens = 4, .in_order = true}, {.block_size = 4, .top_k = 4}},
+      // A page a sequence, as in a cache that is one tensor.
+      {{.kv_heads = 2, .group = 2, .page_tokens = 90, .in_order = true, .padding = 5},
+       {.block_size = 7, .top_k = 3}},
+      {{.group = 3, .page_tokens = 90, .in_order = true, .padding = 5},
+       {.block_size = 7, .top_k = kEverything}},
   };
   std::uint64_t seed = 40;
   for (const auto& [shape, routing] : cases) {
@@ -230,24 +249,24 @@ TEST(CudaDecode, LongSequences) {
 TEST(CudaDecode, NoMeansAreNeededWhereNothingIsChosen) {
   for (const Routing& routing : {Routing{.block_size = 12, .top_k = 1}, Routing::full()}) {
     Paged p(4, {.group = 2, .page_tokens = 5}, routing, {50, 30});
+    const Result expected = p.decode_on_device();
     p.cache.means = {};
-    const Result found = p.decode_on_device();
-    p.cache.means = on_device(p.means.view());
-    EXPECT_TRUE(found == p.decode_on_device());
+    EXPECT_TRUE(p.decode_on_device() == expected);
   }
 }
 
 TEST(CudaDecode, MeansGrowWithTheirSequences) {
-  const Paged p(9, {.kv_heads = 2, .page_tokens = 4}, {.block_size = 8, .top_k = 2}, {40, 7, 64, 9, 0});
-  std::vector<std::int32_t> lengths(5, 0), before;
+  const Paged p(9, {.kv_heads = 2, .page_tokens = 4, .padding = 3}, {.block_size = 8, .top_k = 2},
+                {40, 7, 64, 9, 0});
+  std::vector<std::int32_t> lengths = p.starts, before;
   PagedCache growing = p.cache;
   growing.lengths = lengths.data();
   for (const std::int32_t step : {5, 3, 1, 7, 24, 24}) {
     before = lengths;
-    for (std::size_t s = 0; s < lengths.size(); ++s) lengths[s] = std::min(lengths[s] + step, p.lengths[s]);
+    for (std::size_t s = 0; s < lengths.size(); ++s) lengths[s] = std::min(lengths[s] + step, p.ends[s]);
     update_means(growing, 8, before.data(), step);
   }
-  ASSERT_EQ(lengths, p.lengths);
+  ASSERT_EQ(lengths, p.ends);
   check_means(p);
   EXPECT_TRUE(p.means.gaps_untouched());
   check_decode(p);
@@ -302,12 +321,21 @@ TEST(CudaDecode, NamesWhatItRefuses) {
   wrong.table_stride = 6;
   EXPECT_EQ(error_of(wrong, p.routing), "decode: cache.table_stride is 6; 50 tokens need 7 pages of 8");
   EXPECT_EQ(error_of(p.cache, {.block_size = 12, .top_k = 2}),
-            "decode: block_size is 12; a multiple of cache.k's pages of 8 tokens is expected");
+            "decode: block_size is 12; a multiple or a divisor of cache.k's pages of 8 tokens is expected");
   EXPECT_EQ(error_of(p.cache, {.block_size = 8, .top_k = 2, .causal = false}),
             "decode: causal is not set; a cache answers causal queries only");
   wrong = p.cache;
   wrong.lengths = nullptr;
   EXPECT_EQ(error_of(wrong, p.routing), "decode: cache.lengths is null; int32 on the device are expected");
+  wrong = p.cache;
+  wrong.page_table = nullptr;
+  wrong.sequences = 3;
+  EXPECT_EQ(error_of(wrong, p.routing),
+            "decode: cache.k has 19 pages and no page_table; 3 times 8 are expected");
+  wrong = p.cache;
+  wrong.means.sizes[2] = 2;
+  EXPECT_EQ(error_of(wrong, p.routing),
+            "decode: cache.means has sizes [19, 1, 2, 64]; [19, 1 or more, 1, 64] is expected");
   wrong = p.cache;
   wrong.v.strides[0] -= 4;
   EXPECT_EQ(error_of(wrong, p.routing).find("decode: backend cuda wants every row of cache.v aligned"), 0U);

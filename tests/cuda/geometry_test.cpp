@@ -23,6 +23,20 @@ TEST(Geometry, MeansAndSlotsOfAllHeads) {
   EXPECT_EQ(slot_at(kHeads - 1, rows, ranks, last), kHeads * rows * ranks - 1);
 }
 
+TEST(Geometry, PagesOfALargeCache) {
+  auto* const base = reinterpret_cast<bfloat16*>(std::uintptr_t{1} << 20);
+  constexpr std::int32_t kPage = 16, kLast = kTokens / kPage - 1;
+  constexpr std::int64_t kRow = kHeads * kDim, kPages = kTokens / kPage;
+  const std::array<std::int32_t, 1> table{kLast};
+  const Pages<bfloat16> paged{base, kPage * kRow, kRow, kDim, kPage, table.data(), 0};
+  EXPECT_EQ(paged.row(0, kPage - 1, kHeads - 1) - base, kTokens * kRow - kDim);
+  // One page a sequence, and its means.
+  const Pages<bfloat16> whole{base, kTokens * kRow, kRow, kDim, kTokens, nullptr, 1};
+  EXPECT_EQ(whole.row(63, kTokens - 1, kHeads - 1) - base, 64 * kTokens * kRow - kDim);
+  const Pages<bfloat16> means{base, kPages * kRow, kRow, kDim, kTokens, nullptr, 1};
+  EXPECT_EQ(means.mean(63, kLast, kPage, kHeads - 1) - base, 64 * kPages * kRow - kDim);
+}
+
 TEST(Geometry, BlocksUpToTheLastKeyThatFits) {
   constexpr std::int32_t kKeys = 2'147'483'647;
   const std::int64_t size = (std::int64_t{1} << 30) + 5;

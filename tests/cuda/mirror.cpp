@@ -176,6 +176,7 @@ PagedCache paged(Mirror& mirror, PagedCache cache) {
   cache.means = mirror.write(cache.means);
   cache.page_table = mirror.read(cache.page_table, cache.sequences * cache.table_stride);
   cache.lengths = mirror.read(cache.lengths, cache.sequences);
+  cache.starts = mirror.read(cache.starts, cache.sequences);
   return cache;
 }
 

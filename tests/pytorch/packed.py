@@ -38,3 +38,18 @@ def dense_given(q, k, v, selection, rows, cu_q, cu_k, block_size):
         outs.append(torch.einsum("hqk,khd->qhd", logits.softmax(-1).nan_to_num(0.0), v[k0:k1]))
         lses.append(logits.logsumexp(-1))
     return torch.cat(outs), torch.cat(lses, 1)
+
+
+def cached(dtype, batch_size=3, tokens=60, heads=4, kv_heads=2, head_dim=64, block_size=8):
+    """q, k, v, means, begin and end for decode: sequences somewhere in a batch, their means in its dtype, NaN where there is no
+    block."""
+    q = torch.randn(batch_size, heads, head_dim).to(dtype)
+    keys, values = torch.randn(2, batch_size, tokens, kv_heads, head_dim).to(dtype)
+    begin = torch.arange(batch_size, dtype=torch.int32) * 5 % 11
+    end = tokens - torch.arange(batch_size, dtype=torch.int32) * 7
+    means = torch.full((batch_size, tokens // block_size, kv_heads, head_dim), torch.nan, dtype=dtype)
+    for row in range(batch_size):
+        blocks = keys[row, begin[row] : end[row]]
+        blocks = blocks[: blocks.shape[0] // block_size * block_size].unflatten(0, (-1, block_size))
+        means[row, : blocks.shape[0]] = blocks.mean(1, dtype=torch.float32).to(dtype)
+    return q, keys, values, means, begin, end

@@ -553,6 +553,11 @@ int& capability() {
   return value;
 }
 
+int& launches_before_failure() {
+  thread_local int value = -1;
+  return value;
+}
+
 int launches(const char* name) {
   return machine().launches[name];
 }

@@ -69,6 +69,8 @@ bool check_fenced(const void* shared);
 
 /// Compute capability of the device that is played, 80 unless told otherwise.
 int& capability();
+/// Launches that succeed before one fails, as launches of a runtime may; below 0 all do.
+int& launches_before_failure();
 /// How often a kernel of that name has been launched by this thread.
 int launches(const char* name);
 

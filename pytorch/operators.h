@@ -1,0 +1,271 @@
+/// The PyTorch operators: tensors in, views to libmoba, tensors out. Nothing is computed here. Only torch's
+/// stable ABI is used, so that one build serves every torch from 2.10 on.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "device_call.h"
+#include "host_call.h"
+#include "moba/cache.h"
+
+namespace moba::pytorch {
+
+/// The forward's selection [Hq, Tq, width], to be written by libmoba and read by torch.
+inline TorchTensor spread_rows(TorchTensor selection, std::int64_t written) {
+  const std::int64_t rows = selection.size(0) * selection.size(1), width = selection.size(2);
+  auto* blocks = static_cast<std::int32_t*>(selection.data_ptr());
+  if (written == width) return selection;
+  for (std::int64_t row = rows; row-- > 0;) {  // from the last, for each row moves towards the end
+    std::copy_backward(blocks + row * written, blocks + (row + 1) * written, blocks + row * width + written);
+    std::fill(blocks + row * width + written, blocks + (row + 1) * width, -1);
+  }
+  return selection;
+}
+
+inline const float* lse_of(const std::string& function, const TorchTensor& lse, const Tensor& q,
+                           const Place& place) {
+  require_place(function, "lse", lse, place);
+  if (lse.dim() != 2 || lse.size(0) != q.sizes[1] || lse.size(1) != q.sizes[0] ||
+      lse.scalar_type() != ScalarType::Float || !lse.is_contiguous()) {
+    throw Error(function + ": lse has sizes " + sizes_text(lse) +
+                "; contiguous [q heads, q tokens] of float32 is expected");
+  }
+  return static_cast<const float*>(lse.data_ptr());
+}
+
+/// The forward's selection as libmoba wants it. Null when there is none, and it is then selected again.
+class SavedSelection {
+ public:
+  template <typename AnyCall>
+  SavedSelection(const AnyCall& call, const Tensor& q, std::int64_t keys, const TorchTensor& given) {
+    require_place(call.function, "selection", given, call.place);
+    const std::int64_t width = call.width(keys);
+    if (given.dim() != 3 || given.size(0) != q.sizes[1] || given.size(1) != q.sizes[0] ||
+        (given.size(2) != width && given.size(2) != 0) || given.scalar_type() != ScalarType::Int ||
+        !given.is_contiguous()) {
+      throw Error(call.function + ": selection has sizes " + sizes_text(given) + "; contiguous [" +
+                  std::to_string(q.sizes[1]) + ", " + std::to_string(q.sizes[0]) + ", " +
+                  std::to_string(width) + " or 0] of int32 is expected");
+    }
+    if (given.numel() == 0) return;
+    blocks_ = static_cast<const std::int32_t*>(given.data_ptr());
+    const std::int64_t wanted = selection_width(call.sequences, call.routing);
+    if (wanted >= width) return;  // as on a device, always
+    for (std::int64_t row = 0; row < q.sizes[0] * q.sizes[1]; ++row)
+      narrow_.insert(narrow_.end(), blocks_ + row * width, blocks_ + row * width + wanted);
+    blocks_ = narrow_.data();
+  }
+
+  const std::int32_t* blocks() const { return blocks_; }
+
+ private:
+  const std::int32_t* blocks_ = nullptr;
+  std::vector<std::int32_t> narrow_;
+};
+
+inline Routing routing_of(std::int64_t block_size, std::int64_t top_k, std::int64_t sink_blocks, bool causal,
+                          std::optional<double> scale) {
+  Routing routing{.block_size = block_size, .top_k = top_k, .sink_blocks = sink_blocks, .causal = causal};
+  if (scale) routing.scale = static_cast<float>(*scale);
+  return routing;
+}
+
+template <typename AnyCall>
+std::tuple<TorchTensor, TorchTensor, TorchTensor> attention(
+    const TorchTensor& q, const TorchTensor& k, const TorchTensor& v, const TorchTensor& cu_seqlens_q,
+    const TorchTensor& cu_seqlens_k, std::int64_t block_size, std::int64_t top_k, std::int64_t sink_blocks,
+    bool causal, std::optional<double> scale, bool return_selection, std::string backend) {
+  AnyCall call({"attention", routing_of(block_size, top_k, sink_blocks, causal, scale)}, q, k, cu_seqlens_q,
+               cu_seqlens_k);
+  const Place place = call.place;
+  const Argument queries(call.function, "q", q, place), keys(call.function, "k", k, place),
+      values(call.function, "v", v, place);
+  TorchTensor out = empty_like(queries, place);
+  TorchTensor lse = empty({q.size(1), q.size(0)}, ScalarType::Float, place);
+  TorchTensor selection =
+      empty({q.size(1), q.size(0), return_selection ? call.width(k.size(0)) : 0}, ScalarType::Int, place);
+  moba::attention(
+      queries.view(), keys.view(), values.view(), call.sequences, call.routing,
+      {.out = Argument(call.function, "out", out, place).view(),
+       .lse = static_cast<float*>(lse.data_ptr()),
+       .selection = selection.numel() > 0 ? static_cast<std::int32_t*>(selection.data_ptr()) : nullptr},
+      call.execution(backend, queries.view().dtype));
+  if (selection.numel() > 0)
+    selection = spread_rows(selection, selection_width(call.sequences, call.routing));
+  return {out, lse, selection};
+}
+
+template <typename AnyCall>
+std::tuple<TorchTensor, TorchTensor, TorchTensor> attention_backward(
+    const TorchTensor& d_out, const TorchTensor& q, const TorchTensor& k, const TorchTensor& v,
+    const TorchTensor& out, const TorchTensor& lse, const TorchTensor& selection,
+    const TorchTensor& cu_seqlens_q, const TorchTensor& cu_seqlens_k, std::int64_t block_size,
+    std::int64_t top_k, std::int64_t sink_blocks, bool causal, std::optional<double> scale,
+    std::string backend) {
+  AnyCall call({"attention_backward", routing_of(block_size, top_k, sink_blocks, causal, scale)}, q, k,
+               cu_seqlens_q, cu_seqlens_k);
+  const Place place = call.place;
+  const Argument gradient(call.function, "d_out", d_out, place), queries(call.function, "q", q, place),
+      keys(call.function, "k", k, place), values(call.function, "v", v, place),
+      forward(call.function, "out", out, place);
+  const SavedSelection saved(call, queries.view(), k.size(0), selection);
+  TorchTensor dq = empty_like(queries, place), dk = empty_like(keys, place), dv = empty_like(values, place);
+  moba::attention_backward(gradient.view(), queries.view(), keys.view(), values.view(),
+                           {.out = forward.view(),
+                            .lse = lse_of(call.function, lse, queries.view(), place),
+                            .selection = saved.blocks()},
+                           call.sequences, call.routing,
+                           {.dq = Argument(call.function, "dq", dq, place).view(),
+                            .dk = Argument(call.function, "dk", dk, place).view(),
+                            .dv = Argument(call.function, "dv", dv, place).view()},
+                           call.execution(backend, queries.view().dtype));
+  return {dq, dk, dv};
+}
+
+template <typename AnyCall>
+TorchTensor select_blocks(const TorchTensor& q, const TorchTensor& k, const TorchTensor& cu_seqlens_q,
+                          const TorchTensor& cu_seqlens_k, std::int64_t block_size, std::int64_t top_k,
+                          std::int64_t sink_blocks, bool causal, std::string backend) {
+  AnyCall call({"select_blocks", routing_of(block_size, top_k, sink_blocks, causal, {})}, q, k, cu_seqlens_q,
+               cu_seqlens_k);
+  const Argument queries(call.function, "q", q, call.place), keys(call.function, "k", k, call.place);
+  TorchTensor selection = empty({q.size(1), q.size(0), call.width(k.size(0))}, ScalarType::Int, call.place);
+  // An empty tensor has no memory of its own.
+  const TorchTensor written = selection.numel() > 0 ? selection : empty({1}, ScalarType::Int, call.place);
+  moba::select_blocks(queries.view(), keys.view(), call.sequences, call.routing,
+                      static_cast<std::int32_t*>(written.data_ptr()),
+                      call.execution(backend, queries.view().dtype));
+  if (selection.numel() > 0)
+    selection = spread_rows(selection, selection_width(call.sequences, call.routing));
+  return selection;
+}
+
+/// Rows [begin, end) of sequence `index` of a [sequences, tokens, heads, head_dim] tensor.
+inline moba::Tensor row_of(const TorchTensor& t, moba::DType dtype, std::int64_t index, std::int64_t begin,
+                           std::int64_t end) {
+  const auto offset = static_cast<std::size_t>(index * t.stride(0) + begin * t.stride(1));
+  return {.data = static_cast<std::byte*>(t.data_ptr()) + offset * moba::size_of(dtype),
+          .dtype = dtype,
+          .rank = 3,
+          .sizes = {end - begin, t.size(2), t.size(3)},
+          .strides = {t.stride(1), t.stride(2), t.stride(3)}};
+}
+
+inline void require_rows(const std::string& function, const char* name, const TorchTensor& t,
+                         std::int64_t sequences, const Place& place) {
+  require_place(function, name, t, place);
+  if (t.dim() != 4 || t.size(0) != sequences) {
+    throw Error(function + ": " + name + " has sizes " + sizes_text(t) + "; [" + std::to_string(sequences) +
+                ", tokens or blocks, heads, head_dim] is expected");
+  }
+}
+
+inline void require_spans(const std::string& function, std::int64_t begins, std::int64_t ends,
+                          std::int64_t sequences) {
+  if (begins == sequences && ends == sequences) return;
+  throw Error(function + ": begin and end have " + std::to_string(begins) + " and " + std::to_string(ends) +
+              " entries; q has " + std::to_string(sequences) + " sequences");
+}
+
+inline std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const TorchTensor& k,
+                                                   const TorchTensor& v, const TorchTensor& means,
+                                                   const TorchTensor& begin, const TorchTensor& end,
+                                                   std::int64_t block_size, std::int64_t top_k,
+                                                   std::int64_t sink_blocks, std::optional<double> scale,
+                                                   std::string backend) {
+  const std::string function = "decode";
+  const Argument queries(function, "q", q, {});
+  const std::int64_t sequences = q.size(0);
+  require_rows(function, "k", k, sequences, {});
+  require_rows(function, "v", v, sequences, {});
+  require_rows(function, "means", means, sequences, {});
+  const DType k_dtype = pytorch::dtype_of(function, "k", k), v_dtype = pytorch::dtype_of(function, "v", v),
+              means_dtype = pytorch::dtype_of(function, "means", means);
+  const std::vector<std::int32_t> from = offsets_of(function, "begin", begin),
+                                  to = offsets_of(function, "end", end);
+  require_spans(function, static_cast<std::int64_t>(from.size()), static_cast<std::int64_t>(to.size()),
+                sequences);
+
+  std::vector<moba::CachedSequence> cached;
+  for (std::int64_t s = 0; s < sequences; ++s) {
+    const std::int64_t first = from[static_cast<std::size_t>(s)], last = to[static_cast<std::size_t>(s)];
+    if (first < 0 || last < first || last > k.size(1) || last > v.size(1)) {
+      throw Error(function + ": begin and end of sequence " + std::to_string(s) + " are " +
+                  std::to_string(first) + " and " + std::to_string(last) + "; k has " +
+                  std::to_string(k.size(1)) + " tokens and v " + std::to_string(v.size(1)));
+    }
+    cached.push_back({row_of(k, k_dtype, s, first, last), row_of(v, v_dtype, s, first, last),
+                      row_of(means, means_dtype, s, 0, means.size(1))});
+  }
+
+  TorchTensor out = empty_like(queries, {}), lse = empty({q.size(1), sequences}, ScalarType::Float, {});
+  HostCall call({function, routing_of(block_size, top_k, sink_blocks, true, scale)});
+  moba::decode(queries.view(), cached, call.routing,
+               {.out = Argument(function, "out", out, {}).view(), .lse = static_cast<float*>(lse.data_ptr())},
+               call.execution(backend, queries.view().dtype));
+  return {out, lse};
+}
+
+/// Each sequence's memory is one page. Nothing checks what `begin` and `end` hold.
+inline std::tuple<TorchTensor, TorchTensor> decode_on_device(
+    const TorchTensor& q, const TorchTensor& k, const TorchTensor& v, const TorchTensor& means,
+    const TorchTensor& begin, const TorchTensor& end, std::int64_t block_size, std::int64_t top_k,
+    std::int64_t sink_blocks, std::optional<double> scale, std::string backend) {
+  DeviceCall call({"decode", routing_of(block_size, top_k, sink_blocks, true, scale)}, q);
+  const std::string& function = call.function;
+  const Place place = call.place;
+  const Argument queries(function, "q", q, place);
+  const std::int64_t sequences = q.size(0);
+  require_rows(function, "k", k, sequences, place);
+  require_rows(function, "v", v, sequences, place);
+  require_rows(function, "means", means, sequences, place);
+  const Argument keys(function, "k", k, place, 4), values(function, "v", v, place, 4),
+      averages(function, "means", means, place, 4);
+  const std::int32_t *starts = call.list("begin", begin), *lengths = call.list("end", end);
+  require_spans(function, begin.size(0), end.size(0), sequences);
+
+  TorchTensor out = empty_like(queries, place), lse = empty({q.size(1), sequences}, ScalarType::Float, place);
+  moba::decode(
+      queries.view(),
+      {.k = keys.view(),
+       .v = values.view(),
+       .means = averages.view(),
+       .table_stride = 1,
+       .lengths = lengths,
+       .starts = starts,
+       .sequences = sequences,
+       .longest = k.size(1)},
+      call.routing,
+      {.out = Argument(function, "out", out, place).view(), .lse = static_cast<float*>(lse.data_ptr())},
+      call.execution(backend, queries.view().dtype));
+  return {out, lse};
+}
+
+inline void define_operators(torch::stable::detail::StableLibrary& library) {
+  library.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt block_size, "
+      "SymInt top_k, SymInt sink_blocks=0, bool causal=True, float? scale=None, bool return_selection=False, "
+      "str backend=\"\") -> (Tensor out, Tensor lse, Tensor selection)");
+  library.def(
+      "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor "
+      "selection, "
+      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt block_size, SymInt top_k, SymInt sink_blocks=0, "
+      "bool causal=True, float? scale=None, str backend=\"\") -> (Tensor dq, Tensor dk, Tensor dv)");
+  library.def(
+      "select(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt block_size, SymInt top_k, "
+      "SymInt sink_blocks=0, bool causal=True, str backend=\"\") -> Tensor");
+  library.def(
+      "decode(Tensor q, Tensor k, Tensor v, Tensor means, Tensor begin, Tensor end, SymInt block_size, "
+      "SymInt top_k, SymInt sink_blocks=0, float? scale=None, str backend=\"\") -> (Tensor out, Tensor lse)");
+}
+
+inline void implement_on_device(torch::stable::detail::StableLibrary& library) {
+  library.impl("attention", TORCH_BOX(&attention<DeviceCall>));
+  library.impl("attention_backward", TORCH_BOX(&attention_backward<DeviceCall>));
+  library.impl("decode", TORCH_BOX(&decode_on_device));
+  library.impl("select", TORCH_BOX(&select_blocks<DeviceCall>));
+}
+
+}  // namespace moba::pytorch

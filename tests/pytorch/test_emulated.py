@@ -1,0 +1,193 @@
+"""The operators of CUDA tensors on the emulated device (docs/cuda.md), which is given the CPU's tensors, and what the package
+makes of decoding there."""
+
+import os
+from pathlib import Path
+
+import moba
+import pytest
+import torch
+from models import build, random_ids
+from moba import cache, wrapper
+from packed import batch, cached, dense_given
+
+ops = moba.ops
+BUILD = Path(os.environ.get("MOBA_BUILD_DIR", Path(__file__).resolve().parents[2] / "build" / "release"))
+DTYPES = (torch.bfloat16, torch.float16)
+ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    library = BUILD / "tests" / "cuda" / "libmoba_torch_emulated.so"
+    if not library.exists():
+        pytest.fail(f"{library} is missing: `make test-cpp` builds it, MOBA_BUILD_DIR names another folder")
+    torch.ops.load_library(str(library))
+    return torch.ops.moba_emulated
+
+
+def close(found, expected, dtype, times=1):
+    torch.testing.assert_close(found.double(), expected.double(), atol=times * ROUNDING[dtype], rtol=times * ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_its_gradient_and_select(emulated, dtype):
+    q, k, v, cu, _ = batch([40, 0, 1, 90], 4, 2, 64, dtype)
+    arguments = (cu, cu, 16, 3)
+    out, lse, selection = emulated.attention(q, k, v, *arguments, return_selection=True)
+    assert torch.equal(emulated.select(q, k, *arguments), selection)
+    d_out = torch.randn(out.shape).to(dtype)
+    gradients = emulated.attention_backward(d_out, q, k, v, out, lse, selection, *arguments)
+
+    wide = [t.double().requires_grad_() for t in (q, k, v)]
+    expected, expected_lse = dense_given(*wide, selection, torch.arange(out.shape[0]), cu, cu, 16)
+    close(out, expected, dtype)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=1e-4)
+    for found, right in zip(gradients, torch.autograd.grad(expected, wide, d_out.double())):
+        close(found, right, dtype, 3)
+
+
+def test_any_strides(emulated):
+    q, k, v, cu, _ = batch([70], 2, 2, 64, torch.bfloat16)
+    expected = emulated.attention(q, k, v, cu, cu, 16, 3)[0]
+    wide = torch.cat([q, q], dim=-1)[..., 1:65].copy_(q)  # rows off 16 bytes
+    spread = torch.stack([k, k], dim=-1)[..., 0]
+    heads_first = v.transpose(0, 1).contiguous().transpose(0, 1)
+    apart = cu.repeat_interleave(2)[::2]
+    assert torch.equal(emulated.attention(wide, spread, heads_first, apart, apart, 16, 3)[0], expected)
+
+
+def check_decode(emulated, call, *routing):
+    q, keys, values, means, begin, end = call
+    out, lse = emulated.decode(*call, *routing)
+    expected, expected_lse = ops.decode(q, keys, values, means.float(), begin, end, *routing)
+    close(out, expected, q.dtype)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("routing", ((8, 3), (8, 4, 1), (8, 1), (8, 100), (8, 3, 0, -0.3)), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_decode_is_what_it_is_on_the_cpu(emulated, dtype, routing):
+    check_decode(emulated, cached(dtype), *routing)
+
+
+def test_decode_takes_caches_as_they_lie(emulated):
+    call = cached(torch.bfloat16)
+    expected = emulated.decode(*call, 8, 3)
+    q, keys, values, means, begin, end = call
+
+    def same(*changed):
+        assert all(torch.equal(a, b) for a, b in zip(emulated.decode(*changed, 8, 3), expected))
+
+    heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (keys, values)]
+    same(q, *heads_first, means, begin, end)
+    ahead = [torch.cat([t, torch.full_like(t, torch.nan)], dim=1)[:, :60] for t in (keys, values)]  # memory of a growing cache
+    same(q, *ahead, torch.cat([means, means], dim=1)[:, :7], begin, end)
+    off = torch.cat([keys, keys], dim=-1)[..., 1:65].copy_(keys)  # rows off 16 bytes
+    same(q, off, values, means, begin.repeat_interleave(2)[::2], end)
+    for row in range(3):  # a batch of one, whose stride is no multiple of anything
+        one = torch.as_strided(keys[row], (1, *keys.shape[1:]), (3, *keys.stride()[1:]), keys[row].storage_offset())
+        out, lse = emulated.decode(q[row][None], one, values[row][None], means[row][None], begin[row][None], end[row][None], 8, 3)
+        assert torch.equal(out[0], expected[0][row]) and torch.equal(lse[:, 0], expected[1][:, row])
+
+
+def test_decoding_nothing_is_legal(emulated):
+    q, keys, values, means, begin, end = cached(torch.float16)
+    nobody = emulated.decode(q[:0], keys[:0], values[:0], means[:0], begin[:0], end[:0], 8, 3)
+    assert nobody[0].shape == (0, 4, 64) and nobody[1].shape == (4, 0)
+    for tokens in (keys, keys[:, :0]):
+        out, lse = emulated.decode(q, tokens, tokens, means, begin * 0, end * 0, 8, 3)
+        assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({0: torch.zeros(3, 4, 64)}, "decode: backend cuda takes bf16 and f16|decode: .*k is bf16; q is f32"),
+        ({0: torch.zeros(2, 4, 64, dtype=torch.bfloat16)}, r"decode: k has sizes \[3, 60, 2, 64\]; \[2, tokens or blocks"),
+        ({1: torch.zeros(3, 60, 3, 64, dtype=torch.bfloat16)}, "decode: cache.v has sizes"),
+        ({3: torch.zeros(3, 6, 2, 64, dtype=torch.bfloat16)}, r"decode: cache.means has sizes \[3, 6, 2, 64\]; \[3, 7 or more, 2, 64\]"),
+        ({3: torch.zeros(3, 7, 2, 64)}, "decode: cache.means is f32; cache.k is bf16"),
+        ({4: torch.zeros(2, dtype=torch.int32)}, "decode: begin and end have 2 and 3 entries; q has 3 sequences"),
+        ({5: torch.zeros(3, dtype=torch.int64)}, "decode: end is Long"),
+        ({7: 0}, "decode: top_k is 0"),
+    ],
+)
+def test_the_door_of_decode(emulated, change, message):
+    call = dict(enumerate([*cached(torch.bfloat16), 8, 3])) | change
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        emulated.decode(*call.values())
+
+
+def decode_on(emulated, monkeypatch):
+    """From now on the package takes the CPU's tensors for CUDA's where it decodes. Gives the calls of decode."""
+    calls = []
+
+    def decode(*arguments):
+        calls.append(arguments)
+        return emulated.decode(*arguments)
+
+    monkeypatch.setattr(wrapper.ops, "decode", decode)
+    for module in (wrapper, cache):
+        monkeypatch.setattr(module, "means_dtype", lambda keys: keys.dtype)
+    return calls
+
+
+@pytest.mark.parametrize("decode", ("full", "moba"))
+def test_a_model_decodes_through_it(emulated, monkeypatch, decode):
+    # One layer, lest rounding in it make the next one choose other blocks.
+    model = build("llama", num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=64).to(torch.bfloat16)
+    ids = random_ids(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    moba.register_moba(moba.MoBAConfig(8, 3, decode=decode))
+    model.set_attn_implementation("moba")
+
+    def steps():
+        past = moba.MobaCache()
+        with torch.no_grad():
+            model(ids[:, :25], attention_mask=mask[:, :25], past_key_values=past)
+            return [model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=past).logits for i in range(25, 40)]
+
+    expected = steps()
+    calls = decode_on(emulated, monkeypatch)
+    for found, right in zip(steps(), expected):
+        assert (found - right).float().norm() < 0.02 * right.float().norm()
+    assert len(calls) == 15
+    means = calls[-1][3]
+    assert means.dtype == torch.bfloat16 and (means.shape[1] > 0) == (decode == "moba")
+
+
+def test_which_cuda_tensors_decode(monkeypatch):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    called = []
+
+    def counting(name):
+        operator = getattr(ops, name)
+        monkeypatch.setattr(wrapper.ops, name, lambda *a, **k: called.append(name) or operator(*a, **k))
+
+    counting("decode")
+    counting("attention")
+    full, sparse = (moba.MoBAConfig(8, 3, decode=name) for name in ("full", "moba"))
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for config, dtype, head_dim, expected in (
+            (full, torch.bfloat16, 128, "decode"),
+            (full, torch.float16, 96, "decode"),
+            (full, torch.float32, 128, "attention"),
+            (full, torch.bfloat16, 80, "attention"),
+            (sparse, torch.bfloat16, 128, "attention"),  # nobody keeps means
+        ):
+            q = torch.empty(2, 4, 1, head_dim, dtype=dtype, device="cuda")
+            k = torch.empty(2, 2, 50, head_dim, dtype=dtype, device="cuda")
+            out, _ = wrapper.moba_layer(config, False, torch.nn.Module(), q, k, k)
+            assert out.shape == (2, 1, 4, head_dim) and out.device.type == "cuda"
+            assert called.pop() == expected and not called
+
+
+def test_a_mask_is_read_once_for_all_layers():
+    mask = torch.tensor([[0, 1, 3, 9]], dtype=torch.int32)[:, None, None]
+    assert wrapper._begins(mask, 1) == [3]
+    mask[..., 2] = 0
+    assert wrapper._begins(mask, 1) == [3]
+    assert wrapper._begins(None, 2) == [0, 0]
