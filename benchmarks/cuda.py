@@ -52,9 +52,11 @@ def useful(tokens, choice, per_pair):
 
 # ---- rows ----
 
-def row(what, value, unit, stages=(None, None), at_most=False, detail=""):
-    """`stages`: the targets of stage 1 (mma.sync) and 2 (wgmma)."""
-    return {"what": what, "value": value, "unit": unit, "targets": list(stages), "at_most": at_most, "detail": detail}
+def row(what, value, unit, stages=(None, None), at_most=False, detail="", instead=None):
+    """`stages`: the targets of stage 1 (mma.sync) and 2 (wgmma). `instead`: a number that, at most another, meets the latter
+    too, and their unit."""
+    return {"what": what, "value": value, "unit": unit, "targets": list(stages), "at_most": at_most, "detail": detail,
+            "instead": list(instead) if instead else None}
 
 
 def verdict(entry, stage):
@@ -62,9 +64,13 @@ def verdict(entry, stage):
     if target is None:
         return ""
     bar = f"{'at most' if entry['at_most'] else 'at least'} {target:g}"
+    instead = entry["instead"] if stage == 1 else None
+    if instead:
+        bar += f", or at most {instead[1]:g} {instead[2]}"
     if value is None:
         return bar
-    return f"{bar}: {'met' if (value <= target if entry['at_most'] else value >= target) else 'missed'}"
+    met = value <= target if entry["at_most"] else value >= target
+    return f"{bar}: {'met' if met or (instead and instead[0] <= instead[1]) else 'missed'}"
 
 
 def markdown(report):
@@ -172,6 +178,70 @@ class Problem:
             assert error < 1e-2, f"{choice}: the output is off by {error:.2e}"
 
 
+class Cache:
+    """Keys and values of `tokens` tokens, their means, and the next query, as a layer of a model has them."""
+
+    def __init__(self, tokens, heads):
+        import torch
+
+        self.tokens, self.heads = tokens, heads
+        self.q = torch.randn(1, heads, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
+        self.k, self.v = (torch.randn(1, tokens, heads, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+        self.begin, self.end = (torch.full((1,), at, dtype=torch.int32, device=DEVICE) for at in (0, tokens))
+
+    def means(self, block_size):
+        import torch
+
+        complete = self.tokens // block_size
+        blocks = self.k[:, : complete * block_size].unflatten(1, (complete, block_size))
+        return blocks.mean(2, dtype=torch.float32).to(self.k.dtype)
+
+    def decode(self, choice, means):
+        from moba import ops
+        from moba._operator import means_dtype
+
+        return ops.decode(self.q, self.k, self.v, means.to(means_dtype(self.k)), self.begin, self.end, *choice)[0]
+
+    def read(self, choice):
+        """Bytes that have to be read: means of the candidates, keys and values of the chosen blocks and of the own one."""
+        block_size, top_k = choice
+        candidates = (self.tokens - 1) // block_size
+        keys = min(top_k - 1, candidates) * block_size + self.tokens - candidates * block_size
+        return self.heads * HEAD_DIM * 2 * (candidates + 2 * keys)
+
+    def verify(self, choice, means):
+        """Raises AssertionError unless the output is right, in float64."""
+        import torch
+
+        block_size, top_k = choice
+        candidates = (self.tokens - 1) // block_size
+        out = self.decode(choice, means)
+        for head in range(self.heads):
+            q = self.q[0, head].double()
+            scores = means[0, :candidates, head].double() @ q
+            chosen = [*scores.topk(min(top_k - 1, candidates)).indices.tolist(), candidates]
+            keys, values = (torch.cat([t[0, b * block_size : (b + 1) * block_size, head] for b in chosen]).double()
+                            for t in (self.k, self.v))
+            right = (keys @ q * HEAD_DIM**-0.5).softmax(0) @ values
+            error = (out[0, head].double() - right).norm() / right.norm()
+            assert error < 1e-2, f"{choice}: the output of head {head} is off by {error:.2e}"
+
+
+def captured(function):
+    """A CUDA graph of it, to be run without the host's time."""
+    import torch
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
 def interleaved(functions, rounds=5, seconds=20.0):
     """Milliseconds of each, which take turns after one call that does not count: median, spread, number of runs. What takes
     long is run less often, once at least."""
@@ -224,12 +294,19 @@ class Bench:
     def dense(self, problem, **tensors):
         return problem.dense(self.peers[self.peer], **tensors)
 
+    @staticmethod
+    def copied():
+        """4 GiB, and where they go."""
+        import torch
+
+        source = torch.empty(MI * KI, dtype=torch.int32, device=DEVICE).random_()
+        return source, torch.empty_like(source)
+
     def ceilings(self):
         import torch
 
         a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-        source = torch.empty(MI * KI, dtype=torch.int32, device=DEVICE).random_()
-        target = torch.empty_like(source)
+        source, target = self.copied()
         times = interleaved({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds=20)
         yield row("ceiling: matrix product, 8192^3 bf16", 2 * 8192**3 / times["product"]["ms"] / 1e9, "TFLOP/s")
         yield row("ceiling: copy, read and written", 2 * source.nbytes / times["copy"]["ms"] / 1e9, "TB/s")
@@ -308,6 +385,30 @@ class Bench:
                       torch.cuda.max_memory_allocated() / 2**30, "GiB", (80, 80), at_most=True)
             del problem, leaves, out
 
+    def decode(self):
+        layers = [Cache(MI, 16) for _ in range(3)]  # in turn, so that little of one is left in the L2 cache when it comes again
+        source, target = self.copied()
+        targets = {(128, 8): (0.60, 0.80), (4096, 12): (0.60, 0.80)}
+        steps = {"copy": lambda: target.copy_(source)}
+        graphs = []  # with their memory
+        for choice in targets:
+            means = [layer.means(choice[0]) for layer in layers]
+            layers[0].verify(choice, means[0])
+
+            def step(choice=choice, means=means):
+                return [layer.decode(choice, own) for layer, own in zip(layers, means)]
+
+            graphs.append(captured(step))
+            steps[choice] = graphs[-1].replay
+        times = interleaved(steps, rounds=20)
+        bytes_a_second = 2 * source.nbytes / times["copy"]["ms"] * 1e3
+        for choice, stages in targets.items():
+            microseconds = times[choice]["ms"] * 1e3 / len(layers)
+            floor = layers[0].read(choice) / bytes_a_second * 1e6
+            yield row(f"decode, 1M h16 d128, {choice}: of what its bytes take at a copy's rate", floor / microseconds, "", stages,
+                      instead=(microseconds, 20, "us"),
+                      detail=f"{microseconds:.1f} us a call, {layers[0].read(choice) / 2**20:.0f} MiB; three of them {told(times[choice])}")
+
     def linearity(self):
         ours = {}
         for tokens in (256 * KI, 512 * KI, MI):
@@ -343,7 +444,7 @@ class Bench:
 
 
 # Seconds that a part takes at most where it is as fast as stage 1 is meant to be.
-PARTS = {"ceilings": 4, "forward": 12, "backward": 15, "batch_of_two": 8, "million": 50, "memory": 15, "routings": 12,
+PARTS = {"ceilings": 4, "forward": 12, "backward": 15, "batch_of_two": 8, "decode": 8, "million": 50, "memory": 15, "routings": 12,
          "linearity": 12, "report_figures": 60}
 
 
@@ -374,7 +475,7 @@ def main():
         sys.exit("cuda: no CUDA device that this torch can use")
 
     report = {"machine": machine(), "date": datetime.date.today().isoformat(), "command": " ".join(["python3", *sys.argv]),
-              "rows": [], "skipped": ["decode, 1M tokens: moba.ops.decode takes CPU tensors alone"], "failed": []}
+              "rows": [], "skipped": [], "failed": []}
     bench = Bench()
     for part in wanted:
         if deadline - time.monotonic() < PARTS[part]:

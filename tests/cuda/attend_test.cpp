@@ -58,6 +58,20 @@ TEST(CudaAttend, WorksThroughManyTiles) {
   }
 }
 
+/// Blocks that a device of capability 9.0 gives to its own kernel.
+TEST(CudaAttend, BlocksOfManyKeys) {
+  for (const std::int64_t head_dim : {64, 128}) {
+    Case c{.seed = 20 + static_cast<std::uint64_t>(head_dim),
+           .dtype = DType::bf16,
+           .group = 2,
+           .head_dim = head_dim};
+    c.sequences = one_sequence(200, 330);
+    c.routing = {.block_size = 80, .top_k = 3};
+    fill(c);
+    check_result(c, run_on_device(c), Rounding::partial);
+  }
+}
+
 TEST(CudaAttend, ManyShortSequences) {
   Case c{.seed = 3, .dtype = DType::f16, .head_dim = 64, .routing = {.block_size = 2, .top_k = 2}};
   c.sequences = {{0}, {0}};

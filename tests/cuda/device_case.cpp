@@ -1,9 +1,38 @@
 #include "device_case.h"
 
+#include <gtest/gtest.h>
+
 #include <algorithm>
+#include <cstdlib>
+#include <fstream>
 #include <random>
 
 namespace moba::test {
+namespace {
+
+/// A line for tools/gpu_check.py, which compares what the emulation and a device write: the test, the call,
+/// the dtype, and the output's bits.
+void keep(const Case& c, const Result& result) {
+  const char* file = std::getenv("MOBA_TEST_RESULTS");
+  const auto* test = testing::UnitTest::GetInstance()->current_test_info();
+  if (file == nullptr || test == nullptr) return;
+  static std::ofstream lines(file);
+  constexpr const char* kDigits = "0123456789abcdef";
+  lines << test->test_suite_name() << '.' << test->name() << ' ' << c.seed << ' ' << name_of(c.dtype) << ' ';
+  const Tensor out = result.out.view();
+  for (std::int64_t token = 0; token < out.sizes[0]; ++token) {
+    for (std::int64_t head = 0; head < out.sizes[1]; ++head) {
+      const auto* row =
+          static_cast<const std::uint16_t*>(out.data) + token * out.strides[0] + head * out.strides[1];
+      for (std::int64_t d = 0; d < out.sizes[2]; ++d) {
+        for (int shift : {4, 0, 12, 8}) lines << kDigits[row[d] >> shift & 15];
+      }
+    }
+  }
+  lines << '\n';
+}
+
+}  // namespace
 
 Result run_on_device(const Case& c, Execution execution) {
   execution.backend = "cuda";
@@ -12,6 +41,7 @@ Result run_on_device(const Case& c, Execution execution) {
   outputs.out = on_device(outputs.out);
   attention(on_device(c.q.view()), on_device(c.k.view()), on_device(c.v.view()), c.sequences, c.routing,
             outputs, execution);
+  keep(c, result);
   return result;
 }
 

@@ -10,9 +10,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("moba_cuda_benchmark", ROOT / "benchmarks" / "cuda.py")
-bench = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(bench)
+
+
+def load(script):
+    spec = importlib.util.spec_from_file_location(f"moba_{Path(script).stem}_script", ROOT / script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+bench = load("benchmarks/cuda.py")
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 
@@ -52,6 +59,8 @@ def test_the_report_tells_met_from_missed(tmp_path):
         bench.row("fast", 0.5, "", (0.45, 0.92), detail="3 runs"),
         bench.row("small", 81.0, "GiB", (80, 80), at_most=True),
         bench.row("not reached", None, "x", (6, 11)),
+        bench.row("quick", 0.5, "", (0.6, 0.8), instead=(19, 20, "us")),
+        bench.row("not quick", 0.9, "", (0.6, 0.95), instead=(21, 20, "us")),
     ]
     report = {"machine": {"gpu": "Some GPU (80GB)"}, "date": "2026-01-02", "command": "python3 benchmarks/cuda.py",
               "rows": rows, "skipped": ["decode: why"], "failed": []}
@@ -62,6 +71,8 @@ def test_the_report_tells_met_from_missed(tmp_path):
     assert "| fast | 0.5  | at least 0.45: met | at least 0.92: missed | 3 runs |" in text
     assert "| small | 81 GiB | at most 80: missed | at most 80: missed |  |" in text
     assert "| not reached | - | at least 6 | at least 11 |  |" in text
+    assert "| quick | 0.5  | at least 0.6: missed | at least 0.8, or at most 20 us: met |" in text
+    assert "| not quick | 0.9  | at least 0.6: met | at least 0.95, or at most 20 us: missed |" in text
     assert "## Skipped\n- decode: why" in text and "failed" not in text
 
 
@@ -84,3 +95,54 @@ def test_its_problems_are_checked_before_they_are_timed(routing, monkeypatch):
         monkeypatch.setattr(problem, "moba", wrong)
         with pytest.raises(AssertionError, match=r"\(64, 3\)"):
             problem.verify((64, 3))
+
+
+@pytest.mark.parametrize("choice", ((64, 3), (128, 100)))
+def test_only_right_decoding_passes_its_check(monkeypatch, choice):
+    monkeypatch.setattr(bench, "DEVICE", "cpu")
+    cache = bench.Cache(600, 2)
+    means = cache.means(choice[0])
+    cache.verify(choice, means)
+    right = cache.decode
+    monkeypatch.setattr(cache, "decode", lambda choice, means: right(choice, means) * 1.1)
+    with pytest.raises(AssertionError, match="off by"):
+        cache.verify(choice, means)
+    monkeypatch.setattr(cache, "decode", lambda choice, means: right((choice[0], choice[1] - 1 if choice[1] < 9 else 2), means))
+    with pytest.raises(AssertionError, match="off by"):
+        cache.verify(choice, means)
+
+
+def test_bytes_that_decoding_has_to_read():
+    cache = object.__new__(bench.Cache)
+    cache.tokens, cache.heads = 1000, 2
+    assert cache.read((64, 3)) == 2 * 128 * 2 * (15 + 2 * (2 * 64 + 40))  # 15 complete blocks, 40 tokens in the last
+    assert cache.read((100, 3)) == 2 * 128 * 2 * (9 + 2 * 300)  # the last block is complete, and the query's own
+    assert cache.read((2000, 3)) == 2 * 128 * 2 * 2 * 1000
+
+
+def test_outputs_of_two_runs_are_compared(tmp_path):
+    check = load("tools/gpu_check.py")
+
+    def written(name, *calls):
+        path = tmp_path / name
+        lines = []
+        for test, seed, values in calls:
+            digits = torch.tensor(values).bfloat16().view(torch.int16).numpy().tobytes().hex()
+            lines.append(f"{test} {seed} bf16 {digits}\n")
+        path.write_text("".join(lines))
+        return path
+
+    ones = [1.0, 2.0, float("nan"), 4.0]
+    here = written("a", ("A.b", 1, ones), ("A.b", 1, ones), ("A.c", 1, []), ("only.here", 2, ones))
+    assert check.differences(here, here) == (4, 12, 1.0, 0.0)
+    there = written("b", ("A.b", 1, ones), ("A.b", 1, [1.0, 2.015625, float("nan"), 3.0]), ("A.c", 1, []))
+    assert check.differences(here, there) == (3, 8, 6 / 8, 1 / 8)
+    assert check.differences(here, written("c", ("A.b", 1, [1.0])))[3] == 1.0
+
+
+def test_the_sanitizers_run_tests_that_exist():
+    check = load("tools/gpu_check.py")
+    sources = "".join(path.read_text() for path in (ROOT / "tests" / "cuda").glob("*_test.cpp"))
+    for test in check.SANITIZED.split(":"):
+        suite, name = test.split(".")
+        assert f"TEST({suite}, {name})" in sources
