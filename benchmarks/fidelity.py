@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Full attention, MoBA and the hybrid of both, trained on the same tokens from the same seeds, and what follows from it.
 
-Real text (what set-up installs) becomes one stream for training and one for evaluation; `moba train` trains every model
-from nothing, `moba eval loss` reads the evaluation text with it. Stages, in this order:
+Real text (what set-up installs) becomes streams for training and one for evaluation. `moba train` trains a model of every
+size from nothing, on sequences so short that MoBA is full attention, and goes on with it at the long context in every way;
+`moba eval loss` reads the evaluation text. Stages, in this order:
 
   speed    a few steps of everything, and from them the minutes that the rest needs
   sharing  a hybrid run that begins as a copy of the MoBA run is the hybrid run, to the last bit
@@ -42,7 +43,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 from needles import MOBA as NEEDLE_BLOCKS, texts  # noqa: E402
 
-SEQ_LEN = 8192
+SEQ_LEN, SHORT_LEN = 8192, 512
 TRAILING = SEQ_LEN // 16  # the report's 2K of 32K
 BUCKETS = 16
 VOCABULARY = 2048
@@ -69,20 +70,21 @@ class Size:
         return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY,
                 "hidden_size": self.width, "intermediate_size": self.inner,
                 "num_hidden_layers": self.layers, "num_attention_heads": self.width // 32,
-                "num_key_value_heads": self.width // 32, "max_position_embeddings": SEQ_LEN, "rope_theta": 10000.0,
+                "num_key_value_heads": self.width // 32, "max_position_embeddings": SEQ_LEN, "rope_theta": 1e6,
                 "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0}
 
 
 SIZES = {"small": Size(64, 2, 4e-3), "middle": Size(128, 3, 3e-3), "large": Size(192, 4, 2e-3)}
-STEPS = 600
+SHORT_STEPS, SHORT_BATCH = 480, 4096
+STEPS = 120
 BLOCKS = (128, 4)
 MODES = {"full": ["--attn", "full"], "MoBA": ["--attn", "moba"], "hybrid": ["--attn-schedule", "moba:0.9,full:0.1"]}
 SWITCH = STEPS * 9 // 10
-# Each reads 512 tokens of 8192, 93.75% sparsity; the first has its own block alone, so nothing is chosen.
+# Each reads 512 tokens of 8192, 93.75% sparsity, and all of 512; the first has its own block alone, nothing to choose.
 EQUAL_SPARSITY = ((512, 1), (256, 2), BLOCKS, (64, 8), (32, 16))
 # Fine-tuning goes on with the hybrid of this size; that many tokens of outline are scored.
-TUNED, TUNING_STEPS, TUNING_TRAILING = "middle", 100, 256
-EVALUATED = 24  # sequences
+TUNED, TUNING_STEPS, TUNING_TRAILING = "middle", 60, 256
+EVALUATED = 16  # sequences
 
 
 # ---------------------------------------------------------------- arithmetic
@@ -221,7 +223,7 @@ def make_tokenizer(folder, groups):
 
 
 def make_data(folder):
-    """Tokenizer, train.txt and held-out.txt of streams of neighbouring files, outlines to train on and to score."""
+    """Tokenizer, short.txt, long.txt and held-out.txt of streams of neighbouring files, outlines to train on and to score."""
     shutil.rmtree(folder, ignore_errors=True)  # what was not finished
     chance = random.Random(SEED)
     training, held_out = texts("training"), texts("held-out") + texts("tuning")
@@ -230,21 +232,22 @@ def make_data(folder):
     chance.shuffle(groups)
     tokenizer = make_tokenizer(folder / "tokenizer", groups[:20])
 
-    def stream(parts, tokens):
-        """As many of these parts as have so many tokens."""
+    def write(name, parts, tokens):
+        """As many of these parts as have so many tokens, which are used up."""
         taken, total = [], 0
         while total < tokens:
-            if len(taken) == len(parts):
-                sys.exit(f"the text of this machine: expected at least {tokens:.0f} tokens; found {total}")
-            taken.append(parts[len(taken)])
+            if not parts:
+                sys.exit(f"the text of this machine: expected at least {tokens:.0f} tokens for {name}; found {total}")
+            taken.append(parts.pop())
             total += len(tokenizer.encode(taken[-1]).ids)
-        return taken
+        (folder / name).write_text("\n\n".join(taken))
 
-    trained = stream(groups, STEPS * SEQ_LEN * 1.02)
-    (folder / "train.txt").write_text("\n\n".join(trained))
+    fresh = list(groups)
+    write("short.txt", fresh, SHORT_STEPS * SHORT_BATCH * 1.02)
+    write("long.txt", fresh, STEPS * SEQ_LEN * 1.02)
     left = neighbours([text for text in (without(text, seen) for text in held_out) if text], 100_000)
     chance.shuffle(left)
-    (folder / "held-out.txt").write_text("\n\n".join(stream(left, (EVALUATED + 1) * SEQ_LEN)))
+    write("held-out.txt", list(left), (EVALUATED + 1) * SEQ_LEN)
 
     with (folder / "outlines.jsonl").open("w") as file:
         for document in outline_documents(groups, tokenizer, TUNING_STEPS, chance):
@@ -270,18 +273,27 @@ class Lab:
             sys.exit(f"{shlex.join(command)}\n{done.stderr}")
         return done.stdout
 
-    def train(self, out, steps, *flags, seq_len=SEQ_LEN):
+    def train(self, out, steps, *flags):
         """The lines of the log. A run that is done already is only read."""
-        self.moba("train", "--out", out, "--steps", steps, "--seq-len", seq_len, "--batch-tokens", seq_len, "--dtype", "bf16",
-                  "--save-every", max(1, steps // 10), "--resume", *flags)
+        self.moba("train", "--out", out, "--steps", steps, "--dtype", "bf16", "--save-every", max(1, steps // 10), "--resume",
+                  *flags)
         return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
-    def pretrain(self, out, size, mode, steps=STEPS, blocks=BLOCKS, seed=SEED, **more):
-        config = self.work / f"{size}.json"
+    def begin(self, size, seed=SEED):
+        """A model of this size, trained on short sequences."""
+        out, config = self.work / f"short-{size}-{seed}", self.work / f"{size}.json"
         config.write_text(json.dumps(SIZES[size].config(), indent=2) + "\n")
-        return self.train(out, steps, "--config", config, "--tokenizer", self.data / "tokenizer",
-                          "--data", self.data / "train.txt", "--lr", SIZES[size].lr, "--seed", seed, "--warmup", steps // 20,
-                          *MODES[mode], *(block_flags(blocks) if mode != "full" else ()), **more)
+        self.once([out.name], lambda: [line["loss"] for line in self.train(
+            out, SHORT_STEPS, "--config", config, "--tokenizer", self.data / "tokenizer", "--data", self.data / "short.txt",
+            "--seq-len", SHORT_LEN, "--batch-tokens", SHORT_BATCH, "--lr", SIZES[size].lr, "--lr-schedule", "constant",
+            "--warmup", SHORT_STEPS // 20, "--seed", seed, *MODES["full"])])
+        return out
+
+    def lengthen(self, out, size, mode, steps=STEPS, blocks=BLOCKS, seed=SEED, seq_len=SEQ_LEN):
+        """Goes on at the long context."""
+        return self.train(out, steps, "-m", self.begin(size, seed), "--data", self.data / "long.txt", "--seq-len", seq_len,
+                          "--batch-tokens", seq_len, "--lr", SIZES[size].lr, "--seed", seed, "--warmup", steps // 20,
+                          *MODES[mode], *(block_flags(blocks) if mode != "full" else ()))
 
     def evaluate(self, model, *flags, blocks=BLOCKS, ways="full,moba"):
         """By way to read, the losses."""
@@ -304,19 +316,16 @@ class Lab:
             (self.work / "results.json").write_text(json.dumps(self.results))
         return folder[place[-1]]
 
-    def pretrained(self, place, size, mode, ways="full,moba", **how):
+    def trained(self, place, size, mode, ways="full,moba", **how):
         """Trained and evaluated: the training losses and the evaluation."""
         def make():
             out = self.work / "-".join(place)
             if mode == "hybrid":
                 begin_as(out, self.work / "-".join([*place[:-1], "MoBA"]), SWITCH)
-            start = time.perf_counter()
-            log = self.pretrain(out, size, mode, **how)
-            minutes = (time.perf_counter() - start) / 60
+            log = self.lengthen(out, size, mode, **how)
             evaluation = self.evaluate_text(out, ways=ways, blocks=how.get("blocks", BLOCKS))
             return {"losses": [line["loss"] for line in log], "tokens": sum(line["tokens"] for line in log),
-                    "tokens_per_second": float(np.median([line["tokens_per_second"] for line in log])),
-                    "minutes": minutes, "evaluation": evaluation}
+                    "evaluation": evaluation}
         return self.once(place, make)
 
 
@@ -337,33 +346,34 @@ def begin_as(out, other, step):
 
 
 def do_speed(lab):
+    """Minutes, from one short run each."""
     def measure(size, mode):
+        start = time.perf_counter()
+        base = lab.begin(size)
+        begun = time.perf_counter() - start
         with tempfile.TemporaryDirectory(dir=lab.work) as folder:
             out = Path(folder) / "run"
+            log = lab.lengthen(out, size, mode, steps=4)
             start = time.perf_counter()
-            log = lab.pretrain(out, size, mode, steps=4)
-            begun = time.perf_counter() - start - sum(line["seconds"] for line in log)
-            start = time.perf_counter()
-            lab.evaluate_text(out, sequences=2, ways=mode.lower())
-            return {"step_seconds": min(line["seconds"] for line in log[1:]), "start_seconds": begun,
+            lab.evaluate_text(base, sequences=2, ways=mode.lower())
+            return {"begin_seconds": begun, "step_seconds": min(line["seconds"] for line in log[1:]),
                     "evaluation_seconds": (time.perf_counter() - start) * EVALUATED / 2,
                     "memory_gib": log[-1]["memory_gib"], "attention_share": log[-1]["attention_share"]}
 
     of = {size: {mode: lab.once(["speed", size, mode], lambda: measure(size, mode)) for mode in ("full", "MoBA")}
           for size in SIZES}
 
-    def minutes(size, full, moba, read_full, read_moba):
-        """For so many steps, and for so many evaluations."""
+    def minutes(size, full, moba):
+        """For so many steps with either attention, with the evaluations that go with them."""
         a, b = of[size]["full"], of[size]["MoBA"]
-        return (full * a["step_seconds"] + moba * b["step_seconds"] + read_full * a["evaluation_seconds"]
-                + read_moba * b["evaluation_seconds"]) / 60
+        return (full * a["step_seconds"] + moba * b["step_seconds"]
+                + max(1, full // STEPS) * a["evaluation_seconds"] + max(1, moba // STEPS) * b["evaluation_seconds"]) / 60
 
     smallest = next(iter(SIZES))
-    needs = {"sizes": sum(minutes(size, STEPS * 1.1, STEPS, 3, 3) for size in SIZES),
-             "blocks": minutes(smallest, 0, STEPS * 4, 0, 4),
-             "layers": minutes(TUNED, TUNING_STEPS * 2, TUNING_STEPS * 2, 2, 2),
-             "seeds": minutes(smallest, STEPS, STEPS, 1, 1)}
-    print("minutes: " + ", ".join(f"{stage} {needed:.0f}" for stage, needed in needs.items()), flush=True)
+    needs = {"sizes": sum(minutes(size, STEPS * 3, STEPS * 3) for size in SIZES), "blocks": minutes(smallest, 0, STEPS * 4),
+             "layers": 3 * minutes(TUNED, TUNING_STEPS, TUNING_STEPS),
+             "seeds": of[smallest]["full"]["begin_seconds"] / 60 + minutes(smallest, STEPS, STEPS)}
+    print("minutes, at most: " + ", ".join(f"{stage} {needed:.0f}" for stage, needed in needs.items()), flush=True)
 
 
 def do_sharing(lab):
@@ -371,10 +381,10 @@ def do_sharing(lab):
         steps, seq_len, size = 10, 1024, next(iter(SIZES))
         with tempfile.TemporaryDirectory(dir=lab.work) as folder:
             whole, moba, copy = (Path(folder) / name for name in ("whole", "moba", "copy"))
-            losses = lab.pretrain(whole, size, "hybrid", steps, seq_len=seq_len)
-            lab.pretrain(moba, size, "MoBA", steps, seq_len=seq_len)
+            losses = lab.lengthen(whole, size, "hybrid", steps, seq_len=seq_len)
+            lab.lengthen(moba, size, "MoBA", steps, seq_len=seq_len)
             begin_as(copy, moba, steps * 9 // 10)
-            shared = lab.pretrain(copy, size, "hybrid", steps, seq_len=seq_len)
+            shared = lab.lengthen(copy, size, "hybrid", steps, seq_len=seq_len)
             same = [a["loss"] for a in losses] == [b["loss"] for b in shared]
             same &= (whole / "model.safetensors").read_bytes() == (copy / "model.safetensors").read_bytes()
         if not same:
@@ -386,14 +396,14 @@ def do_sharing(lab):
 def do_sizes(lab):
     for size in SIZES:
         for mode in MODES:
-            lab.pretrained(["sizes", size, mode], size, mode)
+            lab.trained(["sizes", size, mode], size, mode)
 
 
 def do_blocks(lab):
     smallest = next(iter(SIZES))
     for blocks in EQUAL_SPARSITY:
         if blocks != BLOCKS:
-            lab.pretrained(["blocks", name_of(blocks)], smallest, "MoBA", ways="moba", blocks=blocks)
+            lab.trained(["blocks", name_of(blocks)], smallest, "MoBA", ways="moba", blocks=blocks)
 
 
 def do_layers(lab):
@@ -403,8 +413,8 @@ def do_layers(lab):
         out = lab.work / f"layers-{full}"
         is_full = full == layers
         some = ["--moba-full-layers", last_layers(full, layers)] if 0 < full < layers else []
-        log = lab.train(out, TUNING_STEPS, "-m", base, "--data", lab.data / "outlines.jsonl", "--loss", "completion", "--lr",
-                        SIZES[TUNED].lr / 2, "--seed", SEED,
+        log = lab.train(out, TUNING_STEPS, "-m", base, "--data", lab.data / "outlines.jsonl", "--loss", "completion",
+                        "--seq-len", SEQ_LEN, "--batch-tokens", SEQ_LEN, "--lr", SIZES[TUNED].lr / 2, "--seed", SEED,
                         *(MODES["full"] if is_full else [*MODES["MoBA"], *block_flags(BLOCKS), *some]))
         evaluation = lab.evaluate(out, "--data", lab.data / "outlines", "--trailing", TUNING_TRAILING, *some,
                                   ways="full" if is_full else "moba")
@@ -419,7 +429,7 @@ def do_layers(lab):
 def do_seeds(lab):
     smallest = next(iter(SIZES))
     for mode in ("full", "MoBA"):
-        lab.pretrained(["seeds", mode], smallest, mode, ways=mode.lower(), seed=SEED + 1)
+        lab.trained(["seeds", mode], smallest, mode, ways=mode.lower(), seed=SEED + 1)
 
 
 def do_needle(lab):
@@ -585,8 +595,9 @@ def needle_table(results):
 def markdown(results):
     lines = ["# Full attention, MoBA and the hybrid", "",
              f"{results['machine']}, {results['threads']} threads, {results['date']}. Made with `{results['commands'][0]}`. "
-             f"{STEPS} steps of {SEQ_LEN} tokens, blocks of {BLOCKS[0]}, top-k {BLOCKS[1]} ({sparsity(BLOCKS):.2%} sparsity at the "
-             f"end of a sequence), {EVALUATED} sequences held out; nats a token, 95% intervals by a bootstrap over sequences. "
+             f"{SHORT_STEPS} steps of {SHORT_BATCH} tokens in sequences of {SHORT_LEN}, the same for all, then {STEPS} steps of one "
+             f"sequence of {SEQ_LEN}; blocks of {BLOCKS[0]}, top-k {BLOCKS[1]} ({sparsity(BLOCKS):.2%} sparsity at the end of a "
+             f"long sequence); {EVALUATED} sequences held out; nats a token, 95% intervals by a bootstrap over sequences. "
              f"A model is read as it was trained, the hybrid with full attention.", ""]
     if complete(results):
         lines += target_lines(results) + size_tables(results) + position_table(results)
