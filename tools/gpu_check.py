@@ -31,7 +31,7 @@ SANITIZED = ("CudaAttend.AnyOrderOfBlocksAndWarpsGivesTheSameBits:CudaAttend.The
              "CudaDecode.AnyOrderAndWorkspaceGiveTheSameBits")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Seconds: of each phase at most, and of everything.
-LIMITS = {"build": 170, "C++ tests": 60, "PyTorch tests": 75, **dict.fromkeys(SANITIZERS, 15)}
+LIMITS = {"build": 170, "C++ tests": 60, "PyTorch tests": 75, **dict.fromkeys(SANITIZERS, 25)}
 TOTAL, LEAST_FOR_THE_BENCHMARK = 470, 30
 
 

@@ -86,8 +86,8 @@ using Written = std::vector<std::vector<std::uint16_t>>;
 
 /// Two sequences forward and backward.
 Written attend(const Routing& routing, Spread spread, const Execution& execution = {}) {
-  const Sequences sequences{{0, 30, 90}, {0, 50, 121}};
-  constexpr std::int64_t kQ = 90, kK = 121, kDim = 64;
+  const Sequences sequences{{0, 10, 40}, {0, 20, 61}};
+  constexpr std::int64_t kQ = 40, kK = 61, kDim = 64;
   const Field q({kQ, 4, kDim}, spread, 1), k({kK, 2, kDim}, spread, 2), v({kK, 2, kDim}, spread, 3),
       d_out({kQ, 4, kDim}, spread, 4), out({kQ, 4, kDim}, spread), dq({kQ, 4, kDim}, spread),
       dk({kK, 2, kDim}, spread), dv({kK, 2, kDim}, spread);
