@@ -78,14 +78,6 @@ TensorMap tensor_map(std::string_view function, const Tensor& t, int rows) {
   return std::bit_cast<TensorMap>(map);
 }
 
-void Queue::check_grid(const char* name, Grid grid) const {
-  constexpr std::int64_t kMostX = 0x7FFFFFFF, kMostY = 65535;
-  if (grid.x > kMostX || grid.y > kMostY) {
-    throw DeviceError(function_ + ": kernel " + name + " would need " + std::to_string(grid.x) + " x " +
-                      std::to_string(grid.y) + " blocks");
-  }
-}
-
 void Queue::launch_on_stream(const char* name, const void* kernel, Grid grid, int threads, std::size_t shared,
                              void** arguments) {
   constexpr std::size_t kWithoutAsking = 48 << 10;

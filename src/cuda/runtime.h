@@ -7,6 +7,7 @@
 
 #include "cuda/ptx/device.h"
 #include "cuda/tensor_map.h"
+#include "moba/error.h"
 #include "moba/execution.h"
 
 #if defined(MOBA_CUDA_EMULATION)
@@ -54,6 +55,8 @@ class Queue {
     if (grid.x <= 0 || grid.y <= 0) return;
     check_grid(name, grid);
 #if defined(MOBA_CUDA_EMULATION)
+    if (emulation::launch_fails())
+      throw DeviceError(function_ + ": kernel " + name + " cannot be launched: a test wants it so");
     emulation::run(name, {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)}, threads, shared,
                    [&] { kernel(params); });
 #else
@@ -69,7 +72,13 @@ class Queue {
  private:
   friend class Slab;
 
-  void check_grid(const char* name, Grid grid) const;
+  void check_grid(const char* name, Grid grid) const {
+    constexpr std::int64_t kMostX = 0x7FFFFFFF, kMostY = 65535;
+    if (grid.x > kMostX || grid.y > kMostY) {
+      throw DeviceError(function_ + ": kernel " + name + " would need " + std::to_string(grid.x) + " x " +
+                        std::to_string(grid.y) + " blocks");
+    }
+  }
   void launch_on_stream(const char* name, const void* kernel, Grid grid, int threads, std::size_t shared,
                         void** arguments);
   std::byte* allocate(std::size_t bytes);

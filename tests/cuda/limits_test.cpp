@@ -193,6 +193,16 @@ TEST(CudaLimits, ChoicesThat31BitsCannotCountAreRefused) {
   }
 }
 
+void no_kernel(const int) {}
+
+TEST(CudaLimits, AGridLargerThanDevicesTakeIsAnError) {
+  const Execution execution;
+  Queue queue("attention", execution);
+  EXPECT_NO_THROW(queue.launch("none", no_kernel, {0, 1}, 32, 0, 0));
+  for (const Grid grid : {Grid{std::int64_t{1} << 31, 1}, Grid{1, 65536}})
+    EXPECT_THROW(queue.launch("none", no_kernel, grid, 32, 0, 0), DeviceError);
+}
+
 /// Whichever launch fails, the call that met it says so and gives its memory back, and the next is right.
 TEST(CudaLimits, AFailedLaunchIsAnErrorOfItsCallAndOfNoOther) {
   const Routing routing{.block_size = 8, .top_k = 3};

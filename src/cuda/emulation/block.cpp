@@ -558,6 +558,11 @@ int& launches_before_failure() {
   return value;
 }
 
+bool launch_fails() {
+  int& left = launches_before_failure();
+  return left >= 0 && left-- == 0;
+}
+
 int launches(const char* name) {
   return machine().launches[name];
 }

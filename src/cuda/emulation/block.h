@@ -71,6 +71,8 @@ bool check_fenced(const void* shared);
 int& capability();
 /// Launches that succeed before one fails, as launches of a runtime may; below 0 all do.
 int& launches_before_failure();
+/// Counts a launch, and whether it is the one that fails.
+bool launch_fails();
 /// How often a kernel of that name has been launched by this thread.
 int launches(const char* name);
 

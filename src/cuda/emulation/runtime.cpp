@@ -26,12 +26,6 @@ TensorMap tensor_map(std::string_view, const Tensor& t, int rows) {
   return map;
 }
 
-void Queue::check_grid(const char* name, Grid) const {
-  int& left = emulation::launches_before_failure();
-  if (left >= 0 && left-- == 0)
-    throw DeviceError(function_ + ": kernel " + name + " cannot be launched: a test wants it so");
-}
-
 void Queue::fill(void* to, int value, std::size_t bytes) {
   std::memset(to, value, bytes);
 }
