@@ -28,10 +28,13 @@ EMULATED_TESTS = BUILD / "tests" / "cuda" / "moba_cuda_tests"
 SANITIZED = ("CudaAttend.AnyOrderOfBlocksAndWarpsGivesTheSameBits:CudaAttend.TheRoutingAlone:CudaAttend.ManyShortSequences:"
              "CudaAttend.BlocksOfManyKeys:"
              "CudaAttendBackward.AnyOrderOfBlocksAndWarpsGivesTheSameBits:CudaAttendBackward.SelectsAgainToTheSameBlocks:"
-             "CudaDecode.AnyOrderAndWorkspaceGiveTheSameBits")
+             "CudaDecode.AnyOrderAndWorkspaceGiveTheSameBits:"
+             "CudaHopperBackward.AnyOrderAndAnyWorkspaceGiveTheSameBits")
+# The tests whose calls have other kernels on Hopper.
+CHOOSING = "CudaAttend*:All/*"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Seconds: of each phase at most, and of everything.
-LIMITS = {"build": 170, "C++ tests": 60, "PyTorch tests": 75, **dict.fromkeys(SANITIZERS, 25)}
+LIMITS = {"build": 170, "C++ tests": 60, "C++ tests with ampere": 40, "PyTorch tests": 75, **dict.fromkeys(SANITIZERS, 25)}
 TOTAL, LEAST_FOR_THE_BENCHMARK = 470, 30
 
 
@@ -208,7 +211,8 @@ def package():
 
 def plan(torch_folder, architecture):
     lines = [said(command) for command in build_commands(torch_folder, architecture)]
-    lines += [said(device_command()), f"{said([EMULATED_TESTS])} (beside the rest; its results are compared)"]
+    lines += [said(device_command()), f"MOBA_CUDA_ATTEND=ampere {said(device_command(only=CHOOSING))} (on Hopper)",
+              f"{said([EMULATED_TESTS])} (beside the rest; its results are compared)"]
     return lines + [said(pytest_command()), *map(said, map(sanitizer_command, SANITIZERS)), said(benchmark_command(0)) +
                     f" (what is left of {TOTAL} s)"]
 
@@ -223,10 +227,11 @@ def main():
         return 1
     torch, _ = torch_with_cuda()
     torch_folder = Path(torch.__file__).parent if torch else "(torch)"
-    architecture = "(the GPU's)"
+    architecture, capability = "(the GPU's)", None
     if not lacking:
         major, minor = torch.cuda.get_device_capability()
-        architecture = {90: "90a-real"}.get(10 * major + minor, f"{major}{minor}-real")
+        capability = 10 * major + minor
+        architecture = {90: "90a-real"}.get(capability, f"{capability}-real")
         print(f"gpu-check: {torch.cuda.get_device_name()}, torch {torch.__version__}, {TOTAL} s for everything")
     for line in [f"lacking: {what}" for what in lacking] + [f"skipped: {what}" for what in skipped()]:
         print(f"gpu-check: {line}", flush=True)
@@ -247,6 +252,8 @@ def main():
                           env=environment() | {"MOBA_TEST_RESULTS": str(emulated.with_suffix(".txt"))},
                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as emulation:
         check.run("C++ tests", device_command(real), MOBA_TEST_RESULTS=str(real.with_suffix(".txt")))
+        if capability == 90:
+            check.run("C++ tests with ampere", device_command(only=CHOOSING), MOBA_CUDA_ATTEND="ampere")
         if find_spec("pytest"):
             check.run("PyTorch tests", pytest_command())
         if sanitizer():

@@ -14,9 +14,6 @@
 namespace moba::cuda {
 namespace {
 
-constexpr std::int64_t kNoRow = -1;
-constexpr float kLog2E = 1.44269504088896341F;
-
 /// As attend's. At D 256 a thread block takes half of an item, and two warps share their rows, each with half
 /// of the columns to sum: more would fit neither shared memory nor the registers.
 template <int head_dim>
@@ -74,7 +71,7 @@ sum_rows_kernel(MOBA_PARAMETER SumParams<T> p) {
   float delta = 0;
   MOBA_UNROLL
   for (int i = 0; i < kColumns; ++i) delta += products[in_block * kColumns + i];
-  p.sums[head * p.rows + row] = {lse == -ptx::infinity() ? ptx::infinity() : lse * kLog2E, delta};
+  p.sums[head * p.rows + row] = {lse == -ptx::infinity() ? ptx::infinity() : lse * ptx::kLog2E, delta};
 }
 
 template <typename T>
@@ -434,8 +431,7 @@ void* carve_dq_slots(Carver& carver, const Task& task, const Group& part) {
 }
 
 void attend_backward_rows(Queue& queue, const Task& task, const Group& part, const Batch& batch,
-                          const Plan& plan, const std::int32_t* selection, const RowSums* sums,
-                          const Backward& backward, void* slots) {
+                          const Plan& plan, const RowSums* sums, const Backward& backward, void* slots) {
   with_type(task, [&]<typename T, int head_dim>() {
     using C = Cut<head_dim>;
     const RowsParams<T> params{.q = view_of<const T>(task.q),
@@ -458,7 +454,7 @@ void attend_backward_rows(Queue& queue, const Task& task, const Group& part, con
                                .near = task.has_near_keys(),
                                .causal = task.routing.causal,
                                .scale = task.scale,
-                               .log2_scale = task.scale * kLog2E,
+                               .log2_scale = task.scale * ptx::kLog2E,
                                .dq = view_of<T>(backward.gradients.dq),
                                .slots = static_cast<T*>(slots)};
     const std::int64_t most_items =
@@ -466,19 +462,25 @@ void attend_backward_rows(Queue& queue, const Task& task, const Group& part, con
                         task.most_tiles(part));
     queue.launch("attend_backward_rows", attend_backward_rows_kernel<T, head_dim>, {most_items * C::kShares},
                  C::kThreads, Shared<T, head_dim>::kBytes, params);
-    if (task.width == 0) return;
-    const AddParams<T> add{.slots = params.slots,
-                           .selection = selection,
-                           .rows = params.rows,
-                           .width = params.width,
-                           .ranks = params.ranks,
-                           .group = params.group,
-                           .head0 = part.head0,
-                           .token0 = part.token0,
-                           .dq = params.dq};
+  });
+}
+
+void add_dq_slots(Queue& queue, const Task& task, const Group& part, const std::int32_t* selection,
+                  const void* slots, const Backward& backward) {
+  if (task.width == 0) return;
+  with_type(task, [&]<typename T, int head_dim>() {
+    const AddParams<T> params{.slots = static_cast<const T*>(slots),
+                              .selection = selection,
+                              .rows = task.rows(part),
+                              .width = task.width,
+                              .ranks = task.ranks(),
+                              .group = task.group,
+                              .head0 = part.head0,
+                              .token0 = part.token0,
+                              .dq = view_of<T>(backward.gradients.dq)};
     constexpr int kRows = kSumThreads / (head_dim / kElements);
     queue.launch("add_slots", add_slots_kernel<T, head_dim>, {divide_up(params.rows, kRows), part.heads()},
-                 kSumThreads, 0, add);
+                 kSumThreads, 0, params);
   });
 }
 

@@ -1,31 +1,17 @@
-// attend.cu's items on Hopper. A block stays on its multiprocessor and takes every so-many-th item. Its first
-// warpgroup only brings things: one thread the keys and values, in bulk copies that land permuted as products
-// want them, and three warps the rows, which come from anywhere. The other two warpgroups hold 64 rows each
-// and begin their products of a tile by turns, so that one's softmax runs while the other multiplies.
+// attend.cu's items on Hopper. The two warpgroups that multiply hold 64 rows each and begin their products of
+// a tile by turns, so that one's softmax runs while the other multiplies.
 #include <algorithm>
-#include <concepts>
 #include <cstdlib>
 #include <string>
 
-#include "cuda/attend_items.h"
-#include "cuda/ptx/barrier.h"
-#include "cuda/ptx/transfer.h"
-#include "cuda/tile/panels.h"
+#include "cuda/attend_items_hopper.h"
 #include "moba/error.h"
 
 namespace moba::cuda {
-namespace hopper {  // named: where a compilation is for another device, it uses nothing of this
+namespace hopper {
 
 inline constexpr int kKeys = 128;  // of a tile
-inline constexpr int kGroups = 2;  // that multiply
-inline constexpr int kGroupRows = kTileRows / kGroups;
-inline constexpr int kThreads = (1 + kGroups) * ptx::kGroupThreads;
-inline constexpr int kRowThreads = ptx::kGroupThreads - ptx::kLanes;         // that bring rows
-inline constexpr int kReaders = kGroups * ptx::kGroupThreads / ptx::kLanes;  // warps
 inline constexpr int kBringerRegisters = 72, kReaderRegisters = 216;
-
-/// Named barriers; of kTurn and kRead, each group has its own.
-inline constexpr int kRowsPlaced = 1, kTurn = 2, kRead = 4;
 
 template <typename T>
 struct Params {
@@ -47,10 +33,6 @@ struct Shared {
   using Rows = tile::Panels<T, kTileRows, head_dim>;
   using Keys = tile::Panels<T, kKeys, head_dim>;
 
-  /// Who brings waits until what was there `is_read`; who reads, until it `is_here`.
-  struct Turns {
-    ptx::Mbarrier is_here, is_read;
-  };
   struct Rest {
     Places places[2];
     Turns q[2], k[kStages], v[kStages];
@@ -64,49 +46,6 @@ struct Shared {
   MOBA_DEVICE Keys v(int stage) const { return {k(stage).data + Keys::kBytes}; }
   MOBA_DEVICE Rest& rest() const { return *reinterpret_cast<Rest*>(k(kStages).data); }
 };
-
-/// Which of some buffers comes next, and how often it was used before.
-template <int count>
-struct Ring {
-  int at = 0;
-  unsigned parity = 0;
-
-  MOBA_DEVICE void advance() {
-    if (++at < count) return;
-    at = 0;
-    parity ^= 1U;
-  }
-};
-
-template <typename Run>
-MOBA_DEVICE void for_own_items(std::int64_t items, Run&& run) {
-  for (std::int64_t index = ptx::block_x(); index < items; index += ptx::blocks_x()) run(index);
-}
-
-/// By one thread.
-template <typename T, int head_dim>
-MOBA_DEVICE void bring_keys(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items) {
-  using S = Shared<T, head_dim>;
-  Ring<S::kStages> stage;
-  for_own_items(items, [&](std::int64_t index) {
-    with_item(p.items, index, [&](const Work& work, auto&&) {
-      const auto bring = [&](const TensorMap& map, const typename S::Keys& to, typename S::Turns& turns,
-                             std::int32_t key) {
-        ptx::wait_for(&turns.is_read, stage.parity ^ 1U);
-        ptx::arrive_expecting(&turns.is_here, S::Keys::kBytes);
-        MOBA_UNROLL
-        for (int panel = 0; panel < S::Keys::kPanels; ++panel) {
-          ptx::copy_box(to.data + panel * S::Keys::kPanelBytes, map, panel * S::Keys::kColumns,
-                        static_cast<int>(p.items.head0 + work.head), work.first_key + key, &turns.is_here);
-        }
-      };
-      for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
-        bring(p.k, shared.k(stage.at), shared.rest().k[stage.at], key);
-        bring(p.v, shared.v(stage.at), shared.rest().v[stage.at], key);
-      }
-    });
-  });
-}
 
 /// By kRowThreads threads; `thread` is the number among them.
 template <typename T, int head_dim>
@@ -127,19 +66,7 @@ MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& share
       if (thread == 0) places.work = work;
     });
     ptx::named_barrier(kRowsPlaced, kRowThreads);
-    // Eight threads share the 128 bytes of a row in a panel.
-    const auto q = shared.q(buffer.at);
-    const int piece = thread % 8;
-    for (int r = thread / 8; r < kTileRows; r += kRowThreads / 8) {
-      const std::int64_t offset = places.q_offsets[r];
-      MOBA_UNROLL
-      for (int panel = 0; panel < head_dim / 64; ++panel) {
-        const int index_of_piece = 8 * panel + piece;
-        ptx::copy_async(q.data, q.start(r, index_of_piece),
-                        offset == kNoRow ? nullptr : p.items.q.data + offset + index_of_piece * tile::kPiece,
-                        offset != kNoRow);
-      }
-    }
+    gather_rows(shared.q(buffer.at), p.items.q.data, places.q_offsets, thread);
     ptx::copy_commit();
     ptx::copy_wait<0>();
     ptx::fence_async();
@@ -148,66 +75,12 @@ MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& share
   });
 }
 
-/// Once for each warp, when all of its lanes have read.
-MOBA_DEVICE void release(ptx::Mbarrier& is_read) {
-  ptx::warp_barrier();
-  if (ptx::lane() == 0) ptx::arrive(&is_read);
-}
-
-/// Values behind a tile's last key are somebody else's, and times a weight of 0 need not be 0. Each group
-/// clears them for itself.
-template <typename Keys>
-MOBA_DEVICE void clear_behind(const Keys& values, int keys, int group) {
-  constexpr int kPieces = 8 * Keys::kPanels;
-  for (int i = keys * kPieces + ptx::thread() % ptx::kGroupThreads; i < kKeys * kPieces;
-       i += ptx::kGroupThreads)
-    ptx::clear_piece(values.data, values.start(i / kPieces, i % kPieces));
-  ptx::fence_async();
-  ptx::named_barrier(kRead + group, ptx::kGroupThreads);
-}
-
 /// Waits for the group's turn to multiply; `pass_turn` gives it to the other.
 MOBA_DEVICE void take_turn(int group) {
   ptx::named_barrier(kTurn + group, kGroups * ptx::kGroupThreads);
 }
 MOBA_DEVICE void pass_turn(int group) {
   ptx::named_barrier_arrive(kTurn + 1 - group, kGroups * ptx::kGroupThreads);
-}
-
-/// Tells the compiler that all lanes have the same value: it does not let products under way at a branch that
-/// might divide a warp.
-template <std::integral N>
-MOBA_DEVICE N uniform(N value) {
-  return ptx::shuffle(value, 0);
-}
-MOBA_DEVICE Work uniform(const Work& work) {
-  return {.near = uniform(static_cast<int>(work.near)) != 0,
-          .head = uniform(work.head),
-          .count = uniform(work.count),
-          .begin = uniform(work.begin),
-          .end = uniform(work.end),
-          .all_begin = uniform(work.all_begin),
-          .all_end = uniform(work.all_end)};
-}
-
-/// out += weights values.
-template <typename T, int head_dim>
-MOBA_DEVICE void add_values(float (&out)[head_dim / 8][4], const float (&weights)[kKeys / 8][4],
-                            const typename Shared<T, head_dim>::Keys& values) {
-  std::uint32_t a[kKeys / 16][4];
-  MOBA_UNROLL
-  for (int k = 0; k < kKeys / 16; ++k) {
-    MOBA_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      const float(&w)[4] = weights[2 * k + r / 2];
-      a[k][r] = ptx::pack<T>(w[r % 2 * 2], w[r % 2 * 2 + 1]);
-    }
-  }
-  ptx::group_fence();
-  MOBA_UNROLL
-  for (int k = 0; k < kKeys / 16; ++k) ptx::multiply_registers<T>(out, a[k], values.across_rows(16 * k));
-  ptx::group_commit();
-  ptx::group_wait(out);
 }
 
 /// By the two groups that multiply: what the others bring.
@@ -237,10 +110,7 @@ MOBA_DEVICE void answer(const Params<T>& p, const Shared<T, head_dim>& shared, s
       take_turn(group);
       if (has_rows) {
         ptx::group_fence();
-        MOBA_UNROLL
-        for (int step = 0; step < head_dim / 16; ++step)
-          ptx::multiply_shared<T>(logits[0], q.along_rows(first_row, step), k.along_rows(0, step), step > 0);
-        ptx::group_commit();
+        begin_products(logits[0], q, first_row, k);
         pass_turn(group);
         ptx::group_wait(logits[0]);
         if (p.items.scale.negate) negate(logits);
@@ -254,12 +124,16 @@ MOBA_DEVICE void answer(const Params<T>& p, const Shared<T, head_dim>& shared, s
       ptx::wait_for(&rest.v[stage.at].is_here, stage.parity);
       if (has_rows) {
         if (key + kKeys > work.end) clear_behind(v, work.end - key, group);
-        add_values<T, head_dim>(out[0], logits[0], v);
+        std::uint32_t weights[kKeys / 16][4];
+        to_left<T>(weights, logits[0]);
+        ptx::group_fence();
+        begin_sums(out[0], weights, v);
+        ptx::group_wait(out[0]);
       }
       release(rest.v[stage.at].is_read);
     }
     if (has_rows) {
-      ptx::named_barrier(kRead + group, ptx::kGroupThreads);  // q has been read: answers go there
+      meet(group);  // q has been read: answers go there
       write(p.items, q, places.slots, work, out, softmax, warp_row);
     }
     release(rest.q[buffer.at].is_read);
@@ -276,20 +150,16 @@ attend_kernel(MOBA_PARAMETER Params<T> p) {
     const std::int64_t items = uniform(p.items.items());
     if (ptx::thread() == 0) {
       auto& rest = shared.rest();
-      const auto begin = [](auto& turns, int bringers) {
-        ptx::begin_phases(&turns.is_here, bringers);
-        ptx::begin_phases(&turns.is_read, kReaders);
-      };
-      for (auto& turns : rest.q) begin(turns, kRowThreads);
-      for (auto& turns : rest.k) begin(turns, 1);
-      for (auto& turns : rest.v) begin(turns, 1);
+      for (Turns& turns : rest.q) turns.begin(kRowThreads);
+      for (Turns& turns : rest.k) turns.begin(1);
+      for (Turns& turns : rest.v) turns.begin(1);
       ptx::fence_async();
     }
     ptx::barrier();
     const int group = uniform(ptx::thread() / ptx::kGroupThreads);
     if (group == 0) {
       ptx::give_registers<kBringerRegisters>();
-      if (ptx::thread() == 0) bring_keys(p, shared, items);
+      if (ptx::thread() == 0) bring_keys(p.k, p.v, p.items, shared, items);
       if (ptx::warp() > 0) bring_rows(p, shared, items, ptx::thread() - ptx::kLanes);
     } else {
       ptx::take_registers<kReaderRegisters>();

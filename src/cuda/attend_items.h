@@ -15,8 +15,6 @@
 /// the keys of their own block, or, in dense attention, with all that they may see.
 namespace moba::cuda {
 
-constexpr std::int64_t kNoRow = -1;
-
 template <typename T>
 struct AttendParams {
   View<const T> q, k, v;
@@ -67,12 +65,13 @@ MOBA_DEVICE Stretch near_keys(const AttendParams<T>& p, std::int32_t position, s
   return {static_cast<std::int32_t>(position / p.block_size * p.block_size), position + 1};
 }
 
-/// Where the elements of a row's query begin.
+/// Where the elements of a row begin in `view`, which is p.q or laid out for the same tokens and heads.
 template <typename T>
-MOBA_DEVICE std::int64_t q_offset(const AttendParams<T>& p, std::int64_t head, std::uint32_t row) {
+MOBA_DEVICE std::int64_t row_offset(const AttendParams<T>& p, const View<const T>& view, std::int64_t head,
+                                    std::uint32_t row) {
   const auto group = static_cast<std::uint32_t>(p.group);
-  return (std::int64_t{p.token0} + row / group) * p.q.token_stride +
-         ((p.head0 + head) * p.group + row % group) * p.q.head_stride;
+  return (std::int64_t{p.token0} + row / group) * view.token_stride +
+         ((p.head0 + head) * p.group + row % group) * view.head_stride;
 }
 
 /// Tile `index` of all heads, those of the last queries first, which see most.
@@ -95,7 +94,7 @@ MOBA_DEVICE void with_near_item(const AttendParams<T>& p, std::int64_t index, Ru
   run(work, [&](int r) -> Place {
     if (r >= work.count) return {};
     const auto row = static_cast<std::uint32_t>(tile.first_row + r);
-    return {q_offset(p, work.head, row),
+    return {row_offset(p, p.q, work.head, row),
             row * static_cast<std::uint32_t>(p.ranks) + static_cast<std::uint32_t>(p.width), sees(r)};
   });
 }
@@ -119,7 +118,7 @@ MOBA_DEVICE void with_listed_item(const AttendParams<T>& p, std::uint32_t index,
                   .all_end = keys.end};
   run(work, [&](int r) -> Place {
     if (r >= work.count) return {};
-    return {q_offset(p, work.head, entries[r] / static_cast<std::uint32_t>(p.ranks)), entries[r], {}};
+    return {row_offset(p, p.q, work.head, entries[r] / static_cast<std::uint32_t>(p.ranks)), entries[r], {}};
   });
 }
 
@@ -169,7 +168,26 @@ MOBA_DEVICE void hide(float (&logits)[row_tiles][key_tiles][4], const Stretch* b
   }
 }
 
-/// Writes the rows of this warp, through its own rows of q's shared memory so that whole pieces go out.
+/// Writes the rows of this warp, which lie in shared memory, to the output or, where there is one, their
+/// slot.
+template <typename T, int row_tiles, int out_tiles, typename Rows>
+MOBA_DEVICE void write_pieces(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
+                              const Work& work, int warp_row) {
+  ptx::warp_barrier();
+  for (int i = ptx::lane(); i < 16 * row_tiles * out_tiles; i += ptx::kLanes) {
+    const int row = warp_row + i / out_tiles, piece = i % out_tiles;
+    if (row >= work.count) break;
+    const std::uint32_t slot = slots[row];
+    T* to = p.width == 0
+                ? p.out.row(p.token0 + slot / p.group, (p.head0 + work.head) * p.group + slot % p.group)
+                : p.partials + slot_at(work.head, p.rows, p.ranks, slot) * (8 * out_tiles);
+    *reinterpret_cast<ptx::Vector*>(to + piece * 8) =
+        *reinterpret_cast<const ptx::Vector*>(rows.piece(row, piece));
+  }
+}
+
+/// Writes the answers of this warp's rows, through its own rows of q's shared memory so that whole pieces go
+/// out.
 template <typename T, typename Rows, int row_tiles, int out_tiles>
 MOBA_DEVICE void write(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
                        const Work& work, const float (&out)[row_tiles][out_tiles][4],
@@ -200,22 +218,12 @@ MOBA_DEVICE void write(const AttendParams<T>& p, const Rows& rows, const std::ui
       }
     }
   }
-  ptx::warp_barrier();
-  for (int i = lane; i < 16 * row_tiles * out_tiles; i += ptx::kLanes) {
-    const int row = warp_row + i / out_tiles, piece = i % out_tiles;
-    if (row >= work.count) break;
-    const std::uint32_t slot = slots[row];
-    T* to = last_word ? p.out.row(p.token0 + slot / p.group, (p.head0 + work.head) * p.group + slot % p.group)
-                      : p.partials + slot_at(work.head, p.rows, p.ranks, slot) * (8 * out_tiles);
-    *reinterpret_cast<ptx::Vector*>(to + piece * 8) =
-        *reinterpret_cast<const ptx::Vector*>(rows.piece(row, piece));
-  }
+  write_pieces<T, row_tiles, out_tiles>(p, rows, slots, work, warp_row);
 }
 
 /// The scale in powers of 2. One of 0 becomes the smallest that keeps -inf, which is where the hidden are.
 inline tile::Scale scale_of(float scale) {
-  constexpr float kLog2E = 1.44269504088896341F;
-  return {.scale = std::max(std::fabs(scale) * kLog2E, FLT_MIN), .negate = scale < 0};
+  return {.scale = std::max(std::fabs(scale) * ptx::kLog2E, FLT_MIN), .negate = scale < 0};
 }
 
 /// What the host tells them.

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "cuda/attend.h"
 #include "cuda/attend_backward.h"
 #include "cuda/flow.h"
 #include "cuda/gate.h"
@@ -72,6 +73,7 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
   check_view(function, "dv", gradients.dv);
   check_list(function, "saved.lse", saved.lse);
   check_list(function, "saved.selection", saved.selection);
+  const bool on_hopper = attends_on_hopper(function, task);
   if (task.sequences == 0 || (task.tokens == 0 && task.keys == 0)) return;
 
   const Backward backward{d_out, saved.out, saved.lse, gradients};
@@ -96,13 +98,17 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
         read_selection(queue, task, all, on_device, saved.selection, memory.selection);
       }
       plan(queue, task, all, on_device, memory.selection, memory.plan);
-      attend_backward_keys(queue, task, all, on_device, memory.plan, memory.sums, backward, memory.keys);
+      plan_key_walk(queue, task, all, on_device, memory.plan, memory.keys);
+      (on_hopper ? attend_backward_keys_on_hopper : attend_backward_keys)(
+          queue, task, all, on_device, memory.plan, memory.sums, backward, memory.keys);
     }
     const Batch on_device = lay_out(queue, task, batch, part, memory.starts);
     const std::int32_t* selection = memory.selection + part.token0 * task.group * task.width;
     if (!whole) plan(queue, task, part, on_device, selection, memory.part_plan);
-    attend_backward_rows(queue, task, part, on_device, memory.part_plan, selection,
-                         memory.sums + part.token0 * task.group, backward, memory.slots);
+    (on_hopper ? attend_backward_rows_on_hopper : attend_backward_rows)(
+        queue, task, part, on_device, memory.part_plan, memory.sums + part.token0 * task.group, backward,
+        memory.slots);
+    add_dq_slots(queue, task, part, selection, memory.slots, backward);
   }
   if (execution.profile != nullptr)
     execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(parts.front()));

@@ -13,6 +13,9 @@ MOBA_BOTH constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
   return a / b + (a % b != 0 ? 1 : 0);
 }
 
+/// Where the elements of a row that is not there would begin.
+constexpr std::int64_t kNoRow = -1;
+
 /// A tensor [tokens, heads, D].
 template <typename T>
 struct View {

@@ -1,11 +1,10 @@
 // Whole backward calls on the emulated device against the reference in f64, which sums the same inputs.
-#include <gtest/gtest.h>
-
 #include <cmath>
-#include <cstdlib>
+#include <limits>
 #include <string>
 
 #include "device_case.h"
+#include "on_hopper.h"
 
 namespace moba::test {
 namespace {
@@ -348,6 +347,121 @@ TEST(CudaAttendBackward, NamesWhatItRefuses) {
         << error.what();
   }
 }
+
+/// The kernels for Hopper, which are chosen for blocks of more than 64 keys unless told otherwise.
+class CudaHopperBackward : public OnHopper {
+ protected:
+  CudaHopperBackward() { choose("hopper"); }
+};
+
+Case hopper_case(std::uint64_t seed, const Routing& routing, std::int64_t queries) {
+  Case c = long_case(seed, routing, queries);
+  c.head_dim = seed % 4 < 2 ? 64 : 128;
+  fill(c);
+  return c;
+}
+
+TEST_F(CudaHopperBackward, EqualsTheReferenceOnRandomCases) {
+  constexpr std::uint64_t kCases = 16;
+  for (std::uint64_t seed = 7000; seed < 7000 + kCases && !HasFailure(); ++seed) {
+    Case c = random_backward_case(seed);
+    c.head_dim = seed % 2 == 0 ? 64 : 128;
+    fill(c);
+    const auto has_strides = [](const Tensor& t) { return t.strides[0] > 0 && t.strides[1] > 0; };
+    choose(c.keys() > 0 && has_strides(c.k.view()) && has_strides(c.v.view()) ? "hopper" : "ampere");
+    check_backward(c);
+  }
+}
+
+TEST_F(CudaHopperBackward, WorksThroughManyTiles) {
+  const std::vector<Routing> routings = {
+      {.block_size = 64, .top_k = 3},
+      {.block_size = 3, .top_k = 20, .sink_blocks = 1},
+      {.block_size = 150, .top_k = 1, .scale = -0.2F},
+      {.block_size = 140, .top_k = 1, .causal = false},
+      {.block_size = 48, .top_k = 4, .sink_blocks = 1, .causal = false, .own_block = true},
+      Routing::full(),
+      Routing::full(false),
+  };
+  std::uint64_t seed = 500;
+  for (const Routing& routing : routings) {
+    for (const std::int64_t queries : {210, 37}) check_backward(hopper_case(++seed, routing, queries));
+  }
+}
+
+TEST_F(CudaHopperBackward, ABlockThatEverybodyChooses) {
+  Case c{.seed = 3, .dtype = DType::f16, .group = 8, .head_dim = 64};
+  c.sequences = {{0, 20, 580}, {0, 20, 580}};
+  c.routing = {.block_size = 16, .top_k = 2, .sink_blocks = 1};
+  fill(c);
+  check_backward(c);
+}
+
+TEST_F(CudaHopperBackward, AnyOrderAndAnyWorkspaceGiveTheSameBits) {
+  Case c{.seed = 11, .dtype = DType::bf16, .kv_heads = 2, .group = 3, .head_dim = 128};
+  c.sequences = {{0, 5, 5, 90}, {0, 9, 20, 110}};
+  c.routing = {.block_size = 40, .top_k = 2};
+  fill(c);
+  Backpropagation b(c);
+  Profile roomy;
+  const Differentiated expected = backward(b, {.profile = &roomy});
+  EXPECT_TRUE(backward(b) == expected);
+  EXPECT_TRUE(backward(b, {.workspace_bytes = roomy.workspace_bytes * 2 / 3}) == expected);
+}
+
+/// What lies behind a block's last key came with the same copy.
+TEST_F(CudaHopperBackward, WhatOtherSequencesHoldDoesNotShow) {
+  Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 50, .top_k = 2}};
+  c.sequences = {{0, 40, 80}, {0, 75, 150}};
+  fill(c);
+  Backpropagation b(c);
+  const Differentiated expected = backward(b);
+  for (std::int64_t token = 75; token < 150; ++token) {
+    for (std::int64_t d = 0; d < 64; ++d) {
+      b.c.k.set(token, 0, d, std::numeric_limits<float>::quiet_NaN());
+      b.c.v.set(token, 0, d, std::numeric_limits<float>::quiet_NaN());
+    }
+  }
+  const Differentiated found = backward(b);
+  const auto is_same = [&](const Array& one, const Array& other, std::int64_t tokens) {
+    for (std::int64_t token = 0; token < tokens; ++token) {
+      for (std::int64_t d = 0; d < 64; ++d) EXPECT_EQ(one.get(token, 0, d), other.get(token, 0, d)) << token;
+    }
+  };
+  is_same(found.dq, expected.dq, 40);
+  is_same(found.dk, expected.dk, 75);
+  is_same(found.dv, expected.dv, 75);
+}
+
+TEST_F(CudaHopperBackward, KeysThatNobodySeesHaveNoGradient) {
+  Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 70, .top_k = 2}};
+  c.sequences = {{0, 0, 0}, {0, 7, 130}};
+  fill(c);
+  Backpropagation b(c);
+  const Differentiated d = backward(b);
+  EXPECT_EQ(largest(d.dk), 0);
+  EXPECT_EQ(largest(d.dv), 0);
+}
+
+#ifdef MOBA_CUDA_EMULATION
+TEST_F(CudaHopperBackward, IsChosenAsTheForwardIs) {
+  const auto launches = [](const char* choice, std::int64_t block_size) {
+    choose(choice);
+    Backpropagation b(hopper_case(1, {.block_size = block_size, .top_k = 2}, 10));
+    const auto count = [] {
+      return cuda::emulation::launches("attend_backward_keys on hopper") +
+             cuda::emulation::launches("attend_backward_rows on hopper");
+    };
+    const int before = count();
+    backward(b);
+    return count() - before;
+  };
+  EXPECT_EQ(launches("", 100), 2);
+  EXPECT_EQ(launches("", 64), 0);
+  EXPECT_EQ(launches("hopper", 64), 2);
+  EXPECT_EQ(launches("ampere", 100), 0);
+}
+#endif
 
 }  // namespace
 }  // namespace moba::test

@@ -210,22 +210,25 @@ void write_numbers(const tile::Panels<T, rows, head_dim>& to) {
   }
 }
 
-/// Rows [64, 128) of one tile by those of another; then their products' first 64 by its columns.
+/// Rows [64, 128) of a tile by all of them and by themselves; then the first products by its columns.
 template <typename T, int head_dim>
 void check_group_products() {
   using Tile = tile::Panels<T, 128, head_dim>;
-  std::vector<float> logits(64 * 128), sums(64 * head_dim);
+  std::vector<float> logits(64 * 128), half(64 * 64), sums(64 * head_dim);
   emulation::run("group", {}, ptx::kGroupThreads, Tile::kBytes, [&] {
     const Tile tile{ptx::shared()};
     write_numbers(tile);
     ptx::fence_async();
     ptx::barrier();
-    float d[16][4], out[head_dim / 8][4] = {};
+    float d[16][4], d_half[8][4], out[head_dim / 8][4] = {};
     ptx::group_fence();
     for (int k = 0; k < head_dim / 16; ++k)
       ptx::multiply_shared<T>(d, tile.along_rows(64, k), tile.along_rows(0, k), k > 0);
     ptx::group_commit();
-    ptx::group_wait(d);
+    for (int k = 0; k < head_dim / 16; ++k)
+      ptx::multiply_shared<T>(d_half, tile.along_rows(64, k), tile.along_rows(64, k), k > 0);
+    ptx::group_commit();
+    ptx::group_wait<1>(d);
     // A's first step is of columns 0 to 15 of the product, made small; B's is rows 16 to 31.
     std::uint32_t a[4];
     const auto small = [](float value) { return static_cast<float>(static_cast<int>(value) % 4); };
@@ -234,6 +237,7 @@ void check_group_products() {
     ptx::group_fence();
     ptx::multiply_registers<T>(out, a, tile.across_rows(16));
     ptx::group_commit();
+    ptx::group_wait<1>(d_half);
     ptx::group_wait(out);
     const int row = ptx::warp() * 16 + ptx::lane() / 4, column = ptx::lane() % 4 * 2;
     const auto put = [&](std::vector<float>& to, int columns, int j, int e, float value) {
@@ -241,6 +245,7 @@ void check_group_products() {
     };
     for (int e = 0; e < 4; ++e) {
       for (int j = 0; j < 16; ++j) put(logits, 128, j, e, d[j][e]);
+      for (int j = 0; j < 8; ++j) put(half, 64, j, e, d_half[j][e]);
       for (int j = 0; j < head_dim / 8; ++j) put(sums, head_dim, j, e, out[j][e]);
     }
   });
@@ -249,6 +254,9 @@ void check_group_products() {
       float sum = 0;
       for (int k = 0; k < head_dim; ++k) sum += number_at(64 + row, k) * number_at(column, k);
       ASSERT_EQ(logits[static_cast<std::size_t>(row * 128 + column)], sum) << row << ", " << column;
+      if (column >= 64) {
+        ASSERT_EQ(half[static_cast<std::size_t>(row * 64 + column - 64)], sum) << row << ", " << column;
+      }
     }
     for (int column = 0; column < head_dim; ++column) {
       float sum = 0;

@@ -12,6 +12,8 @@
 /// Numbers: conversions between f32 and pairs of 16-bit ones, powers and logarithms to base 2.
 namespace moba::cuda::ptx {
 
+constexpr float kLog2E = 1.44269504088896341F;
+
 #if defined(MOBA_CUDA_EMULATION)
 
 MOBA_DEVICE std::uint32_t bits_of(float value) {

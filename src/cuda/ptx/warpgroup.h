@@ -124,10 +124,10 @@ MOBA_DEVICE void group_fence() {
   emulation::group_collective("wgmma.fence", nullptr, [](void* const*) {});
 }
 /// d = A B^T or d += A B^T, both with rows along K.
-template <typename T>
-MOBA_DEVICE void multiply_shared(float (&d)[16][4], std::uint64_t a, std::uint64_t b, bool add) {
+template <typename T, int tiles>
+MOBA_DEVICE void multiply_shared(float (&d)[tiles][4], std::uint64_t a, std::uint64_t b, bool add) {
   const GroupOperands own{&d[0][0], nullptr, a, b, add};
-  emulation::group_product(&own, sizeof(own), run_group_product<T, 16>);
+  emulation::group_product(&own, sizeof(own), run_group_product<T, tiles>);
 }
 /// d += A B, with A in registers and sums over B's rows.
 template <typename T, int tiles>
@@ -138,10 +138,11 @@ MOBA_DEVICE void multiply_registers(float (&d)[tiles][4], const std::uint32_t (&
 MOBA_DEVICE void group_commit() {
   emulation::group_commit();
 }
-/// Waits for all products of this warpgroup, whose sums are `d`.
-template <int tiles>
+/// Waits until at most the newest `pending` groups of this warpgroup's products are under way; `d` are sums
+/// of those that have ended.
+template <int pending = 0, int tiles>
 MOBA_DEVICE void group_wait(float (&)[tiles][4]) {
-  emulation::group_wait(0);
+  emulation::group_wait(pending);
 }
 /// The registers of each thread of this warpgroup, from here on.
 template <int registers>
@@ -180,21 +181,38 @@ MOBA_DEVICE void group_fence() {
   "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
 /// d = A B^T or d += A B^T, both with rows along K.
-template <typename T>
-MOBA_DEVICE void multiply_shared(float (&d)[16][4], std::uint64_t a, std::uint64_t b, bool add) {
-#define MOBA_MULTIPLY(type)                                                            \
+template <typename T, int tiles>
+MOBA_DEVICE void multiply_shared(float (&d)[tiles][4], std::uint64_t a, std::uint64_t b, bool add) {
+  static_assert(tiles == 8 || tiles == 16);
+#define MOBA_MULTIPLY_64(type)                                                       \
+  asm volatile(                                                                      \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %34, 0;\n"                               \
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" MOBA_NAMES_64 \
+      "}, %32, %33, add, 1, 1, 0, 0;\n}"                                             \
+      : MOBA_SUMS_64                                                                 \
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+#define MOBA_MULTIPLY_128(type)                                                        \
   asm volatile(                                                                        \
       "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                 \
       "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {" MOBA_NAMES_128 \
       "}, %64, %65, add, 1, 1, 0, 0;\n}"                                               \
       : MOBA_SUMS_128                                                                  \
       : "l"(a), "l"(b), "r"(static_cast<int>(add)))
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    MOBA_MULTIPLY("bf16");
+  if constexpr (tiles == 8) {
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      MOBA_MULTIPLY_64("bf16");
+    } else {
+      MOBA_MULTIPLY_64("f16");
+    }
   } else {
-    MOBA_MULTIPLY("f16");
+    if constexpr (std::is_same_v<T, bfloat16>) {
+      MOBA_MULTIPLY_128("bf16");
+    } else {
+      MOBA_MULTIPLY_128("f16");
+    }
   }
-#undef MOBA_MULTIPLY
+#undef MOBA_MULTIPLY_64
+#undef MOBA_MULTIPLY_128
 }
 
 /// d += A B, with A in registers and sums over B's rows.
@@ -230,15 +248,15 @@ MOBA_DEVICE void multiply_registers(float (&d)[tiles][4], const std::uint32_t (&
 MOBA_DEVICE void group_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-/// Waits for all products of this warpgroup, whose sums are `d`: operands, so that nothing that reads them
-/// comes before.
-template <int tiles>
+/// Waits until at most the newest `pending` groups of this warpgroup's products are under way; `d` are sums
+/// of those that have ended: operands, so that nothing that reads them comes before.
+template <int pending = 0, int tiles>
 MOBA_DEVICE void group_wait(float (&d)[tiles][4]) {
   static_assert(tiles == 8 || tiles == 16);
   if constexpr (tiles == 8) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : MOBA_SUMS_64::"memory");
+    asm volatile("wgmma.wait_group.sync.aligned %32;" : MOBA_SUMS_64 : "n"(pending) : "memory");
   } else {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" : MOBA_SUMS_128::"memory");
+    asm volatile("wgmma.wait_group.sync.aligned %64;" : MOBA_SUMS_128 : "n"(pending) : "memory");
   }
 }
 #undef MOBA_SUMS_OF

@@ -9,6 +9,7 @@ namespace moba::cuda::tile {
 /// bytes, permuted as bulk copies write it and products of warpgroups read it. Aligned to 1024 bytes.
 template <typename T, int rows, int head_dim>
 struct Panels {
+  static constexpr int kRows = rows;
   static constexpr int kRowBytes = 128, kColumns = kRowBytes / 2, kPanels = head_dim / kColumns;
   static constexpr std::uint32_t kPanelBytes = rows * kRowBytes, kBytes = kPanels * kPanelBytes;
   static constexpr std::uint32_t kEight = 8 * kRowBytes;

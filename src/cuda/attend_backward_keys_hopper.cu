@@ -1,0 +1,264 @@
+// The walk by key on Hopper, with the chunks, segments and orders of attend_backward_keys.cu: two warpgroups
+// hold 64 keys each and their gradients, and rows stream past both.
+#include <algorithm>
+
+#include "cuda/attend_backward_chunks.h"
+#include "cuda/hopper.h"
+
+namespace moba::cuda {
+namespace hopper::by_key {
+
+inline constexpr int kKeys = kGroups * kGroupRows;
+inline constexpr int kRows = 64;  // of a tile
+inline constexpr int kBringerRegisters = 56, kReaderRegisters = 224;
+static_assert(kGroups * ptx::kGroupThreads == kChunkThreads && kRows <= kRowThreads);
+
+template <typename T>
+struct Params {
+  TensorMap k_map, v_map;
+  KeysParams<T> walk;
+  std::int64_t heads;
+
+  MOBA_DEVICE std::int64_t chunks() const { return walk.walk.chunk_starts[walk.batch.sequences]; }
+  MOBA_DEVICE std::int64_t items() const {
+    return walk.segments ? *walk.walk.count * walk.chunks : chunks() * heads;
+  }
+};
+
+/// The chunks of a head are neighbours, so that blocks which work on them at a time read the same rows.
+template <int head_dim, typename T>
+MOBA_DEVICE Chunk chunk_of_item(const Params<T>& p, std::int64_t index) {
+  if (p.walk.segments) return chunk_of_segment<head_dim>(p.walk, index);
+  return chunk_at<head_dim>(p.walk, index / p.chunks(), static_cast<std::int32_t>(index % p.chunks()));
+}
+
+/// What is known of a tile's rows.
+struct Places {
+  RowSums sums[kRows];
+  std::int64_t q_offsets[kRows], d_out_offsets[kRows];
+  std::int32_t seen[kRows];  // keys of the chunk, the first so many
+  bool whole;                // every row sees every key
+};
+
+template <typename T, int head_dim>
+struct Shared {
+  static constexpr int kStages = head_dim > 64 ? 4 : 8;  // tiles of rows
+  using Keys = tile::Panels<T, kKeys, head_dim>;
+  using Rows = tile::Panels<T, kRows, head_dim>;
+  struct Rest {
+    Places places[kStages];
+    Turns rows[kStages];
+    Turns keys;
+    Chunk chunk;
+  };
+  static constexpr std::size_t kBytes = 2 * Keys::kBytes + 2 * kStages * Rows::kBytes + sizeof(Rest);
+
+  std::byte* memory;
+
+  MOBA_DEVICE Keys k() const { return {memory}; }
+  MOBA_DEVICE Keys v() const { return {memory + Keys::kBytes}; }
+  MOBA_DEVICE Rows q(int stage) const { return {memory + 2 * Keys::kBytes + 2 * stage * Rows::kBytes}; }
+  MOBA_DEVICE Rows d_out(int stage) const { return {q(stage).data + Rows::kBytes}; }
+  MOBA_DEVICE Rest& rest() const { return *reinterpret_cast<Rest*>(q(kStages).data); }
+};
+
+/// By one thread.
+template <typename T, int head_dim>
+MOBA_DEVICE void bring_keys(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items) {
+  auto& rest = shared.rest();
+  Ring<1> turn;
+  for_own_items(items, [&](std::int64_t index) {
+    const Chunk chunk = chunk_of_item<head_dim>(p, index);
+    const std::int64_t head = p.walk.head0 + chunk.head;
+    ptx::wait_for(&rest.keys.is_read, turn.parity ^ 1U);
+    rest.chunk = chunk;
+    ptx::arrive_expecting(&rest.keys.is_here, 2 * Shared<T, head_dim>::Keys::kBytes);
+    copy_tokens(shared.k(), p.k_map, head, chunk.first_key, &rest.keys.is_here);
+    copy_tokens(shared.v(), p.v_map, head, chunk.first_key, &rest.keys.is_here);
+    turn.advance();
+  });
+}
+
+/// By kRowThreads threads; `thread` is the number among them. The first kRows look after a row each: it is
+/// looked up while the tile before is copied.
+template <typename T, int head_dim>
+MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
+                            int thread) {
+  auto& rest = shared.rest();
+  const auto hand_over = [](Turns& turns) {
+    ptx::fence_async();
+    ptx::arrive(&turns.is_here);
+  };
+  const bool looks_up = thread < kRows;
+  Ring<Shared<T, head_dim>::kStages> stage;
+  for_own_items(items, [&](std::int64_t index) {
+    const Chunk chunk = chunk_of_item<head_dim>(p, index);
+    Source source;
+    RowSums sums;
+    std::uint32_t entry = kNoEntry;
+    const auto look_up = [&](std::uint32_t first) {
+      const std::uint32_t row = first + static_cast<std::uint32_t>(thread);
+      source = source_of(p.walk, chunk, row, entry);
+      sums = sums_of(p.walk, chunk, source);
+      entry = entry_at(chunk, row + kRows);
+    };
+    if (looks_up) {
+      entry = entry_at(chunk, static_cast<std::uint32_t>(thread));
+      look_up(0);
+    }
+    Turns* under_way = nullptr;
+    for (std::uint32_t first = 0; first < chunk.rows(); first += kRows, stage.advance()) {
+      Turns& turns = rest.rows[stage.at];
+      Places& places = rest.places[stage.at];
+      ptx::wait_for(&turns.is_read, stage.parity ^ 1U);
+      if (looks_up) {
+        const bool exists = source.row != kNoEntry;
+        places.sums[thread] = sums;
+        places.seen[thread] = source.seen;
+        places.q_offsets[thread] = exists ? source.q : kNoRow;
+        places.d_out_offsets[thread] = exists ? source.d_out : kNoRow;
+        if (thread == 0) places.whole = is_whole<kRows>(p.walk, chunk, first);
+        look_up(first + kRows);
+      }
+      ptx::named_barrier(kRowsPlaced, kRowThreads);
+      gather_rows(shared.q(stage.at), p.walk.q.data, places.q_offsets, thread);
+      gather_rows(shared.d_out(stage.at), p.walk.d_out.data, places.d_out_offsets, thread);
+      ptx::copy_commit();
+      if (under_way != nullptr) {
+        ptx::copy_wait<1>();
+        hand_over(*under_way);
+      }
+      under_way = &turns;
+    }
+    if (under_way == nullptr) return;  // nobody sees the chunk
+    ptx::copy_wait<0>();
+    hand_over(*under_way);
+  });
+}
+
+/// The rows of a tile add to the gradients of a group's keys, which begin with `group_key`, and `warp_key`
+/// those of this warp.
+template <typename T, int head_dim>
+MOBA_DEVICE void add_tile(const Params<T>& p, const Shared<T, head_dim>& shared, int stage, int group_key,
+                          int warp_key, float (&dk)[head_dim / 8][4], float (&dv)[head_dim / 8][4]) {
+  const Places& places = shared.rest().places[stage];
+  const auto q = shared.q(stage), d_out = shared.d_out(stage);
+  const bool whole = uniform(static_cast<int>(places.whole)) != 0;
+  float weights[kRows / 8][4], d_logits[kRows / 8][4];
+  std::uint32_t left[kRows / 16][4], d_left[kRows / 16][4];
+  ptx::group_fence();
+  begin_products(weights, shared.k(), group_key, q);
+  begin_products(d_logits, shared.v(), group_key, d_out);
+  ptx::group_wait<1>(weights);
+  to_weights(weights, places.sums, p.walk.log2_scale);
+  if (!whole) hide_unseen(weights, places.seen, warp_key);
+  to_left<T>(left, weights);
+  ptx::group_fence();
+  begin_sums(dv, left, d_out);
+  ptx::group_wait<1>(d_logits);
+  to_d_logits(d_logits, weights, places.sums);
+  if (!whole) hide_unseen(d_logits, places.seen, warp_key);
+  to_left<T>(d_left, d_logits);
+  ptx::group_fence();
+  begin_sums(dk, d_left, q);
+  ptx::group_wait(dv);
+  ptx::group_wait(dk);
+}
+
+/// What the warp has summed goes to where it belongs, through the shared memory of the keys that it is of.
+template <typename T, int head_dim>
+MOBA_DEVICE void finish(const Params<T>& p, const Shared<T, head_dim>& shared, const Chunk& chunk,
+                        int warp_key, float (&dk)[head_dim / 8][4], float (&dv)[head_dim / 8][4]) {
+  const int thread = ptx::thread() - ptx::kGroupThreads;
+  if (p.walk.segments) {
+    leave_sums(p.walk, chunk.sums, 0, thread, dk);
+    leave_sums(p.walk, chunk.sums, 1, thread, dv);
+    return;
+  }
+  add_segments(p.walk, chunk, 0, thread, dk);
+  add_segments(p.walk, chunk, 1, thread, dv);
+  const std::int64_t kv_head = p.walk.head0 + chunk.head;
+  write_gradient(p.walk.dk, shared.k(), chunk, kv_head, warp_key, 0, p.walk.scale, dk);
+  write_gradient(p.walk.dv, shared.v(), chunk, kv_head, warp_key, 0, 1, dv);
+  ptx::fence_async();  // bulk copies will bring others
+}
+
+/// By the two groups that multiply: what the others bring.
+template <typename T, int head_dim>
+MOBA_DEVICE void sum(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items, int group) {
+  auto& rest = shared.rest();
+  const int group_key = group * kGroupRows;
+  const int warp_key = group_key + ptx::warp() % 4 * 16;
+  Ring<1> turn;
+  Ring<Shared<T, head_dim>::kStages> stage;
+  for_own_items(items, [&](std::int64_t) {
+    ptx::wait_for(&rest.keys.is_here, turn.parity);
+    const std::uint32_t rows = uniform(rest.chunk.rows());
+    const bool has_keys = group_key < uniform(rest.chunk.count);
+    float dk[head_dim / 8][4] = {}, dv[head_dim / 8][4] = {};
+    for (std::uint32_t first = 0; first < rows; first += kRows, stage.advance()) {
+      ptx::wait_for(&rest.rows[stage.at].is_here, stage.parity);
+      if (has_keys)
+        add_tile(p, shared, stage.at, ptx::forgotten(group_key), ptx::forgotten(warp_key), dk, dv);
+      release(rest.rows[stage.at].is_read);
+    }
+    if (has_keys) {
+      meet(group);  // keys and values have been used: their gradients will lie there
+      finish(p, shared, rest.chunk, warp_key, dk, dv);
+    }
+    release(rest.keys.is_read);
+    turn.advance();
+  });
+}
+
+template <typename T, int head_dim>
+MOBA_KERNEL(kThreads, 1)
+attend_backward_keys_kernel(MOBA_PARAMETER Params<T> p) {
+  if constexpr (ptx::kHasWarpgroups) {
+    const Shared<T, head_dim> shared{ptx::shared()};
+    const std::int64_t items = uniform(p.items());
+    if (ptx::thread() == 0) {
+      auto& rest = shared.rest();
+      rest.keys.begin(1);
+      for (Turns& turns : rest.rows) turns.begin(kRowThreads);
+      ptx::fence_async();
+    }
+    ptx::barrier();
+    const int group = uniform(ptx::thread() / ptx::kGroupThreads);
+    if (group == 0) {
+      ptx::give_registers<kBringerRegisters>();
+      if (ptx::thread() == 0) bring_keys(p, shared, items);
+      if (ptx::warp() > 0) bring_rows(p, shared, items, ptx::thread() - ptx::kLanes);
+    } else {
+      ptx::take_registers<kReaderRegisters>();
+      sum(p, shared, items, group - 1);
+    }
+  }
+}
+
+}  // namespace hopper::by_key
+
+void attend_backward_keys_on_hopper(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+                                    const Plan& plan, const RowSums* sums, const Backward& backward,
+                                    const KeyWalk& walk) {
+  with_type(task, [&]<typename T, int head_dim>() {
+    if constexpr (head_dim == 64 || head_dim == 128) {
+      static_assert(hopper::by_key::kKeys == keys_of_chunk(head_dim));
+      hopper::by_key::Params<T> params{.k_map = tensor_map(queue.function(), task.k, hopper::by_key::kKeys),
+                                       .v_map = tensor_map(queue.function(), task.v, hopper::by_key::kKeys),
+                                       .walk = keys_params<T>(task, part, batch, plan, sums, backward, walk),
+                                       .heads = part.heads()};
+      const std::int64_t blocks = current_hardware(queue.function()).multiprocessors;
+      const auto launch = [&](bool segments, std::int64_t most_items) {
+        params.walk.segments = segments;
+        queue.launch("attend_backward_keys on hopper",
+                     hopper::by_key::attend_backward_keys_kernel<T, head_dim>, {std::min(blocks, most_items)},
+                     hopper::kThreads, hopper::by_key::Shared<T, head_dim>::kBytes, params);
+      };
+      launch(true, most_segments(task, part) * params.walk.chunks);
+      launch(false, most_chunks(task) * part.heads());
+    }
+  });
+}
+
+}  // namespace moba::cuda

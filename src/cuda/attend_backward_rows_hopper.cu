@@ -1,0 +1,252 @@
+// The walk by row on Hopper, with the items and slots of attend_backward_rows.cu: two warpgroups hold 64 rows
+// each and their gradients, and keys stream past both.
+#include <algorithm>
+
+#include "cuda/attend_backward.h"
+#include "cuda/attend_items_hopper.h"
+
+namespace moba::cuda {
+namespace hopper::by_row {
+
+inline constexpr int kKeys = 64;  // of a tile
+inline constexpr int kBringerRegisters = 72, kReaderRegisters = 216;
+static_assert(kGroups * kGroupRows == kTileRows);
+
+template <typename T>
+struct Params {
+  TensorMap k_map, v_map;
+  AttendParams<T> items;
+  View<const T> d_out;
+  const RowSums* sums;  // [heads, sums_rows], of rows from the part's first on
+  std::int64_t sums_rows;
+  float scale, log2_scale;  // the latter for powers of 2
+};
+
+/// What is known of an item's rows.
+struct Places {
+  std::int64_t q_offsets[kTileRows], d_out_offsets[kTileRows];
+  RowSums sums[kTileRows];
+  Stretch bounds[kTileRows];
+  std::uint32_t slots[kTileRows];
+  Work work;
+};
+
+template <typename T, int head_dim>
+struct Shared {
+  static constexpr int kStages = head_dim > 64 ? 2 : 4;  // tiles of keys
+  using Rows = tile::Panels<T, kTileRows, head_dim>;
+  using Keys = tile::Panels<T, kKeys, head_dim>;
+  struct Rest {
+    Places places[2];
+    Turns rows[2], k[kStages], v[kStages];
+  };
+  static constexpr std::size_t kBytes = 4 * Rows::kBytes + 2 * kStages * Keys::kBytes + sizeof(Rest);
+
+  std::byte* memory;
+
+  MOBA_DEVICE Rows q(int buffer) const { return {memory + 2 * buffer * Rows::kBytes}; }
+  MOBA_DEVICE Rows d_out(int buffer) const { return {q(buffer).data + Rows::kBytes}; }
+  MOBA_DEVICE Keys k(int stage) const { return {memory + 4 * Rows::kBytes + 2 * stage * Keys::kBytes}; }
+  MOBA_DEVICE Keys v(int stage) const { return {k(stage).data + Keys::kBytes}; }
+  MOBA_DEVICE Rest& rest() const { return *reinterpret_cast<Rest*>(k(kStages).data); }
+};
+
+/// By kRowThreads threads; `thread` is the number among them.
+template <typename T, int head_dim>
+MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
+                            int thread) {
+  Ring<2> buffer;
+  for_own_items(items, [&](std::int64_t index) {
+    Turns& turns = shared.rest().rows[buffer.at];
+    Places& places = shared.rest().places[buffer.at];
+    ptx::wait_for(&turns.is_read, buffer.parity ^ 1U);
+    with_item(p.items, index, [&](const Work& work, auto&& place_of) {
+      for (int r = thread; r < kTileRows; r += kRowThreads) {
+        const Place place = place_of(r);
+        const std::uint32_t row = place.slot / static_cast<std::uint32_t>(p.items.ranks);
+        const bool exists = place.q_offset != kNoRow;
+        places.q_offsets[r] = place.q_offset;
+        places.d_out_offsets[r] = exists ? row_offset(p.items, p.d_out, work.head, row) : kNoRow;
+        places.sums[r] = exists ? p.sums[work.head * p.sums_rows + row] : RowSums{ptx::infinity(), 0};
+        places.bounds[r] = work.near ? place.sees : Stretch{work.begin, work.end};
+        places.slots[r] = place.slot;
+      }
+      if (thread == 0) places.work = work;
+    });
+    ptx::named_barrier(kRowsPlaced, kRowThreads);
+    gather_rows(shared.q(buffer.at), p.items.q.data, places.q_offsets, thread);
+    gather_rows(shared.d_out(buffer.at), p.d_out.data, places.d_out_offsets, thread);
+    ptx::copy_commit();
+    ptx::copy_wait<0>();
+    ptx::fence_async();
+    ptx::arrive(&turns.is_here);
+    buffer.advance();
+  });
+}
+
+/// What a lane knows of its two rows.
+struct OwnRows {
+  RowSums sums[2];
+  Stretch sees[2];
+
+  MOBA_DEVICE OwnRows(const Places& places, int warp_row) {
+    MOBA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int row = warp_row + 8 * half + ptx::lane() / 4;
+      sums[half] = places.sums[row];
+      sees[half] = places.bounds[row];
+    }
+  }
+};
+
+/// Products with keys become weights.
+MOBA_DEVICE void to_weights(float (&products)[kKeys / 8][4], const OwnRows& rows, float log2_scale) {
+  MOBA_UNROLL
+  for (int j = 0; j < kKeys / 8; ++j) {
+    MOBA_UNROLL
+    for (int e = 0; e < 4; ++e)
+      products[j][e] = ptx::exp2(ptx::multiply_add(products[j][e], log2_scale, -rows.sums[e / 2].lse));
+  }
+}
+
+/// Gradients of weights become gradients of logits.
+MOBA_DEVICE void to_d_logits(float (&d_weights)[kKeys / 8][4], const float (&weights)[kKeys / 8][4],
+                             const OwnRows& rows) {
+  MOBA_UNROLL
+  for (int j = 0; j < kKeys / 8; ++j) {
+    MOBA_UNROLL
+    for (int e = 0; e < 4; ++e) d_weights[j][e] = weights[j][e] * (d_weights[j][e] - rows.sums[e / 2].delta);
+  }
+}
+
+/// 0 where a row does not see a key. `key` is that of the first column.
+MOBA_DEVICE void hide(float (&d_logits)[kKeys / 8][4], const OwnRows& rows, std::int32_t key) {
+  MOBA_UNROLL
+  for (int j = 0; j < kKeys / 8; ++j) {
+    MOBA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const std::int32_t column = key + 8 * j + ptx::lane() % 4 * 2 + e % 2;
+      const Stretch& sees = rows.sees[e / 2];
+      if (column < sees.begin || column >= sees.end) d_logits[j][e] = 0;
+    }
+  }
+}
+
+/// Writes this warp's rows, through its own rows of q's shared memory so that whole pieces go out.
+template <typename T, int head_dim, typename Rows>
+MOBA_DEVICE void write(const Params<T>& p, const Rows& q, const Places& places, const Work& work,
+                       const float (&dq)[head_dim / 8][4], int warp_row) {
+  MOBA_UNROLL
+  for (int j = 0; j < head_dim / 8; ++j) {
+    MOBA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      auto* to = reinterpret_cast<std::uint32_t*>(q.piece(warp_row + 8 * half + ptx::lane() / 4, j));
+      to[ptx::lane() % 4] = ptx::pack<T>(dq[j][2 * half] * p.scale, dq[j][2 * half + 1] * p.scale);
+    }
+  }
+  write_pieces<T, 1, head_dim / 8>(p.items, q, places.slots, work, warp_row);
+}
+
+/// By the two groups that multiply: what the others bring.
+template <typename T, int head_dim>
+MOBA_DEVICE void sum(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items, int group) {
+  using S = Shared<T, head_dim>;
+  typename S::Rest& rest = shared.rest();
+  const int first_row = group * kGroupRows;
+  const int warp_row = first_row + ptx::warp() % 4 * 16;
+  Ring<2> buffer;
+  Ring<S::kStages> stage;
+  for_own_items(items, [&](std::int64_t) {
+    ptx::wait_for(&rest.rows[buffer.at].is_here, buffer.parity);
+    const Places& places = rest.places[buffer.at];
+    const Work work = uniform(places.work);
+    const auto q = shared.q(buffer.at), d_out = shared.d_out(buffer.at);
+    const bool has_rows = first_row < work.count;  // the other group has some
+    const OwnRows rows(places, warp_row);
+    float dq[head_dim / 8][4] = {};
+    for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
+      const auto k = shared.k(stage.at), v = shared.v(stage.at);
+      float weights[kKeys / 8][4], d_logits[kKeys / 8][4];
+      ptx::wait_for(&rest.k[stage.at].is_here, stage.parity);
+      ptx::wait_for(&rest.v[stage.at].is_here, stage.parity);
+      if (has_rows) {
+        ptx::group_fence();
+        begin_products(weights, q, first_row, k);
+        begin_products(d_logits, d_out, first_row, v);
+        ptx::group_wait<1>(weights);
+        to_weights(weights, rows, p.log2_scale);
+        ptx::group_wait(d_logits);
+      }
+      release(rest.v[stage.at].is_read);
+      if (has_rows) {
+        to_d_logits(d_logits, weights, rows);
+        if (key < work.all_begin || key + kKeys > work.all_end) hide(d_logits, rows, key);
+        if (key + kKeys > work.end) clear_behind(k, work.end - key, group);
+        std::uint32_t left[kKeys / 16][4];
+        to_left<T>(left, d_logits);
+        ptx::group_fence();
+        begin_sums(dq, left, k);
+        ptx::group_wait(dq);
+      }
+      release(rest.k[stage.at].is_read);
+    }
+    if (has_rows) {
+      meet(group);  // q has been read: gradients go there
+      write<T, head_dim>(p, q, places, work, dq, warp_row);
+    }
+    release(rest.rows[buffer.at].is_read);
+    buffer.advance();
+  });
+}
+
+template <typename T, int head_dim>
+MOBA_KERNEL(kThreads, 1)
+attend_backward_rows_kernel(MOBA_PARAMETER Params<T> p) {
+  if constexpr (ptx::kHasWarpgroups) {
+    const Shared<T, head_dim> shared{ptx::shared()};
+    const std::int64_t items = uniform(p.items.items());
+    if (ptx::thread() == 0) {
+      auto& rest = shared.rest();
+      for (Turns& turns : rest.rows) turns.begin(kRowThreads);
+      for (Turns& turns : rest.k) turns.begin(1);
+      for (Turns& turns : rest.v) turns.begin(1);
+      ptx::fence_async();
+    }
+    ptx::barrier();
+    const int group = uniform(ptx::thread() / ptx::kGroupThreads);
+    if (group == 0) {
+      ptx::give_registers<kBringerRegisters>();
+      if (ptx::thread() == 0) bring_keys(p.k_map, p.v_map, p.items, shared, items);
+      if (ptx::warp() > 0) bring_rows(p, shared, items, ptx::thread() - ptx::kLanes);
+    } else {
+      ptx::take_registers<kReaderRegisters>();
+      sum(p, shared, items, group - 1);
+    }
+  }
+}
+
+}  // namespace hopper::by_row
+
+void attend_backward_rows_on_hopper(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+                                    const Plan& plan, const RowSums* sums, const Backward& backward,
+                                    void* slots) {
+  with_type(task, [&]<typename T, int head_dim>() {
+    if constexpr (head_dim == 64 || head_dim == 128) {
+      const hopper::by_row::Params<T> params{
+          .k_map = tensor_map(queue.function(), task.k, hopper::by_row::kKeys),
+          .v_map = tensor_map(queue.function(), task.v, hopper::by_row::kKeys),
+          .items = attend_params<T>(task, part, batch, plan, {.out = slots}, {.out = backward.gradients.dq}),
+          .d_out = view_of<const T>(backward.d_out),
+          .sums = sums,
+          .sums_rows = task.tokens * task.group,
+          .scale = task.scale,
+          .log2_scale = task.scale * ptx::kLog2E};
+      const std::int64_t blocks = current_hardware(queue.function()).multiprocessors;
+      queue.launch("attend_backward_rows on hopper", hopper::by_row::attend_backward_rows_kernel<T, head_dim>,
+                   {std::min(blocks, most_items(task, part))}, hopper::kThreads,
+                   hopper::by_row::Shared<T, head_dim>::kBytes, params);
+    }
+  });
+}
+
+}  // namespace moba::cuda
