@@ -7,6 +7,7 @@
 
 #include "app/flags.h"
 #include "llm/error.h"
+#include "llm/formats/read_config.h"
 
 namespace moba::app {
 namespace {
@@ -31,6 +32,14 @@ void refuse_idle(const SessionFlags& flags, const std::vector<AttentionMode>& pr
   refuse(!prefills_sparsely && flags.full_tail.has_value(), "--moba-full-tail", "with --attn full");
 }
 
+/// What the model itself says of blocks, where it was trained with MoBA and is a Hugging Face folder.
+std::optional<llm::TrainedAttention> trained_attention(const std::filesystem::path& model) {
+  const std::filesystem::path file = model / "config.json";
+  if (!std::filesystem::is_regular_file(file)) return std::nullopt;
+  const nlohmann::json document = llm::load_json(file);
+  return llm::read_config(llm::JsonValue(document, file.string())).moba;
+}
+
 }  // namespace
 
 void add_model_flags(CLI::App& command, SessionFlags& flags) {
@@ -44,13 +53,18 @@ void add_dtype_flag(CLI::App& command, SessionFlags& flags) {
 
 void add_block_flags(CLI::App& command, SessionFlags& flags) {
   const std::string group = "Attention";
-  add_number(command, "--moba-chunk-size", flags.block_size, "Tokens in a block [256]")->group(group);
-  add_number(command, "--moba-topk", flags.top_blocks, "Blocks a token attends to, its own included [4]")
+  add_number(command, "--moba-chunk-size", flags.block_size,
+             "Tokens in a block [what the model was trained with, else 256]")
+      ->group(group);
+  add_number(command, "--moba-topk", flags.top_blocks,
+             "Blocks a token attends to, its own included [the same, else 4]")
       ->group(group);
   add_number(command, "--moba-sink", flags.sink,
-             "First blocks that are always selected, counted in top-k [1]")
+             "First blocks that are always selected, counted in top-k [the same, else 1]")
       ->group(group);
-  command.add_option("--moba-full-layers", flags.full_layers, "Layers that stay full, such as 0,27-29")
+  command
+      .add_option("--moba-full-layers", flags.full_layers,
+                  "Layers that stay full, such as 0,27-29 [the same]")
       ->group(group);
 }
 
@@ -58,7 +72,8 @@ void add_answer_flags(CLI::App& command, SessionFlags& flags) {
   const std::string group = "Attention";
   add_choice(command, "--decode", flags.decode, kDecodeModes, "How the answer is written [full]");
   command.get_option("--decode")->group(group);
-  add_number(command, "--moba-full-tail", flags.full_tail, "Last prompt tokens that are read fully [128]")
+  add_number(command, "--moba-full-tail", flags.full_tail,
+             "Last prompt tokens that are read fully [the same, else 128]")
       ->group(group);
 }
 
@@ -68,6 +83,13 @@ std::vector<llm::SessionSettings> sessions_from(const SessionFlags& flags,
   llm::SessionSettings session;
   session.decode = flags.decode;
   Routing& moba = session.moba;
+  if (const auto trained = trained_attention(flags.model)) {
+    moba.block_size = trained->block_size;
+    moba.top_k = trained->top_k;
+    moba.sink_blocks = trained->sink_blocks;
+    session.full_tail = trained->full_tail;
+    session.full_layers = trained->full_layers;
+  }
   moba.block_size =
       in_range("--moba-chunk-size", flags.block_size, std::int64_t{1}, kMostTokens, moba.block_size);
   moba.top_k = in_range("--moba-topk", flags.top_blocks, std::int64_t{1}, kMostTokens, moba.top_k);

@@ -20,6 +20,17 @@ struct RopeScaling {
   bool truncate = true;                                            // yarn
 };
 
+/// Layers [first, last], counted from 0.
+struct LayerRange {
+  std::int64_t first, last;
+};
+
+/// How a model that was trained with MoBA attends; in config.json under the names of the program's flags.
+struct TrainedAttention {
+  std::int64_t block_size = 0, top_k = 0, sink_blocks = 0, full_tail = 0;
+  std::vector<LayerRange> full_layers;
+};
+
 /// The shape of a Llama-family model, whatever file it came from.
 struct ModelConfig {
   std::string architecture;  // "llama", "mistral", "qwen2", "qwen3"
@@ -31,11 +42,7 @@ struct ModelConfig {
   /// GGUF's `rope_freqs.weight`: each frequency is divided by its entry. Empty in Hugging Face folders.
   std::vector<float> rope_divisors;
   bool qkv_bias = false, output_bias = false, mlp_bias = false, qk_norm = false, tied_embeddings = false;
-};
-
-/// Layers [first, last], counted from 0.
-struct LayerRange {
-  std::int64_t first, last;
+  std::optional<TrainedAttention> moba;
 };
 
 }  // namespace moba::llm

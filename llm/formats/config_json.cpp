@@ -187,6 +187,32 @@ void read_sizes(const JsonValue& root, ModelConfig& config) {
   config.head_dim = config.hidden / config.heads;
 }
 
+std::int64_t count_or_none(const JsonValue& object, const std::string& key) {
+  const auto value = object.find(key);
+  return value && value->integer() == 0 ? 0 : size_or(object, key, 0);
+}
+
+std::optional<TrainedAttention> trained_attention(const JsonValue& root, std::int64_t layers) {
+  if (!root.find("moba_chunk_size") && !root.find("moba_topk")) return std::nullopt;
+  TrainedAttention moba{.block_size = size_from(root.at("moba_chunk_size")),
+                        .top_k = size_from(root.at("moba_topk")),
+                        .sink_blocks = count_or_none(root, "moba_sink"),
+                        .full_tail = count_or_none(root, "moba_full_tail"),
+                        .full_layers = {}};
+  if (moba.sink_blocks >= moba.top_k) {
+    root.at("moba_sink")
+        .fail(fmt::format("fewer than moba_topk {}", moba.top_k), std::to_string(moba.sink_blocks));
+  }
+  const auto full = root.find("moba_full_layers");
+  for (std::size_t i = 0; full && i < full->array().size(); ++i) {
+    const JsonValue value = full->element(i);
+    const std::int64_t layer = value.integer();
+    if (layer < 0 || layer >= layers) value.fail(fmt::format("0 to {}", layers - 1), std::to_string(layer));
+    moba.full_layers.push_back({layer, layer});
+  }
+  return moba;
+}
+
 }  // namespace
 
 ModelConfig read_config(const JsonValue& root) {
@@ -210,6 +236,7 @@ ModelConfig read_config(const JsonValue& root) {
   config.mlp_bias = name == "llama" && flag_or(root, "mlp_bias", false);
   config.qk_norm = name == "qwen3";
   config.tied_embeddings = flag_or(root, "tie_word_embeddings", false);
+  config.moba = trained_attention(root, config.layers);
   return config;
 }
 

@@ -34,6 +34,18 @@ nlohmann::ordered_json scaling_json(const RopeScaling& rope) {
   return json;
 }
 
+void add_attention(nlohmann::ordered_json& json, const TrainedAttention& moba) {
+  json["moba_chunk_size"] = moba.block_size;
+  json["moba_topk"] = moba.top_k;
+  json["moba_sink"] = moba.sink_blocks;
+  json["moba_full_tail"] = moba.full_tail;
+  json["moba_full_layers"] = nlohmann::json::array();
+  for (const LayerRange& range : moba.full_layers) {
+    for (std::int64_t layer = range.first; layer <= range.last; ++layer)
+      json["moba_full_layers"].push_back(layer);
+  }
+}
+
 }  // namespace
 
 nlohmann::ordered_json config_json(const ModelConfig& config) {
@@ -67,6 +79,7 @@ nlohmann::ordered_json config_json(const ModelConfig& config) {
   } else if (name == "mistral") {
     json["sliding_window"] = nullptr;
   }
+  if (config.moba) add_attention(json, *config.moba);
   return json;
 }
 

@@ -225,6 +225,12 @@ ModelConfig Run::Impl::config_of_run(const Tell& tell) const {
                     origin.name, tokens.vocab_size(), config.vocab));
   }
   check_memory(config, model_settings(), origin.name);
+  if (settings.schedule.uses(Attend::moba)) {
+    config.moba = {.block_size = settings.moba.block_size,
+                   .top_k = settings.moba.top_k,
+                   .sink_blocks = settings.moba.sink_blocks,
+                   .full_layers = settings.full_layers};
+  }
   return config;
 }
 

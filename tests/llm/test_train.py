@@ -462,6 +462,25 @@ def test_checkpoint_is_a_model_to_transformers(place, train, moba):
     assert len(json.loads(done.stdout)["generated_ids"]) == 4
 
 
+def test_a_model_is_read_as_it_was_trained(place, train, moba):
+    train(steps=2, seq_len=64, moba_topk=3, moba_sink=1, moba_full_layers="1")
+    said = ("moba_chunk_size", "moba_topk", "moba_sink", "moba_full_tail", "moba_full_layers")
+    config = json.loads((place / "run" / "config.json").read_text())
+    assert [config[name] for name in said] == [16, 3, 1, 0, [1]]
+    transformers.AutoModelForCausalLM.from_pretrained(place / "run")
+
+    def settings(*flags, model=place / "run"):
+        command = ("generate", "-m", model, "-p", "the block", "--no-chat", "-n", "1", "--attn", "moba", "--json", *flags)
+        done = moba(*map(str, command))
+        assert done.returncode == 0, done.stderr.decode()
+        return [json.loads(done.stdout)["settings"][name] for name in said]
+
+    assert settings() == [16, 3, 1, 0, [1]]
+    assert settings("--moba-chunk-size", 32, "--moba-sink", 0, "--moba-full-tail", 8) == [32, 3, 0, 8, [1]]
+    train("full", steps=1, seq_len=64, attn="full", moba_chunk_size=None)
+    assert settings(model=place / "full") == [256, 4, 1, 128, []]
+
+
 def test_context_grows_by_interpolation(place, train):
     train("short", steps=2, seq_len=64)
     config = json.loads((place / "short" / "config.json").read_text())

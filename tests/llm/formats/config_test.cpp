@@ -1,5 +1,6 @@
 #include "build_files.h"
 #include "llm/formats/read_config.h"
+#include "llm/formats/write_config.h"
 
 namespace moba::llm {
 namespace {
@@ -38,6 +39,33 @@ TEST(Config, HasTheDefaultsOfTransformers) {
   const ModelConfig qwen3 = parsed(config_json("qwen3", {{"attention_bias", true}}));
   EXPECT_TRUE(qwen3.qk_norm && qwen3.qkv_bias && qwen3.output_bias);
   EXPECT_EQ(qwen3.head_dim, 128);
+}
+
+TEST(Config, TellsHowAModelWasTrainedToAttend) {
+  EXPECT_FALSE(parsed(config_json("llama")).moba);
+  const nlohmann::json given{{"moba_chunk_size", 128}, {"moba_topk", 16}, {"moba_full_layers", {0, 1}}};
+  const ModelConfig config = parsed(config_json("llama", given));
+  ASSERT_TRUE(config.moba);
+  const ModelConfig again = parsed(llm::config_json(config));
+  ASSERT_TRUE(again.moba);
+  EXPECT_EQ(again.moba->block_size, 128);
+  EXPECT_EQ(again.moba->top_k, 16);
+  EXPECT_EQ(again.moba->sink_blocks, 0);
+  EXPECT_EQ(again.moba->full_tail, 0);
+  EXPECT_EQ(again.moba->full_layers.size(), 2U);
+}
+
+TEST(Config, RefusesAttentionThatNobodyCanHaveTrainedWith) {
+  nlohmann::json given{{"moba_topk", 3}};
+  EXPECT_EQ(complaint("llama", given), "config.json: expected a member 'moba_chunk_size'; found none");
+  given["moba_chunk_size"] = 0;
+  EXPECT_EQ(complaint("llama", given), "config.json: moba_chunk_size: expected 1 to 2147483647; found 0");
+  given["moba_chunk_size"] = 64;
+  given["moba_sink"] = 3;
+  EXPECT_EQ(complaint("llama", given), "config.json: moba_sink: expected fewer than moba_topk 3; found 3");
+  given["moba_sink"] = 0;
+  given["moba_full_layers"] = {2};
+  EXPECT_EQ(complaint("llama", given), "config.json: moba_full_layers[0]: expected 0 to 1; found 2");
 }
 
 TEST(Config, ReadsEveryRopeScalingInBothSpellings) {

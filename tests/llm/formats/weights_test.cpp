@@ -25,7 +25,8 @@ GgufText model_gguf(const std::string& architecture = "llama", const std::string
                      .head_dim = 4,
                      .vocab = 10,
                      .rope = {},
-                     .rope_divisors = {}};
+                     .rope_divisors = {},
+                     .moba = {}};
   config.qkv_bias = architecture == "qwen2";
   config.tied_embeddings = true;
   for_each_tensor(config, [&](const std::string& name, const std::vector<std::int64_t>& shape) {
@@ -100,7 +101,8 @@ TEST_F(WeightsTest, NamesAreTranslatedOneToOne) {
                      .head_dim = 4,
                      .vocab = 10,
                      .rope = {},
-                     .rope_divisors = {}};
+                     .rope_divisors = {},
+                     .moba = {}};
   config.qkv_bias = config.output_bias = config.mlp_bias = config.qk_norm = true;
   std::set<std::string> names;
   std::size_t count = 0;
