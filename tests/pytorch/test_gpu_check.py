@@ -145,4 +145,4 @@ def test_the_sanitizers_run_tests_that_exist():
     sources = "".join(path.read_text() for path in (ROOT / "tests" / "cuda").glob("*_test.cpp"))
     for test in check.SANITIZED.split(":"):
         suite, name = test.split(".")
-        assert f"TEST({suite}, {name})" in sources
+        assert f"TEST({suite}, {name})" in sources or f"TEST_F({suite}, {name})" in sources
