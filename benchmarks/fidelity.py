@@ -5,12 +5,13 @@ Real text (what set-up installs) becomes streams for training and one for evalua
 size from nothing, on sequences so short that MoBA is full attention, and goes on with it at the long context in every way;
 `moba eval loss` reads the evaluation text. Stages, in this order:
 
-  speed    a few steps of everything, and from them the minutes that the rest needs
+  speed    the short sequences and a few long ones, and from them the minutes that the rest needs
   sharing  a hybrid run that begins as a copy of the MoBA run is the hybrid run, to the last bit
   sizes    three sizes with full attention, MoBA, and MoBA for 90% of the steps, then full attention
   blocks   sizes of blocks and top-k at equal sparsity, the smallest size
   layers   fine-tuning on outlines of source code, with the last layers full
   seeds    the smallest size with another seed, to see what chance does
+  longer   the smallest size with as many steps again, twice, over the same long text
   needle   the heatmap of models/needle-2m
 
 Writes benchmarks/results/fidelity-<machine>-<date>.json, .md and pictures after every stage. A run that was stopped goes
@@ -79,7 +80,7 @@ SHORT_STEPS, SHORT_BATCH = 480, 4096
 STEPS = 120
 BLOCKS = (128, 4)
 MODES = {"full": ["--attn", "full"], "MoBA": ["--attn", "moba"], "hybrid": ["--attn-schedule", "moba:0.9,full:0.1"]}
-SWITCH = STEPS * 9 // 10
+LONGER = 3 * STEPS
 # Each reads 512 tokens of 8192, 93.75% sparsity, and all of 512; the first has its own block alone, nothing to choose.
 EQUAL_SPARSITY = ((512, 1), (256, 2), BLOCKS, (64, 8), (32, 16))
 # Fine-tuning goes on with the hybrid of this size; that many tokens of outline are scored.
@@ -102,12 +103,11 @@ def relative_difference(ours, theirs, draws=1000):
 
 
 def smoothed(values, width):
-    """Means over up to `width` values around each, fewer at the ends, as many on either side."""
-    values, half = np.asarray(values, float), width // 2
+    """The mean of every value and those before it, `width` at most, so that nothing shows before it happens."""
     sums = np.concatenate([[0], np.cumsum(values)])
-    at = np.arange(len(values))
-    reach = np.minimum(half, np.minimum(at, len(values) - 1 - at))
-    return (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1)
+    ends = np.arange(1, len(sums))
+    begins = np.maximum(0, ends - width)
+    return (sums[ends] - sums[begins]) / (ends - begins)
 
 
 def sparsity(blocks, seq_len=SEQ_LEN):
@@ -115,11 +115,18 @@ def sparsity(blocks, seq_len=SEQ_LEN):
     return 1 - blocks[0] * blocks[1] / seq_len
 
 
-def switch_of(losses, switch):
+def switch_at(steps):
+    """Steps of the hybrid before it turns to full attention."""
+    return steps * 9 // 10
+
+
+def switch_of(losses):
     """What happens where the hybrid turns to full attention, in relative differences of training losses on the same
     tokens: `first` of that step against the MoBA run, whose weights are still the same; `before` and `after` of the
     tenth of the steps on either side against the run with full attention."""
-    part = len(losses["full"]) - switch
+    steps = len(losses["full"])
+    switch = switch_at(steps)
+    part = steps - switch
 
     def relative(a, b, begin, end):
         return sum(losses[a][begin:end]) / sum(losses[b][begin:end]) - 1
@@ -316,13 +323,13 @@ class Lab:
             (self.work / "results.json").write_text(json.dumps(self.results))
         return folder[place[-1]]
 
-    def trained(self, place, size, mode, ways="full,moba", **how):
+    def trained(self, place, size, mode, ways="full,moba", steps=STEPS, **how):
         """Trained and evaluated: the training losses and the evaluation."""
         def make():
             out = self.work / "-".join(place)
             if mode == "hybrid":
-                begin_as(out, self.work / "-".join([*place[:-1], "MoBA"]), SWITCH)
-            log = self.lengthen(out, size, mode, **how)
+                begin_as(out, self.work / "-".join([*place[:-1], "MoBA"]), switch_at(steps))
+            log = self.lengthen(out, size, mode, steps=steps, **how)
             evaluation = self.evaluate_text(out, ways=ways, blocks=how.get("blocks", BLOCKS))
             return {"losses": [line["loss"] for line in log], "tokens": sum(line["tokens"] for line in log),
                     "evaluation": evaluation}
@@ -372,7 +379,8 @@ def do_speed(lab):
     smallest = next(iter(SIZES))
     needs = {"sizes": sum(minutes(size, STEPS * 3, STEPS * 3) for size in SIZES), "blocks": minutes(smallest, 0, STEPS * 4),
              "layers": 3 * minutes(TUNED, TUNING_STEPS, TUNING_STEPS),
-             "seeds": of[smallest]["full"]["begin_seconds"] / 60 + minutes(smallest, STEPS, STEPS)}
+             "seeds": of[smallest]["full"]["begin_seconds"] / 60 + minutes(smallest, STEPS, STEPS),
+             "longer": minutes(smallest, LONGER, LONGER)}
     print("minutes, at most: " + ", ".join(f"{stage} {needed:.0f}" for stage, needed in needs.items()), flush=True)
 
 
@@ -383,7 +391,7 @@ def do_sharing(lab):
             whole, moba, copy = (Path(folder) / name for name in ("whole", "moba", "copy"))
             losses = lab.lengthen(whole, size, "hybrid", steps, seq_len=seq_len)
             lab.lengthen(moba, size, "MoBA", steps, seq_len=seq_len)
-            begin_as(copy, moba, steps * 9 // 10)
+            begin_as(copy, moba, switch_at(steps))
             shared = lab.lengthen(copy, size, "hybrid", steps, seq_len=seq_len)
             same = [a["loss"] for a in losses] == [b["loss"] for b in shared]
             same &= (whole / "model.safetensors").read_bytes() == (copy / "model.safetensors").read_bytes()
@@ -432,6 +440,11 @@ def do_seeds(lab):
         lab.trained(["seeds", mode], smallest, mode, ways=mode.lower(), seed=SEED + 1)
 
 
+def do_longer(lab):
+    for mode in MODES:
+        lab.trained(["longer", mode], next(iter(SIZES)), mode, steps=LONGER)
+
+
 def do_needle(lab):
     def find():
         lengths = ",".join(f"{n}k" for n in range(4, 33, 4))
@@ -446,7 +459,7 @@ def do_needle(lab):
 
 
 STAGES = {"speed": do_speed, "sharing": do_sharing, "sizes": do_sizes, "blocks": do_blocks, "layers": do_layers,
-          "seeds": do_seeds, "needle": do_needle}
+          "seeds": do_seeds, "longer": do_longer, "needle": do_needle}
 
 
 # ---------------------------------------------------------------- report
@@ -489,28 +502,38 @@ def complete(results):
     return {size: runs for size, runs in results.get("sizes", {}).items() if set(runs) == set(MODES)}
 
 
-def size_tables(results):
-    lines, rows, switches, ways = ["## Sizes", ""], [], [], []
-    for size, runs in complete(results).items():
+def tables_of(models):
+    """Of {name: {mode: run}}: the losses, the switch, and what the other way to read would give."""
+    rows, switches, ways = [], [], []
+    for name, runs in models.items():
         full, moba, hybrid = (own_reading(runs, mode) for mode in MODES)
         for trailing in (False, True):
             def loss(evaluation):
                 return f"{(evaluation['trailing'] if trailing else evaluation)['loss']:.4f}"
-            rows.append([f"{size}, {SIZES[size].parameters / 1e6:.2f}M", f"last {TRAILING}" if trailing else "all", loss(full),
-                         loss(moba), percent(compared(moba, full, trailing)), loss(hybrid),
-                         percent(compared(hybrid, full, trailing))])
-        happened = switch_of({mode: run["losses"] for mode, run in runs.items()}, SWITCH)
-        switches.append([size, *(percent(happened[key]) for key in ("before", "first", "after"))])
+            rows.append([name, f"last {TRAILING}" if trailing else "all", loss(full), loss(moba),
+                         percent(compared(moba, full, trailing)), loss(hybrid), percent(compared(hybrid, full, trailing))])
+        happened = switch_of({mode: run["losses"] for mode, run in runs.items()})
+        switches.append([name, *(percent(happened[key]) for key in ("before", "first", "after"))])
         for way in ("full", "moba"):
-            ways.append([size, "full attention" if way == "full" else "MoBA",
+            ways.append([name, "full attention" if way == "full" else "MoBA",
                          *(f"{runs[mode]['evaluation'][way]['loss']:.4f}" for mode in MODES)])
-    lines += table(["model", "tokens", "full", "MoBA", "MoBA to full", "hybrid", "hybrid to full"], rows)
+    lines = table(["model", "tokens", "full", "MoBA", "MoBA to full", "hybrid", "hybrid to full"], rows)
     lines += ["Training losses around the hybrid's switch: against full attention in the tenth of the steps before, in the first "
               "step with full attention against MoBA with the same weights, against full attention after it.", ""]
     lines += table(["model", "before", "first step", "after"], switches)
     lines += ["Every model read in both ways, all tokens:", ""]
-    lines += table(["model", "read with", *(f"trained: {mode}" for mode in MODES)], ways)
-    return lines
+    return lines + table(["model", "read with", *(f"trained: {mode}" for mode in MODES)], ways)
+
+
+def size_tables(results):
+    return ["## Sizes", ""] + tables_of(
+        {f"{size}, {SIZES[size].parameters / 1e6:.2f}M": runs for size, runs in complete(results).items()})
+
+
+def longer_tables(results):
+    if set(results["longer"]) != set(MODES):
+        return []
+    return [f"## {LONGER} steps of long sequences", ""] + tables_of({next(iter(SIZES)): results["longer"]})
 
 
 def target_lines(results):
@@ -601,7 +624,8 @@ def markdown(results):
              f"A model is read as it was trained, the hybrid with full attention.", ""]
     if complete(results):
         lines += target_lines(results) + size_tables(results) + position_table(results)
-        for stage, part in (("blocks", block_table), ("layers", layer_table), ("seeds", seed_table)):
+        for stage, part in (("blocks", block_table), ("layers", layer_table), ("seeds", seed_table),
+                            ("longer", longer_tables)):
             if stage in results:
                 lines += part(results)
     if "needle" in results:
@@ -613,7 +637,7 @@ COLOURS = {"full": "#1f4e79", "MoBA": "#e07b00", "hybrid": "#2e8b57"}
 
 
 def draw_sizes(results, curves, positions):
-    """Training losses and losses by position, each above its difference from full attention's."""
+    """Training losses (means of 15 steps) and losses by position, each above its difference from full attention's."""
     from matplotlib import pyplot
     done = complete(results)
     figures = []
@@ -634,7 +658,7 @@ def draw_sizes(results, curves, positions):
                 below.plot(x, 100 * (values / base - 1), color=COLOURS[mode], linewidth=1.3)
             if across is curves:
                 for axis in (above, below):
-                    axis.axvline(SWITCH + 0.5, color="grey", linestyle=":", linewidth=1)
+                    axis.axvline(switch_at(STEPS) + 0.5, color="grey", linestyle=":", linewidth=1)
             above.set_title(f"{size}, {SIZES[size].parameters / 1e6:.2f}M parameters")
             below.set_xlabel(title)
         axes[0, 0].set_ylabel("training loss" if across is curves else "held-out loss")

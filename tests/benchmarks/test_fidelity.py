@@ -27,13 +27,13 @@ def test_relative_difference():
 def test_smoothed(width):
     values = np.arange(12.0) ** 2
     for i, value in enumerate(fidelity.smoothed(values, width)):
-        reach = min(width // 2, i, 11 - i)
-        assert value == pytest.approx(values[i - reach:i + reach + 1].mean())
+        assert value == pytest.approx(values[max(0, i - width + 1):i + 1].mean())
 
 
 def test_switch():
-    losses = {"full": [5.0, 4.0, 2.0, 2.0], "MoBA": [5.0, 4.4, 2.2, 2.4], "hybrid": [5.0, 4.4, 2.1, 2.0]}
-    told = fidelity.switch_of(losses, 2)
+    losses = {"full": [5.0] * 16 + [5.0, 4.0, 2.0, 2.0], "MoBA": [5.0] * 16 + [5.0, 4.4, 2.2, 2.4],
+              "hybrid": [5.0] * 16 + [5.0, 4.4, 2.1, 2.0]}
+    told = fidelity.switch_of(losses)
     assert told["before"] == pytest.approx(0.4 / 9)
     assert told["first"] == pytest.approx(2.1 / 2.2 - 1) and told["after"] == pytest.approx(0.1 / 4)
 
@@ -79,6 +79,7 @@ def results():
             "sizes": {size: {mode: run(loss) for mode, loss in of.items()} for size in fidelity.SIZES},
             "blocks": {"512x1": run(4.4)},
             "layers": {"before": run(6.0), "0": run(3.3), "3": run(3.0)},
+            "longer": {mode: run(loss) for mode, loss in of.items()},
             "seeds": {"full": run(4.04), "MoBA": run(4.0)},
             "needle": {"by_attn": [{"attn": "full", "found": 3, "tried": 4}],
                        "cells": [{"attn": "full", "length": n, "depth": d, "found": n == 4096 or d, "tried": 1}
