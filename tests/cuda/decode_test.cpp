@@ -85,7 +85,8 @@ struct Paged {
     const std::int64_t token = block * routing.block_size;
     const std::int64_t page = table[sequence * static_cast<std::size_t>(cache.table_stride) +
                                     static_cast<std::size_t>(token / shape.page_tokens)];
-    return page * means_of_page + token % shape.page_tokens / routing.block_size;
+    return page * means_of_page +
+           std::min(token % shape.page_tokens / routing.block_size, means_of_page - 1);  // where none is read
   }
   /// A case whose result is what a call writes.
   Case result_shape() const {
