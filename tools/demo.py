@@ -23,7 +23,7 @@ LENGTHS = [8, 16, 32, 64, 128, 256]  # times 1024 tokens
 WHOLE = 64  # up to here all queries are timed
 BLOCK, TOP_K = 512, 3
 TRAINED = ROOT / "models/needle-2m"
-TRAINED_LENGTHS = [32, 128]  # times 1024 tokens; the model has seen texts up to the first of them
+TRAINED_LENGTHS = [32, 128]  # times 1024 tokens; the model has seen few texts longer than the first of them
 CHARACTERS = 2.6  # of a token, about
 
 COLOURS = {"bold": "1", "green": "32", "red": "31", "dim": "2"}
@@ -139,7 +139,7 @@ def lengths(options):
 def trained_prompt(tokens, chance):
     """Real text that the model was not trained on with one fact in it, and the question; the fact's number."""
     key, number = needles.listed_key(chance), str(chance.randrange(10000, 100000))
-    texts = needles.texts(evaluation=True)
+    texts = needles.texts("held-out")
     chance.shuffle(texts)
     text = "\n".join(texts)[:int(tokens * CHARACTERS)]
     place = text.rindex("\n", 0, int(len(text) * DEPTH)) + 1
@@ -147,8 +147,8 @@ def trained_prompt(tokens, chance):
 
 
 def trained(options):
-    """The model of this repository, which learned with MoBA, is asked for a fact; whether it knows it at the length that
-    it was trained for."""
+    """The model of this repository, which learned with MoBA, is asked for a fact; whether it knows it at the first length,
+    where it is sure."""
     print(paint(f"\nA model trained with MoBA ({TRAINED.relative_to(ROOT)}) finds a number in real text", "bold"))
     table = Table([("tokens", 8), ("attention", 9), ("first token", 11), ("of it attention", 15), ("the number", 10),
                    ("the answer", 10)])
@@ -160,15 +160,15 @@ def trained(options):
             prompt_file.truncate()
             prompt_file.write(prompt)
             prompt_file.flush()
-            for name, flags in (("full", needles.FULL), ("MoBA", needles.MOBA)):
+            for name in ("full", "moba"):
                 result = run_moba(options.moba, "generate", "-m", TRAINED, "-f", prompt_file.name, "-n", 8, "--no-chat",
-                                  "--dtype", "bf16", "--json", *flags)
+                                  "--dtype", "bf16", "--json", "--attn", name)
                 answer, first = needles.answer(result["text"]), result["prefill_seconds"]
                 right = right and (answer == number or thousands > TRAINED_LENGTHS[0])
-                table.row(f"{len(result['prompt_ids'])}", name, f"{first:.2f} s",
+                table.row(f"{len(result['prompt_ids'])}", "full" if name == "full" else "MoBA", f"{first:.2f} s",
                           f"{result['attention_seconds']:.2f} s, {result['attention_seconds'] / first:3.0%}", number,
                           answer)
-    print(f"It was trained on texts of up to {TRAINED_LENGTHS[0]}K tokens; what is longer it has never seen.")
+    print(f"Of texts of more than {TRAINED_LENGTHS[0]}K tokens it has seen few, of more than {TRAINED_LENGTHS[-1]}K none.")
     if not right:
         print(paint(f"An answer at {TRAINED_LENGTHS[0]}K tokens is wrong.", "red"))
     return right

@@ -8,11 +8,6 @@ import hashlib
 import sysconfig
 from pathlib import Path
 
-# How the finished model is asked.
-FULL = ("--attn", "full")
-MOBA = ("--attn", "moba", "--moba-chunk-size", 128, "--moba-topk", 16, "--moba-sink", 0, "--moba-full-tail", 0)
-
-
 def fact(key, number):
     return f"The magic number of {key} is {number}."
 
@@ -43,9 +38,10 @@ def sources():
         yield from sorted(p for p in Path("/usr/share/doc").glob(f"*/{name}") if p.is_file() and not p.is_symlink())
 
 
-def held_out(path):
-    """One file in ten is left for the evaluation."""
-    return hashlib.sha256(path.name.encode()).digest()[0] < 26
+def part(path):
+    """Nine files in ten are for training; of the rest one half is to choose settings on, the other for scores alone."""
+    chance = hashlib.sha256(path.name.encode()).digest()[0]
+    return "tuning" if chance < 13 else "held-out" if chance < 26 else "training"
 
 
 def read(path):
@@ -55,11 +51,11 @@ def read(path):
     return data[:200_000].decode("utf-8", "ignore")
 
 
-def texts(evaluation, most=24_000_000):
-    """Texts of the files for training or for evaluation, each paragraph once, so that licences do not drown the rest."""
+def texts(wanted, most=24_000_000):
+    """Texts of the files of one part, each paragraph once, so that licences do not drown the rest."""
     seen, size, out = set(), 0, []
     for path in sources():
-        if held_out(path) != evaluation or size > most:
+        if part(path) != wanted or size > most:
             continue
         kept = []
         for paragraph in read(path).split("\n\n"):

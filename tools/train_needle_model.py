@@ -4,11 +4,12 @@
 The text is what set-up installs: Python's standard library, C++ headers, licences and package documentation.
 Facts are planted in it and asked for at its end. Short documents first, then longer ones; every stage goes on where the
 last one stopped, and a run that was killed goes on where it was when started again. Text that is kept from training is
-left in held-out.txt, for `moba eval needle --data`.
+left for `moba eval needle --data`: tuning.txt to choose settings on, held-out.txt for scores.
 """
 
 import argparse
 import json
+import math
 import random
 import shutil
 import subprocess
@@ -48,10 +49,9 @@ CONFIG = {
     "eos_token_id": 0,
 }
 
-# What the longest stage begins with: turns of more than 8192 tokens are 16 times slower, and scores are higher.
-STRETCHED = {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+# For the longest stages turns of more than 8192 tokens are made this factor slower.
+STRETCHED = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
              "original_max_position_embeddings": 8192}
-SHARPER = 2.0
 # How far queries and keys that compare contents begin aligned.
 ALIGNED = 0.6
 
@@ -175,9 +175,9 @@ class Haystack:
             taken.append(self.lines[at])
             at = (at + 1) % len(self.lines)
 
-    def key(self, chance):
-        """Most keys come from the lists, some are words of the text."""
-        if chance.random() < 0.7:
+    def key(self, chance, listed=0.7):
+        """This share of keys come from the lists, the others are words of the text."""
+        if chance.random() < listed:
             return listed_key(chance)
         return f"{chance.choice(self.words)}-{chance.choice(self.words)}"
 
@@ -195,6 +195,10 @@ class Stage:
     questions: int    # at most
     plain: float      # share of documents that are plain text
     dense: float = 0  # share of the others that are nothing but recall
+    shortest: int = 0  # documents of all lengths from here on, where given
+    alike: float = 0  # share of facts whose key has a word of another's, and of numbers that begin as another
+    slower: int = 0   # the stage begins with slow rotations this factor slower than in the config,
+    sharper: float = 1.0  # and with queries of the heads that compare contents this factor longer
     options: tuple = ()
 
 
@@ -215,6 +219,31 @@ def recall_document(stage, haystack, chance):
     lines = haystack.take(budget * (chance.random() if stage.seq_len <= 512 else 1), chance)
     for key, number in facts.items():
         lines.insert(chance.randint(0, len(lines)), fact(key, number))
+    pairs = [f"{question(key)} {facts[key]}.\n" for key in chance.sample(list(facts), asked)]
+    return {"prompt": "\n".join(lines) + "\n", "completion": "".join(pairs)}
+
+
+def mixed_document(stage, haystack, chance):
+    """Text of any length from the stage's shortest on, shorter ones more often, with facts planted in it, some of them
+    at its very ends, and questions with answers."""
+    size = math.exp(chance.uniform(math.log(stage.shortest), math.log(stage.seq_len * 0.96)))
+    count = chance.randint(stage.facts[0], min(stage.facts[1], int(size / 100)))
+    asked = min(count, stage.questions)
+    facts = {}
+    while len(facts) < count:
+        key, number = haystack.key(chance, 0.5), random_number(chance)
+        if facts and stage.alike and chance.random() < stage.alike:
+            words, others = key.split("-"), chance.choice(list(facts)).split("-")
+            key = chance.choice((f"{words[0]}-{others[1]}", f"{others[0]}-{words[1]}"))
+        if facts and stage.alike and chance.random() < stage.alike:
+            same = chance.randint(2, 4)
+            number = chance.choice(list(facts.values()))[:same] + number[same:]
+        facts[key] = number
+    lines = haystack.take(size - 18 * count - 36 * asked, chance)
+    for key, number in facts.items():
+        near = min(5, len(lines))
+        first, last = chance.choices(((0, len(lines)), (0, near), (len(lines) - near, len(lines))), (8, 1, 1))[0]
+        lines.insert(chance.randint(first, last), fact(key, number))
     pairs = [f"{question(key)} {facts[key]}.\n" for key in chance.sample(list(facts), asked)]
     return {"prompt": "\n".join(lines) + "\n", "completion": "".join(pairs)}
 
@@ -246,7 +275,8 @@ def write_data(stage, path, tokenizer, haystack, seed):
                 elif chance.random() < stage.dense:
                     documents.append(dense_document(stage, haystack, chance))
                 else:
-                    documents.append(recall_document(stage, haystack, chance))
+                    make = mixed_document if stage.shortest else recall_document
+                    documents.append(make(stage, haystack, chance))
             sizes = tokenizer.encode_batch(["".join(d.values()) for d in documents])
             for document, size in zip(documents, sizes):
                 if 0 < len(size.ids) < stage.seq_len - 2:
@@ -259,11 +289,15 @@ STAGES = [
     Stage("1k", 1024, 8192, 160, 2e-3, 128, 4, (3, 14), 6, 0.1),
     Stage("4k", 4096, 8192, 40, 1.5e-3, 128, 6, (3, 24), 8, 0.1),
     Stage("16k", 16384, 16384, 40, 1e-3, 128, 10, (1, 40), 12, 0.1),
-    Stage("32k", 32768, 32768, 10, 4e-4, 128, 16, (1, 40), 12, 0.05),
+    Stage("32k", 32768, 32768, 10, 4e-4, 128, 16, (1, 40), 12, 0.05, slower=16, sharper=2.0),
+    Stage("mixed", 32768, 40960, 100, 6e-4, 128, 16, (1, 100), 64, 0.0, shortest=2048, slower=64),
+    Stage("128k", 131072, 131072, 12, 2e-4, 128, 16, (1, 120), 80, 0.0, shortest=16384),
+    Stage("64k", 65536, 65536, 32, 3e-4, 128, 16, (1, 150), 100, 0.0, shortest=2048),
+    Stage("alike", 32768, 40960, 40, 4e-4, 128, 16, (1, 120), 80, 0.0, shortest=2048, alike=0.5),
 ]
 
 
-def stretch(last, folder):
+def stretch(last, folder, slower, sharper):
     """The model made ready for contexts beyond those it has learned: slow rotations slower (as Llama 3.1 does it), and
     queries of the heads that compare contents longer, so that the right token stands out among more of them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -271,20 +305,22 @@ def stretch(last, folder):
     size, heads = CONFIG["head_dim"], CONFIG["num_attention_heads"]
     for layer, first in ((1, heads // 2), (2, 0)):
         for part in ("weight", "bias"):
-            weights[f"model.layers.{layer}.self_attn.q_proj.{part}"][first * size:] *= SHARPER
+            weights[f"model.layers.{layer}.self_attn.q_proj.{part}"][first * size:] *= sharper
     save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((last / "config.json").read_text()) | {"rope_scaling": STRETCHED}
+    config = json.loads((last / "config.json").read_text()) | {"rope_scaling": STRETCHED | {"factor": float(slower)}}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(last / name, folder)
 
 
 def publish(last, folder):
-    """The weights in bf16, the config and the tokenizer."""
+    """The weights in bf16, the tokenizer, and the config, which says how the model reads."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.bfloat16() for name, tensor in load_file(last / "model.safetensors").items()}
     save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = CONFIG | {"rope_scaling": STRETCHED, "dtype": "bfloat16"}
+    scaling = json.loads((last / "config.json").read_text())["rope_scaling"]
+    blocks = {"moba_chunk_size": STAGES[-1].chunk, "moba_topk": STAGES[-1].top_k, "moba_sink": 0, "moba_full_tail": 0}
+    config = CONFIG | {"rope_scaling": scaling, "dtype": "bfloat16"} | blocks
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(last / name, folder)
@@ -296,12 +332,14 @@ def main():
     parser.add_argument("--work", type=Path, default=ROOT / "build/needle-2m", help="folder for data and checkpoints")
     parser.add_argument("--out", type=Path, default=ROOT / "models/needle-2m", help="folder for the finished model")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2, help="the same weights come of the same number")
     parser.add_argument("--until", help="stop after this stage")
     options = parser.parse_args()
 
     options.work.mkdir(parents=True, exist_ok=True)
-    (options.work / "held-out.txt").write_text("\n".join(texts(evaluation=True)), encoding="utf-8")
-    corpus = texts(evaluation=False)
+    for kept in ("tuning", "held-out"):
+        (options.work / f"{kept}.txt").write_text("\n".join(texts(kept)), encoding="utf-8")
+    corpus = texts("training")
     folder = options.work / "tokenizer"
     if (folder / "tokenizer_config.json").exists():
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -317,15 +355,16 @@ def main():
             haystack = haystack or Haystack(tokenizer, corpus)
             write_data(stage, data, tokenizer, haystack, options.seed)
     for stage in STAGES:
-        if stage is STAGES[-1]:
-            stretch(last, options.work / "stretched")
-            last = options.work / "stretched"
+        if stage.slower:
+            stretched = options.work / f"{stage.name}-first"
+            stretch(last, stretched, stage.slower, stage.sharper)
+            last = stretched
         data, out = options.work / f"{stage.name}.jsonl", options.work / stage.name
         subprocess.run([*map(str, [
             options.moba, "train", "-m", last, "--data", data, "--out", out, "--resume", "--loss", "completion",
             "--steps", stage.steps, "--seq-len", stage.seq_len, "--batch-tokens", stage.batch_tokens, "--lr", stage.lr,
             "--moba-chunk-size", stage.chunk, "--moba-topk", stage.top_k, "--dtype", "bf16", "--seed", options.seed,
-            "--save-every", 50, *stage.options])], check=True)
+            "--save-every", 25, "--threads", options.threads, *stage.options])], check=True)
         last = out
         if stage.name == options.until:
             return
