@@ -472,8 +472,9 @@ def place_of(results, options, ending):
 
 
 def dumped(results):
-    """JSON with a list of numbers on one line."""
-    text = json.dumps(results, indent=1)
+    """JSON with a list of numbers on one line, and of numbers six decimals."""
+    rounded = json.loads(json.dumps(results), parse_float=lambda number: round(float(number), 6))
+    text = json.dumps(rounded, indent=1)
     return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
 
 
