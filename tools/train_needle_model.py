@@ -196,7 +196,6 @@ class Stage:
     plain: float      # share of documents that are plain text
     dense: float = 0  # share of the others that are nothing but recall
     shortest: int = 0  # documents of all lengths from here on, where given
-    alike: float = 0  # share of facts whose key has a word of another's, and of numbers that begin as another
     slower: int = 0   # the stage begins with slow rotations this factor slower than in the config,
     sharper: float = 1.0  # and with queries of the heads that compare contents this factor longer
     options: tuple = ()
@@ -231,14 +230,7 @@ def mixed_document(stage, haystack, chance):
     asked = min(count, stage.questions)
     facts = {}
     while len(facts) < count:
-        key, number = haystack.key(chance, 0.5), random_number(chance)
-        if facts and stage.alike and chance.random() < stage.alike:
-            words, others = key.split("-"), chance.choice(list(facts)).split("-")
-            key = chance.choice((f"{words[0]}-{others[1]}", f"{others[0]}-{words[1]}"))
-        if facts and stage.alike and chance.random() < stage.alike:
-            same = chance.randint(2, 4)
-            number = chance.choice(list(facts.values()))[:same] + number[same:]
-        facts[key] = number
+        facts[haystack.key(chance, 0.5)] = random_number(chance)
     lines = haystack.take(size - 18 * count - 36 * asked, chance)
     for key, number in facts.items():
         near = min(5, len(lines))
@@ -293,7 +285,6 @@ STAGES = [
     Stage("mixed", 32768, 40960, 100, 6e-4, 128, 16, (1, 100), 64, 0.0, shortest=2048, slower=64),
     Stage("128k", 131072, 131072, 12, 2e-4, 128, 16, (1, 120), 80, 0.0, shortest=16384),
     Stage("64k", 65536, 65536, 32, 3e-4, 128, 16, (1, 150), 100, 0.0, shortest=2048),
-    Stage("alike", 32768, 40960, 40, 4e-4, 128, 16, (1, 120), 80, 0.0, shortest=2048, alike=0.5),
 ]
 
 
