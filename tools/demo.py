@@ -147,8 +147,8 @@ def trained_prompt(tokens, chance):
 
 
 def trained(options):
-    """The model of this repository, which learned with MoBA, is asked for a fact; whether it knows it at the first length,
-    where it is sure."""
+    """The model of this repository, which learned with MoBA, is asked for a fact; whether it knows it at the first length.
+    Beyond that it often does."""
     print(paint(f"\nA model trained with MoBA ({TRAINED.relative_to(ROOT)}) finds a number in real text", "bold"))
     table = Table([("tokens", 8), ("attention", 9), ("first token", 11), ("of it attention", 15), ("the number", 10),
                    ("the answer", 10)])
