@@ -3,7 +3,7 @@
 
 The same shape, tokens a step, threads and dtype, one after the other in every round; the first step of each does not
 count. Then the peak memory of a long step with activation checkpointing, and what the trainer adds to the passes and the
-optimiser in short steps: what a longer run takes more than a shorter one, less what its steps computed. Writes
+optimiser in short steps: the time from a line of the log to a later one, less what the steps between them computed. Writes
 benchmarks/results/train-<machine>-<date>.json and .md.
 
     .venv/bin/python benchmarks/train_step.py --rounds 3 --threads 2
@@ -54,13 +54,16 @@ def run_peer(options):
         print(json.dumps({"seconds": seconds, "memory_gib": peak_rss_bytes() / 2**30}), flush=True)
 
 
-def train(options, folder, tokens, *flags, steps=None):
-    """The lines of a run's log."""
+def train(options, folder, tokens, *flags, steps=None, watch=lambda out, run: None):
+    """The lines of a run's log; `watch` is called while it runs."""
     out = Path(tempfile.mkdtemp(dir=folder))
     command = [options.moba, "train", "--config", folder / "config.json", "--data", folder / "text.txt", "--out", out,
                "--steps", steps or options.steps, "--seq-len", tokens, "--batch-tokens", tokens, "--threads", options.threads,
                "--dtype", options.dtype, *flags]
-    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    with subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+        watch(out, run)
+    if run.returncode != 0:
+        sys.exit(f"train_step: failed with {run.returncode}: {shlex.join(map(str, command))}")
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
@@ -84,16 +87,21 @@ def measure(options, folder):
     return rows
 
 
-def overhead(options, folder, tokens=2048, few=10, many=60):
+def overhead(options, folder, tokens=2048, first=10, last=60):
     """Of the passes and the optimiser, what everything else takes in a step: data, log, lines told."""
-    walls, logs = [], []
-    for steps in (few, many):
-        start = time.perf_counter()
-        logs.append(train(options, folder, tokens, steps=steps))
-        walls.append(time.perf_counter() - start)
-    wall = (walls[1] - walls[0]) / (many - few)
-    compute = statistics.mean(step["compute_seconds"] for step in logs[1][few:])
-    return {"tokens": tokens, "steps": many - few, "seconds": wall, "compute_seconds": compute, "overhead": wall / compute - 1}
+    seen = []
+
+    def watch(out, run):
+        log = out / "log.jsonl"
+        for lines in (first, last):
+            while run.poll() is None and (not log.exists() or log.read_text().count("\n") < lines):
+                time.sleep(0.01)
+            seen.append(time.perf_counter())
+
+    log = train(options, folder, tokens, steps=last + 1, watch=watch)  # the last step also saves
+    wall = (seen[1] - seen[0]) / (last - first)
+    compute = statistics.mean(step["compute_seconds"] for step in log[first:last])
+    return {"tokens": tokens, "steps": last - first, "seconds": wall, "compute_seconds": compute, "overhead": wall / compute - 1}
 
 
 def markdown(report):
