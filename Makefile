@@ -43,7 +43,7 @@ test-asan test-tsan: test-%: setup  ## the library's tests under AddressSanitize
 
 test-python: test-cpp python  ## the Python tests, on the optimised build
 	@tools/setup.sh browser
-	$(PYTHON) -m pytest -q tests
+	$(PYTHON) -m pytest -q -n $(JOBS) --maxprocesses 8 tests
 
 test-long: test-cpp python  ## tens of thousands of generated cases more
 	MOBA_TEST_CASES=2000 ctest --test-dir build/release --output-on-failure --progress -j$(JOBS) -R Agreement
