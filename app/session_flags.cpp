@@ -120,11 +120,7 @@ void add_attention(nlohmann::ordered_json& json, const llm::SessionSettings& ses
   json["moba_topk"] = session.moba.top_k;
   json["moba_sink"] = session.moba.sink_blocks;
   if (prefills_sparsely) json["moba_full_tail"] = session.full_tail;
-  json["moba_full_layers"] = nlohmann::json::array();
-  for (const llm::LayerRange& range : session.full_layers) {
-    for (std::int64_t layer = range.first; layer <= range.last; ++layer)
-      json["moba_full_layers"].push_back(layer);
-  }
+  json["moba_full_layers"] = layers_in(session.full_layers);
 }
 
 }  // namespace moba::app

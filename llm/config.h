@@ -25,6 +25,14 @@ struct LayerRange {
   std::int64_t first, last;
 };
 
+inline std::vector<std::int64_t> layers_in(const std::vector<LayerRange>& ranges) {
+  std::vector<std::int64_t> layers;
+  for (const LayerRange& range : ranges) {
+    for (std::int64_t layer = range.first; layer <= range.last; ++layer) layers.push_back(layer);
+  }
+  return layers;
+}
+
 /// How a model that was trained with MoBA attends; in config.json under the names of the program's flags.
 struct TrainedAttention {
   std::int64_t block_size = 0, top_k = 0, sink_blocks = 0, full_tail = 0;

@@ -374,32 +374,32 @@ void check_cached(const Tensor& q, std::span<const CachedSequence> sequences, co
   }
 }
 
-namespace {
-
-/// One page of [pages, page_tokens, Hkv, D], without tokens where there is none.
-Tensor page_of(std::string_view function, const char* name, const Tensor& t) {
-  if (t.rank != 4)
-    refuse(function, name, " has rank ", t.rank, "; [pages, page_tokens, kv heads, head_dim] is expected");
-  Tensor page = t;
+Tensor page_of(const Tensor& pages) {
+  Tensor page = pages;
   page.rank = 3;
   for (std::size_t dim = 0; dim < 3; ++dim) {
-    page.sizes[dim] = t.sizes[dim + 1];
-    page.strides[dim] = t.strides[dim + 1];
+    page.sizes[dim] = pages.sizes[dim + 1];
+    page.strides[dim] = pages.strides[dim + 1];
   }
-  if (t.sizes[0] == 0) page.sizes[0] = 0;
+  if (pages.sizes[0] == 0) page.sizes[0] = 0;
+  return page;
+}
+
+namespace {
+
+Tensor checked_page(std::string_view function, const char* name, const Tensor& t) {
+  if (t.rank != 4)
+    refuse(function, name, " has rank ", t.rank, "; [pages, page_tokens, kv heads, head_dim] is expected");
+  const Tensor page = page_of(t);
   check_view(function, name, page);
   if (t.sizes[0] < 0) refuse(function, name, " has ", t.sizes[0], " pages");
   return page;
 }
 
-}  // namespace
-
-namespace {
-
 /// That the pages go into blocks, and that there is a mean for each.
 void check_means(std::string_view function, const PagedCache& cache, std::int64_t block_size) {
   const Tensor &k = cache.k, &means = cache.means;
-  page_of(function, "cache.means", means);
+  checked_page(function, "cache.means", means);
   check_same_kind(function, "cache.means", means, "cache.k", k);
   const std::int64_t page_tokens = k.sizes[1];
   const std::int64_t blocks =
@@ -414,7 +414,7 @@ void check_means(std::string_view function, const PagedCache& cache, std::int64_
 }
 
 void check_pages(std::string_view function, const PagedCache& cache) {
-  const Tensor k = page_of(function, "cache.k", cache.k), v = page_of(function, "cache.v", cache.v);
+  const Tensor k = checked_page(function, "cache.k", cache.k), v = checked_page(function, "cache.v", cache.v);
   check_same_shape(function, "cache.v", v, "cache.k", k);
   if (cache.v.sizes[0] != cache.k.sizes[0])
     refuse(function, "cache.v has ", cache.v.sizes[0], " pages; cache.k has ", cache.k.sizes[0]);

@@ -30,6 +30,8 @@ void check_append(const KvCache& cache, const Tensor& k, const Tensor& v, std::i
 void check_cached(std::string_view function, const Tensor& q, const KvCache& cache, const Routing& routing);
 /// Of decode: sequences in the caller's memory.
 void check_cached(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing);
+/// The first of [pages, page_tokens, Hkv, D], without tokens where there is none.
+Tensor page_of(const Tensor& pages);
 /// Of the cache of moba/cuda.h: its tensors, its means among them, and that its pages go into blocks.
 void check_paged(std::string_view function, const PagedCache& cache, std::int64_t block_size);
 /// The same with a query; means only where it has to choose.

@@ -39,11 +39,7 @@ void add_attention(nlohmann::ordered_json& json, const TrainedAttention& moba) {
   json["moba_topk"] = moba.top_k;
   json["moba_sink"] = moba.sink_blocks;
   json["moba_full_tail"] = moba.full_tail;
-  json["moba_full_layers"] = nlohmann::json::array();
-  for (const LayerRange& range : moba.full_layers) {
-    for (std::int64_t layer = range.first; layer <= range.last; ++layer)
-      json["moba_full_layers"].push_back(layer);
-  }
+  json["moba_full_layers"] = layers_in(moba.full_layers);
 }
 
 }  // namespace

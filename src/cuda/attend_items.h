@@ -1,8 +1,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cfloat>
-#include <cmath>
 
 #include "cuda/attend.h"
 #include "cuda/ptx/convert.h"
@@ -192,7 +190,6 @@ template <typename T, typename Rows, int row_tiles, int out_tiles>
 MOBA_DEVICE void write(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
                        const Work& work, const float (&out)[row_tiles][out_tiles][4],
                        const tile::Softmax<row_tiles>& softmax, int warp_row) {
-  constexpr float kLn2 = 0.693147180559945309F;
   const int lane = ptx::lane();
   const bool last_word = p.width == 0;
   MOBA_UNROLL
@@ -201,7 +198,7 @@ MOBA_DEVICE void write(const AttendParams<T>& p, const Rows& rows, const std::ui
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + 16 * i + 8 * half + lane / 4;
       float total = 0;
-      const float lse = kLn2 * softmax.log2_sum(i, half, p.scale.scale, total);
+      const float lse = ptx::kLn2 * softmax.log2_sum(i, half, p.scale.scale, total);
       const float share = total == 0 ? 0 : 1 / total;
       MOBA_UNROLL
       for (int j = 0; j < out_tiles; ++j) {
@@ -219,11 +216,6 @@ MOBA_DEVICE void write(const AttendParams<T>& p, const Rows& rows, const std::ui
     }
   }
   write_pieces<T, row_tiles, out_tiles>(p, rows, slots, work, warp_row);
-}
-
-/// The scale in powers of 2. One of 0 becomes the smallest that keeps -inf, which is where the hidden are.
-inline tile::Scale scale_of(float scale) {
-  return {.scale = std::max(std::fabs(scale) * ptx::kLog2E, FLT_MIN), .negate = scale < 0};
 }
 
 /// What the host tells them.
@@ -247,7 +239,7 @@ AttendParams<T> attend_params(const Task& task, const Group& part, const Batch& 
           .token1 = static_cast<std::int32_t>(part.token1),
           .near = task.has_near_keys(),
           .causal = task.routing.causal,
-          .scale = scale_of(task.scale),
+          .scale = tile::scale_of(task.scale),
           .out = view_of<T>(outputs.out),
           .lse = outputs.lse,
           .tokens = task.tokens,

@@ -9,7 +9,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kElements = 8;
-constexpr float kLn2 = 0.693147180559945309F, kLog2E = 1.44269504088896341F;
 
 template <typename T>
 struct CombineParams {
@@ -44,7 +43,7 @@ combine_kernel(MOBA_PARAMETER CombineParams<T> p) {
   float sum = 0, out[kElements] = {};
   for (std::int64_t rank = 0; rank < p.ranks; ++rank) {
     if (!is_filled(rank)) continue;
-    const float weight = ptx::exp2((p.partial_lse[first + rank] - base) * kLog2E);
+    const float weight = ptx::exp2((p.partial_lse[first + rank] - base) * ptx::kLog2E);
     sum += weight;
     const ptx::Vector v = ptx::load_streaming(p.partials + (first + rank) * head_dim + column * kElements);
     const std::uint32_t pairs[] = {v.x, v.y, v.z, v.w};
@@ -60,7 +59,7 @@ combine_kernel(MOBA_PARAMETER CombineParams<T> p) {
   auto* to = reinterpret_cast<ptx::Vector*>(p.out.row(token, q_head) + column * kElements);
   *to = {ptx::pack<T>(out[0] * share, out[1] * share), ptx::pack<T>(out[2] * share, out[3] * share),
          ptx::pack<T>(out[4] * share, out[5] * share), ptx::pack<T>(out[6] * share, out[7] * share)};
-  if (column == 0 && p.lse != nullptr) p.lse[q_head * p.tokens + token] = base + kLn2 * ptx::log2(sum);
+  if (column == 0 && p.lse != nullptr) p.lse[q_head * p.tokens + token] = base + ptx::kLn2 * ptx::log2(sum);
 }
 
 }  // namespace

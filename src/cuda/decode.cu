@@ -5,8 +5,6 @@
 #include "cuda/decode.h"
 
 #include <algorithm>
-#include <cfloat>
-#include <cmath>
 
 #include "cuda/ptx/barrier.h"
 #include "cuda/tile/order.h"
@@ -19,7 +17,6 @@ namespace {
 
 constexpr int kTile = 16;  // query heads
 constexpr int kElements = 8;
-constexpr float kLn2 = 0.693147180559945309F, kLog2E = 1.44269504088896341F;
 
 /// A warp takes 16 keys or means of a tile. At D 256 more threads are needed to load than to compute.
 template <int head_dim>
@@ -421,7 +418,8 @@ decode_combine_kernel(MOBA_PARAMETER CombineParams<T> c) {
     const float share = sum == 0 ? 0 : 1 / sum;
     reinterpret_cast<std::uint32_t*>(c.out.row(sequence, q_head))[pair] =
         ptx::pack<T>(low * share, high * share);
-    if (pair == 0 && c.lse != nullptr) c.lse[q_head * c.tokens + sequence] = kLn2 * (base + ptx::log2(sum));
+    if (pair == 0 && c.lse != nullptr)
+      c.lse[q_head * c.tokens + sequence] = ptx::kLn2 * (base + ptx::log2(sum));
   }
 }
 
@@ -500,8 +498,7 @@ DecodeParams<T> params_of(const Task& task, const Group& part, const PagedCache&
           .sinks = static_cast<std::int32_t>(task.routing.sink_blocks),
           .piece = static_cast<std::int32_t>(piece_of(task)),
           .pieces = static_cast<std::int32_t>(pieces_of_block(task)),
-          // One of 0 becomes the smallest that keeps -inf, which is where the hidden are.
-          .scale = {.scale = std::max(std::fabs(task.scale) * kLog2E, FLT_MIN), .negate = task.scale < 0}};
+          .scale = tile::scale_of(task.scale)};
 }
 
 std::int64_t units_of(const Task& task, const Group& part) {

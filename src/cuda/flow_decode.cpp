@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "checks.h"
 #include "cuda/decode.h"
 #include "cuda/flow.h"
 #include "cuda/parts.h"
@@ -7,16 +8,9 @@
 namespace moba::cuda {
 namespace {
 
-/// One page, [page_tokens, Hkv, D], without tokens where there is none; and that all of them lie on the
-/// device in pieces of 16 bytes.
-Tensor page_of(std::string_view function, const char* name, const Tensor& t) {
-  Tensor page = t;
-  page.rank = 3;
-  for (std::size_t dim = 0; dim < 3; ++dim) {
-    page.sizes[dim] = t.sizes[dim + 1];
-    page.strides[dim] = t.strides[dim + 1];
-  }
-  if (t.sizes[0] == 0) page.sizes[0] = 0;
+/// One page, and that all of them lie on the device in pieces of 16 bytes.
+Tensor device_page(std::string_view function, const char* name, const Tensor& t) {
+  const Tensor page = page_of(t);
   Tensor pages = page;  // their first rows
   pages.sizes[0] = t.sizes[0];
   pages.strides[0] = t.strides[0];
@@ -35,11 +29,11 @@ void check_lists(std::string_view function, const PagedCache& cache) {
 
 void decode(std::string_view function, const Tensor& q, const PagedCache& cache, const Routing& routing,
             const Outputs& outputs, const Execution& execution) {
-  const Tensor k = page_of(function, "cache.k", cache.k), v = page_of(function, "cache.v", cache.v);
+  const Tensor k = device_page(function, "cache.k", cache.k), v = device_page(function, "cache.v", cache.v);
   const DeviceBatch batch{.count = cache.sequences, .longest = cache.longest};
   const Task task = make_task(function, q, k, v, batch, routing);
   check_shared(function, task.head_dim, decode_shared_bytes(task.head_dim));
-  if (task.needs_scores()) page_of(function, "cache.means", cache.means);
+  if (task.needs_scores()) device_page(function, "cache.means", cache.means);
   check_view(function, "out", outputs.out);
   check_lists(function, cache);
   check_list(function, "lse", outputs.lse);
@@ -69,10 +63,10 @@ void decode(std::string_view function, const Tensor& q, const PagedCache& cache,
 
 void update_means(std::string_view function, const PagedCache& cache, std::int64_t block_size,
                   const std::int32_t* before, std::int64_t most_added, const Execution& execution) {
-  const Tensor k = page_of(function, "cache.k", cache.k);
+  const Tensor k = device_page(function, "cache.k", cache.k);
   const DeviceBatch batch{.count = cache.sequences, .longest = cache.longest};
   const Task task = make_task(function, k, k, k, batch, {.block_size = block_size, .top_k = 1});
-  page_of(function, "cache.means", cache.means);
+  device_page(function, "cache.means", cache.means);
   check_lists(function, cache);
   check_list(function, "before", before);
   if (cache.longest < block_size) return;

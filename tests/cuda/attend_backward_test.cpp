@@ -215,14 +215,6 @@ TEST_P(CudaBackward, EqualsTheReferenceOnRandomCases) {
 
 INSTANTIATE_TEST_SUITE_P(All, CudaBackward, testing::Range<std::uint64_t>(0, 3));
 
-Case long_case(std::uint64_t seed, const Routing& routing, std::int64_t queries) {
-  Case c{.seed = seed, .dtype = seed % 2 == 0 ? DType::bf16 : DType::f16, .group = 2, .head_dim = 64};
-  c.sequences = one_sequence(queries, 210);
-  c.routing = routing;
-  fill(c);
-  return c;
-}
-
 /// Several tiles of rows, and blocks of several chunks of keys.
 TEST(CudaAttendBackward, WorksThroughManyTiles) {
   const std::vector<Routing> routings = {
@@ -236,17 +228,14 @@ TEST(CudaAttendBackward, WorksThroughManyTiles) {
   };
   std::uint64_t seed = 500;
   for (const Routing& routing : routings) {
-    for (const std::int64_t queries : {210, 37}) check_backward(long_case(++seed, routing, queries));
+    for (const std::int64_t queries : {210, 37}) check_backward(case_of(++seed, 64, routing, queries, 210));
   }
 }
 
 /// The widest rows share their sums between warps.
 TEST(CudaAttendBackward, WideRowsThroughManyTiles) {
   for (const Routing& routing : {Routing{.block_size = 70, .top_k = 2}, Routing::full()}) {
-    Case c = long_case(600, routing, 140);
-    c.head_dim = 256;
-    fill(c);
-    check_backward(c);
+    check_backward(case_of(600, 256, routing, 140, 210));
   }
 }
 
@@ -267,7 +256,7 @@ TEST(CudaAttendBackward, SelectsAgainToTheSameBlocks) {
 }
 
 TEST(CudaAttendBackward, AnyOrderOfBlocksAndWarpsGivesTheSameBits) {
-  Backpropagation b(long_case(7, {.block_size = 16, .top_k = 4}, 210));
+  Backpropagation b(case_of(7, 64, {.block_size = 16, .top_k = 4}, 210, 210));
   const Differentiated expected = backward(b);
   for (int i = 0; i < 3; ++i) EXPECT_TRUE(backward(b) == expected);  // every run shuffles anew
 }
@@ -323,7 +312,7 @@ TEST(CudaAttendBackward, KeysThatNobodySeesHaveNoGradient) {
 
 /// The device cannot throw: what is no choice of a row is as if it were not there.
 TEST(CudaAttendBackward, ASelectionThatIsNoneIsPassedOver) {
-  Backpropagation b(long_case(8, {.block_size = 4, .top_k = 3}, 40));
+  Backpropagation b(case_of(8, 64, {.block_size = 4, .top_k = 3}, 40, 210));
   Backpropagation less = b;
   for (std::int64_t head = 0; head < b.c.q_heads(); ++head) {
     const std::int64_t row = (head * 40 + 10) * b.forward.width;
@@ -355,10 +344,7 @@ class CudaHopperBackward : public OnHopper {
 };
 
 Case hopper_case(std::uint64_t seed, const Routing& routing, std::int64_t queries) {
-  Case c = long_case(seed, routing, queries);
-  c.head_dim = seed % 4 < 2 ? 64 : 128;
-  fill(c);
-  return c;
+  return case_of(seed, seed % 4 < 2 ? 64 : 128, routing, queries, 210);
 }
 
 TEST_F(CudaHopperBackward, EqualsTheReferenceOnRandomCases) {

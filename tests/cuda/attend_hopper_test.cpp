@@ -10,15 +10,6 @@ namespace {
 
 class CudaHopper : public OnHopper {};
 
-Case case_of(std::uint64_t seed, std::int64_t head_dim, const Routing& routing, std::int64_t queries,
-             std::int64_t keys) {
-  Case c{.seed = seed, .dtype = seed % 2 == 0 ? DType::bf16 : DType::f16, .group = 2, .head_dim = head_dim};
-  c.sequences = one_sequence(queries, keys);
-  c.routing = routing;
-  fill(c);
-  return c;
-}
-
 TEST_F(CudaHopper, AgreesWithTheOracleOnRandomCases) {
   constexpr std::uint64_t kCases = 30;
   std::int64_t swaps = 0, listed = 0;

@@ -27,14 +27,6 @@ TEST_P(CudaAgreement, WithTheOracleOnRandomCases) {
 
 INSTANTIATE_TEST_SUITE_P(All, CudaAgreement, testing::Range<std::uint64_t>(0, 4));
 
-Case long_case(std::uint64_t seed, const Routing& routing, std::int64_t queries) {
-  Case c{.seed = seed, .dtype = seed % 2 == 0 ? DType::bf16 : DType::f16, .group = 2, .head_dim = 64};
-  c.sequences = one_sequence(queries, 230);
-  c.routing = routing;
-  fill(c);
-  return c;
-}
-
 /// Several tiles of rows, keys and means; blocks that more rows chose than a tile holds; lists of choices too
 /// long for shared memory, and of several chunks.
 TEST(CudaAttend, WorksThroughManyTiles) {
@@ -52,7 +44,7 @@ TEST(CudaAttend, WorksThroughManyTiles) {
   std::uint64_t seed = 500;
   for (const Routing& routing : routings) {
     for (const std::int64_t queries : {230, 37}) {
-      const Case c = long_case(++seed, routing, queries);
+      const Case c = case_of(++seed, 64, routing, queries, 230);
       check_result(c, run_on_device(c), Rounding::partial);
     }
   }
@@ -84,7 +76,7 @@ TEST(CudaAttend, ManyShortSequences) {
 }
 
 TEST(CudaAttend, AnyOrderOfBlocksAndWarpsGivesTheSameBits) {
-  const Case c = long_case(7, {.block_size = 16, .top_k = 4}, 230);
+  const Case c = case_of(7, 64, {.block_size = 16, .top_k = 4}, 230, 230);
   const Result expected = run_on_device(c);
   for (int i = 0; i < 3; ++i) EXPECT_TRUE(run_on_device(c) == expected);  // every run shuffles anew
 }
@@ -133,7 +125,7 @@ TEST(CudaAttend, SequencesMayLieOnTheDevice) {
 }
 
 TEST(CudaAttend, TheRoutingAlone) {
-  const Case c = long_case(8, {.block_size = 16, .top_k = 4}, 100);
+  const Case c = case_of(8, 64, {.block_size = 16, .top_k = 4}, 100, 230);
   Result found(c);
   select_blocks(on_device(c.q.view()), on_device(c.k.view()), c.sequences, c.routing,
                 found.outputs().selection);
@@ -141,7 +133,7 @@ TEST(CudaAttend, TheRoutingAlone) {
 }
 
 TEST(CudaAttend, ScratchComesFromTheCallersAllocatorAndGoesBack) {
-  const Case c = long_case(9, {.block_size = 16, .top_k = 4}, 100);
+  const Case c = case_of(9, 64, {.block_size = 16, .top_k = 4}, 100, 230);
   std::size_t held = 0, calls = 0;
   const Allocator counting{[&](std::size_t bytes) {
                              held += bytes;

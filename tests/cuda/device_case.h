@@ -14,6 +14,10 @@ inline Tensor on_device(Tensor t) {
 /// What run_attention does, on CUDA tensors.
 Result run_on_device(const Case& c, Execution execution = {});
 
+/// One sequence, two query heads on one kv head; bf16 where the seed is even, else f16.
+Case case_of(std::uint64_t seed, std::int64_t head_dim, const Routing& routing, std::int64_t queries,
+             std::int64_t keys);
+
 /// A small case of any kind that the CUDA backend takes. The same seed gives the same case.
 Case random_device_case(std::uint64_t seed);
 

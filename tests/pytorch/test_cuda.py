@@ -116,16 +116,8 @@ def test_a_thousand_repetitions_give_the_same_bits():
         assert all(torch.equal(a, b) for a, b in zip(results, first))
 
 
-@on_gpu
-def test_the_host_never_waits_and_a_graph_can_be_captured():
-    q, k, v, cu, _ = batch([500, 30], 4, 2, 128, torch.bfloat16)
-    q, k, v, cu = there(q, k, v, cu)
-
-    def step():
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = moba.functional.varlen(*leaves, cu, cu, 64, 3)[0]
-        return (out, *gradients_of(out, leaves, out.detach()))
-
+def capture(step):
+    """A graph of the step and what it gives, once the step has shown that it makes the host wait for nothing."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_sync_debug_mode("error")
@@ -138,6 +130,20 @@ def test_the_host_never_waits_and_a_graph_can_be_captured():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
+    return graph, captured
+
+
+@on_gpu
+def test_the_host_never_waits_and_a_graph_can_be_captured():
+    q, k, v, cu, _ = batch([500, 30], 4, 2, 128, torch.bfloat16)
+    q, k, v, cu = there(q, k, v, cu)
+
+    def step():
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = moba.functional.varlen(*leaves, cu, cu, 64, 3)[0]
+        return (out, *gradients_of(out, leaves, out.detach()))
+
+    graph, captured = capture(step)
     for lengths in ([500, 30], [1, 529]):  # other values, and other sequences of as many tokens
         for t in (q, k, v):
             t.normal_()
@@ -265,18 +271,7 @@ def test_decoding_can_be_captured_and_grows_with_its_cache():
     def step():
         return ops.decode(q, keys, values, means, begin, end, 32, 3)[0]
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.stream(side):
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for length in (400, 1, 100, 0):
         end.copy_(begin + length if length < 300 else end)
         q.normal_()

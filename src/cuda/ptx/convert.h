@@ -12,7 +12,7 @@
 /// Numbers: conversions between f32 and pairs of 16-bit ones, powers and logarithms to base 2.
 namespace moba::cuda::ptx {
 
-constexpr float kLog2E = 1.44269504088896341F;
+constexpr float kLog2E = 1.44269504088896341F, kLn2 = 0.693147180559945309F;
 
 #if defined(MOBA_CUDA_EMULATION)
 

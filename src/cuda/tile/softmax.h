@@ -1,5 +1,9 @@
 #pragma once
 
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/warp.h"
 
@@ -21,6 +25,11 @@ struct Scale {
   float scale = 1;
   bool negate = false;
 };
+
+/// The scale in powers of 2. One of 0 becomes the smallest that keeps -inf, which is where the hidden are.
+inline Scale scale_of(float scale) {
+  return {.scale = std::max(std::fabs(scale) * ptx::kLog2E, FLT_MIN), .negate = scale < 0};
+}
 
 /// The running softmax of the rows of `row_tiles` tiles: rows lane / 4 and lane / 4 + 8 of each.
 template <int row_tiles>
