@@ -9,12 +9,13 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ._operator import means_dtype
 
 _GROWTH = 1.5
-_LEAST_CAPACITY = 256
+_MIN_CAPACITY = 256
+_MAX_STEP = 4096  # tokens: what a grown cache holds beyond its tokens, at most
 
 
 class MobaLayer(DynamicLayer):
-    """One layer: keys and values in memory that grows ahead of them, [B, capacity, Hkv, D], so that a new token is written
-    once and never moved with the rest. `keys` and `values` are views [B, Hkv, tokens, D], as every attention takes them.
+    """One layer: keys and values in memory that grows ahead of them, [B, capacity, Hkv, D], by a half and at most 4096
+    tokens, so that a new token is written once and rarely moved with the rest. `keys` and `values` are views [B, Hkv, tokens, D], as every attention takes them.
     The view that `update` returns knows its layer, and through it the means of its blocks."""
 
     def __init__(self, **options: Any) -> None:
@@ -36,11 +37,12 @@ class MobaLayer(DynamicLayer):
         held = self.get_seq_length()
         length = held + key_states.shape[2]
         if not self._stored or self._stored[0].shape[1] < length:
-            capacity = max(length, _LEAST_CAPACITY, int(held * _GROWTH))
+            capacity = max(length, _MIN_CAPACITY, min(int(held * _GROWTH), held + _MAX_STEP))
             self._stored = [self._grown(i, t, held, capacity) for i, t in enumerate((key_states, value_states))]
         for stored, new in zip(self._stored, (key_states, value_states)):
             stored[:, held:length] = new.transpose(1, 2)
         keys, values = self._view(length)
+        keys = keys.view_as(keys)  # the layer holds no tensor that holds the layer: no reference cycle
         keys.moba_layer = self  # type: ignore[attr-defined]
         return keys, values
 

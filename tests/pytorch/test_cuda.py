@@ -283,8 +283,8 @@ def test_decoding_can_be_captured_and_grows_with_its_cache():
 def test_steps_of_a_model_are_its_prefill():
     models = pytest.importorskip("models")
     model = models.build("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=64).to("cuda", torch.bfloat16)
-    model.set_attn_implementation("moba")
     moba.register_moba(moba.MoBAConfig(16, 3, decode="moba"))
+    model.set_attn_implementation("moba")
     ids = models.random_ids(2, 150).cuda()
     mask = torch.ones_like(ids)
     mask[0, :20] = 0

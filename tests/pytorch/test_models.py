@@ -1,5 +1,8 @@
 """`transformers` models with "moba" as their attention."""
 
+import gc
+import weakref
+
 import moba
 import pytest
 import torch
@@ -99,6 +102,35 @@ def test_a_cropped_cache_continues_where_it_was():
             layer.crop(-20)
         found = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(40, 64)]
     close(torch.cat(found, 1), whole[:, 40:])
+
+
+def test_a_dropped_cache_is_freed_without_the_garbage_collector():
+    model, ids = build("llama"), random_ids(1, 40)
+    moba.register_moba(MoBAConfig(8, 3, decode="moba"))
+    model.set_attn_implementation("moba")
+    cache = MobaCache()
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.no_grad():
+            for part in (ids, ids[:, :1]):
+                model(part, past_key_values=cache)
+        layers = [weakref.ref(layer) for layer in cache.layers]
+        del cache
+        assert not any(layer() for layer in layers)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("held", (300, 20_000))
+def test_a_cache_grows_by_a_bounded_step(held):
+    layer = moba.cache.MobaLayer()
+    for tokens in (held, 1):
+        layer.update(*(torch.full((1, 2, tokens, 4), float(tokens)) for _ in range(2)))
+    capacity = layer._stored[0].shape[1]
+    assert held + 1 <= capacity <= held + min(held // 2, 4096)
+    assert layer.keys.shape[2] == held + 1
+    assert layer.keys[0, 0, :, 0].tolist() == [held] * held + [1]
 
 
 def test_decoding_with_the_cache_reads_no_mean_twice(monkeypatch):
