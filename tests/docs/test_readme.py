@@ -1,0 +1,126 @@
+"""The README's code: Python runs, C++ is compiled against an installed build and runs, command lines are accepted by the program."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")).resolve()
+README = (ROOT / "README.md").read_text()
+PLACEHOLDERS = ("model.gguf", "document.txt")
+DATA_ERROR = 1
+
+
+def snippets(language):
+    found = re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
+    assert found, f"README.md: expected a {language} snippet"
+    return found
+
+
+def command_lines():
+    return [line for snippet in snippets("sh") for line in snippet.splitlines()]
+
+
+def existing(path):
+    if not path.exists():
+        pytest.fail(f"{path} is missing: `make test-cpp` builds it, MOBA_BUILD_DIR names another build")
+    return path
+
+
+def run(*command, **options):
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == 0, f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_python_snippets_run(one_thread, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    for code in snippets("python"):
+        exec(compile(code, "README.md", "exec"), names)
+    assert names["out"].shape == names["q"].shape == names["q"].grad.shape
+    assert names["model"].config._attn_implementation == "moba"
+    assert names["ids"].shape[1] > 4096
+
+
+def project(folder, name, cmake):
+    """A CMake project of the README's snippets: its C++ program, with the library found as `cmake` says."""
+    folder.mkdir()
+    (code,) = snippets("cpp")
+    (folder / "main.cpp").write_text(code)
+    linked = cmake.index("target_link_libraries")
+    (folder / "CMakeLists.txt").write_text(
+        f"cmake_minimum_required(VERSION 3.25)\nproject({name} LANGUAGES CXX)\n{cmake[:linked]}"
+        f"add_executable(app main.cpp)\n{cmake[linked:]}"
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cmake():
+    program = shutil.which("cmake")
+    if program is None:
+        pytest.fail("cmake is missing: `make setup` installs it")
+    return program
+
+
+def test_cpp_snippet_builds_against_an_installed_library_and_runs(cmake, tmp_path):
+    run(cmake, "--install", existing(BUILD), "--prefix", tmp_path / "prefix")
+    installed, _ = snippets("cmake")
+    source = project(tmp_path / "app", "installed", installed)
+    run(cmake, "-S", source, "-B", source / "build", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}",
+        "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror")
+    run(cmake, "--build", source / "build")
+    run(source / "build" / "app", env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_fetch_content_snippet_configures(cmake, tmp_path):
+    """From this source tree, without compiling the library a second time."""
+    _, fetched = snippets("cmake")
+    source = project(tmp_path / "app", "fetched", fetched)
+    run(cmake, "-S", source, "-B", source / "build", f"-DFETCHCONTENT_SOURCE_DIR_MOBA={ROOT}")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Everything that the README's command lines read, in a folder where they may write."""
+    for name in ("models", "docs", "README.md"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_command_line_is_accepted(folder, line):
+    """Lines about files of the repository run; the others end with a data error, not a usage error, at their missing file."""
+    program, *arguments = shlex.split(line)
+    assert program == "moba"
+    done = subprocess.run(
+        [existing(BUILD / "moba"), *arguments], cwd=folder, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    missing = [name for name in PLACEHOLDERS if name in arguments]
+    assert done.returncode == (DATA_ERROR if missing else 0), done.stderr
+    if missing:
+        assert any(name in done.stderr for name in missing), done.stderr
+    if "-o" in arguments:
+        assert (folder / arguments[arguments.index("-o") + 1]).exists()
+
+
+def test_every_relative_link_leads_to_a_file():
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
