@@ -1,4 +1,4 @@
-"""Generates text with a model of `transformers`, its attention full or MoBA."""
+"""Generates text with a model of `transformers`, with full attention or MoBA."""
 
 import argparse
 
@@ -12,7 +12,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a folder, or a name on the hub")
     parser.add_argument("--attn", default="moba", choices=("sdpa", "moba", "moba_naive"))
     parser.add_argument("--moba-chunk-size", type=int, default=4096, help="tokens in a block")
-    parser.add_argument("--moba-topk", type=int, default=12, help="blocks a token attends to, its own included")
+    parser.add_argument("--moba-topk", type=int, default=12, help="blocks a token attends to, with its own")
     parser.add_argument("--prompt", default="how are you?")
     parser.add_argument("--tokens", type=int, default=32, help="how many to generate")
     arguments = parser.parse_args()
@@ -23,7 +23,9 @@ def main() -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, attn_implementation=arguments.attn, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(
+            arguments.model, attn_implementation=arguments.attn, dtype="auto"
+        )
     except OSError as error:
         parser.error(f"--model {arguments.model}: {error}")
     inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)

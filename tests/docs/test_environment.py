@@ -1,10 +1,12 @@
-"""The table of environment variables in docs/building.md lists what the code reads, no more and no less."""
+"""The table of environment variables in docs/building.md lists exactly what the code reads."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("src", "app", "llm", "pytorch", "include", "tests", "tools", "benchmarks", "examples", "cmake")
+FOLDERS = (
+    "src", "app", "llm", "pytorch", "include", "tests", "tools", "benchmarks", "examples", "cmake",
+)
 SUFFIXES = {".cpp", ".h", ".cu", ".py", ".cmake", ".txt"}
 NAME = "([A-Z][A-Z0-9_]+)"
 READS = [
@@ -30,7 +32,8 @@ def files():
 
 
 def documented():
-    section = (ROOT / "docs" / "building.md").read_text().split("## Environment variables\n")[1].split("\n## ")[0]
+    page = (ROOT / "docs" / "building.md").read_text()
+    section = page.split("## Environment variables\n")[1].split("\n## ")[0]
     cells = re.findall(r"^\| ((?:`[A-Z0-9_]+`(?:, )?)+) \|", section, flags=re.MULTILINE)
     return [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
 

@@ -1,4 +1,5 @@
-"""The README's code: Python runs, C++ is compiled against an installed build and runs, command lines are accepted by the program."""
+"""The README's code: Python runs, C++ is compiled against an installed library and runs, command
+lines are accepted by the program."""
 
 import os
 import re
@@ -29,13 +30,14 @@ def command_lines():
 
 def existing(path):
     if not path.exists():
-        pytest.fail(f"{path} is missing: `make test-cpp` builds it, MOBA_BUILD_DIR names another build")
+        pytest.fail(f"{path} is missing: `make test-cpp` builds it, MOBA_BUILD_DIR names another")
     return path
 
 
 def run(*command, **options):
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, **options)
-    assert done.returncode == 0, f"{shlex.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    words = [str(part) for part in command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
@@ -58,7 +60,7 @@ def test_python_snippets_run(one_thread, monkeypatch):
 
 
 def project(folder, name, cmake):
-    """A CMake project of the README's snippets: its C++ program, with the library found as `cmake` says."""
+    """A CMake project of the README's C++ program and the snippet `cmake`, which finds the library."""
     folder.mkdir()
     (code,) = snippets("cpp")
     (folder / "main.cpp").write_text(code)
@@ -82,8 +84,9 @@ def test_cpp_snippet_builds_against_an_installed_library_and_runs(cmake, tmp_pat
     run(cmake, "--install", existing(BUILD), "--prefix", tmp_path / "prefix")
     installed, _ = snippets("cmake")
     source = project(tmp_path / "app", "installed", installed)
-    run(cmake, "-S", source, "-B", source / "build", f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}",
-        "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror")
+    found = f"-DCMAKE_PREFIX_PATH={tmp_path / 'prefix'}"
+    warnings = "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror"
+    run(cmake, "-S", source, "-B", source / "build", found, warnings)
     run(cmake, "--build", source / "build")
     run(source / "build" / "app", env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -92,7 +95,8 @@ def test_fetch_content_snippet_configures(cmake, tmp_path):
     """From this source tree, without compiling the library a second time."""
     _, fetched = snippets("cmake")
     source = project(tmp_path / "app", "fetched", fetched)
-    run(cmake, "-S", source, "-B", source / "build", f"-DFETCHCONTENT_SOURCE_DIR_MOBA={ROOT}")
+    here = f"-DFETCHCONTENT_SOURCE_DIR_MOBA={ROOT}"
+    run(cmake, "-S", source, "-B", source / "build", here)
 
 
 @pytest.fixture
@@ -105,11 +109,16 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("line", command_lines())
 def test_command_line_is_accepted(folder, line):
-    """Lines about files of the repository run; the others end with a data error, not a usage error, at their missing file."""
+    """Lines about files of the repository run; the others end with a data error, not a usage error,
+    at their missing file."""
     program, *arguments = shlex.split(line)
     assert program == "moba"
     done = subprocess.run(
-        [existing(BUILD / "moba"), *arguments], cwd=folder, capture_output=True, text=True, timeout=300,
+        [existing(BUILD / "moba"), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     missing = [name for name in PLACEHOLDERS if name in arguments]

@@ -21,7 +21,7 @@ def test_every_recipe_runs(capsys):
             exec(compile(code, section.splitlines()[0], "exec"), names)
             run.append(section.splitlines()[0])
     assert set(run) == {"Use", "Train", "Hybrid layers", "Sparse decode", "Inspect routing"}
-    assert "layer 3: the last token's heads look at blocks" in capsys.readouterr().out
+    assert "layer 3: the last token's heads select blocks" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
