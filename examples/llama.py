@@ -12,7 +12,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a folder, or a name on the hub")
     parser.add_argument("--attn", default="moba", choices=("sdpa", "moba", "moba_naive"))
     parser.add_argument("--moba-chunk-size", type=int, default=4096, help="tokens in a block")
-    parser.add_argument("--moba-topk", type=int, default=12, help="blocks a token attends to, with its own")
+    parser.add_argument("--moba-topk", type=int, default=12, help="blocks a token attends to")
     parser.add_argument("--prompt", default="how are you?")
     parser.add_argument("--tokens", type=int, default=32, help="how many to generate")
     arguments = parser.parse_args()

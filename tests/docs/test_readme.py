@@ -60,7 +60,7 @@ def test_python_snippets_run(one_thread, monkeypatch):
 
 
 def project(folder, name, cmake):
-    """A CMake project of the README's C++ program and the snippet `cmake`, which finds the library."""
+    """A CMake project of the README's C++ program and the snippet that finds the library."""
     folder.mkdir()
     (code,) = snippets("cpp")
     (folder / "main.cpp").write_text(code)
