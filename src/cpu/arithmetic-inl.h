@@ -1,6 +1,6 @@
 // The ways in which a tile of attention is computed: in f32, whatever the storage type; in bf16 where the CPU
 // multiplies bf16 matrices itself; and there in f32 as well, each value split into three of bf16. All pack a
-// chunk of keys and values, gather rows, score them, and add weighted values to the rows' outputs.
+// key tile of keys and values, gather rows, score them, and add weighted values to the rows' outputs.
 #if defined(MOBA_CPU_ARITHMETIC_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MOBA_CPU_ARITHMETIC_INL_H_
 #undef MOBA_CPU_ARITHMETIC_INL_H_
@@ -12,8 +12,8 @@
 #include <cmath>
 #include <tuple>
 
+#include "cpu/bf16x6-inl.h"
 #include "cpu/matrix_tiles.h"
-#include "cpu/split-inl.h"
 #include "cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -32,8 +32,8 @@ HWY_INLINE void for_rows(std::int64_t first, std::int64_t count, Fetch&& fetch, 
   }
 }
 
-/// Where a chunk's keys and values came from.
-struct Source {
+/// Where a key tile's keys and values came from.
+struct KvSource {
   const Problem* problem = nullptr;
   const SequenceView* sequence = nullptr;
   std::int64_t head = 0, first = 0, count = 0;
@@ -50,17 +50,17 @@ struct Source {
   }
 };
 
-/// Keys of a chunk, by their number in it.
-using KeySet = std::bitset<kChunk>;
+/// Keys of a key tile, by their number in it.
+using KeySet = std::bitset<kKeyTileSize>;
 
 /// out[r] += weight(r, i) * value i for values that are not finite: for the rows that see them and no other.
 /// In a product of tiles they would reach every row, through weights of 0.
 template <typename Weight>
-void add_odd_values(const Source& source, const KeySet& odd, TileScratch& tile, std::size_t rows,
-                    std::size_t head_dim, Weight&& weight) {
+void add_nonfinite_values(const KvSource& source, const KeySet& nonfinite, TileScratch& tile,
+                          std::size_t rows, std::size_t head_dim, Weight&& weight) {
   source.for_values([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
-    if (!odd.test(index)) return;
-    const float* value = row_as_f32(from, source.problem->v.dtype, i, head_dim, tile.widened);
+    if (!nonfinite.test(index)) return;
+    const float* value = row_as_f32(from, source.problem->v.dtype, i, head_dim, tile.f32_rows);
     for (std::size_t r = 0; r < rows; ++r) {
       const float by = index < tile.visible[r] ? weight(r, index) : 0.0F;
       for (std::size_t c = 0; c < head_dim && index < tile.visible[r]; ++c) tile.out[r][c] += by * value[c];
@@ -69,23 +69,23 @@ void add_odd_values(const Source& source, const KeySet& odd, TileScratch& tile, 
 }
 
 struct Float32 {
-  static constexpr std::size_t kHeight = kTileRows, kMostKeys = kChunk;
-  static constexpr bool kEven = true, kFetchesRows = false;
+  static constexpr std::size_t kHeight = kTileRows, kMaxKeys = kKeyTileSize;
+  static constexpr bool kEqualTiles = true, kPrefetchesRows = false;
 
   TileScratch& tile;
   std::size_t head_dim;
   float* keys;    // [panels(count)][D][kCols]
   float* values;  // [panels(D)][count][kCols]
   std::size_t count = 0;
-  Source source{};
-  KeySet odd_values{};  // packed as zeros
+  KvSource source{};
+  KeySet nonfinite_values{};  // packed as zeros
 
   void pack(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
             std::int64_t keys_count) {
     count = static_cast<std::size_t>(keys_count);
     source = {&problem, &sequence, head, first, keys_count};
     Rows rows;
-    std::int64_t begin = 0;  // index in the chunk at which `rows` starts
+    std::int64_t begin = 0;  // index in the key tile at which `rows` starts
     const auto key = [&](std::size_t i, float* scratch) HWY_ATTR {
       const auto index = static_cast<std::int64_t>(i);
       if (index >= begin + rows.count || index == 0) {
@@ -94,17 +94,17 @@ struct Float32 {
       }
       return row_as_f32(rows, problem.k.dtype, index - begin, head_dim, scratch);
     };
-    pack_transposed(count, head_dim, key, tile.widened, keys);
-    odd_values.reset();
+    pack_transposed(count, head_dim, key, tile.f32_rows, keys);
+    nonfinite_values.reset();
     source.for_values([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
-      const float* row = row_as_f32(from, problem.v.dtype, i, head_dim, tile.widened);
-      odd_values[index] = !all_finite(row, head_dim);
-      pack_value(index, odd_values[index] ? tile.widened + kMaxLanes * kMaxHeadDim : row);
+      const float* row = row_as_f32(from, problem.v.dtype, i, head_dim, tile.f32_rows);
+      nonfinite_values[index] = !all_finite(row, head_dim);
+      pack_value(index, nonfinite_values[index] ? tile.f32_rows + kMaxLanes * kMaxHeadDim : row);
     });
   }
 
   void gather(std::size_t r, const std::byte* query, DType dtype, float sign) {
-    widen(query, dtype, head_dim, sign, tile.rows + r * kRowStride);
+    load_f32(query, dtype, head_dim, sign, tile.rows + r * kRowStride);
   }
   float weight(std::size_t r, std::size_t column) const { return tile.scores[r * kScoreStride + column]; }
 
@@ -129,7 +129,7 @@ struct Float32 {
   void add_values(std::size_t rows, std::size_t columns, Between&& between) {
     for (std::size_t panel = 0; panel < panels(head_dim); ++panel) {
       between();
-      kValueTiles[rows - 1](tile.scores, values + panel * count * kCols, columns, tile.decay, tile.out,
+      kValueTiles[rows - 1](tile.scores, values + panel * count * kCols, columns, tile.rescale, tile.out,
                             panel * kCols);
     }
   }
@@ -150,18 +150,18 @@ struct Float32 {
 
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
 struct BFloat16 {
-  static constexpr std::size_t kHeight = kMaxTileRows, kMostKeys = kChunk;
-  static constexpr bool kEven = true, kFetchesRows = false;
+  static constexpr std::size_t kHeight = kMaxTileRows, kMaxKeys = kKeyTileSize;
+  static constexpr bool kEqualTiles = true, kPrefetchesRows = false;
   /// A product of all panels is one call: what is fetched between panels elsewhere is fetched before it.
-  static constexpr int kFetches = 4;
+  static constexpr int kPrefetchSteps = 4;
 
   TileScratch& tile;
   std::size_t head_dim;
   bfloat16* keys;    // [count / 32][depth / 2][32][2], depth = D rounded up to 32
   bfloat16* values;  // [depth / 32][count / 2][32][2]
   std::size_t count = 0;
-  Source source{};
-  KeySet odd_values{};
+  KvSource source{};
+  KeySet nonfinite_values{};
 
   const Bf16Tiles& tiles = *bf16_tiles();
 
@@ -173,8 +173,8 @@ struct BFloat16 {
     count = static_cast<std::size_t>(keys_count);
     source = {&problem, &sequence, head, first, keys_count};
     pack_keys(problem, sequence, head, first, keys_count);
-    odd_values.reset();
-    auto* zeros = reinterpret_cast<bfloat16*>(tile.widened + kMaxLanes * kMaxHeadDim);
+    nonfinite_values.reset();
+    auto* zeros = reinterpret_cast<bfloat16*>(tile.f32_rows + kMaxLanes * kMaxHeadDim);
     const bfloat16* even = nullptr;
     const auto value = [&](std::size_t index, const bfloat16* row) HWY_ATTR {
       if (index % 2 == 0) {
@@ -185,8 +185,8 @@ struct BFloat16 {
     };
     source.for_values([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
       const auto* row = reinterpret_cast<const bfloat16*>(from.data) + i * from.stride;
-      odd_values[index] = !all_finite(row);
-      value(index, odd_values[index] ? zeros : row);
+      nonfinite_values[index] = !all_finite(row);
+      value(index, nonfinite_values[index] ? zeros : row);
     });
     for (std::size_t index = count; index < padded_count(); ++index) value(index, zeros);
   }
@@ -206,9 +206,9 @@ struct BFloat16 {
   void score(std::size_t rows, std::size_t columns, Between&& between) {
     const auto* from = reinterpret_cast<const bfloat16*>(tile.rows);
     for_tiles(rows, [&](std::size_t first, std::size_t n) HWY_ATTR {
-      for (int i = 0; i < kFetches; ++i) between();
-      tiles.multiply(from + first * kRowStride, kRowStride, n, keys, depth() * kNarrowCols,
-                     round_up(columns, kNarrowCols), depth(), tile.scores + first * kScoreStride,
+      for (int i = 0; i < kPrefetchSteps; ++i) between();
+      tiles.multiply(from + first * kRowStride, kRowStride, n, keys, depth() * kMatrixCols,
+                     round_up(columns, kMatrixCols), depth(), tile.scores + first * kScoreStride,
                      kScoreStride);
     });
   }
@@ -226,13 +226,13 @@ struct BFloat16 {
   void add_values(std::size_t rows, std::size_t columns, Between&& between) {
     const auto* from = reinterpret_cast<const bfloat16*>(tile.weights);
     for_tiles(rows, [&](std::size_t first, std::size_t n) HWY_ATTR {
-      for (int i = 0; i < kFetches; ++i) between();
-      tiles.multiply(from + first * kWeightStride, kWeightStride, n, values, padded_count() * kNarrowCols,
+      for (int i = 0; i < kPrefetchSteps; ++i) between();
+      tiles.multiply(from + first * kWeightStride, kWeightStride, n, values, padded_count() * kMatrixCols,
                      depth(), round_up(columns, kBf16Depth), tile.product + first * kRowStride, kRowStride);
     });
     const F32 d;
     for (std::size_t r = 0; r < rows; ++r) {
-      const Vec keep = hn::Set(d, tile.decay[r]);
+      const Vec keep = hn::Set(d, tile.rescale[r]);
       const float* product = tile.product + r * kRowStride;
       float* out = tile.out[r];
       for (std::size_t i = 0; i < depth(); i += kLanes) {
@@ -244,14 +244,14 @@ struct BFloat16 {
  private:
   bool all_finite(const bfloat16* row) const {
     const __m512i exponent = _mm512_set1_epi16(0x7F80);
-    __mmask32 odd = 0;
+    __mmask32 nonfinite = 0;
     for (std::size_t i = 0; i < head_dim; i += kBf16Depth) {
       const std::size_t left = std::min(head_dim - i, kBf16Depth);
-      const auto some = static_cast<__mmask32>((std::uint64_t{1} << left) - 1);
-      odd |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(_mm512_maskz_loadu_epi16(some, row + i), exponent),
-                                     exponent);
+      const auto mask = static_cast<__mmask32>((std::uint64_t{1} << left) - 1);
+      nonfinite |= _mm512_cmpeq_epi16_mask(
+          _mm512_and_si512(_mm512_maskz_loadu_epi16(mask, row + i), exponent), exponent);
     }
-    return odd == 0;
+    return nonfinite == 0;
   }
   static __m256i round(Vec x) {
     const __m512i bits = _mm512_castps_si512(x.raw);
@@ -284,15 +284,15 @@ struct BFloat16 {
       std::memset(reinterpret_cast<std::byte*>(scratch) + head_dim * 2, 0, (depth() - head_dim) * 2);
       return scratch;
     };
-    pack_transposed(static_cast<std::size_t>(keys_count), depth() / 2, key, tile.widened,
+    pack_transposed(static_cast<std::size_t>(keys_count), depth() / 2, key, tile.f32_rows,
                     reinterpret_cast<float*>(keys));
   }
 
   void zip_values(std::size_t pair, const bfloat16* even, const bfloat16* odd) {
-    auto* to = reinterpret_cast<std::uint32_t*>(values) + pair * kNarrowCols;
+    auto* to = reinterpret_cast<std::uint32_t*>(values) + pair * kMatrixCols;
     for (std::size_t column = 0; column < depth();
-         column += kNarrowCols, to += padded_count() / 2 * kNarrowCols) {
-      for (std::size_t half = 0; half < kNarrowCols; half += kLanes) {
+         column += kMatrixCols, to += padded_count() / 2 * kMatrixCols) {
+      for (std::size_t half = 0; half < kMatrixCols; half += kLanes) {
         const std::size_t at = column + half, left = at < head_dim ? std::min(head_dim - at, kLanes) : 0;
         const auto mask = static_cast<__mmask16>((1U << left) - 1);
         const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + at));
@@ -303,13 +303,13 @@ struct BFloat16 {
   }
 };
 
-/// f32 split into parts (split-inl.h). What is not finite is found while it is packed, and multiplied the
+/// f32 split into parts (bf16x6-inl.h). What is not finite is found while it is packed, and multiplied the
 /// plain way.
-struct SplitFloat32 {
-  static constexpr std::size_t kHeight = kMaxTileRows, kMostKeys = kChunk;
-  static constexpr bool kEven = false;  // a tile of 17 rows costs what one of 32 does
-  static constexpr bool kFetchesRows = true;
-  static constexpr std::size_t kWords = kSplitWords, kParts = kMaxParts;
+struct F32AsBf16x6 {
+  static constexpr std::size_t kHeight = kMaxTileRows, kMaxKeys = kKeyTileSize;
+  static constexpr bool kEqualTiles = false;  // a tile of 17 rows costs what one of 32 does
+  static constexpr bool kPrefetchesRows = true;
+  static constexpr std::size_t kWords = kPairWords, kParts = kMaxParts;
   /// Keys whose weights, three parts of 32 rows, stay in the first-level cache while the values pass by.
   static constexpr std::size_t kResidentKeys = 128;
 
@@ -318,21 +318,21 @@ struct SplitFloat32 {
   std::uint32_t* keys;    // [count / 32][part][depth / 2][32]
   std::uint32_t* values;  // [depth / 32][part][count / 2][32]
   std::size_t count = 0;
-  Source source{};
-  KeySet odd_keys{}, odd_values{};
-  std::uint32_t odd_rows = 0;                   // a bit a row
+  KvSource source{};
+  KeySet nonfinite_keys{}, nonfinite_values{};
+  std::uint32_t nonfinite_rows = 0;             // a bit a row
   std::array<const float*, kHeight> queries{};  // where the odd ones are
-  const SplitTiles& tiles = *split_tiles();
-  Ahead ahead{};
+  const Bf16x6Tiles& tiles = *bf16x6_tiles();
+  RowPrefetcher prefetcher{};
   std::array<const std::byte*, 2 * kHeight> next_rows{};
 
-  static constexpr std::size_t kRowPart = kTileCapacity * kNarrowStride,
+  static constexpr std::size_t kRowPart = kTileCapacity * kBf16RowStride,
                                kWeightPart = kTileCapacity * kWeightStride;
 
   std::size_t depth() const { return round_up(head_dim, kBf16Depth); }
   std::size_t padded_count() const { return round_up(count, kBf16Depth); }
-  std::size_t key_part() const { return depth() / 2 * kNarrowCols; }  // words
-  std::size_t value_part() const { return padded_count() / 2 * kNarrowCols; }
+  std::size_t key_part() const { return depth() / 2 * kMatrixCols; }  // words
+  std::size_t value_part() const { return padded_count() / 2 * kMatrixCols; }
 
   void pack(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
             std::int64_t keys_count) {
@@ -344,40 +344,40 @@ struct SplitFloat32 {
 
   /// The rows of the next tile: row(r) is where its query and its output are.
   template <typename Row>
-  void begin_fetching(std::size_t rows, std::size_t bytes, Row&& row) {
+  void begin_prefetch(std::size_t rows, std::size_t bytes, Row&& row) {
     for (std::size_t r = 0; r < rows; ++r) std::tie(next_rows[2 * r], next_rows[2 * r + 1]) = row(r);
-    ahead.begin(next_rows.data(), 2 * rows, bytes);
+    prefetcher.begin(next_rows.data(), 2 * rows, bytes);
   }
 
   void gather(std::size_t r, const std::byte* query, DType dtype, float sign) {
-    if (r == 0) odd_rows = 0;
+    if (r == 0) nonfinite_rows = 0;
     const float* row = tile.rows + r * kRowStride;
     if (dtype == DType::f32 && sign == 1.0F) {
       row = reinterpret_cast<const float*>(query);
     } else {
-      widen(query, dtype, head_dim, sign, tile.rows + r * kRowStride);
+      load_f32(query, dtype, head_dim, sign, tile.rows + r * kRowStride);
     }
     queries[r] = row;
-    split_row(row, head_dim, reinterpret_cast<std::uint32_t*>(tile.narrow_rows + r * kNarrowStride),
-              kRowPart / 2);
-    if (!all_finite(row, head_dim)) odd_rows |= 1U << r;
+    split_row_bf16x3(row, head_dim, reinterpret_cast<std::uint32_t*>(tile.bf16_rows + r * kBf16RowStride),
+                     kRowPart / 2);
+    if (!all_finite(row, head_dim)) nonfinite_rows |= 1U << r;
   }
 
   template <typename Between>
   void score(std::size_t rows, std::size_t columns, Between&& between) {
     const std::size_t panel_stride = kParts * key_part();
-    for (std::size_t column = 0; column < columns; column += kNarrowCols) {
+    for (std::size_t column = 0; column < columns; column += kMatrixCols) {
       between();
-      tiles.multiply(reinterpret_cast<const bfloat16*>(tile.narrow_rows), kNarrowStride, kRowPart, rows,
-                     reinterpret_cast<const bfloat16*>(keys + column / kNarrowCols * panel_stride),
-                     key_part() * 2, depth(), false, tile.scores + column, kScoreStride, ahead);
+      tiles.multiply(reinterpret_cast<const bfloat16*>(tile.bf16_rows), kBf16RowStride, kRowPart, rows,
+                     reinterpret_cast<const bfloat16*>(keys + column / kMatrixCols * panel_stride),
+                     key_part() * 2, depth(), false, tile.scores + column, kScoreStride, prefetcher);
     }
-    if (odd_keys.any() || odd_rows != 0) score_plainly(rows);
+    if (nonfinite_keys.any() || nonfinite_rows != 0) score_nonfinite(rows);
   }
 
   void store_weights(std::size_t r, std::size_t column, Vec left, Vec right) {
     __m512i words[kParts];
-    split(left, right, words);
+    split_bf16x3(left, right, words);
     for (std::size_t part = 0; part < kParts; ++part) {
       _mm512_storeu_si512(tile.weights + part * kWeightPart + r * kWeightStride + column, words[part]);
     }
@@ -396,19 +396,19 @@ struct SplitFloat32 {
   void add_values(std::size_t rows, std::size_t columns, Between&& between) {
     const std::size_t all = round_up(columns, kBf16Depth);
     for (std::size_t first = 0; first < all; first += kResidentKeys) {
-      for (std::size_t column = 0; column < depth(); column += kNarrowCols) {
+      for (std::size_t column = 0; column < depth(); column += kMatrixCols) {
         between();
         const std::uint32_t* panel =
-            values + column / kNarrowCols * kParts * value_part() + first / 2 * kNarrowCols;
+            values + column / kMatrixCols * kParts * value_part() + first / 2 * kMatrixCols;
         tiles.multiply(reinterpret_cast<const bfloat16*>(tile.weights) + first, kWeightStride, kWeightPart,
                        rows, reinterpret_cast<const bfloat16*>(panel), value_part() * 2,
                        std::min(kResidentKeys, all - first), first > 0, tile.product + column, kRowStride,
-                       ahead);
+                       prefetcher);
       }
     }
     const F32 d;
     for (std::size_t r = 0; r < rows; ++r) {
-      const Vec keep = hn::Set(d, tile.decay[r]);
+      const Vec keep = hn::Set(d, tile.rescale[r]);
       const float* product = tile.product + r * kRowStride;
       float* out = tile.out[r];
       for (std::size_t i = 0; i < depth(); i += kLanes)
@@ -419,15 +419,15 @@ struct SplitFloat32 {
  private:
   void pack_keys() {
     constexpr std::size_t kRowWords = kMaxHeadDim / 2;
-    odd_keys.reset();
+    nonfinite_keys.reset();
     const auto transpose = [&](std::size_t first) HWY_ATTR {
-      transpose_split(tile.words, kRowWords, depth(),
-                      keys + first / kNarrowCols * kParts * key_part() + first % kNarrowCols, key_part());
+      transpose_bf16x3(tile.words, kRowWords, depth(),
+                       keys + first / kMatrixCols * kParts * key_part() + first % kMatrixCols, key_part());
     };
     source.for_keys([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
-      const float* key = row_as_f32(from, source.problem->k.dtype, i, head_dim, tile.widened);
-      odd_keys[index] = !all_finite(key, head_dim);
-      split_row(key, head_dim, tile.words + index % kLanes * kRowWords, kLanes * kRowWords);
+      const float* key = row_as_f32(from, source.problem->k.dtype, i, head_dim, tile.f32_rows);
+      nonfinite_keys[index] = !all_finite(key, head_dim);
+      split_row_bf16x3(key, head_dim, tile.words + index % kLanes * kRowWords, kLanes * kRowWords);
       if (index % kLanes == kLanes - 1) transpose(index - (kLanes - 1));
     });
     // What follows the last key is scored too, and then ignored: any finite value will do.
@@ -435,17 +435,17 @@ struct SplitFloat32 {
   }
 
   void pack_values() {
-    const float* zeros = tile.widened + kMaxLanes * kMaxHeadDim;
-    odd_values.reset();
+    const float* zeros = tile.f32_rows + kMaxLanes * kMaxHeadDim;
+    nonfinite_values.reset();
     std::array<const float*, kBf16Depth> rows;
     const auto zip = [&](std::size_t first) HWY_ATTR {
-      zip_rows(rows.data(), head_dim, values + first / 2 * kNarrowCols, kParts * value_part(), value_part());
+      zip_rows(rows.data(), head_dim, values + first / 2 * kMatrixCols, kParts * value_part(), value_part());
     };
     source.for_values([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
       const std::size_t at = index % kBf16Depth;
       rows[at] = row_as_f32(from, source.problem->v.dtype, i, head_dim, tile.rows + at * kRowStride);
-      odd_values[index] = !all_finite(rows[at], head_dim);
-      if (odd_values[index]) rows[at] = zeros;
+      nonfinite_values[index] = !all_finite(rows[at], head_dim);
+      if (nonfinite_values[index]) rows[at] = zeros;
       if (at == kBf16Depth - 1) zip(index - at);
     });
     if (const std::size_t left = count % kBf16Depth; left != 0) {
@@ -455,11 +455,11 @@ struct SplitFloat32 {
   }
 
   /// The scores that a product of parts cannot give.
-  void score_plainly(std::size_t rows) {
+  void score_nonfinite(std::size_t rows) {
     source.for_keys([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
-      const float* key = row_as_f32(from, source.problem->k.dtype, i, head_dim, tile.widened);
+      const float* key = row_as_f32(from, source.problem->k.dtype, i, head_dim, tile.f32_rows);
       for (std::size_t r = 0; r < rows; ++r) {
-        if (!odd_keys[index] && (odd_rows >> r & 1U) == 0) continue;
+        if (!nonfinite_keys[index] && (nonfinite_rows >> r & 1U) == 0) continue;
         float sum = 0;
         for (std::size_t c = 0; c < head_dim; ++c) sum += queries[r][c] * key[c];
         tile.scores[r * kScoreStride + index] = sum;

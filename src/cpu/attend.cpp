@@ -1,9 +1,9 @@
 // Attention, block by block: a worker owns a range of queries, walks the blocks, gathers the rows that chose
 // each one, and keeps a running maximum, sum and output for every row (online softmax). No two workers touch
 // the same row, so nothing is merged across threads and the order of every sum is fixed.
+#include "cpu/key_tiles.h"
 #include "cpu/sizes.h"
 #include "cpu/stages.h"
-#include "cpu/walk.h"
 #include "number.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -36,7 +36,7 @@ struct TileRows {
 };
 
 template <typename Arithmetic>
-struct Worker {
+struct AttendWorker {
   const Problem& problem;
   const SequenceView& sequence;
   const Range& range;
@@ -44,23 +44,24 @@ struct Worker {
   TileScratch& tile;
   Arithmetic arithmetic;
   float sign, scale;  // of the logits, in units of log2, the scale positive
-  Chunk chunk{};
-  Prefetch upcoming{};
+  KeyTile key_tile{};
+  KvPrefetcher kv_prefetch{};
 
   std::size_t depth() const { return static_cast<std::size_t>(problem.head_dim); }
-  /// Keys of the chunk that a row may see when the chunk lies in its own block.
+  /// Keys of the key tile that a row may see when the key tile lies in its own block.
   std::size_t visible(std::int64_t position) const {
-    return static_cast<std::size_t>(std::clamp<std::int64_t>(position + 1 - chunk.first, 0, chunk.count));
+    return static_cast<std::size_t>(
+        std::clamp<std::int64_t>(position + 1 - key_tile.first, 0, key_tile.count));
   }
 
-  /// What is fetched while a tile is worked on: rows of the next tile, and rows of the next chunk, a few
+  /// What is fetched while a tile is worked on: rows of the next tile, and rows of the next key tile, a few
   /// between any two panels. All at once they would take every line buffer and stall the panels' own loads.
   TileRows next{};
   std::size_t next_row = 0;
-  std::int64_t chunk_rows = 0;  // of the next chunk, at a time
+  std::int64_t prefetch_rows = 0;  // of the next key tile, at a time
 
-  void fetch_ahead() {
-    if constexpr (!Arithmetic::kFetchesRows) {
+  void prefetch_next() {
+    if constexpr (!Arithmetic::kPrefetchesRows) {
       constexpr std::size_t kRows = (Arithmetic::kHeight + 5) / 6;
       const std::size_t bytes = depth() * size_of(problem.q.dtype);
       for (std::size_t end = std::min(next_row + kRows, next.count); next_row < end; ++next_row) {
@@ -70,13 +71,13 @@ struct Worker {
         for (std::size_t at = 0; at < state.stride; at += 16) __builtin_prefetch(out + at, 1, 2);
       }
     }
-    upcoming.advance(chunk_rows);
+    kv_prefetch.advance(prefetch_rows);
   }
 
-  void begin_fetching() {
+  void begin_prefetch() {
     next_row = 0;
-    if constexpr (Arithmetic::kFetchesRows) {
-      arithmetic.begin_fetching(next.count, state.stride * sizeof(float), [&](std::size_t r) {
+    if constexpr (Arithmetic::kPrefetchesRows) {
+      arithmetic.begin_prefetch(next.count, state.stride * sizeof(float), [&](std::size_t r) {
         return std::pair(next.query[r],
                          reinterpret_cast<const std::byte*>(state.out + next.ids[r] * state.stride));
       });
@@ -96,8 +97,8 @@ HWY_INLINE float max_of(const float* HWY_RESTRICT scores, std::size_t columns) {
 
 /// Weights 2^(scale * score - top) of one row; returns their sum.
 template <typename Arithmetic>
-HWY_INLINE float weigh(Arithmetic& arithmetic, std::size_t r, const float* HWY_RESTRICT scores,
-                       std::size_t columns, float scale, float top) {
+HWY_INLINE float exp2_and_sum(Arithmetic& arithmetic, std::size_t r, const float* HWY_RESTRICT scores,
+                              std::size_t columns, float scale, float top) {
   const F32 d;
   const Vec by = hn::Set(d, scale), less = hn::Set(d, top);
   Vec left = hn::Zero(d), right = left;
@@ -114,37 +115,37 @@ HWY_INLINE float weigh(Arithmetic& arithmetic, std::size_t r, const float* HWY_R
 /// Turns the scores of a tile over `columns` (whole panels) into weights, and moves each row's maximum and
 /// sum on. Leaves in tile.decay what earlier outputs are to be multiplied by.
 template <typename Arithmetic>
-void soften(Worker<Arithmetic>& w, const TileRows& rows, std::size_t columns) {
+void update_online_softmax(AttendWorker<Arithmetic>& w, const TileRows& rows, std::size_t columns) {
   const F32 d;
   TileScratch& tile = w.tile;
   for (std::size_t r = 0; r < rows.count; ++r) {
-    tile.decay[r] = w.state.max[rows.ids[r]];
+    tile.rescale[r] = w.state.max[rows.ids[r]];
     tile.row_max[r] = max_of(tile.scores + r * kScoreStride, columns);
   }
   for (std::size_t r = 0; r < rows.count; r += kLanes) {
-    const Vec never = hn::Set(d, -std::numeric_limits<float>::infinity()),
-              before = hn::Load(d, tile.decay + r);
+    const Vec neg_inf = hn::Set(d, -std::numeric_limits<float>::infinity()),
+              before = hn::Load(d, tile.rescale + r);
     const Vec now = hn::Max(hn::Mul(hn::Load(d, tile.row_max + r), hn::Set(d, w.scale)), before);
     // A row that has seen nothing but -inf keeps weights of 0, not NaN.
-    const Vec safe = hn::IfThenZeroElse(hn::Eq(now, never), now);
+    const Vec safe = hn::IfThenZeroElse(hn::Eq(now, neg_inf), now);
     hn::Store(now, d, tile.row_max + r);
     hn::Store(safe, d, tile.top + r);
-    hn::Store(exp2(hn::Sub(before, safe)), d, tile.decay + r);
+    hn::Store(exp2(hn::Sub(before, safe)), d, tile.rescale + r);
   }
   for (std::size_t r = 0; r < rows.count; ++r) {
     float& sum = w.state.sum[rows.ids[r]];
-    sum = sum * tile.decay[r] +
-          weigh(w.arithmetic, r, tile.scores + r * kScoreStride, columns, w.scale, tile.top[r]);
+    sum = sum * tile.rescale[r] +
+          exp2_and_sum(w.arithmetic, r, tile.scores + r * kScoreStride, columns, w.scale, tile.top[r]);
     w.state.max[rows.ids[r]] = tile.row_max[r];
   }
 }
 
-/// One tile: rows of the range against the first columns of the chunk that any of them may see.
+/// One tile: rows of the range against the first columns of the key tile that any of them may see.
 template <typename Arithmetic>
-void attend_tile(Worker<Arithmetic>& w, const TileRows& rows, bool own_block) {
-  const auto all = static_cast<std::size_t>(w.chunk.count);
+void attend_tile(AttendWorker<Arithmetic>& w, const TileRows& rows, bool own_block) {
+  const auto all = static_cast<std::size_t>(w.key_tile.count);
   const std::size_t columns = own_block ? w.visible(rows.position[rows.count - 1]) : all;
-  const auto between = [&w]() HWY_ATTR { w.fetch_ahead(); };
+  const auto between = [&w]() HWY_ATTR { w.prefetch_next(); };
   for (std::size_t r = 0; r < rows.count; ++r) {
     w.arithmetic.gather(r, rows.query[r], w.problem.q.dtype, w.sign);
     w.tile.out[r] = w.state.out + rows.ids[r] * w.state.stride;
@@ -156,11 +157,11 @@ void attend_tile(Worker<Arithmetic>& w, const TileRows& rows, bool own_block) {
     float* scores = w.tile.scores + r * kScoreStride;
     std::fill(scores + w.tile.visible[r], scores + padded, -std::numeric_limits<float>::infinity());
   }
-  soften(w, rows, padded);
+  update_online_softmax(w, rows, padded);
   w.arithmetic.add_values(rows.count, columns, between);
-  if (w.arithmetic.odd_values.any()) {
-    add_odd_values(w.arithmetic.source, w.arithmetic.odd_values, w.tile, rows.count, w.depth(),
-                   [&](std::size_t r, std::size_t column) { return w.arithmetic.weight(r, column); });
+  if (w.arithmetic.nonfinite_values.any()) {
+    add_nonfinite_values(w.arithmetic.source, w.arithmetic.nonfinite_values, w.tile, rows.count, w.depth(),
+                         [&](std::size_t r, std::size_t column) { return w.arithmetic.weight(r, column); });
   }
 }
 
@@ -172,7 +173,7 @@ std::int64_t tiles_of(std::int64_t rows) {
 
 /// Rows [first, last) of a list as a tile.
 template <typename Arithmetic, typename Id>
-TileRows locate(const Worker<Arithmetic>& w, std::int64_t first, std::int64_t last, Id&& id) {
+TileRows locate(const AttendWorker<Arithmetic>& w, std::int64_t first, std::int64_t last, Id&& id) {
   TileRows rows;
   const Tensor& q = w.problem.q;
   const auto group = static_cast<std::uint32_t>(w.problem.group);
@@ -192,39 +193,41 @@ TileRows locate(const Worker<Arithmetic>& w, std::int64_t first, std::int64_t la
 
 /// Cuts a list of rows into tiles: of nearly equal height, or as many full ones as there are.
 template <typename Arithmetic, typename Id>
-void attend_rows(Worker<Arithmetic>& w, std::int64_t rows, bool own_block, Id&& id) {
+void attend_rows(AttendWorker<Arithmetic>& w, std::int64_t rows, bool own_block, Id&& id) {
   const std::int64_t tiles = tiles_of<Arithmetic>(rows);
   if (tiles == 0) return;
   const auto begin = [rows, tiles](std::int64_t tile) {
-    return Arithmetic::kEven ? rows * tile / tiles
-                             : std::min(rows, tile * static_cast<std::int64_t>(Arithmetic::kHeight));
+    return Arithmetic::kEqualTiles ? rows * tile / tiles
+                                   : std::min(rows, tile * static_cast<std::int64_t>(Arithmetic::kHeight));
   };
   w.next = locate(w, 0, begin(1), id);
   for (std::int64_t tile = 0; tile < tiles; ++tile) {
     const TileRows now = w.next;
     w.next.count = 0;
     if (tile + 1 < tiles) w.next = locate(w, begin(tile + 1), begin(tile + 2), id);
-    w.begin_fetching();
+    w.begin_prefetch();
     attend_tile(w, now, own_block);
   }
 }
 
 template <typename Arithmetic>
-void attend_chunk(Worker<Arithmetic>& w, const Chunk& chunk) {
-  w.chunk = chunk;
-  w.arithmetic.pack(w.problem, w.sequence, w.range.head, chunk.first, chunk.count);
-  const auto chosen = static_cast<std::int64_t>(chunk.chosen.size());
-  const std::int64_t own = std::max<std::int64_t>(chunk.own_last - chunk.own_first, 0);
-  const std::int64_t tiles = tiles_of<Arithmetic>(chosen) + tiles_of<Arithmetic>(own);
+void attend_key_tile(AttendWorker<Arithmetic>& w, const KeyTile& key_tile) {
+  w.key_tile = key_tile;
+  w.arithmetic.pack(w.problem, w.sequence, w.range.head, key_tile.first, key_tile.count);
+  const auto selected = static_cast<std::int64_t>(key_tile.selected.size());
+  const std::int64_t own = std::max<std::int64_t>(key_tile.own_last - key_tile.own_first, 0);
+  const std::int64_t tiles = tiles_of<Arithmetic>(selected) + tiles_of<Arithmetic>(own);
   const auto panels_of_tile =
-      static_cast<std::int64_t>(panels(static_cast<std::size_t>(chunk.count)) + panels(w.depth()));
-  w.chunk_rows = w.upcoming.left() / std::max<std::int64_t>(tiles * panels_of_tile, 1) + 1;
-  attend_rows(w, chosen, false, [&](std::int64_t i) { return chunk.chosen[static_cast<std::size_t>(i)]; });
-  attend_rows(w, own, true, [&](std::int64_t i) { return static_cast<std::uint32_t>(chunk.own_first + i); });
+      static_cast<std::int64_t>(panels(static_cast<std::size_t>(key_tile.count)) + panels(w.depth()));
+  w.prefetch_rows = w.kv_prefetch.left() / std::max<std::int64_t>(tiles * panels_of_tile, 1) + 1;
+  attend_rows(w, selected, false,
+              [&](std::int64_t i) { return key_tile.selected[static_cast<std::size_t>(i)]; });
+  attend_rows(w, own, true,
+              [&](std::int64_t i) { return static_cast<std::uint32_t>(key_tile.own_first + i); });
 }
 
 template <typename Arithmetic>
-void finish_rows(const Worker<Arithmetic>& w, std::int64_t rows, const Outputs& outputs) {
+void finish_rows(const AttendWorker<Arithmetic>& w, std::int64_t rows, const Outputs& outputs) {
   const Problem& problem = w.problem;
   for (std::int64_t row = 0; row < rows; ++row) {
     const std::int64_t query = w.range.q0 + row / problem.group,
@@ -232,9 +235,9 @@ void finish_rows(const Worker<Arithmetic>& w, std::int64_t rows, const Outputs& 
     const float sum = w.state.sum[row], inverse = sum == 0 ? 0.0F : 1 / sum;
     const float* from = w.state.out + static_cast<std::size_t>(row) * w.state.stride;
     const std::int64_t offset = Problem::offset(outputs.out, w.sequence, query, head);
-    narrow(from, static_cast<std::size_t>(problem.head_dim), inverse, outputs.out.dtype,
-           static_cast<std::byte*>(outputs.out.data) +
-               offset * static_cast<std::int64_t>(size_of(outputs.out.dtype)));
+    store_f32(from, static_cast<std::size_t>(problem.head_dim), inverse, outputs.out.dtype,
+              static_cast<std::byte*>(outputs.out.data) +
+                  offset * static_cast<std::int64_t>(size_of(outputs.out.dtype)));
     if (outputs.lse == nullptr) continue;
     outputs.lse[head * problem.tokens + w.sequence.q_begin + query] =
         sum == 0 ? -std::numeric_limits<float>::infinity()
@@ -246,23 +249,23 @@ template <typename Arithmetic>
 void attend_with(const Problem& problem, const Plan& plan, const Range& range, RangeState state,
                  TileScratch& tile, Arithmetic arithmetic, const Outputs& outputs) {
   const float scale = problem.scale;
-  Worker<Arithmetic> w{.problem = problem,
-                       .sequence = problem.sequences[static_cast<std::size_t>(range.sequence)],
-                       .range = range,
-                       .state = state,
-                       .tile = tile,
-                       .arithmetic = arithmetic,
-                       .sign = scale > 0   ? 1.0F
-                               : scale < 0 ? -1.0F
-                                           : 0.0F,
-                       .scale = scale == 0 ? 1.0F : std::fabs(scale) * 1.44269504F};  // log2(e)
-  Walk walk(problem, w.sequence, plan, range, Arithmetic::kMostKeys);
-  Chunk now, next;
-  for (bool more = walk.next(next); more;) {
+  AttendWorker<Arithmetic> w{.problem = problem,
+                             .sequence = problem.sequences[static_cast<std::size_t>(range.sequence)],
+                             .range = range,
+                             .state = state,
+                             .tile = tile,
+                             .arithmetic = arithmetic,
+                             .sign = scale > 0   ? 1.0F
+                                     : scale < 0 ? -1.0F
+                                                 : 0.0F,
+                             .scale = scale == 0 ? 1.0F : std::fabs(scale) * 1.44269504F};  // log2(e)
+  KeyTileIterator key_tiles(problem, w.sequence, plan, range, Arithmetic::kMaxKeys);
+  KeyTile now, next;
+  for (bool more = key_tiles.next(next); more;) {
     now = next;
-    more = walk.next(next);
-    if (more) w.upcoming.begin(problem, w.sequence, range.head, next.first, next.count);
-    attend_chunk(w, now);
+    more = key_tiles.next(next);
+    if (more) w.kv_prefetch.begin(problem, w.sequence, range.head, next.first, next.count);
+    attend_key_tile(w, now);
   }
   finish_rows(w, (range.q1 - range.q0) * problem.group, outputs);
 }
@@ -280,7 +283,7 @@ void attend_range(const Problem& problem, const Plan& plan, const Range& range, 
   float* out = values + kPackedFloats * stride;
   float* max = out + static_cast<std::size_t>(rows) * stride;
   const RangeState state{out, max, max + rows, stride};
-  std::fill(std::begin(tile.widened), std::end(tile.widened), 0.0F);
+  std::fill(std::begin(tile.f32_rows), std::end(tile.f32_rows), 0.0F);
   std::fill(out, max, 0.0F);
   std::fill(max, max + rows, -std::numeric_limits<float>::infinity());
   std::fill(max + rows, max + 2 * rows, 0.0F);
@@ -297,11 +300,11 @@ void attend_range(const Problem& problem, const Plan& plan, const Range& range, 
         outputs);
     return tiles->end();
   }
-  if (const SplitTiles* tiles = split_tiles(); tiles != nullptr) {
+  if (const Bf16x6Tiles* tiles = bf16x6_tiles(); tiles != nullptr) {
     tiles->begin();
     attend_with(problem, plan, range, state, tile,
-                SplitFloat32{tile, head_dim, reinterpret_cast<std::uint32_t*>(keys),
-                             reinterpret_cast<std::uint32_t*>(values)},
+                F32AsBf16x6{tile, head_dim, reinterpret_cast<std::uint32_t*>(keys),
+                            reinterpret_cast<std::uint32_t*>(values)},
                 outputs);
     return tiles->end();
   }

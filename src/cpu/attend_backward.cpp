@@ -1,16 +1,16 @@
 // The gradient, block by block: keys, values and their gradients stay in cache while the rows that see them
 // pass by. Queries are cut into as many ranges as keys are into parts, and the work is done in rounds: in
-// round t, range r meets part (r + t) modulo their number. No two cells of a round share a row or a key, so
-// every sum is added in place, in an order that depends on the problem alone.
+// round t, range r meets part (r + t) modulo their number. No two backward tiles of a round share a row or a
+// key, so every sum is added in place, in an order that depends on the problem alone.
 #include <algorithm>
 #include <atomic>
 #include <numeric>
 #include <string_view>
 
-#include "cpu/gradient.h"
+#include "cpu/backward.h"
+#include "cpu/key_tiles.h"
 #include "cpu/sizes.h"
 #include "cpu/stages.h"
-#include "cpu/walk.h"
 #include "number.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -19,30 +19,30 @@
 // foreach_target first
 #include <hwy/highway.h>
 
-#include "cpu/descend-inl.h"
-#include "cpu/descend_split-inl.h"
+#include "cpu/backward-inl.h"
+#include "cpu/backward_bf16x6-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
 namespace {
 
 constexpr auto kHeight = static_cast<std::int64_t>(kTileRows);
-constexpr auto kKeyTiles = key_tiles(std::make_index_sequence<kTileRows>());
+constexpr auto kKeyGradTiles = key_grad_tiles(std::make_index_sequence<kTileRows>());
 
-void pack(Worker& w) {
+void pack(BackwardWorker& w) {
   const Problem& problem = w.g.problem;
   const auto row_of = [&](const Rows& rows, DType dtype) {
     return [&rows, dtype, &w](std::size_t i, float* scratch)
                HWY_ATTR { return row_as_f32(rows, dtype, static_cast<std::int64_t>(i), w.depth(), scratch); };
   };
-  const std::int64_t head = w.cell.range->head;
-  const Rows keys = problem.keys(w.sequence, head, w.chunk.first),
-             values = problem.values(w.sequence, head, w.chunk.first);
+  const std::int64_t head = w.backward_tile.range->head;
+  const Rows keys = problem.keys(w.sequence, head, w.key_tile.first),
+             values = problem.values(w.sequence, head, w.key_tile.first);
   const auto key = row_of(keys, problem.k.dtype);
-  pack_transposed(w.count(), w.depth(), key, w.batch.widened, w.keys);
-  pack_transposed(w.count(), w.depth(), row_of(values, problem.v.dtype), w.batch.widened, w.values);
+  pack_transposed(w.count(), w.depth(), key, w.batch.f32_rows, w.keys);
+  pack_transposed(w.count(), w.depth(), row_of(values, problem.v.dtype), w.batch.f32_rows, w.values);
   for (std::size_t i = 0; i < w.count(); ++i) {
-    const float* from = key(i, w.batch.widened);
+    const float* from = key(i, w.batch.f32_rows);
     float* to = w.key_rows + i * kCols;
     for (std::size_t column = 0; column < w.depth(); column += kCols, to += w.count() * kCols) {
       const std::size_t width = std::min(kCols, w.depth() - column);
@@ -53,7 +53,8 @@ void pack(Worker& w) {
 }
 
 /// weights = 2^(weights - lse), d_logits = weights (d_logits - delta)
-void weigh(float* HWY_RESTRICT weights, float* HWY_RESTRICT d_logits, std::size_t columns, RowStats stats) {
+void exp2_and_d_logits(float* HWY_RESTRICT weights, float* HWY_RESTRICT d_logits, std::size_t columns,
+                       RowStats stats) {
   const F32 d;
   const Vec lse = hn::Set(d, stats.lse), delta = hn::Set(d, stats.delta);
   for (std::size_t i = 0; i < columns; i += kLanes) {
@@ -63,9 +64,9 @@ void weigh(float* HWY_RESTRICT weights, float* HWY_RESTRICT d_logits, std::size_
   }
 }
 
-/// Rows [first, last) of the chunk's list as rows `at` and on of the batch: their weights, the gradients of
-/// their logits, and what those add to dq.
-void descend_tile(Worker& w, std::int64_t first, std::int64_t last, std::size_t at) {
+/// Rows [first, last) of the key tile's list as rows `at` and on of the batch: their weights, the gradients
+/// of their logits, and what those add to dq.
+void backward_row_tile(BackwardWorker& w, std::int64_t first, std::int64_t last, std::size_t at) {
   const Problem& problem = w.g.problem;
   BackwardScratch& batch = w.batch;
   const auto rows = static_cast<std::size_t>(last - first);
@@ -80,20 +81,20 @@ void descend_tile(Worker& w, std::int64_t first, std::int64_t last, std::size_t 
     seen[r] = w.seen(index);
   }
   const std::size_t columns = seen[rows - 1];
-  w.rows_ahead.spread(3 * last, 3 * std::min(last + kHeight, w.rows()),
-                      static_cast<std::int64_t>(2 * panels(columns) + panels(w.depth())));
+  w.row_budget.reset(3 * last, 3 * std::min(last + kHeight, w.rows()),
+                     static_cast<std::int64_t>(2 * panels(columns) + panels(w.depth())));
   for (std::size_t panel = 0; panel < panels(columns); ++panel) {
     const std::size_t offset = panel * w.depth() * kCols;
     kScoreTiles[rows - 1](queries, w.keys + offset, w.depth(), weights + panel * kCols);
-    look_for_rows(w);
+    prefetch_some_rows(w);
     kScoreTiles[rows - 1](d_outs, w.values + offset, w.depth(), d_logits + panel * kCols);
-    look_for_rows(w);
+    prefetch_some_rows(w);
   }
   const std::size_t padded = panels(columns) * kCols;
   for (std::size_t r = 0; r < rows; ++r) {
     const std::uint32_t row = w.row(first + static_cast<std::int64_t>(r));
     const RowStats& stats = w.g.stats_of(w.head_of(row), w.sequence.q_begin + w.query_of(row));
-    weigh(weights + r * kScoreStride, d_logits + r * kScoreStride, padded, stats);
+    exp2_and_d_logits(weights + r * kScoreStride, d_logits + r * kScoreStride, padded, stats);
     if (seen[r] == w.count()) continue;
     // A tile of keys reaches past what its first row sees by less than its height.
     const std::size_t end = std::max(padded, seen[r] + kTileRows);
@@ -104,7 +105,7 @@ void descend_tile(Worker& w, std::int64_t first, std::int64_t last, std::size_t 
   for (std::size_t panel = 0; panel < panels(w.depth()); ++panel) {
     kValueTiles[rows - 1](d_logits, w.key_rows + panel * w.count() * kCols, columns, batch.ones,
                           batch.dq_rows, panel * kCols);
-    look_for_rows(w);
+    prefetch_some_rows(w);
   }
   for (std::size_t r = 0; r < rows; ++r) {
     add_scaled(batch.dq_rows[r], w.depth(), problem.scale,
@@ -112,115 +113,119 @@ void descend_tile(Worker& w, std::int64_t first, std::int64_t last, std::size_t 
   }
 }
 
-std::size_t key_tiles_of(const Worker& w) {
+std::size_t key_grad_tiles_of(const BackwardWorker& w) {
   return (w.count() + kTileRows - 1) / kTileRows;
 }
 
 /// out[key] += sum over the rows of the batch of coefficients[row][key] * vectors[row]
-void add_to_keys(Worker& w, const float* coefficients, const float* vectors, std::size_t rows, float* out) {
-  const std::size_t tiles = key_tiles_of(w);
+void add_to_keys(BackwardWorker& w, const float* coefficients, const float* vectors, std::size_t rows,
+                 float* out) {
+  const std::size_t tiles = key_grad_tiles_of(w);
   std::size_t from = 0;  // the first row that sees the tile
   for (std::size_t tile = 0; tile < tiles; ++tile) {
     const std::size_t first = w.count() * tile / tiles, last = w.count() * (tile + 1) / tiles;
     while (from < rows && w.batch.seen[from] <= first) ++from;
     if (from == rows) return;
     for (std::size_t panel = 0; panel < panels(w.depth()); ++panel) {
-      kKeyTiles[last - first - 1](coefficients + from * kScoreStride + first,
-                                  vectors + from * kRowStride + panel * kCols, rows - from,
-                                  out + first * w.stride + panel * kCols, w.stride);
-      look_for_keys(w);
+      kKeyGradTiles[last - first - 1](coefficients + from * kScoreStride + first,
+                                      vectors + from * kRowStride + panel * kCols, rows - from,
+                                      out + first * w.stride + panel * kCols, w.stride);
+      prefetch_some_keys(w);
     }
   }
 }
 
-/// Tiles [first, last) of the `tiles` that the chunk's rows are cut into.
-void descend_batch(Worker& w, std::int64_t first, std::int64_t last, std::int64_t tiles) {
+/// Tiles [first, last) of the `tiles` that the key tile's rows are cut into.
+void backward_batch(BackwardWorker& w, std::int64_t first, std::int64_t last, std::int64_t tiles) {
   const auto begin_of = [&](std::int64_t tile) { return w.rows() * tile / tiles; };
   const std::int64_t begin = begin_of(first);
   for (std::int64_t tile = first; tile < last; ++tile)
-    descend_tile(w, begin_of(tile), begin_of(tile + 1), static_cast<std::size_t>(begin_of(tile) - begin));
+    backward_row_tile(w, begin_of(tile), begin_of(tile + 1),
+                      static_cast<std::size_t>(begin_of(tile) - begin));
   const auto rows = static_cast<std::size_t>(begin_of(last) - begin);
   add_to_keys(w, w.batch.weights, w.batch.d_outs, rows, w.dv);
   add_to_keys(w, w.batch.d_logits, w.batch.queries, rows, w.dk);
 }
 
-void descend_chunk(Worker& w) {
+void backward_key_tile(BackwardWorker& w) {
   pack(w);
   std::fill(w.dk, w.dk + w.count() * w.stride, 0.0F);
   std::fill(w.dv, w.dv + w.count() * w.stride, 0.0F);
-  constexpr std::int64_t kMostTiles = static_cast<std::int64_t>(kBatch) / kHeight;
+  constexpr std::int64_t kMaxTiles = static_cast<std::int64_t>(kBatch) / kHeight;
   const std::int64_t tiles = (w.rows() + kHeight - 1) / kHeight,
-                     batches = (tiles + kMostTiles - 1) / kMostTiles;
-  w.keys_ahead.spread(0, 4 * std::max(w.chunk.count, w.next_chunk.count),
-                      2 * batches * static_cast<std::int64_t>(key_tiles_of(w) * panels(w.depth())));
+                     batches = (tiles + kMaxTiles - 1) / kMaxTiles;
+  w.key_budget.reset(0, 4 * std::max(w.key_tile.count, w.next_key_tile.count),
+                     2 * batches * static_cast<std::int64_t>(key_grad_tiles_of(w) * panels(w.depth())));
   for (std::int64_t i = 0; i < batches; ++i)
-    descend_batch(w, tiles * i / batches, tiles * (i + 1) / batches, tiles);
-  hand_over(w, kLn2);  // the gathered queries carry scale x log2(e)
+    backward_batch(w, tiles * i / batches, tiles * (i + 1) / batches, tiles);
+  accumulate_dk_dv(w, kLn2);  // the gathered queries carry scale x log2(e)
 }
 
-/// Calls visit() for every chunk of the cell that anybody sees.
+/// Calls visit() for every key tile of the cell that anybody sees.
 template <typename Visit>
-void for_chunks(Worker& w, Visit&& visit) {
+void for_key_tiles(BackwardWorker& w, Visit&& visit) {
   const Problem& problem = w.g.problem;
-  const Chunking chunking = chunking_of(problem, w.sequence);
-  const std::int64_t blocks = problem.routing.causal ? problem.own_block(w.sequence, w.cell.range->q1 - 1) + 1
-                                                     : problem.blocks(w.sequence);
-  std::int64_t index = w.cell.part;
+  const KeyTiling tiling = key_tiling_of(problem, w.sequence);
+  const std::int64_t blocks = problem.routing.causal
+                                  ? problem.own_block(w.sequence, w.backward_tile.range->q1 - 1) + 1
+                                  : problem.blocks(w.sequence);
+  std::int64_t index = w.backward_tile.part;
   const auto next_seen = [&] {
-    for (; index < blocks * chunking.of_block; index += w.cell.parts) {
-      const Chunk chunk = chunk_of(w.g, w.sequence, *w.cell.range, chunking, index);
-      if (chunk.count == 0) continue;
-      index += w.cell.parts;
-      return chunk;
+    for (; index < blocks * tiling.tiles_per_block; index += w.backward_tile.parts) {
+      const KeyTile key_tile = key_tile_of(w.g, w.sequence, *w.backward_tile.range, tiling, index);
+      if (key_tile.count == 0) continue;
+      index += w.backward_tile.parts;
+      return key_tile;
     }
-    return Chunk{};
+    return KeyTile{};
   };
-  for (w.next_chunk = next_seen(); w.next_chunk.count > 0;) {
-    w.chunk = w.next_chunk;
-    w.next_chunk = next_seen();
+  for (w.next_key_tile = next_seen(); w.next_key_tile.count > 0;) {
+    w.key_tile = w.next_key_tile;
+    w.next_key_tile = next_seen();
     visit();
   }
 }
 
 }  // namespace
 
-void descend_cell(const Gradient& g, const Cell& cell, float* memory) {
+void attend_backward_tile(const BackwardState& g, const BackwardTile& backward_tile, float* memory) {
   const Problem& problem = g.problem;
-  const SequenceView& sequence = problem.sequences[static_cast<std::size_t>(cell.range->sequence)];
+  const SequenceView& sequence = problem.sequences[static_cast<std::size_t>(backward_tile.range->sequence)];
   const std::size_t stride = padded_dim(problem.head_dim);
   auto& batch = *reinterpret_cast<BackwardScratch*>(memory);
-  float* chunk_begin = memory + sizeof(BackwardScratch) / sizeof(float);
-  const auto place = [&](std::size_t i) { return chunk_begin + i * kChunk * stride; };
-  Worker w{g, sequence, cell, batch, place(0), place(1), place(2), place(3), place(4), stride};
-  std::fill(std::begin(batch.widened), std::end(batch.widened), 0.0F);
+  float* buffers = memory + sizeof(BackwardScratch) / sizeof(float);
+  const auto place = [&](std::size_t i) { return buffers + i * kKeyTileSize * stride; };
+  BackwardWorker w{g,        sequence, backward_tile, batch,    place(0),
+                   place(1), place(2), place(3),      place(4), stride};
+  std::fill(std::begin(batch.f32_rows), std::end(batch.f32_rows), 0.0F);
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
-  if (g.units != Units::multiply_add) {
-    const auto descend = [&](auto&& descent) { for_chunks(w, [&] { descent.descend_chunk(); }); };
-    part_tiles()->begin();
-    if (g.units == Units::bf16) {
-      descend(SplitDescent<1>(w, chunk_begin));
+  if (g.units != Units::fma) {
+    const auto run_tiles = [&](auto&& backward) { for_key_tiles(w, [&] { backward.backward_key_tile(); }); };
+    amx_bf16x6_tiles()->begin();
+    if (g.units == Units::amx_bf16) {
+      run_tiles(AmxBackward<1>(w, buffers));
     } else {
-      descend(SplitDescent<kMaxParts>(w, chunk_begin));
+      run_tiles(AmxBackward<kMaxParts>(w, buffers));
     }
-    return part_tiles()->end();
+    return amx_bf16x6_tiles()->end();
   }
 #endif
   std::fill(std::begin(batch.ones), std::end(batch.ones), 1.0F);
   for (std::size_t r = 0; r < kMaxTileRows; ++r) batch.dq_rows[r] = batch.dq + r * kRowStride;
-  for_chunks(w, [&] { descend_chunk(w); });
+  for_key_tiles(w, [&] { backward_key_tile(w); });
 }
 
 /// Whether the first `count` of the rows are finite.
 bool rows_finite(const Rows& rows, DType dtype, std::int64_t count, std::size_t size) {
-  alignas(64) float widened[kMaxHeadDim];
+  alignas(64) float f32_rows[kMaxHeadDim];
   for (std::int64_t i = 0; i < count; ++i) {
-    if (!all_finite(row_as_f32(rows, dtype, i, size, widened), size)) return false;
+    if (!all_finite(row_as_f32(rows, dtype, i, size, f32_rows), size)) return false;
   }
   return true;
 }
 
 /// Statistics of tokens [first, last) at one query head.
-void row_stats(const Gradient& g, std::int64_t q_head, std::int64_t first, std::int64_t last) {
+void row_stats(const BackwardState& g, std::int64_t q_head, std::int64_t first, std::int64_t last) {
   const F32 d;
   const Problem& problem = g.problem;
   const auto depth = static_cast<std::size_t>(problem.head_dim);
@@ -230,8 +235,8 @@ void row_stats(const Gradient& g, std::int64_t q_head, std::int64_t first, std::
   for (std::int64_t token = first; token < last; ++token) {
     const auto fetch = [&](const Tensor& t, float* to) HWY_ATTR {
       const std::int64_t element = token * t.strides[0] + q_head * t.strides[1];
-      widen(static_cast<const std::byte*>(t.data) + element * static_cast<std::int64_t>(size_of(t.dtype)),
-            t.dtype, depth, 1, to);
+      load_f32(static_cast<const std::byte*>(t.data) + element * static_cast<std::int64_t>(size_of(t.dtype)),
+               t.dtype, depth, 1, to);
     };
     fetch(g.backward.out, out);
     fetch(g.backward.d_out, d_out);
@@ -245,8 +250,8 @@ void row_stats(const Gradient& g, std::int64_t q_head, std::int64_t first, std::
   }
 }
 
-void narrow_row(const float* from, std::size_t size, DType dtype, std::byte* to) {
-  narrow(from, size, 1, dtype, to);
+void store_f32_row(const float* from, std::size_t size, DType dtype, std::byte* to) {
+  store_f32(from, size, 1, dtype, to);
 }
 
 }  // namespace moba::cpu::HWY_NAMESPACE
@@ -255,16 +260,17 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace moba::cpu {
 
-HWY_EXPORT(descend_cell);
+HWY_EXPORT(attend_backward_tile);
 HWY_EXPORT(row_stats);
 HWY_EXPORT(rows_finite);
-HWY_EXPORT(narrow_row);
+HWY_EXPORT(store_f32_row);
 
 namespace {
 
 std::size_t worker_bytes(const Problem& problem) {
-  const std::size_t floats = std::max(5 * kChunk * padded_dim(problem.head_dim),
-                                      part_tiles() == nullptr ? 0 : split_descent_floats(problem.head_dim));
+  const std::size_t floats =
+      std::max(5 * kKeyTileSize * padded_dim(problem.head_dim),
+               amx_bf16x6_tiles() == nullptr ? 0 : amx_backward_floats(problem.head_dim));
   return sizeof(BackwardScratch) + floats * sizeof(float);
 }
 
@@ -275,13 +281,14 @@ std::int64_t keys_of(const Problem& problem) {
 }
 
 /// A gradient being summed: in place when it is f32.
-struct Output {
+struct GradientAccumulator {
   const Tensor& to;
   std::int64_t head0, head1;
   Buffer<float> scratch{};
-  Sums sums{};
+  AccumulatorView sums{};
 
-  Output(const Tensor& tensor, std::int64_t first_head, std::int64_t last_head, Resources& resources)
+  GradientAccumulator(const Tensor& tensor, std::int64_t first_head, std::int64_t last_head,
+                      Resources& resources)
       : to(tensor), head0(first_head), head1(last_head) {
     if (to.dtype == DType::f32) {
       sums = {static_cast<float*>(to.data), to.strides[0], to.strides[1], 0};
@@ -311,7 +318,7 @@ struct Output {
 
   void finish(const Parallel& parallel) const {
     if (to.dtype == DType::f32) return;
-    const auto write = &HWY_DYNAMIC_DISPATCH(narrow_row);
+    const auto write = &HWY_DYNAMIC_DISPATCH(store_f32_row);
     for_each_row(parallel, [&](std::int64_t token, std::int64_t head) {
       const std::int64_t element = token * to.strides[0] + head * to.strides[1];
       write(sums.row(token, head), static_cast<std::size_t>(to.sizes[2]), to.dtype,
@@ -356,52 +363,56 @@ Units units_for(const Problem& problem, const Backward& backward, const Group& g
                 const Parallel& parallel) {
   const bool all_bf16 = problem.q.dtype == DType::bf16 && problem.k.dtype == DType::bf16 &&
                         problem.v.dtype == DType::bf16 && backward.d_out.dtype == DType::bf16;
-  const bool on_amx = all_bf16 ? bf16_tiles() != nullptr && bf16_tiles()->name == std::string_view("amx")
-                               : split_tiles() != nullptr && problem.routing.block_size >= kSplitFrom;
-  if (!on_amx || !finite(problem, backward, group, parallel)) return Units::multiply_add;
-  return all_bf16 ? Units::bf16 : Units::split;
+  const bool on_amx = all_bf16
+                          ? bf16_tiles() != nullptr && bf16_tiles()->name == std::string_view("amx")
+                          : bf16x6_tiles() != nullptr && problem.routing.block_size >= kMinBf16x6BlockSize;
+  if (!on_amx || !finite(problem, backward, group, parallel)) return Units::fma;
+  return all_bf16 ? Units::amx_bf16 : Units::amx_bf16x6;
 }
 
 /// A range with every part of its sequence's keys.
-std::vector<Cell> cells_of(const Gradient& g, const Range& range, std::int64_t first_key) {
+std::vector<BackwardTile> backward_tiles_of(const BackwardState& g, const Range& range,
+                                            std::int64_t first_key) {
   const SequenceView& sequence = g.problem.sequences[static_cast<std::size_t>(range.sequence)];
-  const Chunking chunking = chunking_of(g.problem, sequence);
+  const KeyTiling tiling = key_tiling_of(g.problem, sequence);
   const std::int64_t parts = backward_parts(g.problem, sequence);
-  std::vector<Cell> cells;
-  for (std::int64_t part = 0; part < parts; ++part) cells.push_back({&range, part, parts, first_key});
-  for (std::int64_t index = 0; index < g.problem.blocks(sequence) * chunking.of_block; ++index) {
-    const Chunk chunk = chunk_of(g, sequence, range, chunking, index);
-    cells[static_cast<std::size_t>(index % parts)].work +=
-        chunk.count * (static_cast<std::int64_t>(chunk.chosen.size()) + chunk.own_last - chunk.own_first);
+  std::vector<BackwardTile> tiles;
+  for (std::int64_t part = 0; part < parts; ++part) tiles.push_back({&range, part, parts, first_key});
+  for (std::int64_t index = 0; index < g.problem.blocks(sequence) * tiling.tiles_per_block; ++index) {
+    const KeyTile key_tile = key_tile_of(g, sequence, range, tiling, index);
+    tiles[static_cast<std::size_t>(index % parts)].work +=
+        key_tile.count *
+        (static_cast<std::int64_t>(key_tile.selected.size()) + key_tile.own_last - key_tile.own_first);
   }
-  return cells;
+  return tiles;
 }
 
-/// The cells of each round, the longest first. Ranges of one sequence and head follow each other in the plan.
-std::vector<std::vector<Cell>> rounds_of(const Gradient& g, const Parallel& parallel) {
+/// The backward tiles of each round, the longest first. Ranges of one sequence and head follow each other in
+/// the plan.
+std::vector<std::vector<BackwardTile>> rounds_of(const BackwardState& g, const Parallel& parallel) {
   std::vector<std::int64_t> first_key{0};
   for (const SequenceView& s : g.problem.sequences) first_key.push_back(first_key.back() + s.keys);
   const std::vector<Range>& ranges = g.plan.ranges;
-  std::vector<std::vector<Cell>> cells(ranges.size());
+  std::vector<std::vector<BackwardTile>> tiles(ranges.size());
   parallel.run(static_cast<std::int64_t>(ranges.size()), [&](std::int64_t range, int) {
     const auto i = static_cast<std::size_t>(range);
-    cells[i] = cells_of(g, ranges[i], first_key[static_cast<std::size_t>(ranges[i].sequence)]);
+    tiles[i] = backward_tiles_of(g, ranges[i], first_key[static_cast<std::size_t>(ranges[i].sequence)]);
   });
 
-  std::vector<std::vector<Cell>> rounds;
-  for (std::size_t i = 0, number = 0; i < cells.size(); ++i) {
-    const std::size_t parts = cells[i].size();
+  std::vector<std::vector<BackwardTile>> rounds;
+  for (std::size_t i = 0, number = 0; i < tiles.size(); ++i) {
+    const std::size_t parts = tiles[i].size();
     for (std::size_t part = 0; part < parts; ++part) {
-      if (cells[i][part].work == 0) continue;
+      if (tiles[i][part].work == 0) continue;
       const std::size_t round = (part + parts - number) % parts;
       rounds.resize(std::max(rounds.size(), round + 1));
-      rounds[round].push_back(cells[i][part]);
+      rounds[round].push_back(tiles[i][part]);
     }
     number = number + 1 == parts ? 0 : number + 1;
   }
-  for (std::vector<Cell>& round : rounds) {
+  for (std::vector<BackwardTile>& round : rounds) {
     std::stable_sort(round.begin(), round.end(),
-                     [](const Cell& a, const Cell& b) { return a.work > b.work; });
+                     [](const BackwardTile& a, const BackwardTile& b) { return a.work > b.work; });
   }
   return rounds;
 }
@@ -421,14 +432,15 @@ void attend_backward(const Problem& problem, const Selection& selection, const P
   const Group& group = selection.group;
   const Parallel& parallel = resources.parallel;
   const Gradients& gradients = backward.gradients;
-  const Output dq(gradients.dq, group.head0 * problem.group, group.head1 * problem.group, resources),
+  const GradientAccumulator dq(gradients.dq, group.head0 * problem.group, group.head1 * problem.group,
+                               resources),
       dk(gradients.dk, group.head0, group.head1, resources),
       dv(gradients.dv, group.head0, group.head1, resources);
   const Buffer<RowStats> stats(resources.scratch, group.heads() * problem.group * problem.tokens);
-  const Gradient g{problem, plan,         backward,
-                   group,   dq.sums,      dk.sums,
-                   dv.sums, stats.data(), units_for(problem, backward, group, parallel)};
-  for (const Output* output : {&dq, &dk, &dv}) output->clear(parallel);
+  const BackwardState g{problem, plan,         backward,
+                        group,   dq.sums,      dk.sums,
+                        dv.sums, stats.data(), units_for(problem, backward, group, parallel)};
+  for (const GradientAccumulator* output : {&dq, &dk, &dv}) output->clear(parallel);
 
   constexpr std::int64_t kTokens = 256;
   const std::int64_t steps = (problem.tokens + kTokens - 1) / kTokens;
@@ -440,14 +452,14 @@ void attend_backward(const Problem& problem, const Selection& selection, const P
 
   const std::size_t floats = worker_bytes(problem) / sizeof(float);
   const Buffer<float> memory(resources.scratch, parallel.threads * static_cast<std::int64_t>(floats));
-  const auto run = &HWY_DYNAMIC_DISPATCH(descend_cell);
-  for (const std::vector<Cell>& round : rounds_of(g, parallel)) {
+  const auto run = &HWY_DYNAMIC_DISPATCH(attend_backward_tile);
+  for (const std::vector<BackwardTile>& round : rounds_of(g, parallel)) {
     parallel.run(static_cast<std::int64_t>(round.size()), [&](std::int64_t task, int worker) {
       run(g, round[static_cast<std::size_t>(task)],
           memory.data() + static_cast<std::size_t>(worker) * floats);
     });
   }
-  for (const Output* output : {&dq, &dk, &dv}) output->finish(parallel);
+  for (const GradientAccumulator* output : {&dq, &dk, &dv}) output->finish(parallel);
 }
 
 }  // namespace moba::cpu

@@ -31,13 +31,13 @@ void block_mean(const Problem& problem, const SequenceView& sequence, std::int64
   const auto depth = static_cast<std::size_t>(problem.head_dim);
   const std::int64_t begin = block * problem.routing.block_size;
   const std::int64_t end = std::min(begin + problem.routing.block_size, sequence.keys);
-  alignas(64) float widened[kMaxHeadDim];
+  alignas(64) float f32_rows[kMaxHeadDim];
   std::fill(mean, mean + depth, 0.0F);
   for (std::int64_t first = begin; first < end;) {
     const Rows rows = problem.keys(sequence, head, first);
     const std::int64_t run = std::min(rows.count, end - first);
     for (std::int64_t i = 0; i < run; ++i)
-      add_row(row_as_f32(rows, problem.k.dtype, i, depth, widened), depth, mean);
+      add_row(row_as_f32(rows, problem.k.dtype, i, depth, f32_rows), depth, mean);
     first += run;
   }
   const auto count = static_cast<float>(end - begin);

@@ -8,10 +8,10 @@
 #include <functional>
 #include <string_view>
 
-#include "cpu/choice.h"
-#include "cpu/screen.h"
+#include "cpu/gate_int8.h"
 #include "cpu/sizes.h"
 #include "cpu/stages.h"
+#include "cpu/topk.h"
 #include "number.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -40,9 +40,9 @@ HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
 namespace {
 
-constexpr float kNever = -std::numeric_limits<float>::infinity();
+constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr auto kStep = static_cast<std::int64_t>(kLanes);
-constexpr auto kChunkBlocks = static_cast<std::int64_t>(kChunk);
+constexpr auto kTileBlocks = static_cast<std::int64_t>(kKeyTileSize);
 
 /// Which of the kLanes values from `values` on are not below `bound`; NaN is not.
 HWY_INLINE std::uint32_t not_below(Vec values, float bound) {
@@ -76,51 +76,50 @@ HWY_INLINE __m512i ranks(__m512 values) {
   return rank;
 }
 
-/// The value that `places - 1` others are ahead of.
-HWY_INLINE float ranked(__m512 values, std::int64_t places) {
-  const __mmask16 at =
-      _mm512_cmpeq_epi32_mask(ranks(values), _mm512_set1_epi32(static_cast<int>(places - 1)));
+/// The value that `k - 1` others are ahead of.
+HWY_INLINE float ranked(__m512 values, std::int64_t k) {
+  const __mmask16 at = _mm512_cmpeq_epi32_mask(ranks(values), _mm512_set1_epi32(static_cast<int>(k - 1)));
   return _mm512_cvtss_f32(_mm512_maskz_compress_ps(at, values));
 }
 #else
-float ranked(Vec values, std::int64_t places) {
+float ranked(Vec values, std::int64_t k) {
   alignas(64) float lanes[kLanes];
   hn::Store(values, F32(), lanes);
-  std::nth_element(lanes, lanes + places - 1, lanes + kLanes, std::greater<float>());
-  return lanes[places - 1];
+  std::nth_element(lanes, lanes + k - 1, lanes + kLanes, std::greater<float>());
+  return lanes[k - 1];
 }
 #endif
 
-/// A bound that at least `places` of `count` scores reach: each lane's best over all vectors is a score of
-/// its own, so the `places`-th of them is one. -inf where that says nothing.
-HWY_INLINE float reachable(const float* scores, std::int64_t count, std::int64_t places) {
-  if (places > kStep || count < kStep) return kNever;
+/// A bound that at least `k` of `count` scores reach: each lane's best over all vectors is a score of
+/// its own, so the `k`-th of them is one. -inf where that says nothing.
+HWY_INLINE float topk_lower_bound(const float* scores, std::int64_t count, std::int64_t k) {
+  if (k > kStep || count < kStep) return kNegInf;
   const F32 d;
-  const Vec never = hn::Set(d, kNever);
-  Vec most = never;
+  const Vec neg_inf = hn::Set(d, kNegInf);
+  Vec best = neg_inf;
   for (std::int64_t i = 0; i + kStep <= count; i += kStep) {
     const Vec s = hn::LoadU(d, scores + i);
-    most = hn::Max(hn::IfThenElse(hn::Eq(s, s), s, never), most);
+    best = hn::Max(hn::IfThenElse(hn::Eq(s, s), s, neg_inf), best);
   }
 #if HWY_TARGET <= HWY_AVX3
-  return ranked(most.raw, places);
+  return ranked(best.raw, k);
 #else
-  return ranked(most, places);
+  return ranked(best, k);
 #endif
 }
 
-/// Calls visit(i) for those of `count` values, at most kChunk, that are not below `bound`. All are compared
-/// before the first is visited, so that a branch is taken for each of the few, not for each vector.
+/// Calls visit(i) for those of `count` values, at most kKeyTileSize, that are not below `bound`. All are
+/// compared before the first is visited, so that a branch is taken for each of the few, not for each vector.
 template <typename Visit>
 HWY_INLINE void for_not_below(const float* values, std::int64_t count, float bound, Visit&& visit) {
-  std::uint64_t hits[kChunk / 64] = {};
+  std::uint64_t hits[kKeyTileSize / 64] = {};
   auto* bytes = reinterpret_cast<std::uint8_t*>(hits);
   for (std::int64_t i = 0; i < count; i += kStep) {
-    const std::uint32_t some = not_below(hn::LoadU(F32(), values + i), bound) & first_lanes(count - i);
+    const std::uint32_t mask = not_below(hn::LoadU(F32(), values + i), bound) & first_lanes(count - i);
     if constexpr (kLanes >= 8) {
-      std::memcpy(bytes + i / 8, &some, kLanes / 8);
+      std::memcpy(bytes + i / 8, &mask, kLanes / 8);
     } else {
-      hits[i / 64] |= static_cast<std::uint64_t>(some) << i % 64;
+      hits[i / 64] |= static_cast<std::uint64_t>(mask) << i % 64;
     }
   }
   for (std::int64_t word = 0; word * 64 < count; ++word) {
@@ -130,60 +129,60 @@ HWY_INLINE void for_not_below(const float* values, std::int64_t count, float bou
 }
 
 /// Offers the scores of blocks [first, last) that are not below `bound` to a row's list.
-void offer_each(const float* scores, std::int64_t first, std::int64_t last, std::int64_t own, float bound,
-                Best& best) {
-  if (best.count == best.places) bound = std::max(bound, best.scores[0]);
+void push_each(const float* scores, std::int64_t first, std::int64_t last, std::int64_t own, float bound,
+               TopK& topk) {
+  if (topk.count == topk.k) bound = std::max(bound, topk.scores[0]);
   for_not_below(scores, last - first, bound, [&](std::int64_t i) {
-    if (first + i != own) best.offer(scores[i], static_cast<std::int32_t>(first + i));
+    if (first + i != own) topk.push(scores[i], static_cast<std::int32_t>(first + i));
   });
 }
 
 #if HWY_TARGET <= HWY_AVX3
 /// The first scores of a row: those that reach `bound`, above -inf, are few, and ranked in registers, without
 /// a branch that could be mispredicted. False when they are more than a vector holds, or fewer than places.
-bool take_best(const float* scores, std::int64_t first, std::int64_t last, float bound, Best& best) {
+bool push_ranked(const float* scores, std::int64_t first, std::int64_t last, float bound, TopK& topk) {
   const std::int64_t count = last - first;
-  alignas(64) float reached[kChunk + kLanes];
-  alignas(64) std::int32_t blocks[kChunk + kLanes];
-  const __m512 least = _mm512_set1_ps(bound);
+  alignas(64) float reached[kKeyTileSize + kLanes];
+  alignas(64) std::int32_t blocks[kKeyTileSize + kLanes];
+  const __m512 min = _mm512_set1_ps(bound);
   __m512i block = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)),
                                    _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
   std::int64_t taken = 0;
   for (std::int64_t i = 0; i < count; i += kStep) {
     const __m512 s = _mm512_loadu_ps(scores + i);
     const __mmask16 hits =
-        _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(first_lanes(count - i)), s, least, _CMP_GE_OQ);
+        _mm512_mask_cmp_ps_mask(static_cast<__mmask16>(first_lanes(count - i)), s, min, _CMP_GE_OQ);
     _mm512_storeu_ps(reached + taken, _mm512_maskz_compress_ps(hits, s));
     _mm512_storeu_si512(blocks + taken, _mm512_maskz_compress_epi32(hits, block));
     taken += std::popcount(static_cast<unsigned>(hits));
     block = _mm512_add_epi32(block, _mm512_set1_epi32(16));
   }
-  if (taken > kStep || taken < best.places) return false;
+  if (taken > kStep || taken < topk.k) return false;
   const auto filled = static_cast<__mmask16>(first_lanes(taken));
   alignas(64) std::int32_t rank[kLanes];
-  _mm512_store_si512(rank, ranks(_mm512_mask_loadu_ps(_mm512_set1_ps(kNever), filled, reached)));
+  _mm512_store_si512(rank, ranks(_mm512_mask_loadu_ps(_mm512_set1_ps(kNegInf), filled, reached)));
   for (std::int64_t i = 0; i < taken; ++i) {
     // Worst first; what is ranked too low falls on a place that better ones overwrite, or past the row's own.
-    const std::int64_t place = best.places - 1 - rank[i];
+    const std::int64_t place = topk.k - 1 - rank[i];
     if (place < 0) continue;
-    best.scores[place] = reached[i];
-    best.blocks[place] = blocks[i];
+    topk.scores[place] = reached[i];
+    topk.blocks[place] = blocks[i];
   }
-  best.count = best.places;
+  topk.count = topk.k;
   return true;
 }
 #endif
 
-void offer_all(const float* scores, std::int64_t first, std::int64_t last, std::int64_t own, Best& best) {
-  float bound = kNever;
-  if (best.count == 0 && own < 0) {
-    bound = reachable(scores, last - first, best.places);
+void push_all(const float* scores, std::int64_t first, std::int64_t last, std::int64_t own, TopK& topk) {
+  float bound = kNegInf;
+  if (topk.count == 0 && own < 0) {
+    bound = topk_lower_bound(scores, last - first, topk.k);
 #if HWY_TARGET <= HWY_AVX3
     const float above = std::max(bound, std::numeric_limits<float>::lowest());
-    if (take_best(scores, first, last, above, best)) return;
+    if (push_ranked(scores, first, last, above, topk)) return;
 #endif
   }
-  offer_each(scores, first, last, own, bound, best);
+  push_each(scores, first, last, own, bound, topk);
 }
 
 /// Sorts up to kLanes blocks, all different: the general sort after this finds nothing to do.
@@ -209,7 +208,7 @@ struct GateRows {
   std::int64_t width, count;
   std::int32_t* blocks;  // [count, width]
   float* scores;         // [count, width]
-  Choice* choices;
+  Candidates* candidates;
   std::int64_t first_scored = 0;
 
   std::size_t depth() const { return static_cast<std::size_t>(problem.head_dim); }
@@ -228,19 +227,20 @@ struct GateRows {
   const float* mean(std::int64_t block) const {
     return means.of(task.sequence, task.head) + block * means.block_stride;
   }
-  Best best(std::int64_t row) const {
-    return {scores + row * width, blocks + row * width, choices[row].count, choices[row].places};
+  TopK topk(std::int64_t row) const {
+    return {scores + row * width, blocks + row * width, candidates[row].count, candidates[row].k};
   }
   /// Blocks that any row may choose from: candidates grow with the query.
-  std::int64_t last_block() const { return first_scored < count ? choices[count - 1].last : 0; }
+  std::int64_t last_block() const { return first_scored < count ? candidates[count - 1].last : 0; }
 
   /// Rows that have no more candidates than places take all of them unseen; they come first.
   void take_all() {
-    bool choosing = false;
+    bool selecting = false;
     for (std::int64_t row = 0; row < count; ++row) {
-      Choice& c = choices[row] = choice_of(problem, sequence, task.q0 + row / problem.group, width);
-      choosing = choosing || c.last - c.first - (c.own >= 0 ? 1 : 0) > c.places;
-      if (choosing) continue;
+      Candidates& c = candidates[row] =
+          candidates_of(problem, sequence, task.q0 + row / problem.group, width);
+      selecting = selecting || c.last - c.first - (c.own >= 0 ? 1 : 0) > c.k;
+      if (selecting) continue;
       first_scored = row + 1;
       for (std::int64_t block = c.first; block < c.last; ++block) {
         if (block != c.own) blocks[row * width + c.count++] = static_cast<std::int32_t>(block);
@@ -249,8 +249,8 @@ struct GateRows {
   }
   void finish() {
     for (std::int64_t row = 0; row < count; ++row) {
-      sort_blocks(blocks + row * width, choices[row].count);
-      finish_row(problem, choices[row], choices[row].count, width, blocks + row * width);
+      sort_blocks(blocks + row * width, candidates[row].count);
+      finish_row(problem, candidates[row], candidates[row].count, width, blocks + row * width);
     }
   }
 };
@@ -264,16 +264,16 @@ void for_tiles(const GateRows& rows, std::int64_t height, Visit&& visit) {
 }
 
 void score_exactly(GateRows& rows, TileScratch& tile, float* packed) {
-  for (std::int64_t begin = 0; begin < rows.last_block(); begin += kChunkBlocks) {
-    const std::int64_t count = std::min(kChunkBlocks, rows.last_block() - begin);
+  for (std::int64_t begin = 0; begin < rows.last_block(); begin += kTileBlocks) {
+    const std::int64_t count = std::min(kTileBlocks, rows.last_block() - begin);
     const auto mean = [&](std::size_t i, float*) { return rows.mean(begin + static_cast<std::int64_t>(i)); };
-    pack_transposed(static_cast<std::size_t>(count), rows.depth(), mean, tile.widened, packed);
+    pack_transposed(static_cast<std::size_t>(count), rows.depth(), mean, tile.f32_rows, packed);
     for_tiles(rows, static_cast<std::int64_t>(kTileRows), [&](std::int64_t from, std::int64_t to) HWY_ATTR {
-      const std::int64_t columns = std::min(rows.choices[to - 1].last - begin, count);
+      const std::int64_t columns = std::min(rows.candidates[to - 1].last - begin, count);
       if (columns <= 0) return;
       for (std::int64_t row = from; row < to; ++row) {
-        widen(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F,
-              tile.rows + static_cast<std::size_t>(row - from) * kRowStride);
+        load_f32(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F,
+                 tile.rows + static_cast<std::size_t>(row - from) * kRowStride);
         rows.fetch(row + to - from);
       }
       for (std::size_t panel = 0; panel < panels(static_cast<std::size_t>(columns)); ++panel) {
@@ -281,13 +281,13 @@ void score_exactly(GateRows& rows, TileScratch& tile, float* packed) {
                                                              rows.depth(), tile.scores + panel * kCols);
       }
       for (std::int64_t row = from; row < to; ++row) {
-        Choice& c = rows.choices[row];
+        Candidates& c = rows.candidates[row];
         const std::int64_t first = std::max(c.first, begin), last = std::min(c.last, begin + count);
-        if (first >= last || c.places == 0) continue;
-        Best best = rows.best(row);
-        offer_all(tile.scores + static_cast<std::size_t>(row - from) * kScoreStride + (first - begin), first,
-                  last, c.own, best);
-        c.count = best.count;
+        if (first >= last || c.k == 0) continue;
+        TopK topk = rows.topk(row);
+        push_all(tile.scores + static_cast<std::size_t>(row - from) * kScoreStride + (first - begin), first,
+                 last, c.own, topk);
+        c.count = topk.count;
       }
     });
   }
@@ -306,9 +306,10 @@ Rounded round_to_int8(float* HWY_RESTRICT values, std::size_t size, std::int32_t
   const hn::RebindToSigned<F32> di;
   const std::size_t padded = round_up(size, kLanes);
   std::fill(values + size, values + padded, 0.0F);
-  Vec most = hn::Zero(d), norm = most, error = most;
-  for (std::size_t i = 0; i < padded; i += kLanes) most = hn::Max(hn::Abs(hn::Load(d, values + i)), most);
-  const float largest = hn::GetLane(hn::MaxOfLanes(d, most)), scale = largest / 127;
+  Vec max_abs = hn::Zero(d), norm = max_abs, error = max_abs;
+  for (std::size_t i = 0; i < padded; i += kLanes)
+    max_abs = hn::Max(hn::Abs(hn::Load(d, values + i)), max_abs);
+  const float largest = hn::GetLane(hn::MaxOfLanes(d, max_abs)), scale = largest / 127;
   const Vec inverse = hn::Set(d, largest > 0 ? 127 / largest : 0.0F);
   for (std::size_t i = 0; i < padded; i += kLanes) {
     const Vec v = hn::Mul(hn::Load(d, values + i), inverse);
@@ -325,19 +326,19 @@ Rounded round_to_int8(float* HWY_RESTRICT values, std::size_t size, std::int32_t
 }
 
 /// What a row keeps while it is screened: the best lower bounds so far, and the blocks that may yet matter.
-struct Screen {
+struct ScreenState {
   float scale = 0;                  // of the rounded query
   float by_norm = 0, by_error = 0;  // the bound is by_norm |c| + by_error |c - c'|
-  std::int64_t lower_count = 0, held = 0;
+  std::int64_t lower_count = 0, survivors = 0;
 };
 
 struct ScreenMemory {
   std::uint8_t* queries;  // [rows, depth]
-  Screen* screens;
-  float* lower_scores;         // [rows, width]
-  std::int32_t* lower_blocks;  // [rows, width]
-  std::int32_t* held_blocks;   // [rows, kHeldBack]
-  float* held_upper;           // [rows, kHeldBack]
+  ScreenState* states;
+  float* lower_scores;            // [rows, width]
+  std::int32_t* lower_blocks;     // [rows, width]
+  std::int32_t* survivor_blocks;  // [rows, kHeldBack]
+  float* survivor_upper;          // [rows, kHeldBack]
 };
 
 void round_queries(const GateRows& rows, const ScreenMemory& memory, TileScratch& tile) {
@@ -346,41 +347,41 @@ void round_queries(const GateRows& rows, const ScreenMemory& memory, TileScratch
   const float rounding =
       static_cast<float>(rows.depth() + 8) * 0x1p-22F;  // of the f32 score itself, generously
   for (std::int64_t row = rows.first_scored; row < rows.count; ++row) {
-    widen(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F, tile.rows);
+    load_f32(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F, tile.rows);
     std::uint8_t* to = memory.queries + static_cast<std::size_t>(row) * depth;
     std::fill(to, to + depth, std::uint8_t{128});
     const Rounded rounded = round_to_int8(tile.rows, rows.depth(), levels);
     for (std::size_t i = 0; i < rows.depth(); ++i)
       to[i] = static_cast<std::uint8_t>(std::clamp(levels[i], -127, 127) + 128);
-    memory.screens[row] = {rounded.scale, rounded.error * 1.001F + rounding * rounded.norm,
-                           (rounded.norm + rounded.error) * 1.001F, 0, 0};
+    memory.states[row] = {rounded.scale, rounded.error * 1.001F + rounding * rounded.norm,
+                          (rounded.norm + rounded.error) * 1.001F, 0, 0};
   }
 }
 
 /// Scores what a row holds back, in order, in f32, to the bits of score_exactly; lets go of what its bound
 /// rules out first.
-void settle(GateRows& rows, const ScreenMemory& memory, std::int64_t row, TileScratch& tile, float* packed) {
-  Screen& screen = memory.screens[row];
-  std::int32_t* held = memory.held_blocks + row * kHeldBack;
-  const float* upper = memory.held_upper + row * kHeldBack;
-  const bool full = screen.lower_count == rows.choices[row].places;
-  const float bound = full ? memory.lower_scores[row * rows.width] : kNever;
+void rescore(GateRows& rows, const ScreenMemory& memory, std::int64_t row, TileScratch& tile, float* packed) {
+  ScreenState& screen = memory.states[row];
+  std::int32_t* survivors = memory.survivor_blocks + row * kMaxSurvivors;
+  const float* upper = memory.survivor_upper + row * kMaxSurvivors;
+  const bool full = screen.lower_count == rows.candidates[row].k;
+  const float bound = full ? memory.lower_scores[row * rows.width] : kNegInf;
   std::int64_t kept = 0;
-  for (std::int64_t i = 0; i < screen.held; ++i) {
-    if (!(upper[i] < bound)) held[kept++] = held[i];
+  for (std::int64_t i = 0; i < screen.survivors; ++i) {
+    if (!(upper[i] < bound)) survivors[kept++] = survivors[i];
   }
-  screen.held = 0;
-  const auto mean = [&](std::size_t i, float*) { return rows.mean(held[i]); };
-  const auto some = static_cast<std::size_t>(kept);
-  pack_transposed(some, rows.depth(), mean, tile.widened, packed, round_up(some, kLanes));
-  widen(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F, tile.rows);
+  screen.survivors = 0;
+  const auto mean = [&](std::size_t i, float*) { return rows.mean(survivors[i]); };
+  const auto mask = static_cast<std::size_t>(kept);
+  pack_transposed(mask, rows.depth(), mean, tile.f32_rows, packed, round_up(mask, kLanes));
+  load_f32(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F, tile.rows);
   for (std::size_t panel = 0; panel < panels(static_cast<std::size_t>(kept)); ++panel) {
     kScoreTiles[0](tile.rows, packed + panel * rows.depth() * kCols, rows.depth(),
                    tile.product + panel * kCols);
   }
-  Best best = rows.best(row);
-  for (std::int64_t i = 0; i < kept; ++i) best.offer(tile.product[i], held[i]);
-  rows.choices[row].count = best.count;
+  TopK topk = rows.topk(row);
+  for (std::int64_t i = 0; i < kept; ++i) topk.push(tile.product[i], survivors[i]);
+  rows.candidates[row].count = topk.count;
 }
 
 /// Bounds the scores of blocks [first, last), whose rounded products start at `products`, and holds back
@@ -390,15 +391,15 @@ void screen_row(GateRows& rows, const ScreenMemory& memory, std::int64_t row, st
   const F32 d;
   const hn::RebindToSigned<F32> di;
   const ScreenedMeans& means = *rows.task.screened;
-  const Choice& choice = rows.choices[row];
-  Screen& screen = memory.screens[row];
-  Best lower{memory.lower_scores + row * rows.width, memory.lower_blocks + row * rows.width,
-             screen.lower_count, choice.places};
+  const Candidates& candidates = rows.candidates[row];
+  ScreenState& screen = memory.states[row];
+  TopK lower{memory.lower_scores + row * rows.width, memory.lower_blocks + row * rows.width,
+             screen.lower_count, candidates.k};
   const Vec scale = hn::Set(d, screen.scale), by_norm = hn::Set(d, screen.by_norm),
             by_error = hn::Set(d, screen.by_error);
   const Vec smallest = hn::Set(d, std::numeric_limits<float>::min());  // denormal products round coarsely
 
-  alignas(64) float low[kChunk + kLanes], high[kChunk + kLanes];
+  alignas(64) float low[kKeyTileSize + kLanes], high[kKeyTileSize + kLanes];
   const std::int64_t count = last - first;
   for (std::int64_t i = 0; i < count; i += kStep) {
     const std::int64_t block = first + i;
@@ -410,24 +411,24 @@ void screen_row(GateRows& rows, const ScreenMemory& memory, std::int64_t row, st
     hn::Store(hn::Add(score, slack), d, high + i);
   }
 
-  float bound = lower.count == lower.places ? lower.scores[0] : kNever;
-  if (lower.count == 0 && choice.own < 0) bound = reachable(low, count, choice.places);
-  std::int32_t maybe[kChunk];
+  float bound = lower.count == lower.k ? lower.scores[0] : kNegInf;
+  if (lower.count == 0 && candidates.own < 0) bound = topk_lower_bound(low, count, candidates.k);
+  std::int32_t maybe[kKeyTileSize];
   std::int64_t maybes = 0;
   for_not_below(high, count, bound, [&](std::int64_t i) {
     const auto block = static_cast<std::int32_t>(first + i);
-    if (block == choice.own) return;
+    if (block == candidates.own) return;
     maybe[maybes++] = static_cast<std::int32_t>(i);
-    if (lower.count < lower.places || low[i] > lower.scores[0]) lower.offer(low[i], block);
+    if (lower.count < lower.k || low[i] > lower.scores[0]) lower.push(low[i], block);
   });
   screen.lower_count = lower.count;
-  if (lower.count == lower.places) bound = lower.scores[0];
+  if (lower.count == lower.k) bound = lower.scores[0];
   for (std::int64_t m = 0; m < maybes; ++m) {
     const std::int32_t i = maybe[m];
     if (high[i] < bound) continue;
-    if (screen.held == kHeldBack) settle(rows, memory, row, tile, packed);
-    memory.held_blocks[row * kHeldBack + screen.held] = static_cast<std::int32_t>(first + i);
-    memory.held_upper[row * kHeldBack + screen.held++] = high[i];
+    if (screen.survivors == kMaxSurvivors) rescore(rows, memory, row, tile, packed);
+    memory.survivor_blocks[row * kMaxSurvivors + screen.survivors] = static_cast<std::int32_t>(first + i);
+    memory.survivor_upper[row * kMaxSurvivors + screen.survivors++] = high[i];
   }
 }
 
@@ -437,19 +438,19 @@ void score_screened(GateRows& rows, const ScreenMemory& memory, TileScratch& til
   auto* products = reinterpret_cast<std::int32_t*>(tile.scores);
   round_queries(rows, memory, tile);
   tiles.begin();
-  for (std::int64_t begin = 0; begin < rows.last_block(); begin += kChunkBlocks) {
-    const std::int64_t count = std::min(kChunkBlocks, rows.last_block() - begin);
+  for (std::int64_t begin = 0; begin < rows.last_block(); begin += kTileBlocks) {
+    const std::int64_t count = std::min(kTileBlocks, rows.last_block() - begin);
     const std::int8_t* panels_from = rows.task.screened->panels + static_cast<std::size_t>(begin) * depth;
     for_tiles(rows, static_cast<std::int64_t>(tiles.rows), [&](std::int64_t from, std::int64_t to) HWY_ATTR {
-      const std::int64_t columns = std::min(rows.choices[to - 1].last - begin, count);
+      const std::int64_t columns = std::min(rows.candidates[to - 1].last - begin, count);
       if (columns <= 0) return;
       tiles.multiply(memory.queries + static_cast<std::size_t>(from) * depth, depth,
-                     static_cast<std::size_t>(to - from), panels_from, depth * kNarrowCols,
-                     round_up(static_cast<std::size_t>(columns), kNarrowCols), depth, products, kScoreStride);
+                     static_cast<std::size_t>(to - from), panels_from, depth * kMatrixCols,
+                     round_up(static_cast<std::size_t>(columns), kMatrixCols), depth, products, kScoreStride);
       for (std::int64_t row = from; row < to; ++row) {
-        const Choice& c = rows.choices[row];
+        const Candidates& c = rows.candidates[row];
         const std::int64_t first = std::max(c.first, begin), last = std::min(c.last, begin + count);
-        if (first >= last || c.places == 0) continue;
+        if (first >= last || c.k == 0) continue;
         screen_row(rows, memory, row, first, last,
                    products + (row - from) * static_cast<std::int64_t>(kScoreStride) + (first - begin), tile,
                    packed);
@@ -457,7 +458,8 @@ void score_screened(GateRows& rows, const ScreenMemory& memory, TileScratch& til
     });
   }
   tiles.end();
-  for (std::int64_t row = rows.first_scored; row < rows.count; ++row) settle(rows, memory, row, tile, packed);
+  for (std::int64_t row = rows.first_scored; row < rows.count; ++row)
+    rescore(rows, memory, row, tile, packed);
 }
 
 }  // namespace
@@ -473,7 +475,7 @@ void gate_rows(const Problem& problem, const Means& means, const GateTask& task,
   const SequenceView& sequence = problem.sequences[task.sequence];
   const std::int64_t count = (task.q1 - task.q0) * problem.group, width = selection.width;
   TileScratch& tile = *take(static_cast<TileScratch*>(nullptr), 1);
-  float* packed = take(static_cast<float*>(nullptr), kChunkBlocks * problem.head_dim);
+  float* packed = take(static_cast<float*>(nullptr), kTileBlocks * problem.head_dim);
   GateRows rows{problem,
                 means,
                 task,
@@ -482,8 +484,8 @@ void gate_rows(const Problem& problem, const Means& means, const GateTask& task,
                 count,
                 selection.of(task.head, sequence.q_begin + task.q0),
                 take(static_cast<float*>(nullptr), count * width),
-                take(static_cast<Choice*>(nullptr), count)};
-  std::fill(std::begin(tile.widened), std::end(tile.widened), 0.0F);
+                take(static_cast<Candidates*>(nullptr), count)};
+  std::fill(std::begin(tile.f32_rows), std::end(tile.f32_rows), 0.0F);
   rows.take_all();
   if (task.screened == nullptr) {
     score_exactly(rows, tile, packed);
@@ -491,11 +493,11 @@ void gate_rows(const Problem& problem, const Means& means, const GateTask& task,
     const auto depth = static_cast<std::int64_t>(ScreenedMeans::depth(problem.head_dim));
     const ScreenMemory screen{
         take(static_cast<std::uint8_t*>(nullptr), (count + static_cast<std::int64_t>(kTileCapacity)) * depth),
-        take(static_cast<Screen*>(nullptr), count),
+        take(static_cast<ScreenState*>(nullptr), count),
         take(static_cast<float*>(nullptr), count * width),
         take(static_cast<std::int32_t*>(nullptr), count * width),
-        take(static_cast<std::int32_t*>(nullptr), count * kHeldBack),
-        take(static_cast<float*>(nullptr), count * kHeldBack)};
+        take(static_cast<std::int32_t*>(nullptr), count * kMaxSurvivors),
+        take(static_cast<float*>(nullptr), count * kMaxSurvivors)};
     score_screened(rows, screen, tile, packed);
   }
   rows.finish();
@@ -505,13 +507,13 @@ void gate_rows(const Problem& problem, const Means& means, const GateTask& task,
 void round_means(const float* means, std::int64_t stride, std::int64_t blocks, std::int64_t head_dim,
                  std::int64_t panel, const ScreenedMeans& out) {
   const std::size_t depth = ScreenedMeans::depth(head_dim);
-  std::int8_t* to = out.panels + static_cast<std::size_t>(panel) * depth * kNarrowCols;
-  std::fill(to, to + depth * kNarrowCols, std::int8_t{0});
+  std::int8_t* to = out.panels + static_cast<std::size_t>(panel) * depth * kMatrixCols;
+  std::fill(to, to + depth * kMatrixCols, std::int8_t{0});
   alignas(64) float values[kMaxHeadDim];
   alignas(64) std::int32_t levels[kMaxHeadDim];
-  for (std::size_t column = 0; column < kNarrowCols; ++column) {
+  for (std::size_t column = 0; column < kMatrixCols; ++column) {
     const std::int64_t block =
-        panel * static_cast<std::int64_t>(kNarrowCols) + static_cast<std::int64_t>(column);
+        panel * static_cast<std::int64_t>(kMatrixCols) + static_cast<std::int64_t>(column);
     Rounded rounded;
     std::int32_t sum = 0;
     if (block < blocks) {
@@ -519,7 +521,7 @@ void round_means(const float* means, std::int64_t stride, std::int64_t blocks, s
       rounded = round_to_int8(values, static_cast<std::size_t>(head_dim), levels);
       for (std::size_t i = 0; i < static_cast<std::size_t>(head_dim); ++i) {
         const std::int32_t level = std::clamp(levels[i], -127, 127);
-        to[(i / 4 * kNarrowCols + column) * 4 + i % 4] = static_cast<std::int8_t>(level);
+        to[(i / 4 * kMatrixCols + column) * 4 + i % 4] = static_cast<std::int8_t>(level);
         sum += level;
       }
     }
@@ -550,7 +552,7 @@ std::int64_t screen_from() {
   return wanted == "int8" ? 1 : kScreenFrom;
 }
 
-std::int64_t candidates(const Problem& problem, const SequenceView& s) {
+std::int64_t candidate_count(const Problem& problem, const SequenceView& s) {
   return problem.needs_scores() ? problem.candidate_blocks(s) : 0;
 }
 
@@ -563,8 +565,8 @@ std::int64_t rows_of_task(const Problem& problem, bool screened) {
 std::size_t screened_bytes(const Problem& problem, std::int64_t heads) {
   std::size_t bytes = 0;
   for (const SequenceView& s : problem.sequences) {
-    if (candidates(problem, s) >= screen_from())
-      bytes += ScreenedMeans::bytes(candidates(problem, s), problem.head_dim);
+    if (candidate_count(problem, s) >= screen_from())
+      bytes += ScreenedMeans::bytes(candidate_count(problem, s), problem.head_dim);
   }
   return bytes * static_cast<std::size_t>(heads);
 }
@@ -576,13 +578,13 @@ std::size_t gate_bytes(const Problem& problem) {
   const bool screened = screened_bytes(problem, 1) > 0;
   // Beside screened sequences there may be others in the same batch, with more rows a task.
   const auto rows = static_cast<std::size_t>(rows_of_task(problem, false));
-  std::size_t bytes = sizeof(TileScratch) + kChunk * head_dim * sizeof(float) +
-                      rows * (width * sizeof(float) + sizeof(Choice));
+  std::size_t bytes = sizeof(TileScratch) + kKeyTileSize * head_dim * sizeof(float) +
+                      rows * (width * sizeof(float) + sizeof(Candidates));
   if (screened) {
     const auto few = static_cast<std::size_t>(rows_of_task(problem, true)),
-               held = static_cast<std::size_t>(kHeldBack);
+               survivors = static_cast<std::size_t>(kMaxSurvivors);
     bytes += (few + kTileCapacity) * ScreenedMeans::depth(problem.head_dim) +
-             few * (64 + (width + held) * 2 * sizeof(float));
+             few * (64 + (width + survivors) * 2 * sizeof(float));
   }
   return round_up(bytes, Scratch::kAlignment) + 16 * Scratch::kAlignment;
 }
@@ -600,14 +602,14 @@ Selection gate(const Problem& problem, const Means& means, const Group& group, R
   std::byte* next = screened_memory.data();
   for (std::int64_t head = group.head0; head < group.head1; ++head) {
     for (std::size_t s = 0; s < problem.sequences.size(); ++s) {
-      const std::int64_t blocks = candidates(problem, problem.sequences[s]);
+      const std::int64_t blocks = candidate_count(problem, problem.sequences[s]);
       ScreenedMeans* rounded = nullptr;
       if (blocks >= screen_from()) {
         rounded = &screened[static_cast<std::size_t>(head - group.head0) * problem.sequences.size() + s];
         *rounded = ScreenedMeans::in(next, blocks, problem.head_dim);
         next += ScreenedMeans::bytes(blocks, problem.head_dim);
         const auto round = &HWY_DYNAMIC_DISPATCH(round_means);
-        const auto panel_count = static_cast<std::int64_t>(ScreenedMeans::padded(blocks) / kNarrowCols);
+        const auto panel_count = static_cast<std::int64_t>(ScreenedMeans::padded(blocks) / kMatrixCols);
         resources.parallel.run(panel_count, [&](std::int64_t panel, int) {
           round(means.of(s, head), means.block_stride, blocks, problem.head_dim, panel, *rounded);
         });

@@ -61,7 +61,7 @@ struct AmxInt8 {
   }
 };
 
-constexpr std::size_t kPanelBytes = 4 * kNarrowCols;
+constexpr std::size_t kPanelBytes = 4 * kMatrixCols;
 
 /// Tiles 0 to 3 hold a 32 x 32 block of results, or its upper half alone; 4 and 5 the rows, 6 and 7 the
 /// panel.
@@ -115,11 +115,11 @@ MOBA_AMX void amx_multiply(const In* rows, std::size_t row_stride, std::size_t c
                            std::size_t out_stride) {
   constexpr std::size_t kStep = 64 / sizeof(In);
   const bool both = count > kTile;
-  for (std::size_t column = 0; column < columns; column += kNarrowCols, panels += panel_stride) {
+  for (std::size_t column = 0; column < columns; column += kMatrixCols, panels += panel_stride) {
     zero_block();
     for (std::size_t i = 0; i < depth; i += kStep) {
       load_rows(both, rows + i, row_stride);
-      load_panel(panels + i * kNarrowCols);
+      load_panel(panels + i * kMatrixCols);
       multiply_block<Dot>(both);
     }
     store_block(both, out + column, out_stride);
@@ -132,7 +132,7 @@ template <bool kSplit>
 MOBA_AMX void amx_multiply_parts(const bfloat16* rows, std::size_t row_stride, std::size_t row_part,
                                  std::size_t count, const bfloat16* panel, std::size_t panel_part,
                                  std::size_t depth, bool more, float* out, std::size_t out_stride,
-                                 Ahead& ahead) {
+                                 RowPrefetcher& prefetcher) {
   constexpr std::size_t kStep = 32;
   constexpr int kLines = 3;  // in the time of four products
   const bool both = count > kTile;
@@ -142,29 +142,29 @@ MOBA_AMX void amx_multiply_parts(const bfloat16* rows, std::size_t row_stride, s
     zero_block();
   }
   for (std::size_t i = 0; kSplit && i < depth; i += kStep) {
-    const bfloat16 *from = rows + i, *columns = panel + i * kNarrowCols;
+    const bfloat16 *from = rows + i, *columns = panel + i * kMatrixCols;
     load_rows(both, from + 2 * row_part, row_stride);
     load_panel(columns);
     multiply_block<AmxBf16>(both);
-    ahead.fetch(kLines);
+    prefetcher.fetch(kLines);
     load_rows(both, from + row_part, row_stride);
     multiply_block<AmxBf16>(both);
-    ahead.fetch(kLines);
+    prefetcher.fetch(kLines);
     load_panel(columns + panel_part);
     multiply_block<AmxBf16>(both);
-    ahead.fetch(kLines);
+    prefetcher.fetch(kLines);
     load_rows(both, from, row_stride);
     multiply_block<AmxBf16>(both);
-    ahead.fetch(kLines);
+    prefetcher.fetch(kLines);
     load_panel(columns + 2 * panel_part);
     multiply_block<AmxBf16>(both);
-    ahead.fetch(kLines);
+    prefetcher.fetch(kLines);
   }
   for (std::size_t i = 0; i < depth; i += kStep) {
     load_rows(both, rows + i, row_stride);
-    load_panel(panel + i * kNarrowCols);
+    load_panel(panel + i * kMatrixCols);
     multiply_block<AmxBf16>(both);
-    ahead.fetch(kLines);
+    prefetcher.fetch(kLines);
   }
   store_block(both, out, out_stride);
 }
@@ -177,13 +177,13 @@ constexpr std::size_t kDotRows = 12;
 MOBA_AVX512_BF16 void dot_multiply(const bfloat16* rows, std::size_t row_stride, std::size_t /*count*/,
                                    const bfloat16* panels, std::size_t panel_stride, std::size_t columns,
                                    std::size_t depth, float* out, std::size_t out_stride) {
-  for (std::size_t column = 0; column < columns; column += kNarrowCols, panels += panel_stride) {
+  for (std::size_t column = 0; column < columns; column += kMatrixCols, panels += panel_stride) {
     __m512 left[kDotRows], right[kDotRows];
 #pragma GCC unroll 12
     for (std::size_t r = 0; r < kDotRows; ++r) left[r] = right[r] = _mm512_setzero_ps();
     for (std::size_t i = 0; i < depth; i += 2) {
-      const auto b0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panels + i * kNarrowCols));
-      const auto b1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panels + i * kNarrowCols + kNarrowCols));
+      const auto b0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panels + i * kMatrixCols));
+      const auto b1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panels + i * kMatrixCols + kMatrixCols));
 #pragma GCC unroll 12
       for (std::size_t r = 0; r < kDotRows; ++r) {
         std::int32_t pair;
@@ -206,13 +206,13 @@ MOBA_AVX512_BF16 void dot_multiply(const bfloat16* rows, std::size_t row_stride,
 MOBA_AVX512_VNNI void vnni_multiply(const std::uint8_t* rows, std::size_t row_stride, std::size_t /*count*/,
                                     const std::int8_t* panels, std::size_t panel_stride, std::size_t columns,
                                     std::size_t depth, std::int32_t* out, std::size_t out_stride) {
-  for (std::size_t column = 0; column < columns; column += kNarrowCols, panels += panel_stride) {
+  for (std::size_t column = 0; column < columns; column += kMatrixCols, panels += panel_stride) {
     __m512i left[kDotRows], right[kDotRows];
 #pragma GCC unroll 12
     for (std::size_t r = 0; r < kDotRows; ++r) left[r] = right[r] = _mm512_setzero_si512();
     for (std::size_t i = 0; i < depth; i += 4) {
-      const __m512i b0 = _mm512_loadu_si512(panels + i * kNarrowCols),
-                    b1 = _mm512_loadu_si512(panels + i * kNarrowCols + 64);
+      const __m512i b0 = _mm512_loadu_si512(panels + i * kMatrixCols),
+                    b1 = _mm512_loadu_si512(panels + i * kMatrixCols + 64);
 #pragma GCC unroll 12
       for (std::size_t r = 0; r < kDotRows; ++r) {
         std::int32_t four;
@@ -230,16 +230,16 @@ MOBA_AVX512_VNNI void vnni_multiply(const std::uint8_t* rows, std::size_t row_st
   }
 }
 
-void nothing() {}
+void no_op() {}
 
 constexpr Bf16Tiles kAmxBf16{"amx", 2 * kTile, amx_multiply<bfloat16, bfloat16, float, AmxBf16>, amx_begin,
                              amx_end};
 constexpr Int8Tiles kAmxInt8{"amx", 2 * kTile, amx_multiply<std::uint8_t, std::int8_t, std::int32_t, AmxInt8>,
                              amx_begin, amx_end};
-constexpr SplitTiles kAmxSplit{2 * kTile, amx_multiply_parts<true>, amx_multiply_parts<false>, amx_begin,
-                               amx_end};
-constexpr Bf16Tiles kAvx512Bf16{"avx512_bf16", kDotRows, dot_multiply, nothing, nothing};
-constexpr Int8Tiles kAvx512Vnni{"avx512_vnni", kDotRows, vnni_multiply, nothing, nothing};
+constexpr Bf16x6Tiles kAmxBf16x6{2 * kTile, amx_multiply_parts<true>, amx_multiply_parts<false>, amx_begin,
+                                 amx_end};
+constexpr Bf16Tiles kAvx512Bf16{"avx512_bf16", kDotRows, dot_multiply, no_op, no_op};
+constexpr Int8Tiles kAvx512Vnni{"avx512_vnni", kDotRows, vnni_multiply, no_op, no_op};
 
 /// Bits of CPUID leaf 7.
 constexpr unsigned kLeafAvx512Bf16 = 1U << 5, kLeafVnni = 1U << 11,
@@ -287,12 +287,12 @@ const Bf16Tiles* bf16_tiles() {
   return nullptr;
 }
 
-const SplitTiles* part_tiles() {
-  return may_use_amx() ? &kAmxSplit : nullptr;
+const Bf16x6Tiles* amx_bf16x6_tiles() {
+  return may_use_amx() ? &kAmxBf16x6 : nullptr;
 }
 
-const SplitTiles* split_tiles() {
-  return wanted("MOBA_CPU_F32", "amx", true) ? part_tiles() : nullptr;
+const Bf16x6Tiles* bf16x6_tiles() {
+  return wanted("MOBA_CPU_F32", "amx", true) ? amx_bf16x6_tiles() : nullptr;
 }
 
 const Int8Tiles* int8_tiles() {
@@ -311,10 +311,10 @@ namespace moba::cpu {
 const Bf16Tiles* bf16_tiles() {
   return nullptr;
 }
-const SplitTiles* part_tiles() {
+const Bf16x6Tiles* amx_bf16x6_tiles() {
   return nullptr;
 }
-const SplitTiles* split_tiles() {
+const Bf16x6Tiles* bf16x6_tiles() {
   return nullptr;
 }
 const Int8Tiles* int8_tiles() {

@@ -9,7 +9,7 @@
 namespace moba::cpu {
 
 /// Columns of a panel, and the multiple that depths are padded to.
-constexpr std::size_t kNarrowCols = 32, kBf16Depth = 32, kInt8Depth = 64;
+constexpr std::size_t kMatrixCols = 32, kBf16Depth = 32, kInt8Depth = 64;
 
 /// `In` rows times `Packed` panels, accumulated in `Out`. A panel is [depth / n][kNarrowCols][n]: n
 /// neighbours in depth, 4 bytes, lie together.
@@ -33,7 +33,7 @@ using Int8Tiles = MatrixTiles<std::uint8_t, std::int8_t, std::int32_t>;
 
 /// Rows to bring into the second-level cache while products are computed, a few lines at a time: all at once
 /// they would take every line buffer of the core, and the products' own loads would wait.
-class Ahead {
+class RowPrefetcher {
  public:
   /// `rows`: addresses, each of `bytes` bytes, in an array that outlives the use.
   void begin(const std::byte* const* rows, std::size_t count, std::size_t bytes) {
@@ -60,12 +60,12 @@ class Ahead {
 /// Products of f32 matrices on bf16 units: an f32 is the sum of three bf16 values, and six of the nine
 /// products of parts are all that f32 can tell. Part p of the rows starts p * row_part values after the
 /// first, likewise in each panel.
-struct SplitTiles {
+struct Bf16x6Tiles {
   std::size_t rows;
   /// The product of rows and one panel, or added to `out` if `more`; otherwise as MatrixTiles::multiply.
   void (*multiply)(const bfloat16* rows, std::size_t row_stride, std::size_t row_part, std::size_t count,
                    const bfloat16* panel, std::size_t panel_part, std::size_t depth, bool more, float* out,
-                   std::size_t out_stride, Ahead& ahead);
+                   std::size_t out_stride, RowPrefetcher& prefetcher);
   /// The same of operands that are bf16, and so one part.
   decltype(multiply) multiply_bf16;
   void (*begin)();
@@ -76,10 +76,10 @@ struct SplitTiles {
 /// to be widened to f32.
 const Bf16Tiles* bf16_tiles();
 /// Products of parts where the CPU has AMX, else null.
-const SplitTiles* part_tiles();
+const Bf16x6Tiles* amx_bf16x6_tiles();
 /// The same for f32: null when it is left to multiply-adds: without AMX, or when MOBA_CPU_F32 (amx, fma) says
 /// so.
-const SplitTiles* split_tiles();
+const Bf16x6Tiles* bf16x6_tiles();
 /// The fastest that the CPU and MOBA_CPU_INT8 allow with MOBA_CPU_INT8 (amx, avx512_vnni, none); null when
 /// there is no faster way than f32.
 const Int8Tiles* int8_tiles();

@@ -8,8 +8,8 @@
 namespace moba::cpu {
 namespace {
 
-/// Rows of a range when every row sees every block: running outputs and a chunk of keys and values share the
-/// second-level cache.
+/// Rows of a range when every row sees every block: running outputs and a key tile of keys and values share
+/// the second-level cache.
 constexpr std::int64_t kDenseRows = 768;
 /// Rows that a block should find in a range, so that packing its keys and values costs little beside the work
 /// on them.
@@ -17,7 +17,7 @@ constexpr std::int64_t kRowsPerBlock = 320;
 constexpr std::int64_t kMinRows = 64;
 /// The same for the backward pass, which also reads and writes the gradients of keys and values; and the most
 /// ranges of all heads: enough for many threads, few enough to keep rounds long.
-constexpr std::int64_t kRowsPerCell = 256, kMostParts = 16;
+constexpr std::int64_t kRowsPerBackwardTile = 256, kMaxBackwardParts = 16;
 
 /// Rows of a range: long enough for kRowsPerBlock, short enough for the scratch budget and for every thread
 /// to have a few.
@@ -45,15 +45,15 @@ void invert(const Problem& problem, const Selection& selection, const Range& ran
   const SequenceView& s = problem.sequences[static_cast<std::size_t>(range.sequence)];
   const std::int64_t blocks = problem.blocks(s), width = selection.width,
                      count = (range.q1 - range.q0) * problem.group;
-  const std::int32_t* chosen = selection.of(range.head, s.q_begin + range.q0);
+  const std::int32_t* selected = selection.of(range.head, s.q_begin + range.q0);
   std::fill(offsets, offsets + blocks + 1, 0);
   for (std::int64_t i = 0; i < count * width; ++i) {
-    if (chosen[i] >= 0) ++offsets[chosen[i] + 1];
+    if (selected[i] >= 0) ++offsets[selected[i] + 1];
   }
   std::partial_sum(offsets, offsets + blocks + 1, offsets);
   for (std::int64_t row = 0; row < count; ++row) {
-    for (std::int64_t i = 0; i < width && chosen[row * width + i] >= 0; ++i) {
-      rows[offsets[chosen[row * width + i]]++] = static_cast<std::uint32_t>(row);
+    for (std::int64_t i = 0; i < width && selected[row * width + i] >= 0; ++i) {
+      rows[offsets[selected[row * width + i]]++] = static_cast<std::uint32_t>(row);
     }
   }
   // The scatter moved every offset to the next one's place.
@@ -72,15 +72,15 @@ std::size_t plan_bytes(const Problem& problem, const Group& group) {
   if (width == 0) return 0;
   const std::int64_t blocks = (problem.longest + problem.routing.block_size - 1) / problem.routing.block_size;
   const std::int64_t rows = group.heads() * group.tokens() * problem.group;
-  const std::int64_t most_ranges =
+  const std::int64_t max_ranges =
       rows / kDenseRows + group.heads() * (static_cast<std::int64_t>(problem.sequences.size()) + 1);
-  return static_cast<std::size_t>(rows * width + most_ranges * (blocks + 2)) * sizeof(std::uint32_t);
+  return static_cast<std::size_t>(rows * width + max_ranges * (blocks + 2)) * sizeof(std::uint32_t);
 }
 
 namespace {
 
 /// A plan's ranges as they are listed, and the space that their lists will take.
-struct Listing {
+struct PlanBuilder {
   Plan plan{};
   std::int64_t offsets = 0, rows = 0;
 
@@ -93,11 +93,12 @@ struct Listing {
   }
 };
 
-Plan filled(const Problem& problem, const Selection& selection, Listing listing, Resources& resources) {
-  Plan plan = std::move(listing.plan);
+Plan build_plan(const Problem& problem, const Selection& selection, PlanBuilder builder,
+                Resources& resources) {
+  Plan plan = std::move(builder.plan);
   if (selection.width == 0) return plan;
-  plan.offsets = Buffer<std::uint32_t>(resources.scratch, listing.offsets);
-  plan.rows = Buffer<std::uint32_t>(resources.scratch, listing.rows);
+  plan.offsets = Buffer<std::uint32_t>(resources.scratch, builder.offsets);
+  plan.rows = Buffer<std::uint32_t>(resources.scratch, builder.rows);
   resources.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int) {
     const Range& range = plan.ranges[static_cast<std::size_t>(task)];
     invert(problem, selection, range, plan.offsets.data() + range.first_offset,
@@ -112,7 +113,7 @@ Plan plan(const Problem& problem, const Selection& selection, Resources& resourc
   const Group& group = selection.group;
   const std::int64_t step =
       std::max<std::int64_t>(range_rows(problem, selection, resources) / problem.group, 1);
-  Listing listing;
+  PlanBuilder builder;
   for (std::size_t s = problem.sequences.size(); s-- > 0;) {
     const auto [first, last] = group.queries_of(problem.sequences[s]);
     if (first == last) continue;
@@ -120,39 +121,40 @@ Plan plan(const Problem& problem, const Selection& selection, Resources& resourc
     // Later queries see more keys: begin with them, so that no long range is left for the end.
     for (std::int64_t r = ranges - 1; r >= 0; --r) {
       for (std::int64_t head = group.head0; head < group.head1; ++head) {
-        listing.add(problem, selection, s, head, first + (last - first) * r / ranges,
+        builder.add(problem, selection, s, head, first + (last - first) * r / ranges,
                     first + (last - first) * (r + 1) / ranges);
       }
     }
   }
-  return filled(problem, selection, std::move(listing), resources);
+  return build_plan(problem, selection, std::move(builder), resources);
 }
 
 std::int64_t backward_parts(const Problem& problem, const SequenceView& sequence) {
-  const std::int64_t chunks =
-      (sequence.keys + static_cast<std::int64_t>(kChunk) - 1) / static_cast<std::int64_t>(kChunk);
+  const std::int64_t key_tiles =
+      (sequence.keys + static_cast<std::int64_t>(kKeyTileSize) - 1) / static_cast<std::int64_t>(kKeyTileSize);
   const std::int64_t rows = sequence.queries * problem.group * (problem.width() + 1) /
                             std::max<std::int64_t>(problem.blocks(sequence), 1);
-  const std::int64_t most = std::min({chunks, sequence.queries, rows / kRowsPerCell, kMostParts});
+  const std::int64_t max_parts =
+      std::min({key_tiles, sequence.queries, rows / kRowsPerBackwardTile, kMaxBackwardParts});
   return static_cast<std::int64_t>(
-      std::bit_floor(static_cast<std::uint64_t>(std::max<std::int64_t>(most, 1))));
+      std::bit_floor(static_cast<std::uint64_t>(std::max<std::int64_t>(max_parts, 1))));
 }
 
 Plan plan_backward(const Problem& problem, const Selection& selection, Resources& resources) {
   const Group& group = selection.group;
-  Listing listing;
+  PlanBuilder builder;
   for (std::size_t s = 0; s < problem.sequences.size(); ++s) {
     const SequenceView& sequence = problem.sequences[s];
     if (sequence.queries == 0 || sequence.keys == 0) continue;
     const std::int64_t parts = backward_parts(problem, sequence);
     for (std::int64_t head = group.head0; head < group.head1; ++head) {
       for (std::int64_t part = 0; part < parts; ++part) {
-        listing.add(problem, selection, s, head, sequence.queries * part / parts,
+        builder.add(problem, selection, s, head, sequence.queries * part / parts,
                     sequence.queries * (part + 1) / parts);
       }
     }
   }
-  return filled(problem, selection, std::move(listing), resources);
+  return build_plan(problem, selection, std::move(builder), resources);
 }
 
 std::size_t plan_backward_bytes(const Problem& problem, const Group& group) {

@@ -9,9 +9,9 @@ namespace moba::cpu {
 constexpr std::size_t kMaxHeadDim = 256;
 /// Keys packed and walked at a time: with D = 128, packed keys and values take 256 KiB, half of a small
 /// second-level cache.
-constexpr std::size_t kChunk = 256;
-/// Floats that a packed chunk takes for each dimension: three parts of bf16 are half as long again.
-constexpr std::size_t kPackedFloats = kChunk * 3 / 2;
+constexpr std::size_t kKeyTileSize = 256;
+/// Floats that a packed key tile takes for each dimension: three parts of bf16 are half as long again.
+constexpr std::size_t kPackedFloats = kKeyTileSize * 3 / 2;
 /// Rows of one task of the gate: packing a panel of means costs little beside that many, and their lists stay
 /// in cache.
 constexpr std::int64_t kGateRows = 896;
@@ -21,9 +21,9 @@ constexpr std::size_t kMaxLanes = 16, kMaxTileRows = 32, kMaxCols = 2 * kMaxLane
 constexpr std::size_t kTileCapacity = kMaxTileRows + 4;
 /// Strides, in floats, of a tile's gathered rows and of its scores. The 16 extra keep rows out of each
 /// other's cache sets.
-constexpr std::size_t kRowStride = kMaxHeadDim + 16, kScoreStride = kChunk + 16;
+constexpr std::size_t kRowStride = kMaxHeadDim + 16, kScoreStride = kKeyTileSize + 16;
 /// The same of rows and weights in bf16, and the parts that an f32 is split into there.
-constexpr std::size_t kNarrowStride = kMaxHeadDim + 32, kWeightStride = kChunk + 32, kMaxParts = 3;
+constexpr std::size_t kBf16RowStride = kMaxHeadDim + 32, kWeightStride = kKeyTileSize + 32, kMaxParts = 3;
 
 constexpr std::size_t round_up(std::size_t value, std::size_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -38,13 +38,12 @@ constexpr std::size_t padded_dim(std::int64_t head_dim) {
 struct alignas(64) TileScratch {
   float rows[kTileCapacity * kRowStride];
   float scores[kTileCapacity * kScoreStride];
-  float widened[(kMaxLanes + 1) * kMaxHeadDim];  // the last row stays zero
-  float row_max[kMaxTileRows], top[kMaxTileRows], decay[kMaxTileRows];
+  float f32_rows[(kMaxLanes + 1) * kMaxHeadDim];  // the last row stays zero
+  float row_max[kMaxTileRows], top[kMaxTileRows], rescale[kMaxTileRows];
   float* out[kMaxTileRows];
-  std::size_t visible[kMaxTileRows];  // keys of the chunk that a row sees
+  std::size_t visible[kMaxTileRows];  // keys of the key tile that a row sees
   float product[kTileCapacity * kRowStride];
-  std::uint16_t
-      narrow_rows[kMaxParts * kTileCapacity * kNarrowStride];  // bf16 arithmetic, as is what follows
+  std::uint16_t bf16_rows[kMaxParts * kTileCapacity * kBf16RowStride];  // bf16 arithmetic, as is what follows
   std::uint16_t weights[kMaxParts * kTileCapacity * kWeightStride];
   std::uint32_t words[kMaxParts * kMaxLanes * kMaxHeadDim / 2];
 };

@@ -28,7 +28,7 @@ std::string names(std::int64_t targets) {
   return list;
 }
 
-std::string choose() {
+std::string choose_target() {
   const char* forced = std::getenv("MOBA_CPU_TARGET");
   if (forced != nullptr && *forced != '\0') {
     std::int64_t wanted = available();
@@ -46,7 +46,7 @@ std::string choose() {
 }  // namespace
 
 const std::string& target_refusal() {
-  static const std::string refusal = choose();
+  static const std::string refusal = choose_target();
   return refusal;
 }
 

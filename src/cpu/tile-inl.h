@@ -84,11 +84,11 @@ HWY_NOINLINE void score_tile(const float* HWY_RESTRICT rows, const float* HWY_RE
 /// out[r][0, kCols) = decay[r] * out[r] + weights[r] . panel
 template <std::size_t kRows>
 HWY_NOINLINE void value_tile(const float* HWY_RESTRICT weights, const float* HWY_RESTRICT panel,
-                             std::size_t depth, const float* HWY_RESTRICT decay,
+                             std::size_t depth, const float* HWY_RESTRICT rescale,
                              float* const* HWY_RESTRICT out, std::size_t column) {
   multiply<kRows, kScoreStride>(weights, panel, depth, [&](std::size_t r, Vec left, Vec right) HWY_ATTR {
     const F32 d;
-    const Vec keep = hn::Set(d, decay[r]);
+    const Vec keep = hn::Set(d, rescale[r]);
     float* to = out[r] + column;
     hn::Store(hn::MulAdd(keep, hn::Load(d, to), left), d, to);
     hn::Store(hn::MulAdd(keep, hn::Load(d, to + kLanes), right), d, to + kLanes);
@@ -97,8 +97,8 @@ HWY_NOINLINE void value_tile(const float* HWY_RESTRICT weights, const float* HWY
 
 /// out[k][0, kCols) += sum over rows r of weights[r][k] * rows[r][0, kCols): the transposed product.
 template <std::size_t kKeys>
-HWY_NOINLINE void key_tile(const float* HWY_RESTRICT weights, const float* HWY_RESTRICT rows,
-                           std::size_t depth, float* HWY_RESTRICT out, std::size_t stride) {
+HWY_NOINLINE void key_grad_tile(const float* HWY_RESTRICT weights, const float* HWY_RESTRICT rows,
+                                std::size_t depth, float* HWY_RESTRICT out, std::size_t stride) {
   multiply<kKeys, 1, kScoreStride, kRowStride>(
       weights, rows, depth, [&](std::size_t k, Vec left, Vec right) HWY_ATTR {
         const F32 d;
@@ -110,7 +110,7 @@ HWY_NOINLINE void key_tile(const float* HWY_RESTRICT weights, const float* HWY_R
 
 using ScoreTile = void (*)(const float*, const float*, std::size_t, float*);
 using ValueTile = void (*)(const float*, const float*, std::size_t, const float*, float* const*, std::size_t);
-using KeyTile = void (*)(const float*, const float*, std::size_t, float*, std::size_t);
+using KeyGradTile = void (*)(const float*, const float*, std::size_t, float*, std::size_t);
 
 template <std::size_t... kRows>
 constexpr std::array<ScoreTile, sizeof...(kRows)> score_tiles(std::index_sequence<kRows...>) {
@@ -121,8 +121,8 @@ constexpr std::array<ValueTile, sizeof...(kRows)> value_tiles(std::index_sequenc
   return {value_tile<kRows + 1>...};
 }
 template <std::size_t... kKeys>
-constexpr std::array<KeyTile, sizeof...(kKeys)> key_tiles(std::index_sequence<kKeys...>) {
-  return {key_tile<kKeys + 1>...};
+constexpr std::array<KeyGradTile, sizeof...(kKeys)> key_grad_tiles(std::index_sequence<kKeys...>) {
+  return {key_grad_tile<kKeys + 1>...};
 }
 /// By the number of rows, less one.
 constexpr auto kScoreTiles = score_tiles(std::make_index_sequence<kTileRows>());
@@ -162,8 +162,8 @@ HWY_INLINE Vec exp2(Vec x) {
 }
 
 /// One row of `size` values in storage type `dtype`, times `factor`, as f32.
-HWY_INLINE void widen(const std::byte* from, DType dtype, std::size_t size, float factor,
-                      float* HWY_RESTRICT to) {
+HWY_INLINE void load_f32(const std::byte* from, DType dtype, std::size_t size, float factor,
+                         float* HWY_RESTRICT to) {
   const F32 d;
   const Vec by = hn::Set(d, factor);
   std::size_t i = 0;
@@ -205,8 +205,8 @@ HWY_INLINE void widen(const std::byte* from, DType dtype, std::size_t size, floa
 }
 
 /// The way back: `size` values times `factor`, rounded to storage type `dtype`.
-HWY_INLINE void narrow(const float* HWY_RESTRICT from, std::size_t size, float factor, DType dtype,
-                       std::byte* to) {
+HWY_INLINE void store_f32(const float* HWY_RESTRICT from, std::size_t size, float factor, DType dtype,
+                          std::byte* to) {
   const F32 d;
   const Vec by = hn::Set(d, factor);
   std::size_t i = 0;
@@ -228,16 +228,17 @@ HWY_INLINE const float* row_as_f32(const Rows& rows, DType dtype, std::int64_t i
                                    float* scratch) {
   const std::byte* from = rows.data + index * rows.stride * static_cast<std::int64_t>(size_of(dtype));
   if (dtype == DType::f32) return reinterpret_cast<const float*>(from);
-  widen(from, dtype, size, rows.scales == nullptr ? 1.0F : rows.scales[index], scratch);
+  load_f32(from, dtype, size, rows.scales == nullptr ? 1.0F : rows.scales[index], scratch);
   return scratch;
 }
 
 HWY_INLINE bool all_finite(const float* row, std::size_t size) {
   const F32 d;
-  Vec odd = hn::Zero(d);  // NaN as soon as it meets what is not finite
+  Vec nonfinite = hn::Zero(d);  // NaN as soon as it meets what is not finite
   std::size_t i = 0;
-  for (; i + kLanes <= size; i += kLanes) odd = hn::MulAdd(hn::LoadU(d, row + i), hn::Zero(d), odd);
-  bool finite = hn::AllTrue(d, hn::Eq(odd, odd));
+  for (; i + kLanes <= size; i += kLanes)
+    nonfinite = hn::MulAdd(hn::LoadU(d, row + i), hn::Zero(d), nonfinite);
+  bool finite = hn::AllTrue(d, hn::Eq(nonfinite, nonfinite));
   for (; i < size; ++i) finite = finite && std::isfinite(row[i]);
   return finite;
 }

@@ -7,10 +7,10 @@
 namespace moba::reference {
 namespace {
 
-constexpr double kNothing = -std::numeric_limits<double>::infinity();
+constexpr double kNegInf = -std::numeric_limits<double>::infinity();
 
-std::int64_t doubles_of_a_worker(const Problem& problem) {
-  return 3 * problem.head_dim + most_seen(problem);
+std::int64_t worker_doubles(const Problem& problem) {
+  return 3 * problem.head_dim + max_attended_keys(problem);
 }
 
 /// One softmax over everything that a row attends to.
@@ -20,26 +20,26 @@ void attend_row(const Problem& problem, const Selection& selection, const Row& r
   const std::int64_t depth = problem.head_dim;
   double *query = memory, *other = query + depth, *out = other + depth, *weights = out + depth;
 
-  widen(problem, problem.q, row, query);
-  double largest = kNothing;
+  load_f64(problem, problem.q, row, query);
+  double largest = kNegInf;
   std::int64_t count = 0;
-  for_each_stretch(problem, selection, row, [&](std::int64_t begin, std::int64_t end) {
+  for_each_key_range(problem, selection, row, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t token = begin; token < end; ++token) {
-      widen_key(problem, s, row.kv_head, token, other);
+      load_key(problem, s, row.kv_head, token, other);
       weights[count] = problem.scale * dot(query, other, depth);
       largest = std::max(largest, weights[count++]);
     }
   });
-  if (largest == kNothing) largest = 0;  // nothing to see, or nothing above -inf: the weights are 0
+  if (largest == kNegInf) largest = 0;  // nothing to see, or nothing above -inf: the weights are 0
 
   double sum = 0;
   for (std::int64_t i = 0; i < count; ++i) sum += weights[i] = std::exp(weights[i] - largest);
 
   std::fill_n(out, depth, 0.0);
   count = 0;
-  for_each_stretch(problem, selection, row, [&](std::int64_t begin, std::int64_t end) {
+  for_each_key_range(problem, selection, row, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t token = begin; token < end; ++token) {
-      widen_value(problem, s, row.kv_head, token, other);
+      load_value(problem, s, row.kv_head, token, other);
       const double weight = weights[count++];
       for (std::int64_t d = 0; d < depth; ++d) out[d] += weight * other[d];
     }
@@ -51,22 +51,22 @@ void attend_row(const Problem& problem, const Selection& selection, const Row& r
   }
   if (outputs.lse != nullptr) {
     outputs.lse[row.q_head * problem.tokens + row.token()] =
-        static_cast<float>(sum == 0 ? kNothing : largest + std::log(sum));
+        static_cast<float>(sum == 0 ? kNegInf : largest + std::log(sum));
   }
 }
 
 }  // namespace
 
 std::size_t attend_bytes(const Problem& problem) {
-  return static_cast<std::size_t>(doubles_of_a_worker(problem)) * sizeof(double);
+  return static_cast<std::size_t>(worker_doubles(problem)) * sizeof(double);
 }
 
 void attend(const Problem& problem, const Selection& selection,
             const Plan& /*by block; rows are walked here*/, const Outputs& outputs, Resources& resources) {
-  const std::int64_t size = doubles_of_a_worker(problem);
+  const std::int64_t size = worker_doubles(problem);
   const Buffer<double> memory(resources.scratch, resources.parallel.threads * size);
   for_each_row(problem, selection.group, resources, [&](const Row& row, int worker) {
-    attend_row(problem, selection, row, part_of(memory, worker, size), outputs);
+    attend_row(problem, selection, row, worker_slice(memory, worker, size), outputs);
   });
 }
 

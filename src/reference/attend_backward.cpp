@@ -17,7 +17,7 @@ struct RowSums {
   double lse = 0, delta = 0;
 };
 
-struct Walk {
+struct BackwardPass {
   const Problem& problem;
   const Selection& selection;
   const Backward& backward;
@@ -28,36 +28,36 @@ struct Walk {
   }
 };
 
-std::int64_t doubles_of_a_row(const Problem& problem) {
-  return 5 * problem.head_dim + 2 * most_seen(problem);
+std::int64_t row_doubles(const Problem& problem) {
+  return 5 * problem.head_dim + 2 * max_attended_keys(problem);
 }
-std::int64_t doubles_of_a_key(const Problem& problem) {
+std::int64_t key_doubles(const Problem& problem) {
   return 6 * problem.head_dim;
 }
-std::int64_t doubles_of_a_worker(const Problem& problem) {
-  return std::max(doubles_of_a_row(problem), doubles_of_a_key(problem));
+std::int64_t worker_doubles(const Problem& problem) {
+  return std::max(row_doubles(problem), key_doubles(problem));
 }
 
 /// dq = scale * sum over keys of p (dp - delta) k, with p = exp(logit - lse), dp = <d_out, v>, delta = sum of
 /// p dp.
-void backward_of_row(const Walk& w, const Row& row, double* memory) {
+void backward_dq(const BackwardPass& w, const Row& row, double* memory) {
   const Problem& problem = w.problem;
   const std::int64_t depth = problem.head_dim;
   double *query = memory, *d_out = query + depth, *key = d_out + depth, *value = key + depth;
-  double *dq = value + depth, *logits = dq + depth, *dp = logits + most_seen(problem);
+  double *dq = value + depth, *logits = dq + depth, *dp = logits + max_attended_keys(problem);
 
-  widen(problem, problem.q, row, query);
-  widen(problem, w.backward.d_out, row, d_out);
+  load_f64(problem, problem.q, row, query);
+  load_f64(problem, w.backward.d_out, row, d_out);
   const auto each_key = [&](auto&& visit) {
     std::int64_t index = 0;
-    for_each_stretch(problem, w.selection, row, [&](std::int64_t begin, std::int64_t end) {
+    for_each_key_range(problem, w.selection, row, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t token = begin; token < end; ++token) visit(token, index++);
     });
   };
   double largest = -std::numeric_limits<double>::infinity();
   each_key([&](std::int64_t token, std::int64_t i) {
-    widen_key(problem, row.sequence, row.kv_head, token, key);
-    widen_value(problem, row.sequence, row.kv_head, token, value);
+    load_key(problem, row.sequence, row.kv_head, token, key);
+    load_value(problem, row.sequence, row.kv_head, token, value);
     logits[i] = problem.scale * dot(query, key, depth);
     dp[i] = dot(d_out, value, depth);
     largest = std::max(largest, logits[i]);
@@ -76,7 +76,7 @@ void backward_of_row(const Walk& w, const Row& row, double* memory) {
 
   std::fill_n(dq, depth, 0.0);
   each_key([&](std::int64_t token, std::int64_t i) {
-    widen_key(problem, row.sequence, row.kv_head, token, key);
+    load_key(problem, row.sequence, row.kv_head, token, key);
     const double d_logit = std::exp(logits[i] - sums.lse) * (dp[i] - sums.delta);
     for (std::int64_t d = 0; d < depth; ++d) dq[d] += problem.scale * d_logit * key[d];
   });
@@ -88,7 +88,8 @@ void backward_of_row(const Walk& w, const Row& row, double* memory) {
 /// Calls visit(query, member) for every row that attends to key `token`: those that chose its block, then
 /// those whose own block it is.
 template <typename Visit>
-void for_each_reader(const Walk& w, const Plan& plan, const Range& range, std::int64_t token, Visit&& visit) {
+void for_each_attending_row(const BackwardPass& w, const Plan& plan, const Range& range, std::int64_t token,
+                            Visit&& visit) {
   const Problem& problem = w.problem;
   const SequenceView& s = problem.sequences[static_cast<std::size_t>(range.sequence)];
   const std::int64_t block_size = problem.routing.block_size, block = token / block_size;
@@ -104,8 +105,8 @@ void for_each_reader(const Walk& w, const Plan& plan, const Range& range, std::i
 }
 
 /// dv = sum over rows of p d_out, dk = scale * sum over rows of p (dp - delta) q.
-void backward_of_key(const Walk& w, const Plan& plan, const Range& range, std::int64_t first_token,
-                     std::int64_t token, double* memory) {
+void backward_dk_dv(const BackwardPass& w, const Plan& plan, const Range& range, std::int64_t first_token,
+                    std::int64_t token, double* memory) {
   const Problem& problem = w.problem;
   const auto index = static_cast<std::size_t>(range.sequence);
   const SequenceView& s = problem.sequences[index];
@@ -113,13 +114,13 @@ void backward_of_key(const Walk& w, const Plan& plan, const Range& range, std::i
   double *key = memory, *value = key + depth, *query = value + depth, *d_out = query + depth;
   double *dk = d_out + depth, *dv = dk + depth;
 
-  widen_key(problem, s, range.head, token, key);
-  widen_value(problem, s, range.head, token, value);
+  load_key(problem, s, range.head, token, key);
+  load_value(problem, s, range.head, token, value);
   std::fill_n(dk, 2 * depth, 0.0);
-  for_each_reader(w, plan, range, token, [&](std::int64_t q, std::int64_t member) {
+  for_each_attending_row(w, plan, range, token, [&](std::int64_t q, std::int64_t member) {
     const Row row{index, s, q, range.head, member, range.head * problem.group + member};
-    widen(problem, problem.q, row, query);
-    widen(problem, w.backward.d_out, row, d_out);
+    load_f64(problem, problem.q, row, query);
+    load_f64(problem, w.backward.d_out, row, d_out);
     const RowSums& sums = w.sums_of(row.q_head, row.token());
     const double p = std::exp(problem.scale * dot(query, key, depth) - sums.lse);
     const double d_logit = p * (dot(d_out, value, depth) - sums.delta);
@@ -140,25 +141,25 @@ void backward_of_key(const Walk& w, const Plan& plan, const Range& range, std::i
 std::size_t attend_backward_bytes(const Problem& problem, const Group& group, int threads) {
   const auto rows = static_cast<std::size_t>(group.heads() * problem.group * problem.tokens);
   return rows * sizeof(RowSums) +
-         static_cast<std::size_t>(threads * doubles_of_a_worker(problem)) * sizeof(double);
+         static_cast<std::size_t>(threads * worker_doubles(problem)) * sizeof(double);
 }
 
 void attend_backward(const Problem& problem, const Selection& selection, const Plan& plan,
                      const Backward& backward, Resources& resources) {
   const Group& group = selection.group;
-  const std::int64_t size = doubles_of_a_worker(problem);
+  const std::int64_t size = worker_doubles(problem);
   const Buffer<double> memory(resources.scratch, resources.parallel.threads * size);
   const Buffer<RowSums> sums(resources.scratch, group.heads() * problem.group * problem.tokens);
-  const Walk walk{problem, selection, backward, sums};
+  const BackwardPass pass{problem, selection, backward, sums};
   for_each_row(problem, group, resources, [&](const Row& row, int worker) {
-    backward_of_row(walk, row, part_of(memory, worker, size));
+    backward_dq(pass, row, worker_slice(memory, worker, size));
   });
   std::vector<std::int64_t> first_token{0};  // of each sequence, among the packed keys
   for (const SequenceView& s : problem.sequences) first_token.push_back(first_token.back() + s.keys);
   for (const Range& range : plan.ranges) {
     const auto index = static_cast<std::size_t>(range.sequence);
     resources.parallel.run(problem.sequences[index].keys, [&](std::int64_t token, int worker) {
-      backward_of_key(walk, plan, range, first_token[index], token, part_of(memory, worker, size));
+      backward_dk_dv(pass, plan, range, first_token[index], token, worker_slice(memory, worker, size));
     });
   }
 }

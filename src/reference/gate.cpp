@@ -13,7 +13,7 @@ struct GateScratch {
   Buffer<std::int32_t> ranking;
 };
 
-std::int64_t most_blocks(const Problem& problem) {
+std::int64_t max_blocks(const Problem& problem) {
   return problem.longest == 0 ? 0 : (problem.longest - 1) / problem.routing.block_size + 1;
 }
 
@@ -26,8 +26,8 @@ double score(const Problem& problem, const double* query, const float* mean) {
 
 /// The blocks of one row: own block (non-causal, on request), sinks, then the highest scores; the more recent
 /// of equals.
-void choose(const Problem& problem, const Means& means, const Row& row, std::int64_t width, double* query,
-            double* scores, std::int32_t* ranking, std::int32_t* chosen) {
+void select_row(const Problem& problem, const Means& means, const Row& row, std::int64_t width, double* query,
+                double* scores, std::int32_t* ranking, std::int32_t* selected) {
   const Routing& routing = problem.routing;
   const std::int64_t own = problem.own_block(row.sequence, row.query);
   const std::int64_t candidates =
@@ -36,7 +36,7 @@ void choose(const Problem& problem, const Means& means, const Row& row, std::int
   const std::int64_t places = std::min(width, candidates);
 
   if (places < candidates) {
-    widen(problem, problem.q, row, query);
+    load_f64(problem, problem.q, row, query);
     const float* mean = means.of(row.sequence_index, row.kv_head);
     for (std::int64_t block = 0; block < candidates; ++block, mean += means.block_stride) {
       scores[block] = score(problem, query, mean);
@@ -51,13 +51,13 @@ void choose(const Problem& problem, const Means& means, const Row& row, std::int
     });
     std::sort(ranking, ranking + places);
   }
-  std::fill(std::copy_n(ranking, places, chosen), chosen + width, -1);
+  std::fill(std::copy_n(ranking, places, selected), selected + width, -1);
 }
 
 }  // namespace
 
 std::size_t gate_bytes(const Problem& problem) {
-  const auto blocks = static_cast<std::size_t>(most_blocks(problem));
+  const auto blocks = static_cast<std::size_t>(max_blocks(problem));
   return static_cast<std::size_t>(problem.head_dim) * sizeof(double) +
          blocks * (sizeof(double) + sizeof(std::int32_t));
 }
@@ -73,14 +73,14 @@ Selection gate(const Problem& problem, const Means& means, const Group& group, R
   selection.blocks = Buffer<std::int32_t>(resources.scratch,
                                           group.heads() * group.tokens() * problem.group * selection.width);
 
-  const std::int64_t blocks = most_blocks(problem), threads = resources.parallel.threads;
+  const std::int64_t blocks = max_blocks(problem), threads = resources.parallel.threads;
   const GateScratch memory{Buffer<double>(resources.scratch, threads * problem.head_dim),
                            Buffer<double>(resources.scratch, threads * blocks),
                            Buffer<std::int32_t>(resources.scratch, threads * blocks)};
   for_each_row(problem, group, resources, [&](const Row& row, int worker) {
-    choose(problem, means, row, selection.width, part_of(memory.query, worker, problem.head_dim),
-           part_of(memory.scores, worker, blocks), part_of(memory.ranking, worker, blocks),
-           selection.of(row.kv_head, row.token()) + row.member * selection.width);
+    select_row(problem, means, row, selection.width, worker_slice(memory.query, worker, problem.head_dim),
+               worker_slice(memory.scores, worker, blocks), worker_slice(memory.ranking, worker, blocks),
+               selection.of(row.kv_head, row.token()) + row.member * selection.width);
   });
   return selection;
 }

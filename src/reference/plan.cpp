@@ -7,16 +7,16 @@ namespace moba::reference {
 namespace {
 
 /// Count, scan, stable scatter: for every block the rows that chose it, ascending.
-void invert(const Selection& selection, const Range& range, const std::int32_t* chosen, std::int64_t blocks,
+void invert(const Selection& selection, const Range& range, const std::int32_t* selected, std::int64_t blocks,
             std::uint32_t* offsets, std::uint32_t* rows) {
   const std::int64_t count = (range.q1 - range.q0) * selection.query_group, width = selection.width;
   std::fill_n(offsets, blocks + 1, 0);
   for (std::int64_t i = 0; i < count * width; ++i) {
-    if (chosen[i] >= 0) ++offsets[chosen[i] + 1];
+    if (selected[i] >= 0) ++offsets[selected[i] + 1];
   }
   std::partial_sum(offsets, offsets + blocks + 1, offsets);
   for (std::int64_t i = 0; i < count * width; ++i) {
-    if (chosen[i] >= 0) rows[offsets[chosen[i]]++] = static_cast<std::uint32_t>(i / width);
+    if (selected[i] >= 0) rows[offsets[selected[i]]++] = static_cast<std::uint32_t>(i / width);
   }
   // The scatter has moved every offset to where the next begins.
   std::copy_backward(offsets, offsets + blocks, offsets + blocks + 1);

@@ -38,40 +38,40 @@ void for_each_row(const Problem& problem, const Group& group, Resources& resourc
 
 /// Calls visit(begin, end) for every stretch of keys that a row attends to, ascending.
 template <typename Visit>
-void for_each_stretch(const Problem& problem, const Selection& selection, const Row& row, Visit&& visit) {
+void for_each_key_range(const Problem& problem, const Selection& selection, const Row& row, Visit&& visit) {
   const SequenceView& s = row.sequence;
   const std::int64_t block_size = problem.routing.block_size;
-  const std::int32_t* chosen = selection.of(row.kv_head, row.token()) + row.member * selection.width;
-  for (std::int64_t i = 0; i < selection.width && chosen[i] >= 0; ++i) {
-    visit(chosen[i] * block_size, std::min((chosen[i] + 1) * block_size, s.keys));
+  const std::int32_t* selected = selection.of(row.kv_head, row.token()) + row.member * selection.width;
+  for (std::int64_t i = 0; i < selection.width && selected[i] >= 0; ++i) {
+    visit(selected[i] * block_size, std::min((selected[i] + 1) * block_size, s.keys));
   }
   const std::int64_t own = problem.own_block(s, row.query);
   if (problem.routing.causal && own >= 0) visit(own * block_size, s.position(row.query) + 1);
 }
 
 /// Most keys that any row attends to.
-inline std::int64_t most_seen(const Problem& problem) {
+inline std::int64_t max_attended_keys(const Problem& problem) {
   return std::min(problem.longest, (problem.width() + 1) * problem.routing.block_size);
 }
 
-inline void widen(const Problem& problem, const Tensor& t, const Row& row, double* to) {
+inline void load_f64(const Problem& problem, const Tensor& t, const Row& row, double* to) {
   const std::int64_t offset = Problem::offset(t, row.sequence, row.query, row.q_head);
   for (std::int64_t d = 0; d < problem.head_dim; ++d) to[d] = load(t.data, t.dtype, offset + d);
 }
 
-inline void widen(const Problem& problem, const Rows& rows, DType dtype, double* to) {
+inline void load_f64(const Problem& problem, const Rows& rows, DType dtype, double* to) {
   const double scale = rows.scales == nullptr ? 1 : *rows.scales;
   for (std::int64_t d = 0; d < problem.head_dim; ++d) to[d] = load(rows.data, dtype, d) * scale;
 }
 
-inline void widen_key(const Problem& problem, const SequenceView& s, std::int64_t head, std::int64_t token,
-                      double* to) {
-  widen(problem, problem.keys(s, head, token), problem.k.dtype, to);
+inline void load_key(const Problem& problem, const SequenceView& s, std::int64_t head, std::int64_t token,
+                     double* to) {
+  load_f64(problem, problem.keys(s, head, token), problem.k.dtype, to);
 }
 
-inline void widen_value(const Problem& problem, const SequenceView& s, std::int64_t head, std::int64_t token,
-                        double* to) {
-  widen(problem, problem.values(s, head, token), problem.v.dtype, to);
+inline void load_value(const Problem& problem, const SequenceView& s, std::int64_t head, std::int64_t token,
+                       double* to) {
+  load_f64(problem, problem.values(s, head, token), problem.v.dtype, to);
 }
 
 inline double dot(const double* a, const double* b, std::int64_t size) {
@@ -83,7 +83,7 @@ inline double dot(const double* a, const double* b, std::int64_t size) {
 
 /// The share of `buffer`, made of equal parts, that belongs to a worker.
 template <typename T>
-T* part_of(const Buffer<T>& buffer, int worker, std::int64_t size) {
+T* worker_slice(const Buffer<T>& buffer, int worker, std::int64_t size) {
   return buffer.data() + worker * size;
 }
 

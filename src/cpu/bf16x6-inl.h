@@ -2,11 +2,11 @@
 // a product of two values is the six products of parts that are above f32's own rounding. Values lie in words
 // of two: i and i + 16 of 32 neighbours in depth, which costs two instructions instead of a shuffle; the two
 // operands of a product agree on it. What is not finite does not split (inf - inf).
-#if defined(MOBA_CPU_SPLIT_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef MOBA_CPU_SPLIT_INL_H_
-#undef MOBA_CPU_SPLIT_INL_H_
+#if defined(MOBA_CPU_BF16X6_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MOBA_CPU_BF16X6_INL_H_
+#undef MOBA_CPU_BF16X6_INL_H_
 #else
-#define MOBA_CPU_SPLIT_INL_H_
+#define MOBA_CPU_BF16X6_INL_H_
 #endif
 
 #include "cpu/matrix_tiles.h"
@@ -18,10 +18,10 @@ namespace {
 
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
 
-constexpr std::size_t kSplitWords = kBf16Depth / 2;
+constexpr std::size_t kPairWords = kBf16Depth / 2;
 
 /// 32 values as 16 words of each part. Cutting, unlike rounding, takes one instruction a part.
-HWY_INLINE void split(Vec left, Vec right, __m512i* words) {
+HWY_INLINE void split_bf16x3(Vec left, Vec right, __m512i* words) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000U));
   __m512 l = left.raw, r = right.raw;
 #pragma GCC unroll 3
@@ -48,36 +48,37 @@ HWY_INLINE __m512i round_words(Vec left, Vec right) {
 
 /// The same into memory; part p starts p * part_stride words after the first. One part is rounded.
 template <std::size_t kParts = kMaxParts>
-HWY_INLINE void split_into(Vec left, Vec right, std::uint32_t* to, std::size_t part_stride) {
+HWY_INLINE void store_bf16x3(Vec left, Vec right, std::uint32_t* to, std::size_t part_stride) {
   if constexpr (kParts == 1) {
     _mm512_storeu_si512(to, round_words(left, right));
   } else {
     __m512i words[kMaxParts];
-    split(left, right, words);
+    split_bf16x3(left, right, words);
     for (std::size_t part = 0; part < kMaxParts; ++part)
       _mm512_storeu_si512(to + part * part_stride, words[part]);
   }
 }
 
-HWY_INLINE Vec load_some(const float* row, std::size_t size, std::size_t at) {
+HWY_INLINE Vec load_masked(const float* row, std::size_t size, std::size_t at) {
   if (at + kLanes <= size) return hn::LoadU(F32(), row + at);
   return hn::MaskedLoad(hn::FirstN(F32(), size > at ? size - at : 0), F32(), row + at);
 }
 
 /// A row of `size` values, as rows of a product; zeros follow the last.
 template <std::size_t kParts = kMaxParts>
-HWY_INLINE void split_row(const float* row, std::size_t size, std::uint32_t* to, std::size_t part_stride) {
+HWY_INLINE void split_row_bf16x3(const float* row, std::size_t size, std::uint32_t* to,
+                                 std::size_t part_stride) {
   for (std::size_t at = 0; at < size; at += kBf16Depth) {
-    split_into<kParts>(load_some(row, size, at), load_some(row, size, at + kSplitWords), to + at / 2,
-                       part_stride);
+    store_bf16x3<kParts>(load_masked(row, size, at), load_masked(row, size, at + kPairWords), to + at / 2,
+                         part_stride);
   }
 }
 
 /// Split rows `first` to `first` + 15 of a panel of 32 columns, [depth / 2][32] words a part, from `words`,
 /// [part][16][stride].
 template <std::size_t kParts = kMaxParts>
-HWY_INLINE void transpose_split(const std::uint32_t* words, std::size_t stride, std::size_t depth,
-                                std::uint32_t* panel, std::size_t panel_part) {
+HWY_INLINE void transpose_bf16x3(const std::uint32_t* words, std::size_t stride, std::size_t depth,
+                                 std::uint32_t* panel, std::size_t panel_part) {
   for (std::size_t part = 0; part < kParts; ++part) {
     std::array<const float*, kLanes> from;
     for (std::size_t r = 0; r < kLanes; ++r)
@@ -92,11 +93,11 @@ template <std::size_t kParts = kMaxParts>
 HWY_INLINE void zip_rows(const float* const* rows, std::size_t size, std::uint32_t* panels_to,
                          std::size_t panel_stride, std::size_t panel_part) {
   for (std::size_t column = 0; column < round_up(size, kBf16Depth); column += kLanes) {
-    std::uint32_t* to = panels_to + column / kNarrowCols * panel_stride + column % kNarrowCols;
-    for (std::size_t pair = 0; pair < kSplitWords; ++pair) {
-      split_into<kParts>(load_some(rows[pair], size, column),
-                         load_some(rows[pair + kSplitWords], size, column), to + pair * kNarrowCols,
-                         panel_part);
+    std::uint32_t* to = panels_to + column / kMatrixCols * panel_stride + column % kMatrixCols;
+    for (std::size_t pair = 0; pair < kPairWords; ++pair) {
+      store_bf16x3<kParts>(load_masked(rows[pair], size, column),
+                           load_masked(rows[pair + kPairWords], size, column), to + pair * kMatrixCols,
+                           panel_part);
     }
   }
 }

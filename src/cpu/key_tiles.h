@@ -10,36 +10,36 @@
 /// The order in which a worker goes through the keys that its range of queries sees.
 namespace moba::cpu {
 
-/// One chunk of one block, and who sees it: the rows that chose the block, all of it; the rows [own_first,
+/// One key tile of one block, and who sees it: the rows that chose the block, all of it; the rows [own_first,
 /// own_last) whose own block it is, up to their position.
-struct Chunk {
+struct KeyTile {
   std::int64_t first = 0, count = 0;
-  std::span<const std::uint32_t> chosen{};
+  std::span<const std::uint32_t> selected{};
   std::int64_t own_first = 0, own_last = 0;
 };
 
-/// Walks the chunks of a range in ascending order of their keys.
-class Walk {
+/// Walks the key tiles of a range in ascending order of their keys.
+class KeyTileIterator {
  public:
-  Walk(const Problem& problem, const SequenceView& sequence, const Plan& plan, const Range& range,
-       std::size_t most_keys = kChunk)
+  KeyTileIterator(const Problem& problem, const SequenceView& sequence, const Plan& plan, const Range& range,
+                  std::size_t max_keys = kKeyTileSize)
       : problem_(problem),
         sequence_(sequence),
         plan_(plan),
         range_(range),
-        most_(static_cast<std::int64_t>(most_keys)) {
+        max_keys_(static_cast<std::int64_t>(max_keys)) {
     const std::int64_t last = problem.own_block(sequence, range.q1 - 1);
     blocks_ = problem.routing.causal ? last + 1 : problem.blocks(sequence);
   }
 
-  /// The next chunk that anybody sees; false at the end.
-  bool next(Chunk& chunk) {
+  /// The next key tile that anybody sees; false at the end.
+  bool next(KeyTile& key_tile) {
     while (at_ >= end_) {
       if (++block_ >= blocks_) return false;
       enter_block();
     }
-    chunk = {at_, std::min(step_, end_ - at_), chosen_, own_first_, own_last_};
-    chunk.own_first = std::max(own_first_, (at_ - sequence_.position(range_.q0)) * problem_.group);
+    key_tile = {at_, std::min(step_, end_ - at_), selected_, own_first_, own_last_};
+    key_tile.own_first = std::max(own_first_, (at_ - sequence_.position(range_.q0)) * problem_.group);
     at_ += step_;
     return true;
   }
@@ -47,7 +47,7 @@ class Walk {
  private:
   void enter_block() {
     const std::int64_t size = problem_.routing.block_size;
-    chosen_ = plan_.rows.size() > 0 ? plan_.rows_of(range_, block_) : std::span<const std::uint32_t>();
+    selected_ = plan_.rows.size() > 0 ? plan_.rows_of(range_, block_) : std::span<const std::uint32_t>();
     at_ = block_ * size;
     // Whoever chose the block sees all of it; its own rows see it up to the last of them.
     end_ = std::min(at_ + std::min(size, sequence_.keys), sequence_.keys);
@@ -57,27 +57,27 @@ class Walk {
       own_first_ = std::clamp<std::int64_t>(at_ - zero, 0, tokens) * problem_.group;
       own_last_ = std::clamp<std::int64_t>(end_ - zero, 0, tokens) * problem_.group;
     }
-    if (chosen_.empty()) {
+    if (selected_.empty()) {
       end_ = own_first_ == own_last_ ? at_
                                      : sequence_.position(range_.q0 + (own_last_ - 1) / problem_.group) + 1;
     }
-    const std::int64_t chunks = std::max<std::int64_t>((end_ - at_ + most_ - 1) / most_, 1);
+    const std::int64_t key_tiles = std::max<std::int64_t>((end_ - at_ + max_keys_ - 1) / max_keys_, 1);
     step_ = static_cast<std::int64_t>(
-        round_up(static_cast<std::size_t>((end_ - at_ + chunks - 1) / chunks), kMaxCols));
+        round_up(static_cast<std::size_t>((end_ - at_ + key_tiles - 1) / key_tiles), kMaxCols));
   }
 
   const Problem& problem_;
   const SequenceView& sequence_;
   const Plan& plan_;
   const Range& range_;
-  std::int64_t most_;
+  std::int64_t max_keys_;
   std::int64_t blocks_ = 0, block_ = -1, at_ = 0, end_ = 0, step_ = 1, own_first_ = 0, own_last_ = 0;
-  std::span<const std::uint32_t> chosen_;
+  std::span<const std::uint32_t> selected_;
 };
 
-/// Brings the keys and values of the next chunk into the second-level cache, a few rows at a time, while this
-/// one is worked on.
-class Prefetch {
+/// Brings the keys and values of the next key tile into the second-level cache, a few rows at a time, while
+/// this one is worked on.
+class KvPrefetcher {
  public:
   void begin(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
              std::int64_t count) {

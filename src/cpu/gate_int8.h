@@ -25,7 +25,7 @@ struct ScreenedMeans {
     return round_up(static_cast<std::size_t>(head_dim), kInt8Depth);
   }
   static std::size_t padded(std::int64_t blocks) {
-    return round_up(static_cast<std::size_t>(blocks), kNarrowCols);
+    return round_up(static_cast<std::size_t>(blocks), kMatrixCols);
   }
   static std::size_t bytes(std::int64_t blocks, std::int64_t head_dim) {
     return padded(blocks) * (depth(head_dim) + 3 * sizeof(float) + sizeof(std::int32_t));
@@ -41,6 +41,6 @@ struct ScreenedMeans {
 /// Fewest candidates for which screening is faster, as measured; and rows screened together.
 constexpr std::int64_t kScreenFrom = 2048, kScreenRows = 448;
 /// Candidates a row may hold back before they are scored.
-constexpr std::int64_t kHeldBack = 128;
+constexpr std::int64_t kMaxSurvivors = 128;
 
 }  // namespace moba::cpu

@@ -9,14 +9,14 @@
 /// What a row may choose from and the list it keeps: shared by the gate and by decoding.
 namespace moba::cpu {
 
-/// Blocks [first, last) of which a row must choose `places`, beside those that are forced.
-struct Choice {
-  std::int64_t first = 0, last = 0, places = 0, own = -1;
+/// Blocks [first, last) of which a row must choose `k`, beside those that are forced.
+struct Candidates {
+  std::int64_t first = 0, last = 0, k = 0, own = -1;
   std::int64_t count = 0;  // chosen so far
 };
 
-inline Choice choice_of(const Problem& problem, const SequenceView& s, std::int64_t query,
-                        std::int64_t width) {
+inline Candidates candidates_of(const Problem& problem, const SequenceView& s, std::int64_t query,
+                                std::int64_t width) {
   const std::int64_t own = problem.own_block(s, query);
   if (problem.routing.causal) {
     const std::int64_t candidates = std::max<std::int64_t>(own, 0),
@@ -30,18 +30,18 @@ inline Choice choice_of(const Problem& problem, const SequenceView& s, std::int6
 }
 
 /// The best blocks of a row so far, worst first; among equal scores the older block is the worse.
-struct Best {
+struct TopK {
   float* scores;
   std::int32_t* blocks;
-  std::int64_t count, places;
+  std::int64_t count, k;
 
-  void offer(float score, std::int32_t block) {
+  void push(float score, std::int32_t block) {
     if (!(score > -std::numeric_limits<float>::infinity()))
       score = -std::numeric_limits<float>::infinity();  // NaN counts as -inf
     std::int64_t at = count;
-    if (count == places) {
+    if (count == k) {
       if (score < scores[0]) return;
-      for (at = 0; at + 1 < places && scores[at + 1] <= score; ++at) {
+      for (at = 0; at + 1 < k && scores[at + 1] <= score; ++at) {
         scores[at] = scores[at + 1];
         blocks[at] = blocks[at + 1];
       }
@@ -58,12 +58,13 @@ struct Best {
 };
 
 /// Adds the forced blocks, sorts, pads.
-inline void finish_row(const Problem& problem, const Choice& choice, std::int64_t count, std::int64_t width,
-                       std::int32_t* blocks) {
-  for (std::int64_t sink = 0; sink < std::min(choice.first, width - count); ++sink)
+inline void finish_row(const Problem& problem, const Candidates& candidates, std::int64_t count,
+                       std::int64_t width, std::int32_t* blocks) {
+  for (std::int64_t sink = 0; sink < std::min(candidates.first, width - count); ++sink)
     blocks[count + sink] = static_cast<std::int32_t>(sink);
-  count = std::min(count + choice.first, width);
-  if (!problem.routing.causal && choice.own >= 0) blocks[count++] = static_cast<std::int32_t>(choice.own);
+  count = std::min(count + candidates.first, width);
+  if (!problem.routing.causal && candidates.own >= 0)
+    blocks[count++] = static_cast<std::int32_t>(candidates.own);
   std::sort(blocks, blocks + count);
   std::fill(blocks + count, blocks + width, -1);
 }

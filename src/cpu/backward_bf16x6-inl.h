@@ -1,16 +1,16 @@
-// The backward pass of a chunk on matrix units, in bf16 or in f32 split into parts. Logits are computed key
-// by row, so that a vector holds sixteen rows of one key: its two halves split into a row of the products
+// The backward pass of a key tile on matrix units, in bf16 or in f32 split into parts. Logits are computed
+// key by row, so that a vector holds sixteen rows of one key: its two halves split into a row of the products
 // that give dk and dv, and two keys' vectors into a panel of the one that gives dq. Nothing has to be
 // transposed on the way.
-#if defined(MOBA_CPU_DESCEND_SPLIT_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef MOBA_CPU_DESCEND_SPLIT_INL_H_
-#undef MOBA_CPU_DESCEND_SPLIT_INL_H_
+#if defined(MOBA_CPU_BACKWARD_BF16X6_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MOBA_CPU_BACKWARD_BF16X6_INL_H_
+#undef MOBA_CPU_BACKWARD_BF16X6_INL_H_
 #else
-#define MOBA_CPU_DESCEND_SPLIT_INL_H_
+#define MOBA_CPU_BACKWARD_BF16X6_INL_H_
 #endif
 
-#include "cpu/descend-inl.h"
-#include "cpu/split-inl.h"
+#include "cpu/backward-inl.h"
+#include "cpu/bf16x6-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
@@ -19,64 +19,66 @@ namespace {
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
 
 /// A tile is 32 rows, a block 32 keys.
-constexpr std::size_t kSide = kNarrowCols;
+constexpr std::size_t kSide = kMatrixCols;
 
 /// kParts: 1 where everything is bf16, weights and the gradients of logits being rounded to it; else 3.
 template <std::size_t kParts>
-class SplitDescent {
+class AmxBackward {
  public:
-  /// `memory`: split_descent_floats() of it.
-  SplitDescent(Worker& w, float* memory)
-      : w_(w), depth_(round_up(w.depth(), kSide)), scratch_(*reinterpret_cast<SplitScratch*>(memory)) {
-    auto* words = reinterpret_cast<std::uint32_t*>(memory) + sizeof(SplitScratch) / sizeof(float);
+  /// `memory`: amx_backward_floats() of it.
+  AmxBackward(BackwardWorker& w, float* memory)
+      : w_(w), depth_(round_up(w.depth(), kSide)), scratch_(*reinterpret_cast<AmxBackwardScratch*>(memory)) {
+    auto* words = reinterpret_cast<std::uint32_t*>(memory) + sizeof(AmxBackwardScratch) / sizeof(float);
     const auto take = [&](std::size_t count) { return std::exchange(words, words + count); };
     keys_ = take(kParts * key_part());
     values_ = take(kParts * key_part());
     key_columns_ = take(kParts * key_part());
-    queries_ = take(kSplitTiles * tile_words());
-    d_outs_ = take(kSplitTiles * tile_words());
+    queries_ = take(kAmxRowTiles * tile_words());
+    d_outs_ = take(kAmxRowTiles * tile_words());
     query_rows_ = take(depth_ / kSide * kParts * row_part());
     d_out_rows_ = take(depth_ / kSide * kParts * row_part());
-    dq_ = reinterpret_cast<float*>(take(depth_ * kSplitRows));
-    w.dk = reinterpret_cast<float*>(take(kChunk * w.stride));
-    w.dv = reinterpret_cast<float*>(take(kChunk * w.stride));
+    dq_ = reinterpret_cast<float*>(take(depth_ * kAmxRows));
+    w.dk = reinterpret_cast<float*>(take(kKeyTileSize * w.stride));
+    w.dv = reinterpret_cast<float*>(take(kKeyTileSize * w.stride));
   }
 
-  void descend_chunk() {
+  void backward_key_tile() {
     pack();
     const std::size_t keys = round_up(w_.count(), kSide);
     std::fill(w_.dk, w_.dk + keys * w_.stride, 0.0F);
     std::fill(w_.dv, w_.dv + keys * w_.stride, 0.0F);
-    constexpr auto kRows = static_cast<std::int64_t>(kSplitRows);
+    constexpr auto kRows = static_cast<std::int64_t>(kAmxRows);
     const std::int64_t batches = (w_.rows() + kRows - 1) / kRows;
-    w_.keys_ahead.spread(0, 4 * std::max(w_.chunk.count, w_.next_chunk.count), batches * products());
-    for (std::int64_t i = 0; i < batches; ++i) descend_batch(i * kRows, std::min((i + 1) * kRows, w_.rows()));
-    hand_over(w_, w_.g.problem.scale);
+    w_.key_budget.reset(0, 4 * std::max(w_.key_tile.count, w_.next_key_tile.count), batches * products());
+    for (std::int64_t i = 0; i < batches; ++i)
+      backward_batch(i * kRows, std::min((i + 1) * kRows, w_.rows()));
+    accumulate_dk_dv(w_, w_.g.problem.scale);
   }
 
  private:
   std::size_t dim_words() const { return depth_ / 2; }
-  std::size_t key_part() const { return kChunk * dim_words(); }
+  std::size_t key_part() const { return kKeyTileSize * dim_words(); }
   std::size_t tile_part() const { return dim_words() * kSide; }
   std::size_t tile_words() const { return kParts * tile_part(); }
-  static constexpr std::size_t row_part() { return kSplitRowWords * kSide; }
-  static constexpr std::size_t kKeyWords = kChunk / 2, kWeightPart = kSplitKeys * kSplitRowWords,
-                               kPanelPart = kSplitKeys / 2 * kSide;
-  /// Of a whole batch and a whole chunk, as occasions to look ahead.
+  static constexpr std::size_t row_part() { return kAmxRowWords * kSide; }
+  static constexpr std::size_t kKeyWords = kKeyTileSize / 2, kWeightPart = kAmxKeys * kAmxRowWords,
+                               kPanelPart = kAmxKeys / 2 * kSide;
+  /// Of a whole batch and a whole key tile, as occasions to look ahead.
   std::int64_t products() const {
-    const std::size_t groups = round_up(w_.count(), kSplitKeys) / kSplitKeys, panels = depth_ / kSide;
-    return static_cast<std::int64_t>(groups * (4 * kSplitTiles + 4 * panels + panels * kSplitTiles));
+    const std::size_t groups = round_up(w_.count(), kAmxKeys) / kAmxKeys, panels = depth_ / kSide;
+    return static_cast<std::int64_t>(groups * (4 * kAmxRowTiles + 4 * panels + panels * kAmxRowTiles));
   }
 
   /// out[kSide][kSide] = or += rows . panel, in units of words.
   void multiply(const std::uint32_t* rows, std::size_t stride, std::size_t part, const std::uint32_t* panel,
                 std::size_t panel_part, std::size_t words, bool more, float* out, std::size_t out_stride) {
-    Ahead nothing;
+    RowPrefetcher no_prefetch;
     const auto run = kParts == 1 ? tiles_.multiply_bf16 : tiles_.multiply;
     run(reinterpret_cast<const bfloat16*>(rows), 2 * stride, 2 * part, kSide,
-        reinterpret_cast<const bfloat16*>(panel), 2 * panel_part, 2 * words, more, out, out_stride, nothing);
-    look_for_rows(w_);
-    look_for_keys(w_);
+        reinterpret_cast<const bfloat16*>(panel), 2 * panel_part, 2 * words, more, out, out_stride,
+        no_prefetch);
+    prefetch_some_rows(w_);
+    prefetch_some_keys(w_);
   }
 
   /// Up to 32 rows from `first` on as f32, zeros after the last; `scratch` holds what has to be widened.
@@ -86,35 +88,35 @@ class SplitDescent {
     for (std::size_t r = 0; r < kSide; ++r) {
       from[r] = first + r < w_.count() ? row_as_f32(rows, dtype, static_cast<std::int64_t>(first + r),
                                                     w_.depth(), scratch + r * kRowStride)
-                                       : w_.batch.widened + kMaxLanes * kMaxHeadDim;
+                                       : w_.batch.f32_rows + kMaxLanes * kMaxHeadDim;
     }
     return from;
   }
 
   void pack() {
     const Problem& problem = w_.g.problem;
-    const std::int64_t head = w_.cell.range->head;
-    const Rows keys = problem.keys(w_.sequence, head, w_.chunk.first),
-               values = problem.values(w_.sequence, head, w_.chunk.first);
+    const std::int64_t head = w_.backward_tile.range->head;
+    const Rows keys = problem.keys(w_.sequence, head, w_.key_tile.first),
+               values = problem.values(w_.sequence, head, w_.key_tile.first);
     for (std::size_t first = 0; first < w_.count(); first += kSide) {
       const auto key = rows_as_f32(keys, problem.k.dtype, first, w_.batch.queries),
                  value = rows_as_f32(values, problem.v.dtype, first, w_.batch.d_outs);
       for (std::size_t r = 0; r < kSide; ++r) {
-        split_row<kParts>(key[r], w_.depth(), keys_ + (first + r) * dim_words(), key_part());
-        split_row<kParts>(value[r], w_.depth(), values_ + (first + r) * dim_words(), key_part());
+        split_row_bf16x3<kParts>(key[r], w_.depth(), keys_ + (first + r) * dim_words(), key_part());
+        split_row_bf16x3<kParts>(value[r], w_.depth(), values_ + (first + r) * dim_words(), key_part());
       }
       float* columns = w_.batch.weights;  // [D][32]
       transpose_rows(key.data(), w_.depth(), columns);
       transpose_rows(key.data() + kLanes, w_.depth(), columns + kLanes);
       for (std::size_t d = 0; d < w_.depth(); ++d) {
-        split_into<kParts>(hn::Load(F32(), columns + d * kSide),
-                           hn::Load(F32(), columns + d * kSide + kLanes),
-                           key_columns_ + d * kKeyWords + first / 2, key_part());
+        store_bf16x3<kParts>(hn::Load(F32(), columns + d * kSide),
+                             hn::Load(F32(), columns + d * kSide + kLanes),
+                             key_columns_ + d * kKeyWords + first / 2, key_part());
       }
     }
   }
 
-  /// Rows [first, last) of the chunk's list, in the four ways in which they are multiplied.
+  /// Rows [first, last) of the key tile's list, in the four ways in which they are multiplied.
   void gather_batch(std::int64_t first, std::int64_t last) {
     const Problem& problem = w_.g.problem;
     const std::size_t row_panel = kParts * row_part();
@@ -144,9 +146,9 @@ class SplitDescent {
       }
       transpose_tile(query, queries_ + tile * tile_words());
       transpose_tile(d_out, d_outs_ + tile * tile_words());
-      zip_rows<kParts>(query.data(), w_.depth(), query_rows_ + tile * kSplitWords * kSide, row_panel,
+      zip_rows<kParts>(query.data(), w_.depth(), query_rows_ + tile * kPairWords * kSide, row_panel,
                        row_part());
-      zip_rows<kParts>(d_out.data(), w_.depth(), d_out_rows_ + tile * kSplitWords * kSide, row_panel,
+      zip_rows<kParts>(d_out.data(), w_.depth(), d_out_rows_ + tile * kPairWords * kSide, row_panel,
                        row_part());
     }
   }
@@ -155,8 +157,8 @@ class SplitDescent {
     constexpr std::size_t kStride = kMaxHeadDim / 2;
     for (std::size_t first = 0; first < kSide; first += kLanes) {
       for (std::size_t r = 0; r < kLanes; ++r)
-        split_row<kParts>(rows[first + r], w_.depth(), scratch_.words + r * kStride, kLanes * kStride);
-      transpose_split<kParts>(scratch_.words, kStride, depth_, panel + first, tile_part());
+        split_row_bf16x3<kParts>(rows[first + r], w_.depth(), scratch_.words + r * kStride, kLanes * kStride);
+      transpose_bf16x3<kParts>(scratch_.words, kStride, depth_, panel + first, tile_part());
     }
   }
 
@@ -164,28 +166,28 @@ class SplitDescent {
     return (static_cast<std::size_t>(last - first) + kSide - 1) / kSide;
   }
 
-  void descend_batch(std::int64_t first, std::int64_t last) {
-    constexpr auto kRows = static_cast<std::int64_t>(kSplitRows);
-    w_.rows_ahead.spread(3 * last, 3 * std::min(last + kRows, w_.rows()), products());
+  void backward_batch(std::int64_t first, std::int64_t last) {
+    constexpr auto kRows = static_cast<std::int64_t>(kAmxRows);
+    w_.row_budget.reset(3 * last, 3 * std::min(last + kRows, w_.rows()), products());
     gather_batch(first, last);
-    std::fill(dq_, dq_ + depth_ * kSplitRows, 0.0F);
+    std::fill(dq_, dq_ + depth_ * kAmxRows, 0.0F);
     const std::size_t tiles = tiles_in(first, last);
     std::size_t from = 0;  // the first tile with a row that sees the keys: what rows see never shrinks
-    for (std::size_t key = 0; key < w_.count(); key += kSplitKeys) {
+    for (std::size_t key = 0; key < w_.count(); key += kAmxKeys) {
       const auto blind = [&](std::size_t tile) {
         const std::int64_t last_row =
             std::min(first + static_cast<std::int64_t>((tile + 1) * kSide), last) - 1;
         return w_.seen(last_row) <= key;
       };
       while (from < tiles && blind(from)) ++from;
-      if (from < tiles) descend_keys(key, from, tiles);
+      if (from < tiles) backward_keys(key, from, tiles);
     }
-    hand_over_queries(first, last, tiles);
+    accumulate_dq(first, last, tiles);
   }
 
   /// Keys [key, key + kSplitKeys) against tiles [from, tiles) of the batch.
-  void descend_keys(std::size_t key, std::size_t from, std::size_t tiles) {
-    const std::size_t keys = std::min(round_up(w_.count() - key, kSide), kSplitKeys);
+  void backward_keys(std::size_t key, std::size_t from, std::size_t tiles) {
+    const std::size_t keys = std::min(round_up(w_.count() - key, kSide), kAmxKeys);
     // One operand of each product stays in the first-level cache while the other passes by.
     for (std::size_t tile = from; tile < tiles; ++tile) {
       const auto by_block = [&](const std::uint32_t* rows, const std::uint32_t* panels, float* out) {
@@ -196,14 +198,14 @@ class SplitDescent {
       };
       by_block(keys_, queries_, scratch_.logits);
       by_block(values_, d_outs_, scratch_.d_weights);
-      for (std::size_t block = 0; block < keys; block += kSide) weigh_block(key, block, tile);
+      for (std::size_t block = 0; block < keys; block += kSide) exp2_and_d_logits_block(key, block, tile);
     }
-    const std::size_t words = (tiles - from) * kSplitWords, skipped = from * kSplitWords;
+    const std::size_t words = (tiles - from) * kPairWords, skipped = from * kPairWords;
     for (std::size_t block = 0; block < keys; block += kSide) {
       const auto by_column = [&](const std::uint32_t* rows, const std::uint32_t* panels, float* out) {
         for (std::size_t column = 0; column < depth_; column += kSide) {
-          multiply(rows + block * kSplitRowWords + skipped, kSplitRowWords, kWeightPart,
-                   panels + (column / kSide * kParts * kSplitRowWords + skipped) * kSide, row_part(), words,
+          multiply(rows + block * kAmxRowWords + skipped, kAmxRowWords, kWeightPart,
+                   panels + (column / kSide * kParts * kAmxRowWords + skipped) * kSide, row_part(), words,
                    true, out + (key + block) * w_.stride + column, w_.stride);
         }
       };
@@ -214,7 +216,7 @@ class SplitDescent {
       for (std::size_t d = 0; d < depth_; d += kSide) {
         multiply(key_columns_ + d * kKeyWords + key / 2, kKeyWords, key_part(),
                  scratch_.d_logit_panels + tile * kParts * kPanelPart, kPanelPart, keys / 2, true,
-                 dq_ + d * kSplitRows + tile * kSide, kSplitRows);
+                 dq_ + d * kAmxRows + tile * kSide, kAmxRows);
       }
     }
   }
@@ -225,7 +227,8 @@ class SplitDescent {
 
   /// weights = 2^(scale logits - lse), d_logits = weights (d_weights - delta), of one key; 0 where it is not
   /// seen.
-  HWY_INLINE Pair weigh_key(std::size_t key, std::size_t block, std::size_t in_block, std::size_t tile) {
+  HWY_INLINE Pair exp2_and_d_logits(std::size_t key, std::size_t block, std::size_t in_block,
+                                    std::size_t tile) {
     const __m512i number = _mm512_set1_epi32(static_cast<int>(key + block + in_block));
     const Vec scale = hn::Set(F32(), w_.g.problem.scale * kLog2E);
     Vec p[2], d[2];
@@ -239,28 +242,28 @@ class SplitDescent {
           hn::Sub(hn::Load(F32(), scratch_.d_weights + from), hn::Load(F32(), scratch_.delta + at));
       d[half] = Vec{_mm512_maskz_mul_ps(seen, p[half].raw, slope.raw)};
     }
-    const std::size_t to = (block + in_block) * kSplitRowWords + tile * kSplitWords;
-    split_into<kParts>(p[0], p[1], scratch_.weights + to, kWeightPart);
-    split_into<kParts>(d[0], d[1], scratch_.d_logits + to, kWeightPart);
+    const std::size_t to = (block + in_block) * kAmxRowWords + tile * kPairWords;
+    store_bf16x3<kParts>(p[0], p[1], scratch_.weights + to, kWeightPart);
+    store_bf16x3<kParts>(d[0], d[1], scratch_.d_logits + to, kWeightPart);
     return {d[0], d[1]};
   }
 
-  void weigh_block(std::size_t key, std::size_t block, std::size_t tile) {
+  void exp2_and_d_logits_block(std::size_t key, std::size_t block, std::size_t tile) {
     std::uint32_t* panel = scratch_.d_logit_panels + tile * kParts * kPanelPart + block / 2 * kSide;
-    for (std::size_t pair = 0; pair < kSplitWords; ++pair, panel += kSide) {
-      const Pair low = weigh_key(key, block, pair, tile),
-                 high = weigh_key(key, block, pair + kSplitWords, tile);
-      split_into<kParts>(low.left, high.left, panel, kPanelPart);
-      split_into<kParts>(low.right, high.right, panel + kLanes, kPanelPart);
+    for (std::size_t pair = 0; pair < kPairWords; ++pair, panel += kSide) {
+      const Pair low = exp2_and_d_logits(key, block, pair, tile),
+                 high = exp2_and_d_logits(key, block, pair + kPairWords, tile);
+      store_bf16x3<kParts>(low.left, high.left, panel, kPanelPart);
+      store_bf16x3<kParts>(low.right, high.right, panel + kLanes, kPanelPart);
     }
   }
 
-  void hand_over_queries(std::int64_t first, std::int64_t last, std::size_t tiles) {
+  void accumulate_dq(std::int64_t first, std::int64_t last, std::size_t tiles) {
     float* rows = w_.batch.weights;  // [kSplitRows][32]
     for (std::size_t column = 0; column < w_.depth(); column += kSide) {
       for (std::size_t half = 0; half < kSide; half += kLanes) {
         std::array<const float*, kLanes> from;
-        for (std::size_t i = 0; i < kLanes; ++i) from[i] = dq_ + (column + half + i) * kSplitRows;
+        for (std::size_t i = 0; i < kLanes; ++i) from[i] = dq_ + (column + half + i) * kAmxRows;
         transpose_rows(from.data(), tiles * kSide, rows + half);
       }
       const std::size_t size = std::min(kSide, w_.depth() - column);
@@ -271,10 +274,10 @@ class SplitDescent {
     }
   }
 
-  Worker& w_;
+  BackwardWorker& w_;
   std::size_t depth_;  // whole words
-  SplitScratch& scratch_;
-  const SplitTiles& tiles_ = *part_tiles();
+  AmxBackwardScratch& scratch_;
+  const Bf16x6Tiles& tiles_ = *amx_bf16x6_tiles();
   std::uint32_t *keys_, *values_;            // [part][key][D / 2]
   std::uint32_t* key_columns_;               // [part][D][keys / 2]
   std::uint32_t *queries_, *d_outs_;         // [tile][part][D / 2][32]
