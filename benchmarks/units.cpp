@@ -1,6 +1,7 @@
-// What the core's units reach, and at which clock: multiply-adds out of registers, a register tile fed from
-// the first-level cache, and AMX. The clock is read off a chain of dependent multiplications between two
-// bursts, so that a core that slows down under load shows it. Linux on x86-64 with AVX-512 and AMX.
+// Measures the throughput of the core's units and their clock: multiply-adds from registers, a register tile
+// fed from the first-level cache, and AMX. The clock is derived from a chain of dependent multiplications
+// between two bursts, so a core that slows down under load shows it. Needs Linux on x86-64 with AVX-512 and
+// AMX.
 //
 //   g++ -O3 -std=c++20 benchmarks/units.cpp -o units && ./units
 #include <immintrin.h>
@@ -114,7 +115,7 @@ int main() {
   alignas(64) static float rows[kRows * kStride], panel[kDepth * 32], out[kRows * kStride];
   alignas(64) static std::uint16_t narrow[32 * 160], narrow_panel[12 * 1024];
   const auto any_f32 = [] { return static_cast<float>(std::rand() % 2000 - 1000) * 1e-3F; };
-  const auto any_bf16 = [] {  // of size 1/2 to 2; zeros would cost less power than numbers do
+  const auto any_bf16 = [] {  // of size 1/2 to 2; zeros would draw less power
     return static_cast<std::uint16_t>(0x3F00 + std::rand() % 256 + std::rand() % 2 * 0x8000);
   };
   std::generate(std::begin(rows), std::end(rows), any_f32);

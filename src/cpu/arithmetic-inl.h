@@ -1,6 +1,7 @@
-// The ways in which a tile of attention is computed: in f32, whatever the storage type; in bf16 where the CPU
-// multiplies bf16 matrices itself; and there in f32 as well, each value split into three of bf16. All pack a
-// key tile of keys and values, gather rows, score them, and add weighted values to the rows' outputs.
+// Tile arithmetics: Float32 (f32 multiply-adds, whatever the storage type), BFloat16 (bf16 matrix
+// instructions) and F32AsBf16x6 (f32 on bf16 matrix instructions, each value split into three bf16 parts).
+// Each packs a key tile with its values, gathers query rows, computes their scores, and accumulates the
+// weighted values into the rows' outputs.
 #if defined(MOBA_CPU_ARITHMETIC_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MOBA_CPU_ARITHMETIC_INL_H_
 #undef MOBA_CPU_ARITHMETIC_INL_H_
@@ -20,8 +21,8 @@ HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
 namespace {
 
-/// Calls visit(index, rows, i) for rows [first, first + count) of a sequence, wherever their pages lie;
-/// `fetch(position)` gives the run of rows from there on.
+/// Calls visit(index, rows, i) for rows [first, first + count) of a sequence, page by page; `fetch(position)`
+/// returns the contiguous rows that start there.
 template <typename Fetch, typename Visit>
 HWY_INLINE void for_rows(std::int64_t first, std::int64_t count, Fetch&& fetch, Visit&& visit) {
   for (std::int64_t done = 0; done < count;) {
@@ -32,7 +33,7 @@ HWY_INLINE void for_rows(std::int64_t first, std::int64_t count, Fetch&& fetch, 
   }
 }
 
-/// Where a key tile's keys and values came from.
+/// Location of a key tile's keys and values in the call's tensors or pages.
 struct KvSource {
   const Problem* problem = nullptr;
   const SequenceView* sequence = nullptr;
@@ -50,11 +51,11 @@ struct KvSource {
   }
 };
 
-/// Keys of a key tile, by their number in it.
+/// A set of keys, by their index in the key tile.
 using KeySet = std::bitset<kKeyTileSize>;
 
-/// out[r] += weight(r, i) * value i for values that are not finite: for the rows that see them and no other.
-/// In a product of tiles they would reach every row, through weights of 0.
+/// Adds weight(r, i) * value i to out[r] for the non-finite values, only in the rows that see them. In a
+/// product of tiles a non-finite value would reach every row, because 0 * inf is NaN.
 template <typename Weight>
 void add_nonfinite_values(const KvSource& source, const KeySet& nonfinite, TileScratch& tile,
                           std::size_t rows, std::size_t head_dim, Weight&& weight) {
@@ -118,7 +119,7 @@ struct Float32 {
     }
   }
 
-  /// The weights stand where the scores were.
+  /// Overwrites the scores with the weights.
   void store_weights(std::size_t r, std::size_t column, Vec left, Vec right) {
     float* to = tile.scores + r * kScoreStride + column;
     hn::Store(left, F32(), to);
@@ -152,7 +153,8 @@ struct Float32 {
 struct BFloat16 {
   static constexpr std::size_t kHeight = kMaxTileRows, kMaxKeys = kKeyTileSize;
   static constexpr bool kEqualTiles = true, kPrefetchesRows = false;
-  /// A product of all panels is one call: what is fetched between panels elsewhere is fetched before it.
+  /// All panels are multiplied in one call, so the prefetch steps that other arithmetics take between panels
+  /// are taken before it.
   static constexpr int kPrefetchSteps = 4;
 
   TileScratch& tile;
@@ -266,7 +268,7 @@ struct BFloat16 {
       multiply(first, std::min(tiles.rows, rows - first));
   }
 
-  /// A pair of bf16 is moved like one float.
+  /// Packs the keys; a pair of bf16 values is moved as one float.
   void pack_keys(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
                  std::int64_t keys_count) {
     Rows rows;
@@ -303,8 +305,8 @@ struct BFloat16 {
   }
 };
 
-/// f32 split into parts (bf16x6-inl.h). What is not finite is found while it is packed, and multiplied the
-/// plain way.
+/// f32 on bf16 matrix instructions (bf16x6-inl.h). Non-finite keys, values and rows are found while they are
+/// packed and are multiplied in plain f32.
 struct F32AsBf16x6 {
   static constexpr std::size_t kHeight = kMaxTileRows, kMaxKeys = kKeyTileSize;
   static constexpr bool kEqualTiles = false;  // a tile of 17 rows costs what one of 32 does
@@ -320,8 +322,8 @@ struct F32AsBf16x6 {
   std::size_t count = 0;
   KvSource source{};
   KeySet nonfinite_keys{}, nonfinite_values{};
-  std::uint32_t nonfinite_rows = 0;             // a bit a row
-  std::array<const float*, kHeight> queries{};  // where the odd ones are
+  std::uint32_t nonfinite_rows = 0;             // one bit per row
+  std::array<const float*, kHeight> queries{};  // addresses of the gathered rows
   const Bf16x6Tiles& tiles = *bf16x6_tiles();
   RowPrefetcher prefetcher{};
   std::array<const std::byte*, 2 * kHeight> next_rows{};
@@ -342,7 +344,7 @@ struct F32AsBf16x6 {
     pack_values();
   }
 
-  /// The rows of the next tile: row(r) is where its query and its output are.
+  /// Starts prefetching the rows of the next tile: row(r) returns the addresses of its query and its output.
   template <typename Row>
   void begin_prefetch(std::size_t rows, std::size_t bytes, Row&& row) {
     for (std::size_t r = 0; r < rows; ++r) std::tie(next_rows[2 * r], next_rows[2 * r + 1]) = row(r);
@@ -454,7 +456,7 @@ struct F32AsBf16x6 {
     }
   }
 
-  /// The scores that a product of parts cannot give.
+  /// Overwrites the scores of non-finite keys and rows, which a product of parts cannot compute.
   void score_nonfinite(std::size_t rows) {
     source.for_keys([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
       const float* key = row_as_f32(from, source.problem->k.dtype, i, head_dim, tile.f32_rows);

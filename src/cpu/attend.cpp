@@ -1,6 +1,6 @@
-// Attention, block by block: a worker owns a range of queries, walks the blocks, gathers the rows that chose
-// each one, and keeps a running maximum, sum and output for every row (online softmax). No two workers touch
-// the same row, so nothing is merged across threads and the order of every sum is fixed.
+// Attention, block by block: a worker owns a range of queries, visits the blocks, gathers the rows that
+// selected each block, and keeps a running maximum, sum and output for every row (online softmax). No two
+// workers touch the same row, so no merge across threads is needed and the order of every sum is fixed.
 #include "cpu/key_tiles.h"
 #include "cpu/sizes.h"
 #include "cpu/stages.h"
@@ -18,7 +18,7 @@ HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
 namespace {
 
-/// Where the rows of one range stand: logits are in units of log2, so weights are powers of 2.
+/// Online-softmax state of the rows of one range. Logits are in units of log2, so weights are powers of 2.
 struct RangeState {
   float* out;  // [rows, stride], unnormalised
   float* max;
@@ -26,8 +26,8 @@ struct RangeState {
   std::size_t stride;
 };
 
-/// Where a tile's rows are found, looked up once, a tile ahead, so that the next ones are on their way while
-/// this one is worked on.
+/// Addresses of a tile's rows, computed one tile ahead so that the next rows can be prefetched while the
+/// current ones are processed.
 struct TileRows {
   std::size_t count = 0;
   std::uint32_t ids[kMaxTileRows];
@@ -48,14 +48,14 @@ struct AttendWorker {
   KvPrefetcher kv_prefetch{};
 
   std::size_t depth() const { return static_cast<std::size_t>(problem.head_dim); }
-  /// Keys of the key tile that a row may see when the key tile lies in its own block.
+  /// Returns the number of keys of the key tile that a row may see when the tile lies in the row's own block.
   std::size_t visible(std::int64_t position) const {
     return static_cast<std::size_t>(
         std::clamp<std::int64_t>(position + 1 - key_tile.first, 0, key_tile.count));
   }
 
-  /// What is fetched while a tile is worked on: rows of the next tile, and rows of the next key tile, a few
-  /// between any two panels. All at once they would take every line buffer and stall the panels' own loads.
+  /// Prefetched while a tile is processed: rows of the next tile and rows of the next key tile, a few between
+  /// any two panels. All at once they would take every line-fill buffer and stall the panels' own loads.
   TileRows next{};
   std::size_t next_row = 0;
   std::int64_t prefetch_rows = 0;  // of the next key tile, at a time
@@ -95,7 +95,7 @@ HWY_INLINE float max_of(const float* HWY_RESTRICT scores, std::size_t columns) {
   return hn::GetLane(hn::MaxOfLanes(d, hn::Max(left, right)));
 }
 
-/// Weights 2^(scale * score - top) of one row; returns their sum.
+/// Computes the weights 2^(scale * score - top) of one row; returns their sum.
 template <typename Arithmetic>
 HWY_INLINE float exp2_and_sum(Arithmetic& arithmetic, std::size_t r, const float* HWY_RESTRICT scores,
                               std::size_t columns, float scale, float top) {
@@ -112,8 +112,8 @@ HWY_INLINE float exp2_and_sum(Arithmetic& arithmetic, std::size_t r, const float
   return hn::GetLane(hn::SumOfLanes(d, hn::Add(left, right)));
 }
 
-/// Turns the scores of a tile over `columns` (whole panels) into weights, and moves each row's maximum and
-/// sum on. Leaves in tile.decay what earlier outputs are to be multiplied by.
+/// Turns the scores of a tile over `columns` (whole panels) into weights, and updates each row's maximum and
+/// sum. tile.rescale receives the factor by which each row's earlier output is multiplied.
 template <typename Arithmetic>
 void update_online_softmax(AttendWorker<Arithmetic>& w, const TileRows& rows, std::size_t columns) {
   const F32 d;
@@ -126,7 +126,7 @@ void update_online_softmax(AttendWorker<Arithmetic>& w, const TileRows& rows, st
     const Vec neg_inf = hn::Set(d, -std::numeric_limits<float>::infinity()),
               before = hn::Load(d, tile.rescale + r);
     const Vec now = hn::Max(hn::Mul(hn::Load(d, tile.row_max + r), hn::Set(d, w.scale)), before);
-    // A row that has seen nothing but -inf keeps weights of 0, not NaN.
+    // A row whose scores are all -inf keeps weights of 0, not NaN.
     const Vec safe = hn::IfThenZeroElse(hn::Eq(now, neg_inf), now);
     hn::Store(now, d, tile.row_max + r);
     hn::Store(safe, d, tile.top + r);
@@ -140,7 +140,7 @@ void update_online_softmax(AttendWorker<Arithmetic>& w, const TileRows& rows, st
   }
 }
 
-/// One tile: rows of the range against the first columns of the key tile that any of them may see.
+/// Processes one tile: rows of the range against the first columns of the key tile that any of them may see.
 template <typename Arithmetic>
 void attend_tile(AttendWorker<Arithmetic>& w, const TileRows& rows, bool own_block) {
   const auto all = static_cast<std::size_t>(w.key_tile.count);
@@ -171,7 +171,7 @@ std::int64_t tiles_of(std::int64_t rows) {
   return (rows + kHeight - 1) / kHeight;
 }
 
-/// Rows [first, last) of a list as a tile.
+/// Locates rows [first, last) of a list as a tile.
 template <typename Arithmetic, typename Id>
 TileRows locate(const AttendWorker<Arithmetic>& w, std::int64_t first, std::int64_t last, Id&& id) {
   TileRows rows;
@@ -272,7 +272,7 @@ void attend_with(const Problem& problem, const Plan& plan, const Range& range, R
 
 }  // namespace
 
-/// `memory`: attend_bytes() of it.
+/// `memory` holds attend_bytes() bytes.
 void attend_range(const Problem& problem, const Plan& plan, const Range& range, float* memory,
                   const Outputs& outputs) {
   const std::int64_t rows = (range.q1 - range.q0) * problem.group;

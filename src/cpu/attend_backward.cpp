@@ -1,7 +1,7 @@
-// The gradient, block by block: keys, values and their gradients stay in cache while the rows that see them
-// pass by. Queries are cut into as many ranges as keys are into parts, and the work is done in rounds: in
-// round t, range r meets part (r + t) modulo their number. No two backward tiles of a round share a row or a
-// key, so every sum is added in place, in an order that depends on the problem alone.
+// The gradient, block by block: keys, values and their gradients stay in cache while the rows that attend to
+// them pass by. Queries are cut into as many ranges as keys are into parts, and the work is done in rounds:
+// in round t, range r is paired with part (r + t) modulo their number. No two backward tiles of a round share
+// a row or a key, so every sum is accumulated in place, in an order that depends on the problem alone.
 #include <algorithm>
 #include <atomic>
 #include <numeric>
@@ -64,8 +64,8 @@ void exp2_and_d_logits(float* HWY_RESTRICT weights, float* HWY_RESTRICT d_logits
   }
 }
 
-/// Rows [first, last) of the key tile's list as rows `at` and on of the batch: their weights, the gradients
-/// of their logits, and what those add to dq.
+/// Processes rows [first, last) of the key tile's list as rows `at` and on of the batch: computes their
+/// weights and the gradients of their logits, and accumulates dq.
 void backward_row_tile(BackwardWorker& w, std::int64_t first, std::int64_t last, std::size_t at) {
   const Problem& problem = w.g.problem;
   BackwardScratch& batch = w.batch;
@@ -135,7 +135,7 @@ void add_to_keys(BackwardWorker& w, const float* coefficients, const float* vect
   }
 }
 
-/// Tiles [first, last) of the `tiles` that the key tile's rows are cut into.
+/// Processes tiles [first, last) of the `tiles` that the key tile's rows are cut into.
 void backward_batch(BackwardWorker& w, std::int64_t first, std::int64_t last, std::int64_t tiles) {
   const auto begin_of = [&](std::int64_t tile) { return w.rows() * tile / tiles; };
   const std::int64_t begin = begin_of(first);
@@ -161,7 +161,7 @@ void backward_key_tile(BackwardWorker& w) {
   accumulate_dk_dv(w, kLn2);  // the gathered queries carry scale x log2(e)
 }
 
-/// Calls visit() for every key tile of the cell that anybody sees.
+/// Calls visit() for every key tile of the backward tile that any row attends to.
 template <typename Visit>
 void for_key_tiles(BackwardWorker& w, Visit&& visit) {
   const Problem& problem = w.g.problem;
@@ -215,7 +215,7 @@ void attend_backward_tile(const BackwardState& g, const BackwardTile& backward_t
   for_key_tiles(w, [&] { backward_key_tile(w); });
 }
 
-/// Whether the first `count` of the rows are finite.
+/// Returns whether the first `count` of the rows are finite.
 bool rows_finite(const Rows& rows, DType dtype, std::int64_t count, std::size_t size) {
   alignas(64) float f32_rows[kMaxHeadDim];
   for (std::int64_t i = 0; i < count; ++i) {
@@ -224,7 +224,7 @@ bool rows_finite(const Rows& rows, DType dtype, std::int64_t count, std::size_t 
   return true;
 }
 
-/// Statistics of tokens [first, last) at one query head.
+/// Computes the statistics of tokens [first, last) at one query head.
 void row_stats(const BackwardState& g, std::int64_t q_head, std::int64_t first, std::int64_t last) {
   const F32 d;
   const Problem& problem = g.problem;
@@ -280,7 +280,7 @@ std::int64_t keys_of(const Problem& problem) {
   return keys;
 }
 
-/// A gradient being summed: in place when it is f32.
+/// A gradient that is being accumulated: in place when the tensor is f32.
 struct GradientAccumulator {
   const Tensor& to;
   std::int64_t head0, head1;
@@ -327,7 +327,7 @@ struct GradientAccumulator {
   }
 };
 
-/// Whether q, k, v and d_out are finite at the group's heads, as the products of parts need them.
+/// Returns whether q, k, v and d_out are finite at the group's heads, as the products of parts require.
 bool finite(const Problem& problem, const Backward& backward, const Group& group, const Parallel& parallel) {
   constexpr std::int64_t kTokens = 256;
   const auto check = &HWY_DYNAMIC_DISPATCH(rows_finite);
@@ -370,7 +370,7 @@ Units units_for(const Problem& problem, const Backward& backward, const Group& g
   return all_bf16 ? Units::amx_bf16 : Units::amx_bf16x6;
 }
 
-/// A range with every part of its sequence's keys.
+/// Pairs a range with every part of its sequence's keys.
 std::vector<BackwardTile> backward_tiles_of(const BackwardState& g, const Range& range,
                                             std::int64_t first_key) {
   const SequenceView& sequence = g.problem.sequences[static_cast<std::size_t>(range.sequence)];
@@ -387,8 +387,8 @@ std::vector<BackwardTile> backward_tiles_of(const BackwardState& g, const Range&
   return tiles;
 }
 
-/// The backward tiles of each round, the longest first. Ranges of one sequence and head follow each other in
-/// the plan.
+/// Returns the backward tiles of each round, the longest first. Ranges of one sequence and head follow each
+/// other in the plan.
 std::vector<std::vector<BackwardTile>> rounds_of(const BackwardState& g, const Parallel& parallel) {
   std::vector<std::int64_t> first_key{0};
   for (const SequenceView& s : g.problem.sequences) first_key.push_back(first_key.back() + s.keys);

@@ -1,5 +1,5 @@
-// What both ways of the backward pass share: a worker with its key tile of keys and the list of rows that see
-// it, and what is fetched ahead.
+// Shared by both implementations of the backward pass (multiply-adds and AMX): a worker with its key tile and
+// the list of rows that see it, and prefetching.
 #if defined(MOBA_CPU_BACKWARD_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MOBA_CPU_BACKWARD_INL_H_
 #undef MOBA_CPU_BACKWARD_INL_H_
@@ -14,7 +14,7 @@ HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
 namespace {
 
-/// Something to be done a little at a time, `step` pieces at each occasion.
+/// A range of prefetch steps, spread evenly over the products of a tile: `step` of them after each product.
 struct PrefetchBudget {
   std::int64_t next = 0, end = 0, step = 0;
 
@@ -42,7 +42,8 @@ struct BackwardWorker {
   std::size_t count() const { return static_cast<std::size_t>(key_tile.count); }
   std::int64_t own() const { return key_tile.own_last - key_tile.own_first; }
   std::int64_t rows() const { return own() + static_cast<std::int64_t>(key_tile.selected.size()); }
-  /// Rows whose own block this is come first, so that what a row sees of the key tile never shrinks.
+  /// Rows whose own block this is come first, so the number of keys that a row sees never decreases along the
+  /// list.
   std::uint32_t row(std::int64_t index) const {
     return index < own() ? static_cast<std::uint32_t>(key_tile.own_first + index)
                          : key_tile.selected[static_cast<std::size_t>(index - own())];
@@ -73,7 +74,7 @@ HWY_INLINE void prefetch(const void* from, std::size_t size) {
   for (std::size_t at = 0; at < size; at += 64) __builtin_prefetch(bytes + at, 0, 2);
 }
 
-/// What the next tile will gather, a third of a row at a time: its query, its d_out, its dq.
+/// Prefetches one third of a row that the next tile gathers: its query, its d_out or its dq.
 HWY_INLINE void prefetch_row(const BackwardWorker& w, std::int64_t step_index) {
   const std::uint32_t row = w.row(step_index / 3);
   const std::size_t size = w.depth() * size_of(w.g.problem.q.dtype);
@@ -82,7 +83,7 @@ HWY_INLINE void prefetch_row(const BackwardWorker& w, std::int64_t step_index) {
   if (step_index % 3 == 2) prefetch(w.dq_of(row), w.depth() * sizeof(float));
 }
 
-/// What the end of this key tile and the beginning of the next will touch, a row at a time.
+/// Prefetches one row that the end of this key tile or the beginning of the next one touches.
 HWY_INLINE void prefetch_key(const BackwardWorker& w, std::int64_t step_index) {
   const std::int64_t key = step_index / 4, head = w.backward_tile.range->head;
   const std::size_t size = w.depth() * size_of(w.g.problem.k.dtype);
@@ -96,7 +97,8 @@ HWY_INLINE void prefetch_key(const BackwardWorker& w, std::int64_t step_index) {
   }
 }
 
-/// Both are done a little at a time, between products, so that memory is never asked for too much at once.
+/// Rows and keys are prefetched a few at a time between products, so that the core's line-fill buffers are
+/// never exhausted.
 HWY_INLINE void prefetch_some_rows(BackwardWorker& w) {
   for (std::int64_t i = 0; i < w.row_budget.step && w.row_budget.next < w.row_budget.end; ++i)
     prefetch_row(w, w.row_budget.next++);
@@ -122,7 +124,7 @@ void add_scaled(const float* HWY_RESTRICT from, std::size_t size, float factor, 
   for (; i < size; ++i) to[i] += factor * from[i];
 }
 
-/// Adds a key tile's gradients to everybody's, those of keys times `factor`.
+/// Accumulates the key tile's gradients into dk (times `factor`) and dv.
 void accumulate_dk_dv(const BackwardWorker& w, float factor) {
   for (std::size_t i = 0; i < w.count(); ++i) {
     const std::int64_t key = w.backward_tile.first_key + w.key_tile.first + static_cast<std::int64_t>(i);

@@ -7,10 +7,11 @@
 #include "cpu/key_tiles.h"
 #include "cpu/sizes.h"
 
-/// What the workers of the backward pass share.
+/// State shared by the workers of the backward pass.
 namespace moba::cpu {
 
-/// f32 sums [tokens, heads, D], heads counted from `head0`: an output itself where that is f32, else scratch.
+/// f32 accumulators [tokens, heads, D], heads counted from `head0`: the output tensor itself where it is f32,
+/// else scratch memory.
 struct AccumulatorView {
   float* data = nullptr;
   std::int64_t token_stride = 0, head_stride = 0, head0 = 0;
@@ -20,12 +21,13 @@ struct AccumulatorView {
   }
 };
 
-/// Of one row: its log-sum-exp in units of log2, +inf where the row sees nothing, and <d_out, out>.
+/// Statistics of one row: its log-sum-exp in units of log2, +inf where the row sees nothing, and delta =
+/// <d_out, out>.
 struct RowStats {
   float lse, delta;
 };
 
-/// What a gradient is computed on: f32 multiply-adds, or AMX in bf16 or in f32 split into parts.
+/// Units that compute the gradient: f32 multiply-adds, or AMX in bf16, or AMX in f32 split into bf16 parts.
 enum class Units { fma, amx_bf16, amx_bf16x6 };
 
 struct BackwardState {
@@ -42,7 +44,7 @@ struct BackwardState {
   }
 };
 
-/// The queries of one range against the key tiles of keys whose index is `part` modulo `parts`.
+/// The queries of one range against the key tiles whose index is `part` modulo `parts`.
 struct BackwardTile {
   const Range* range = nullptr;
   std::int64_t part = 0, parts = 1;
@@ -50,16 +52,16 @@ struct BackwardTile {
   std::int64_t work = 0;       // rows x keys, about
 };
 
-/// How the keys of a sequence are cut into key tiles that never cross blocks.
+/// Partition of a sequence's keys into key tiles that never cross blocks.
 struct KeyTiling {
-  std::int64_t tiles_per_block = 1, size = 1;  // key tiles of a block, keys of a key tile
+  std::int64_t tiles_per_block = 1, size = 1;  // keys per tile
 };
 
-/// Rows that add to a key tile's gradients together: enough to outweigh reading and writing those, few enough
-/// to stay beside them in the second-level cache.
+/// Rows that are accumulated into a key tile's gradients together: enough to outweigh reading and writing
+/// those gradients, few enough to stay beside them in the second-level cache.
 constexpr std::size_t kBatch = 112;
 
-/// Of one worker; the packed key tile and its gradients follow it in memory.
+/// Scratch memory of one worker; the packed key tile and its gradients follow it.
 struct alignas(64) BackwardScratch {
   float queries[kBatch * kRowStride];  // times scale x log2(e)
   float d_outs[kBatch * kRowStride];
@@ -72,10 +74,11 @@ struct alignas(64) BackwardScratch {
   std::size_t seen[kBatch];  // keys of the key tile that each row sees, ascending
 };
 
-/// The same on matrix units: rows of a batch and keys whose logits are held at a time.
+/// Rows per batch on AMX, and keys whose logits are held at a time.
 constexpr std::size_t kAmxRows = 128, kAmxRowTiles = kAmxRows / 32, kAmxRowWords = kAmxRows / 2,
                       kAmxKeys = 128;
-/// Block size from which f32 gradients are faster in parts than by multiply-adds.
+/// Smallest block size at which f32 gradients are faster as products of bf16 parts than by multiply-adds, as
+/// measured.
 constexpr std::int64_t kMinBf16x6BlockSize = 1024;
 
 struct alignas(64) AmxBackwardScratch {
@@ -88,7 +91,7 @@ struct alignas(64) AmxBackwardScratch {
   std::int32_t seen[kAmxRows];
 };
 
-/// Of one worker, the gradients of its keys included.
+/// Scratch floats of one AMX worker, the gradients of its keys included.
 inline std::size_t amx_backward_floats(std::int64_t head_dim) {
   const std::size_t depth = padded_dim(head_dim);
   return sizeof(AmxBackwardScratch) / sizeof(float) +
@@ -106,7 +109,8 @@ inline KeyTiling key_tiling_of(const Problem& problem, const SequenceView& seque
                          round_up(static_cast<std::size_t>((keys + key_tiles - 1) / key_tiles), kMaxCols))};
 }
 
-/// Key tile `index` of a sequence and who in the range sees it; `count` is 0 when nobody does.
+/// Returns key tile `index` of a sequence and the rows of the range that see it; `count` is 0 when no row
+/// does.
 inline KeyTile key_tile_of(const BackwardState& g, const SequenceView& sequence, const Range& range,
                            const KeyTiling& tiling, std::int64_t index) {
   const Problem& problem = g.problem;

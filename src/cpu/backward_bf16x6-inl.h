@@ -1,7 +1,6 @@
-// The backward pass of a key tile on matrix units, in bf16 or in f32 split into parts. Logits are computed
-// key by row, so that a vector holds sixteen rows of one key: its two halves split into a row of the products
-// that give dk and dv, and two keys' vectors into a panel of the one that gives dq. Nothing has to be
-// transposed on the way.
+// The backward pass of a key tile on AMX, in bf16 or in f32 split into bf16 parts. Logits are computed key by
+// row, so a vector holds sixteen rows of one key: its two halves pack into a row of the products that give dk
+// and dv, and two keys' vectors pack into a panel of the product that gives dq. No transposition is needed.
 #if defined(MOBA_CPU_BACKWARD_BF16X6_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MOBA_CPU_BACKWARD_BF16X6_INL_H_
 #undef MOBA_CPU_BACKWARD_BF16X6_INL_H_
@@ -18,14 +17,15 @@ namespace {
 
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
 
-/// A tile is 32 rows, a block 32 keys.
+/// A tile has 32 rows and a block 32 keys.
 constexpr std::size_t kSide = kMatrixCols;
 
-/// kParts: 1 where everything is bf16, weights and the gradients of logits being rounded to it; else 3.
+/// kParts is 1 where all inputs are bf16 (weights and the gradients of logits are then rounded to bf16), else
+/// 3.
 template <std::size_t kParts>
 class AmxBackward {
  public:
-  /// `memory`: amx_backward_floats() of it.
+  /// `memory` holds amx_backward_floats() floats.
   AmxBackward(BackwardWorker& w, float* memory)
       : w_(w), depth_(round_up(w.depth(), kSide)), scratch_(*reinterpret_cast<AmxBackwardScratch*>(memory)) {
     auto* words = reinterpret_cast<std::uint32_t*>(memory) + sizeof(AmxBackwardScratch) / sizeof(float);
@@ -63,7 +63,7 @@ class AmxBackward {
   static constexpr std::size_t row_part() { return kAmxRowWords * kSide; }
   static constexpr std::size_t kKeyWords = kKeyTileSize / 2, kWeightPart = kAmxKeys * kAmxRowWords,
                                kPanelPart = kAmxKeys / 2 * kSide;
-  /// Of a whole batch and a whole key tile, as occasions to look ahead.
+  /// Products of a whole batch and a whole key tile: the occasions on which to prefetch.
   std::int64_t products() const {
     const std::size_t groups = round_up(w_.count(), kAmxKeys) / kAmxKeys, panels = depth_ / kSide;
     return static_cast<std::int64_t>(groups * (4 * kAmxRowTiles + 4 * panels + panels * kAmxRowTiles));
@@ -81,7 +81,8 @@ class AmxBackward {
     prefetch_some_keys(w_);
   }
 
-  /// Up to 32 rows from `first` on as f32, zeros after the last; `scratch` holds what has to be widened.
+  /// Returns up to 32 rows from `first` on as f32, zeros after the last; `scratch` holds the rows that are
+  /// converted.
   std::array<const float*, kSide> rows_as_f32(const Rows& rows, DType dtype, std::size_t first,
                                               float* scratch) const {
     std::array<const float*, kSide> from;
@@ -116,7 +117,7 @@ class AmxBackward {
     }
   }
 
-  /// Rows [first, last) of the key tile's list, in the four ways in which they are multiplied.
+  /// Gathers rows [first, last) of the key tile's list, in the four layouts in which they are multiplied.
   void gather_batch(std::int64_t first, std::int64_t last) {
     const Problem& problem = w_.g.problem;
     const std::size_t row_panel = kParts * row_part();

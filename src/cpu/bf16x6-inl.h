@@ -1,7 +1,9 @@
-// f32 on bf16 units: every value is cut into three bf16 parts of 8 bits each, which add up to it exactly, and
-// a product of two values is the six products of parts that are above f32's own rounding. Values lie in words
-// of two: i and i + 16 of 32 neighbours in depth, which costs two instructions instead of a shuffle; the two
-// operands of a product agree on it. What is not finite does not split (inf - inf).
+// f32 products on bf16 matrix units (F32AsBf16x6; Henry, Tang, Heinecke 2019, "Leveraging the bfloat16
+// artificial intelligence datatype for higher-precision computations"). Each value is split into three bf16
+// parts of 8 bits each, whose sum is exactly the value, and a product of two values is the six products of
+// parts that exceed f32's own rounding. Values are stored as words of two: i and i + 16 of 32 neighbours in
+// depth, which costs two instructions instead of a shuffle; both operands of a product use the same order.
+// Non-finite values cannot be split (inf - inf is NaN).
 #if defined(MOBA_CPU_BF16X6_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MOBA_CPU_BF16X6_INL_H_
 #undef MOBA_CPU_BF16X6_INL_H_
@@ -20,7 +22,7 @@ namespace {
 
 constexpr std::size_t kPairWords = kBf16Depth / 2;
 
-/// 32 values as 16 words of each part. Cutting, unlike rounding, takes one instruction a part.
+/// Splits 32 values into 16 words of each part. Truncating, unlike rounding, takes one instruction a part.
 HWY_INLINE void split_bf16x3(Vec left, Vec right, __m512i* words) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xFFFF0000U));
   __m512 l = left.raw, r = right.raw;
@@ -35,7 +37,7 @@ HWY_INLINE void split_bf16x3(Vec left, Vec right, __m512i* words) {
   }
 }
 
-/// The one part of values rounded to bf16: to nearest, ties to even.
+/// Rounds values to one bf16 part: to nearest, ties to even.
 HWY_INLINE __m512i round_words(Vec left, Vec right) {
   const auto rounded = [](Vec x) HWY_ATTR {
     const __m512i bits = _mm512_castps_si512(x.raw),
@@ -46,7 +48,8 @@ HWY_INLINE __m512i round_words(Vec left, Vec right) {
                                    _mm512_set1_epi32(static_cast<int>(0xFFFF0000U)), 0xF8);
 }
 
-/// The same into memory; part p starts p * part_stride words after the first. One part is rounded.
+/// Splits and stores; part p starts p * part_stride words after the first. A single part is rounded instead
+/// of split.
 template <std::size_t kParts = kMaxParts>
 HWY_INLINE void store_bf16x3(Vec left, Vec right, std::uint32_t* to, std::size_t part_stride) {
   if constexpr (kParts == 1) {
@@ -64,7 +67,7 @@ HWY_INLINE Vec load_masked(const float* row, std::size_t size, std::size_t at) {
   return hn::MaskedLoad(hn::FirstN(F32(), size > at ? size - at : 0), F32(), row + at);
 }
 
-/// A row of `size` values, as rows of a product; zeros follow the last.
+/// Splits a row of `size` values into rows of a product; zeros follow the last.
 template <std::size_t kParts = kMaxParts>
 HWY_INLINE void split_row_bf16x3(const float* row, std::size_t size, std::uint32_t* to,
                                  std::size_t part_stride) {

@@ -1,8 +1,9 @@
-// One token a sequence: gate over the cached means, then the chosen blocks, bound by how fast memory can be
-// read. The keys of a kv head are read once for all query heads that chose their block. Work is cut into
-// pieces whose size does not depend on the number of threads, and partial answers meet in a fixed order. All
-// of it is one parallel region, in which threads take piece after piece: what depends on other pieces is done
-// by the thread that finishes the last of them.
+// Decode: one query token per sequence. The gate scores the cached centroids, then the selected blocks are
+// attended to; memory bandwidth is the limit. The keys of a kv head are read once for all query heads that
+// selected their block. The keys are cut into splits (split-KV) whose size does not depend on the number of
+// threads, and partial results are merged in a fixed order. A call is one parallel region, in which threads
+// take split after split; work that depends on several splits is done by the thread that finishes the last of
+// them.
 #include <atomic>
 #include <thread>
 
@@ -30,24 +31,25 @@ struct KvSplit {
   std::int64_t block = 0, first = 0, count = 0;
 };
 
-/// One query token at one kv head: what its query heads read, and how far the threads have come. Pieces are
-/// those of the token's own block, which need not wait for the gate, then those of the chosen blocks.
+/// One query token at one kv head: its inputs, its partial results, and the progress of the threads. Splits
+/// of the token's own block, which need not wait for the gate, come first; those of the selected blocks
+/// follow.
 struct alignas(64) DecodeUnit {
   std::size_t sequence = 0;
   std::int64_t head = 0, own = -1, keys = 0, block_size = 0;
   std::int64_t mean_splits =
-      1;  // one at least, if an empty one: whoever ends the last one settles the choice
+      1;  // at least one, possibly empty: finishing the last one completes the selection
   std::int64_t split_keys = 0, own_splits = 0, block_splits = 0;
-  std::int64_t splits = 0;  // known when settled
+  std::int64_t splits = 0;  // known once gate_done
   Candidates candidates;
-  std::int64_t listed = 0;           // the longest list of the best of a piece of means
-  float* list_scores = nullptr;      // [mean_pieces][group][listed]
+  std::int64_t listed = 0;           // longest top-k list of a split of the means
+  float* list_scores = nullptr;      // [mean_splits][group][listed]
   std::int32_t* lists = nullptr;     // the blocks of these scores
-  float* topk_scores = nullptr;      // [group][width], scores of the blocks chosen
+  float* topk_scores = nullptr;      // [group][width], scores of the selected blocks
   float* queries = nullptr;          // [group][kMaxHeadDim], widened, unscaled, zero padded
   std::int32_t* selected = nullptr;  // [group][width]
-  std::int32_t* blocks = nullptr;    // all that were chosen, without the own block, ascending
-  float* partials = nullptr;         // [pieces][group][stride]
+  std::int32_t* blocks = nullptr;    // union of the selections without the own block, ascending
+  float* partials = nullptr;         // [splits][group][stride]
 
   alignas(64) std::atomic<std::int64_t> next_means = 0, means_left = 0;
   std::atomic<std::int64_t> next_split = 0, splits_left = 0;
@@ -85,8 +87,8 @@ HWY_INLINE Vec load_wide(const T* from) {
   }
 }
 
-/// Rows as they are read: while one is used, those kAheadBytes further on are on their way, past the end
-/// those of `next`.
+/// Rows that are read in order: while one is used, the rows kAheadBytes further on are prefetched, past the
+/// end those of `next`.
 template <typename T>
 struct RowStream {
   static constexpr std::int64_t kAheadBytes = 2048;
@@ -119,7 +121,7 @@ HWY_INLINE void store_sums(Vec s0, Vec s1, Vec s2, Vec s3, float* to) {
   to[3] = hn::GetLane(s3);
 }
 #else
-/// Adds up the 128-bit parts of a vector.
+/// Sums the 128-bit parts of a vector.
 template <class D>
 HWY_INLINE void fold(D d, hn::Vec<D> sums, float* to) {
   if constexpr (hn::MaxLanes(D()) == 4) {
@@ -204,8 +206,9 @@ HWY_INLINE void prefetch_scales(const Rows& rows) {
   for (std::int64_t i = 0; i < rows.count; i += 16) __builtin_prefetch(rows.scales + i);
 }
 
-/// Calls body(stream, at) with the first `count` rows as they are stored, or widened into `scratch` a few at
-/// a time where the head dimension is no whole number of vectors. `next` is what will be read after them.
+/// Calls body(stream, at) with the first `count` rows as they are stored, or converted into `scratch` a few
+/// at a time where the head dimension is not a whole number of vectors. `next` are the rows that are read
+/// after them.
 template <typename Body>
 void for_row_streams(const Rows& rows, DType dtype, std::int64_t count, std::size_t head_dim,
                      const Rows& next, float* scratch, Body&& body) {
@@ -226,7 +229,7 @@ void for_row_streams(const Rows& rows, DType dtype, std::int64_t count, std::siz
       case DType::i8:
         return as(std::int8_t());
       case DType::f64:
-        return;  // refused at the door
+        return;  // rejected by the argument checks
     }
   }
   constexpr std::int64_t kBatch = 16;
@@ -243,8 +246,8 @@ void for_row_streams(const Rows& rows, DType dtype, std::int64_t count, std::siz
   }
 }
 
-/// The keys or values of a piece, page by page: body(rows, at) with the rows that follow each other in
-/// memory, and what will be read after them: the piece's next page or, at its end, `after`.
+/// Visits the keys or values of a split page by page: body(rows, at, next) with contiguous rows and the rows
+/// that are read after them: the split's next page or, at its end, `after`.
 template <typename Of, typename Body>
 void for_pages(const KvSplit& split, const Rows& after, const Of& of, Body&& body) {
   for (std::int64_t at = 0; at < split.count;) {
@@ -263,7 +266,7 @@ void load_query_f32(const std::byte* from, DType dtype, std::size_t depth, float
   load_f32(from, dtype, depth, 1.0F, to);
 }
 
-/// Scores a piece of the means of the candidate blocks, and lists the best for every query head of the unit.
+/// Scores a split of the means of the candidate blocks, and lists the top-k of every query head of the unit.
 void score_means(const Problem& problem, const Means& means, const DecodeUnit& unit, std::int64_t split) {
   const F32 d;
   const std::int64_t begin = unit.candidates.first + split * kSplitMeans;
@@ -275,7 +278,7 @@ void score_means(const Problem& problem, const Means& means, const DecodeUnit& u
     const float* base = means.of(unit.sequence, unit.head) + block * means.block_stride;
     return Rows{reinterpret_cast<const std::byte*>(base), means.block_stride, 0, nullptr};
   };
-  // The piece that this thread will most likely take next.
+  // The split that this thread will most likely take next.
   const std::int64_t next = unit.next_means.load(std::memory_order_relaxed);
   const Rows after = next < unit.mean_splits ? rows_from(unit.candidates.first + next * kSplitMeans) : Rows{};
 
@@ -296,8 +299,9 @@ void score_means(const Problem& problem, const Means& means, const DecodeUnit& u
   }
 }
 
-/// Attention of the unit's query heads that see a piece, as its partials [group][stride]: the unnormalised
-/// output, the maximum (log2 units) and the sum. Heads that do not see it keep a maximum of -inf.
+/// Computes attention of the unit's query heads that see a split into its partials [group][stride]: the
+/// unnormalised output, the maximum (log2 units) and the sum. Heads that do not see the split keep a maximum
+/// of -inf.
 void attend_split(const Problem& problem, const DecodeUnit& unit, std::int64_t width, std::int64_t index,
                   std::size_t stride) {
   const F32 d;
@@ -344,7 +348,7 @@ void attend_split(const Problem& problem, const DecodeUnit& unit, std::int64_t w
     }
     sum = hn::GetLane(hn::SumOfLanes(d, total));
 
-    // The piece that this thread will most likely take next.
+    // The split that this thread will most likely take next.
     const std::int64_t soon = unit.next_split.load(std::memory_order_relaxed);
     const Rows after = soon < unit.own_splits || (unit.gate_done && soon < unit.splits)
                            ? keys(unit.split(soon).first)
@@ -361,7 +365,7 @@ void attend_split(const Problem& problem, const DecodeUnit& unit, std::int64_t w
   }
 }
 
-/// The answer of one query head out of its pieces: `out` [stride], unnormalised; its maximum and sum.
+/// Merges the splits of one query head: `out` [stride], unnormalised; returns its maximum and sum.
 std::pair<float, float> combine_splits(const DecodeUnit& unit, std::int64_t group, std::int64_t g,
                                        std::size_t stride, float* out) {
   const F32 d;
@@ -400,7 +404,7 @@ std::int64_t divided_up(std::int64_t value, std::int64_t by) {
   return (value + by - 1) / by;
 }
 
-/// One call: its units, and what the threads do with them.
+/// One call: its units, and the work of the threads on them.
 class Decoding {
  public:
   Decoding(const Problem& problem, const Means& means, const Outputs& outputs, Scratch& scratch)
@@ -470,7 +474,7 @@ class Decoding {
       unit.own_splits = divided_up(unit.keys - unit.own * unit.block_size, unit.split_keys);
     }
     unit.means_left = unit.mean_splits;
-    unit.splits_left = unit.own_splits + 1;  // and the choice
+    unit.splits_left = unit.own_splits + 1;  // and the selection
   }
 
   std::int64_t list_size(const DecodeUnit& unit) const {
@@ -493,8 +497,8 @@ class Decoding {
     }
   }
 
-  /// What each thread does: a piece of the gate after the other, then of the keys. Whoever waits, waits for
-  /// pieces that other threads have begun.
+  /// The loop of a thread: splits of the gate, then splits of the keys. A waiting thread only waits for
+  /// splits that other threads have begun.
   void work() {
     const auto score = &HWY_DYNAMIC_DISPATCH(score_means);
     for (DecodeUnit& unit : units_) {
@@ -516,7 +520,7 @@ class Decoding {
     }
   }
 
-  /// Every mean is scored: what the heads choose, and the pieces that it makes.
+  /// Runs when every mean is scored: computes the selection of each head and the splits that follow from it.
   void finish_gate(DecodeUnit& unit) const {
     for (std::int64_t g = 0; g < problem_.group; ++g) select(unit, g);
     std::int32_t* end = std::copy_if(unit.selected, unit.selected + problem_.group * width_, unit.blocks,

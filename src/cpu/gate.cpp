@@ -1,7 +1,7 @@
-// Score and top-k in one: a worker takes a few hundred rows, walks the block means a panel at a time, and
+// Scores and top-k, fused: a worker takes a few hundred rows, visits the block means one panel at a time, and
 // keeps each row's best blocks in a short sorted list. Most scores are dismissed by one comparison against
-// the worst of the list; no matrix of scores exists. With many candidates the scores are first bounded in
-// int8, and only the blocks that may matter are scored in f32.
+// the worst of the list; no matrix of scores is stored. With many candidates the scores are first bounded in
+// int8 (gate_int8.h), and only the blocks whose bounds overlap the top-k are scored in f32.
 #include <bit>
 #include <cstdlib>
 #include <cstring>
@@ -44,7 +44,7 @@ constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr auto kStep = static_cast<std::int64_t>(kLanes);
 constexpr auto kTileBlocks = static_cast<std::int64_t>(kKeyTileSize);
 
-/// Which of the kLanes values from `values` on are not below `bound`; NaN is not.
+/// Returns the mask of the kLanes values that are not below `bound`; NaN is not below.
 HWY_INLINE std::uint32_t not_below(Vec values, float bound) {
   const F32 d;
   std::conditional_t<kLanes <= 8, std::uint8_t, std::uint16_t> below = 0;
@@ -57,7 +57,7 @@ HWY_INLINE std::uint32_t first_lanes(std::int64_t count) {
 }
 
 #if HWY_TARGET <= HWY_AVX3
-/// For every lane, how many others have a higher value, or the same value and come later.
+/// Counts, for every lane, the others that have a higher value, or the same value and come later.
 HWY_INLINE __m512i ranks(__m512 values) {
   __m512i rank = _mm512_setzero_si512();
   const __m512i one = _mm512_set1_epi32(1), bits = _mm512_castps_si512(values);
@@ -76,7 +76,7 @@ HWY_INLINE __m512i ranks(__m512 values) {
   return rank;
 }
 
-/// The value that `k - 1` others are ahead of.
+/// Returns the value with exactly `k - 1` others ahead of it.
 HWY_INLINE float ranked(__m512 values, std::int64_t k) {
   const __mmask16 at = _mm512_cmpeq_epi32_mask(ranks(values), _mm512_set1_epi32(static_cast<int>(k - 1)));
   return _mm512_cvtss_f32(_mm512_maskz_compress_ps(at, values));
@@ -90,8 +90,8 @@ float ranked(Vec values, std::int64_t k) {
 }
 #endif
 
-/// A bound that at least `k` of `count` scores reach: each lane's best over all vectors is a score of
-/// its own, so the `k`-th of them is one. -inf where that says nothing.
+/// Returns a bound that at least `k` of `count` scores reach: each lane's maximum over all vectors is a score
+/// of its own, so the `k`-th of them is one. -inf where no bound follows.
 HWY_INLINE float topk_lower_bound(const float* scores, std::int64_t count, std::int64_t k) {
   if (k > kStep || count < kStep) return kNegInf;
   const F32 d;
@@ -128,7 +128,7 @@ HWY_INLINE void for_not_below(const float* values, std::int64_t count, float bou
   }
 }
 
-/// Offers the scores of blocks [first, last) that are not below `bound` to a row's list.
+/// Pushes the scores of blocks [first, last) that are not below `bound` into a row's list.
 void push_each(const float* scores, std::int64_t first, std::int64_t last, std::int64_t own, float bound,
                TopK& topk) {
   if (topk.count == topk.k) bound = std::max(bound, topk.scores[0]);
@@ -138,8 +138,9 @@ void push_each(const float* scores, std::int64_t first, std::int64_t last, std::
 }
 
 #if HWY_TARGET <= HWY_AVX3
-/// The first scores of a row: those that reach `bound`, above -inf, are few, and ranked in registers, without
-/// a branch that could be mispredicted. False when they are more than a vector holds, or fewer than places.
+/// Handles the first scores of a row: those that reach `bound`, above -inf, are few and are ranked in
+/// registers, without a branch that could be mispredicted. Returns false when they are more than a vector
+/// holds, or fewer than k.
 bool push_ranked(const float* scores, std::int64_t first, std::int64_t last, float bound, TopK& topk) {
   const std::int64_t count = last - first;
   alignas(64) float reached[kKeyTileSize + kLanes];
@@ -162,7 +163,8 @@ bool push_ranked(const float* scores, std::int64_t first, std::int64_t last, flo
   alignas(64) std::int32_t rank[kLanes];
   _mm512_store_si512(rank, ranks(_mm512_mask_loadu_ps(_mm512_set1_ps(kNegInf), filled, reached)));
   for (std::int64_t i = 0; i < taken; ++i) {
-    // Worst first; what is ranked too low falls on a place that better ones overwrite, or past the row's own.
+    // Worst first; a block that is ranked too low falls on a place that better ones overwrite, or past the
+    // row's own.
     const std::int64_t place = topk.k - 1 - rank[i];
     if (place < 0) continue;
     topk.scores[place] = reached[i];
@@ -199,7 +201,7 @@ HWY_INLINE void sort_blocks([[maybe_unused]] std::int32_t* blocks, [[maybe_unuse
 #endif
 }
 
-/// The rows of a task, their choices and their lists.
+/// The rows of a task, their candidates and their lists.
 struct GateRows {
   const Problem& problem;
   const Means& means;
@@ -218,7 +220,7 @@ struct GateRows {
     return static_cast<const std::byte*>(problem.q.data) +
            offset * static_cast<std::int64_t>(size_of(problem.q.dtype));
   }
-  /// Begins to bring a query closer that will be asked for soon.
+  /// Prefetches a query that is read soon.
   HWY_INLINE void fetch(std::int64_t row) const {
     if (row >= count) return;
     const std::byte* from = query(row);
@@ -230,10 +232,11 @@ struct GateRows {
   TopK topk(std::int64_t row) const {
     return {scores + row * width, blocks + row * width, candidates[row].count, candidates[row].k};
   }
-  /// Blocks that any row may choose from: candidates grow with the query.
+  /// Returns the end of the blocks that any row may select: candidates grow with the query.
   std::int64_t last_block() const { return first_scored < count ? candidates[count - 1].last : 0; }
 
-  /// Rows that have no more candidates than places take all of them unseen; they come first.
+  /// Selects all candidates of the rows that have no more of them than k, without scores; these rows come
+  /// first.
   void take_all() {
     bool selecting = false;
     for (std::int64_t row = 0; row < count; ++row) {
@@ -255,7 +258,7 @@ struct GateRows {
   }
 };
 
-/// Calls visit(from, to) for tiles of nearly equal height over the rows that choose.
+/// Calls visit(from, to) for tiles of nearly equal height over the rows that need scores.
 template <typename Visit>
 void for_tiles(const GateRows& rows, std::int64_t height, Visit&& visit) {
   const std::int64_t scored = rows.count - rows.first_scored, tiles = (scored + height - 1) / height;
@@ -293,7 +296,7 @@ void score_exactly(GateRows& rows, TileScratch& tile, float* packed) {
   }
 }
 
-/// The scale that rounded values carry, and the norms of the values and of what rounding took away.
+/// The scale of rounded values, and the norms of the values and of their rounding errors.
 struct Rounded {
   float scale = 0, norm = 0, error = 0;
 };
@@ -325,7 +328,8 @@ Rounded round_to_int8(float* HWY_RESTRICT values, std::size_t size, std::int32_t
           scale * (std::sqrt(hn::GetLane(hn::SumOfLanes(d, error))) + off)};
 }
 
-/// What a row keeps while it is screened: the best lower bounds so far, and the blocks that may yet matter.
+/// State of a row that is screened: its best lower bounds so far, and the blocks that may still be selected
+/// (survivors).
 struct ScreenState {
   float scale = 0;                  // of the rounded query
   float by_norm = 0, by_error = 0;  // the bound is by_norm |c| + by_error |c - c'|
@@ -358,8 +362,8 @@ void round_queries(const GateRows& rows, const ScreenMemory& memory, TileScratch
   }
 }
 
-/// Scores what a row holds back, in order, in f32, to the bits of score_exactly; lets go of what its bound
-/// rules out first.
+/// Scores a row's survivors in order, in f32, bit-identical to score_exactly, after dropping those that the
+/// final bound rules out.
 void rescore(GateRows& rows, const ScreenMemory& memory, std::int64_t row, TileScratch& tile, float* packed) {
   ScreenState& screen = memory.states[row];
   std::int32_t* survivors = memory.survivor_blocks + row * kMaxSurvivors;
@@ -384,8 +388,8 @@ void rescore(GateRows& rows, const ScreenMemory& memory, std::int64_t row, TileS
   rows.candidates[row].count = topk.count;
 }
 
-/// Bounds the scores of blocks [first, last), whose rounded products start at `products`, and holds back
-/// those that may matter.
+/// Bounds the scores of blocks [first, last), whose int8 products start at `products`, and keeps those that
+/// may still be selected as survivors.
 void screen_row(GateRows& rows, const ScreenMemory& memory, std::int64_t row, std::int64_t first,
                 std::int64_t last, const std::int32_t* products, TileScratch& tile, float* packed) {
   const F32 d;
@@ -464,7 +468,7 @@ void score_screened(GateRows& rows, const ScreenMemory& memory, TileScratch& til
 
 }  // namespace
 
-/// `memory`: gate_bytes() of it.
+/// `memory` holds gate_bytes() bytes.
 void gate_rows(const Problem& problem, const Means& means, const GateTask& task, const Selection& selection,
                std::byte* memory) {
   const auto take = [&memory](auto* /*type*/ kind, std::int64_t count) {
@@ -503,7 +507,7 @@ void gate_rows(const Problem& problem, const Means& means, const GateTask& task,
   rows.finish();
 }
 
-/// Means [panel * kNarrowCols, + kNarrowCols) of `blocks`, rounded into their panel.
+/// Rounds means [panel * kMatrixCols, + kMatrixCols) of `blocks` into their panel.
 void round_means(const float* means, std::int64_t stride, std::int64_t blocks, std::int64_t head_dim,
                  std::int64_t panel, const ScreenedMeans& out) {
   const std::size_t depth = ScreenedMeans::depth(head_dim);
@@ -543,7 +547,8 @@ HWY_EXPORT(round_means);
 
 namespace {
 
-/// Candidates from which a sequence is screened in int8; MOBA_CPU_GATE (f32, int8) decides for all.
+/// Returns the number of candidates from which a sequence is screened in int8; MOBA_CPU_GATE (f32, int8)
+/// decides for all.
 std::int64_t screen_from() {
   constexpr std::int64_t kNeverScreen = std::numeric_limits<std::int64_t>::max();
   const char* forced = std::getenv("MOBA_CPU_GATE");

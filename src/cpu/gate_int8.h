@@ -6,9 +6,9 @@
 #include "cpu/matrix_tiles.h"
 #include "cpu/sizes.h"
 
-/// Screening: scores in int8, each with a bound of its error, so that only a handful of blocks need their
-/// exact f32 score. The selection is the f32 gate's to the last bit. See docs/mathematics.md, "The exact int8
-/// gate".
+/// int8 screening: scores in int8, each with a bound of its error, so that only a handful of blocks need
+/// their exact f32 score. The selection is bit-identical to that of the f32 gate. See docs/mathematics.md,
+/// "The exact int8 gate".
 namespace moba::cpu {
 
 /// Block means rounded to int8 with one scale each, in panels of kNarrowCols, and what the bound needs: |c|,
@@ -40,7 +40,7 @@ struct ScreenedMeans {
 
 /// Fewest candidates for which screening is faster, as measured; and rows screened together.
 constexpr std::int64_t kScreenFrom = 2048, kScreenRows = 448;
-/// Candidates a row may hold back before they are scored.
+/// Survivors that a row may hold before they are scored in f32.
 constexpr std::int64_t kMaxSurvivors = 128;
 
 }  // namespace moba::cpu

@@ -7,18 +7,18 @@
 #include "cpu/sizes.h"
 #include "problem.h"
 
-/// The order in which a worker goes through the keys that its range of queries sees.
+/// The order in which a worker visits the keys that its range of queries attends to.
 namespace moba::cpu {
 
-/// One key tile of one block, and who sees it: the rows that chose the block, all of it; the rows [own_first,
-/// own_last) whose own block it is, up to their position.
+/// One key tile of one block and the rows that attend to it: the rows that selected the block see all of it;
+/// rows [own_first, own_last), whose own block it is, see it up to their position.
 struct KeyTile {
   std::int64_t first = 0, count = 0;
   std::span<const std::uint32_t> selected{};
   std::int64_t own_first = 0, own_last = 0;
 };
 
-/// Walks the key tiles of a range in ascending order of their keys.
+/// Iterates over the key tiles of a range in ascending order of their keys.
 class KeyTileIterator {
  public:
   KeyTileIterator(const Problem& problem, const SequenceView& sequence, const Plan& plan, const Range& range,
@@ -32,7 +32,7 @@ class KeyTileIterator {
     blocks_ = problem.routing.causal ? last + 1 : problem.blocks(sequence);
   }
 
-  /// The next key tile that anybody sees; false at the end.
+  /// Moves to the next key tile that any row attends to; returns false at the end.
   bool next(KeyTile& key_tile) {
     while (at_ >= end_) {
       if (++block_ >= blocks_) return false;
@@ -49,7 +49,7 @@ class KeyTileIterator {
     const std::int64_t size = problem_.routing.block_size;
     selected_ = plan_.rows.size() > 0 ? plan_.rows_of(range_, block_) : std::span<const std::uint32_t>();
     at_ = block_ * size;
-    // Whoever chose the block sees all of it; its own rows see it up to the last of them.
+    // Rows that selected the block see all of it; its own rows see it up to the last of them.
     end_ = std::min(at_ + std::min(size, sequence_.keys), sequence_.keys);
     own_first_ = own_last_ = 0;
     if (problem_.routing.causal) {
@@ -75,8 +75,8 @@ class KeyTileIterator {
   std::span<const std::uint32_t> selected_;
 };
 
-/// Brings the keys and values of the next key tile into the second-level cache, a few rows at a time, while
-/// this one is worked on.
+/// Prefetches the keys and values of the next key tile into the second-level cache, a few rows at a time,
+/// while the current one is processed.
 class KvPrefetcher {
  public:
   void begin(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,

@@ -126,8 +126,8 @@ MOBA_AMX void amx_multiply(const In* rows, std::size_t row_stride, std::size_t c
   }
 }
 
-/// Five small products first, over the whole depth, then the large one: what is rounded along the way is
-/// small but for the last. Each step changes one operand alone.
+/// Computes the five small products first, over the whole depth, then the large one, so that intermediate
+/// rounding errors stay small. Each step loads only one new operand.
 template <bool kSplit>
 MOBA_AMX void amx_multiply_parts(const bfloat16* rows, std::size_t row_stride, std::size_t row_part,
                                  std::size_t count, const bfloat16* panel, std::size_t panel_part,
@@ -261,7 +261,7 @@ const Leaf7& leaf7() {
   return leaf;
 }
 
-/// The kernel hands out the 8 KiB of tile state only to processes that ask.
+/// The operating system grants the 8 KiB of tile state only to processes that request it.
 bool may_use_amx() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   static const bool may =
@@ -269,7 +269,7 @@ bool may_use_amx() {
   return may;
 }
 
-/// Whether `name` was asked for by the environment, or nothing was and it is `preferred`.
+/// Returns whether the environment selects `name`, or selects nothing and it is `preferred`.
 bool wanted(const char* variable, const char* name, bool preferred) {
   const char* forced = std::getenv(variable);
   return forced == nullptr || *forced == '\0' ? preferred : std::string_view(forced) == name;

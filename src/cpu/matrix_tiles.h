@@ -5,7 +5,7 @@
 
 #include "moba/tensor.h"
 
-/// Products of narrow matrices by the CPU's own instructions for them: AMX, AVX512-BF16, AVX512-VNNI.
+/// Matrix products by the CPU's instructions for narrow types: AMX, AVX512-BF16, AVX512-VNNI.
 namespace moba::cpu {
 
 /// Columns of a panel, and the multiple that depths are padded to.
@@ -23,7 +23,7 @@ struct MatrixTiles {
   void (*multiply)(const In* rows, std::size_t row_stride, std::size_t count, const Packed* panels,
                    std::size_t panel_stride, std::size_t columns, std::size_t depth, Out* out,
                    std::size_t out_stride);
-  /// Around a thread's use of `multiply`.
+  /// Called by a thread before its first and after its last `multiply`.
   void (*begin)();
   void (*end)();
 };
@@ -31,8 +31,8 @@ struct MatrixTiles {
 using Bf16Tiles = MatrixTiles<bfloat16, bfloat16, float>;
 using Int8Tiles = MatrixTiles<std::uint8_t, std::int8_t, std::int32_t>;
 
-/// Rows to bring into the second-level cache while products are computed, a few lines at a time: all at once
-/// they would take every line buffer of the core, and the products' own loads would wait.
+/// Prefetches rows into the second-level cache while products are computed, a few lines at a time: all at
+/// once they would take every line-fill buffer of the core and stall the products' own loads.
 class RowPrefetcher {
  public:
   /// `rows`: addresses, each of `bytes` bytes, in an array that outlives the use.
@@ -57,31 +57,31 @@ class RowPrefetcher {
   std::size_t bytes_ = 0, at_ = 0;
 };
 
-/// Products of f32 matrices on bf16 units: an f32 is the sum of three bf16 values, and six of the nine
-/// products of parts are all that f32 can tell. Part p of the rows starts p * row_part values after the
-/// first, likewise in each panel.
+/// Products of f32 matrices on bf16 units (bf16x6-inl.h): an f32 is the sum of three bf16 values, and six of
+/// the nine products of parts are all that f32 resolves. Part p of the rows starts p * row_part values after
+/// the first, likewise in each panel.
 struct Bf16x6Tiles {
   std::size_t rows;
   /// The product of rows and one panel, or added to `out` if `more`; otherwise as MatrixTiles::multiply.
   void (*multiply)(const bfloat16* rows, std::size_t row_stride, std::size_t row_part, std::size_t count,
                    const bfloat16* panel, std::size_t panel_part, std::size_t depth, bool more, float* out,
                    std::size_t out_stride, RowPrefetcher& prefetcher);
-  /// The same of operands that are bf16, and so one part.
+  /// As `multiply`, for operands that are bf16 and so have one part.
   decltype(multiply) multiply_bf16;
   void (*begin)();
   void (*end)();
 };
 
-/// The fastest that this CPU, its system and MOBA_CPU_BF16 (amx, avx512_bf16, none) allow; null when bf16 is
-/// to be widened to f32.
+/// Returns the fastest bf16 products that the CPU, the operating system and MOBA_CPU_BF16 (amx, avx512_bf16,
+/// none) allow; null when bf16 is to be converted to f32.
 const Bf16Tiles* bf16_tiles();
-/// Products of parts where the CPU has AMX, else null.
+/// Returns the products of bf16 parts where the CPU has AMX, else null.
 const Bf16x6Tiles* amx_bf16x6_tiles();
-/// The same for f32: null when it is left to multiply-adds: without AMX, or when MOBA_CPU_F32 (amx, fma) says
-/// so.
+/// Returns the products of bf16 parts that f32 tensors use; null without AMX or when MOBA_CPU_F32 (amx, fma)
+/// selects multiply-adds.
 const Bf16x6Tiles* bf16x6_tiles();
-/// The fastest that the CPU and MOBA_CPU_INT8 allow with MOBA_CPU_INT8 (amx, avx512_vnni, none); null when
-/// there is no faster way than f32.
+/// Returns the fastest int8 products that the CPU and MOBA_CPU_INT8 (amx, avx512_vnni, none) allow; null when
+/// f32 is at least as fast.
 const Int8Tiles* int8_tiles();
 
 }  // namespace moba::cpu

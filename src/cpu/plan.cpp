@@ -1,4 +1,4 @@
-// The routing inverted: count, scan, stable scatter, range by range.
+// Inverts the selection, range by range: count, prefix sum, stable scatter.
 #include <bit>
 #include <numeric>
 
@@ -15,8 +15,8 @@ constexpr std::int64_t kDenseRows = 768;
 /// on them.
 constexpr std::int64_t kRowsPerBlock = 320;
 constexpr std::int64_t kMinRows = 64;
-/// The same for the backward pass, which also reads and writes the gradients of keys and values; and the most
-/// ranges of all heads: enough for many threads, few enough to keep rounds long.
+/// Rows per block in the backward pass, which also reads and writes the gradients of keys and values; and the
+/// maximum number of ranges of all heads: enough for many threads, few enough to keep rounds long.
 constexpr std::int64_t kRowsPerBackwardTile = 256, kMaxBackwardParts = 16;
 
 /// Rows of a range: long enough for kRowsPerBlock, short enough for the scratch budget and for every thread
@@ -79,7 +79,7 @@ std::size_t plan_bytes(const Problem& problem, const Group& group) {
 
 namespace {
 
-/// A plan's ranges as they are listed, and the space that their lists will take.
+/// The ranges of a plan under construction, and the space that their lists take.
 struct PlanBuilder {
   Plan plan{};
   std::int64_t offsets = 0, rows = 0;
@@ -118,7 +118,7 @@ Plan plan(const Problem& problem, const Selection& selection, Resources& resourc
     const auto [first, last] = group.queries_of(problem.sequences[s]);
     if (first == last) continue;
     const std::int64_t ranges = (last - first + step - 1) / step;
-    // Later queries see more keys: begin with them, so that no long range is left for the end.
+    // Later queries see more keys and come first, so that no long range is left for the end.
     for (std::int64_t r = ranges - 1; r >= 0; --r) {
       for (std::int64_t head = group.head0; head < group.head1; ++head) {
         builder.add(problem, selection, s, head, first + (last - first) * r / ranges,

@@ -3,12 +3,12 @@
 #include <cstddef>
 #include <cstdint>
 
-/// Sizes that the CPU backend's stages share, whatever the instruction set.
+/// Sizes shared by the stages of the CPU backend, whatever the instruction set.
 namespace moba::cpu {
 
 constexpr std::size_t kMaxHeadDim = 256;
-/// Keys packed and walked at a time: with D = 128, packed keys and values take 256 KiB, half of a small
-/// second-level cache.
+/// Keys per key tile, which is packed and processed at a time: with D = 128, the packed keys and values take
+/// 256 KiB, half of a small second-level cache.
 constexpr std::size_t kKeyTileSize = 256;
 /// Floats that a packed key tile takes for each dimension: three parts of bf16 are half as long again.
 constexpr std::size_t kPackedFloats = kKeyTileSize * 3 / 2;
@@ -22,7 +22,7 @@ constexpr std::size_t kTileCapacity = kMaxTileRows + 4;
 /// Strides, in floats, of a tile's gathered rows and of its scores. The 16 extra keep rows out of each
 /// other's cache sets.
 constexpr std::size_t kRowStride = kMaxHeadDim + 16, kScoreStride = kKeyTileSize + 16;
-/// The same of rows and weights in bf16, and the parts that an f32 is split into there.
+/// Strides, in bf16 values, of rows and weights in bf16, and the parts that an f32 is split into.
 constexpr std::size_t kBf16RowStride = kMaxHeadDim + 32, kWeightStride = kKeyTileSize + 32, kMaxParts = 3;
 
 constexpr std::size_t round_up(std::size_t value, std::size_t multiple) {

@@ -5,8 +5,8 @@
 /// The stages of the CPU backend; backend.cpp lists them in its table.
 namespace moba::cpu {
 
-/// Settles on an instruction set, once, before any kernel runs. Why none can be: MOBA_CPU_TARGET names one
-/// that this CPU or build lacks.
+/// Selects the instruction set, once, before any kernel runs. Returns why none can be selected:
+/// MOBA_CPU_TARGET names one that this CPU or build lacks.
 const std::string& target_refusal();
 
 Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Resources& resources);

@@ -1,4 +1,4 @@
-// Which instruction set the kernels run on: the best that Highway finds, or the one that MOBA_CPU_TARGET
+// Selects the instruction set of the kernels: the best that Highway finds, or the one that MOBA_CPU_TARGET
 // names.
 #include <hwy/highway.h>
 #include <hwy/targets.h>

@@ -1,5 +1,5 @@
-// Compiled once per instruction set: the register tile that scores, values and the gate are all made of, and
-// the ways in and out of packed panels. See docs/performance.md for why the tile has this shape.
+// Compiled once per instruction set: the register tile from which scores, values and the gate are computed,
+// packing into panels, and conversion to and from f32. docs/performance.md derives the shape of the tile.
 #if defined(MOBA_CPU_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MOBA_CPU_TILE_INL_H_
 #undef MOBA_CPU_TILE_INL_H_
@@ -161,7 +161,7 @@ HWY_INLINE Vec exp2(Vec x) {
 #endif
 }
 
-/// One row of `size` values in storage type `dtype`, times `factor`, as f32.
+/// Loads one row of `size` values of storage type `dtype`, times `factor`, as f32.
 HWY_INLINE void load_f32(const std::byte* from, DType dtype, std::size_t size, float factor,
                          float* HWY_RESTRICT to) {
   const F32 d;
@@ -199,12 +199,12 @@ HWY_INLINE void load_f32(const std::byte* from, DType dtype, std::size_t size, f
       break;
     }
     case DType::f64:
-      break;  // refused at the door
+      break;  // rejected by the argument checks
   }
   for (; i < size; ++i) to[i] = static_cast<float>(load(from, dtype, static_cast<std::int64_t>(i))) * factor;
 }
 
-/// The way back: `size` values times `factor`, rounded to storage type `dtype`.
+/// Stores `size` values times `factor`, rounded to storage type `dtype`.
 HWY_INLINE void store_f32(const float* HWY_RESTRICT from, std::size_t size, float factor, DType dtype,
                           std::byte* to) {
   const F32 d;
@@ -223,7 +223,7 @@ HWY_INLINE void store_f32(const float* HWY_RESTRICT from, std::size_t size, floa
   for (; i < size; ++i) store(to, dtype, static_cast<std::int64_t>(i), from[i] * factor);
 }
 
-/// Row `index` of `rows` as f32, in place when it is f32 already, else through `scratch`.
+/// Returns row `index` of `rows` as f32: in place when it is f32, else converted into `scratch`.
 HWY_INLINE const float* row_as_f32(const Rows& rows, DType dtype, std::int64_t index, std::size_t size,
                                    float* scratch) {
   const std::byte* from = rows.data + index * rows.stride * static_cast<std::int64_t>(size_of(dtype));
@@ -234,7 +234,7 @@ HWY_INLINE const float* row_as_f32(const Rows& rows, DType dtype, std::int64_t i
 
 HWY_INLINE bool all_finite(const float* row, std::size_t size) {
   const F32 d;
-  Vec nonfinite = hn::Zero(d);  // NaN as soon as it meets what is not finite
+  Vec nonfinite = hn::Zero(d);  // becomes NaN at the first non-finite value
   std::size_t i = 0;
   for (; i + kLanes <= size; i += kLanes)
     nonfinite = hn::MulAdd(hn::LoadU(d, row + i), hn::Zero(d), nonfinite);

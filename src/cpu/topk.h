@@ -6,13 +6,13 @@
 
 #include "problem.h"
 
-/// What a row may choose from and the list it keeps: shared by the gate and by decoding.
+/// Candidate blocks of a row and its running top-k list; shared by the gate and by decoding.
 namespace moba::cpu {
 
-/// Blocks [first, last) of which a row must choose `k`, beside those that are forced.
+/// Blocks [first, last), of which a row must select `k` besides those that are forced.
 struct Candidates {
   std::int64_t first = 0, last = 0, k = 0, own = -1;
-  std::int64_t count = 0;  // chosen so far
+  std::int64_t count = 0;  // selected so far
 };
 
 inline Candidates candidates_of(const Problem& problem, const SequenceView& s, std::int64_t query,
@@ -29,7 +29,7 @@ inline Candidates candidates_of(const Problem& problem, const SequenceView& s, s
   return {sinks, candidates, std::min(width, candidates) - sinks - (forced ? 1 : 0), forced ? own : -1};
 }
 
-/// The best blocks of a row so far, worst first; among equal scores the older block is the worse.
+/// The running top-k of a row, worst first; among equal scores the older block is the worse.
 struct TopK {
   float* scores;
   std::int32_t* blocks;
@@ -57,7 +57,7 @@ struct TopK {
   }
 };
 
-/// Adds the forced blocks, sorts, pads.
+/// Adds the forced blocks, sorts ascending and pads with -1.
 inline void finish_row(const Problem& problem, const Candidates& candidates, std::int64_t count,
                        std::int64_t width, std::int32_t* blocks) {
   for (std::int64_t sink = 0; sink < std::min(candidates.first, width - count); ++sink)

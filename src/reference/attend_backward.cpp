@@ -1,6 +1,6 @@
-// Gradients in two walks that share nothing but two numbers a row: by row for dq, then by key for dk and dv.
-// Probabilities are computed again in double instead of read from the rounded `out` and `lse`, so that this
-// is an oracle for backends that read them.
+// Gradients in two passes that share only two values per row: by row for dq, then by key for dk and dv.
+// Probabilities are recomputed in double instead of read from the rounded `out` and `lse`, so that this is an
+// oracle for backends that read them.
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -12,7 +12,8 @@
 namespace moba::reference {
 namespace {
 
-/// Of one row: the logarithm of its softmax denominator, and sum over the keys of probability x its gradient.
+/// Sums of one row: the logarithm of its softmax denominator, and the sum over the keys of probability times
+/// its gradient.
 struct RowSums {
   double lse = 0, delta = 0;
 };
@@ -85,8 +86,8 @@ void backward_dq(const BackwardPass& w, const Row& row, double* memory) {
   for (std::int64_t d = 0; d < depth; ++d) store(to.data, to.dtype, offset + d, dq[d]);
 }
 
-/// Calls visit(query, member) for every row that attends to key `token`: those that chose its block, then
-/// those whose own block it is.
+/// Calls visit(query, member) for every row that attends to key `token`: the rows that selected its block,
+/// then those whose own block it is.
 template <typename Visit>
 void for_each_attending_row(const BackwardPass& w, const Plan& plan, const Range& range, std::int64_t token,
                             Visit&& visit) {

@@ -6,7 +6,7 @@
 namespace moba::reference {
 namespace {
 
-/// The mean of the keys that block `block` really has, rounded to the dtype of k.
+/// Computes the mean over the keys that block `block` actually has, rounded to the dtype of k.
 void block_mean(const Problem& problem, const SequenceView& s, std::int64_t head, std::int64_t block,
                 float* mean) {
   const std::int64_t begin = block * problem.routing.block_size;

@@ -7,7 +7,7 @@
 namespace moba::reference {
 namespace {
 
-/// What one worker needs to choose the blocks of one row.
+/// Scratch memory in which a worker selects the blocks of one row.
 struct GateScratch {
   Buffer<double> query, scores;
   Buffer<std::int32_t> ranking;
@@ -24,8 +24,8 @@ double score(const Problem& problem, const double* query, const float* mean) {
   return std::isnan(sum) ? -std::numeric_limits<double>::infinity() : sum;
 }
 
-/// The blocks of one row: own block (non-causal, on request), sinks, then the highest scores; the more recent
-/// of equals.
+/// Selects the blocks of one row: own block (non-causal, on request), sinks, then the highest scores; the
+/// more recent of equals.
 void select_row(const Problem& problem, const Means& means, const Row& row, std::int64_t width, double* query,
                 double* scores, std::int32_t* ranking, std::int32_t* selected) {
   const Routing& routing = problem.routing;

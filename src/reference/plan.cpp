@@ -6,7 +6,8 @@
 namespace moba::reference {
 namespace {
 
-/// Count, scan, stable scatter: for every block the rows that chose it, ascending.
+/// Inverts the selection by count, prefix sum and stable scatter: for each block, the rows that selected it,
+/// ascending.
 void invert(const Selection& selection, const Range& range, const std::int32_t* selected, std::int64_t blocks,
             std::uint32_t* offsets, std::uint32_t* rows) {
   const std::int64_t count = (range.q1 - range.q0) * selection.query_group, width = selection.width;

@@ -6,7 +6,7 @@
 #include "backend.h"
 #include "number.h"
 
-/// How the reference stages walk a problem: rows of numbers widened to double, and the keys a query may see.
+/// Rows of a problem as double, and the keys that a query attends to.
 namespace moba::reference {
 
 /// One query at one query head.
@@ -36,7 +36,7 @@ void for_each_row(const Problem& problem, const Group& group, Resources& resourc
   }
 }
 
-/// Calls visit(begin, end) for every stretch of keys that a row attends to, ascending.
+/// Calls visit(begin, end) for every contiguous range of keys that a row attends to, ascending.
 template <typename Visit>
 void for_each_key_range(const Problem& problem, const Selection& selection, const Row& row, Visit&& visit) {
   const SequenceView& s = row.sequence;
@@ -49,7 +49,7 @@ void for_each_key_range(const Problem& problem, const Selection& selection, cons
   if (problem.routing.causal && own >= 0) visit(own * block_size, s.position(row.query) + 1);
 }
 
-/// Most keys that any row attends to.
+/// Returns the maximum number of keys that any row attends to.
 inline std::int64_t max_attended_keys(const Problem& problem) {
   return std::min(problem.longest, (problem.width() + 1) * problem.routing.block_size);
 }
@@ -81,7 +81,7 @@ inline double dot(const double* a, const double* b, std::int64_t size) {
   return sum;
 }
 
-/// The share of `buffer`, made of equal parts, that belongs to a worker.
+/// Returns a worker's slice of `buffer`, which holds one of `size` elements per worker.
 template <typename T>
 T* worker_slice(const Buffer<T>& buffer, int worker, std::int64_t size) {
   return buffer.data() + worker * size;

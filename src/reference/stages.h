@@ -2,7 +2,7 @@
 
 #include "backend.h"
 
-/// The specification: every stage as plain loops with double accumulators, in the words of
+/// The specification: every stage as plain loops with double accumulators, in the notation of
 /// docs/mathematics.md.
 namespace moba::reference {
 

@@ -1,4 +1,5 @@
-// What only the fast CPU backend has: several instruction sets, two gates that must choose alike.
+// Tests of what only the CPU backend has: several instruction sets, and two gates that must select the same
+// blocks.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -102,13 +103,13 @@ std::vector<std::int32_t> select(const std::vector<float>& q, const std::vector<
   return selection;
 }
 
-TEST(CpuGate, Int8ChoosesAsF32DoesOnAMillionRows) {
+TEST(CpuGate, Int8SelectsTheBlocksOfF32OnAMillionRows) {
   const std::vector<float> q = queries(), k = keys();
   const Routing routing{.block_size = 1, .top_k = 5, .sink_blocks = 1, .causal = false, .own_block = true};
   EXPECT_TRUE(select(q, k, "f32", routing, kBlocks) == select(q, k, "int8", routing, kBlocks));
 }
 
-TEST(CpuGate, Int8ChoosesAsF32DoesWhenCausal) {
+TEST(CpuGate, Int8SelectsTheBlocksOfF32WhenCausal) {
   const std::vector<float> q = queries();
   std::vector<float> k;
   for (int copy = 0; static_cast<std::int64_t>(k.size()) < kQueries * kDepth; ++copy) {
@@ -119,7 +120,7 @@ TEST(CpuGate, Int8ChoosesAsF32DoesWhenCausal) {
   EXPECT_TRUE(select(q, k, "f32", routing, kQueries) == select(q, k, "int8", routing, kQueries));
 }
 
-/// Dense attention over normally distributed numbers, its f32 products by multiply-adds or by AMX.
+/// Runs dense attention on normally distributed values, its f32 products by multiply-adds or by AMX.
 std::vector<float> attend_by(const char* units) {
   const Environment environment("MOBA_CPU_F32", units);
   constexpr std::int64_t kTokens = 300, kSize = 96;
@@ -133,7 +134,7 @@ std::vector<float> attend_by(const char* units) {
   return out;
 }
 
-TEST(CpuUnits, F32OnAmxIsF32) {
+TEST(CpuUnits, F32AsBf16x6MatchesFma) {
   const std::vector<float> fma = attend_by("fma"), amx = attend_by("amx");
   std::ifstream cpuinfo("/proc/cpuinfo");
   const std::string flags(std::istreambuf_iterator<char>(cpuinfo), {});
@@ -142,7 +143,7 @@ TEST(CpuUnits, F32OnAmxIsF32) {
   for (std::size_t i = 0; i < fma.size(); ++i) EXPECT_NEAR(fma[i], amx[i], 2e-6);
 }
 
-TEST(CpuUnits, F32GradientsOnAmxAreF32) {
+TEST(CpuUnits, F32AsBf16x6GradientsMatchFma) {
   constexpr std::int64_t kKeys = 1100, kSize = 40;
   std::mt19937 random(6);
   std::normal_distribution<float> normal;
@@ -181,7 +182,7 @@ TEST(CpuUnits, F32GradientsOnAmxAreF32) {
   }
 }
 
-TEST(CpuTarget, ForcingTakes) {
+TEST(CpuTarget, MobaCpuTargetSelectsTheInstructionSet) {
   const char* forced = std::getenv("MOBA_CPU_TARGET");
   if (forced == nullptr) {
     EXPECT_FALSE(cpu_target().empty());

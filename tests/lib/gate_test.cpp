@@ -1,4 +1,4 @@
-// What is selected, where the answer can be told without computing a score.
+// Tests of the selection where it is known without computing a score.
 #include <gtest/gtest.h>
 
 #include <limits>
@@ -48,7 +48,7 @@ TEST_P(Gate, NanAndMinusInfinityScoreLowest) {
   EXPECT_EQ(result.row(0, 31), (Blocks{0, 1, 3}));
 }
 
-TEST_P(Gate, QueriesOfNanChooseTheMostRecentBlocks) {
+TEST_P(Gate, NanQueriesSelectTheMostRecentBlocks) {
   Case c = plain_case(4, 40, 40, {.block_size = 4, .top_k = 3});
   c.q.set(39, 0, 5, std::numeric_limits<double>::quiet_NaN());
   EXPECT_EQ(run_attention(c, execution()).row(0, 39), (Blocks{7, 8, 9}));
@@ -73,7 +73,7 @@ TEST_P(Gate, OwnBlockIsForcedOnlyOnRequest) {
   EXPECT_GT(elsewhere, 0);
 }
 
-TEST_P(Gate, TailsMeanIsOverItsTrueLength) {
+TEST_P(Gate, MeanOfTheRaggedBlockIsOverItsTrueLength) {
   Case c = plain_case(7, 1, 9, {.block_size = 4, .top_k = 1, .causal = false});
   for (std::int64_t d = 0; d < 16; ++d) {
     c.q.set(0, 0, d, 1);
@@ -82,7 +82,7 @@ TEST_P(Gate, TailsMeanIsOverItsTrueLength) {
   EXPECT_EQ(run_attention(c, execution()).row(0, 0), Blocks{2});
 }
 
-TEST_P(Gate, AloneSelectsAsAttentionDoes) {
+TEST_P(Gate, SelectBlocksMatchesAttention) {
   for (std::uint64_t seed = 3000; seed < 3100; ++seed) {
     const Case c = random_case(seed);
     const Result expected = run_attention(c, execution());
