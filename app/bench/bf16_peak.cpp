@@ -1,24 +1,16 @@
 #include "app/bench/bf16_peak.h"
 
 #if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
-#include <cstdlib>
-#include <string_view>
+#include "src/cpu_features.h"
 
 namespace moba::bench {
 namespace {
 
 /// Tiles 0 to 5 are results of 16 x 16, 6 and 7 hold 16 x 32 values each.
 __attribute__((target("amx-tile,amx-bf16"))) double multiply_amx(std::int64_t rounds, float* sink) {
-  struct {
-    std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } config;
+  static const AmxTileConfig config;
   alignas(64) float out[256];
   _tile_loadconfig(&config);
   _tile_zero(0);
@@ -60,25 +52,12 @@ __attribute__((target("avx512f,avx512bf16"))) double multiply_avx512(std::int64_
   return 4.0 * static_cast<double>(rounds) * kChains * 16;
 }
 
-/// The system saves the tiles' state only for processes that ask.
-bool amx_granted() {
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-  const bool has_tile = (d >> 24 & 1) != 0, has_bf16 = (d >> 22 & 1) != 0;
-  return has_tile && has_bf16 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
 const Bf16Peak* detect() {
   static constexpr Bf16Peak kAmx{"amx_bf16", multiply_amx}, kAvx512{"avx512_bf16", multiply_avx512};
-  const char* wish = std::getenv("MOBA_CPU_BF16");
-  const auto wanted = [&](std::string_view name, bool preferred) {
-    return wish == nullptr || *wish == '\0' ? preferred : wish == name;
-  };
-  // Intel's cores run the AVX-512 products at half the rate of f32 multiply-adds.
-  const bool fast = __builtin_cpu_is("amd") != 0;
-  if (wanted("amx", true) && amx_granted()) return &kAmx;
-  if (wanted("avx512_bf16", fast) && __builtin_cpu_supports("avx512bf16")) return &kAvx512;
+  constexpr const char* kVariable = "MOBA_CPU_BF16";
+  const CpuFeatures& cpu = cpu_features();
+  if (environment_selects(kVariable, "amx", true) && cpu.amx) return &kAmx;
+  if (environment_selects(kVariable, "avx512_bf16", cpu.fast_avx512_bf16) && cpu.avx512_bf16) return &kAvx512;
   return nullptr;
 }
 

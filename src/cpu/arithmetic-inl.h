@@ -216,9 +216,8 @@ struct BFloat16 {
   }
 
   void store_weights(std::size_t r, std::size_t column, Vec left, Vec right) {
-    // vcvtneps2bf16 is not in every AVX-512 CPU that has AMX's neighbours, so: nearest, ties to even, in
-    // integers. Weights are no NaN unless their row is lost anyway.
-    const __m256i low = round(left), high = round(right);
+    // Weights are no NaN unless their row is lost anyway.
+    const __m256i low = to_bf16(left), high = to_bf16(right);
     auto* to = reinterpret_cast<std::uint16_t*>(tile.weights) + r * kWeightStride + column;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), low);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kLanes), high);
@@ -255,12 +254,7 @@ struct BFloat16 {
     }
     return nonfinite == 0;
   }
-  static __m256i round(Vec x) {
-    const __m512i bits = _mm512_castps_si512(x.raw);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-  }
+  static __m256i to_bf16(Vec x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_to_bf16(x), 16)); }
 
   template <typename Tile>
   void for_tiles(std::size_t rows, Tile&& multiply) {

@@ -1,7 +1,9 @@
 // Attention, block by block: a worker owns a range of queries, visits the blocks, gathers the rows that
 // selected each block, and keeps a running maximum, sum and output for every row (online softmax). No two
 // workers touch the same row, so no merge across threads is needed and the order of every sum is fixed.
+#include "constants.h"
 #include "cpu/key_tiles.h"
+#include "cpu/prefetch.h"
 #include "cpu/sizes.h"
 #include "cpu/stages.h"
 #include "number.h"
@@ -67,8 +69,8 @@ struct AttendWorker {
       for (std::size_t end = std::min(next_row + kRows, next.count); next_row < end; ++next_row) {
         const std::byte* query = next.query[next_row];
         const float* out = state.out + next.ids[next_row] * state.stride;
-        for (std::size_t at = 0; at < bytes; at += 64) __builtin_prefetch(query + at, 0, 2);
-        for (std::size_t at = 0; at < state.stride; at += 16) __builtin_prefetch(out + at, 1, 2);
+        prefetch_l2(query, bytes);
+        prefetch_l2_for_write(out, state.stride * sizeof(float));
       }
     }
     kv_prefetch.advance(prefetch_rows);
@@ -240,8 +242,7 @@ void finish_rows(const AttendWorker<Arithmetic>& w, std::int64_t rows, const Out
                   offset * static_cast<std::int64_t>(size_of(outputs.out.dtype)));
     if (outputs.lse == nullptr) continue;
     outputs.lse[head * problem.tokens + w.sequence.q_begin + query] =
-        sum == 0 ? -std::numeric_limits<float>::infinity()
-                 : (w.state.max[row] + std::log2(sum)) * 0.69314718F;
+        sum == 0 ? -std::numeric_limits<float>::infinity() : (w.state.max[row] + std::log2(sum)) * kLn2;
   }
 }
 
@@ -258,7 +259,7 @@ void attend_with(const Problem& problem, const Plan& plan, const Range& range, R
                              .sign = scale > 0   ? 1.0F
                                      : scale < 0 ? -1.0F
                                                  : 0.0F,
-                             .scale = scale == 0 ? 1.0F : std::fabs(scale) * 1.44269504F};  // log2(e)
+                             .scale = scale == 0 ? 1.0F : std::fabs(scale) * kLog2E};
   KeyTileIterator key_tiles(problem, w.sequence, plan, range, Arithmetic::kMaxKeys);
   KeyTile now, next;
   for (bool more = key_tiles.next(next); more;) {

@@ -8,22 +8,12 @@
 #endif
 
 #include "cpu/backward.h"
+#include "cpu/prefetch.h"
 #include "cpu/tile-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
 namespace {
-
-/// A range of prefetch steps, spread evenly over the products of a tile: `step` of them after each product.
-struct PrefetchBudget {
-  std::int64_t next = 0, end = 0, step = 0;
-
-  void reset(std::int64_t first, std::int64_t last, std::int64_t occasions) {
-    next = first;
-    end = last;
-    step = (last - first + occasions - 1) / occasions;
-  }
-};
 
 struct BackwardWorker {
   const BackwardState& g;
@@ -67,20 +57,13 @@ struct BackwardWorker {
   float* dq_of(std::uint32_t row) const { return g.dq.row(sequence.q_begin + query_of(row), head_of(row)); }
 };
 
-/// Brings `size` bytes into the second-level cache. Always inlined, as what calls it must be: GCC takes a
-/// function of prefetches alone for one without effect, and drops its calls.
-HWY_INLINE void prefetch(const void* from, std::size_t size) {
-  const auto* bytes = static_cast<const std::byte*>(from);
-  for (std::size_t at = 0; at < size; at += 64) __builtin_prefetch(bytes + at, 0, 2);
-}
-
 /// Prefetches one third of a row that the next tile gathers: its query, its d_out or its dq.
 HWY_INLINE void prefetch_row(const BackwardWorker& w, std::int64_t step_index) {
   const std::uint32_t row = w.row(step_index / 3);
   const std::size_t size = w.depth() * size_of(w.g.problem.q.dtype);
-  if (step_index % 3 == 0) prefetch(w.row_of(w.g.problem.q, row), size);
-  if (step_index % 3 == 1) prefetch(w.row_of(w.g.backward.d_out, row), size);
-  if (step_index % 3 == 2) prefetch(w.dq_of(row), w.depth() * sizeof(float));
+  if (step_index % 3 == 0) prefetch_l2(w.row_of(w.g.problem.q, row), size);
+  if (step_index % 3 == 1) prefetch_l2(w.row_of(w.g.backward.d_out, row), size);
+  if (step_index % 3 == 2) prefetch_l2(w.dq_of(row), w.depth() * sizeof(float));
 }
 
 /// Prefetches one row that the end of this key tile or the beginning of the next one touches.
@@ -89,11 +72,11 @@ HWY_INLINE void prefetch_key(const BackwardWorker& w, std::int64_t step_index) {
   const std::size_t size = w.depth() * size_of(w.g.problem.k.dtype);
   const std::int64_t position = w.backward_tile.first_key + w.key_tile.first + key;
   if (step_index % 4 < 2 && key < w.key_tile.count)
-    prefetch((step_index % 4 == 0 ? w.g.dk : w.g.dv).row(position, head), w.depth() * sizeof(float));
+    prefetch_l2((step_index % 4 == 0 ? w.g.dk : w.g.dv).row(position, head), w.depth() * sizeof(float));
   if (step_index % 4 >= 2 && key < w.next_key_tile.count) {
     const Rows rows = step_index % 4 == 2 ? w.g.problem.keys(w.sequence, head, w.next_key_tile.first + key)
                                           : w.g.problem.values(w.sequence, head, w.next_key_tile.first + key);
-    prefetch(rows.data, size);
+    prefetch_l2(rows.data, size);
   }
 }
 

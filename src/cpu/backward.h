@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "backend.h"
+#include "constants.h"
 #include "cpu/key_tiles.h"
 #include "cpu/sizes.h"
 
@@ -98,8 +99,6 @@ inline std::size_t amx_backward_floats(std::int64_t head_dim) {
          depth * (kMaxParts * (3 * kKeyTileSize / 2 + 2 * kAmxRowTiles * 16 + 2 * kAmxRowWords) + kAmxRows +
                   2 * kKeyTileSize);
 }
-
-constexpr float kLog2E = 1.44269504F, kLn2 = 0.69314718F;
 
 inline KeyTiling key_tiling_of(const Problem& problem, const SequenceView& sequence) {
   constexpr auto kMaxKeys = static_cast<std::int64_t>(kKeyTileSize);

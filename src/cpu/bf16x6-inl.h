@@ -37,14 +37,17 @@ HWY_INLINE void split_bf16x3(Vec left, Vec right, __m512i* words) {
   }
 }
 
+/// Rounds to bf16, to nearest, ties to even, as to_bfloat16 (number.h) does; the result is the upper half of
+/// each word. In integers, because not every CPU with AVX-512 has vcvtneps2bf16. Not for NaN.
+HWY_INLINE __m512i round_to_bf16(Vec x) {
+  const __m512i bits = _mm512_castps_si512(x.raw),
+                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+}
+
 /// Rounds values to one bf16 part: to nearest, ties to even.
 HWY_INLINE __m512i round_words(Vec left, Vec right) {
-  const auto rounded = [](Vec x) HWY_ATTR {
-    const __m512i bits = _mm512_castps_si512(x.raw),
-                  odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-  };
-  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(rounded(left), 16), rounded(right),
+  return _mm512_ternarylogic_epi32(_mm512_srli_epi32(round_to_bf16(left), 16), round_to_bf16(right),
                                    _mm512_set1_epi32(static_cast<int>(0xFFFF0000U)), 0xF8);
 }
 

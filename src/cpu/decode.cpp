@@ -7,6 +7,8 @@
 #include <atomic>
 #include <thread>
 
+#include "constants.h"
+#include "cpu/prefetch.h"
 #include "cpu/sizes.h"
 #include "cpu/stages.h"
 #include "cpu/topk.h"
@@ -108,7 +110,7 @@ struct RowStream {
       if (next == nullptr) return;
       from = next + (at - count) * next_stride;
     }
-    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
+    prefetch_l1(from, depth * sizeof(T));
   }
 };
 
@@ -203,7 +205,7 @@ std::int64_t bytes_between(const Rows& rows, DType dtype) {
 
 HWY_INLINE void prefetch_scales(const Rows& rows) {
   if (rows.scales == nullptr) return;
-  for (std::int64_t i = 0; i < rows.count; i += 16) __builtin_prefetch(rows.scales + i);
+  prefetch_l1(rows.scales, static_cast<std::size_t>(rows.count) * sizeof(float));
 }
 
 /// Calls body(stream, at) with the first `count` rows as they are stored, or converted into `scratch` a few
@@ -312,7 +314,7 @@ void attend_split(const Problem& problem, const DecodeUnit& unit, std::int64_t w
   alignas(64) float scaled[kMaxSplitKeys + kMaxLanes];
   const KvSplit split = unit.split(index);
   const auto padded = static_cast<std::int64_t>(round_up(static_cast<std::size_t>(split.count), kLanes));
-  const float to_log2 = problem.scale * 1.44269504F;
+  const float to_log2 = problem.scale * kLog2E;
   const auto keys = [&](std::int64_t first) { return problem.keys(sequence, unit.head, first); };
   const auto values = [&](std::int64_t first) { return problem.values(sequence, unit.head, first); };
   float* partial = unit.partials + static_cast<std::size_t>(index * problem.group) * stride;
@@ -561,8 +563,7 @@ class Decoding {
       for (std::int64_t i = 0; i < problem_.head_dim; ++i)
         store(outputs_.out.data, outputs_.out.dtype, offset + i, merged[i] * inverse);
       if (outputs_.lse != nullptr) {
-        outputs_.lse[head * problem_.tokens + s.q_begin] =
-            sum == 0 ? kNegInf : (max + std::log2(sum)) * 0.69314718F;
+        outputs_.lse[head * problem_.tokens + s.q_begin] = sum == 0 ? kNegInf : (max + std::log2(sum)) * kLn2;
       }
     }
   }

@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "cpu/gate_int8.h"
+#include "cpu/prefetch.h"
 #include "cpu/sizes.h"
 #include "cpu/stages.h"
 #include "cpu/topk.h"
@@ -221,10 +222,9 @@ struct GateRows {
            offset * static_cast<std::int64_t>(size_of(problem.q.dtype));
   }
   /// Prefetches a query that is read soon.
-  HWY_INLINE void fetch(std::int64_t row) const {
+  HWY_INLINE void prefetch_query(std::int64_t row) const {
     if (row >= count) return;
-    const std::byte* from = query(row);
-    for (std::size_t at = 0; at < depth() * size_of(problem.q.dtype); at += 64) __builtin_prefetch(from + at);
+    prefetch_l1(query(row), depth() * size_of(problem.q.dtype));
   }
   const float* mean(std::int64_t block) const {
     return means.of(task.sequence, task.head) + block * means.block_stride;
@@ -277,7 +277,7 @@ void score_exactly(GateRows& rows, TileScratch& tile, float* packed) {
       for (std::int64_t row = from; row < to; ++row) {
         load_f32(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F,
                  tile.rows + static_cast<std::size_t>(row - from) * kRowStride);
-        rows.fetch(row + to - from);
+        rows.prefetch_query(row + to - from);
       }
       for (std::size_t panel = 0; panel < panels(static_cast<std::size_t>(columns)); ++panel) {
         kScoreTiles[static_cast<std::size_t>(to - from - 1)](tile.rows, packed + panel * rows.depth() * kCols,

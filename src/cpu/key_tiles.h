@@ -75,43 +75,4 @@ class KeyTileIterator {
   std::span<const std::uint32_t> selected_;
 };
 
-/// Prefetches the keys and values of the next key tile into the second-level cache, a few rows at a time,
-/// while the current one is processed.
-class KvPrefetcher {
- public:
-  void begin(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
-             std::int64_t count) {
-    problem_ = &problem;
-    sequence_ = &sequence;
-    head_ = head;
-    next_ = first;
-    end_ = first + count;
-  }
-  std::int64_t left() const { return end_ - next_; }
-  void advance(std::int64_t rows) {
-    for (rows = std::min(rows, left()); rows > 0;) {
-      const Rows keys = problem_->keys(*sequence_, head_, next_),
-                 values = problem_->values(*sequence_, head_, next_);
-      const std::int64_t run = std::min({rows, keys.count, values.count});
-      touch(keys, problem_->k.dtype, run);
-      touch(values, problem_->v.dtype, run);
-      next_ += run;
-      rows -= run;
-    }
-  }
-
- private:
-  void touch(const Rows& rows, DType dtype, std::int64_t count) const {
-    const auto size = static_cast<std::int64_t>(size_of(dtype));
-    for (std::int64_t row = 0; row < count; ++row) {
-      const std::byte* from = rows.data + row * rows.stride * size;
-      for (std::int64_t i = 0; i < problem_->head_dim * size; i += 64) __builtin_prefetch(from + i, 0, 2);
-    }
-  }
-
-  const Problem* problem_ = nullptr;
-  const SequenceView* sequence_ = nullptr;
-  std::int64_t head_ = 0, next_ = 0, end_ = 0;
-};
-
 }  // namespace moba::cpu

@@ -3,14 +3,10 @@
 // hence intrinsics and a detection of our own.
 #include "cpu/matrix_tiles.h"
 
-#include <cstdlib>
-#include <string_view>
+#include "cpu_features.h"
 
 #if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <cstdint>
 #include <cstring>
@@ -22,14 +18,8 @@ constexpr std::size_t kTile = 16;
 
 #define MOBA_AMX __attribute__((target("amx-tile,amx-bf16,amx-int8")))
 
-/// Eight tiles of 16 rows by 64 bytes. Static, because the intrinsic tells the compiler of its first bytes
-/// only.
-struct TileConfig {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-const TileConfig kConfig;
+/// Static, because the intrinsic tells the compiler of its first bytes only.
+const AmxTileConfig kConfig;
 
 MOBA_AMX void amx_begin() {
   _tile_loadconfig(&kConfig);
@@ -241,64 +231,30 @@ constexpr Bf16x6Tiles kAmxBf16x6{2 * kTile, amx_multiply_parts<true>, amx_multip
 constexpr Bf16Tiles kAvx512Bf16{"avx512_bf16", kDotRows, dot_multiply, no_op, no_op};
 constexpr Int8Tiles kAvx512Vnni{"avx512_vnni", kDotRows, vnni_multiply, no_op, no_op};
 
-/// Bits of CPUID leaf 7.
-constexpr unsigned kLeafAvx512Bf16 = 1U << 5, kLeafVnni = 1U << 11,
-                   kLeafAmx = (1U << 24) | (1U << 25) | (1U << 22);
-
-struct Leaf7 {
-  unsigned c = 0, d = 0, next_a = 0;
-};
-
-const Leaf7& leaf7() {
-  static const Leaf7 leaf = [] {
-    Leaf7 found;
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__builtin_cpu_supports("avx512f")) return found;
-    if (__get_cpuid_count(7, 0, &a, &b, &found.c, &found.d) == 0 || a == 0) return found;
-    __get_cpuid_count(7, 1, &found.next_a, &b, &c, &d);
-    return found;
-  }();
-  return leaf;
-}
-
-/// The operating system grants the 8 KiB of tile state only to processes that request it.
-bool may_use_amx() {
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  static const bool may =
-      (leaf7().d & kLeafAmx) == kLeafAmx && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return may;
-}
-
-/// Returns whether the environment selects `name`, or selects nothing and it is `preferred`.
-bool wanted(const char* variable, const char* name, bool preferred) {
-  const char* forced = std::getenv(variable);
-  return forced == nullptr || *forced == '\0' ? preferred : std::string_view(forced) == name;
-}
-
 }  // namespace
 
 const Bf16Tiles* bf16_tiles() {
   constexpr const char* kVariable = "MOBA_CPU_BF16";
-  if (wanted(kVariable, kAmxBf16.name, true) && may_use_amx()) return &kAmxBf16;
-  // Intel's cores run these dot products at half the rate of f32 multiply-adds, AMD's at twice.
-  const bool fast = __builtin_cpu_is("amd") != 0;
-  if (wanted(kVariable, kAvx512Bf16.name, fast) && (leaf7().next_a & kLeafAvx512Bf16) != 0)
+  if (environment_selects(kVariable, kAmxBf16.name, true) && cpu_features().amx) return &kAmxBf16;
+  if (environment_selects(kVariable, kAvx512Bf16.name, cpu_features().fast_avx512_bf16) &&
+      cpu_features().avx512_bf16)
     return &kAvx512Bf16;
   return nullptr;
 }
 
 const Bf16x6Tiles* amx_bf16x6_tiles() {
-  return may_use_amx() ? &kAmxBf16x6 : nullptr;
+  return cpu_features().amx ? &kAmxBf16x6 : nullptr;
 }
 
 const Bf16x6Tiles* bf16x6_tiles() {
-  return wanted("MOBA_CPU_F32", "amx", true) ? amx_bf16x6_tiles() : nullptr;
+  return environment_selects("MOBA_CPU_F32", "amx", true) ? amx_bf16x6_tiles() : nullptr;
 }
 
 const Int8Tiles* int8_tiles() {
   constexpr const char* kVariable = "MOBA_CPU_INT8";
-  if (wanted(kVariable, kAmxInt8.name, true) && may_use_amx()) return &kAmxInt8;
-  if (wanted(kVariable, kAvx512Vnni.name, true) && (leaf7().c & kLeafVnni) != 0) return &kAvx512Vnni;
+  if (environment_selects(kVariable, kAmxInt8.name, true) && cpu_features().amx) return &kAmxInt8;
+  if (environment_selects(kVariable, kAvx512Vnni.name, true) && cpu_features().avx512_vnni)
+    return &kAvx512Vnni;
   return nullptr;
 }
 

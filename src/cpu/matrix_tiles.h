@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/prefetch.h"
 #include "moba/tensor.h"
 
 /// Matrix products by the CPU's instructions for narrow types: AMX, AVX512-BF16, AVX512-VNNI.
@@ -30,32 +31,6 @@ struct MatrixTiles {
 
 using Bf16Tiles = MatrixTiles<bfloat16, bfloat16, float>;
 using Int8Tiles = MatrixTiles<std::uint8_t, std::int8_t, std::int32_t>;
-
-/// Prefetches rows into the second-level cache while products are computed, a few lines at a time: all at
-/// once they would take every line-fill buffer of the core and stall the products' own loads.
-class RowPrefetcher {
- public:
-  /// `rows`: addresses, each of `bytes` bytes, in an array that outlives the use.
-  void begin(const std::byte* const* rows, std::size_t count, std::size_t bytes) {
-    next_ = rows;
-    last_ = rows + count;
-    bytes_ = bytes;
-    at_ = 0;
-  }
-  void fetch(int lines) {
-    for (; lines > 0 && next_ != last_; --lines) {
-      __builtin_prefetch(*next_ + at_, 0, 2);
-      at_ += 64;
-      if (at_ < bytes_) continue;
-      at_ = 0;
-      ++next_;
-    }
-  }
-
- private:
-  const std::byte *const *next_ = nullptr, *const *last_ = nullptr;
-  std::size_t bytes_ = 0, at_ = 0;
-};
 
 /// Products of f32 matrices on bf16 units (bf16x6-inl.h): an f32 is the sum of three bf16 values, and six of
 /// the nine products of parts are all that f32 resolves. Part p of the rows starts p * row_part values after
