@@ -14,7 +14,9 @@
 // foreach_target first
 #include <hwy/highway.h>
 
-#include "cpu/arithmetic-inl.h"
+#include "cpu/bf16_arithmetic-inl.h"
+#include "cpu/bf16x6_arithmetic-inl.h"
+#include "cpu/f32_arithmetic-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
@@ -37,7 +39,7 @@ struct TileRows {
   const std::byte* query[kMaxTileRows];
 };
 
-template <typename Arithmetic>
+template <TileArithmetic Arithmetic>
 struct AttendWorker {
   const Problem& problem;
   const SequenceView& sequence;
@@ -98,7 +100,7 @@ HWY_INLINE float max_of(const float* HWY_RESTRICT scores, std::size_t columns) {
 }
 
 /// Computes the weights 2^(scale * score - top) of one row; returns their sum.
-template <typename Arithmetic>
+template <TileArithmetic Arithmetic>
 HWY_INLINE float exp2_and_sum(Arithmetic& arithmetic, std::size_t r, const float* HWY_RESTRICT scores,
                               std::size_t columns, float scale, float top) {
   const F32 d;
@@ -116,7 +118,7 @@ HWY_INLINE float exp2_and_sum(Arithmetic& arithmetic, std::size_t r, const float
 
 /// Turns the scores of a tile over `columns` (whole panels) into weights, and updates each row's maximum and
 /// sum. tile.rescale receives the factor by which each row's earlier output is multiplied.
-template <typename Arithmetic>
+template <TileArithmetic Arithmetic>
 void update_online_softmax(AttendWorker<Arithmetic>& w, const TileRows& rows, std::size_t columns) {
   const F32 d;
   TileScratch& tile = w.tile;
@@ -125,8 +127,7 @@ void update_online_softmax(AttendWorker<Arithmetic>& w, const TileRows& rows, st
     tile.row_max[r] = max_of(tile.scores + r * kScoreStride, columns);
   }
   for (std::size_t r = 0; r < rows.count; r += kLanes) {
-    const Vec neg_inf = hn::Set(d, -std::numeric_limits<float>::infinity()),
-              before = hn::Load(d, tile.rescale + r);
+    const Vec neg_inf = hn::Set(d, kNegInf), before = hn::Load(d, tile.rescale + r);
     const Vec now = hn::Max(hn::Mul(hn::Load(d, tile.row_max + r), hn::Set(d, w.scale)), before);
     // A row whose scores are all -inf keeps weights of 0, not NaN.
     const Vec safe = hn::IfThenZeroElse(hn::Eq(now, neg_inf), now);
@@ -143,7 +144,7 @@ void update_online_softmax(AttendWorker<Arithmetic>& w, const TileRows& rows, st
 }
 
 /// Processes one tile: rows of the range against the first columns of the key tile that any of them may see.
-template <typename Arithmetic>
+template <TileArithmetic Arithmetic>
 void attend_tile(AttendWorker<Arithmetic>& w, const TileRows& rows, bool own_block) {
   const auto all = static_cast<std::size_t>(w.key_tile.count);
   const std::size_t columns = own_block ? w.visible(rows.position[rows.count - 1]) : all;
@@ -157,7 +158,7 @@ void attend_tile(AttendWorker<Arithmetic>& w, const TileRows& rows, bool own_blo
   const std::size_t padded = round_up(columns, kMaxCols);
   for (std::size_t r = 0; r < rows.count; ++r) {
     float* scores = w.tile.scores + r * kScoreStride;
-    std::fill(scores + w.tile.visible[r], scores + padded, -std::numeric_limits<float>::infinity());
+    std::fill(scores + w.tile.visible[r], scores + padded, kNegInf);
   }
   update_online_softmax(w, rows, padded);
   w.arithmetic.add_values(rows.count, columns, between);
@@ -167,14 +168,14 @@ void attend_tile(AttendWorker<Arithmetic>& w, const TileRows& rows, bool own_blo
   }
 }
 
-template <typename Arithmetic>
+template <TileArithmetic Arithmetic>
 std::int64_t tiles_of(std::int64_t rows) {
   constexpr auto kHeight = static_cast<std::int64_t>(Arithmetic::kHeight);
   return (rows + kHeight - 1) / kHeight;
 }
 
 /// Locates rows [first, last) of a list as a tile.
-template <typename Arithmetic, typename Id>
+template <TileArithmetic Arithmetic, typename Id>
 TileRows locate(const AttendWorker<Arithmetic>& w, std::int64_t first, std::int64_t last, Id&& id) {
   TileRows rows;
   const Tensor& q = w.problem.q;
@@ -194,7 +195,7 @@ TileRows locate(const AttendWorker<Arithmetic>& w, std::int64_t first, std::int6
 }
 
 /// Cuts a list of rows into tiles: of nearly equal height, or as many full ones as there are.
-template <typename Arithmetic, typename Id>
+template <TileArithmetic Arithmetic, typename Id>
 void attend_rows(AttendWorker<Arithmetic>& w, std::int64_t rows, bool own_block, Id&& id) {
   const std::int64_t tiles = tiles_of<Arithmetic>(rows);
   if (tiles == 0) return;
@@ -212,7 +213,7 @@ void attend_rows(AttendWorker<Arithmetic>& w, std::int64_t rows, bool own_block,
   }
 }
 
-template <typename Arithmetic>
+template <TileArithmetic Arithmetic>
 void attend_key_tile(AttendWorker<Arithmetic>& w, const KeyTile& key_tile) {
   w.key_tile = key_tile;
   w.arithmetic.pack(w.problem, w.sequence, w.range.head, key_tile.first, key_tile.count);
@@ -228,7 +229,7 @@ void attend_key_tile(AttendWorker<Arithmetic>& w, const KeyTile& key_tile) {
               [&](std::int64_t i) { return static_cast<std::uint32_t>(key_tile.own_first + i); });
 }
 
-template <typename Arithmetic>
+template <TileArithmetic Arithmetic>
 void finish_rows(const AttendWorker<Arithmetic>& w, std::int64_t rows, const Outputs& outputs) {
   const Problem& problem = w.problem;
   for (std::int64_t row = 0; row < rows; ++row) {
@@ -242,11 +243,11 @@ void finish_rows(const AttendWorker<Arithmetic>& w, std::int64_t rows, const Out
                   offset * static_cast<std::int64_t>(size_of(outputs.out.dtype)));
     if (outputs.lse == nullptr) continue;
     outputs.lse[head * problem.tokens + w.sequence.q_begin + query] =
-        sum == 0 ? -std::numeric_limits<float>::infinity() : (w.state.max[row] + std::log2(sum)) * kLn2;
+        sum == 0 ? kNegInf : (w.state.max[row] + std::log2(sum)) * kLn2;
   }
 }
 
-template <typename Arithmetic>
+template <TileArithmetic Arithmetic>
 void attend_with(const Problem& problem, const Plan& plan, const Range& range, RangeState state,
                  TileScratch& tile, Arithmetic arithmetic, const Outputs& outputs) {
   const float scale = problem.scale;
@@ -286,7 +287,7 @@ void attend_range(const Problem& problem, const Plan& plan, const Range& range, 
   const RangeState state{out, max, max + rows, stride};
   std::fill(std::begin(tile.f32_rows), std::end(tile.f32_rows), 0.0F);
   std::fill(out, max, 0.0F);
-  std::fill(max, max + rows, -std::numeric_limits<float>::infinity());
+  std::fill(max, max + rows, kNegInf);
   std::fill(max + rows, max + 2 * rows, 0.0F);
 
   const auto head_dim = static_cast<std::size_t>(problem.head_dim);

@@ -4,11 +4,10 @@
 // threads, and partial results are merged in a fixed order. A call is one parallel region, in which threads
 // take split after split; work that depends on several splits is done by the thread that finishes the last of
 // them.
-#include <atomic>
 #include <thread>
 
 #include "constants.h"
-#include "cpu/prefetch.h"
+#include "cpu/decode_schedule.h"
 #include "cpu/sizes.h"
 #include "cpu/stages.h"
 #include "cpu/topk.h"
@@ -20,249 +19,10 @@
 // foreach_target first
 #include <hwy/highway.h>
 
-#include "cpu/tile-inl.h"
-
-#ifndef MOBA_CPU_DECODE_TYPES_
-#define MOBA_CPU_DECODE_TYPES_
-namespace moba::cpu {
-
-constexpr std::int64_t kMinSplitKeys = 64, kMaxSplitKeys = 512, kSplitMeans = 256;
-
-/// Keys [first, first + count) of a block.
-struct KvSplit {
-  std::int64_t block = 0, first = 0, count = 0;
-};
-
-/// One query token at one kv head: its inputs, its partial results, and the progress of the threads. Splits
-/// of the token's own block, which need not wait for the gate, come first; those of the selected blocks
-/// follow.
-struct alignas(64) DecodeUnit {
-  std::size_t sequence = 0;
-  std::int64_t head = 0, own = -1, keys = 0, block_size = 0;
-  std::int64_t mean_splits =
-      1;  // at least one, possibly empty: finishing the last one completes the selection
-  std::int64_t split_keys = 0, own_splits = 0, block_splits = 0;
-  std::int64_t splits = 0;  // known once gate_done
-  Candidates candidates;
-  std::int64_t listed = 0;           // longest top-k list of a split of the means
-  float* list_scores = nullptr;      // [mean_splits][group][listed]
-  std::int32_t* lists = nullptr;     // the blocks of these scores
-  float* topk_scores = nullptr;      // [group][width], scores of the selected blocks
-  float* queries = nullptr;          // [group][kMaxHeadDim], widened, unscaled, zero padded
-  std::int32_t* selected = nullptr;  // [group][width]
-  std::int32_t* blocks = nullptr;    // union of the selections without the own block, ascending
-  float* partials = nullptr;         // [splits][group][stride]
-
-  alignas(64) std::atomic<std::int64_t> next_means = 0, means_left = 0;
-  std::atomic<std::int64_t> next_split = 0, splits_left = 0;
-  std::atomic<bool> gate_done = false;
-
-  bool sees(std::int64_t width, std::int64_t g, std::int64_t block) const {
-    const std::int32_t* from = selected + g * width;
-    return block == own || std::find(from, from + width, static_cast<std::int32_t>(block)) != from + width;
-  }
-  KvSplit split(std::int64_t index) const {
-    const std::int64_t other = index - own_splits;
-    const std::int64_t block = other < 0 ? own : blocks[other / block_splits];
-    const std::int64_t first = block * block_size + (other < 0 ? index : other % block_splits) * split_keys;
-    return {block, first, std::min({split_keys, (block + 1) * block_size - first, keys - first})};
-  }
-};
-
-}  // namespace moba::cpu
-#endif
+#include "cpu/row_streams-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
-namespace {
-
-template <typename T>
-HWY_INLINE Vec load_wide(const T* from) {
-  const F32 d;
-  if constexpr (std::is_same_v<T, float>) {
-    return hn::LoadU(d, from);
-  } else if constexpr (std::is_same_v<T, std::int8_t>) {
-    return hn::ConvertTo(
-        d, hn::PromoteTo(hn::RebindToSigned<F32>(), hn::LoadU(hn::Rebind<std::int8_t, F32>(), from)));
-  } else {
-    return hn::PromoteTo(d, hn::LoadU(hn::Rebind<T, F32>(), from));
-  }
-}
-
-/// Rows that are read in order: while one is used, the rows kAheadBytes further on are prefetched, past the
-/// end those of `next`.
-template <typename T>
-struct RowStream {
-  static constexpr std::int64_t kAheadBytes = 2048;
-
-  const T* rows = nullptr;
-  std::int64_t stride = 0, count = 0;
-  std::size_t depth = 0;
-  const std::byte* next = nullptr;
-  std::int64_t next_stride = 0;  // in bytes
-
-  const T* row(std::int64_t i) const { return rows + i * stride; }
-  HWY_INLINE void prefetch_next(std::int64_t i) const {
-    const auto bytes = static_cast<std::int64_t>(depth * sizeof(T));
-    const std::int64_t at = i + (kAheadBytes + bytes - 1) / bytes;
-    const std::byte* from = reinterpret_cast<const std::byte*>(row(at));
-    if (at >= count) {
-      if (next == nullptr) return;
-      from = next + (at - count) * next_stride;
-    }
-    prefetch_l1(from, depth * sizeof(T));
-  }
-};
-
-#if HWY_TARGET == HWY_SCALAR
-/// to[0, 4) = the sums of four vectors' lanes.
-HWY_INLINE void store_sums(Vec s0, Vec s1, Vec s2, Vec s3, float* to) {
-  to[0] = hn::GetLane(s0);
-  to[1] = hn::GetLane(s1);
-  to[2] = hn::GetLane(s2);
-  to[3] = hn::GetLane(s3);
-}
-#else
-/// Sums the 128-bit parts of a vector.
-template <class D>
-HWY_INLINE void fold(D d, hn::Vec<D> sums, float* to) {
-  if constexpr (hn::MaxLanes(D()) == 4) {
-    hn::Store(sums, d, to);
-  } else {
-    const hn::Half<D> half;
-    fold(half, hn::Add(hn::LowerHalf(half, sums), hn::UpperHalf(half, sums)), to);
-  }
-}
-
-/// to[0, 4) = the sums of four vectors' lanes.
-HWY_INLINE void store_sums(Vec s0, Vec s1, Vec s2, Vec s3, float* to) {
-  const F32 d;
-  const hn::RepartitionToWide<F32> pairs;
-  const auto s01 =
-      hn::BitCast(pairs, hn::Add(hn::InterleaveLower(d, s0, s1), hn::InterleaveUpper(d, s0, s1)));
-  const auto s23 =
-      hn::BitCast(pairs, hn::Add(hn::InterleaveLower(d, s2, s3), hn::InterleaveUpper(d, s2, s3)));
-  fold(d,
-       hn::Add(hn::BitCast(d, hn::InterleaveLower(pairs, s01, s23)),
-               hn::BitCast(d, hn::InterleaveUpper(pairs, s01, s23))),
-       to);
-}
-#endif
-
-/// scores[i] = query . row i, four at a time so that their sums overlap; the last row stands in for those
-/// past it, so that equal rows have equal scores wherever they are.
-template <typename T>
-void dot_rows(const RowStream<T>& keys, const float* query, float* scores) {
-  const F32 d;
-  for (std::int64_t i = 0; i < keys.count; i += 4) {
-    const std::int64_t last = keys.count - 1;
-    const T *k0 = keys.row(i), *k1 = keys.row(std::min(i + 1, last)), *k2 = keys.row(std::min(i + 2, last)),
-            *k3 = keys.row(std::min(i + 3, last));
-    for (std::int64_t j = 0; j < 4; ++j) keys.prefetch_next(i + j);
-    Vec s0 = hn::Zero(d), s1 = s0, s2 = s0, s3 = s0;
-    for (std::size_t c = 0; c < keys.depth; c += kLanes) {
-      const Vec q = hn::Load(d, query + c);
-      s0 = hn::MulAdd(q, load_wide(k0 + c), s0);
-      s1 = hn::MulAdd(q, load_wide(k1 + c), s1);
-      s2 = hn::MulAdd(q, load_wide(k2 + c), s2);
-      s3 = hn::MulAdd(q, load_wide(k3 + c), s3);
-    }
-    alignas(16) float sums[4];
-    store_sums(s0, s1, s2, s3, sums);
-    std::copy_n(sums, std::min<std::int64_t>(4, keys.count - i), scores + i);
-  }
-}
-
-/// out += weights . values, kWide vectors of columns from `column` on in registers.
-template <typename T, std::size_t kWide>
-HWY_INLINE void add_columns(const RowStream<T>& values, std::size_t column, const float* weights,
-                            float* out) {
-  const F32 d;
-  Vec sum[kWide];
-#pragma GCC unroll 8
-  for (std::size_t j = 0; j < kWide; ++j) sum[j] = hn::Load(d, out + column + j * kLanes);
-  for (std::int64_t i = 0; i < values.count; ++i) {
-    if (column == 0) values.prefetch_next(i);
-    const Vec weight = hn::Set(d, weights[i]);
-    const T* row = values.row(i) + column;
-#pragma GCC unroll 8
-    for (std::size_t j = 0; j < kWide; ++j) sum[j] = hn::MulAdd(weight, load_wide(row + j * kLanes), sum[j]);
-  }
-#pragma GCC unroll 8
-  for (std::size_t j = 0; j < kWide; ++j) hn::Store(sum[j], d, out + column + j * kLanes);
-}
-
-template <typename T>
-void add_rows(const RowStream<T>& values, const float* weights, float* out) {
-  std::size_t c = 0;
-  for (; c + 8 * kLanes <= values.depth; c += 8 * kLanes) add_columns<T, 8>(values, c, weights, out);
-  for (; c < values.depth; c += kLanes) add_columns<T, 1>(values, c, weights, out);
-}
-
-std::int64_t bytes_between(const Rows& rows, DType dtype) {
-  return rows.stride * static_cast<std::int64_t>(size_of(dtype));
-}
-
-HWY_INLINE void prefetch_scales(const Rows& rows) {
-  if (rows.scales == nullptr) return;
-  prefetch_l1(rows.scales, static_cast<std::size_t>(rows.count) * sizeof(float));
-}
-
-/// Calls body(stream, at) with the first `count` rows as they are stored, or converted into `scratch` a few
-/// at a time where the head dimension is not a whole number of vectors. `next` are the rows that are read
-/// after them.
-template <typename Body>
-void for_row_streams(const Rows& rows, DType dtype, std::int64_t count, std::size_t head_dim,
-                     const Rows& next, float* scratch, Body&& body) {
-  if (head_dim % kLanes == 0 && (kConvertsF16 || dtype != DType::f16)) {
-    const auto as = [&](auto type) HWY_ATTR {
-      using T = decltype(type);
-      body(RowStream<T>{reinterpret_cast<const T*>(rows.data), rows.stride, count, head_dim, next.data,
-                        bytes_between(next, dtype)},
-           0);
-    };
-    switch (dtype) {
-      case DType::f32:
-        return as(float());
-      case DType::bf16:
-        return as(hwy::bfloat16_t());
-      case DType::f16:
-        return as(hwy::float16_t());
-      case DType::i8:
-        return as(std::int8_t());
-      case DType::f64:
-        return;  // rejected by the argument checks
-    }
-  }
-  constexpr std::int64_t kBatch = 16;
-  const std::size_t depth = round_up(head_dim, kLanes);
-  const std::int64_t bytes = bytes_between(rows, dtype);
-  for (std::int64_t first = 0; first < count; first += kBatch) {
-    const std::int64_t batch = std::min(kBatch, count - first);
-    for (std::int64_t i = 0; i < batch; ++i) {
-      float* to = scratch + i * static_cast<std::int64_t>(depth);
-      load_f32(rows.data + (first + i) * bytes, dtype, head_dim, 1.0F, to);
-      std::fill(to + head_dim, to + depth, 0.0F);
-    }
-    body(RowStream<float>{scratch, static_cast<std::int64_t>(depth), batch, depth}, first);
-  }
-}
-
-/// Visits the keys or values of a split page by page: body(rows, at, next) with contiguous rows and the rows
-/// that are read after them: the split's next page or, at its end, `after`.
-template <typename Of, typename Body>
-void for_pages(const KvSplit& split, const Rows& after, const Of& of, Body&& body) {
-  for (std::int64_t at = 0; at < split.count;) {
-    Rows rows = of(split.first + at);
-    rows.count = std::min(rows.count, split.count - at);
-    const std::int64_t end = at + rows.count;
-    body(rows, at, end < split.count ? of(split.first + end) : after);
-    at = end;
-  }
-}
-
-}  // namespace
-
 void load_query_f32(const std::byte* from, DType dtype, std::size_t depth, float* to) {
   std::fill(to, to + kMaxHeadDim, 0.0F);
   load_f32(from, dtype, depth, 1.0F, to);
@@ -289,7 +49,7 @@ void score_means(const Problem& problem, const Means& means, const DecodeUnit& u
                     scratch, [&](const auto& stream, std::int64_t at) HWY_ATTR {
                       dot_rows(stream, unit.queries + static_cast<std::size_t>(g) * kMaxHeadDim, scores + at);
                     });
-    std::fill(scores + count, scores + kSplitMeans, -std::numeric_limits<float>::infinity());
+    std::fill(scores + count, scores + kSplitMeans, kNegInf);
     const std::int64_t list = (split * problem.group + g) * unit.listed;
     TopK topk{unit.list_scores + list, unit.lists + list, 0, unit.listed};
     for (std::int64_t i = 0; i < count; i += static_cast<std::int64_t>(kLanes)) {
@@ -323,7 +83,7 @@ void attend_split(const Problem& problem, const DecodeUnit& unit, std::int64_t w
     float* out = partial + static_cast<std::size_t>(g) * stride;
     float &max = out[stride - 2], &sum = out[stride - 1];
     std::fill(out, out + stride, 0.0F);
-    max = -std::numeric_limits<float>::infinity();
+    max = kNegInf;
     if (!unit.sees(width, g, split.block)) continue;
 
     for_pages(split, values(split.first), keys, [&](const Rows& rows, std::int64_t done, const Rows& next) {
@@ -336,12 +96,12 @@ void attend_split(const Problem& problem, const DecodeUnit& unit, std::int64_t w
       for (std::int64_t i = 0; i < rows.count; ++i)
         weights[done + i] *= rows.scales == nullptr ? to_log2 : to_log2 * rows.scales[i];
     });
-    std::fill(weights + split.count, weights + padded, -std::numeric_limits<float>::infinity());
+    std::fill(weights + split.count, weights + padded, kNegInf);
     Vec largest = hn::Load(d, weights);
     for (std::int64_t i = 0; i < padded; i += static_cast<std::int64_t>(kLanes))
       largest = hn::Max(largest, hn::Load(d, weights + i));
     max = hn::GetLane(hn::MaxOfLanes(d, largest));
-    const Vec top = hn::Set(d, max == -std::numeric_limits<float>::infinity() ? 0.0F : max);
+    const Vec top = hn::Set(d, max == kNegInf ? 0.0F : max);
     Vec total = hn::Zero(d);
     for (std::int64_t i = 0; i < padded; i += static_cast<std::int64_t>(kLanes)) {
       const Vec weight = exp2(hn::Sub(hn::Load(d, weights + i), top));
@@ -374,12 +134,12 @@ std::pair<float, float> combine_splits(const DecodeUnit& unit, std::int64_t grou
   const auto partial = [&](std::int64_t split) {
     return unit.partials + static_cast<std::size_t>(split * group + g) * stride;
   };
-  float max = -std::numeric_limits<float>::infinity(), sum = 0;
+  float max = kNegInf, sum = 0;
   for (std::int64_t p = 0; p < unit.splits; ++p) max = std::max(max, partial(p)[stride - 2]);
   std::fill(out, out + stride, 0.0F);
   for (std::int64_t p = 0; p < unit.splits; ++p) {
     const float* from = partial(p);
-    if (from[stride - 2] == -std::numeric_limits<float>::infinity()) continue;
+    if (from[stride - 2] == kNegInf) continue;
     const Vec weight = exp2(hn::Set(d, from[stride - 2] - max));
     sum += hn::GetLane(weight) * from[stride - 1];
     for (std::size_t c = 0; c < stride - kMaxLanes; c += kLanes)
@@ -399,8 +159,6 @@ HWY_EXPORT(load_query_f32);
 HWY_EXPORT(score_means);
 HWY_EXPORT(attend_split);
 HWY_EXPORT(combine_splits);
-
-constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
 std::int64_t divided_up(std::int64_t value, std::int64_t by) {
   return (value + by - 1) / by;

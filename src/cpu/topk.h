@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
+#include "constants.h"
 #include "problem.h"
 
 /// Candidate blocks of a row and its running top-k list; shared by the gate and by decoding.
@@ -36,8 +36,7 @@ struct TopK {
   std::int64_t count, k;
 
   void push(float score, std::int32_t block) {
-    if (!(score > -std::numeric_limits<float>::infinity()))
-      score = -std::numeric_limits<float>::infinity();  // NaN counts as -inf
+    if (!(score > kNegInf)) score = kNegInf;  // NaN counts as -inf
     std::int64_t at = count;
     if (count == k) {
       if (score < scores[0]) return;
