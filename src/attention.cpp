@@ -13,16 +13,15 @@ namespace {
 /// The flow: average the keys of each block, score every query against those averages and keep the best,
 /// invert the routing, attend inside the chosen blocks. `cached` are the means of a KV cache, if there is
 /// one.
-void run(std::string_view function, const Problem& problem, const Means* cached, const Outputs& outputs,
-         const Execution& execution) {
-  const Backend& backend = choose_backend(execution.backend, problem, function);
+void run(const Problem& problem, const Means* cached, const Outputs& outputs, const Execution& execution) {
+  const Backend& backend = choose_backend(execution.backend, problem);
   const Parallel parallel = execution.parallel.run ? execution.parallel : openmp();
   Scratch scratch(execution.scratch);
   const std::size_t budget = execution.workspace_bytes.value_or(kHostWorkspace);
   Resources resources{parallel, scratch, budget};
   Profile profile;
 
-  for (const HeadGroup& heads : groups_within(function, backend, problem, parallel.threads, budget)) {
+  for (const HeadGroup& heads : groups_within(backend, problem, parallel.threads, budget)) {
     const Means computed = timed(&Profile::centroids, profile, [&] {
       return cached != nullptr || !problem.needs_scores()
                  ? Means{}
@@ -46,7 +45,7 @@ void run(std::string_view function, const Problem& problem, const Means* cached,
 
 void run_decode(const Problem& problem, const Means& means, const Outputs& outputs,
                 const Execution& execution) {
-  const Backend& backend = choose_backend(execution.backend, problem, "decode");
+  const Backend& backend = choose_backend(execution.backend, problem);
   const Parallel parallel = execution.parallel.run ? execution.parallel : openmp();
   Scratch scratch(execution.scratch);
   Resources resources{parallel, scratch, execution.workspace_bytes.value_or(kHostWorkspace)};
@@ -59,56 +58,64 @@ void run_decode(const Problem& problem, const Means& means, const Outputs& outpu
 
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
                const Routing& routing, const Outputs& outputs, const Execution& execution) {
-  check_attention("attention", q, k, v, sequences, routing);
-  check_outputs("attention", q, outputs);
-  check_apart_from_keys("attention", outputs, k, v);
-  check_execution("attention", execution);
-  if (const DeviceFlow* device = device_flow("attention", q, execution))
-    return device->attention("attention", q, k, v, batch_of(sequences), routing, outputs, execution);
-  run("attention", make_problem(q, k, v, sequences, routing), nullptr, outputs, execution);
+  named("attention", [&] {
+    check_attention(q, k, v, sequences, routing);
+    check_outputs(q, outputs);
+    check_apart_from_keys(outputs, k, v);
+    check_execution(execution);
+    if (const DeviceFlow* device = device_flow(q, execution))
+      return device->attention("attention", q, k, v, batch_of(sequences), routing, outputs, execution);
+    run(make_problem(q, k, v, sequences, routing), nullptr, outputs, execution);
+  });
 }
 
 void select_blocks(const Tensor& q, const Tensor& k, const Sequences& sequences, const Routing& routing,
                    std::int32_t* selection, const Execution& execution) {
-  check_attention("select_blocks", q, k, k, sequences, routing);
-  check_execution("select_blocks", execution);
-  if (selection == nullptr)
-    throw Error("select_blocks: selection is null; [Hq, Tq, selection_width()] int32 is needed");
-  if (const DeviceFlow* device = device_flow("select_blocks", q, execution)) {
-    return device->attention("select_blocks", q, k, k, batch_of(sequences), routing, {.selection = selection},
-                             execution);
-  }
-  run("select_blocks", make_problem(q, k, k, sequences, routing), nullptr, {.selection = selection},
-      execution);
+  named("select_blocks", [&] {
+    check_attention(q, k, k, sequences, routing);
+    check_execution(execution);
+    check_selected(selection);
+    if (const DeviceFlow* device = device_flow(q, execution)) {
+      return device->attention("select_blocks", q, k, k, batch_of(sequences), routing,
+                               {.selection = selection}, execution);
+    }
+    run(make_problem(q, k, k, sequences, routing), nullptr, {.selection = selection}, execution);
+  });
 }
 
 void attention(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing,
                const Outputs& outputs, const Execution& execution) {
-  check_sequence("attention", cache, sequence);
-  check_cached("attention", q, cache, routing);
-  check_outputs("attention", q, outputs);
-  check_execution("attention", execution);
-  const Problem problem = cached_problem(q, cache, sequence, routing);
-  const Means means = cached_means(cache, sequence);
-  run("attention", problem, &means, outputs, execution);
+  named("attention", [&] {
+    check_sequence(cache, sequence);
+    check_cached(q, cache, routing);
+    check_outputs(q, outputs);
+    check_execution(execution);
+    const Problem problem = cached_problem(q, cache, sequence, routing);
+    const Means means = cached_means(cache, sequence);
+    run(problem, &means, outputs, execution);
+  });
 }
 
 void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const Outputs& outputs,
             const Execution& execution) {
-  check_cached("decode", q, cache, routing);
-  check_decode(q, cache.shape().sequences, outputs);
-  check_outputs("decode", q, outputs);
-  check_execution("decode", execution);
-  run_decode(decode_problem(q, cache, routing), cached_means(cache), outputs, execution);
+  named("decode", [&] {
+    check_cached(q, cache, routing);
+    check_decode(q, cache.shape().sequences, outputs);
+    check_outputs(q, outputs);
+    check_execution(execution);
+    run_decode(decode_problem(q, cache, routing), cached_means(cache), outputs, execution);
+  });
 }
 
 void decode(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing,
             const Outputs& outputs, const Execution& execution) {
-  check_cached(q, sequences, routing);
-  check_decode(q, static_cast<std::int64_t>(sequences.size()), outputs);
-  check_outputs("decode", q, outputs);
-  check_execution("decode", execution);
-  run_decode(decode_problem(q, sequences, routing), cached_means(sequences), outputs, execution);
+  named("decode", [&] {
+    check_cached(q, sequences, routing);
+    check_decode(q, static_cast<std::int64_t>(sequences.size()), outputs);
+    check_outputs(q, outputs);
+    check_execution(execution);
+    run_decode(decode_problem(q, sequences, routing), cached_means(sequences), outputs, execution);
+  });
 }
 
 }  // namespace moba

@@ -3,6 +3,8 @@
 #include <array>
 #include <cstdlib>
 
+#include "argument_error.h"
+
 namespace moba {
 namespace {
 
@@ -18,31 +20,26 @@ std::vector<std::string> backends() {
   return names;
 }
 
-const Backend& named_backend(const std::string& name, Device device, std::string_view function) {
+const Backend& named_backend(const std::string& name, Device device) {
   const char* forced = std::getenv("MOBA_BACKEND");
   const bool from_environment = name.empty() && forced != nullptr && *forced != '\0';
   const std::string wanted = from_environment         ? forced
                              : !name.empty()          ? name
                              : device == Device::cuda ? "cuda"
                                                       : "cpu";
-  const std::string place = std::string(function) + ": " + (from_environment ? "MOBA_BACKEND" : "backend");
-  for (const Backend* backend : kBackends) {
-    if (backend->name != wanted) continue;
-    if (!backend->missing.empty())
-      throw Error(std::string(place)
-                      .append(" ")
-                      .append(wanted)
-                      .append(" is not in this build: ")
-                      .append(backend->missing));
-    return *backend;
-  }
+  const char* argument = from_environment ? "MOBA_BACKEND" : "backend";
   std::string known;
   for (const std::string& built : backends()) known.append(known.empty() ? "" : ", ").append(built);
-  throw Error(place + " is \"" + wanted + "\"; this build has " + known);
+  for (const Backend* backend : kBackends) {
+    if (backend->name != wanted) continue;
+    if (backend->missing.empty()) return *backend;
+    refuse(argument, "expected one of this build (", known, "), got ", wanted, ": ", backend->missing);
+  }
+  refuse(argument, "expected one of this build (", known, "), got \"", wanted, "\"");
 }
 
-const DeviceFlow* device_flow(std::string_view function, const Tensor& q, const Execution& execution) {
-  return named_backend(execution.backend, q.device, function).device;
+const DeviceFlow* device_flow(const Tensor& q, const Execution& execution) {
+  return named_backend(execution.backend, q.device).device;
 }
 
 DeviceBatch batch_of(const Sequences& sequences) {
@@ -54,10 +51,11 @@ DeviceBatch batch_of(const Sequences& sequences) {
   return batch;
 }
 
-const Backend& choose_backend(const std::string& name, const Problem& problem, std::string_view function) {
-  const Backend& backend = named_backend(name, problem.q.device, function);
+const Backend& choose_backend(const std::string& name, const Problem& problem) {
+  const Backend& backend = named_backend(name, problem.q.device);
   const std::string why = backend.device != nullptr ? "works on CUDA tensors" : backend.refuses(problem);
-  if (!why.empty()) throw Error(std::string(function) + ": backend " + std::string(backend.name) + " " + why);
+  if (!why.empty())
+    refuse("backend", "expected one that takes this call, got ", backend.name, ", which ", why);
   return backend;
 }
 

@@ -87,14 +87,14 @@ extern const Backend cuda_backend;
 /// Scratch memory of a host backend, unless told otherwise.
 constexpr std::size_t kHostWorkspace = std::size_t{256} << 20;
 
-/// The backend of that name, or by MOBA_BACKEND, or the default of the device. Throws Error naming `function`
+/// The backend of that name, or by MOBA_BACKEND, or the default of the device. Throws ArgumentError
 /// when there is none.
-const Backend& named_backend(const std::string& name, Device device, std::string_view function);
+const Backend& named_backend(const std::string& name, Device device);
 /// The flow of that backend when it is one on a device.
-const DeviceFlow* device_flow(std::string_view function, const Tensor& q, const Execution& execution);
+const DeviceFlow* device_flow(const Tensor& q, const Execution& execution);
 DeviceBatch batch_of(const Sequences& sequences);
 
 /// The same for a problem on the host. Throws also when the backend refuses it.
-const Backend& choose_backend(const std::string& name, const Problem& problem, std::string_view function);
+const Backend& choose_backend(const std::string& name, const Problem& problem);
 
 }  // namespace moba

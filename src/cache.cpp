@@ -85,7 +85,7 @@ KvLayout KvCache::State::layout() const {
 }
 
 KvCache::KvCache(const Shape& shape) {
-  check_cache_shape(shape);
+  named("KvCache", [&] { check_cache_shape(shape); });
   state_ = std::make_unique<State>();
   state_->shape = shape;
   state_->page_tokens = page_tokens_for(shape.block_size);
@@ -111,7 +111,7 @@ const KvCache::Shape& KvCache::shape() const {
 }
 
 std::int64_t KvCache::length(std::int64_t sequence) const {
-  check_sequence("KvCache::length", *this, sequence);
+  named("KvCache::length", [&] { check_sequence(*this, sequence); });
   return state_->sequences[static_cast<std::size_t>(sequence)].length;
 }
 
@@ -125,7 +125,7 @@ std::size_t KvCache::bytes() const {
 }
 
 void KvCache::append(const Tensor& k, const Tensor& v, std::int64_t sequence) {
-  check_append(*this, k, v, sequence);
+  named("KvCache::append", [&] { check_append(*this, k, v, sequence); });
   const auto [kv_heads, head_dim, block_size, dtype, sequences] = state_->shape;
   State::Sequence& s = state_->sequences[static_cast<std::size_t>(sequence)];
   const std::int64_t added = k.sizes[0], page_tokens = state_->page_tokens;
@@ -161,12 +161,8 @@ void KvCache::append(const Tensor& k, const Tensor& v, std::int64_t sequence) {
 }
 
 void KvCache::truncate(std::int64_t tokens, std::int64_t sequence) {
-  check_sequence("KvCache::truncate", *this, sequence);
+  named("KvCache::truncate", [&] { check_truncate(*this, tokens, sequence); });
   State::Sequence& s = state_->sequences[static_cast<std::size_t>(sequence)];
-  if (tokens < 0 || tokens > s.length) {
-    throw Error("KvCache::truncate: tokens is " + std::to_string(tokens) + "; 0 to " +
-                std::to_string(s.length) + " are held");
-  }
   if (tokens == s.length) return;
   const auto [kv_heads, head_dim, block_size, dtype, sequences] = state_->shape;
   s.length = tokens;

@@ -1,14 +1,14 @@
 #include "groups.h"
 
 #include <algorithm>
-#include <string>
+
+#include "argument_error.h"
 
 namespace moba {
 namespace {
 
-[[noreturn]] void refuse_budget(std::string_view function, std::size_t budget, std::size_t needed) {
-  throw Error(std::string(function) + ": workspace_bytes is " + std::to_string(budget) +
-              "; this problem needs " + std::to_string(needed));
+[[noreturn]] void refuse_budget(std::size_t budget, std::size_t needed) {
+  refuse("workspace_bytes", "expected at least ", needed, " for this call, got ", budget);
 }
 
 /// The largest count in [1, most] for which `bytes(count)`, which grows with it, fits; 0 when none does.
@@ -28,8 +28,8 @@ std::int64_t largest_within(std::size_t budget, std::int64_t most, Bytes&& bytes
 
 }  // namespace
 
-std::vector<HeadGroup> groups_within(std::string_view function, const Backend& backend,
-                                     const Problem& problem, int threads, std::size_t budget) {
+std::vector<HeadGroup> groups_within(const Backend& backend, const Problem& problem, int threads,
+                                     std::size_t budget) {
   if (problem.tokens == 0) return {};
   const auto bytes = [&](std::int64_t heads, std::int64_t tokens) {
     return backend.workspace(problem, {0, heads, 0, tokens}, threads);
@@ -40,7 +40,7 @@ std::vector<HeadGroup> groups_within(std::string_view function, const Backend& b
   if (heads == 0) {
     heads = 1;
     tokens = largest_within(budget, problem.tokens, [&](auto n) { return bytes(1, n); });
-    if (tokens == 0) refuse_budget(function, budget, bytes(1, 1));
+    if (tokens == 0) refuse_budget(budget, bytes(1, 1));
   }
 
   std::vector<HeadGroup> result;
@@ -53,13 +53,13 @@ std::vector<HeadGroup> groups_within(std::string_view function, const Backend& b
   return result;
 }
 
-std::vector<Group> head_groups_within(std::string_view function, const Backend& backend,
-                                      const Problem& problem, int threads, std::size_t budget) {
+std::vector<Group> head_groups_within(const Backend& backend, const Problem& problem, int threads,
+                                      std::size_t budget) {
   const auto bytes = [&](std::int64_t heads) {
     return backend.workspace_backward(problem, {0, heads, 0, problem.tokens}, threads);
   };
   const std::int64_t heads = largest_within(budget, problem.kv_heads, bytes);
-  if (heads == 0) refuse_budget(function, budget, bytes(1));
+  if (heads == 0) refuse_budget(budget, bytes(1));
   std::vector<Group> result;
   for (std::int64_t head = 0; head < problem.kv_heads; head += heads) {
     result.push_back({head, std::min(head + heads, problem.kv_heads), 0, problem.tokens});
@@ -113,8 +113,8 @@ void write_selection(const Problem& problem, const Selection& selection, std::in
       });
 }
 
-Selection read_selection(std::string_view function, const Problem& problem, const Group& group,
-                         const std::int32_t* saved, Scratch& scratch) {
+Selection read_selection(const Problem& problem, const Group& group, const std::int32_t* saved,
+                         Scratch& scratch) {
   Selection selection{group, problem.group, problem.width(), {}};
   const std::int64_t width = public_width(problem);
   selection.blocks =
@@ -132,9 +132,8 @@ Selection read_selection(std::string_view function, const Problem& problem, cons
           for (std::int64_t i = 0; i < width && from[i] >= 0; ++i) {
             if (problem.routing.causal && from[i] == own) continue;
             if (from[i] >= own || count == selection.width || (count > 0 && from[i] <= row[count - 1])) {
-              throw Error(std::string(function) + ": selection lists block " + std::to_string(from[i]) +
-                          " for query " + std::to_string(query) +
-                          "; ascending blocks that the query may see are expected");
+              refuse("saved.selection", "expected ascending blocks that query ", query,
+                     " may see, got block ", from[i]);
             }
             row[count++] = from[i];
           }

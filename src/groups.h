@@ -1,7 +1,6 @@
 #pragma once
 
 #include <chrono>
-#include <string_view>
 #include <vector>
 
 #include "backend.h"
@@ -17,19 +16,19 @@ struct HeadGroup {
 
 /// Cuts a problem so that each group's scratch memory fits the budget: first between heads, then between
 /// queries. Throws Error when even the smallest group does not fit.
-std::vector<HeadGroup> groups_within(std::string_view function, const Backend& backend,
-                                     const Problem& problem, int threads, std::size_t budget);
+std::vector<HeadGroup> groups_within(const Backend& backend, const Problem& problem, int threads,
+                                     std::size_t budget);
 
 /// Head groups alone, for the backward pass, whose groups span all queries.
-std::vector<Group> head_groups_within(std::string_view function, const Backend& backend,
-                                      const Problem& problem, int threads, std::size_t budget);
+std::vector<Group> head_groups_within(const Backend& backend, const Problem& problem, int threads,
+                                      std::size_t budget);
 
 /// A group's rows of the public [Hq, Tq, selection_width()] list, current block included.
 void write_selection(const Problem& problem, const Selection& selection, std::int32_t* out);
 /// The way back: what the gate would have picked, from the public list. Throws Error when that is no
 /// selection.
-Selection read_selection(std::string_view function, const Problem& problem, const Group& group,
-                         const std::int32_t* saved, Scratch& scratch);
+Selection read_selection(const Problem& problem, const Group& group, const std::int32_t* saved,
+                         Scratch& scratch);
 
 /// Runs one stage and adds its seconds to where they belong.
 template <typename Stage>

@@ -26,8 +26,8 @@ Sequences one_sequence(std::int64_t tokens) {
 Sequences one_sequence(std::int64_t queries, std::int64_t keys) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   if (queries < 0 || queries > kMost || keys < 0 || keys > kMost) {
-    throw Error("one_sequence: lengths are " + std::to_string(queries) + " and " + std::to_string(keys) +
-                "; 0 to " + std::to_string(kMost) + " are expected");
+    throw Error("one_sequence: queries, keys: expected 0 to " + std::to_string(kMost) + ", got " +
+                std::to_string(queries) + " and " + std::to_string(keys));
   }
   return {{0, static_cast<std::int32_t>(queries)}, {0, static_cast<std::int32_t>(keys)}};
 }

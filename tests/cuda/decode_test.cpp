@@ -320,23 +320,24 @@ TEST(CudaDecode, NamesWhatItRefuses) {
   };
   PagedCache wrong = p.cache;
   wrong.table_stride = 6;
-  EXPECT_EQ(error_of(wrong, p.routing), "decode: cache.table_stride is 6; 50 tokens need 7 pages of 8");
-  EXPECT_EQ(error_of(p.cache, {.block_size = 12, .top_k = 2}),
-            "decode: block_size is 12; a multiple or a divisor of cache.k's pages of 8 tokens is expected");
+  EXPECT_EQ(error_of(wrong, p.routing),
+            "decode: cache.table_stride: expected at least 7 (50 tokens in pages of 8), got 6");
+  EXPECT_EQ(
+      error_of(p.cache, {.block_size = 12, .top_k = 2}),
+      "decode: block_size: expected a multiple or a divisor of 8 (the tokens of a page of cache.k), got 12");
   EXPECT_EQ(error_of(p.cache, {.block_size = 8, .top_k = 2, .causal = false}),
-            "decode: causal is not set; a cache answers causal queries only");
+            "decode: causal: expected true (a cache takes causal queries only), got false");
   wrong = p.cache;
   wrong.lengths = nullptr;
-  EXPECT_EQ(error_of(wrong, p.routing), "decode: cache.lengths is null; int32 on the device are expected");
+  EXPECT_EQ(error_of(wrong, p.routing), "decode: cache.lengths: expected int32 on the device, got null");
   wrong = p.cache;
   wrong.page_table = nullptr;
   wrong.sequences = 3;
-  EXPECT_EQ(error_of(wrong, p.routing),
-            "decode: cache.k has 19 pages and no page_table; 3 times 8 are expected");
+  EXPECT_EQ(error_of(wrong, p.routing), "decode: cache.k: expected 3 x 8 pages without a page_table, got 19");
   wrong = p.cache;
   wrong.means.sizes[2] = 2;
   EXPECT_EQ(error_of(wrong, p.routing),
-            "decode: cache.means has sizes [19, 1, 2, 64]; [19, 1 or more, 1, 64] is expected");
+            "decode: cache.means: expected [19, 1 or more, 1, 64], got [19, 1, 2, 64]");
   wrong = p.cache;
   wrong.v.strides[0] -= 4;
   EXPECT_EQ(error_of(wrong, p.routing).find("decode: backend cuda wants every row of cache.v aligned"), 0U);

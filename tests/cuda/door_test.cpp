@@ -43,7 +43,8 @@ TEST(CudaDoor, NamesWhatItRefuses) {
        [](Call& call) {
          for (Tensor* t : {&call.q, &call.k, &call.v, &call.out}) t->device = Device::cpu;
        }},
-      {"attention: k is on another device than q", [](Call& call) { call.k.device = Device::cpu; }},
+      {"attention: k: expected the device of q, got another one",
+       [](Call& call) { call.k.device = Device::cpu; }},
       {"attention: backend cuda wants every row of v aligned to 16 bytes; its address is 0 past that and its "
        "strides are 68 and 64 elements",
        [](Call& call) {

@@ -29,71 +29,86 @@ struct BadCall {
 std::vector<BadCall> bad_calls() {
   constexpr std::int64_t kHuge = std::numeric_limits<std::int64_t>::max() / 2;
   return {
-      {"q has rank 2", [](Call& c) { c.q.rank = 2; }},
-      {"k has rank 4", [](Call& c) { c.k.rank = 4; }},
-      {"q is null", [](Call& c) { c.q.data = nullptr; }},
-      {"v is null", [](Call& c) { c.v.data = nullptr; }},
-      {"k is bf16; q is f32", [](Call& c) { c.k.dtype = DType::bf16; }},
-      {"v is f16; k is f32", [](Call& c) { c.v.dtype = DType::f16; }},
-      {"q is i8", [](Call& c) { c.q.dtype = DType::i8; }},
-      {"k is on another device", [](Call& c) { c.k.device = Device::cuda; }},
-      {"q has sizes [-1, 1, 16]", [](Call& c) { c.q.sizes[0] = -1; }},
-      {"q has sizes [12, 0, 16]", [](Call& c) { c.q.sizes[1] = 0; }},
-      {"k has sizes [12, 1, 0]", [](Call& c) { c.k.sizes[2] = 0; }},
-      {"k has head_dim 8; q has 16", [](Call& c) { c.k.sizes[2] = c.v.sizes[2] = 8; }},
-      {"v has sizes [11, 1, 16]", [](Call& c) { c.v.sizes[0] = 11; }},
-      {"q has stride 2 in its last dimension", [](Call& c) { c.q.strides[2] = 2; }},
-      {"q has sizes [12, 1, 16] and strides beyond", [](Call& c) { c.q.strides[0] = kHuge; }},
-      {"k has sizes [4611686018427387903, 1, 16] and strides beyond", [](Call& c) { c.k.sizes[0] = kHuge; }},
-      {"q is not aligned", [](Call& c) { c.q.data = static_cast<std::byte*>(c.q.data) + 2; }},
-      {"k has 3 heads; 8 query heads need a divisor of 8",
+      {"q: expected rank 3, [tokens, heads, head_dim], got rank 2", [](Call& c) { c.q.rank = 2; }},
+      {"k: expected rank 3, [tokens, heads, head_dim], got rank 4", [](Call& c) { c.k.rank = 4; }},
+      {"q: expected [12, 1, 16] elements, got null", [](Call& c) { c.q.data = nullptr; }},
+      {"v: expected [12, 1, 16] elements, got null", [](Call& c) { c.v.data = nullptr; }},
+      {"k: expected the dtype of q, f32, got bf16", [](Call& c) { c.k.dtype = DType::bf16; }},
+      {"v: expected the dtype of k, f32, got f16", [](Call& c) { c.v.dtype = DType::f16; }},
+      {"q: expected f32, bf16, f16 or f64, got i8", [](Call& c) { c.q.dtype = DType::i8; }},
+      {"k: expected the device of q, got another", [](Call& c) { c.k.device = Device::cuda; }},
+      {"q: expected sizes of at least 0, got [-1, 1, 16]", [](Call& c) { c.q.sizes[0] = -1; }},
+      {"q: expected at least one head and a head_dim of at least 1, got sizes [12, 0, 16]",
+       [](Call& c) { c.q.sizes[1] = 0; }},
+      {"k: expected at least one head and a head_dim of at least 1, got sizes [12, 1, 0]",
+       [](Call& c) { c.k.sizes[2] = 0; }},
+      {"k: expected head_dim 16 (that of q), got 8", [](Call& c) { c.k.sizes[2] = c.v.sizes[2] = 8; }},
+      {"v: expected the sizes of k, [12, 1, 16], got [11, 1, 16]", [](Call& c) { c.v.sizes[0] = 11; }},
+      {"q: expected stride 1 in the last dimension, got 2", [](Call& c) { c.q.strides[2] = 2; }},
+      {"q: expected sizes and strides within 64 bits, got sizes [12, 1, 16] and strides beyond",
+       [](Call& c) { c.q.strides[0] = kHuge; }},
+      {"k: expected sizes and strides within 64 bits, got sizes [4611686018427387903, 1, 16] and strides "
+       "beyond",
+       [](Call& c) { c.k.sizes[0] = kHuge; }},
+      {"q: expected alignment to f32, got an unaligned pointer",
+       [](Call& c) { c.q.data = static_cast<std::byte*>(c.q.data) + 2; }},
+      {"k: expected a number of heads that divides 8 (the query heads), got 3",
        [](Call& c) {
          c.q.sizes[1] = 8;
          c.k.sizes[1] = c.v.sizes[1] = 3;
        }},
-      {"sequences.q is empty", [](Call& c) { c.c.sequences = {}; }},
-      {"sequences.k has 1 entries; sequences.q has 2", [](Call& c) { c.c.sequences.k = {12}; }},
-      {"sequences.q starts at 1",
+      {"sequences.q: expected at least one entry (0), got an empty list",
+       [](Call& c) { c.c.sequences = {}; }},
+      {"sequences.k: expected 2 entries (as sequences.q), got 1", [](Call& c) { c.c.sequences.k = {12}; }},
+      {"sequences.q: expected to start at 0, got 1",
        [](Call& c) {
          c.c.sequences.q = {1, 12};
        }},
-      {"sequences.k falls from 9 to 3 at entry 2",
+      {"sequences.k: expected never to decrease, got 3 after 9 at entry 2",
        [](Call& c) {
          c.c.sequences = {{0, 4, 8, 12}, {0, 9, 3, 12}};
        }},
-      {"sequences.k ends at 11; k has 12 tokens",
+      {"sequences.k: expected to end at 12 (the tokens of k), got 11",
        [](Call& c) {
          c.c.sequences.k = {0, 11};
        }},
-      {"block_size is 0", [](Call& c) { c.c.routing.block_size = 0; }},
-      {"top_k is -3", [](Call& c) { c.c.routing.top_k = -3; }},
-      {"sink_blocks is 2; 0 to 1", [](Call& c) { c.c.routing.sink_blocks = 2; }},
-      {"sink_blocks is -1", [](Call& c) { c.c.routing.sink_blocks = -1; }},
-      {"own_block is set for causal", [](Call& c) { c.c.routing.own_block = true; }},
-      {"scale is", [](Call& c) { c.c.routing.scale = std::numeric_limits<float>::infinity(); }},
-      {"out is null", [](Call& c) { c.outputs.out.data = nullptr; }},
-      {"out has rank 0", [](Call& c) { c.outputs.out = {}; }},
-      {"out is bf16; q is f32", [](Call& c) { c.outputs.out.dtype = DType::bf16; }},
-      {"out has sizes [12, 1, 8]", [](Call& c) { c.outputs.out.sizes[2] = 8; }},
-      {"out has strides that lead to the same element twice", [](Call& c) { c.outputs.out.strides[0] = 0; }},
-      {"out has strides that lead to the same element twice", [](Call& c) { c.outputs.out.strides[0] = 15; }},
-      {"out shares memory with q", [](Call& c) { c.outputs.out = c.q; }},
-      {"out shares memory with k", [](Call& c) { c.outputs.out.data = static_cast<float*>(c.k.data) + 3; }},
-      {"out shares memory with v", [](Call& c) { c.outputs.out = c.v; }},
-      {"lse is not aligned",
+      {"block_size: expected at least 1, got 0", [](Call& c) { c.c.routing.block_size = 0; }},
+      {"top_k: expected at least 1, got -3", [](Call& c) { c.c.routing.top_k = -3; }},
+      {"sink_blocks: expected 0 to 1 for top_k 2, got 2", [](Call& c) { c.c.routing.sink_blocks = 2; }},
+      {"sink_blocks: expected 0 to 1 for top_k 2, got -1", [](Call& c) { c.c.routing.sink_blocks = -1; }},
+      {"own_block: expected false for causal routing", [](Call& c) { c.c.routing.own_block = true; }},
+      {"scale: expected a finite number, got inf",
+       [](Call& c) { c.c.routing.scale = std::numeric_limits<float>::infinity(); }},
+      {"out: expected [12, 1, 16] elements, got null", [](Call& c) { c.outputs.out.data = nullptr; }},
+      {"out: expected rank 3, [tokens, heads, head_dim], got rank 0", [](Call& c) { c.outputs.out = {}; }},
+      {"out: expected the dtype of q, f32, got bf16", [](Call& c) { c.outputs.out.dtype = DType::bf16; }},
+      {"out: expected the sizes of q, [12, 1, 16], got [12, 1, 8]",
+       [](Call& c) { c.outputs.out.sizes[2] = 8; }},
+      {"out: expected distinct elements, got strides that lead to the same element twice",
+       [](Call& c) { c.outputs.out.strides[0] = 0; }},
+      {"out: expected distinct elements, got strides that lead to the same element twice",
+       [](Call& c) { c.outputs.out.strides[0] = 15; }},
+      {"out: expected memory of its own, got memory shared with q", [](Call& c) { c.outputs.out = c.q; }},
+      {"out: expected memory of its own, got memory shared with k",
+       [](Call& c) { c.outputs.out.data = static_cast<float*>(c.k.data) + 3; }},
+      {"out: expected memory of its own, got memory shared with v", [](Call& c) { c.outputs.out = c.v; }},
+      {"lse: expected alignment to f32, got an unaligned pointer",
        [](Call& c) { c.outputs.lse = reinterpret_cast<float*>(reinterpret_cast<char*>(c.outputs.lse) + 1); }},
-      {"selection is not aligned",
+      {"selection: expected alignment to int32, got an unaligned pointer",
        [](Call& c) {
          c.outputs.selection =
              reinterpret_cast<std::int32_t*>(reinterpret_cast<char*>(c.outputs.selection) + 2);
        }},
-      {"workspace_bytes is 0", [](Call& c) { c.execution.workspace_bytes = 0; }},
-      {"parallel has 0 threads", [](Call& c) { c.execution.parallel.threads = 0; }},
-      {"parallel has 4 threads and no run", [](Call& c) { c.execution.parallel = {.threads = 4}; }},
-      {"scratch has only allocate",
+      {"workspace_bytes: expected at least 1 or unset, got 0",
+       [](Call& c) { c.execution.workspace_bytes = 0; }},
+      {"parallel.threads: expected at least 1, got 0", [](Call& c) { c.execution.parallel.threads = 0; }},
+      {"parallel.run: expected a function for 4 threads, got none",
+       [](Call& c) { c.execution.parallel = {.threads = 4}; }},
+      {"scratch.release: expected both of allocate and release, or neither, got allocate alone",
        [](Call& c) { c.execution.scratch.allocate = [](std::size_t) -> void* { return nullptr; }; }},
-      {"scratch has only release", [](Call& c) { c.execution.scratch.release = [](void*, std::size_t) {}; }},
-      {"backend is \"gpu\"; this build has", [](Call& c) { c.execution.backend = "gpu"; }},
+      {"scratch.allocate: expected both of allocate and release, or neither, got release alone",
+       [](Call& c) { c.execution.scratch.release = [](void*, std::size_t) {}; }},
+      {"backend: expected one of this build (", [](Call& c) { c.execution.backend = "gpu"; }},
   };
 }
 
@@ -139,12 +154,12 @@ TEST(Checks, BothEndsOfAReversedViewCount) {
 TEST(Checks, SelectBlocksChecksToo) {
   const Case c = plain_case(1, 12, 12, {.block_size = 4, .top_k = 2});
   expect_message(message_of([&] { select_blocks(c.q.view(), c.k.view(), c.sequences, c.routing, nullptr); }),
-                 "select_blocks: selection is null");
+                 "select_blocks: selection: expected [Hq, Tq, selection_width()] int32, got null");
   expect_message(message_of([&] {
                    std::int32_t block = 0;
                    select_blocks({}, c.k.view(), c.sequences, c.routing, &block);
                  }),
-                 "select_blocks: q has rank 0");
+                 "select_blocks: q: expected rank 3, [tokens, heads, head_dim], got rank 0");
 }
 
 struct BadBackward {
@@ -154,14 +169,20 @@ struct BadBackward {
 
 TEST(Checks, BadBackwardCallsNameTheArgument) {
   const std::vector<BadBackward> calls = {
-      {"d_out has sizes", [](Tensor& d_out, Saved&, Gradients&) { d_out.sizes[0] = 3; }},
-      {"saved.out has rank 0", [](Tensor&, Saved& saved, Gradients&) { saved.out = {}; }},
-      {"saved.lse is null", [](Tensor&, Saved& saved, Gradients&) { saved.lse = nullptr; }},
-      {"dq is null", [](Tensor&, Saved&, Gradients& g) { g.dq.data = nullptr; }},
-      {"dk has sizes", [](Tensor&, Saved&, Gradients& g) { g.dk.sizes[0] = 5; }},
-      {"dv shares memory with dk", [](Tensor&, Saved&, Gradients& g) { g.dv = g.dk; }},
-      {"dq shares memory with d_out", [](Tensor& d_out, Saved&, Gradients& g) { g.dq = d_out; }},
-      {"dk has strides", [](Tensor&, Saved&, Gradients& g) { g.dk.strides[0] = 0; }},
+      {"d_out: expected the sizes of q, ", [](Tensor& d_out, Saved&, Gradients&) { d_out.sizes[0] = 3; }},
+      {"saved.out: expected rank 3, [tokens, heads, head_dim], got rank 0",
+       [](Tensor&, Saved& saved, Gradients&) { saved.out = {}; }},
+      {"saved.lse: expected [Hq, Tq] f32, got null",
+       [](Tensor&, Saved& saved, Gradients&) { saved.lse = nullptr; }},
+      {"dq: expected [12, 1, 16] elements, got null",
+       [](Tensor&, Saved&, Gradients& g) { g.dq.data = nullptr; }},
+      {"dk: expected the sizes of k, ", [](Tensor&, Saved&, Gradients& g) { g.dk.sizes[0] = 5; }},
+      {"dv: expected memory of its own, got memory shared with dk",
+       [](Tensor&, Saved&, Gradients& g) { g.dv = g.dk; }},
+      {"dq: expected memory of its own, got memory shared with d_out",
+       [](Tensor& d_out, Saved&, Gradients& g) { g.dq = d_out; }},
+      {"dk: expected distinct elements, got strides",
+       [](Tensor&, Saved&, Gradients& g) { g.dk.strides[0] = 0; }},
   };
   Call call;
   call.run();
@@ -198,18 +219,18 @@ TEST(Checks, ColumnsOfOneMatrixAreApart) {
   };
   EXPECT_EQ(message(), "no error");
   gradients.dv = columns(heads + kv_heads - 1, kv_heads);
-  expect_message(message(), "attention_backward: dv shares memory with dk");
+  expect_message(message(), "attention_backward: dv: expected memory of its own, got memory shared with dk");
 }
 
 TEST(Checks, CacheShapes) {
   const auto message = [](const KvCache::Shape& shape) { return message_of([&] { KvCache cache(shape); }); };
-  expect_message(message({.kv_heads = 0}), "KvCache: kv_heads is 0");
-  expect_message(message({.head_dim = -4}), "KvCache: head_dim is -4");
-  expect_message(message({.block_size = 0}), "KvCache: block_size is 0");
-  expect_message(message({.sequences = 0}), "KvCache: sequences is 0");
-  expect_message(message({.dtype = DType::f64}), "KvCache: dtype is f64");
+  expect_message(message({.kv_heads = 0}), "KvCache: kv_heads: expected at least 1, got 0");
+  expect_message(message({.head_dim = -4}), "KvCache: head_dim: expected at least 1, got -4");
+  expect_message(message({.block_size = 0}), "KvCache: block_size: expected at least 1, got 0");
+  expect_message(message({.sequences = 0}), "KvCache: sequences: expected at least 1, got 0");
+  expect_message(message({.dtype = DType::f64}), "KvCache: dtype: expected f32, bf16, f16 or i8, got f64");
   expect_message(message({.kv_heads = std::int64_t{1} << 40, .head_dim = std::int64_t{1} << 40}),
-                 "KvCache: kv_heads is");
+                 "KvCache: kv_heads: expected kv_heads x head_dim of at most ");
 }
 
 TEST(Checks, CacheCalls) {
@@ -219,33 +240,36 @@ TEST(Checks, CacheCalls) {
   const auto append = [&](const Array& k, const Array& v, std::int64_t sequence) {
     return message_of([&] { cache.append(k.view(), v.view(), sequence); });
   };
-  expect_message(append(narrow, narrow, 0), "KvCache::append: k has head_dim 4; the cache has 8");
-  expect_message(append(one_head, one_head, 0), "KvCache::append: k has 1 heads; the cache has 2");
-  expect_message(append(wide, wide, 0), "KvCache::append: k is f64");
-  expect_message(append(keys, shorter, 0), "KvCache::append: v has sizes [4, 2, 8]");
-  expect_message(append(keys, keys, 3), "KvCache::append: sequence is 3; the cache has 3");
-  expect_message(append(keys, keys, -1), "KvCache::append: sequence is -1");
-  expect_message(message_of([&] { cache.truncate(1); }), "KvCache::truncate: tokens is 1");
+  expect_message(append(narrow, narrow, 0), "KvCache::append: k: expected head_dim 8 (the cache's), got 4");
+  expect_message(append(one_head, one_head, 0), "KvCache::append: k: expected 2 heads (the cache's), got 1");
+  expect_message(append(wide, wide, 0), "KvCache::append: k: expected f32, bf16 or f16, got f64");
+  expect_message(append(keys, shorter, 0),
+                 "KvCache::append: v: expected the sizes of k, [5, 2, 8], got [4, 2, 8]");
+  expect_message(append(keys, keys, 3), "KvCache::append: sequence: expected 0 to 2, got 3");
+  expect_message(append(keys, keys, -1), "KvCache::append: sequence: expected 0 to 2, got -1");
+  expect_message(message_of([&] { cache.truncate(1); }),
+                 "KvCache::truncate: tokens: expected 0 to 0 (those held), got 1");
   EXPECT_EQ(cache.length(), 0);
 
   Array q(DType::f32, 3, 4, 8), out = q, odd(DType::f32, 3, 3, 8);
   const auto ask = [&](const Array& queries, const Routing& routing, std::int64_t sequence = 0) {
     return message_of([&] { attention(queries.view(), cache, sequence, routing, {.out = out.view()}); });
   };
-  expect_message(ask(odd, {.block_size = 4}), "attention: cache has 2 heads; 3 query heads");
-  expect_message(ask(q, {.block_size = 8}),
-                 "attention: block_size is 8; the cache keeps means of blocks of 4");
-  expect_message(ask(q, {.block_size = 4, .causal = false}), "attention: causal is not set");
-  expect_message(ask(q, {.block_size = 4}, 7), "attention: sequence is 7");
+  expect_message(ask(odd, {.block_size = 4}),
+                 "attention: cache: expected a number of heads that divides 3 (the query heads), got 2");
+  expect_message(ask(q, {.block_size = 8}), "attention: block_size: expected 4 (the cache's), got 8");
+  expect_message(ask(q, {.block_size = 4, .causal = false}),
+                 "attention: causal: expected true (a cache takes causal queries only), got false");
+  expect_message(ask(q, {.block_size = 4}, 7), "attention: sequence: expected 0 to 2, got 7");
   EXPECT_EQ(ask(q, Routing::full()), "no error");
   expect_message(
       message_of([&] { decode(q.slice(0, 2), cache, {.block_size = 4}, {.out = out.slice(0, 2)}); }),
-      "decode: q has 2 tokens; the cache has 3 sequences");
+      "decode: q: expected 3 tokens (one for each sequence of the cache), got 2");
   expect_message(message_of([&] {
                    std::int32_t block = 0;
                    decode(q.view(), cache, {.block_size = 4}, {.out = out.view(), .selection = &block});
                  }),
-                 "decode: selection is set");
+                 "decode: selection: expected null (attention on the cache selects), got a pointer");
 }
 
 }  // namespace
