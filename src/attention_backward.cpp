@@ -17,6 +17,7 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
     }
 
     const Problem problem = make_problem(q, k, v, sequences, routing);
+    check_saved_selection(problem, saved.selection);
     const Backend& backend = choose_backend(execution.backend, problem);
     const Parallel parallel = execution.parallel.run ? execution.parallel : openmp();
     Scratch scratch(execution.scratch);

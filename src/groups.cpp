@@ -91,6 +91,22 @@ std::int64_t public_width(const Problem& problem) {
   return std::min(problem.asked.top_k, blocks);
 }
 
+/// The blocks that one query selected, own block included, ascending, padded with -1.
+void check_row(const Problem& problem, const SequenceView& s, std::int64_t query, const std::int32_t* row,
+               std::int64_t width) {
+  const std::int64_t own = problem.routing.causal ? problem.own_block(s, query) : problem.blocks(s);
+  std::int64_t count = 0, last = -1;
+  for (std::int64_t i = 0; i < width && row[i] >= 0; ++i) {
+    if (problem.routing.causal && row[i] == own) continue;
+    if (row[i] >= own || row[i] <= last || count == problem.width()) {
+      refuse("saved.selection", "expected ascending blocks that query ", query, " may see, got block ",
+             row[i]);
+    }
+    last = row[i];
+    ++count;
+  }
+}
+
 }  // namespace
 
 void write_selection(const Problem& problem, const Selection& selection, std::int32_t* out) {
@@ -113,6 +129,18 @@ void write_selection(const Problem& problem, const Selection& selection, std::in
       });
 }
 
+void check_saved_selection(const Problem& problem, const std::int32_t* saved) {
+  if (saved == nullptr || problem.everything || problem.width() == 0) return;
+  const std::int64_t width = public_width(problem);
+  for (std::int64_t head = 0; head < problem.q_heads; ++head) {
+    for (const SequenceView& s : problem.sequences) {
+      for (std::int64_t query = 0; query < s.queries; ++query) {
+        check_row(problem, s, query, saved + (head * problem.tokens + s.q_begin + query) * width, width);
+      }
+    }
+  }
+}
+
 Selection read_selection(const Problem& problem, const Group& group, const std::int32_t* saved,
                          Scratch& scratch) {
   Selection selection{group, problem.group, problem.width(), {}};
@@ -120,26 +148,20 @@ Selection read_selection(const Problem& problem, const Group& group, const std::
   selection.blocks =
       Buffer<std::int32_t>(scratch, group.heads() * group.tokens() * problem.group * selection.width);
   if (selection.width == 0) return selection;
-  for_each_row(
-      problem, selection,
-      [&](const SequenceView& s, std::int64_t query, std::int64_t q_head, std::int32_t* row) {
-        std::int64_t count = 0;
-        if (problem.everything) {
-          if (s.keys > 0) row[count++] = 0;
-        } else {
-          const std::int32_t* from = saved + (q_head * problem.tokens + s.q_begin + query) * width;
-          const std::int64_t own = problem.routing.causal ? problem.own_block(s, query) : problem.blocks(s);
-          for (std::int64_t i = 0; i < width && from[i] >= 0; ++i) {
-            if (problem.routing.causal && from[i] == own) continue;
-            if (from[i] >= own || count == selection.width || (count > 0 && from[i] <= row[count - 1])) {
-              refuse("saved.selection", "expected ascending blocks that query ", query,
-                     " may see, got block ", from[i]);
-            }
-            row[count++] = from[i];
-          }
-        }
-        std::fill(row + count, row + selection.width, -1);
-      });
+  for_each_row(problem, selection,
+               [&](const SequenceView& s, std::int64_t query, std::int64_t q_head, std::int32_t* row) {
+                 std::int64_t count = 0;
+                 if (problem.everything) {
+                   if (s.keys > 0) row[count++] = 0;
+                 } else {
+                   const std::int32_t* from = saved + (q_head * problem.tokens + s.q_begin + query) * width;
+                   const std::int64_t own = problem.routing.causal ? problem.own_block(s, query) : -1;
+                   for (std::int64_t i = 0; i < width && from[i] >= 0; ++i) {
+                     if (from[i] != own) row[count++] = from[i];
+                   }
+                 }
+                 std::fill(row + count, row + selection.width, -1);
+               });
   return selection;
 }
 

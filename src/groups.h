@@ -25,8 +25,10 @@ std::vector<Group> head_groups_within(const Backend& backend, const Problem& pro
 
 /// A group's rows of the public [Hq, Tq, selection_width()] list, current block included.
 void write_selection(const Problem& problem, const Selection& selection, std::int32_t* out);
-/// The way back: what the gate would have picked, from the public list. Throws Error when that is no
-/// selection.
+/// Throws ArgumentError unless `saved`, null or [Hq, Tq, selection_width()], lists blocks that each query may
+/// see. Runs over all heads, before a gradient is written.
+void check_saved_selection(const Problem& problem, const std::int32_t* saved);
+/// The inverse of write_selection: the group's selection as the gate writes it, from a checked public list.
 Selection read_selection(const Problem& problem, const Group& group, const std::int32_t* saved,
                          Scratch& scratch);
 

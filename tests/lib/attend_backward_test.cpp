@@ -206,6 +206,37 @@ TEST_P(BackwardOfBackend, ASelectionThatIsNoneIsAnError) {
   }
 }
 
+TEST_P(BackwardOfBackend, InvalidSavedSelectionThrows) {
+  Case c{.seed = 5, .kv_heads = 4, .group = 2, .head_dim = 16};
+  c.sequences = one_sequence(120);
+  c.routing = {.block_size = 4, .top_k = 3};
+  fill(c);
+  const Array d_out = gradient_for(c);
+  Result forward = run_attention(c, execution());
+  Execution tight{.backend = GetParam(), .parallel = serial()};
+  // The smallest workspace that one kv head fits in: four head groups.
+  for (std::size_t budget = 1024;; budget += budget / 8) {
+    tight.workspace_bytes = budget;
+    try {
+      backward(c, d_out, forward, tight);
+      break;
+    } catch (const Error& error) {
+      ASSERT_NE(std::string(error.what()).find("workspace_bytes"), std::string::npos) << error.what();
+    }
+  }
+  std::int32_t* selection = forward.outputs().selection;
+  selection[((c.q_heads() - 1) * 120 + 100) * forward.width] = 29;  // a future block, for the last head
+
+  Array dq = c.q, dk = c.k, dv = c.v;
+  const Saved saved{.out = forward.out.view(), .lse = forward.outputs().lse, .selection = selection};
+  EXPECT_THROW(attention_backward(d_out.view(), c.q.view(), c.k.view(), c.v.view(), saved, c.sequences,
+                                  c.routing, {dq.view(), dk.view(), dv.view()}, tight),
+               Error);
+  EXPECT_EQ(largest_difference(dq, c.q), 0) << "dq was written";
+  EXPECT_EQ(largest_difference(dk, c.k), 0) << "dk was written";
+  EXPECT_EQ(largest_difference(dv, c.v), 0) << "dv was written";
+}
+
 /// Enough tokens for several chunks, ranges and rounds of a fast backend.
 std::vector<Case> long_cases() {
   const std::vector<Routing> routings = {
