@@ -6,7 +6,7 @@ JOBS ?= $(shell nproc)
 PYTHON := .venv/bin/python
 SOURCES = git ls-files '*.h' '*.cpp' '*.cu'
 
-.PHONY: help setup build python demo test test-cpp test-asan test-tsan test-python test-long cuda gpu-check neon bench format lint install-test clean
+.PHONY: help setup build python demo test test-cpp test-asan test-tsan test-python test-long cuda gpu-check neon bench format lint lint-fast install-test clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | \
@@ -15,7 +15,8 @@ help:  ## list the commands
 setup:  ## Debian packages, .venv with torch, the model; quick when all is there
 	@tools/setup.sh
 
-build: setup  ## the program, at build/release/moba
+build:  ## the program, at build/release/moba; installs nothing, says what is missing
+	@tools/setup.sh --check packages python
 	@cmake --preset release --log-level=ERROR >/dev/null
 	cmake --build build/release -j$(JOBS) --target moba_program
 
@@ -23,7 +24,8 @@ python: setup  ## the PyTorch package, installed into .venv
 	@echo "installing the Python package moba into .venv"
 	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
 
-demo: build  ## a real model finds a fact in a long text, with full attention and with MoBA
+demo: setup  ## a real model finds a fact in a long text, with full attention and with MoBA
+	@$(MAKE) --no-print-directory build
 	@$(PYTHON) tools/demo.py
 
 test: test-cpp test-asan test-tsan test-python  ## every test: C++, sanitizers, Python against the ecosystem
@@ -70,15 +72,21 @@ install-test: setup  ## install the library into a folder and build the example 
 	cmake --build build/lib -j$(JOBS)
 	ctest --test-dir build/lib --output-on-failure -R install
 
-format: setup  ## clang-format on every C++ file
+format: setup  ## clang-format on every C++ file, ruff on every Python file
 	@tools/setup.sh developer
 	$(SOURCES) | xargs clang-format -i
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
 
-lint: setup  ## clang-format's and clang-tidy's opinion, without changing anything
+lint: lint-fast  ## clang-format, clang-tidy and ruff on C++, CUDA as C++, tests and Python; changes nothing
+	@cmake --preset release --log-level=ERROR >/dev/null
+	tools/tidy.py build/release -j$(JOBS)
+
+lint-fast: setup  ## the part of lint that takes seconds: clang-format and ruff
 	@tools/setup.sh developer
 	$(SOURCES) | xargs clang-format --dry-run --Werror
-	@cmake --preset release --log-level=ERROR >/dev/null
-	git ls-files 'src/*.cpp' 'llm/*.cpp' 'app/*.cpp' | xargs -P$(JOBS) -n1 clang-tidy -p build/release --quiet
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 
 clean:  ## remove the builds; .venv and the model stay
 	rm -rf $(filter-out build/models,$(wildcard build/*))

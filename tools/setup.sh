@@ -5,6 +5,7 @@
 #   tools/setup.sh                  everything
 #   tools/setup.sh packages python  these parts alone: packages, python, model, developer (clang-format, clang-tidy),
 #                                   browser (Chromium, which tests open a page in)
+#   tools/setup.sh --check PARTS    installs nothing: exit status 1 and a line for each part that is missing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -29,15 +30,21 @@ fail() {
   exit 1
 }
 
+# Prints those of the packages that are not installed.
+missing_packages() {
+  local package
+  for package in "$@"; do
+    [[ $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || echo "$package"
+  done
+}
+
 install_packages() {
-  local missing=() package
+  local missing
   if ! command -v dpkg-query >/dev/null; then
     say "not a Debian system: the packages are left to you ($*)"
     return
   fi
-  for package in "$@"; do
-    [[ $(dpkg-query -W -f='${db:Status-Status}' "$package" 2>/dev/null) == installed ]] || missing+=("$package")
-  done
+  mapfile -t missing < <(missing_packages "$@")
   ((${#missing[@]})) || return 0
 
   local as_root=()
@@ -90,6 +97,39 @@ fetch_model() {
   rm -r "$downloads"
 }
 
+check_packages() {
+  command -v dpkg-query >/dev/null || return 0  # not Debian: CMake names what it does not find
+  local missing
+  mapfile -t missing < <(missing_packages "$@")
+  ((${#missing[@]} == 0)) || lack "packages: expected ${missing[*]} to be installed"
+}
+
+missing_parts=0
+lack() {
+  say "$*"
+  missing_parts=1
+}
+
+check() {
+  local part
+  for part in "$@"; do
+    case $part in
+      packages) check_packages "${build_packages[@]}" ;;
+      developer) check_packages "${developer_packages[@]}" ;;
+      browser) check_packages "${browser_packages[@]}" ;;
+      python) cmp -s requirements.txt .venv/requirements.txt || lack "python: expected .venv with the packages of requirements.txt" ;;
+      model) [[ -f build/models/$model ]] || lack "model: expected build/models/$model" ;;
+      *) fail "expected packages, python, model, developer or browser, got $part" ;;
+    esac
+  done
+  ((missing_parts == 0)) || fail "'make setup' installs what is missing"
+}
+
+if [[ ${1:-} == --check ]]; then
+  check "${@:2}"
+  exit
+fi
+
 (($#)) || set -- packages python model
 for part in "$@"; do
   case $part in
@@ -98,6 +138,6 @@ for part in "$@"; do
     browser) install_packages "${browser_packages[@]}" ;;
     python) install_python ;;
     model) fetch_model ;;
-    *) fail "expected packages, python, model, developer or browser; found $part" ;;
+    *) fail "expected packages, python, model, developer or browser, got $part" ;;
   esac
 done
