@@ -5,8 +5,6 @@
 //
 //   g++ -O3 -std=c++20 benchmarks/units.cpp -o units && ./units
 #include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -14,6 +12,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
+
+#include "../src/cpu_features.h"
 
 namespace {
 
@@ -64,12 +64,7 @@ AVX512 void tile(const float* rows, const float* panel, float* out) {
   }
 }
 
-struct TileConfig {
-  std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-const TileConfig kConfig;
+const moba::AmxTileConfig kConfig;
 
 /// 96 products of 16 x 32 by 32 x 16 bf16 values from the first-level cache.
 AMX void amx_tile(const std::uint16_t* rows, const std::uint16_t* panel) {
@@ -105,7 +100,6 @@ void measure(const char* name, double flops, Burst&& burst) {
 }
 
 AMX void begin_amx() {
-  syscall(SYS_arch_prctl, 0x1023, 18);
   _tile_loadconfig(&kConfig);
 }
 
@@ -128,7 +122,7 @@ int main() {
   measure("nothing", 0, [] {});
   measure("f32 multiply-adds, out of registers", kTileFlops, [&] { tile<false>(rows, panel, out); });
   measure("f32 tile, fed from the first-level cache", kTileFlops, [&] { tile<true>(rows, panel, out); });
-  if (!__builtin_cpu_supports("amx-bf16")) return 0;
+  if (!moba::cpu_features().amx) return 0;
   begin_amx();
   measure("AMX bf16 products", kAmxFlops, [&] { amx_tile(narrow, narrow_panel); });
 }

@@ -233,13 +233,13 @@ void row_stats(const BackwardState& g, std::int64_t q_head, std::int64_t first, 
   std::fill(std::begin(out), std::end(out), 0.0F);
   std::fill(std::begin(d_out), std::end(d_out), 0.0F);
   for (std::int64_t token = first; token < last; ++token) {
-    const auto fetch = [&](const Tensor& t, float* to) HWY_ATTR {
+    const auto load_row = [&](const Tensor& t, float* to) HWY_ATTR {
       const std::int64_t element = token * t.strides[0] + q_head * t.strides[1];
       load_f32(static_cast<const std::byte*>(t.data) + element * static_cast<std::int64_t>(size_of(t.dtype)),
                t.dtype, depth, 1, to);
     };
-    fetch(g.backward.out, out);
-    fetch(g.backward.d_out, d_out);
+    load_row(g.backward.out, out);
+    load_row(g.backward.d_out, d_out);
     Vec sum = hn::Zero(d);
     for (std::size_t i = 0; i < depth; i += kLanes)
       sum = hn::MulAdd(hn::Load(d, out + i), hn::Load(d, d_out + i), sum);

@@ -6,11 +6,11 @@ namespace {
 
 std::string refuses(const Problem& problem) {
   if (!cpu::target_refusal().empty()) return cpu::target_refusal();
-  if (problem.q.device != Device::cpu) return "works on CPU tensors";
+  if (problem.q.device != Device::cpu) return "expected CPU tensors, got CUDA tensors";
   if (problem.q.dtype == DType::f64 || problem.k.dtype == DType::f64)
-    return "takes f32, bf16 and f16; f64 needs \"reference\"";
+    return "expected q and k of f32, bf16 or f16, got f64 (which backend \"reference\" takes)";
   if (problem.head_dim > static_cast<std::int64_t>(cpu::kMaxHeadDim)) {
-    return "takes head_dim up to " + std::to_string(cpu::kMaxHeadDim) + "; q has " +
+    return "expected q of head_dim up to " + std::to_string(cpu::kMaxHeadDim) + ", got " +
            std::to_string(problem.head_dim);
   }
   return {};

@@ -32,7 +32,7 @@ struct alignas(64) DecodeUnit {
   float* list_scores = nullptr;      // [mean_splits][group][listed]
   std::int32_t* lists = nullptr;     // the blocks of these scores
   float* topk_scores = nullptr;      // [group][width], scores of the selected blocks
-  float* queries = nullptr;          // [group][kMaxHeadDim], widened, unscaled, zero padded
+  float* queries = nullptr;          // [group][kMaxHeadDim], f32, unscaled, zero padded
   std::int32_t* selected = nullptr;  // [group][width]
   std::int32_t* blocks = nullptr;    // union of the selections without the own block, ascending
   float* partials = nullptr;         // [splits][group][stride]

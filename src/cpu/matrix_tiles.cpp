@@ -136,25 +136,25 @@ MOBA_AMX void amx_multiply_parts(const bfloat16* rows, std::size_t row_stride, s
     load_rows(both, from + 2 * row_part, row_stride);
     load_panel(columns);
     multiply_block<AmxBf16>(both);
-    prefetcher.fetch(kLines);
+    prefetcher.advance(kLines);
     load_rows(both, from + row_part, row_stride);
     multiply_block<AmxBf16>(both);
-    prefetcher.fetch(kLines);
+    prefetcher.advance(kLines);
     load_panel(columns + panel_part);
     multiply_block<AmxBf16>(both);
-    prefetcher.fetch(kLines);
+    prefetcher.advance(kLines);
     load_rows(both, from, row_stride);
     multiply_block<AmxBf16>(both);
-    prefetcher.fetch(kLines);
+    prefetcher.advance(kLines);
     load_panel(columns + 2 * panel_part);
     multiply_block<AmxBf16>(both);
-    prefetcher.fetch(kLines);
+    prefetcher.advance(kLines);
   }
   for (std::size_t i = 0; i < depth; i += kStep) {
     load_rows(both, rows + i, row_stride);
     load_panel(panel + i * kMatrixCols);
     multiply_block<AmxBf16>(both);
-    prefetcher.fetch(kLines);
+    prefetcher.advance(kLines);
   }
   store_block(both, out, out_stride);
 }

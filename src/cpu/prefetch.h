@@ -59,7 +59,7 @@ class RowPrefetcher {
     bytes_ = bytes;
     at_ = 0;
   }
-  void fetch(int lines) {
+  void advance(int lines) {
     for (; lines > 0 && next_ != last_; --lines) {
       __builtin_prefetch(*next_ + at_, 0, 2);
       at_ += 64;

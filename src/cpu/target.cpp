@@ -35,8 +35,8 @@ std::string choose_target() {
     while (wanted != 0 && std::string_view(hwy::TargetName(lowest_bit(wanted))) != forced)
       wanted &= wanted - 1;
     if (wanted == 0)
-      return "cannot run on MOBA_CPU_TARGET \"" + std::string(forced) + "\"; here it runs on " +
-             names(available());
+      return "expected MOBA_CPU_TARGET to be one of " + names(available()) + ", got \"" +
+             std::string(forced) + "\"";
     hwy::SetSupportedTargetsForTest(lowest_bit(wanted));
   }
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());

@@ -6,7 +6,7 @@ namespace moba {
 namespace {
 
 std::string refuses(const Problem& problem) {
-  return problem.q.device == Device::cpu ? "" : "works on CPU tensors";
+  return problem.q.device == Device::cpu ? "" : "expected CPU tensors, got CUDA tensors";
 }
 
 std::size_t routing_bytes(const Problem& problem, const Group& group) {

@@ -33,9 +33,9 @@ void select_row(const Problem& problem, const Means& means, const Row& row, std:
   const std::int64_t candidates =
       routing.causal ? std::max<std::int64_t>(own, 0) : problem.blocks(row.sequence);
   for (std::int64_t block = 0; block < candidates; ++block) ranking[block] = static_cast<std::int32_t>(block);
-  const std::int64_t places = std::min(width, candidates);
+  const std::int64_t k = std::min(width, candidates);
 
-  if (places < candidates) {
+  if (k < candidates) {
     load_f64(problem, problem.q, row, query);
     const float* mean = means.of(row.sequence_index, row.kv_head);
     for (std::int64_t block = 0; block < candidates; ++block, mean += means.block_stride) {
@@ -45,13 +45,13 @@ void select_row(const Problem& problem, const Means& means, const Row& row, std:
       if (routing.own_block && !routing.causal && block == own) return 2;
       return block < routing.sink_blocks ? 1 : 0;
     };
-    std::partial_sort(ranking, ranking + places, ranking + candidates, [&](std::int32_t a, std::int32_t b) {
+    std::partial_sort(ranking, ranking + k, ranking + candidates, [&](std::int32_t a, std::int32_t b) {
       if (forced(a) != forced(b)) return forced(a) > forced(b);
       return scores[a] != scores[b] ? scores[a] > scores[b] : a > b;
     });
-    std::sort(ranking, ranking + places);
+    std::sort(ranking, ranking + k);
   }
-  std::fill(std::copy_n(ranking, places, selected), selected + width, -1);
+  std::fill(std::copy_n(ranking, k, selected), selected + width, -1);
 }
 
 }  // namespace

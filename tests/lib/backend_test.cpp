@@ -66,7 +66,8 @@ TEST(BackendChoice, RefusalNamesItsReason) {
     run_attention(c, {.backend = "cpu"});
     FAIL() << "no error";
   } catch (const Error& error) {
-    EXPECT_NE(std::string(error.what()).find("q has 300"), std::string::npos) << error.what();
+    EXPECT_NE(std::string(error.what()).find("expected q of head_dim up to 256, got 300"), std::string::npos)
+        << error.what();
   }
   EXPECT_NO_THROW(run_attention(c, {.backend = "reference"}));
 }
