@@ -19,19 +19,6 @@ const std::map<std::string, AttentionMode> kDecodeModes{{"full", AttentionMode::
                                                         {"moba", AttentionMode::moba}};
 const std::map<std::string, DType> kDTypes{{"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}};
 
-void refuse_idle(const SessionFlags& flags, const std::vector<AttentionMode>& prefills) {
-  const auto is_sparse = [](AttentionMode mode) { return mode != AttentionMode::full; };
-  const bool prefills_sparsely = std::any_of(prefills.begin(), prefills.end(), is_sparse);
-  if (!prefills_sparsely && !is_sparse(flags.decode)) {
-    constexpr const char* kWhy = "with --attn full and --decode full";
-    refuse(flags.block_size.has_value(), "--moba-chunk-size", kWhy);
-    refuse(flags.top_blocks.has_value(), "--moba-topk", kWhy);
-    refuse(flags.sink.has_value(), "--moba-sink", kWhy);
-    refuse(flags.full_layers.has_value(), "--moba-full-layers", kWhy);
-  }
-  refuse(!prefills_sparsely && flags.full_tail.has_value(), "--moba-full-tail", "with --attn full");
-}
-
 /// What the model itself says of blocks, where it was trained with MoBA and is a Hugging Face folder.
 std::optional<llm::TrainedAttention> trained_attention(const std::filesystem::path& model) {
   const std::filesystem::path file = model / "config.json";
@@ -79,7 +66,6 @@ void add_answer_flags(CLI::App& command, SessionFlags& flags) {
 
 std::vector<llm::SessionSettings> sessions_from(const SessionFlags& flags,
                                                 const std::vector<AttentionMode>& prefills) {
-  refuse_idle(flags, prefills);
   llm::SessionSettings session;
   session.decode = flags.decode;
   Routing& moba = session.moba;

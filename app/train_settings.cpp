@@ -44,13 +44,6 @@ void read_attention(const TrainFlags& flags, RunSettings& settings) {
   const std::string always = flags.attention == Attend::full ? "full:1" : "moba:1";
   settings.schedule =
       llm::train::AttentionSchedule::parse("--attn-schedule", flags.attention_schedule.value_or(always));
-  if (!settings.schedule.uses(Attend::moba)) {
-    constexpr const char* kWhy = "with full attention alone";
-    refuse(flags.block_size.has_value(), "--moba-chunk-size", kWhy);
-    refuse(flags.top_blocks.has_value(), "--moba-topk", kWhy);
-    refuse(flags.sink.has_value(), "--moba-sink", kWhy);
-    refuse(flags.full_layers.has_value(), "--moba-full-layers", kWhy);
-  }
   Routing& moba = settings.moba;
   moba.block_size =
       in_range("--moba-chunk-size", flags.block_size, std::int64_t{1}, kMostTokens, moba.block_size);

@@ -281,7 +281,7 @@ WRONG = {
     "missing model": (["needle", "-m", "nowhere"], 1, ["nowhere"]),
     "attn": ([*NEEDLE, "--attn", "full,sparse"], 2, ["--attn", "sparse"]),
     "attn twice": ([*NEEDLE, "--attn", "full,full"], 2, ["--attn", "again"]),
-    "blocks for full": ([*NEEDLE, "--attn", "full", "--moba-topk", 3], 2, ["--moba-topk", "--attn full"]),
+    "topk with full": ([*NEEDLE, "--attn", "full", "--moba-topk", 0], 2, ["--moba-topk", "0"]),
     "lengths": ([*NEEDLE, "--lengths", "8q"], 2, ["--lengths", "8q"]),
     "lengths of nothing": ([*NEEDLE, "--lengths", "0"], 2, ["--lengths", "0"]),
     "lengths twice": ([*NEEDLE, "--lengths", "1k,1024"], 2, ["--lengths", "1024"]),

@@ -100,6 +100,14 @@ def test_moba_finds_the_fact(moba, smollm2, attention, tmp_path):
     assert settings["moba_full_layers"] == [0, 27, 28, 29]
 
 
+def test_moba_flags_are_idle_with_full_attention(moba, smollm2, answer):
+    flags = ["--attn", "full", "--moba-chunk-size", 8, "--moba-topk", 2, "--moba-sink", 0, "--moba-full-tail", 3,
+             "--moba-full-layers", "0"]
+    full = generate(moba, smollm2, "-p", "What is the capital of France?", *flags)
+    assert full["generated_ids"] == answer["generated_ids"]
+    assert not any(name.startswith("moba") for name in full["settings"])
+
+
 def test_decode_moba(moba, smollm2):
     flags = ["--decode", "moba", "--moba-chunk-size", 8, "--moba-topk", 1]
     sparse = generate(moba, smollm2, "-p", "Count from one to twenty, please.", *flags)
@@ -229,9 +237,9 @@ WRONG_USAGE = {
     "--attn": (["generate", "-m", "MODEL", "-p", "x", "--attn", "sparse"], ["--attn", "moba-naive", "sparse"]),
     "--decode": (["generate", "-m", "MODEL", "-p", "x", "--decode", "moba-naive"], ["--decode", "moba-naive"]),
     "--dtype": (["generate", "-m", "MODEL", "-p", "x", "--dtype", "f8"], ["--dtype", "f8", "bf16"]),
-    "full and top-k": (["generate", "-m", "MODEL", "-p", "x", "--moba-topk", 3], ["--moba-topk", "--attn full"]),
-    "full and tail": (["generate", "-m", "MODEL", "-p", "x", "--decode", "moba", "--moba-full-tail", 3],
-                      ["--moba-full-tail", "--attn full"]),
+    "topk with full": (["generate", "-m", "MODEL", "-p", "x", "--attn", "full", "--moba-topk", 0], ["--moba-topk", "0"]),
+    "tail with full": (["generate", "-m", "MODEL", "-p", "x", "--attn", "full", "--moba-full-tail", -1],
+                       ["--moba-full-tail", "-1"]),
     "chunk size": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-chunk-size", 0],
                    ["--moba-chunk-size", "0"]),
     "topk": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-topk", 0], ["--moba-topk", "0"]),

@@ -330,6 +330,11 @@ def test_attention_schedule(train):
     assert [line["attention"] for line in log] == ["moba"] * 5 + ["full"] * 3 + ["moba"] * 2
 
 
+def test_moba_flags_are_idle_with_full_attention(train):
+    alone = train("alone", steps=2, attn="full", moba_chunk_size=None)
+    assert exact(train("idle", steps=2, attn="full", moba_chunk_size=32, moba_topk=2, moba_sink=1)) == exact(alone)
+
+
 def test_every_token_is_predicted_once_an_epoch(place, train):
     log = train(steps=40)
     per_epoch = sum(len(path.read_bytes()) for path in (place / "data").iterdir())
@@ -628,7 +633,7 @@ BAD = {
     "batch below sequence": (2, flags(batch_tokens=100), ["--batch-tokens: expected at least 128"]),
     "steps": (2, flags(steps=0), ["--steps: expected 1 to"]),
     "two models": (2, flags(model="x"), ["either --config or -m/--model; found both"]),
-    "no effect": (2, flags(attn="full"), ["--moba-chunk-size: has no effect"]),
+    "topk with full": (2, flags(attn="full", moba_topk=0), ["--moba-topk: expected 1 to"]),
     "rope": (2, flags(rope_scaling="linear:0.5"), ["--rope-scaling: expected linear:FACTOR"]),
     "lora": (2, flags(lora_rank=2, lora_targets="w_proj"), ["--lora-targets: expected some of q_proj"]),
     "lora alone": (2, flags(lora_alpha=2), ["--lora-alpha: has no effect without --lora-rank"]),
