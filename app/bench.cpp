@@ -12,7 +12,7 @@
 #include <string_view>
 #include <vector>
 
-#include "app/bench/contender.h"
+#include "app/bench/bench_case.h"
 #include "app/bench/measure.h"
 #include "app/bench/memory.h"
 #include "app/bench/report.h"

@@ -47,16 +47,16 @@ void add_flags(CLI::App& command, EvalFlags& flags, const std::string& data_help
 
 Subject open_subject(const EvalFlags& flags) {
   in_range("--seed", flags.seed, std::int64_t{0}, std::numeric_limits<std::int64_t>::max());
-  std::vector<Way> ways;
+  std::vector<Variant> variants;
   for (const llm::SessionSettings& session : sessions_from(flags.session, modes_from(flags.attention)))
-    ways.push_back({std::string(name_of(session.prefill)), session});
+    variants.push_back({std::string(name_of(session.prefill)), session});
   llm::Weights weights = llm::Weights::open(flags.session.model);
-  for (const Way& way : ways) check(way.session, weights.config());
-  return {std::move(weights), llm::Tokenizer::open(flags.session.model), std::move(ways)};
+  for (const Variant& variant : variants) check(variant.session, weights.config());
+  return {std::move(weights), llm::Tokenizer::open(flags.session.model), std::move(variants)};
 }
 
 llm::Model load_model(const Subject& subject, const EvalFlags& flags) {
-  llm::use_threads(subject.ways.front().session.threads);
+  llm::use_threads(subject.variants.front().session.threads);
   return llm::Model::load(subject.weights, flags.session.dtype);
 }
 
@@ -91,12 +91,12 @@ nlohmann::ordered_json json_head(const char* task, const EvalFlags& flags, const
   nlohmann::ordered_json json{{"task", task},
                               {"model", flags.session.model},
                               {"dtype", name_of(flags.session.dtype)},
-                              {"threads", subject.ways.front().session.threads},
+                              {"threads", subject.variants.front().session.threads},
                               {"seed", flags.seed},
                               {"settings", nlohmann::json::array()}};
-  for (const Way& way : subject.ways) {
-    nlohmann::ordered_json settings{{"attn", way.name}};
-    add_attention(settings, way.session);
+  for (const Variant& variant : subject.variants) {
+    nlohmann::ordered_json settings{{"attn", variant.name}};
+    add_attention(settings, variant.session);
     json["settings"].push_back(settings);
   }
   return json;

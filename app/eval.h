@@ -30,8 +30,8 @@ struct EvalFlags {
 
 void add_flags(CLI::App& command, EvalFlags& flags, const std::string& data_help);
 
-/// One of the ways to read that are compared.
-struct Way {
+/// One of the attention variants that are compared.
+struct Variant {
   std::string name;
   llm::SessionSettings session;
 };
@@ -40,7 +40,7 @@ struct Way {
 struct Subject {
   llm::Weights weights;
   llm::Tokenizer tokenizer;
-  std::vector<Way> ways;
+  std::vector<Variant> variants;
 };
 
 /// Checks the flags and opens the model's files. Throws UsageError and DataError.
@@ -60,7 +60,8 @@ std::string size_text(std::int64_t tokens);
 /// "0.950 (0.835 to 0.986)".
 std::string share_text(double share, const llm::eval::Interval& interval);
 
-/// The parts of every evaluation's JSON that say what was asked: task, model, seed, and each way's settings.
+/// The parts of every evaluation's JSON that say what was asked: task, model, seed, and the settings of each
+/// variant.
 nlohmann::ordered_json json_head(const char* task, const EvalFlags& flags, const Subject& subject);
 
 void print_json(const nlohmann::ordered_json& json);

@@ -31,7 +31,7 @@ struct LossFlags {
   bool join = false;
 };
 
-/// What one way to read predicted.
+/// The losses under one attention variant.
 struct Prediction {
   Losses losses;
   double seconds = 0;
@@ -66,22 +66,22 @@ std::int64_t trailing_from(const std::optional<std::string>& text, std::int64_t 
   return std::clamp<std::int64_t>(tokens, 1, seq_len - 1);
 }
 
-/// Fills `predictions`, one for each way, sequence by sequence. Throws Interrupted; what is in them then is
-/// the same sequences for every way.
+/// Fills `predictions`, one for each variant, sequence by sequence. Throws Interrupted; what is in them then
+/// is the same sequences for every variant.
 void predict(const Subject& subject, const llm::Model& model, const Sequences& sequences,
              const Positions& positions, std::vector<Prediction>& predictions) {
   double total = 0, done = 0;
   for (const auto& sequence : sequences) total += static_cast<double>(sequence.size());
-  total *= static_cast<double>(subject.ways.size());
+  total *= static_cast<double>(subject.variants.size());
   ProgressLine progress("", total);
-  const Parallel parallel = openmp(subject.ways.front().session.threads);
+  const Parallel parallel = openmp(subject.variants.front().session.threads);
   std::vector<llm::Session> sessions;
-  for (const Way& way : subject.ways) sessions.emplace_back(model, way.session);
+  for (const Variant& variant : subject.variants) sessions.emplace_back(model, variant.session);
 
   for (const auto& sequence : sequences) {
     std::vector<std::vector<double>> losses;
     for (std::size_t w = 0; w < sessions.size(); ++w) {
-      progress.name(subject.ways[w].name + ":");
+      progress.name(subject.variants[w].name + ":");
       const auto start = std::chrono::steady_clock::now();
       losses.push_back(llm::eval::token_losses(sessions[w], sequence, parallel,
                                                [&](double read) { progress(done + read); }));
@@ -118,12 +118,12 @@ std::string table(const Subject& subject, const Positions& positions,
   for (std::size_t w = 0; w < predictions.size(); ++w) {
     const Losses& losses = predictions[w].losses;
     const Estimate all = estimate(losses.all), trailing = estimate(losses.trailing);
-    text += fmt::format("{:<12}{:<28}{:<12.4f}{}\n", subject.ways[w].name, text_of(all), std::exp(all.value),
-                        trailing.tokens > 0 ? text_of(trailing) : "no full sequence");
+    text += fmt::format("{:<12}{:<28}{:<12.4f}{}\n", subject.variants[w].name, text_of(all),
+                        std::exp(all.value), trailing.tokens > 0 ? text_of(trailing) : "no full sequence");
   }
   for (std::size_t w = 1; w < predictions.size(); ++w) {
     const Losses& losses = predictions[w].losses;
-    text += fmt::format("{} against {}: {}", subject.ways[w].name, subject.ways[0].name,
+    text += fmt::format("{} against {}: {}", subject.variants[w].name, subject.variants[0].name,
                         difference_line("loss", estimate(difference(losses.all, first.all)), base.value));
     if (base_trailing.tokens > 0) {
       text += "; " + difference_line("trailing", estimate(difference(losses.trailing, first.trailing)),
@@ -132,7 +132,7 @@ std::string table(const Subject& subject, const Positions& positions,
     text += "\n";
   }
   text += fmt::format("\n{:>15} {:>10}", "position", "tokens");
-  for (const Way& way : subject.ways) text += fmt::format(" {:>10}", way.name);
+  for (const Variant& variant : subject.variants) text += fmt::format(" {:>10}", variant.name);
   for (std::int64_t b = 0; b < positions.buckets; ++b) {
     const auto bucket = static_cast<std::size_t>(b);
     text += fmt::format("\n{:>15} {:>10}",
@@ -153,7 +153,7 @@ Json to_json(const Estimate& estimate) {
   return json;
 }
 
-/// So that models can be compared sequence by sequence, as ways to read are here.
+/// So that models can be compared sequence by sequence, as attention variants are here.
 Json by_sequence(const std::vector<Portion>& portions) {
   Json json = Json::array();
   for (const Portion& portion : portions)
@@ -200,12 +200,12 @@ Json to_json(const LossFlags& flags, const Subject& subject, const Positions& po
   json["differences"] = Json::array();
   for (std::size_t w = 0; w < predictions.size(); ++w) {
     const Losses& losses = predictions[w].losses;
-    Json way{{"attn", subject.ways[w].name}};
-    way.update(to_json(losses, positions));
-    way["seconds"] = predictions[w].seconds;
-    json["by_attn"].push_back(way);
+    Json variant{{"attn", subject.variants[w].name}};
+    variant.update(to_json(losses, positions));
+    variant["seconds"] = predictions[w].seconds;
+    json["by_attn"].push_back(variant);
     if (w == 0) continue;
-    Json compared{{"attn", subject.ways[w].name}, {"against", subject.ways[0].name}};
+    Json compared{{"attn", subject.variants[w].name}, {"against", subject.variants[0].name}};
     compared.update(difference_json(losses.all, first.all));
     compared["trailing"] = difference_json(losses.trailing, first.trailing);
     json["differences"].push_back(compared);
@@ -217,8 +217,8 @@ void draw(const std::string& png, const Subject& subject, const Positions& posit
           const std::vector<Prediction>& predictions) {
   std::vector<Curve> curves;
   for (std::size_t w = 0; w < predictions.size(); ++w) {
-    Curve curve{fmt::format("{}: {:.4f}", subject.ways[w].name, llm::eval::mean(predictions[w].losses.all)),
-                {}};
+    Curve curve{
+        fmt::format("{}: {:.4f}", subject.variants[w].name, llm::eval::mean(predictions[w].losses.all)), {}};
     for (std::int64_t b = 0; b < positions.buckets; ++b) {
       const double loss = llm::eval::mean(predictions[w].losses.positions[static_cast<std::size_t>(b)]);
       const auto middle = static_cast<double>(positions.begin_of(b) + positions.begin_of(b + 1)) / 2;
@@ -242,10 +242,11 @@ int loss(const LossFlags& flags) {
                             in_range("--buckets", flags.buckets, std::int64_t{1}, cut.seq_len)};
 
   Subject subject = open_subject(flags.common);
-  for (Way& way : subject.ways) way.session.full_tail = 0;  // every token is read in the way it is asked for
+  for (Variant& variant : subject.variants)
+    variant.session.full_tail = 0;  // no full tail: every token uses the variant
   const Sequences sequences = sequences_of(paths_of(flags.common), subject.tokenizer, cut);
   const llm::Model model = load_model(subject, flags.common);
-  std::vector<Prediction> predictions(subject.ways.size());
+  std::vector<Prediction> predictions(subject.variants.size());
   note_interrupts();
   bool complete = true;
   try {

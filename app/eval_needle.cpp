@@ -38,7 +38,7 @@ struct Sample {
   bool found;
 };
 
-/// All samples of one way to read at one length and depth.
+/// All samples of one attention variant at one length and depth.
 struct Cell {
   std::int64_t length;
   double depth;
@@ -49,7 +49,7 @@ struct Cell {
   }
 };
 
-/// What one way to read found.
+/// The cells of one attention variant.
 struct Findings {
   std::vector<Cell> cells;
   double seconds = 0;
@@ -114,12 +114,13 @@ NeedleSettings settings_from(const NeedleFlags& flags, const Subject& subject) {
   return settings;
 }
 
-/// Fills `findings`, one for each way, cell by cell. Throws Interrupted with what is done in them.
+/// Fills `findings`, one for each variant, cell by cell. Throws Interrupted with what is done in them.
 void find_needles(const Subject& subject, const llm::Model& model, const Grid& grid, std::int64_t predict,
                   NeedleMaker& maker, std::vector<Findings>& findings) {
   double total = 0;
   for (const std::int64_t length : grid.lengths) total += static_cast<double>(length);
-  total *= static_cast<double>(grid.depths.size() * subject.ways.size()) * static_cast<double>(grid.per_cell);
+  total *=
+      static_cast<double>(grid.depths.size() * subject.variants.size()) * static_cast<double>(grid.per_cell);
   ProgressLine progress("", total);
   double done = 0;
 
@@ -127,11 +128,11 @@ void find_needles(const Subject& subject, const llm::Model& model, const Grid& g
     for (std::int64_t sample = 0; sample < grid.per_cell; ++sample) {
       std::vector<NeedleCase> cases;
       for (const double depth : grid.depths) cases.push_back(maker.make(grid.lengths[l], depth, sample));
-      for (std::size_t w = 0; w < subject.ways.size(); ++w) {
-        llm::eval::Reader reader(model, subject.tokenizer, subject.ways[w].session);
+      for (std::size_t w = 0; w < subject.variants.size(); ++w) {
+        llm::eval::Reader reader(model, subject.tokenizer, subject.variants[w].session);
         for (std::size_t d = 0; d < cases.size(); ++d) {
-          progress.name(fmt::format("{}, {} at {:.0f}%:", subject.ways[w].name, size_text(grid.lengths[l]),
-                                    100 * grid.depths[d]));
+          progress.name(fmt::format("{}, {} at {:.0f}%:", subject.variants[w].name,
+                                    size_text(grid.lengths[l]), 100 * grid.depths[d]));
           const auto start = std::chrono::steady_clock::now();
           const std::string answer = reader.answer(
               cases[d].prompt, predict, [&](double read) { progress(done + read); },
@@ -157,7 +158,7 @@ std::string table(const Subject& subject, const Grid& grid, const std::vector<Fi
   for (std::size_t w = 0; w < findings.size(); ++w) {
     const std::int64_t found = findings[w].found(), tried = findings[w].tried();
     text += fmt::format("{}{}: found {} of {}, accuracy {}, {:.0f} s\n   depth", w > 0 ? "\n" : "",
-                        subject.ways[w].name, found, tried,
+                        subject.variants[w].name, found, tried,
                         share_text(share(found, tried), llm::eval::wilson(static_cast<double>(found), tried)),
                         findings[w].seconds);
     for (const std::int64_t length : grid.lengths) text += fmt::format(" {:>8}", size_text(length));
@@ -173,9 +174,9 @@ std::string table(const Subject& subject, const Grid& grid, const std::vector<Fi
   return text;
 }
 
-nlohmann::ordered_json to_json(const Cell& cell, const std::string& way) {
+nlohmann::ordered_json to_json(const Cell& cell, const std::string& variant) {
   const auto tried = static_cast<std::int64_t>(cell.samples.size());
-  nlohmann::ordered_json json{{"attn", way},
+  nlohmann::ordered_json json{{"attn", variant},
                               {"length", cell.length},
                               {"depth", cell.depth},
                               {"accuracy", share(cell.found(), tried)},
@@ -204,23 +205,23 @@ nlohmann::ordered_json to_json(const NeedleFlags& flags, const NeedleSettings& s
   json["predict"] = settings.answer_tokens;
   json["complete"] = complete;
   std::int64_t found = 0, tried = 0;
-  nlohmann::ordered_json by_way = nlohmann::json::array(), cells = nlohmann::json::array();
+  nlohmann::ordered_json by_variant = nlohmann::json::array(), cells = nlohmann::json::array();
   for (std::size_t w = 0; w < findings.size(); ++w) {
     const llm::eval::Interval interval =
         llm::eval::wilson(static_cast<double>(findings[w].found()), findings[w].tried());
-    by_way.push_back({{"attn", subject.ways[w].name},
-                      {"accuracy", share(findings[w].found(), findings[w].tried())},
-                      {"low", interval.low},
-                      {"high", interval.high},
-                      {"found", findings[w].found()},
-                      {"tried", findings[w].tried()},
-                      {"seconds", findings[w].seconds}});
+    by_variant.push_back({{"attn", subject.variants[w].name},
+                          {"accuracy", share(findings[w].found(), findings[w].tried())},
+                          {"low", interval.low},
+                          {"high", interval.high},
+                          {"found", findings[w].found()},
+                          {"tried", findings[w].tried()},
+                          {"seconds", findings[w].seconds}});
     found += findings[w].found();
     tried += findings[w].tried();
-    for (const Cell& cell : findings[w].cells) cells.push_back(to_json(cell, subject.ways[w].name));
+    for (const Cell& cell : findings[w].cells) cells.push_back(to_json(cell, subject.variants[w].name));
   }
   json["accuracy"] = share(found, tried);
-  json["by_attn"] = by_way;
+  json["by_attn"] = by_variant;
   json["cells"] = cells;
   return json;
 }
@@ -231,7 +232,7 @@ void draw(const std::string& png, const Subject& subject, const Grid& grid,
   for (std::size_t w = 0; w < findings.size(); ++w) {
     Heatmap map;
     map.title =
-        fmt::format("{}: {} of {} found", subject.ways[w].name, findings[w].found(), findings[w].tried());
+        fmt::format("{}: {} of {} found", subject.variants[w].name, findings[w].found(), findings[w].tried());
     for (const std::int64_t length : grid.lengths) map.columns.push_back(size_text(length));
     for (std::size_t d = 0; d < grid.depths.size(); ++d) {
       map.rows.push_back(fmt::format("{:.0f}%", 100 * grid.depths[d]));
@@ -263,7 +264,7 @@ int needle(const NeedleFlags& flags) {
     maker.make(length, 0, 0);  // what cannot be made is told before the weights are read
   const llm::Model model = load_model(subject, flags.common);
 
-  std::vector<Findings> findings(subject.ways.size());
+  std::vector<Findings> findings(subject.variants.size());
   for (Findings& finding : findings) {
     for (const std::int64_t length : grid.lengths) {
       for (const double depth : grid.depths) finding.cells.push_back({length, depth, {}});

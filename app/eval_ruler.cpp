@@ -36,9 +36,9 @@ struct Sample {
   double score;
 };
 
-/// All samples of one way to read, one task, one length.
+/// All samples of one attention variant, one task, one length.
 struct Cell {
-  std::size_t way;
+  std::size_t variant;
   std::string task;
   std::int64_t length;
   std::vector<Sample> samples;
@@ -63,10 +63,10 @@ Score score_of(const Cell& cell) {
   return score;
 }
 
-Score score_of(const std::vector<Cell>& cells, std::size_t way) {
+Score score_of(const std::vector<Cell>& cells, std::size_t variant) {
   Score score;
   for (const Cell& cell : cells) {
-    if (cell.way == way) score.add(cell);
+    if (cell.variant == variant) score.add(cell);
   }
   return score;
 }
@@ -78,10 +78,10 @@ void answer_all(const Subject& subject, const llm::Model& model, const RulerMake
   for (const Cell& cell : cells) total += static_cast<double>(samples * cell.length);
   ProgressLine progress("", total);
   for (Cell& cell : cells) {
-    const Way& way = subject.ways[cell.way];
-    llm::eval::Reader reader(model, subject.tokenizer, way.session);
+    const Variant& variant = subject.variants[cell.variant];
+    llm::eval::Reader reader(model, subject.tokenizer, variant.session);
     for (std::int64_t sample = 0; sample < samples; ++sample) {
-      progress.name(fmt::format("{}, {}, {}:", way.name, cell.task, size_text(cell.length)));
+      progress.name(fmt::format("{}, {}, {}:", variant.name, cell.task, size_text(cell.length)));
       const RulerCase made = maker.make(cell.task, cell.length, sample);
       const std::string answer = reader.answer(made.prompt, llm::eval::ruler_answer_tokens(cell.task),
                                                [&](double read) { progress(done + read); });
@@ -92,31 +92,31 @@ void answer_all(const Subject& subject, const llm::Model& model, const RulerMake
   }
 }
 
-const Cell& cell_at(const std::vector<Cell>& cells, std::size_t way, const std::string& task,
+const Cell& cell_at(const std::vector<Cell>& cells, std::size_t variant, const std::string& task,
                     std::int64_t length) {
   return *std::find_if(cells.begin(), cells.end(), [&](const Cell& cell) {
-    return cell.way == way && cell.task == task && cell.length == length;
+    return cell.variant == variant && cell.task == task && cell.length == length;
   });
 }
 
 std::string table(const Subject& subject, const std::vector<std::string>& tasks,
                   const std::vector<std::int64_t>& lengths, const std::vector<Cell>& cells) {
   std::string text = fmt::format("{:<18}", "task");
-  for (const Way& way : subject.ways) {
+  for (const Variant& variant : subject.variants) {
     for (const std::int64_t length : lengths)
-      text += fmt::format(" {:>12}", way.name + " " + size_text(length));
+      text += fmt::format(" {:>12}", variant.name + " " + size_text(length));
   }
   for (const std::string& task : tasks) {
     text += fmt::format("\n{:<18}", task);
-    for (std::size_t w = 0; w < subject.ways.size(); ++w) {
+    for (std::size_t w = 0; w < subject.variants.size(); ++w) {
       for (const std::int64_t length : lengths)
         text += fmt::format(" {:>12.1f}", 100 * score_of(cell_at(cells, w, task, length)).mean());
     }
   }
   text += "\n";
-  for (std::size_t w = 0; w < subject.ways.size(); ++w) {
+  for (std::size_t w = 0; w < subject.variants.size(); ++w) {
     const Score score = score_of(cells, w);
-    text += fmt::format("\n{}: mean score {} of {} answers", subject.ways[w].name,
+    text += fmt::format("\n{}: mean score {} of {} answers", subject.variants[w].name,
                         share_text(score.mean(), score.interval()), score.tried);
   }
   return text + "\n";
@@ -137,15 +137,15 @@ Json to_json(const RulerFlags& flags, const Subject& subject, bool chat, const s
   json["chat"] = chat;
   json["complete"] = complete;
   Score all;
-  Json by_way = Json::array(), by_cell = Json::array();
-  for (std::size_t w = 0; w < subject.ways.size(); ++w) {
-    Json way{{"attn", subject.ways[w].name}};
-    put_score(way, score_of(cells, w));
-    by_way.push_back(way);
+  Json by_variant = Json::array(), by_cell = Json::array();
+  for (std::size_t w = 0; w < subject.variants.size(); ++w) {
+    Json variant{{"attn", subject.variants[w].name}};
+    put_score(variant, score_of(cells, w));
+    by_variant.push_back(variant);
   }
   for (const Cell& cell : cells) {
     all.add(cell);
-    Json object{{"attn", subject.ways[cell.way].name}, {"task", cell.task}, {"length", cell.length}};
+    Json object{{"attn", subject.variants[cell.variant].name}, {"task", cell.task}, {"length", cell.length}};
     put_score(object, score_of(cell));
     object["samples"] = Json::array();
     for (const Sample& sample : cell.samples) {
@@ -157,7 +157,7 @@ Json to_json(const RulerFlags& flags, const Subject& subject, bool chat, const s
     by_cell.push_back(object);
   }
   json["score"] = all.mean();
-  json["by_attn"] = by_way;
+  json["by_attn"] = by_variant;
   json["cells"] = by_cell;
   return json;
 }
@@ -165,9 +165,9 @@ Json to_json(const RulerFlags& flags, const Subject& subject, bool chat, const s
 void draw(const std::string& png, const Subject& subject, const std::vector<std::string>& tasks,
           const std::vector<std::int64_t>& lengths, const std::vector<Cell>& cells) {
   std::vector<Heatmap> maps;
-  for (std::size_t w = 0; w < subject.ways.size(); ++w) {
+  for (std::size_t w = 0; w < subject.variants.size(); ++w) {
     Heatmap map{
-        fmt::format("{}: {:.1f}", subject.ways[w].name, 100 * score_of(cells, w).mean()), tasks, {}, {}};
+        fmt::format("{}: {:.1f}", subject.variants[w].name, 100 * score_of(cells, w).mean()), tasks, {}, {}};
     for (const std::int64_t length : lengths) map.columns.push_back(size_text(length));
     for (const std::string& task : tasks) {
       std::vector<std::optional<double>>& row = map.values.emplace_back();
@@ -198,7 +198,7 @@ int ruler(const RulerFlags& flags) {
   for (const std::string& task : flags.tasks) {
     for (const std::int64_t length : lengths) {
       maker.make(task, length, 0);  // what cannot be made is told before the weights are read
-      for (std::size_t w = 0; w < subject.ways.size(); ++w) cells.push_back({w, task, length, {}});
+      for (std::size_t w = 0; w < subject.variants.size(); ++w) cells.push_back({w, task, length, {}});
     }
   }
   const llm::Model model = load_model(subject, flags.common);

@@ -13,14 +13,15 @@ namespace moba::app {
 namespace {
 
 using llm::UsageError;
-using llm::train::Attend;
+using llm::train::AttentionMode;
 using llm::train::LearningRate;
 using llm::train::RunSettings;
 
 constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
 
 const std::map<std::string, DType> kDTypes{{"f32", DType::f32}, {"bf16", DType::bf16}};
-const std::map<std::string, Attend> kAttend{{"full", Attend::full}, {"moba", Attend::moba}};
+const std::map<std::string, AttentionMode> kAttentionModes{{"full", AttentionMode::full},
+                                                           {"moba", AttentionMode::moba}};
 const std::map<std::string, bool> kLosses{{"all", false}, {"completion", true}};
 const std::map<std::string, LearningRate::Kind> kSchedules{{"cosine", LearningRate::Kind::cosine},
                                                            {"wsd", LearningRate::Kind::wsd},
@@ -41,7 +42,7 @@ LearningRate rate_from(const TrainFlags& flags) {
 }
 
 void read_attention(const TrainFlags& flags, RunSettings& settings) {
-  const std::string always = flags.attention == Attend::full ? "full:1" : "moba:1";
+  const std::string always = flags.attention == AttentionMode::full ? "full:1" : "moba:1";
   settings.schedule =
       llm::train::AttentionSchedule::parse("--attn-schedule", flags.attention_schedule.value_or(always));
   Routing& moba = settings.moba;
@@ -139,7 +140,7 @@ void add_flags(CLI::App& command, TrainFlags& flags) {
   command.get_option("--lr-schedule")->group(training);
 
   const std::string attention = "Attention";
-  add_choice(command, "--attn", flags.attention, kAttend, "How the model attends [moba]");
+  add_choice(command, "--attn", flags.attention, kAttentionModes, "How the model attends [moba]");
   command
       .add_option("--attn-schedule", flags.attention_schedule,
                   "By shares of the steps, such as moba:0.9,full:0.1")

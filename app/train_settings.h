@@ -25,7 +25,7 @@ struct TrainFlags {
   double lr = 3e-4, min_lr = 0.1, beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8, weight_decay = 0.1, clip = 1;
   std::optional<std::int64_t> warmup, decay;
 
-  llm::train::Attend attention = llm::train::Attend::moba;
+  llm::train::AttentionMode attention = llm::train::AttentionMode::moba;
   std::optional<std::string> attention_schedule, full_layers, rope_scaling;
   std::optional<std::int64_t> block_size, top_blocks, sink;
 

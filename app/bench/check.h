@@ -2,7 +2,7 @@
 
 #include <functional>
 
-#include "app/bench/contender.h"
+#include "app/bench/bench_case.h"
 #include "app/bench/problem.h"
 
 namespace moba::bench {

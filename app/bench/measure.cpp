@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "app/bench/contender.h"
+#include "app/bench/bench_case.h"
 #include "llm/error.h"
 
 namespace moba::bench {
@@ -12,9 +12,9 @@ namespace {
 
 using Bytes = std::vector<std::byte>;
 
-Bytes copy_of(Contender& contender) {
+Bytes copy_of(BenchCase& bench_case) {
   Bytes all;
-  for (const auto& part : contender.sample()) all.insert(all.end(), part.begin(), part.end());
+  for (const auto& part : bench_case.sample()) all.insert(all.end(), part.begin(), part.end());
   return all;
 }
 
@@ -45,12 +45,12 @@ Profile medians(const std::vector<Profile>& runs) {
   return result;
 }
 
-void time_once(Contender& contender, const Bytes& expected, Times& times) {
-  for (const auto& part : contender.sample()) poison(part);
+void time_once(BenchCase& bench_case, const Bytes& expected, Times& times) {
+  for (const auto& part : bench_case.sample()) poison(part);
   Profile stages;
-  times.seconds.push_back(contender.run(stages));
+  times.seconds.push_back(bench_case.run(stages));
   times.stages.push_back(stages);
-  if (copy_of(contender) != expected)
+  if (copy_of(bench_case) != expected)
     throw llm::DataError("a timed run gave other values than the one that was checked");
 }
 
@@ -73,7 +73,7 @@ std::vector<Row> measure(const Setting& setting, const std::vector<Choice>& choi
   };
 
   progress(fmt::format("{} of {} tokens: making the data", name_of(setting.pass), setting.tokens));
-  const auto all = contenders(setting, choices, conditions, parallel, ceiling);
+  const auto all = make_bench_cases(setting, choices, conditions, parallel, ceiling);
   std::vector<Row> rows;
   std::vector<Bytes> expected;
   std::vector<Times> times;

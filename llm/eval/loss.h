@@ -38,7 +38,7 @@ std::vector<double> token_losses(Session& session, std::span<const std::int32_t>
 /// -log softmax(logits)[token].
 double loss_of(std::span<const float> logits, std::int32_t token);
 
-/// The losses of one way to read, by sequence.
+/// The losses under one attention variant, by sequence.
 struct Losses {
   /// Of every sequence, all its tokens.
   std::vector<Portion> all;
@@ -60,7 +60,7 @@ struct Positions {
 /// Adds the losses of a sequence, losses[i] that of the token at position i + 1.
 void add(Losses& losses, const Positions& positions, const std::vector<double>& of_tokens);
 
-/// The differences, token by token, of two ways to read the same sequences.
+/// The differences, token by token, of two attention variants on the same sequences.
 std::vector<Portion> difference(const std::vector<Portion>& a, const std::vector<Portion>& b);
 
 }  // namespace moba::llm::eval

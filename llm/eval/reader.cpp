@@ -9,7 +9,7 @@
 namespace moba::llm::eval {
 
 std::int64_t Reader::shared_with(const std::vector<std::int32_t>& prompt) const {
-  // The tail of a prompt is read in another way than what comes before it.
+  // The tail of a prompt is read by another attention variant than what comes before it.
   const std::int64_t tail = settings_.prefill == AttentionMode::full ? 0 : settings_.full_tail;
   const auto differs = std::mismatch(held_.begin(), held_.end(), prompt.begin(), prompt.end()).first;
   const auto held = static_cast<std::int64_t>(held_.size()), size = static_cast<std::int64_t>(prompt.size());

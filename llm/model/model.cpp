@@ -176,7 +176,7 @@ std::vector<float> Model::Impl::logits(const at::Tensor& x) const {
 }
 
 std::vector<float> Model::forward(std::span<const std::int32_t> tokens, std::int64_t first,
-                                  const Attend& attend, Logits logits) const {
+                                  const AttentionFn& attend, Logits logits) const {
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
   const ModelConfig& c = impl_->config;
   const HeadsShape heads{c.heads, c.kv_heads, c.head_dim, c.norm_eps};

@@ -16,8 +16,8 @@ namespace moba::llm {
 /// Where a layer hands its heads to somebody who remembers: `k` and `v` [n, Hkv, D] of n new tokens, `q` and
 /// `out` [m, Hq, D] of the last m <= n of them (m = 0 where nobody will look at the answers). Rotary
 /// positions are already applied. Whatever the callee throws ends the forward pass.
-using Attend = std::function<void(std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v,
-                                  const Tensor& out)>;
+using AttentionFn = std::function<void(std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Tensor& out)>;
 
 /// Which of the tokens just read should be answered with logits.
 enum class Logits : std::uint8_t { none, last, all };
@@ -35,8 +35,8 @@ class Model {
 
   /// Reads `tokens`, the first of them at position `first`. Returns logits [rows, vocab], where rows is 0, 1
   /// or tokens.size() as `logits` asks. Throws DataError for an id outside the vocabulary.
-  std::vector<float> forward(std::span<const std::int32_t> tokens, std::int64_t first, const Attend& attend,
-                             Logits logits) const;
+  std::vector<float> forward(std::span<const std::int32_t> tokens, std::int64_t first,
+                             const AttentionFn& attend, Logits logits) const;
 
  private:
   struct Impl;

@@ -26,7 +26,7 @@ constexpr int kVersion = 1;
 constexpr const char* kIndex = "index.json";
 /// Bytes of one shard, about.
 constexpr std::int64_t kShardBytes = std::int64_t{1} << 30;
-constexpr std::int64_t kTellBytes = std::int64_t{64} << 20;
+constexpr std::int64_t kLogBytes = std::int64_t{64} << 20;
 
 /// What a file looked like when it was tokenised.
 nlohmann::json stamp_of(const TextFile& source) {
@@ -134,7 +134,7 @@ bool add_file(const TextFile& source, ShardWriter& writer) {
 }
 
 void build(const std::vector<TextFile>& sources, const nlohmann::json& key, const TextTokens& tokens,
-           const fs::path& cache, const Corpus::Tell& tell) {
+           const fs::path& cache, const Corpus::Log& log) {
   const fs::path half_done = cache.string() + ".part";
   fs::remove_all(half_done);
   fs::create_directories(half_done);
@@ -142,9 +142,9 @@ void build(const std::vector<TextFile>& sources, const nlohmann::json& key, cons
   std::int64_t left_out = 0, told = 0;
   for (const TextFile& source : sources) {
     if (!add_file(source, writer)) ++left_out;
-    if (writer.total() - told >= kTellBytes) {
+    if (writer.total() - told >= kLogBytes) {
       told = writer.total();
-      tell(fmt::format("tokenised {} Mi tokens", told >> 20));
+      log(fmt::format("tokenised {} Mi tokens", told >> 20));
     }
   }
   nlohmann::json index = key;
@@ -154,7 +154,7 @@ void build(const std::vector<TextFile>& sources, const nlohmann::json& key, cons
   fs::remove_all(cache);
   fs::rename(half_done, cache);
   sync_folder(cache.parent_path());
-  if (left_out > 0) tell(fmt::format("--data: left out {} empty or binary files", left_out));
+  if (left_out > 0) log(fmt::format("--data: left out {} empty or binary files", left_out));
 }
 
 }  // namespace
@@ -194,7 +194,7 @@ struct Corpus::Impl {
 };
 
 Corpus Corpus::open(const std::vector<fs::path>& paths, const TextTokens& tokens, const fs::path& cache,
-                    const Tell& tell) {
+                    const Log& log) {
   const std::vector<TextFile> sources = find_text_files(paths, cache.parent_path());
   nlohmann::json key{{"version", kVersion},
                      {"tokenizer", tokens.identity()},
@@ -209,7 +209,7 @@ Corpus Corpus::open(const std::vector<fs::path>& paths, const TextTokens& tokens
       return index.value(item.key(), nlohmann::json()) == item.value();
     });
   };
-  if (!is_current()) build(sources, key, tokens, cache, tell);
+  if (!is_current()) build(sources, key, tokens, cache, log);
 
   const auto impl = std::make_shared<Impl>();
   const fs::path index_path = cache / kIndex;

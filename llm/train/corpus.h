@@ -22,13 +22,13 @@ class Corpus {
     std::int64_t prompt;        // how many of them are the prompt
   };
   /// Told what is left out of a folder, and how far tokenising has got.
-  using Tell = std::function<void(const std::string&)>;
+  using Log = std::function<void(const std::string&)>;
 
   /// Tokens of `paths`, files or folders with their subfolders, kept in `cache`: made there if it holds none,
   /// or those of other files, other contents or another tokenizer. Of a folder, files that are hidden, empty
   /// or binary are left out, and the folder that `cache` is in; given by name, they are a DataError.
   static Corpus open(const std::vector<std::filesystem::path>& paths, const TextTokens& tokens,
-                     const std::filesystem::path& cache, const Tell& tell);
+                     const std::filesystem::path& cache, const Log& log);
 
   const std::vector<Document>& documents() const;
   std::int64_t tokens() const;

@@ -97,13 +97,13 @@ struct Layer {
 
 /// What a layer's backward pass reads besides its input.
 struct Saved {
-  at::Tensor qkv;        // [n, (Hq + 2 Hkv) D], normalised and rotated
-  at::Tensor raw_qk;     // [n, (Hq + Hkv) D], before; only where heads are normalised
-  at::Tensor attended;   // [n, Hq D]
-  at::Tensor lse;        // [Hq n]
-  at::Tensor selection;  // [Hq n K], for routings that are not dense
-  at::Tensor middle;     // [n, H], after attention
-  at::Tensor gate_up;    // [n, 2 I]
+  at::Tensor qkv;                       // [n, (Hq + 2 Hkv) D], normalised and rotated
+  at::Tensor raw_qk;                    // [n, (Hq + Hkv) D], before; only where heads are normalised
+  at::Tensor attended;                  // [n, Hq D]
+  at::Tensor lse;                       // [Hq n]
+  at::Tensor selection;                 // [Hq n K], for routings that are not dense
+  at::Tensor residual_after_attention;  // [n, H], after attention
+  at::Tensor gate_up;                   // [n, 2 I]
 };
 
 bool is_dense(const Routing& routing) {
@@ -146,8 +146,8 @@ struct Model::Impl {
   Norm norm;
   Linear head;
 
-  std::vector<float> turn, turn_back;    // rotary tables, [positions, D]
-  std::vector<float> table, table_back;  // of this batch, [n, D]
+  std::vector<float> rope_table, inverse_rope_table;  // rotary tables, [positions, D]
+  std::vector<float> table, inverse_table;            // of this batch, [n, D]
 
   std::vector<at::Tensor> stream;  // the residual stream before each layer and after the last, [n, H]
   std::vector<Saved> saved;        // one a layer, or one for all where they are computed again
@@ -294,7 +294,7 @@ void Model::Impl::allocate() {
                      .attended = work({n, q}),
                      .lse = f32({config.heads * n}),
                      .selection = {},
-                     .middle = f32({n, width}),
+                     .residual_after_attention = f32({n, width}),
                      .gate_up = work({n, 2 * config.intermediate})});
   }
   normed = work({n, width});
@@ -325,23 +325,23 @@ Tensor Model::Impl::heads_of(const at::Tensor& tokens, std::int64_t first_head, 
 
 /// Rotary tables of a batch, and the embedding of its tokens.
 void Model::Impl::start(const Batch& batch) {
-  std::int64_t longest = 0;
+  std::int64_t max_seqlen = 0;
   for (std::size_t s = 1; s < batch.cu_seqlens.size(); ++s)
-    longest = std::max<std::int64_t>(longest, batch.cu_seqlens[s] - batch.cu_seqlens[s - 1]);
+    max_seqlen = std::max<std::int64_t>(max_seqlen, batch.cu_seqlens[s] - batch.cu_seqlens[s - 1]);
   const std::int64_t dim = config.head_dim;
-  if (static_cast<std::int64_t>(turn.size()) < longest * dim) {
-    turn = rope_rows(make_rope(config), 0, longest);
-    turn_back = turn;
-    for (std::int64_t i = 0; i < longest * dim; ++i) {
-      if (i % dim >= dim / 2) turn_back[static_cast<std::size_t>(i)] *= -1;
+  if (static_cast<std::int64_t>(rope_table.size()) < max_seqlen * dim) {
+    rope_table = rope_rows(make_rope(config), 0, max_seqlen);
+    inverse_rope_table = rope_table;
+    for (std::int64_t i = 0; i < max_seqlen * dim; ++i) {
+      if (i % dim >= dim / 2) inverse_rope_table[static_cast<std::size_t>(i)] *= -1;
     }
   }
   table.resize(static_cast<std::size_t>(batch.size() * dim));
-  table_back.resize(table.size());
+  inverse_table.resize(table.size());
   for (std::size_t s = 1; s < batch.cu_seqlens.size(); ++s) {
     const std::int64_t first = batch.cu_seqlens[s - 1], count = batch.cu_seqlens[s] - first;
-    std::copy_n(turn.begin(), count * dim, table.begin() + first * dim);
-    std::copy_n(turn_back.begin(), count * dim, table_back.begin() + first * dim);
+    std::copy_n(rope_table.begin(), count * dim, table.begin() + first * dim);
+    std::copy_n(inverse_rope_table.begin(), count * dim, inverse_table.begin() + first * dim);
   }
   embed(embedding, batch.tokens, rows(stream[0], batch));
 }
@@ -407,18 +407,18 @@ void Model::Impl::attention_half(const Batch& batch, std::size_t l, const Routin
   if (config.qk_norm) rows(kept.raw_qk, batch).copy_(qkv.narrow(1, 0, kept.raw_qk.size(1)));
   norm_and_rotate(qkv, heads_shape(), layer.q_norm.weight, layer.k_norm.weight, table.data());
   attend(batch, routing, kept);
-  add_to_stream(x, layer.output, rows(kept.attended, batch), rows(kept.middle, batch));
+  add_to_stream(x, layer.output, rows(kept.attended, batch), rows(kept.residual_after_attention, batch));
 }
 
 void Model::Impl::mlp_first_half(const Batch& batch, std::size_t l) {
   const at::Tensor y = rows(normed, batch);
-  rms_norm(rows(saved_of(l).middle, batch), layers[l].mlp_norm.weight, config.norm_eps, y);
+  rms_norm(rows(saved_of(l).residual_after_attention, batch), layers[l].mlp_norm.weight, config.norm_eps, y);
   layers[l].gate_up(y, rows(saved_of(l).gate_up, batch));
 }
 
 void Model::Impl::mlp_second_half(const Batch& batch, std::size_t l) {
   swiglu(rows(saved_of(l).gate_up, batch), rows(hidden, batch));
-  add_to_stream(rows(saved_of(l).middle, batch), layers[l].down, rows(hidden, batch),
+  add_to_stream(rows(saved_of(l).residual_after_attention, batch), layers[l].down, rows(hidden, batch),
                 rows(stream[l + 1], batch));
 }
 
@@ -453,17 +453,18 @@ at::Tensor Model::Impl::d_for_products(const Batch& batch) {
 
 void Model::Impl::mlp_backward(const Batch& batch, std::size_t l) {
   const Layer& layer = layers[l];
-  const at::Tensor gate_up = rows(saved_of(l).gate_up, batch), middle = rows(saved_of(l).middle, batch);
+  const at::Tensor gate_up = rows(saved_of(l).gate_up, batch),
+                   residual_after_attention = rows(saved_of(l).residual_after_attention, batch);
   const at::Tensor dy = d_for_products(batch), y = rows(normed, batch);
   const at::Tensor h = rows(hidden, batch);
   layer.down.backward_input(dy, h);
   swiglu_backward(gate_up, h);
   layer.down.backward_parameters(h, dy);
 
-  rms_norm(middle, layer.mlp_norm.weight, config.norm_eps, y);
+  rms_norm(residual_after_attention, layer.mlp_norm.weight, config.norm_eps, y);
   layer.gate_up.backward_parameters(y, gate_up);
   layer.gate_up.backward_input(gate_up, y);
-  rms_norm_backward(middle, layer.mlp_norm.weight, config.norm_eps, y, rows(d, batch),
+  rms_norm_backward(residual_after_attention, layer.mlp_norm.weight, config.norm_eps, y, rows(d, batch),
                     layer.mlp_norm.d_weight);
 }
 
@@ -475,7 +476,7 @@ void Model::Impl::attention_backward_half(const Batch& batch, std::size_t l, con
   layer.output.backward_parameters(rows(kept.attended, batch), dy);
   layer.output.backward_input(dy, rows(d_attended, batch));
   attend_backward(batch, routing, kept);
-  norm_and_rotate(gradient, heads_shape(), {}, {}, table_back.data());
+  norm_and_rotate(gradient, heads_shape(), {}, {}, inverse_table.data());
   if (config.qk_norm) {
     const std::int64_t q = config.heads * config.head_dim, kv = config.kv_heads * config.head_dim;
     const at::Tensor raw = rows(kept.raw_qk, batch);
@@ -614,7 +615,7 @@ std::string Model::first_non_finite(const Batch& batch, std::span<const Routing>
   if (!all_finite(impl_->rows(impl_->stream[0], batch))) return "the embedding";
   for (std::size_t l = 0; l < impl_->layers.size(); ++l) {
     impl_->attention_half(batch, l, routings[l]);
-    if (!all_finite(impl_->rows(impl_->saved_of(l).middle, batch)))
+    if (!all_finite(impl_->rows(impl_->saved_of(l).residual_after_attention, batch)))
       return fmt::format("the output of layer {}'s attention", l);
     impl_->mlp_first_half(batch, l);
     impl_->mlp_second_half(batch, l);

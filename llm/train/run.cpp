@@ -36,7 +36,7 @@ constexpr const char* kOptimiserFile = "optimizer.safetensors";
 constexpr const char* kLogFile = "log.jsonl";
 
 /// A model to be trained, as it was found.
-struct Origin {
+struct SourceModel {
   ModelConfig config;
   nlohmann::ordered_json document = nlohmann::ordered_json::object();  // config.json; empty for GGUF
   std::optional<Weights> weights;
@@ -44,14 +44,14 @@ struct Origin {
   std::string name;
 };
 
-Origin open_origin(const RunSettings& settings) {
-  Origin origin;
+SourceModel open_source(const RunSettings& settings) {
+  SourceModel source;
   const bool is_new = settings.model.empty();
   const fs::path& path = is_new ? settings.config : settings.model;
-  origin.name = path.string();
+  source.name = path.string();
   if (!is_new) {
-    origin.weights = Weights::open(path);
-    origin.config = origin.weights->config();
+    source.weights = Weights::open(path);
+    source.config = source.weights->config();
   }
   const fs::path file = is_new ? path : path / "config.json";
   if (is_new || fs::is_directory(path)) {
@@ -59,17 +59,17 @@ Origin open_origin(const RunSettings& settings) {
     if (is_new) {
       const std::string name = file.string();
       const JsonValue root(document, name);
-      origin.config = read_config(root);
-      check_heads(origin.config, name);
-      if (const auto range = root.find("initializer_range")) origin.deviation = range->number();
+      source.config = read_config(root);
+      check_heads(source.config, name);
+      if (const auto range = root.find("initializer_range")) source.deviation = range->number();
     }
-    origin.document = nlohmann::ordered_json::parse(document.dump());
+    source.document = nlohmann::ordered_json::parse(document.dump());
   }
-  return origin;
+  return source;
 }
 
 /// Squeezes positions so that `seq_len` of them fit where the model had fewer.
-void grow_context(ModelConfig& config, const RunSettings& settings, const Run::Tell& tell) {
+void grow_context(ModelConfig& config, const RunSettings& settings, const Run::Log& log) {
   RopeScaling& rope = config.rope;
   const bool grows = settings.seq_len > config.context;
   const double needed = static_cast<double>(settings.seq_len) / static_cast<double>(config.context);
@@ -83,7 +83,7 @@ void grow_context(ModelConfig& config, const RunSettings& settings, const Run::T
     }
     rope.factor *= factor;
     rope.kind = RopeScaling::Kind::linear;
-    tell(fmt::format("positions are divided by {:.6g}", rope.factor));
+    log(fmt::format("positions are divided by {:.6g}", rope.factor));
   }
   config.context = std::max(config.context, settings.seq_len);
 }
@@ -105,9 +105,9 @@ void check_memory(const ModelConfig& config, const ModelSettings& computing, con
 }
 
 /// A folder that one run at a time writes to, made if it is not there.
-class Claim {
+class DirectoryLock {
  public:
-  explicit Claim(const fs::path& folder) {
+  explicit DirectoryLock(const fs::path& folder) {
     std::error_code error;
     fs::create_directories(folder, error);
     if (error || !fs::is_directory(folder)) {
@@ -119,9 +119,9 @@ class Claim {
     throw DataError(fmt::format(
         "--out {}: expected a folder that no other run writes to; found one that does", folder.string()));
   }
-  ~Claim() { close(file_); }  // which gives the folder free, as the end of the process does
-  Claim(const Claim&) = delete;
-  Claim& operator=(const Claim&) = delete;
+  ~DirectoryLock() { close(file_); }  // which gives the folder free, as the end of the process does
+  DirectoryLock(const DirectoryLock&) = delete;
+  DirectoryLock& operator=(const DirectoryLock&) = delete;
 
  private:
   int file_;
@@ -152,23 +152,23 @@ std::string StepRecord::json() const {
 
 struct Run::Impl {
   RunSettings settings;
-  Origin origin;
+  SourceModel source;
   TextTokens tokens;
-  Claim claim;
+  DirectoryLock lock;
   Corpus corpus;
   Packing packing;
   Model model;
   AdamW optimiser;
   Checkpoints checkpoints;
   std::vector<bool> is_full;  // by layer
-  std::ofstream log;
+  std::ofstream log_file;
 
   std::int64_t step = 0;
   DataPosition position;
 
-  Impl(const RunSettings& with, const Tell& tell);
+  Impl(const RunSettings& with, const Log& log);
 
-  ModelConfig config_of_run(const Tell& tell) const;
+  ModelConfig config_of_run(const Log& log) const;
   ModelSettings model_settings() const;
   PackingSettings packing_settings() const;
   void check_layers() const;
@@ -179,24 +179,24 @@ struct Run::Impl {
   void open_log();
   void check_space();
   void save();
-  std::vector<Routing> routings(Attend attend) const;
+  std::vector<Routing> routings(AttentionMode attend) const;
   StepRecord do_step();
   [[noreturn]] void fail_at_step(double loss, const std::vector<Batch>& batches,
                                  const std::vector<Routing>& routings);
 };
 
-Run::Impl::Impl(const RunSettings& with, const Tell& tell)
+Run::Impl::Impl(const RunSettings& with, const Log& log)
     : settings(with),
-      origin(open_origin(settings)),
+      source(open_source(settings)),
       tokens(open_tokens(settings)),
-      claim(settings.out),
-      corpus(Corpus::open(settings.data, tokens, settings.out / "data", tell)),
+      lock(settings.out),
+      corpus(Corpus::open(settings.data, tokens, settings.out / "data", log)),
       packing(corpus, packing_settings()),
-      model(config_of_run(tell), model_settings()),
+      model(config_of_run(log), model_settings()),
       optimiser(model.trained(), settings.adamw),
       checkpoints(settings.out) {
   check_layers();
-  is_full.resize(static_cast<std::size_t>(origin.config.layers));
+  is_full.resize(static_cast<std::size_t>(source.config.layers));
   for (const LayerRange& range : settings.full_layers)
     std::fill(is_full.begin() + range.first, is_full.begin() + range.last + 1, true);
 
@@ -206,26 +206,26 @@ Run::Impl::Impl(const RunSettings& with, const Tell& tell)
     throw UsageError(fmt::format("--out {}: expected a folder without checkpoints, or --resume; found {}",
                                  settings.out.string(), newest->filename().string()));
   }
-  if (settings.resume && !newest) tell("no checkpoint yet: beginning at step 0");
+  if (settings.resume && !newest) log("no checkpoint yet: beginning at step 0");
   begin();
   if (newest) {
     resume(*newest);
-    tell(fmt::format("going on from {}", newest->string()));
+    log(fmt::format("going on from {}", newest->string()));
   }
   check_space();
   open_log();
 }
 
-ModelConfig Run::Impl::config_of_run(const Tell& tell) const {
-  ModelConfig config = origin.config;
-  grow_context(config, settings, tell);
+ModelConfig Run::Impl::config_of_run(const Log& log) const {
+  ModelConfig config = source.config;
+  grow_context(config, settings, log);
   if (tokens.vocab_size() > config.vocab) {
     throw DataError(
         fmt::format("{}: expected a vocabulary of at least {}, as many as the tokenizer has; found {}",
-                    origin.name, tokens.vocab_size(), config.vocab));
+                    source.name, tokens.vocab_size(), config.vocab));
   }
-  check_memory(config, model_settings(), origin.name);
-  if (settings.schedule.uses(Attend::moba)) {
+  check_memory(config, model_settings(), source.name);
+  if (settings.schedule.uses(AttentionMode::moba)) {
     config.moba = {.block_size = settings.moba.block_size,
                    .top_k = settings.moba.top_k,
                    .sink_blocks = settings.moba.sink_blocks,
@@ -247,9 +247,9 @@ PackingSettings Run::Impl::packing_settings() const {
 
 void Run::Impl::check_layers() const {
   for (const LayerRange& range : settings.full_layers) {
-    if (range.first < 0 || range.last < range.first || range.last >= origin.config.layers) {
+    if (range.first < 0 || range.last < range.first || range.last >= source.config.layers) {
       throw UsageError(fmt::format("--moba-full-layers: expected layers from 0 to {}; found {}-{}",
-                                   origin.config.layers - 1, range.first, range.last));
+                                   source.config.layers - 1, range.first, range.last));
     }
   }
 }
@@ -280,10 +280,10 @@ std::vector<Section> Run::Impl::sections() {
 }
 
 void Run::Impl::begin() {
-  if (origin.weights) {
-    model.load(*origin.weights);
+  if (source.weights) {
+    model.load(*source.weights);
   } else {
-    model.initialise(origin.deviation, static_cast<std::uint64_t>(settings.seed));
+    model.initialise(source.deviation, static_cast<std::uint64_t>(settings.seed));
   }
   if (settings.computing.lora) model.initialise_adapters(static_cast<std::uint64_t>(settings.seed));
 }
@@ -308,7 +308,7 @@ void Run::Impl::resume(const fs::path& checkpoint) {
       const StoredTensor* stored = weights.find(entry.name);
       if (stored == nullptr || stored->shape != entry.shape) {
         throw DataError(fmt::format("{}: expected a model of the shape of {}; found another {}",
-                                    checkpoint.string(), origin.name, entry.name));
+                                    checkpoint.string(), source.name, entry.name));
       }
     }
     model.load(weights);
@@ -330,7 +330,7 @@ void Run::Impl::open_log() {
   }
   write_file(half_done, kept);
   fs::rename(half_done, path);
-  log.open(path, std::ios::app);
+  log_file.open(path, std::ios::app);
 }
 
 void Run::Impl::check_space() {
@@ -348,7 +348,7 @@ void Run::Impl::check_space() {
 
 void Run::Impl::save() {
   checkpoints.save(step, settings.keep, [&](const fs::path& folder) {
-    nlohmann::ordered_json config = origin.document;
+    nlohmann::ordered_json config = source.document;
     for (const char* gone : {"rope_parameters", "rope_scaling", "torch_dtype"}) config.erase(gone);
     config.update(config_json(model.config()));
     if (tokens.end() >= 0 && config.value("eos_token_id", nlohmann::json()).is_null())
@@ -371,10 +371,10 @@ void Run::Impl::save() {
   });
 }
 
-std::vector<Routing> Run::Impl::routings(Attend attend) const {
+std::vector<Routing> Run::Impl::routings(AttentionMode attend) const {
   std::vector<Routing> all;
   for (const bool full : is_full)
-    all.push_back(full || attend == Attend::full ? Routing::full() : settings.moba);
+    all.push_back(full || attend == AttentionMode::full ? Routing::full() : settings.moba);
   return all;
 }
 
@@ -420,7 +420,7 @@ StepRecord Run::Impl::do_step() {
     record.tokens += batch.size();
     counted += batch.size() - std::count(batch.targets.begin(), batch.targets.end(), -1);
   }
-  const Attend attend = settings.schedule.at(step, settings.steps);
+  const AttentionMode attend = settings.schedule.at(step, settings.steps);
   const std::vector<Routing> routes = routings(attend);
   const Clock::time_point computing = Clock::now();
   const Parameters trained = model.trained();
@@ -442,7 +442,7 @@ StepRecord Run::Impl::do_step() {
   record.compute_seconds = seconds_since(computing);
 
   record.step = step;
-  record.attention = attend == Attend::full ? "full" : "moba";
+  record.attention = attend == AttentionMode::full ? "full" : "moba";
   record.seconds = seconds_since(begin);
   record.tokens_per_second = static_cast<double>(record.tokens) / record.seconds;
   record.attention_share = (model.attention_seconds() - attention_before) / record.seconds;
@@ -450,7 +450,7 @@ StepRecord Run::Impl::do_step() {
   return record;
 }
 
-Run::Run(const RunSettings& settings, const Tell& tell) : impl_(std::make_unique<Impl>(settings, tell)) {}
+Run::Run(const RunSettings& settings, const Log& log) : impl_(std::make_unique<Impl>(settings, log)) {}
 Run::~Run() = default;
 
 std::int64_t Run::step() const {
@@ -474,8 +474,8 @@ void Run::train(const std::function<void(const StepRecord&)>& on_step,
   Impl& run = *impl_;
   while (run.step < run.settings.steps) {
     const StepRecord record = run.do_step();
-    run.log << record.json() << '\n' << std::flush;
-    if (!run.log) throw DataError((run.settings.out / kLogFile).string() + ": cannot be written");
+    run.log_file << record.json() << '\n' << std::flush;
+    if (!run.log_file) throw DataError((run.settings.out / kLogFile).string() + ": cannot be written");
     on_step(record);
     const bool stops = should_stop();
     if (stops || run.step == run.settings.steps || run.step % run.settings.save_every == 0) run.save();

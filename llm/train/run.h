@@ -68,11 +68,11 @@ struct StepRecord {
 /// A training run: made once, then step after step until it is done or told to stop.
 class Run {
  public:
-  using Tell = std::function<void(const std::string&)>;
+  using Log = std::function<void(const std::string&)>;
 
   /// Reads or makes everything that the first step needs. Throws UsageError or DataError for whatever can be
-  /// known to fail before it. `tell` is told what a user should know.
-  Run(const RunSettings& settings, const Tell& tell);
+  /// known to fail before it. `log` is given what a user should know.
+  Run(const RunSettings& settings, const Log& log);
   ~Run();
 
   /// Steps that are done; above 0 at the start of a run that goes on.

@@ -52,7 +52,7 @@ AttentionSchedule AttentionSchedule::parse(const char* flag, const std::string& 
     const bool is_number = parsed.ec == std::errc() && parsed.ptr == number.data() + number.size();
     if ((mode != "full" && mode != "moba") || !is_number || !(share > 0))
       fail("modes with shares above 0, such as moba:0.9,full:0.1");
-    parts.push_back({mode == "full" ? Attend::full : Attend::moba, share});
+    parts.push_back({mode == "full" ? AttentionMode::full : AttentionMode::moba, share});
     sum += share;
     begin = end + 1;
   }
@@ -60,7 +60,7 @@ AttentionSchedule AttentionSchedule::parse(const char* flag, const std::string& 
   return AttentionSchedule(std::move(parts));
 }
 
-Attend AttentionSchedule::at(std::int64_t step, std::int64_t steps) const {
+AttentionMode AttentionSchedule::at(std::int64_t step, std::int64_t steps) const {
   double end = 0;
   for (const Part& part : parts_) {
     end += part.share;
@@ -70,7 +70,7 @@ Attend AttentionSchedule::at(std::int64_t step, std::int64_t steps) const {
   return parts_.back().attend;
 }
 
-bool AttentionSchedule::uses(Attend attend) const {
+bool AttentionSchedule::uses(AttentionMode attend) const {
   return std::any_of(parts_.begin(), parts_.end(), [&](const Part& part) { return part.attend == attend; });
 }
 

@@ -20,13 +20,13 @@ struct LearningRate {
   double at(std::int64_t step) const;
 };
 
-enum class Attend : std::uint8_t { full, moba };
+enum class AttentionMode : std::uint8_t { full, moba };
 
 /// Which attention is trained with when: shares of the run, one after the other.
 class AttentionSchedule {
  public:
   struct Part {
-    Attend attend;
+    AttentionMode attend;
     double share;
   };
 
@@ -36,8 +36,8 @@ class AttentionSchedule {
   static AttentionSchedule parse(const char* flag, const std::string& text);
 
   /// At step `step` of `steps`, counted from 0.
-  Attend at(std::int64_t step, std::int64_t steps) const;
-  bool uses(Attend attend) const;
+  AttentionMode at(std::int64_t step, std::int64_t steps) const;
+  bool uses(AttentionMode attend) const;
 
  private:
   std::vector<Part> parts_;

@@ -179,12 +179,12 @@ def check_cells(report, key):
         samples = cell["samples"]
         assert cell["tried"] == len(samples)
         assert cell[key] == pytest.approx(np.mean([s["found" if key == "accuracy" else "score"] for s in samples]))
-    for way in report["by_attn"]:
-        cells = [cell for cell in report["cells"] if cell["attn"] == way["attn"]]
+    for variant in report["by_attn"]:
+        cells = [cell for cell in report["cells"] if cell["attn"] == variant["attn"]]
         tried = sum(cell["tried"] for cell in cells)
         found = sum(cell["tried"] * cell[key] for cell in cells)
-        assert way["tried"] == tried and way[key] == pytest.approx(found / tried)
-        assert [way["low"], way["high"]] == pytest.approx(wilson(found, tried), abs=1e-9)
+        assert variant["tried"] == tried and variant[key] == pytest.approx(found / tried)
+        assert [variant["low"], variant["high"]] == pytest.approx(wilson(found, tried), abs=1e-9)
     assert report[key] == pytest.approx(np.average([w[key] for w in report["by_attn"]],
                                                    weights=[w["tried"] for w in report["by_attn"]]))
 
@@ -217,7 +217,7 @@ def test_needle_json(moba, byte_model, haystack, tmp_path):
             numbers = re.findall(r"\d+", sample["answer"])
             assert sample["found"] == (numbers[:1] == [sample["value"]])
     check_cells(report, "accuracy")
-    # Both ways to read are asked the same.
+    # Both attention variants get the same questions.
     half = len(report["cells"]) // 2
     for full, sparse in zip(report["cells"][:half], report["cells"][half:]):
         assert [s["value"] for s in full["samples"]] == [s["value"] for s in sparse["samples"]]

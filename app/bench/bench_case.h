@@ -20,9 +20,9 @@ struct Checked {
 };
 
 /// One choice of blocks, ready to be run again and again on the data of its setting.
-class Contender {
+class BenchCase {
  public:
-  virtual ~Contender() = default;
+  virtual ~BenchCase() = default;
   /// Runs once over poisoned outputs, compares sampled rows with the reference backend and counts the work.
   /// Throws llm::DataError that names the row where the answers differ.
   virtual Checked check() = 0;
@@ -32,12 +32,13 @@ class Contender {
   virtual std::vector<std::span<std::byte>> sample() = 0;
 };
 
-/// Makes the data and one contender a choice. `ceiling` serves to empty the caches before decoded tokens.
-std::vector<std::unique_ptr<Contender>> contenders(const Setting& setting, const std::vector<Choice>& choices,
-                                                   const Conditions& conditions, const Parallel& parallel,
-                                                   Ceiling& ceiling);
+/// Makes the data and one case per choice. `ceiling` serves to empty the caches before decoded tokens.
+std::vector<std::unique_ptr<BenchCase>> make_bench_cases(const Setting& setting,
+                                                         const std::vector<Choice>& choices,
+                                                         const Conditions& conditions,
+                                                         const Parallel& parallel, Ceiling& ceiling);
 
-/// The least memory that `contenders` takes, scratch included.
+/// The minimum memory that the cases take, scratch included.
 double needed_bytes(const Setting& setting, const std::vector<Choice>& choices, const Conditions& conditions);
 
 }  // namespace moba::bench

@@ -1,4 +1,4 @@
-#include "app/bench/contender.h"
+#include "app/bench/bench_case.h"
 
 #include <fmt/format.h>
 
@@ -83,7 +83,7 @@ struct Shared {
   }
 };
 
-class Forward : public Contender {
+class Forward : public BenchCase {
  public:
   Forward(std::shared_ptr<Shared> shared, const Choice& choice)
       : shared_(std::move(shared)), choice_(choice), whole_(whole_work(problem(), choice)) {}
@@ -148,7 +148,7 @@ class Forward : public Contender {
   Work whole_, computed_;
 };
 
-class Gate : public Contender {
+class Gate : public BenchCase {
  public:
   Gate(std::shared_ptr<Shared> shared, const Choice& choice)
       : shared_(std::move(shared)), choice_(choice), blocks_(problem(), choice, problem().slices.front()) {}
@@ -203,7 +203,7 @@ struct SharedGradients {
   }
 };
 
-class Backward : public Contender {
+class Backward : public BenchCase {
  public:
   Backward(std::shared_ptr<Shared> shared, std::shared_ptr<SharedGradients> gradients, const Choice& choice)
       : shared_(std::move(shared)),
@@ -337,7 +337,7 @@ class Backward : public Contender {
 
 /// Tokens decoded one after the other against a full cache. A model's other layers would have emptied the
 /// CPU's caches in between, so they are emptied here too, outside the clock.
-class Decode : public Contender {
+class Decode : public BenchCase {
  public:
   Decode(const Setting& setting, const Choice& choice, const Conditions& conditions, const Parallel& parallel,
          Ceiling& ceiling)
@@ -456,10 +456,11 @@ class Decode : public Contender {
 
 }  // namespace
 
-std::vector<std::unique_ptr<Contender>> contenders(const Setting& setting, const std::vector<Choice>& choices,
-                                                   const Conditions& conditions, const Parallel& parallel,
-                                                   Ceiling& ceiling) {
-  std::vector<std::unique_ptr<Contender>> all;
+std::vector<std::unique_ptr<BenchCase>> make_bench_cases(const Setting& setting,
+                                                         const std::vector<Choice>& choices,
+                                                         const Conditions& conditions,
+                                                         const Parallel& parallel, Ceiling& ceiling) {
+  std::vector<std::unique_ptr<BenchCase>> all;
   if (setting.pass == Pass::decode) {
     for (const Choice& choice : choices)
       all.push_back(std::make_unique<Decode>(setting, choice, conditions, parallel, ceiling));
