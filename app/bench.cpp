@@ -43,7 +43,7 @@ struct BenchFlags {
 
 std::int64_t in_range(const char* flag, std::int64_t value, std::int64_t low, std::int64_t high) {
   if (value >= low && value <= high) return value;
-  throw UsageError(fmt::format("{}: expected {} to {}; found {}", flag, low, high, value));
+  throw UsageError(fmt::format("{}: expected {} to {}, got {}", flag, low, high, value));
 }
 
 template <typename T>
@@ -53,7 +53,7 @@ T word_from(const char* flag, const std::string& word, const std::vector<T>& cho
     if (word == name_of(choice)) return choice;
     words += fmt::format("{}{}", words.empty() ? "" : "|", name_of(choice));
   }
-  throw UsageError(fmt::format("{}: expected {}; found '{}'", flag, words, word));
+  throw UsageError(fmt::format("{}: expected {}, got '{}'", flag, words, word));
 }
 
 /// Lists of one length are pairs; otherwise every chunk size goes with every top-k.
@@ -75,16 +75,16 @@ std::vector<Choice> choices_from(const BenchFlags& flags) {
 void check_possible(const bench::Setting& setting, const std::vector<Choice>& choices,
                     const bench::Conditions& conditions) {
   if (setting.dtype == DType::i8 && setting.pass != Pass::decode)
-    throw UsageError(fmt::format("--dtype i8: is for --pass decode alone; found {}", name_of(setting.pass)));
+    throw UsageError(fmt::format("--dtype i8: expected --pass decode, got {}", name_of(setting.pass)));
   if (setting.share < 1 && setting.pass != Pass::forward)
-    throw UsageError(fmt::format("--sample: is for --pass forward alone; found {}", name_of(setting.pass)));
+    throw UsageError(fmt::format("--sample: expected --pass forward, got {}", name_of(setting.pass)));
   for (const Choice& choice : choices) {
     if (setting.pass == Pass::gate &&
         (choice.topk < 2 || choice.chunk_size * choice.topk >= setting.tokens)) {
-      throw UsageError(fmt::format(
-          "--pass gate: expected a top-k of 2 or more and more blocks than that; found (chunk {}, "
-          "topk {}) of {} tokens",
-          choice.chunk_size, choice.topk, setting.tokens));
+      throw UsageError(
+          fmt::format("--pass gate: expected a top-k of 2 or more and more blocks than that, got (chunk {}, "
+                      "topk {}) of {} tokens",
+                      choice.chunk_size, choice.topk, setting.tokens));
     }
   }
   const double needed = needed_bytes(setting, choices, conditions),
@@ -103,9 +103,9 @@ std::vector<bench::Setting> settings_from(const BenchFlags& flags) {
   base.head_dim = in_range("--head-dim", flags.head_dim, 1, kMostDim);
   if (base.heads % base.kv_heads != 0)
     throw UsageError(
-        fmt::format("--kv-heads: expected a divisor of {} heads; found {}", base.heads, base.kv_heads));
+        fmt::format("--kv-heads: expected a divisor of {} heads, got {}", base.heads, base.kv_heads));
   if (!(flags.sample > 0 && flags.sample <= 1))
-    throw UsageError(fmt::format("--sample: expected a share above 0, at most 1; found {}", flags.sample));
+    throw UsageError(fmt::format("--sample: expected a share above 0, at most 1, got {}", flags.sample));
 
   std::vector<bench::Setting> settings;
   for (const std::string& pass : flags.passes) {
@@ -140,7 +140,7 @@ int run(const BenchFlags& flags) {
       {"table", bench::table_text}, {"csv", bench::csv_text}, {"json", bench::json_text}};
   const auto output = outputs.find(flags.output);
   if (output == outputs.end())
-    throw UsageError(fmt::format("-o/--output: expected table|csv|json; found '{}'", flags.output));
+    throw UsageError(fmt::format("-o/--output: expected table|csv|json, got '{}'", flags.output));
 
   bench::Conditions conditions;
   conditions.threads = flags.threads == 0
@@ -148,7 +148,7 @@ int run(const BenchFlags& flags) {
                            : static_cast<int>(in_range("-t/--threads", flags.threads, 1, 1024));
   conditions.runs = static_cast<int>(in_range("-n/--runs", flags.runs, 5, 1000));
   if (!(flags.budget >= 0))
-    throw UsageError(fmt::format("--budget: expected seconds, 0: no limit; found {}", flags.budget));
+    throw UsageError(fmt::format("--budget: expected seconds, 0: no limit, got {}", flags.budget));
   if (flags.budget > 0) conditions.budget_seconds = flags.budget;
   conditions.seed = flags.seed;
   conditions.workspace_bytes =

@@ -22,7 +22,7 @@ std::string read_document(const std::string& path) {
   const bool from_stdin = path == "-";
   const std::string name = from_stdin ? "standard input" : path;
   if (!from_stdin && std::filesystem::is_directory(path)) {
-    throw DataError(fmt::format("-f/--file {}: expected a text file; found a folder", path));
+    throw DataError(fmt::format("-f/--file {}: expected a text file, got a folder", path));
   }
   std::ifstream file;
   if (!from_stdin) file.open(path, std::ios::binary);
@@ -34,10 +34,10 @@ std::string read_document(const std::string& path) {
     text.append(buffer.data(), static_cast<std::size_t>(stream.gcount()));
   }
   if (text.size() > kLargestFile) {
-    throw DataError(fmt::format("-f/--file {}: expected at most {} bytes; found more", name, kLargestFile));
+    throw DataError(fmt::format("-f/--file {}: expected at most {} bytes, got more", name, kLargestFile));
   }
   if (!stream.eof())
-    throw DataError(fmt::format("-f/--file {}: expected a text file; it cannot be read", name));
+    throw DataError(fmt::format("-f/--file {}: expected a readable file, got a read error", name));
   if (text.ends_with('\n')) text.pop_back();
   return text;
 }

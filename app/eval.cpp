@@ -20,9 +20,9 @@ std::vector<llm::AttentionMode> modes_from(const std::vector<std::string>& words
   for (const std::string& word : words) {
     const auto found = kAttentionModes.find(word);
     if (found == kAttentionModes.end())
-      throw llm::UsageError(fmt::format("--attn: expected some of full,moba,moba-naive; found {}", word));
+      throw llm::UsageError(fmt::format("--attn: expected some of full,moba,moba-naive, got {}", word));
     if (std::find(modes.begin(), modes.end(), found->second) != modes.end())
-      throw llm::UsageError(fmt::format("--attn: expected each once; found {} again", word));
+      throw llm::UsageError(fmt::format("--attn: expected each once, got {} again", word));
     modes.push_back(found->second);
   }
   return modes;
@@ -70,7 +70,7 @@ std::vector<std::int64_t> lengths_from(const std::vector<std::string>& texts, co
                  [](const std::string& text) { return size_from("--lengths", text); });
   std::sort(lengths.begin(), lengths.end());
   if (const auto twice = std::adjacent_find(lengths.begin(), lengths.end()); twice != lengths.end())
-    throw llm::UsageError(fmt::format("--lengths: expected each once; found {} again", *twice));
+    throw llm::UsageError(fmt::format("--lengths: expected each once, got {} again", *twice));
   const std::int64_t context = subject.weights.config().context;
   if (lengths.back() > context) {
     std::fprintf(stderr, "note: lengths above %lld are beyond the model's context\n",

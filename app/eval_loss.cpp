@@ -60,7 +60,7 @@ std::int64_t trailing_from(const std::optional<std::string>& text, std::int64_t 
   const auto parsed = std::from_chars(text->data(), end, share);
   if (parsed.ec != std::errc() || parsed.ptr != end || !(share > 0 && share < 1)) {
     throw llm::UsageError(
-        fmt::format("--trailing: expected tokens or a share between 0 and 1; found '{}'", *text));
+        fmt::format("--trailing: expected tokens or a share between 0 and 1, got '{}'", *text));
   }
   const auto tokens = std::llround(share * static_cast<double>(seq_len));
   return std::clamp<std::int64_t>(tokens, 1, seq_len - 1);
@@ -232,7 +232,7 @@ void draw(const std::string& png, const Subject& subject, const Positions& posit
 int loss(const LossFlags& flags) {
   llm::eval::SequenceSettings cut;
   cut.seq_len = size_from("--seq-len", flags.seq_len);
-  if (cut.seq_len < 2) throw llm::UsageError("--seq-len: expected at least 2; found 1");
+  if (cut.seq_len < 2) throw llm::UsageError("--seq-len: expected at least 2, got 1");
   cut.join = flags.join;
   cut.seed = flags.common.seed;
   if (flags.most_tokens)

@@ -109,7 +109,7 @@ NeedleSettings settings_from(const NeedleFlags& flags, const Subject& subject) {
                                          std::tuple("--needle-template", settings.needle, "{key}"),
                                          std::tuple("--question-template", settings.question, "{key}")}) {
     if (text.find(mark) == std::string::npos)
-      throw UsageError(fmt::format("{}: expected {} in it; found '{}'", flag, mark, text));
+      throw UsageError(fmt::format("{}: expected {} in it, got '{}'", flag, mark, text));
   }
   return settings;
 }

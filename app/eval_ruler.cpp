@@ -186,7 +186,7 @@ int ruler(const RulerFlags& flags) {
   for (auto task = flags.tasks.begin(); task != flags.tasks.end(); ++task) {
     llm::eval::ruler_answer_tokens(*task);  // throws where there is no such task
     if (std::find(flags.tasks.begin(), task, *task) != task)
-      throw llm::UsageError(fmt::format("--tasks: expected each once; found {} again", *task));
+      throw llm::UsageError(fmt::format("--tasks: expected each once, got {} again", *task));
   }
   const Subject subject = open_subject(flags.common);
   const std::vector<std::int64_t> lengths = lengths_from(flags.lengths, subject);

@@ -11,7 +11,7 @@ std::int64_t layer_number(const char* flag, std::string_view text, std::string_v
   const char* end = text.data() + text.size();
   const auto parsed = std::from_chars(text.data(), end, layer);
   if (parsed.ec != std::errc() || parsed.ptr != end || layer < 0) {
-    throw llm::UsageError(fmt::format("{}: expected layers such as 0,27-29; found '{}'", flag, whole));
+    throw llm::UsageError(fmt::format("{}: expected layers such as 0,27-29, got '{}'", flag, whole));
   }
   return layer;
 }
@@ -27,8 +27,7 @@ std::int64_t size_from(const char* flag, std::string_view text, std::int64_t mos
                                                {"M", 20}, {"g", 30}, {"G", 30}};
   const auto shift = shifts.find(suffix);
   if (parsed.ec != std::errc() || shift == shifts.end() || value < 1 || value > most >> shift->second) {
-    throw llm::UsageError(
-        fmt::format("{}: expected 1 to {}, such as 8k or 1m; found '{}'", flag, most, text));
+    throw llm::UsageError(fmt::format("{}: expected 1 to {}, such as 8k or 1m, got '{}'", flag, most, text));
   }
   return value << shift->second;
 }

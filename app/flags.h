@@ -29,7 +29,7 @@ void add_choice(CLI::App& command, const std::string& flag, T& value, const std:
   const auto choose = [&value, &choices, flag, words](const std::string& word) {
     const auto found = choices.find(word);
     if (found == choices.end())
-      throw CLI::ValidationError(flag, fmt::format("expected {}; found {}", words, word));
+      throw CLI::ValidationError(flag, fmt::format("expected {}, got {}", words, word));
     value = found->second;
   };
   command.add_option_function<std::string>(flag, choose, help)->type_name(words);
@@ -43,7 +43,7 @@ CLI::Option* add_number(CLI::App& command, const std::string& flags, T& value, c
     const char* end = text.data() + text.size();
     const auto parsed = std::from_chars(text.data(), end, number);
     const bool fits = parsed.ec == std::errc() && parsed.ptr == end;
-    return fits ? std::string() : fmt::format("expected a whole number; found {}", text);
+    return fits ? std::string() : fmt::format("expected a whole number, got {}", text);
   };
   return command.add_option(flags, value, help)->check(check)->type_name("INT");
 }
@@ -52,7 +52,7 @@ CLI::Option* add_number(CLI::App& command, const std::string& flags, T& value, c
 template <typename T>
 T in_range(const char* flag, T value, T low, T high) {
   if (value >= low && value <= high) return value;  // a NaN is in no range
-  throw llm::UsageError(fmt::format("{}: expected {} to {}; found {}", flag, low, high, value));
+  throw llm::UsageError(fmt::format("{}: expected {} to {}, got {}", flag, low, high, value));
 }
 
 template <typename T>

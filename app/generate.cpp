@@ -69,10 +69,9 @@ std::vector<std::int32_t> prompt_tokens(const GenerateSettings& settings, const 
                                       ? apply_chat_template(tokenizer, {{"user", text}})
                                       : tokenizer.encode(text, /*add_special=*/true, /*parse_special=*/true);
   const char* flag = settings.file ? "-f/--file" : "-p/--prompt";
-  if (ids.empty())
-    throw UsageError(fmt::format("{}: expected at least one token; found an empty text", flag));
+  if (ids.empty()) throw UsageError(fmt::format("{}: expected at least one token, got an empty text", flag));
   if (static_cast<std::int64_t>(ids.size()) > settings.context) {
-    throw UsageError(fmt::format("{}: expected at most {} tokens (-c/--ctx-size); found {}", flag,
+    throw UsageError(fmt::format("{}: expected at most {} tokens (-c/--ctx-size), got {}", flag,
                                  settings.context, ids.size()));
   }
   return ids;

@@ -69,7 +69,7 @@ void add_flags(CLI::App& command, GenerateFlags& flags) {
 }
 
 GenerateSettings settings_from(const GenerateFlags& flags) {
-  if (!flags.prompt && !flags.file) throw UsageError("expected -p/--prompt or -f/--file; found neither");
+  if (!flags.prompt && !flags.file) throw UsageError("expected -p/--prompt or -f/--file, got neither");
   GenerateSettings settings;
   settings.model = flags.session.model;
   settings.prompt = flags.prompt;

@@ -289,7 +289,7 @@ CLI::App* add_info(CLI::App& parent, std::function<int()>& action) {
   command->add_flag("--tensors", options->tensors, "List every tensor too");
   const auto choose = [options](const std::string& word) {
     if (word != "table" && word != "json") {
-      throw CLI::ValidationError("-o/--output", fmt::format("expected table or json; found {}", word));
+      throw CLI::ValidationError("-o/--output", fmt::format("expected table or json, got {}", word));
     }
     options->json = word == "json";
   };

@@ -218,18 +218,18 @@ std::vector<std::int32_t> tokens_from(const InspectFlags& flags, const llm::Toke
   std::vector<std::int32_t> tokens =
       llm::eval::tokens_of({text, ""}, tokenizer, llm::eval::asks_by_chat(tokenizer, flags.no_chat));
   if (tokens.empty()) {
-    throw UsageError(fmt::format("{}: expected at least one token; found an empty text",
+    throw UsageError(fmt::format("{}: expected at least one token, got an empty text",
                                  flags.file ? "-f/--file" : "-p/--prompt"));
   }
   return tokens;
 }
 
 int inspect(const InspectFlags& flags) {
-  if (!flags.prompt && !flags.file) throw UsageError("expected -p/--prompt or -f/--file; found neither");
+  if (!flags.prompt && !flags.file) throw UsageError("expected -p/--prompt or -f/--file, got neither");
   for (const std::string& output : flags.outputs) {
     if (!output.ends_with(".html") && !output.ends_with(".png"))
       throw UsageError(
-          fmt::format("-o/--output: expected a name that ends in .html or .png; found {}", output));
+          fmt::format("-o/--output: expected a name that ends in .html or .png, got {}", output));
   }
   Inspection inspection;
   // What is recorded is the gate's choice, whichever way the layers read.

@@ -43,7 +43,7 @@ int explain(const CLI::App& app, const CLI::ParseError& error) {
   std::string message = error.what();
   const std::vector<std::string> left = app.remaining(/*recurse=*/true);
   if (lacks_subcommand(app) && !left.empty()) {
-    message = "expected a subcommand (see " + command_of(app) + " --help); found " + left.front();
+    message = "expected a subcommand (see " + command_of(app) + " --help), got " + left.front();
   }
   std::replace(message.begin(), message.end(), '\n', ' ');
   return fail(app, message, kUsageError);

@@ -81,7 +81,7 @@ std::vector<llm::SessionSettings> sessions_from(const SessionFlags& flags,
   moba.top_k = in_range("--moba-topk", flags.top_blocks, std::int64_t{1}, kMostTokens, moba.top_k);
   const std::int64_t most_sinks = moba.top_k - 1;
   if (flags.sink && (*flags.sink < 0 || *flags.sink > most_sinks)) {
-    throw UsageError(fmt::format("--moba-sink: expected 0 to {}, one less than --moba-topk {}; found {}",
+    throw UsageError(fmt::format("--moba-sink: expected 0 to {}, one less than --moba-topk {}, got {}",
                                  most_sinks, moba.top_k, *flags.sink));
   }
   moba.sink_blocks = flags.sink.value_or(std::min(moba.sink_blocks, most_sinks));

@@ -36,13 +36,13 @@ struct TokenizeFlags {
 std::string read_text(const TokenizeFlags& flags) {
   if (flags.has_prompt) return flags.prompt;
   if (std::filesystem::is_directory(flags.file)) {
-    throw llm::DataError(fmt::format("-f/--file: expected a file; found the folder '{}'", flags.file));
+    throw llm::DataError(fmt::format("-f/--file: expected a file, got the folder '{}'", flags.file));
   }
   std::ifstream file;
   if (flags.file != "-") file.open(flags.file, std::ios::binary);
   std::istream& in = flags.file == "-" ? std::cin : file;
   std::string text{std::istreambuf_iterator<char>(in), {}};
-  if (!in) throw llm::DataError(fmt::format("-f/--file: expected a readable file; found '{}'", flags.file));
+  if (!in) throw llm::DataError(fmt::format("-f/--file: expected a readable file, got '{}'", flags.file));
   return text;
 }
 
@@ -67,7 +67,7 @@ std::vector<std::int32_t> encode_line(const llm::Tokenizer& tokenizer, std::stri
     if (flags.chat) return apply_chat_template(tokenizer, turns_of(value));
     return encode(tokenizer, value.get<std::string>(), flags);
   } catch (const nlohmann::json::exception&) {
-    throw llm::DataError(fmt::format("--lines: expected {} as line {}; found '{}'",
+    throw llm::DataError(fmt::format("--lines: expected {} as line {}, got '{}'",
                                      flags.chat ? "a JSON string or a list of turns" : "a JSON string",
                                      number, line.substr(0, 60)));
   }

@@ -64,7 +64,7 @@ double rope_factor(const std::string& text) {
     if (parsed.ec == std::errc() && parsed.ptr == end && factor >= 1 && factor <= 1e6) return factor;
   }
   throw UsageError(
-      fmt::format("--rope-scaling: expected linear:FACTOR, at least 1, or none; found '{}'", text));
+      fmt::format("--rope-scaling: expected linear:FACTOR, at least 1, or none, got '{}'", text));
 }
 
 std::optional<llm::train::LoraSettings> lora_from(const TrainFlags& flags) {
@@ -85,7 +85,7 @@ std::optional<llm::train::LoraSettings> lora_from(const TrainFlags& flags) {
       const std::string name = text.substr(begin, end - begin);
       if (std::find(known.begin(), known.end(), name) == known.end()) {
         throw UsageError(
-            fmt::format("--lora-targets: expected some of {}; found '{}'", fmt::join(known, ","), name));
+            fmt::format("--lora-targets: expected some of {}, got '{}'", fmt::join(known, ","), name));
       }
       lora.targets.push_back(name);
       begin = end + 1;
@@ -182,7 +182,7 @@ void add_flags(CLI::App& command, TrainFlags& flags) {
 RunSettings settings_from(const TrainFlags& flags) {
   if (flags.config.has_value() == flags.model.has_value()) {
     throw UsageError(
-        fmt::format("expected either --config or -m/--model; found {}", flags.config ? "both" : "neither"));
+        fmt::format("expected either --config or -m/--model, got {}", flags.config ? "both" : "neither"));
   }
   RunSettings settings;
   settings.config = flags.config.value_or("");
@@ -200,9 +200,8 @@ RunSettings settings_from(const TrainFlags& flags) {
   settings.batch_tokens = flags.batch_tokens.value_or(8 * settings.seq_len * settings.accumulate);
   if (settings.batch_tokens / settings.accumulate < settings.seq_len ||
       settings.batch_tokens / settings.accumulate > kMostTokens) {
-    throw UsageError(
-        fmt::format("--batch-tokens: expected at least {}, --seq-len times --accumulate; found {}",
-                    settings.seq_len * settings.accumulate, settings.batch_tokens));
+    throw UsageError(fmt::format("--batch-tokens: expected at least {}, --seq-len times --accumulate, got {}",
+                                 settings.seq_len * settings.accumulate, settings.batch_tokens));
   }
   settings.seed = in_range("--seed", flags.seed, std::int64_t{0}, kMost, std::int64_t{0});
   settings.save_every =

@@ -323,7 +323,7 @@ class Backward : public BenchCase {
                       double tolerance) {
     if (std::fabs(found - expected) <= tolerance * size) return;
     throw llm::DataError(
-        fmt::format("{} at kv head {}: expected {}, what the queries' side adds up to; found {}", what, head,
+        fmt::format("{} at kv head {}: expected {}, what the queries' side adds up to, got {}", what, head,
                     expected, found));
   }
 

@@ -53,7 +53,7 @@ void compare_rows(const char* what, const Tensor& found, const Tensor& expected,
         const double is = get(found, i), should = get(expected, i);
         if (std::fabs(is - should) <= tolerance * largest) continue;  // a NaN is never close
         throw DataError(
-            fmt::format("{} of row {}, head {}, element {}: expected {} as the reference has it; found {}",
+            fmt::format("{} of row {}, head {}, element {}: expected {} as the reference has it, got {}",
                         what, first_row + row, head, i - begin, should, is));
       }
     }
@@ -86,7 +86,7 @@ bool tied(const Problem& problem, const Choice& choice, const Blocks& found, con
     close = std::fabs(a.value - b.value) <= rounding * std::max(a.bound, b.bound);
   }
   if (!close) {
-    throw DataError(fmt::format("blocks of row {}, head {}: expected {} as the reference has them; found {}",
+    throw DataError(fmt::format("blocks of row {}, head {}: expected {} as the reference has them, got {}",
                                 found.slice.first + row, head, fmt::join(should, " "), fmt::join(is, " ")));
   }
   return true;

@@ -25,7 +25,7 @@ fs::path python_library() {
       found = std::max(found, path);
   }
   if (!found.empty()) return found;
-  throw DataError("--data: expected files or folders with text; found none given and no Python in /usr/lib");
+  throw DataError("--data: expected files or folders with text, got none given and no Python in /usr/lib");
 }
 
 std::string names_of(const std::vector<fs::path>& paths) {
@@ -55,7 +55,7 @@ Haystack Haystack::open(std::vector<fs::path> paths, std::int64_t seed) {
     if (haystack.text_.size() >= kMostBytes) break;
   }
   if (used == 0)
-    throw DataError(fmt::format("--data {}: expected text; found none with text in them", names_of(paths)));
+    throw DataError(fmt::format("--data {}: expected text, got none with text in them", names_of(paths)));
   haystack.source_ = fmt::format("{}{} ({} files, {:.1f} MiB)", names_of(paths),
                                  is_default ? ", Python's standard library" : "", used,
                                  static_cast<double>(haystack.text_.size()) / (1 << 20));
@@ -73,8 +73,8 @@ std::vector<std::int32_t> Haystack::take(const Tokenizer& tokenizer, std::int64_
     std::vector<std::int32_t> ids = tokenizer.encode(text, /*add_special=*/false, /*parse_special=*/false);
     if (ids.size() >= wanted) return ids;
     if (text.size() < bytes) {
-      throw DataError(fmt::format("--data {}: expected at least {} tokens of text; found {}", source_, tokens,
-                                  ids.size()));
+      throw DataError(
+          fmt::format("--data {}: expected at least {} tokens of text, got {}", source_, tokens, ids.size()));
     }
   }
 }

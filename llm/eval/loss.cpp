@@ -68,7 +68,7 @@ std::vector<Tokens> sequences_of(const std::vector<std::filesystem::path>& paths
     if (!text.empty()) cutter.add_document(tokenizer.encode(text, /*add_special=*/true, false));
   }
   std::vector<Tokens> sequences = cutter.finish();
-  if (sequences.empty()) throw DataError("--data: expected a text of two tokens or more; found none");
+  if (sequences.empty()) throw DataError("--data: expected a text of two tokens or more, got none");
   return sequences;
 }
 

@@ -73,9 +73,9 @@ NeedleCase NeedleMaker::make(std::int64_t length, double depth, std::int64_t sam
     return static_cast<std::int64_t>(prompt_with(tokens).size());
   });
   if (units < 1) {
-    throw UsageError(fmt::format(
-        "--lengths: expected room for the question, the answer ({} tokens) and some text; found {}",
-        settings_.answer_tokens, length));
+    throw UsageError(
+        fmt::format("--lengths: expected room for the question, the answer ({} tokens) and some text, got {}",
+                    settings_.answer_tokens, length));
   }
   made.prompt = prompt_with(units);
   return made;

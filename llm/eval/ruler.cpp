@@ -197,7 +197,7 @@ Draft word_list(Source& source, std::int64_t others, const Frequencies& times) {
   constexpr std::int64_t kCommon = 10;
   const auto needed = static_cast<std::size_t>(kCommon + others);
   if (needed > source.words.size()) {
-    throw DataError(fmt::format("cwe: expected {} different words in the text of --data; found {}", needed,
+    throw DataError(fmt::format("cwe: expected {} different words in the text of --data, got {}", needed,
                                 source.words.size()));
   }
   std::set<std::string> used;
@@ -298,7 +298,7 @@ std::size_t index_of(const std::string& name) {
       std::find_if(all.begin(), all.end(), [&](const Task& task) { return name == task.name; });
   if (found == all.end())
     throw UsageError(
-        fmt::format("--tasks: expected some of {}; found {}", fmt::join(ruler_tasks(), ","), name));
+        fmt::format("--tasks: expected some of {}, got {}", fmt::join(ruler_tasks(), ","), name));
   return static_cast<std::size_t>(found - all.begin());
 }
 
@@ -344,7 +344,7 @@ RulerCase RulerMaker::make(const std::string& name, std::int64_t length, std::in
     return static_cast<std::int64_t>(tokens_of(draft_with(count).prompt, tokenizer_, chat_).size());
   });
   if (units < 1) {
-    throw UsageError(fmt::format("--lengths: expected more tokens for {}, whose answer takes {}; found {}",
+    throw UsageError(fmt::format("--lengths: expected more tokens for {}, whose answer takes {}, got {}",
                                  name, task.answer_tokens, length));
   }
   Draft draft = draft_with(units);

@@ -118,7 +118,7 @@ void read_divisors(const GgufFile& file, ModelConfig& config) {
   if (!divisors) return;
   const std::int64_t expected = config.head_dim / 2;
   if (divisors->storage != Storage::f32 || divisors->shape != std::vector<std::int64_t>{expected}) {
-    throw DataError(fmt::format("{}: expected tensor 'rope_freqs.weight' to be F32 [{}]; found {} [{}]",
+    throw DataError(fmt::format("{}: expected tensor 'rope_freqs.weight' to be F32 [{}], got {} [{}]",
                                 file.name(), expected, name_of(divisors->storage),
                                 fmt::join(divisors->shape, ", ")));
   }
@@ -127,7 +127,7 @@ void read_divisors(const GgufFile& file, ModelConfig& config) {
   const auto bad = std::find_if(config.rope_divisors.begin(), config.rope_divisors.end(),
                                 [](float divisor) { return !(divisor > 0) || !std::isfinite(divisor); });
   if (bad != config.rope_divisors.end()) {
-    throw DataError(fmt::format("{}: expected tensor 'rope_freqs.weight' to hold numbers above 0; found {}",
+    throw DataError(fmt::format("{}: expected tensor 'rope_freqs.weight' to hold numbers above 0, got {}",
                                 file.name(), *bad));
   }
 }
@@ -145,7 +145,7 @@ void read_sizes(const GgufFile& file, const Keys& keys, ModelConfig& config) {
   keys.expect_size("rope.dimension_count", config.head_dim);
   const StoredTensor* embeddings = tensor_of(file, "token_embd.weight");
   if (!embeddings)
-    throw DataError(fmt::format("{}: expected tensor 'token_embd.weight'; found none", file.name()));
+    throw DataError(fmt::format("{}: expected tensor 'token_embd.weight', got none", file.name()));
   config.vocab = embeddings->shape.front();
 }
 

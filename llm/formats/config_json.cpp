@@ -242,7 +242,7 @@ ModelConfig read_config(const JsonValue& root) {
 
 void check_heads(const ModelConfig& config, const std::string& file) {
   const auto fail = [&](const std::string& expected, std::int64_t found) {
-    throw DataError(fmt::format("{}: expected {}; found {}", file, expected, found));
+    throw DataError(fmt::format("{}: expected {}, got {}", file, expected, found));
   };
   if (config.heads % config.kv_heads != 0) {
     fail(fmt::format("key heads to be a divisor of {} heads", config.heads), config.kv_heads);

@@ -123,7 +123,7 @@ class GgufReader {
   static constexpr std::uint64_t kDefaultAlignment = 32, kMostAlignment = 1 << 20;
 
   [[noreturn]] void fail(std::string_view expected, std::string_view found) const {
-    throw DataError(fmt::format("{}: expected {}; found {}", target_.file.name(), expected, found));
+    throw DataError(fmt::format("{}: expected {}, got {}", target_.file.name(), expected, found));
   }
 
   std::span<const std::byte> take_bytes(std::uint64_t count, std::string_view what) {
@@ -330,7 +330,7 @@ std::optional<GgufValue> GgufFile::find(std::string_view key) const {
 
 GgufValue GgufFile::at(std::string_view key) const {
   if (const auto value = find(key)) return *value;
-  throw DataError(fmt::format("{}: expected metadata {}; found none", name(), llm::quoted(key)));
+  throw DataError(fmt::format("{}: expected metadata {}, got none", name(), llm::quoted(key)));
 }
 
 std::string GgufValue::where() const {
@@ -338,7 +338,7 @@ std::string GgufValue::where() const {
 }
 
 void GgufValue::fail(std::string_view expected, std::string_view found) const {
-  throw DataError(fmt::format("{}: expected {}; found {}", where(), expected, found));
+  throw DataError(fmt::format("{}: expected {}, got {}", where(), expected, found));
 }
 
 std::string GgufValue::kind() const {

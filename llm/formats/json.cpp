@@ -36,12 +36,12 @@ nlohmann::json parse_json(std::string_view text, const std::string& file) {
   std::unordered_set<std::string> members;
   const auto watch = [&](int depth, Event event, nlohmann::json& parsed) {
     if (depth >= kDeepest && (event == Event::object_start || event == Event::array_start)) {
-      throw DataError(fmt::format("{}: expected JSON nested at most {} deep; found more", file, kDeepest));
+      throw DataError(fmt::format("{}: expected JSON nested at most {} deep, got more", file, kDeepest));
     }
     if (depth == 1 && event == Event::key) {
       const auto& key = parsed.get_ref<const std::string&>();
       if (!members.insert(key).second) {
-        throw DataError(fmt::format("{}: expected each member once; found {} twice", file, llm::quoted(key)));
+        throw DataError(fmt::format("{}: expected each member once, got {} twice", file, llm::quoted(key)));
       }
     }
     return true;
@@ -49,23 +49,23 @@ nlohmann::json parse_json(std::string_view text, const std::string& file) {
   try {
     return nlohmann::json::parse(text, watch);
   } catch (const nlohmann::json::parse_error& error) {
-    throw DataError(fmt::format("{}: expected JSON; found something else at byte {}", file, error.byte));
+    throw DataError(fmt::format("{}: expected JSON, got something else at byte {}", file, error.byte));
   } catch (const nlohmann::json::exception&) {
-    throw DataError(fmt::format("{}: expected JSON; found a number out of range", file));
+    throw DataError(fmt::format("{}: expected JSON, got a number out of range", file));
   }
 }
 
 nlohmann::json load_json(const std::filesystem::path& path, std::uint64_t most_bytes) {
   const MappedFile file(path);
   if (file.bytes().size() > most_bytes) {
-    throw DataError(fmt::format("{}: expected JSON of at most {} bytes; found {} bytes", file.name(),
+    throw DataError(fmt::format("{}: expected JSON of at most {} bytes, got {} bytes", file.name(),
                                 most_bytes, file.bytes().size()));
   }
   return parse_json({reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()}, file.name());
 }
 
 void JsonValue::fail(std::string_view expected, std::string_view found) const {
-  throw DataError(fmt::format("{}: expected {}; found {}", where_, expected, found));
+  throw DataError(fmt::format("{}: expected {}, got {}", where_, expected, found));
 }
 
 void JsonValue::fail(std::string_view expected) const {

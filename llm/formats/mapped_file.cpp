@@ -30,7 +30,7 @@ class Descriptor {
 };
 
 [[noreturn]] void fail(const std::string& name, const std::string& found) {
-  throw DataError(fmt::format("{}: expected a readable file; found {}", name, found));
+  throw DataError(fmt::format("{}: expected a readable file, got {}", name, found));
 }
 
 std::string last_error() {

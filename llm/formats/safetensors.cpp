@@ -64,7 +64,7 @@ void check_tiling(std::vector<StoredTensor>& tensors, std::span<const std::byte>
   const std::byte* next = data.data();
   for (const StoredTensor& tensor : tensors) {
     if (tensor.bytes.data() != next) {
-      throw DataError(fmt::format("{}: expected tensor {} at byte {} of the data; found it at {}, {}", file,
+      throw DataError(fmt::format("{}: expected tensor {} at byte {} of the data, got it at {}, {}", file,
                                   llm::quoted(tensor.name), next - data.data(),
                                   tensor.bytes.data() - data.data(),
                                   tensor.bytes.data() < next ? "overlapping another" : "after a gap"));
@@ -72,7 +72,7 @@ void check_tiling(std::vector<StoredTensor>& tensors, std::span<const std::byte>
     next += tensor.bytes.size();
   }
   if (next != data.data() + data.size()) {
-    throw DataError(fmt::format("{}: expected {} bytes of data, all that the header names; found {}", file,
+    throw DataError(fmt::format("{}: expected {} bytes of data, all that the header names, got {}", file,
                                 next - data.data(), data.size()));
   }
 }
@@ -84,13 +84,12 @@ SafetensorsFile SafetensorsFile::open(const std::filesystem::path& path) {
   const auto bytes = file->bytes();
   std::uint64_t length = 0;
   if (bytes.size() < sizeof length) {
-    throw DataError(
-        fmt::format("{}: expected a safetensors file; found {} bytes", file->name(), bytes.size()));
+    throw DataError(fmt::format("{}: expected a safetensors file, got {} bytes", file->name(), bytes.size()));
   }
   std::memcpy(&length, bytes.data(), sizeof length);
   const std::uint64_t most = std::min<std::uint64_t>(bytes.size() - sizeof length, kMostHeaderBytes);
   if (length > most) {
-    throw DataError(fmt::format("{}: expected a safetensors header of at most {} bytes; found a length of {}",
+    throw DataError(fmt::format("{}: expected a safetensors header of at most {} bytes, got a length of {}",
                                 file->name(), most, length));
   }
   const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + sizeof length, length);

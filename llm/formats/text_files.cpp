@@ -33,7 +33,7 @@ std::vector<TextFile> find_text_files(const std::vector<fs::path>& paths, const 
   std::vector<TextFile> files;
   for (const fs::path& path : paths) {
     if (!fs::exists(path)) {
-      throw DataError(fmt::format("--data {}: expected a file or a folder; found none", path.string()));
+      throw DataError(fmt::format("--data {}: expected a file or a folder, got none", path.string()));
     }
     if (!fs::is_directory(path)) {
       files.push_back({path, true});
@@ -51,7 +51,7 @@ std::string_view text_in(const TextFile& file, const MappedFile& mapped) {
                                                                   : nullptr;
   if (wrong == nullptr) return text;
   if (!file.is_named) return {};
-  throw DataError(fmt::format("--data {}: expected a text file; found {}", mapped.name(), wrong));
+  throw DataError(fmt::format("--data {}: expected a text file, got {}", mapped.name(), wrong));
 }
 
 }  // namespace moba::llm

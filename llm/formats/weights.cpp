@@ -48,7 +48,7 @@ struct Weights::Impl {
       read_index(folder);
     } else {
       throw DataError(fmt::format(
-          "{}: expected model.safetensors or model.safetensors.index.json; found neither", folder.string()));
+          "{}: expected model.safetensors or model.safetensors.index.json, got neither", folder.string()));
     }
   }
 
@@ -71,11 +71,11 @@ struct Weights::Impl {
       for (const StoredTensor& tensor : file.tensors) {
         const auto entry = map.find(tensor.name);
         if (entry && entry->string() == shard) continue;
-        throw DataError(fmt::format("{}: expected the tensors that {} names; found {} too", file.file->name(),
+        throw DataError(fmt::format("{}: expected the tensors that {} names, got {} too", file.file->name(),
                                     path.filename().string(), llm::quoted(tensor.name)));
       }
       if (file.tensors.size() != count) {
-        throw DataError(fmt::format("{}: expected {} tensors as {} says; found {}", file.file->name(), count,
+        throw DataError(fmt::format("{}: expected {} tensors as {} says, got {}", file.file->name(), count,
                                     path.filename().string(), file.tensors.size()));
       }
     }
@@ -96,7 +96,7 @@ struct Weights::Impl {
   }
 
   [[noreturn]] void fail(const std::string& expected, const std::string& found) const {
-    throw DataError(fmt::format("{}: expected {}; found {}", name, expected, found));
+    throw DataError(fmt::format("{}: expected {}, got {}", name, expected, found));
   }
 
   void check_tensors() const {

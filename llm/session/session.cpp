@@ -41,7 +41,7 @@ std::string_view name_of(AttentionMode mode) {
 void check(const SessionSettings& settings, const ModelConfig& config) {
   for (const LayerRange& range : settings.full_layers) {
     if (range.first < 0 || range.last < range.first || range.last >= config.layers) {
-      throw UsageError(fmt::format("--moba-full-layers: expected layers from 0 to {}; found {}-{}",
+      throw UsageError(fmt::format("--moba-full-layers: expected layers from 0 to {}, got {}-{}",
                                    config.layers - 1, range.first, range.last));
     }
   }

@@ -94,7 +94,7 @@ void check_size(std::string_view word) {
   constexpr auto kMost = static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max());
   if (word.size() > kMost) {
     throw UsageError(
-        fmt::format("text: expected words of at most {} bytes; found one of {}", kMost, word.size()));
+        fmt::format("text: expected words of at most {} bytes, got one of {}", kMost, word.size()));
   }
 }
 

@@ -143,7 +143,7 @@ Parts llama2(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
   for (std::size_t i = has_system ? 1 : 0; i < turns.size(); ++i) {
     const Turn& turn = turns[i];
     if (turn.role != (users_turn ? "user" : "assistant")) {
-      throw UsageError(fmt::format("chat: expected user and assistant in turn; found {} as turn {}",
+      throw UsageError(fmt::format("chat: expected user and assistant in turn, got {} as turn {}",
                                    llm::quoted(turn.role), i));
     }
     if (users_turn) {
@@ -165,7 +165,7 @@ Parts rendered(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
   if (form == "Llama 3") return llama3(tokenizer, turns);
   if (form == "Llama 2") return llama2(tokenizer, turns);
   throw UsageError(fmt::format(
-      "the model's chat template: expected ChatML, Llama 3 or Llama 2; found {}; use --no-chat", form));
+      "the model's chat template: expected ChatML, Llama 3 or Llama 2, got {}; use --no-chat", form));
 }
 
 }  // namespace

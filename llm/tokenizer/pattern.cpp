@@ -126,7 +126,7 @@ Pattern::Pattern(const std::string& expression, bool literal, std::string origin
   PCRE2_SIZE offset = 0;
   pcre2_code* code = pcre2_compile(units(expression), expression.size(), options, &error, &offset, nullptr);
   if (code == nullptr) {
-    throw DataError(fmt::format("{}: expected a regular expression; found {} ({} at offset {})", origin_,
+    throw DataError(fmt::format("{}: expected a regular expression, got {} ({} at offset {})", origin_,
                                 llm::quoted(expression), pcre2_message(error), offset));
   }
   code_ = std::shared_ptr<const void>(code, CodeDeleter{});
@@ -154,8 +154,8 @@ std::vector<Span> Pattern::find_all(std::string_view subject) const {
     if (rc == PCRE2_ERROR_NOMATCH) break;
     if (rc < 0) {
       throw DataError(
-          fmt::format("{}: expected a regular expression that matches within a sane number of steps; "
-                      "found {} ({})",
+          fmt::format("{}: expected a regular expression that matches within a sane number of steps, "
+                      "got {} ({})",
                       origin_, llm::quoted(expression_), pcre2_message(rc)));
     }
     const PCRE2_SIZE* bounds = pcre2_get_ovector_pointer(data.get());

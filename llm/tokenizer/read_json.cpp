@@ -379,7 +379,7 @@ TokenizerData read_huggingface_folder(const std::filesystem::path& folder) {
   const bool has_json = std::filesystem::exists(folder / "tokenizer.json");
   if (!has_json && !std::filesystem::exists(folder / "tokenizer.model")) {
     throw DataError(
-        fmt::format("{}: expected tokenizer.json or tokenizer.model; found neither", folder.string()));
+        fmt::format("{}: expected tokenizer.json or tokenizer.model, got neither", folder.string()));
   }
   TokenizerData data = has_json ? read_tokenizer_json(folder / "tokenizer.json")
                                 : read_tokenizer_model(folder / "tokenizer.model");

@@ -21,7 +21,7 @@ std::vector<float> distinct_scores(const std::vector<ScoredPiece>& pieces, const
   std::vector<float> scores;
   for (const ScoredPiece& piece : pieces) {
     if (std::isnan(piece.score)) {
-      throw DataError(fmt::format("{}: expected a number as every score; found NaN for {}", where,
+      throw DataError(fmt::format("{}: expected a number as every score, got NaN for {}", where,
                                   llm::quoted(piece.text)));
     }
     scores.push_back(piece.score);
@@ -39,7 +39,7 @@ std::string piece_bytes(const ScoredPiece& piece, const std::string& where) {
   const auto byte = byte_of_token(piece.text);
   if (!byte)
     throw DataError(
-        fmt::format("{}: expected byte pieces like <0x0A>; found {}", where, llm::quoted(piece.text)));
+        fmt::format("{}: expected byte pieces like <0x0A>, got {}", where, llm::quoted(piece.text)));
   return std::string(1, static_cast<char>(*byte));
 }
 
@@ -115,7 +115,7 @@ class ProtobufFields {
 
  private:
   [[noreturn]] void fail(const std::string& found) const {
-    throw DataError(fmt::format("{}: expected a SentencePiece model (protobuf); found {}", where_, found));
+    throw DataError(fmt::format("{}: expected a SentencePiece model (protobuf), got {}", where_, found));
   }
 
   std::uint64_t read_varint() {
@@ -170,7 +170,7 @@ ScoredPiece read_piece(std::string_view message, const std::string& where) {
     }
   }
   if (piece.text.empty())
-    throw DataError(fmt::format("{}: expected a text for every piece; found none", where));
+    throw DataError(fmt::format("{}: expected a text for every piece, got none", where));
   return piece;
 }
 
@@ -220,7 +220,7 @@ void read_normalizer(std::string_view message, const std::string& where, ModelSe
 
 void check(const ModelSettings& settings, const std::string& where) {
   const auto require = [&](bool holds, const std::string& expected, const std::string& found) {
-    if (!holds) throw DataError(fmt::format("{}: expected {}; found {}", where, expected, found));
+    if (!holds) throw DataError(fmt::format("{}: expected {}, got {}", where, expected, found));
   };
   constexpr std::uint64_t kBpe = 2;
   require(settings.model_type == kBpe, "a model of type BPE (2)",
@@ -235,7 +235,7 @@ void check(const ModelSettings& settings, const std::string& where) {
 
 PieceKind piece_kind(std::int64_t number, const std::string& where) {
   if (number < 1 || number > 6) {
-    throw DataError(fmt::format("{}: expected token types from 1 to 6; found {}", where, number));
+    throw DataError(fmt::format("{}: expected token types from 1 to 6, got {}", where, number));
   }
   return static_cast<PieceKind>(number);
 }
@@ -267,7 +267,7 @@ TokenizerData read_tokenizer_model(const std::filesystem::path& file) {
   const MappedFile mapped(file);
   const std::string& where = mapped.name();
   if (mapped.bytes().size() > kLargestFile) {
-    throw DataError(fmt::format("{}: expected a SentencePiece model of at most {} bytes; found {}", where,
+    throw DataError(fmt::format("{}: expected a SentencePiece model of at most {} bytes, got {}", where,
                                 kLargestFile, mapped.bytes().size()));
   }
   const std::string_view message(reinterpret_cast<const char*>(mapped.bytes().data()), mapped.bytes().size());
@@ -290,7 +290,7 @@ TokenizerData read_tokenizer_model(const std::filesystem::path& file) {
     }
   }
   if (pieces.empty())
-    throw DataError(fmt::format("{}: expected a SentencePiece model; found no pieces", where));
+    throw DataError(fmt::format("{}: expected a SentencePiece model, got no pieces", where));
   check(settings, where);
   TokenizerData data = sentencepiece_tokenizer(pieces, settings.add_dummy_prefix, where);
   if (settings.bos >= 0 && settings.bos < static_cast<std::int64_t>(data.tokens.size())) {

@@ -15,19 +15,19 @@ void place_token(TokenizerData& data, std::int64_t id, Token token, std::size_t 
   // Some vocabularies leave gaps; none a million wide.
   const auto limit = static_cast<std::int64_t>(count) + (1 << 20);
   if (id < 0 || id >= limit) {
-    throw DataError(fmt::format("{}: expected ids from 0 to {} ({} tokens); found {} for {}", where,
-                                limit - 1, count, id, llm::quoted(token.text)));
+    throw DataError(fmt::format("{}: expected ids from 0 to {} ({} tokens), got {} for {}", where, limit - 1,
+                                count, id, llm::quoted(token.text)));
   }
   const auto index = static_cast<std::size_t>(id);
   if (index >= data.tokens.size()) data.tokens.resize(index + 1);
   Token& place = data.tokens[index];
   if (place.kind != Token::Kind::kNone && place.text != token.text) {
-    throw DataError(fmt::format("{}: expected one token for every id; found {} and {} for id {}", where,
+    throw DataError(fmt::format("{}: expected one token for every id, got {} and {} for id {}", where,
                                 llm::quoted(place.text), llm::quoted(token.text), id));
   }
   const auto [it, is_new] = data.ids.try_emplace(token.text, static_cast<std::int32_t>(id));
   if (!is_new && it->second != id) {
-    throw DataError(fmt::format("{}: expected one id for every token; found {} and {} for {}", where,
+    throw DataError(fmt::format("{}: expected one id for every token, got {} and {} for {}", where,
                                 it->second, id, llm::quoted(token.text)));
   }
   place = std::move(token);

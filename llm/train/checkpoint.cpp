@@ -124,7 +124,7 @@ void read_sections(const fs::path& path, const std::vector<Section>& sections) {
       const auto stored = std::find_if(file.tensors.begin(), file.tensors.end(),
                                        [&](const StoredTensor& tensor) { return tensor.name == name; });
       const auto fail = [&](const std::string& found) {
-        throw DataError(fmt::format("{}: expected tensor {} [{}]; found {}", path.string(), name,
+        throw DataError(fmt::format("{}: expected tensor {} [{}], got {}", path.string(), name,
                                     fmt::join(entry.shape, ", "), found));
       };
       if (stored == file.tensors.end()) fail("none");

@@ -175,9 +175,8 @@ struct Corpus::Impl {
     const MappedFile places(folder / (stem + ".documents"));
     const auto expect = [](const MappedFile& file, std::int64_t bytes) {
       if (static_cast<std::int64_t>(file.bytes().size()) != bytes) {
-        throw DataError(
-            fmt::format("{}: expected {} bytes; found {} (remove its folder to have it made again)",
-                        file.name(), bytes, file.bytes().size()));
+        throw DataError(fmt::format("{}: expected {} bytes, got {} (remove its folder to have it made again)",
+                                    file.name(), bytes, file.bytes().size()));
       }
     };
     expect(*mapped, count * (is_wide ? 4 : 2));
@@ -223,7 +222,7 @@ Corpus Corpus::open(const std::vector<fs::path>& paths, const TextTokens& tokens
                     index.at("token_bytes").integer() == 4);
   }
   impl->fingerprint = index.at("fingerprint").string();
-  if (impl->tokens == 0) throw DataError("--data: expected text files; found none with text in them");
+  if (impl->tokens == 0) throw DataError("--data: expected text files, got none with text in them");
   Corpus corpus;
   corpus.impl_ = impl;
   return corpus;

@@ -32,7 +32,7 @@ Packing::Packing(const Corpus& corpus, const PackingSettings& settings)
       if (counts) pieces_.push_back({d, first, count});
     }
   }
-  if (pieces_.empty()) throw DataError("--data: expected a text of at least two tokens; found none");
+  if (pieces_.empty()) throw DataError("--data: expected a text of at least two tokens, got none");
 }
 
 /// First fit, in random order.

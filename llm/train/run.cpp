@@ -99,7 +99,7 @@ void check_memory(const ModelConfig& config, const ModelSettings& computing, con
       static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
   if (needed <= machine) return;
   throw DataError(
-      fmt::format("{}: expected a model and a --batch-tokens that this machine's {} hold; found what "
+      fmt::format("{}: expected a model and a --batch-tokens that this machine's {} hold, got what "
                   "needs {}",
                   name, gibibytes(machine), gibibytes(needed)));
 }
@@ -116,8 +116,8 @@ class DirectoryLock {
     file_ = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (file_ < 0 || flock(file_, LOCK_EX | LOCK_NB) == 0) return;
     close(file_);
-    throw DataError(fmt::format(
-        "--out {}: expected a folder that no other run writes to; found one that does", folder.string()));
+    throw DataError(fmt::format("--out {}: expected a folder that no other run writes to, got one that does",
+                                folder.string()));
   }
   ~DirectoryLock() { close(file_); }  // which gives the folder free, as the end of the process does
   DirectoryLock(const DirectoryLock&) = delete;
@@ -203,7 +203,7 @@ Run::Impl::Impl(const RunSettings& with, const Log& log)
   checkpoints.tidy();
   const auto newest = checkpoints.newest();
   if (newest && !settings.resume) {
-    throw UsageError(fmt::format("--out {}: expected a folder without checkpoints, or --resume; found {}",
+    throw UsageError(fmt::format("--out {}: expected a folder without checkpoints, or --resume, got {}",
                                  settings.out.string(), newest->filename().string()));
   }
   if (settings.resume && !newest) log("no checkpoint yet: beginning at step 0");
@@ -221,7 +221,7 @@ ModelConfig Run::Impl::config_of_run(const Log& log) const {
   grow_context(config, settings, log);
   if (tokens.vocab_size() > config.vocab) {
     throw DataError(
-        fmt::format("{}: expected a vocabulary of at least {}, as many as the tokenizer has; found {}",
+        fmt::format("{}: expected a vocabulary of at least {}, as many as the tokenizer has, got {}",
                     source.name, tokens.vocab_size(), config.vocab));
   }
   check_memory(config, model_settings(), source.name);
@@ -248,7 +248,7 @@ PackingSettings Run::Impl::packing_settings() const {
 void Run::Impl::check_layers() const {
   for (const LayerRange& range : settings.full_layers) {
     if (range.first < 0 || range.last < range.first || range.last >= source.config.layers) {
-      throw UsageError(fmt::format("--moba-full-layers: expected layers from 0 to {}; found {}-{}",
+      throw UsageError(fmt::format("--moba-full-layers: expected layers from 0 to {}, got {}-{}",
                                    source.config.layers - 1, range.first, range.last));
     }
   }
@@ -298,7 +298,7 @@ void Run::Impl::resume(const fs::path& checkpoint) {
   for (const auto& [key, value] : ours.items()) {
     const auto found = theirs.value().find(key);
     if (found != theirs.value().end() && *found == nlohmann::json(value)) continue;
-    throw UsageError(fmt::format("{}: expected {}, what {} was trained with; found {}", key,
+    throw UsageError(fmt::format("{}: expected {}, what {} was trained with, got {}", key,
                                  found == theirs.value().end() ? "nothing" : found->dump(),
                                  checkpoint.string(), value.dump()));
   }
@@ -307,7 +307,7 @@ void Run::Impl::resume(const fs::path& checkpoint) {
     for (const Layout::Entry& entry : model.layout().entries()) {
       const StoredTensor* stored = weights.find(entry.name);
       if (stored == nullptr || stored->shape != entry.shape) {
-        throw DataError(fmt::format("{}: expected a model of the shape of {}; found another {}",
+        throw DataError(fmt::format("{}: expected a model of the shape of {}, got another {}",
                                     checkpoint.string(), source.name, entry.name));
       }
     }
@@ -341,7 +341,7 @@ void Run::Impl::check_space() {
   const auto copies = static_cast<double>(std::max<std::int64_t>(1, settings.keep + 1 - checkpoints.count()));
   const auto free = static_cast<double>(fs::space(settings.out).available);
   if (free < copies * bytes) {
-    throw DataError(fmt::format("--out {}: expected {} free for {:.0f} checkpoints; found {}",
+    throw DataError(fmt::format("--out {}: expected {} free for {:.0f} checkpoints, got {}",
                                 settings.out.string(), gibibytes(copies * bytes), copies, gibibytes(free)));
   }
 }
@@ -398,7 +398,7 @@ void Run::Impl::fail_at_step(double loss, const std::vector<Batch>& batches,
   }
   const auto newest = checkpoints.newest();
   throw DataError(
-      fmt::format("step {}: expected a finite loss and gradient; found a loss of {}, and {} is the first "
+      fmt::format("step {}: expected a finite loss and gradient, got a loss of {}, and {} is the first "
                   "that is not finite; {}",
                   step + 1, loss, where,
                   newest ? "the last checkpoint is " + newest->string() : "no checkpoint was saved"));

@@ -39,7 +39,7 @@ AttentionSchedule AttentionSchedule::parse(const char* flag, const std::string& 
   std::vector<Part> parts;
   double sum = 0;
   const auto fail = [&](const std::string& expected) {
-    throw UsageError(fmt::format("{}: expected {}; found '{}'", flag, expected, text));
+    throw UsageError(fmt::format("{}: expected {}, got '{}'", flag, expected, text));
   };
   for (std::size_t begin = 0; begin <= text.size();) {
     const std::size_t end = std::min(text.find(',', begin), text.size());

@@ -372,7 +372,7 @@ def test_the_pattern_of_the_bad_files_is_good(bad_files, info):
 
 def test_pipes_and_folders_are_no_weights(tmp_path, build_folder):
     os.mkfifo(tmp_path / "pipe")
-    assert "found a pipe" in complaint(build_folder / "moba", "info", "-m", tmp_path / "pipe")
+    assert "got a pipe" in complaint(build_folder / "moba", "info", "-m", tmp_path / "pipe")
     assert "config.json" in complaint(build_folder / "moba", "info", "-m", tmp_path)
     os.mkdir(tmp_path / "config.json")
-    assert "found a folder" in complaint(build_folder / "moba", "info", "-m", tmp_path)
+    assert "got a folder" in complaint(build_folder / "moba", "info", "-m", tmp_path)

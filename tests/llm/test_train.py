@@ -609,16 +609,16 @@ def flags(**given):
 
 
 BAD = {
-    "empty file": (1, empty_file, ["0.txt", "expected a text file; found an empty one"]),
-    "binary file": (1, binary_file, ["0.txt", "expected a text file; found a binary one"]),
-    "no text at all": (1, folder_of_nothing, ["--data: expected text files; found none"]),
+    "empty file": (1, empty_file, ["0.txt", "expected a text file, got an empty one"]),
+    "binary file": (1, binary_file, ["0.txt", "expected a text file, got a binary one"]),
+    "no text at all": (1, folder_of_nothing, ["--data: expected text files, got none"]),
     "no such data": (1, flags(data="nowhere"), ["--data nowhere: expected a file or a folder"]),
     "not JSON": (1, bad_lines('{"text": "a"}', "{"), ["bad.jsonl, line 2: expected JSON"]),
     "no text member": (1, bad_lines('{"prompt": "a"}'), ["bad.jsonl, line 1", "'completion'"]),
     "heads do not divide": (1, config_with(num_attention_heads=5), ["bad.json", "divisor of hidden_size 48"]),
-    "key heads do not divide": (1, config_with(num_key_value_heads=3), ["bad.json", "divisor of 4 heads; found 3"]),
-    "odd head size": (1, config_with(head_dim=7), ["bad.json", "an even head size; found 7"]),
-    "vocabulary too small": (1, config_with(vocab_size=200), ["bad.json", "at least 257", "found 200"]),
+    "key heads do not divide": (1, config_with(num_key_value_heads=3), ["bad.json", "divisor of 4 heads, got 3"]),
+    "odd head size": (1, config_with(head_dim=7), ["bad.json", "an even head size, got 7"]),
+    "vocabulary too small": (1, config_with(vocab_size=200), ["bad.json", "at least 257", "got 200"]),
     "too large": (1, config_with(hidden_size=2**30, num_hidden_layers=2**31 - 1), ["bad.json", "GiB"]),
     "too many layers": (1, config_with(num_hidden_layers=2**31 - 1), ["bad.json", "GiB"]),
     "wrong deviation": (1, config_with(initializer_range="x"), ["bad.json", "initializer_range"]),
@@ -629,10 +629,10 @@ BAD = {
     "shares": (2, flags(attn_schedule="moba:0.9,full:0.2"), ["--attn-schedule", "add up to 1, not to 1.1"]),
     "share of what": (2, flags(attn_schedule="sparse:1"), ["--attn-schedule", "moba:0.9,full:0.1"]),
     "no share": (2, flags(attn_schedule="moba"), ["--attn-schedule"]),
-    "layers": (2, flags(moba_full_layers="2"), ["--moba-full-layers: expected layers from 0 to 1; found 2-2"]),
+    "layers": (2, flags(moba_full_layers="2"), ["--moba-full-layers: expected layers from 0 to 1, got 2-2"]),
     "batch below sequence": (2, flags(batch_tokens=100), ["--batch-tokens: expected at least 128"]),
     "steps": (2, flags(steps=0), ["--steps: expected 1 to"]),
-    "two models": (2, flags(model="x"), ["either --config or -m/--model; found both"]),
+    "two models": (2, flags(model="x"), ["either --config or -m/--model, got both"]),
     "topk with full": (2, flags(attn="full", moba_topk=0), ["--moba-topk: expected 1 to"]),
     "rope": (2, flags(rope_scaling="linear:0.5"), ["--rope-scaling: expected linear:FACTOR"]),
     "lora": (2, flags(lora_rank=2, lora_targets="w_proj"), ["--lora-targets: expected some of q_proj"]),
@@ -678,9 +678,9 @@ def test_damaged_checkpoints_are_refused(case, place, train, moba):
 
 def test_checkpoints_of_another_run_are_refused(place, train, moba):
     train(steps=3)
-    refuse(moba, place, 2, "--out", "or --resume; found step-00000003")
-    refuse(moba, place, 2, "--seed: expected 0, what", "found 5", resume=True, seed=5)
-    refuse(moba, place, 2, "--lora-rank: expected null", "found 2", resume=True, lora_rank=2)
+    refuse(moba, place, 2, "--out", "or --resume, got step-00000003")
+    refuse(moba, place, 2, "--seed: expected 0, what", "got 5", resume=True, seed=5)
+    refuse(moba, place, 2, "--lora-rank: expected null", "got 2", resume=True, lora_rank=2)
     write_config(place / "tiny.json", hidden_size=64)
     refuse(moba, place, 1, "expected a model of the shape of", "tiny.json", resume=True)
     write_config(place / "tiny.json")

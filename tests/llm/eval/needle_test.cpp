@@ -111,7 +111,7 @@ TEST(Haystack, NamedFilesMustBeText) {
               ThrowsMessage<DataError>(HasSubstr("empty")));
   EXPECT_THAT([&] { Haystack::open({folder.write("zero", std::string("a\0b", 3))}, 0); },
               ThrowsMessage<DataError>(HasSubstr("zero byte")));
-  EXPECT_THAT([&] { Haystack::open({folder.path()}, 0); }, ThrowsMessage<DataError>(HasSubstr("found none")));
+  EXPECT_THAT([&] { Haystack::open({folder.path()}, 0); }, ThrowsMessage<DataError>(HasSubstr("got none")));
   EXPECT_THAT([&] { Haystack::open({folder.path() / "nothing"}, 0); },
               ThrowsMessage<DataError>(HasSubstr("nothing")));
 }

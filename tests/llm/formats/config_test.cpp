@@ -57,15 +57,15 @@ TEST(Config, TellsHowAModelWasTrainedToAttend) {
 
 TEST(Config, RefusesAttentionThatNobodyCanHaveTrainedWith) {
   nlohmann::json given{{"moba_topk", 3}};
-  EXPECT_EQ(complaint("llama", given), "config.json: expected a member 'moba_chunk_size'; found none");
+  EXPECT_EQ(complaint("llama", given), "config.json: expected a member 'moba_chunk_size', got none");
   given["moba_chunk_size"] = 0;
-  EXPECT_EQ(complaint("llama", given), "config.json: moba_chunk_size: expected 1 to 2147483647; found 0");
+  EXPECT_EQ(complaint("llama", given), "config.json: moba_chunk_size: expected 1 to 2147483647, got 0");
   given["moba_chunk_size"] = 64;
   given["moba_sink"] = 3;
-  EXPECT_EQ(complaint("llama", given), "config.json: moba_sink: expected fewer than moba_topk 3; found 3");
+  EXPECT_EQ(complaint("llama", given), "config.json: moba_sink: expected fewer than moba_topk 3, got 3");
   given["moba_sink"] = 0;
   given["moba_full_layers"] = {2};
-  EXPECT_EQ(complaint("llama", given), "config.json: moba_full_layers[0]: expected 0 to 1; found 2");
+  EXPECT_EQ(complaint("llama", given), "config.json: moba_full_layers[0]: expected 0 to 1, got 2");
 }
 
 TEST(Config, ReadsEveryRopeScalingInBothSpellings) {
@@ -106,7 +106,7 @@ TEST(Config, RefusesRopeThatItDoesNotKnow) {
     EXPECT_EQ(
         complaint("llama", {{"rope_scaling", {{"rope_type", kind}, {"factor", 2}}}}),
         std::string("config.json: rope_scaling: expected a RoPE scaling of type default, linear, llama3 or "
-                    "yarn; found '") +
+                    "yarn, got '") +
             kind + "'");
   }
   EXPECT_NE(complaint("llama", {{"rope_parameters", {{"full_attention", {{"rope_type", "default"}}}}}}), "");
@@ -119,9 +119,8 @@ TEST(Config, RefusesRopeThatItDoesNotKnow) {
 }
 
 TEST(Config, RefusesAWindowThatCutsSomethingOff) {
-  EXPECT_EQ(
-      complaint("mistral", {{"sliding_window", 256}}),
-      "config.json: expected full attention (sliding_window null); found a sliding window of 256 tokens");
+  EXPECT_EQ(complaint("mistral", {{"sliding_window", 256}}),
+            "config.json: expected full attention (sliding_window null), got a sliding window of 256 tokens");
   EXPECT_EQ(complaint("mistral", {{"sliding_window", 512}}), "");
   nlohmann::json silent = config_json("mistral", {{"max_position_embeddings", 8192}});
   silent.erase("sliding_window");
@@ -145,11 +144,11 @@ TEST(Config, RefusesAWindowThatCutsSomethingOff) {
 
 TEST(Config, RefusesModelsThatItCannotCompute) {
   EXPECT_EQ(complaint("gemma3", nlohmann::json::object()),
-            "config.json: model_type: expected llama, mistral, qwen2 or qwen3; found 'gemma3'");
+            "config.json: model_type: expected llama, mistral, qwen2 or qwen3, got 'gemma3'");
   EXPECT_NE(complaint("llama", {{"hidden_act", "gelu"}}), "");
   EXPECT_EQ(
       complaint("llama", {{"quantization_config", {{"quant_method", "gptq"}}}}),
-      "config.json: quantization_config: expected weights in f32, f16 or bf16; found quantised ones: 'gptq'");
+      "config.json: quantization_config: expected weights in f32, f16 or bf16, got quantised ones: 'gptq'");
   for (const nlohmann::json& bad : {nlohmann::json(0), nlohmann::json(-1), nlohmann::json(1LL << 40),
                                     nlohmann::json(1.5), nlohmann::json("2"), nlohmann::json()}) {
     EXPECT_NE(complaint("llama", {{"num_hidden_layers", bad}}), "") << bad;

@@ -58,14 +58,14 @@ TEST_F(Gguf, NamesFileAndKeyOfAWrongKind) {
   const auto path = write("all.gguf", entries_of_every_type());
   const GgufFile file = GgufFile::open(path);
   EXPECT_EQ(complaint_of([&] { file.at("f32").integer(); }),
-            path.string() + ": metadata 'f32': expected an integer; found f32");
+            path.string() + ": metadata 'f32': expected an integer, got f32");
   EXPECT_EQ(complaint_of([&] { file.at("strings").string(); }),
-            path.string() + ": metadata 'strings': expected a string; found an array of 3 string");
+            path.string() + ": metadata 'strings': expected a string, got an array of 3 string");
   EXPECT_EQ(
       complaint_of([&] { file.at("huge").integer(); }),
-      path.string() + ": metadata 'huge': expected an integer up to 2^63 - 1; found 18446744073709551615");
+      path.string() + ": metadata 'huge': expected an integer up to 2^63 - 1, got 18446744073709551615");
   EXPECT_EQ(complaint_of([&] { file.at("nothing"); }),
-            path.string() + ": expected metadata 'nothing'; found none");
+            path.string() + ": expected metadata 'nothing', got none");
   EXPECT_NE(complaint_of([&] { file.at("u8").boolean(); }), "");
   EXPECT_NE(complaint_of([&] { file.at("bool").number(); }), "");
   EXPECT_NE(complaint_of([&] { file.at("floats").integers(); }), "");

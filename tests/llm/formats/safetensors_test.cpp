@@ -48,21 +48,21 @@ TEST_F(Safetensors, SaysWhereItIsWrong) {
     return text.substr(std::min(text.size(), path.string().size()));
   };
   EXPECT_EQ(complaint(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}})", 4),
-            ": a.data_offsets: expected 8 bytes for F32 [2]; found 4");
+            ": a.data_offsets: expected 8 bytes for F32 [2], got 4");
   EXPECT_EQ(complaint(R"({"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}})", 2),
-            ": a.dtype: expected F32, F16 or BF16; found 'F8_E4M3'");
+            ": a.dtype: expected F32, F16 or BF16, got 'F8_E4M3'");
   EXPECT_EQ(complaint(R"({"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}})", 4),
-            ": a.shape[0]: expected 0 or more; found -1");
+            ": a.shape[0]: expected 0 or more, got -1");
   EXPECT_EQ(complaint(R"({"a":{"dtype":"F16","shape":[4],"data_offsets":[0,8]},)"
                       R"("b":{"dtype":"F16","shape":[4],"data_offsets":[4,12]}})",
                       12),
-            ": expected tensor 'b' at byte 8 of the data; found it at 4, overlapping another");
+            ": expected tensor 'b' at byte 8 of the data, got it at 4, overlapping another");
   EXPECT_EQ(complaint(R"({"a":{"dtype":"F16","shape":[4],"data_offsets":[2,10]}})", 10),
-            ": expected tensor 'a' at byte 0 of the data; found it at 2, after a gap");
+            ": expected tensor 'a' at byte 0 of the data, got it at 2, after a gap");
   EXPECT_EQ(complaint(R"({"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}})", 3),
-            ": expected 2 bytes of data, all that the header names; found 3");
+            ": expected 2 bytes of data, all that the header names, got 3");
   EXPECT_EQ(complaint(R"({"a":{"dtype":"F16","shape":[4611686018427387904,4],"data_offsets":[0,0]}})", 0),
-            ": a.shape: expected a size of 63 bits; found F16 [4611686018427387904, 4]");
+            ": a.shape: expected a size of 63 bits, got F16 [4611686018427387904, 4]");
 }
 
 }  // namespace

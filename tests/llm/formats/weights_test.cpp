@@ -70,10 +70,9 @@ TEST_F(WeightsTest, UndoesTheInterleavingOfLlamaFiles) {
 
 TEST_F(WeightsTest, NamesAMissingTensor) {
   const auto path = write("m.gguf", model_gguf("llama", "model.layers.0.mlp.up_proj.weight").str());
-  EXPECT_EQ(
-      complaint_of([&] { Weights::open(path); }),
-      path.string() +
-          ": expected tensor 'model.layers.0.mlp.up_proj.weight' of shape [16, 8]; found no such tensor");
+  EXPECT_EQ(complaint_of([&] { Weights::open(path); }),
+            path.string() +
+                ": expected tensor 'model.layers.0.mlp.up_proj.weight' of shape [16, 8], got no such tensor");
 }
 
 TEST_F(WeightsTest, AsksForTheFolder) {
@@ -81,14 +80,14 @@ TEST_F(WeightsTest, AsksForTheFolder) {
   EXPECT_EQ(
       complaint_of([&] { Weights::open(path); }),
       path.string() +
-          ": expected a GGUF file or the folder of a Hugging Face model; found one file of such a folder");
+          ": expected a GGUF file or the folder of a Hugging Face model, got one file of such a folder");
 }
 
 TEST_F(WeightsTest, NamesATensorOfAnotherShape) {
   GgufText text = model_gguf("llama", "model.layers.0.mlp.up_proj.weight");
   const auto path = write("m.gguf", text.tensor("blk.0.ffn_up.weight", {8, 16}).str());
   EXPECT_EQ(complaint_of([&] { Weights::open(path); }),
-            path.string() + ": expected tensor 'blk.0.ffn_up.weight' of shape [16, 8]; found [8, 16]");
+            path.string() + ": expected tensor 'blk.0.ffn_up.weight' of shape [16, 8], got [8, 16]");
 }
 
 TEST_F(WeightsTest, NamesAreTranslatedOneToOne) {

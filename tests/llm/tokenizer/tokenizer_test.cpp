@@ -47,12 +47,12 @@ class TokenizerTest : public testing::Test {
       EXPECT_NE(message.find(file.empty() ? folder_.string() : (folder_ / file).string()), std::string::npos)
           << message;
       EXPECT_NE(message.find("expected"), std::string::npos) << message;
-      EXPECT_NE(message.find("found"), std::string::npos) << message;
+      EXPECT_NE(message.find("got "), std::string::npos) << message;
       EXPECT_EQ(message.find('\n'), std::string::npos) << message;
       EXPECT_EQ(message.find("json.exception"), std::string::npos) << message;
       return message;
     } catch (const std::exception& error) {
-      ADD_FAILURE() << "expected a DataError; found: " << error.what();
+      ADD_FAILURE() << "expected a DataError, got: " << error.what();
       return "";
     }
     ADD_FAILURE() << "accepted";
