@@ -188,10 +188,11 @@ CLI::App* add_bench(CLI::App& parent, std::function<int()>& action) {
        "with each");
   command->add_option("--heads", flags->heads, "Query heads")->capture_default_str();
   command->add_option("--kv-heads", flags->kv_heads, "Key and value heads [as many as --heads]");
-  command->add_option("--head-dim", flags->head_dim, "Numbers in a head's row")->capture_default_str();
+  command->add_option("--head-dim", flags->head_dim, "Head dimension")->capture_default_str();
   list("--dtype", flags->dtypes, "f32, bf16, f16; i8 for a decode's cache");
   list("--routing", flags->routings,
-       "What queries look for: independent, clustered (neighbours the same), sink (all of them block 0)");
+       "Routing pattern of the queries: independent, clustered (neighbours the same), sink (all of them "
+       "block 0)");
   command
       ->add_option("--sample", flags->sample,
                    "Compute this share of the queries, in spread ranges, and scale the time to all")
@@ -204,12 +205,12 @@ CLI::App* add_bench(CLI::App& parent, std::function<int()>& action) {
           "Seconds for the timed runs of a row: a slow one gets fewer of them, or none but the run that is "
           "checked; 0: no limit")
       ->capture_default_str();
-  command->add_option("--seed", flags->seed, "Of the data")->capture_default_str();
+  command->add_option("--seed", flags->seed, "Seed of the data")->capture_default_str();
   command->add_option("--workspace", flags->workspace, "Most scratch memory, in bytes")
       ->capture_default_str();
   command->add_option("-o,--output", flags->output, "table, csv or json")->capture_default_str();
   command->footer(
-      "Before timing, sampled rows are compared with the reference backend; a wrong answer ends the "
+      "Before timing, sampled rows are compared with the reference backend; a wrong result ends the "
       "program.\n"
       "Example: full attention and two choices of blocks, at two lengths\n"
       "  moba bench --tokens 8k,32k --chunk-size 512,512,128 --topk 0,3,8");

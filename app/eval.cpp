@@ -34,12 +34,12 @@ void add_flags(CLI::App& command, EvalFlags& flags, const std::string& data_help
   add_model_flags(command, flags.session);
   add_dtype_flag(command, flags.session);
   command.add_option("--data", flags.data, data_help);
-  add_number(command, "--seed", flags.seed, "Of everything that is drawn")->capture_default_str();
+  add_number(command, "--seed", flags.seed, "Seed of every random draw")->capture_default_str();
   add_choice(command, "-o,--output", flags.json, kOutputs, "How to print the results [table]");
   command.add_option("--png", flags.png, "Draw the results into this file");
   command
       .add_option("--attn", flags.attention,
-                  "How the prompt is read; several are compared: full, moba, moba-naive")
+                  "Attention for the prefill; several are compared: full, moba, moba-naive")
       ->delimiter(',')
       ->capture_default_str()
       ->group("Attention");
@@ -107,7 +107,7 @@ void print_json(const nlohmann::ordered_json& json) {
 }
 
 CLI::App* add_eval(CLI::App& parent, std::function<int()>& action) {
-  CLI::App* command = parent.add_subcommand("eval", "Measure what a model predicts and finds");
+  CLI::App* command = parent.add_subcommand("eval", "Measure the loss and the retrieval of a model");
   command->require_subcommand(1);
   command->footer(
       "Example: which facts does a model find, at which lengths and depths, with and without MoBA?\n"

@@ -7,9 +7,9 @@
 #include <cmath>
 #include <memory>
 
-#include "app/charts.h"
 #include "app/eval.h"
 #include "app/flags.h"
+#include "app/plot/charts.h"
 #include "app/program.h"
 #include "app/progress.h"
 #include "llm/error.h"
@@ -53,7 +53,7 @@ Estimate estimate(const std::vector<Portion>& portions) {
 
 /// "2k" tokens, or a share of the sequence such as 0.1.
 std::int64_t trailing_from(const std::optional<std::string>& text, std::int64_t seq_len) {
-  if (!text) return std::max<std::int64_t>(1, seq_len / 16);  // the report's 2K of 32K
+  if (!text) return std::max<std::int64_t>(1, seq_len / 16);  // the paper's 2K of 32K
   if (text->find('.') == std::string::npos) return size_from("--trailing", *text, seq_len - 1);
   double share = 0;
   const char* end = text->data() + text->size();

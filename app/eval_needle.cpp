@@ -7,9 +7,9 @@
 #include <cstdio>
 #include <memory>
 
-#include "app/charts.h"
 #include "app/eval.h"
 #include "app/flags.h"
+#include "app/plot/charts.h"
 #include "app/program.h"
 #include "app/progress.h"
 #include "llm/error.h"

@@ -175,7 +175,7 @@ int run(const GenerateFlags& flags) {
     }
     return result.finish == Finish::interrupted ? kInterruptedCode : 0;
   } catch (const Interrupted&) {
-    std::fputs("moba generate: interrupted while reading the prompt\n", stderr);
+    std::fputs("moba generate: interrupted during prefill\n", stderr);
     return kInterruptedCode;
   }
 }

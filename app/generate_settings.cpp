@@ -37,7 +37,7 @@ llm::Sampling sampling_from(const GenerateFlags& flags) {
 void add_flags(CLI::App& command, GenerateFlags& flags) {
   add_model_flags(command, flags.session);
   add_dtype_flag(command, flags.session);
-  command.add_option("-p,--prompt", flags.prompt, "What to say to the model");
+  command.add_option("-p,--prompt", flags.prompt, "Prompt for the model");
   command.add_option(
       "-f,--file", flags.file,
       "A file with the prompt, or with -p the document that the prompt is about; -: standard input");
@@ -62,7 +62,7 @@ void add_flags(CLI::App& command, GenerateFlags& flags) {
       ->group(sampling);
   add_number(command, "-s,--seed", flags.seed, "Makes draws repeatable [random]")->group(sampling);
 
-  add_choice(command, "--attn", flags.attention, kAttentionModes, "How the prompt is read [full]");
+  add_choice(command, "--attn", flags.attention, kAttentionModes, "Attention for the prefill [full]");
   command.get_option("--attn")->group("Attention");
   add_answer_flags(command, flags.session);
   add_block_flags(command, flags.session);

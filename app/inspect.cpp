@@ -16,7 +16,7 @@
 #include "app/document.h"
 #include "app/flags.h"
 #include "app/inspect_page.h"
-#include "app/picture.h"
+#include "app/plot/picture.h"
 #include "app/progress.h"
 #include "app/session_flags.h"
 #include "llm/error.h"
@@ -281,7 +281,7 @@ CLI::App* add_inspect(CLI::App& parent, std::function<int()>& action) {
       ->capture_default_str();
   command->add_flag("--no-chat", flags->no_chat, "Give the model the bare text, without chat turns");
   add_choice(*command, "--attn", flags->attention, kModes,
-             "How the text is read; full: everything, the gate's choice is recorded all the same [moba]");
+             "Attention for the prefill; the gate's selection is recorded with full, too [moba]");
   command->get_option("--attn")->group("Attention");
   add_block_flags(*command, flags->session);
   command->footer(

@@ -19,7 +19,8 @@ const std::map<std::string, AttentionMode> kDecodeModes{{"full", AttentionMode::
                                                         {"moba", AttentionMode::moba}};
 const std::map<std::string, DType> kDTypes{{"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}};
 
-/// What the model itself says of blocks, where it was trained with MoBA and is a Hugging Face folder.
+/// Returns the MoBA settings in config.json, if the model is a Hugging Face folder that was trained with
+/// MoBA.
 std::optional<llm::TrainedAttention> trained_attention(const std::filesystem::path& model) {
   const std::filesystem::path file = model / "config.json";
   if (!std::filesystem::is_regular_file(file)) return std::nullopt;
@@ -57,7 +58,7 @@ void add_block_flags(CLI::App& command, SessionFlags& flags) {
 
 void add_answer_flags(CLI::App& command, SessionFlags& flags) {
   const std::string group = "Attention";
-  add_choice(command, "--decode", flags.decode, kDecodeModes, "How the answer is written [full]");
+  add_choice(command, "--decode", flags.decode, kDecodeModes, "Attention for the decode [full]");
   command.get_option("--decode")->group(group);
   add_number(command, "--moba-full-tail", flags.full_tail,
              "Last prompt tokens that are read fully [the same, else 128]")

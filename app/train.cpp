@@ -10,7 +10,7 @@
 #include <string>
 
 #include "app/commands.h"
-#include "app/loss_plot.h"
+#include "app/plot/loss_plot.h"
 #include "app/train_settings.h"
 #include "llm/train/run.h"
 

@@ -140,7 +140,7 @@ void add_flags(CLI::App& command, TrainFlags& flags) {
   command.get_option("--lr-schedule")->group(training);
 
   const std::string attention = "Attention";
-  add_choice(command, "--attn", flags.attention, kAttentionModes, "How the model attends [moba]");
+  add_choice(command, "--attn", flags.attention, kAttentionModes, "Attention mode [moba]");
   command
       .add_option("--attn-schedule", flags.attention_schedule,
                   "By shares of the steps, such as moba:0.9,full:0.1")

@@ -255,7 +255,8 @@ class Backward : public BenchCase {
  private:
   const Problem& problem() const { return shared_->problem; }
 
-  /// dq of a probe's rows; at the end of the sequence also dk and dv of their keys, which nobody else sees.
+  /// dq of a probe's rows; at the end of the sequence also dk and dv of their keys, which no later query
+  /// sees.
   void check_gradients(const Slice& probe) {
     const Setting& s = problem().setting;
     std::vector<float> lse;

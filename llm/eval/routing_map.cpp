@@ -12,7 +12,7 @@ namespace {
 constexpr std::int64_t kChunk = 2048;
 constexpr std::int64_t kMostRows = 512;
 
-/// Ends a forward pass whose logits nobody wants.
+/// Ends a forward pass whose logits are not needed.
 struct LastLayerSeen {};
 
 std::int64_t parts(std::int64_t whole, std::int64_t part) {

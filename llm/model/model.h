@@ -13,8 +13,8 @@
 
 namespace moba::llm {
 
-/// Where a layer hands its heads to somebody who remembers: `k` and `v` [n, Hkv, D] of n new tokens, `q` and
-/// `out` [m, Hq, D] of the last m <= n of them (m = 0 where nobody will look at the answers). Rotary
+/// Attends one layer and extends its KV cache: `k` and `v` [n, Hkv, D] of n new tokens, `q` and
+/// `out` [m, Hq, D] of the last m <= n of them (m = 0 where no output is needed). Rotary
 /// positions are already applied. Whatever the callee throws ends the forward pass.
 using AttentionFn = std::function<void(std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v,
                                        const Tensor& out)>;

@@ -8,7 +8,7 @@
 
 namespace moba::llm::train {
 
-/// Tells contents apart that differ by accident; no protection against anybody. FNV-1a of 64 bits, over words
+/// Distinguishes contents that differ by accident; not cryptographic. FNV-1a of 64 bits, over words
 /// of 8 bytes where there are as many.
 class Fingerprint {
  public:

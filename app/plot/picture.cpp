@@ -1,4 +1,4 @@
-#include "app/picture.h"
+#include "app/plot/picture.h"
 
 #include <cairo.h>
 

@@ -1,4 +1,4 @@
-#include "app/axis.h"
+#include "app/plot/axis.h"
 
 #include <cmath>
 

@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "app/picture.h"
+#include "app/plot/picture.h"
 
 namespace moba::app {
 

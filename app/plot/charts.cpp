@@ -1,11 +1,11 @@
-#include "app/charts.h"
+#include "app/plot/charts.h"
 
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <array>
 
-#include "app/axis.h"
+#include "app/plot/axis.h"
 
 namespace moba::app {
 namespace {

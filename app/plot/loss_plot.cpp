@@ -1,4 +1,4 @@
-#include "app/loss_plot.h"
+#include "app/plot/loss_plot.h"
 
 #include <fmt/format.h>
 
@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "app/axis.h"
+#include "app/plot/axis.h"
 #include "llm/formats/output_file.h"
 
 namespace moba::app {
