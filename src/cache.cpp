@@ -55,7 +55,7 @@ void widen_row(const Tensor& t, std::int64_t token, std::int64_t head, float* ou
 
 /// Memory comes in slabs that hold as many pages as there were before, so that a small cache stays small and
 /// a large one lies on huge pages.
-void KvCache::State::resize(Sequence& s, std::int64_t tokens) const {
+void CacheState::resize(Sequence& s, std::int64_t tokens) const {
   const auto pages = static_cast<std::size_t>((tokens + page_tokens - 1) / page_tokens);
   std::size_t held = 0, first = 0;  // pages of all slabs, and of all but the last
   for (const Slab& slab : s.slabs) held += slab.size() / page_bytes();
@@ -80,13 +80,13 @@ void KvCache::State::resize(Sequence& s, std::int64_t tokens) const {
   }
 }
 
-KvLayout KvCache::State::layout() const {
+KvLayout CacheState::layout() const {
   return {shape.dtype, page_tokens, shape.head_dim, page_tokens * shape.head_dim, scale_offset};
 }
 
 KvCache::KvCache(const Shape& shape) {
   named("KvCache", [&] { check_cache_shape(shape); });
-  state_ = std::make_unique<State>();
+  state_ = std::make_unique<CacheState>();
   state_->shape = shape;
   state_->page_tokens = page_tokens_for(shape.block_size);
   const auto rows = static_cast<std::size_t>(shape.kv_heads * state_->page_tokens);
@@ -98,8 +98,12 @@ KvCache::KvCache(const Shape& shape) {
   }
   state_->half_page_bytes = (bytes + 63) / 64 * 64;
   state_->sequences.resize(static_cast<std::size_t>(shape.sequences));
-  for (State::Sequence& s : state_->sequences)
+  for (CacheState::Sequence& s : state_->sequences)
     s.sum.assign(static_cast<std::size_t>(shape.kv_heads * shape.head_dim), 0.0F);
+}
+
+const CacheState& state_of(const KvCache& cache) {
+  return *cache.state_;
 }
 
 KvCache::~KvCache() = default;
@@ -117,8 +121,8 @@ std::int64_t KvCache::length(std::int64_t sequence) const {
 
 std::size_t KvCache::bytes() const {
   std::size_t total = 0;
-  for (const State::Sequence& s : state_->sequences) {
-    for (const State::Slab& slab : s.slabs) total += slab.size();
+  for (const CacheState::Sequence& s : state_->sequences) {
+    for (const CacheState::Slab& slab : s.slabs) total += slab.size();
     total += (s.means.capacity() + s.sum.capacity()) * sizeof(float);
   }
   return total;
@@ -127,7 +131,7 @@ std::size_t KvCache::bytes() const {
 void KvCache::append(const Tensor& k, const Tensor& v, std::int64_t sequence) {
   named("KvCache::append", [&] { check_append(*this, k, v, sequence); });
   const auto [kv_heads, head_dim, block_size, dtype, sequences] = state_->shape;
-  State::Sequence& s = state_->sequences[static_cast<std::size_t>(sequence)];
+  CacheState::Sequence& s = state_->sequences[static_cast<std::size_t>(sequence)];
   const std::int64_t added = k.sizes[0], page_tokens = state_->page_tokens;
 
   const std::int64_t row_floats = kv_heads * head_dim;
@@ -162,7 +166,7 @@ void KvCache::append(const Tensor& k, const Tensor& v, std::int64_t sequence) {
 
 void KvCache::truncate(std::int64_t tokens, std::int64_t sequence) {
   named("KvCache::truncate", [&] { check_truncate(*this, tokens, sequence); });
-  State::Sequence& s = state_->sequences[static_cast<std::size_t>(sequence)];
+  CacheState::Sequence& s = state_->sequences[static_cast<std::size_t>(sequence)];
   if (tokens == s.length) return;
   const auto [kv_heads, head_dim, block_size, dtype, sequences] = state_->shape;
   s.length = tokens;
@@ -187,19 +191,19 @@ void KvCache::truncate(std::int64_t tokens, std::int64_t sequence) {
 
 namespace {
 
-SequenceView view_of(const KvCache::State::Sequence& s, std::int64_t q_begin, std::int64_t queries) {
+SequenceView view_of(const CacheState::Sequence& s, std::int64_t q_begin, std::int64_t queries) {
   return {
       .q_begin = q_begin, .queries = queries, .keys = s.length, .k_pages = s.k_pages, .v_pages = s.v_pages};
 }
 
-Means means_of(const KvCache::State& state) {
+Means means_of(const CacheState& state) {
   return {.head_stride = state.shape.head_dim, .block_stride = state.shape.kv_heads * state.shape.head_dim};
 }
 
 }  // namespace
 
 Problem cached_problem(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing) {
-  const KvCache::State& state = cache.state();
+  const CacheState& state = state_of(cache);
   Problem problem{.q = q, .k = state.layout(), .v = state.layout()};
   problem.sequences.push_back(view_of(state.sequences[static_cast<std::size_t>(sequence)], 0, q.sizes[0]));
   finish_problem(problem, routing, state.shape.kv_heads);
@@ -207,9 +211,9 @@ Problem cached_problem(const Tensor& q, const KvCache& cache, std::int64_t seque
 }
 
 Problem decode_problem(const Tensor& q, const KvCache& cache, const Routing& routing) {
-  const KvCache::State& state = cache.state();
+  const CacheState& state = state_of(cache);
   Problem problem{.q = q, .k = state.layout(), .v = state.layout()};
-  for (const KvCache::State::Sequence& s : state.sequences) {
+  for (const CacheState::Sequence& s : state.sequences) {
     problem.sequences.push_back(view_of(s, static_cast<std::int64_t>(problem.sequences.size()), 1));
   }
   finish_problem(problem, routing, state.shape.kv_heads);
@@ -217,14 +221,14 @@ Problem decode_problem(const Tensor& q, const KvCache& cache, const Routing& rou
 }
 
 Means cached_means(const KvCache& cache, std::int64_t sequence) {
-  Means means = means_of(cache.state());
-  means.base.push_back(cache.state().sequences[static_cast<std::size_t>(sequence)].means.data());
+  Means means = means_of(state_of(cache));
+  means.base.push_back(state_of(cache).sequences[static_cast<std::size_t>(sequence)].means.data());
   return means;
 }
 
 Means cached_means(const KvCache& cache) {
-  Means means = means_of(cache.state());
-  for (const KvCache::State::Sequence& s : cache.state().sequences) means.base.push_back(s.means.data());
+  Means means = means_of(state_of(cache));
+  for (const CacheState::Sequence& s : state_of(cache).sequences) means.base.push_back(s.means.data());
   return means;
 }
 

@@ -43,7 +43,8 @@ struct CacheAllocator {
   }
 };
 
-struct KvCache::State {
+/// The inside of a KvCache.
+struct CacheState {
   /// Pages in one allocation. Each holds its keys, then its values: each [Hkv, page_tokens, D], for i8
   /// followed by f32 scales [Hkv, page_tokens].
   using Slab = std::vector<std::byte, CacheAllocator<std::byte>>;
@@ -56,7 +57,7 @@ struct KvCache::State {
     std::vector<float> sum;  // [Hkv, D], of the keys of the block that is being filled
   };
 
-  Shape shape;
+  KvCache::Shape shape;
   std::int64_t page_tokens = 0;
   std::size_t scale_offset = 0, half_page_bytes = 0;
   std::vector<Sequence> sequences;
@@ -67,6 +68,8 @@ struct KvCache::State {
 
   KvLayout layout() const;
 };
+
+const CacheState& state_of(const KvCache& cache);
 
 Problem cached_problem(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing);
 Problem decode_problem(const Tensor& q, const KvCache& cache, const Routing& routing);

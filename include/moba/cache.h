@@ -8,6 +8,8 @@
 
 namespace moba {
 
+struct CacheState;  // internal
+
 /// Keys and values of past tokens, in pages of one block each, with the mean of every complete block kept
 /// beside it, so that a decoded token is routed without reading the keys again. Holds several independent
 /// sequences of one layer.
@@ -40,12 +42,9 @@ class MOBA_EXPORT KvCache {
   /// Forgets all but the first `tokens`.
   void truncate(std::int64_t tokens, std::int64_t sequence = 0);
 
-  /// Behind the door.
-  struct State;
-  const State& state() const { return *state_; }
-
  private:
-  std::unique_ptr<State> state_;
+  friend const CacheState& state_of(const KvCache& cache);
+  std::unique_ptr<CacheState> state_;
 };
 
 /// `attention` of new queries against a cache that already holds their own keys: `q` [n, Hq, D] are the last

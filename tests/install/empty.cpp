@@ -1,0 +1,1 @@
+// A library that is linked from an archive alone still needs a source.
