@@ -45,7 +45,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 from needles import texts  # noqa: E402
 
 SEQ_LEN, SHORT_LEN = 8192, 512
-TRAILING = SEQ_LEN // 16  # the report's 2K of 32K
+TRAILING = SEQ_LEN // 16  # the paper's 2K of 32K
 BUCKETS = 16
 VOCABULARY = 2048
 SEED = 1

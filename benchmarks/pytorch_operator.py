@@ -213,7 +213,7 @@ def attention_seconds(function) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Gives glibc's freed memory back to nobody. Its default maps and clears tensors above 32 MB anew every time, which takes
+    """Makes glibc keep freed memory. Its default maps and clears tensors above 32 MB anew every time, which takes
     a fifth of a step with MoBA and is neither's doing."""
     libc = ctypes.CDLL(None)
     trim_threshold, mmap_threshold = -1, -3

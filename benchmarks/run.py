@@ -32,7 +32,7 @@ LONGEST_PEER_SECONDS = 120
 BUDGET_SECONDS = 60
 KI, MI = 1 << 10, 1 << 20
 FULL = (512, 0)
-# Chunk size and top-k, in the order of the targets.
+# Chunk size and top-k.
 CHOICES = [FULL, (4096, 12), (512, 3), (128, 8)]
 
 
@@ -221,13 +221,36 @@ def growth(points):
     return lambda n: float(a * n**2 + b * n)
 
 
-class Bench:
+class Results:
+    """Rows of `moba bench` and of its peers."""
+
+    def __init__(self, rows=(), peers=()):
+        self.rows, self.peers = list(rows), list(peers)
+
+    def find(self, choice=None, **wanted):
+        """Rows of ours, sorted by length."""
+        if choice:
+            wanted |= {"topk": choice[1]} if choice[1] == 0 else {"chunk_size": choice[0], "topk": choice[1]}
+        return sorted((r for r in self.rows if all(r.get(k) == v for k, v in wanted.items())),
+                      key=lambda r: r["tokens"])
+
+    def seconds(self, choice, **wanted):
+        found = self.find(choice, **wanted)
+        return found[0]["seconds_median"] if found else None
+
+    def peer_row(self, name, tokens, **wanted):
+        wanted |= {"peer": name, "tokens": tokens}
+        return next((p for p in self.peers if all(p.get(k) == v for k, v in wanted.items())), None)
+
+
+class Bench(Results):
     """Makes calls and keeps what came of them, in the order of the plan."""
 
     def __init__(self, options, plan):
+        super().__init__()
         self.options = options
         self.order = {call.key(options.threads): place for place, call in enumerate(plan)}
-        self.rows, self.peers, self.failures = [], [], []
+        self.failures = []
         self.wall_seconds = {}  # by call
 
     def keep(self, report):
@@ -305,199 +328,8 @@ class Bench:
             return failure((errors.strip().splitlines() or [f"ended by signal {-process.returncode}"])[-1])
         return output, None
 
-    def find(self, choice=None, **wanted):
-        """Rows of ours, sorted by length."""
-        if choice:
-            wanted |= {"topk": choice[1]} if choice[1] == 0 else {"chunk_size": choice[0], "topk": choice[1]}
-        return sorted((r for r in self.rows if all(r.get(k) == v for k, v in wanted.items())),
-                      key=lambda r: r["tokens"])
 
-    def seconds(self, choice, **wanted):
-        found = self.find(choice, **wanted)
-        return found[0]["seconds_median"] if found else None
-
-    def peer_row(self, name, tokens, **wanted):
-        wanted |= {"peer": name, "tokens": tokens}
-        return next((p for p in self.peers if all(p.get(k) == v for k, v in wanted.items())), None)
-
-
-# ---- the targets: what was asked, what was found, whether it is met (None: not measured, or not asked) ----
-
-def at_least(value, bar, text=None):
-    if value is None:
-        return "not measured", None
-    return text or f"{value:.3f}", value >= bar
-
-
-def at_most(value, bar, text=None):
-    if value is None:
-        return "not measured", None
-    return text or f"{value:.3f}", value <= bar
-
-
-def ratio(above, below):
-    return above / below if above is not None and below is not None else None
-
-
-def times(value, extrapolated=False):
-    return None if value is None else f"{value:.1f}x" + (" (peer extrapolated)" if extrapolated else "")
-
-
-def lowest_fraction(rows, bar):
-    """Of all lengths, the worst decides."""
-    if not rows:
-        return "not measured", None
-    fractions = [f"{length(r['tokens'])}: {r['fraction_of_peak']:.3f}{' (sampled)' if r['share'] < 1 else ''}"
-                 for r in rows]
-    return ", ".join(fractions), min(r["fraction_of_peak"] for r in rows) >= bar
-
-
-def forward_targets(bench):
-    for dim, group, bars in [(128, "forward", [0.85, 0.80, 0.72, 0.60]),
-                             (64, "small-heads", [0.75, 0.72, 0.62, 0.50])]:
-        for choice, bar in zip(CHOICES, bars):
-            rows = [r for r in bench.find(choice, group=group, dtype="f32", head_dim=dim) if r["tokens"] >= 32 * KI]
-            yield f"forward f32, D {dim}, {blocks(choice)}, of FMA peak", f">= {bar}", *lowest_fraction(rows, bar)
-
-
-def unit_targets(bench):
-    for choice in [FULL, *CHOICES[2:]]:
-        found = [f"{form} {bench.find(choice, group='units', MOBA_CPU_F32=form)[0]['fraction_of_peak']:.3f}"
-                 for form in ["fma", "amx"] if bench.find(choice, group="units", MOBA_CPU_F32=form)]
-        yield (f"forward f32, D 128, {blocks(choice)}, 32K, of FMA peak, by unit", "shown",
-               ", ".join(found) or "not measured", None)
-
-
-def routing_targets(bench):
-    for choice in CHOICES[1:]:
-        base = bench.seconds(choice, group="routings", routing="independent")
-        for routing in ["clustered", "sink"]:
-            change = ratio(bench.seconds(choice, group="routings", routing=routing), base)
-            yield (f"{routing} routing against independent, {blocks(choice)}, time", "<= 1.15", *at_most(change, 1.15))
-
-
-def head_targets(bench):
-    for choice in CHOICES[2:]:
-        change = ratio(bench.seconds(choice, group="heads", kv_heads=3), bench.seconds(choice, group="heads", kv_heads=9))
-        yield f"9 query heads on 3 kv heads against 9, {blocks(choice)}, time", "<= 1", *at_most(change, 1)
-
-
-def bf16_targets(bench):
-    for choice in [FULL, *CHOICES[2:]]:
-        bf16_seconds = bench.seconds(choice, group="bf16", dtype="bf16")
-        change = ratio(bf16_seconds, bench.seconds(choice, group="bf16", dtype="f32"))
-        fma = ratio(bf16_seconds, bench.seconds(choice, group="units", MOBA_CPU_F32="fma"))
-        text = change and fma and f"{change:.3f} ({fma:.3f} of f32 by multiply-adds)"
-        yield f"forward bf16 against f32, {blocks(choice)}, 32K, time", "<= 0.62", *at_most(change, 0.62, text)
-
-
-def sdpa_targets(bench):
-    for choice, tokens, bar in [(FULL, 32 * KI, 3), ((512, 3), 32 * KI, 30), ((512, 3), 128 * KI, 120),
-                                ((128, 8), MI, 400)]:
-        peer = bench.peer_row("sdpa", tokens, group="forward")
-        speed = ratio(peer and peer["seconds_median"],
-                      bench.seconds(choice, group="forward", tokens=tokens, dtype="f32"))
-        yield (f"forward against torch SDPA, {blocks(choice)}, {length(tokens)}", f">= {bar}x",
-               *at_least(speed, bar, times(speed, peer and peer["extrapolated"])))
-
-
-def flex_targets(bench):
-    for tokens in [32 * KI, 128 * KI]:
-        peer = bench.peer_row("flex", tokens)
-        speed = ratio(peer and peer["seconds_median"], bench.seconds((512, 3), group="forward", tokens=tokens))
-        text = times(speed, peer and peer["extrapolated"])
-        yield f"forward against FlexAttention with MoBA's mask, (512, 3), {length(tokens)}", "shown", text or "not measured", None
-
-
-def backward_targets(bench):
-    for choice, bar in [(FULL, 0.75), ((512, 3), 0.65), ((128, 8), 0.55)]:
-        yield (f"backward f32, D 128, {blocks(choice)}, of FMA peak", f">= {bar}",
-               *lowest_fraction(bench.find(choice, group="backward"), bar))
-    tokens = 32 * KI
-    peer = bench.peer_row("sdpa-backward", tokens)
-    speed = ratio(peer and peer["seconds_median"], bench.seconds(FULL, group="backward", tokens=tokens))
-    yield (f"backward against torch SDPA's, full, {length(tokens)}", ">= 3x",
-           *at_least(speed, 3, times(speed, peer and peer["extrapolated"])))
-
-
-def gate_targets(bench):
-    f32 = bench.find((128, 8), group="gate", MOBA_CPU_GATE="f32")
-    int8 = bench.seconds((128, 8), group="gate", MOBA_CPU_GATE="int8")
-    yield "gate f32, B 128, of FMA peak", ">= 0.75", *lowest_fraction(f32, 0.75)
-    speed = ratio(f32[0]["seconds_median"] if f32 else None, int8)
-    yield "gate int8, exact, against f32, 1M", ">= 1.6x", *at_least(speed, 1.6, times(speed))
-
-
-def decode_targets(bench):
-    for dtype, bar in [("f32", 0.90), ("f16", 0.85), ("i8", 0.80)]:
-        for choice in [(4096, 12), (128, 8)]:
-            yield (f"decode {dtype}, {blocks(choice)}, of read bandwidth", f">= {bar}",
-                   *lowest_fraction(bench.find(choice, group="decode", dtype=dtype), bar))
-
-
-def linear_targets(bench):
-    seconds = {r["tokens"]: r["plan_seconds"] + r["attend_seconds"]
-               for r in bench.find((128, 8), group="forward") if r["share"] == 1}
-    steps = {n: ratio(seconds[2 * n], seconds[n]) for n in seconds if 2 * n in seconds and n >= 32 * KI}
-    text = ", ".join(f"{length(n)}: {step:.2f}" for n, step in steps.items())
-    yield ("time(2N) / time(N), (128, 8), without the gate", "<= 2.1",
-           *at_most(max(steps.values(), default=None), 2.1, text))
-
-
-def ten_million_targets(bench):
-    whole = bench.find((512, 3), group="ten-million")
-    text = ", ".join(f"{r['seconds_median']:.1f} s, {r['peak_rss_bytes'] / 2**30:.1f} GiB" for r in whole)
-    yield ("10M tokens, bf16, (512, 3), whole", "runs in 24 GiB", text or "not measured",
-           max(r["peak_rss_bytes"] for r in whole) <= 24 * 2**30 if whole else None)
-    sampled = bench.find((10 * MI // 64, 3), group="ten-million")
-    dense = bench.find(FULL, group="ten-million")
-    speed = ratio(dense[0]["seconds_median"] if dense else None, sampled[0]["seconds_median"] if sampled else None)
-    text = speed and f"{speed:.1f}x (shares of {sampled[0]['share']:g} and {dense[0]['share']:g}, scaled)"
-    yield "10M tokens, bf16, 64 blocks, K 3, against full, both sampled", ">= 12x", *at_least(speed, 12, text)
-
-
-def naive_targets(bench):
-    choice, tokens = (2048, 3), 32 * KI
-    row, peer = bench.find(choice, group="naive", tokens=tokens), bench.peer_row("moba-naive", tokens)
-    speed = ratio(peer and peer["seconds_median"], row[0]["seconds_median"] if row else None)
-    yield (f"against the mask-based form, {blocks(choice)}, {length(tokens)}", ">= 100x",
-           *at_least(speed, 100, times(speed, peer and peer["extrapolated"])))
-
-    def grown(rows):
-        """Memory that a doubling of the longest length adds, over what the doubling before added."""
-        memory = [r["peak_rss_bytes"] for r in sorted(rows, key=lambda r: r["tokens"]) if "peak_rss_bytes" in r]
-        return (memory[-1] - memory[-2]) / max(memory[-2] - memory[-3], 1) if len(memory) >= 3 else None
-
-    mine, masked = grown(bench.find(group="naive")), grown([p for p in bench.peers if p["group"] == "naive"])
-    text = mine and masked and row and peer and "peak_rss_bytes" in peer and (
-        f"{mine:.1f} against {masked:.1f}; {length(tokens)} takes {row[0]['peak_rss_bytes'] / 2**30:.2f} GiB against "
-        f"{peer['peak_rss_bytes'] / 2**30:.1f}") or None
-    yield ("memory added by a doubling over the doubling before: ours about 2, the mask's about 4", "<= 2.5",
-           *at_most(mine, 2.5, text))
-
-
-def thread_targets(bench):
-    for choice in [FULL, *CHOICES[2:]]:
-        speed = ratio(bench.seconds(choice, group="threads", threads=1), bench.seconds(choice, group="threads", threads=2))
-        yield f"two threads against one, {blocks(choice)}", ">= 1.9x", *at_least(speed, 1.9, times(speed))
-
-
-def generate_targets(bench):
-    reports = sorted(bench.options.out.glob("ttft-*.json"), key=lambda path: path.stat().st_mtime)
-    share = None
-    if reports:
-        row = json.loads(reports[-1].read_text())["results"]["moba, MoBA"]
-        share = row["attention_seconds"] / row["seconds"]
-    yield "`moba generate`: attention's share of MoBA's time to first token", "<= 15%", *at_most(
-        share, 0.15, share and f"{100 * share:.1f}% ({reports[-1].name})")
-
-
-TARGETS = [forward_targets, unit_targets, routing_targets, head_targets, bf16_targets, sdpa_targets, flex_targets,
-           backward_targets, gate_targets, decode_targets, linear_targets, ten_million_targets, naive_targets,
-           thread_targets, generate_targets]
-
-
-# ---- the report ----
+# ---- what is written ----
 
 def duration(seconds):
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
@@ -554,10 +386,6 @@ def markdown(bench, report):
              f"{report['threads']} threads. Made with `{report['command']}`; its calls took {report['minutes']:.0f} minutes. "
              f"{ceilings(bench)} Times are medians; fewer than five runs are those that would take longer than "
              f"{BUDGET_SECONDS} s together, and a row of one run has the time of the run whose answer was checked.", ""]
-    if report["targets"]:
-        marks = {True: "met", False: "not met", None: ""}
-        lines += ["## Targets", "", *table(["what", "target", "measured", "met?"], [
-            [t["what"], t["target"], t["measured"], marks[t["met"]]] for t in report["targets"]])]
     lines += ["## Rows of `moba bench`", "", *table(
         ["pass", "tokens", "blocks", "heads", "D", "dtype", "routing", "threads", "time", "runs", "rate", "of peak",
          "centroids / gate / plan / attend", "scratch", "peak memory"], map(row_line, bench.rows))]
@@ -623,19 +451,17 @@ def plot_peak(bench, stem):
 
 
 def replace(path, text):
-    """Whoever reads meanwhile sees the old or the new."""
+    """Writes at once: a reader sees the old text or the new."""
     unfinished = path.with_name(path.name + ".new")
     unfinished.write_text(text)
     unfinished.replace(path)
 
 
 def write(bench, stem):
-    targets = [] if bench.options.quick else [
-        dict(zip(["what", "target", "measured", "met"], target)) for each in TARGETS for target in each(bench)]
     report = {"command": shlex.join(["python", "benchmarks/run.py", *(["--quick"] if bench.options.quick else [])]),
               "machine": f"{cpu_name()}, {os.cpu_count()} cores", "units": cpu_units(),
               "date": datetime.date.today().isoformat(), "threads": bench.options.threads,
-              "minutes": sum(bench.wall_seconds.values()) / 60, "torch": version("torch"), "targets": targets,
+              "minutes": sum(bench.wall_seconds.values()) / 60, "torch": version("torch"),
               "rows": bench.rows, "peers": bench.peers, "failures": bench.failures, "wall_seconds": bench.wall_seconds}
     stem.parent.mkdir(parents=True, exist_ok=True)
     replace(Path(f"{stem}.json"), json.dumps(report, indent=1) + "\n")
