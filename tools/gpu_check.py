@@ -34,7 +34,7 @@ SANITIZED = ("CudaAttend.AnyOrderOfBlocksAndWarpsGivesTheSameBits:CudaAttend.The
 CHOOSING = "CudaAttend*:All/*"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Seconds: of each phase at most, and of everything.
-LIMITS = {"build": 170, "C++ tests": 60, "C++ tests with ampere": 40, "PyTorch tests": 75, **dict.fromkeys(SANITIZERS, 25)}
+LIMITS = {"build": 170, "C++ tests": 60, "C++ tests with sm80": 40, "PyTorch tests": 75, **dict.fromkeys(SANITIZERS, 25)}
 TOTAL, LEAST_FOR_THE_BENCHMARK = 470, 30
 
 
@@ -211,7 +211,7 @@ def package():
 
 def plan(torch_folder, architecture):
     lines = [said(command) for command in build_commands(torch_folder, architecture)]
-    lines += [said(device_command()), f"MOBA_CUDA_ATTEND=ampere {said(device_command(only=CHOOSING))} (on Hopper)",
+    lines += [said(device_command()), f"MOBA_CUDA_ARCH=sm80 {said(device_command(only=CHOOSING))} (on Hopper)",
               f"{said([EMULATED_TESTS])} (beside the rest; its results are compared)"]
     return lines + [said(pytest_command()), *map(said, map(sanitizer_command, SANITIZERS)), said(benchmark_command(0)) +
                     f" (what is left of {TOTAL} s)"]
@@ -253,7 +253,7 @@ def main():
                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as emulation:
         check.run("C++ tests", device_command(real), MOBA_TEST_RESULTS=str(real.with_suffix(".txt")))
         if capability == 90:
-            check.run("C++ tests with ampere", device_command(only=CHOOSING), MOBA_CUDA_ATTEND="ampere")
+            check.run("C++ tests with sm80", device_command(only=CHOOSING), MOBA_CUDA_ARCH="sm80")
         if find_spec("pytest"):
             check.run("PyTorch tests", pytest_command())
         if sanitizer():

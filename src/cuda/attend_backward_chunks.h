@@ -106,7 +106,7 @@ MOBA_DEVICE Chunk chunk_of(const KeysParams<T>& p, std::int64_t head, std::int32
                            std::int32_t block, std::int64_t number) {
   constexpr int kKeys = keys_of_chunk(head_dim);
   const std::int32_t k_begin = p.batch.k_starts[sequence], keys = p.batch.k_starts[sequence + 1] - k_begin;
-  const Stretch stretch = keys_of(block, p.block_size, keys);
+  const KeyRange stretch = keys_of(block, p.block_size, keys);
   const std::int64_t begin = stretch.begin + number * kKeys, left = stretch.end - begin;
   if (left <= 0) return {};
   Chunk chunk{.head = head,

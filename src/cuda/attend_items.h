@@ -32,7 +32,7 @@ struct AttendParams {
   T* partials;         // [heads, rows * ranks, D]
   float* partial_lse;  // [heads, rows * ranks]
 
-  MOBA_DEVICE std::uint32_t listed() const { return plan.totals[Plan::kFull] + plan.totals[Plan::kRest]; }
+  MOBA_DEVICE std::uint32_t listed() const { return plan.totals[Plan::kFull] + plan.totals[Plan::kPartial]; }
   MOBA_DEVICE std::int64_t items() const {
     return listed() + (near ? batch.tile_starts[batch.sequences] * heads : 0);
   }
@@ -52,12 +52,12 @@ struct Work {
 struct Place {
   std::int64_t q_offset = kNoRow;  // of its query's elements
   std::uint32_t slot = 0;
-  Stretch sees{};  // keys, where the item is near
+  KeyRange sees{};  // keys, where the item is near
 };
 
 /// The keys of its own block that the query at `position` sees, or of all when nothing is causal.
 template <typename T>
-MOBA_DEVICE Stretch near_keys(const AttendParams<T>& p, std::int32_t position, std::int32_t keys) {
+MOBA_DEVICE KeyRange near_keys(const AttendParams<T>& p, std::int32_t position, std::int32_t keys) {
   if (!p.causal) return {0, keys};
   if (position < 0) return {0, 0};
   return {static_cast<std::int32_t>(position / p.block_size * p.block_size), position + 1};
@@ -79,8 +79,8 @@ MOBA_DEVICE void with_near_item(const AttendParams<T>& p, std::int64_t index, Ru
       p.batch, static_cast<std::int32_t>(p.batch.tile_starts[p.batch.sequences] - 1 - index / p.heads),
       p.token0, p.token1, p.group);
   const auto sees = [&](int r) { return near_keys(p, tile.position_of(r, p.group), tile.keys); };
-  const Stretch first_sees = sees(0), last_sees = sees(tile.count - 1);
-  const Stretch cut_sees = near_keys(p, tile.position_at(tile.cut, p.group), tile.keys);
+  const KeyRange first_sees = sees(0), last_sees = sees(tile.count - 1);
+  const KeyRange cut_sees = near_keys(p, tile.position_at(tile.cut, p.group), tile.keys);
   const Work work{.near = true,
                   .head = index % p.heads,
                   .count = tile.count,
@@ -101,11 +101,11 @@ MOBA_DEVICE void with_near_item(const AttendParams<T>& p, std::int64_t index, Ru
 template <typename T, typename Run>
 MOBA_DEVICE void with_listed_item(const AttendParams<T>& p, std::uint32_t index, Run&& run) {
   const std::uint32_t full = p.plan.totals[Plan::kFull];
-  const Item item = index < full ? p.plan.full[index] : p.plan.rest[index - full];
+  const Item item = index < full ? p.plan.full[index] : p.plan.partial[index - full];
   const std::int32_t sequence = sequence_of(p.batch.block_starts, p.batch.sequences, item.block);
   const std::int32_t k_begin = p.batch.k_starts[sequence];
-  const Stretch keys = keys_of(item.block - p.batch.block_starts[sequence], p.block_size,
-                               p.batch.k_starts[sequence + 1] - k_begin);
+  const KeyRange keys = keys_of(item.block - p.batch.block_starts[sequence], p.block_size,
+                                p.batch.k_starts[sequence + 1] - k_begin);
   const std::uint32_t* entries = p.entries + item.head * p.rows * p.width + item.first;
   const Work work{.head = item.head,
                   .count = static_cast<std::int32_t>(item.count),
@@ -146,14 +146,14 @@ MOBA_DEVICE void negate(float (&logits)[row_tiles][key_tiles][4]) {
 /// Hides logits of keys that a row does not see: those outside of the item's or, where it is near, of the
 /// row's `bounds`. `key` is that of the first column.
 template <int row_tiles, int key_tiles>
-MOBA_DEVICE void hide(float (&logits)[row_tiles][key_tiles][4], const Stretch* bounds, const Work& work,
-                      std::int32_t key, int warp_row) {
+MOBA_DEVICE void apply_mask(float (&logits)[row_tiles][key_tiles][4], const KeyRange* bounds,
+                            const Work& work, std::int32_t key, int warp_row) {
   MOBA_UNROLL
   for (int i = 0; i < row_tiles; ++i) {
     MOBA_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + 16 * i + 8 * half + ptx::lane() / 4;
-      const Stretch sees = work.near ? bounds[row] : Stretch{work.begin, work.end};
+      const KeyRange sees = work.near ? bounds[row] : KeyRange{work.begin, work.end};
       MOBA_UNROLL
       for (int j = 0; j < key_tiles; ++j) {
         MOBA_UNROLL

@@ -18,7 +18,7 @@ struct UploadParams {
   std::int32_t words[kWordsOfALaunch];
 };
 
-MOBA_KERNEL(kThreads, 1) upload_kernel(MOBA_PARAMETER UploadParams p) {
+MOBA_KERNEL(kThreads, 1) upload_kernel(MOBA_GRID_CONSTANT UploadParams p) {
   for (int i = ptx::thread(); i < p.count; i += kThreads) p.to[i] = p.words[i];
 }
 
@@ -29,14 +29,14 @@ struct LayOutParams {
   std::int32_t *block_starts, *tile_starts;  // [sequences + 1]
 };
 
-MOBA_KERNEL(kThreads, 1) lay_out_kernel(MOBA_PARAMETER LayOutParams p) {
+MOBA_KERNEL(kThreads, 1) lay_out_kernel(MOBA_GRID_CONSTANT LayOutParams p) {
   auto* sums = reinterpret_cast<std::int32_t*>(ptx::shared());
   std::int32_t blocks_before = 0, tiles_before = 0;
   for (std::int32_t first = 0; first < p.batch.sequences; first += kThreads) {
     const std::int32_t s = first + ptx::thread();
     std::int32_t blocks = 0, tiles = 0;
     if (s < p.batch.sequences) {
-      const Stretch queries = queries_of(p.batch, s, p.token0, p.token1);
+      const KeyRange queries = queries_of(p.batch, s, p.token0, p.token1);
       blocks =
           static_cast<std::int32_t>(divide_up(p.batch.k_starts[s + 1] - p.batch.k_starts[s], p.block_size));
       tiles = tiles_of(queries, p.group);
@@ -56,32 +56,32 @@ MOBA_KERNEL(kThreads, 1) lay_out_kernel(MOBA_PARAMETER LayOutParams p) {
   }
 }
 
-void upload(Queue& queue, const std::int32_t* from, std::int64_t count, std::int32_t* to) {
+void upload(Stream& stream, const std::int32_t* from, std::int64_t count, std::int32_t* to) {
   for (std::int64_t done = 0; done < count; done += kWordsOfALaunch) {
     UploadParams params{
         .to = to + done,
         .count = static_cast<std::int32_t>(std::min<std::int64_t>(kWordsOfALaunch, count - done)),
         .words = {}};
     std::copy_n(from + done, params.count, params.words);
-    queue.launch("upload", upload_kernel, {}, kThreads, 0, params);
+    stream.launch("upload", upload_kernel, {}, kThreads, 0, params);
   }
 }
 
 }  // namespace
 
-Starts carve_starts(Carver& carver, const Task& task, const DeviceBatch& batch) {
+Starts carve_starts(ArenaLayout& layout, const Task& task, const DeviceBatch& batch) {
   const std::int64_t count = task.sequences + 1;
   Starts starts;
   if (!batch.on_device) {
-    starts.q = carver.take<std::int32_t>(count);
-    starts.k = carver.take<std::int32_t>(count);
+    starts.q = layout.take<std::int32_t>(count);
+    starts.k = layout.take<std::int32_t>(count);
   }
-  starts.blocks = carver.take<std::int32_t>(count);
-  starts.tiles = carver.take<std::int32_t>(count);
+  starts.blocks = layout.take<std::int32_t>(count);
+  starts.tiles = layout.take<std::int32_t>(count);
   return starts;
 }
 
-Batch lay_out(Queue& queue, const Task& task, const DeviceBatch& batch, const Group& part,
+Batch lay_out(Stream& stream, const Task& task, const DeviceBatch& batch, const Group& part,
               const Starts& starts) {
   Batch on_device{.sequences = static_cast<std::int32_t>(task.sequences),
                   .q_starts = batch.q_starts,
@@ -89,8 +89,8 @@ Batch lay_out(Queue& queue, const Task& task, const DeviceBatch& batch, const Gr
                   .block_starts = starts.blocks,
                   .tile_starts = starts.tiles};
   if (!batch.on_device) {
-    upload(queue, batch.q_starts, task.sequences + 1, starts.q);
-    upload(queue, batch.k_starts, task.sequences + 1, starts.k);
+    upload(stream, batch.q_starts, task.sequences + 1, starts.q);
+    upload(stream, batch.k_starts, task.sequences + 1, starts.k);
     on_device.q_starts = starts.q;
     on_device.k_starts = starts.k;
   }
@@ -101,8 +101,8 @@ Batch lay_out(Queue& queue, const Task& task, const DeviceBatch& batch, const Gr
                             .token1 = static_cast<std::int32_t>(part.token1),
                             .block_starts = starts.blocks,
                             .tile_starts = starts.tiles};
-  queue.launch("lay_out", lay_out_kernel, {}, kThreads, kThreads / ptx::kLanes * sizeof(std::int32_t),
-               params);
+  stream.launch("lay_out", lay_out_kernel, {}, kThreads, kThreads / ptx::kLanes * sizeof(std::int32_t),
+                params);
   return on_device;
 }
 

@@ -31,7 +31,7 @@ MOBA_DEVICE void add(float (&sum)[kElements], const ptx::Vector& v) {
 
 template <typename T, int head_dim>
 MOBA_KERNEL(kThreads, 8)
-centroids_kernel(MOBA_PARAMETER CentroidsParams<T> p) {
+centroids_kernel(MOBA_GRID_CONSTANT CentroidsParams<T> p) {
   constexpr int kColumns = head_dim / kElements, kRows = kThreads / kColumns;
   constexpr int kUnroll = 8;
   const auto packed = static_cast<std::int32_t>(ptx::block_x());
@@ -40,7 +40,7 @@ centroids_kernel(MOBA_PARAMETER CentroidsParams<T> p) {
   if (packed >= starts[p.batch.sequences]) return;
   const std::int32_t sequence = sequence_of(starts, p.batch.sequences, packed);
   const std::int32_t first_key = p.batch.k_starts[sequence];
-  const Stretch keys =
+  const KeyRange keys =
       keys_of(packed - starts[sequence], p.block_size, p.batch.k_starts[sequence + 1] - first_key);
 
   const int column = ptx::thread() % kColumns, row = ptx::thread() / kColumns;
@@ -81,7 +81,7 @@ centroids_kernel(MOBA_PARAMETER CentroidsParams<T> p) {
 
 }  // namespace
 
-void centroids(Queue& queue, const Task& task, const Group& part, const Batch& batch, void* means) {
+void centroids(Stream& stream, const Task& task, const Group& part, const Batch& batch, void* means) {
   with_type(task, [&]<typename T, int head_dim>() {
     constexpr int kRows = kThreads / (head_dim / kElements);
     const CentroidsParams<T> params{.k = view_of<const T>(task.k),
@@ -90,8 +90,8 @@ void centroids(Queue& queue, const Task& task, const Group& part, const Batch& b
                                     .block_size = task.routing.block_size,
                                     .most_blocks = task.most_blocks(),
                                     .head0 = part.head0};
-    queue.launch("centroids", centroids_kernel<T, head_dim>, {task.most_blocks(), part.heads()}, kThreads,
-                 kRows * head_dim * sizeof(float), params);
+    stream.launch("centroids", centroids_kernel<T, head_dim>, {task.most_blocks(), part.heads()}, kThreads,
+                  kRows * head_dim * sizeof(float), params);
   });
 }
 

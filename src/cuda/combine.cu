@@ -23,7 +23,7 @@ struct CombineParams {
 /// head_dim / kElements threads share a row.
 template <typename T, int head_dim>
 MOBA_KERNEL(kThreads, 8)
-combine_kernel(MOBA_PARAMETER CombineParams<T> p) {
+combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
   constexpr int kColumns = head_dim / kElements, kRows = kThreads / kColumns;
   const std::int64_t head = ptx::block_y();
   const std::int64_t row = std::int64_t{ptx::block_x()} * kRows + ptx::thread() / kColumns;
@@ -64,13 +64,13 @@ combine_kernel(MOBA_PARAMETER CombineParams<T> p) {
 
 }  // namespace
 
-Partials carve_partials(Carver& carver, const Task& task, const Group& part) {
+Partials carve_partials(ArenaLayout& layout, const Task& task, const Group& part) {
   if (task.width == 0) return {};
   const std::int64_t slots = part.heads() * task.rows(part) * task.ranks();
-  return {carver.take<std::uint16_t>(slots * task.head_dim), carver.take<float>(slots)};
+  return {layout.take<std::uint16_t>(slots * task.head_dim), layout.take<float>(slots)};
 }
 
-void combine(Queue& queue, const Task& task, const Group& part, const std::int32_t* selection,
+void combine(Stream& stream, const Task& task, const Group& part, const std::int32_t* selection,
              const Partials& partials, const Outputs& outputs) {
   if (task.width == 0) return;
   with_type(task, [&]<typename T, int head_dim>() {
@@ -87,8 +87,8 @@ void combine(Queue& queue, const Task& task, const Group& part, const std::int32
                                   .out = view_of<T>(outputs.out),
                                   .lse = outputs.lse};
     constexpr int kRows = kThreads / (head_dim / kElements);
-    queue.launch("combine", combine_kernel<T, head_dim>, {divide_up(task.rows(part), kRows), part.heads()},
-                 kThreads, 0, params);
+    stream.launch("combine", combine_kernel<T, head_dim>, {divide_up(task.rows(part), kRows), part.heads()},
+                  kThreads, 0, params);
   });
 }
 

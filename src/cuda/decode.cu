@@ -20,7 +20,7 @@ constexpr int kElements = 8;
 
 /// A warp takes 16 keys or means of a tile. At D 256 more threads are needed to load than to compute.
 template <int head_dim>
-struct Cut {
+struct TileShape {
   static constexpr int kComputing = 4, kKeys = 16 * kComputing;
   static constexpr int kThreads = (head_dim > 128 ? 8 : kComputing) * ptx::kLanes;
 };
@@ -81,7 +81,7 @@ MOBA_DEVICE Unit unit_at(const DecodeParams<T>& p, std::int64_t index) {
   const std::int64_t tile = index % p.tiles, head = index / p.tiles % p.heads,
                      sequence = index / p.tiles / p.heads;
   const std::int64_t left = p.group - tile * kTile;
-  const Stretch span = p.spans.of(p.sequence0 + sequence);
+  const KeyRange span = p.spans.of(p.sequence0 + sequence);
   return {.sequence = p.sequence0 + sequence,
           .kv_head = p.head0 + head,
           .q_head = (p.head0 + head) * p.group + tile * kTile,
@@ -98,34 +98,36 @@ MOBA_DEVICE std::int32_t own_block(const DecodeParams<T>& p, std::int32_t length
 }
 
 template <int head_dim, typename T>
-MOBA_DEVICE void load_queries(const DecodeParams<T>& p, const Unit& unit, const tile::Rows<T, head_dim>& to) {
-  tile::gather_rows<kTile, Cut<head_dim>::kThreads>(
+MOBA_DEVICE void load_queries(const DecodeParams<T>& p, const Unit& unit,
+                              const tile::SwizzledTile<T, head_dim>& to) {
+  tile::gather_rows<kTile, TileShape<head_dim>::kThreads>(
       to, [&](int row) { return row < unit.count ? p.q.row(unit.sequence, unit.q_head + row) : nullptr; });
 }
 
 /// Rows [16 warp, ...) of a tile.
 template <typename T, int head_dim>
-MOBA_DEVICE tile::Rows<T, head_dim> of_warp(const tile::Rows<T, head_dim>& rows) {
+MOBA_DEVICE tile::SwizzledTile<T, head_dim> of_warp(const tile::SwizzledTile<T, head_dim>& rows) {
   return {rows.data + ptx::warp() * 16 * head_dim};
 }
 
 template <typename T, int head_dim>
-MOBA_KERNEL(Cut<head_dim>::kThreads, head_dim > 128 ? 2 : 4)
-decode_score_kernel(MOBA_PARAMETER DecodeParams<T> p) {
-  using C = Cut<head_dim>;
+MOBA_KERNEL(TileShape<head_dim>::kThreads, head_dim > 128 ? 2 : 4)
+decode_score_kernel(MOBA_GRID_CONSTANT DecodeParams<T> p) {
+  using C = TileShape<head_dim>;
   const std::int64_t parts = divide_up(p.most_candidates, C::kKeys);
   const Unit unit = unit_at(p, ptx::block_x() / parts);
   const auto first = static_cast<std::int32_t>(ptx::block_x() % parts * C::kKeys);
   const std::int32_t candidates = own_block(p, unit.length);
   if (first >= candidates) return;
-  const tile::Rows<T, head_dim> q{reinterpret_cast<T*>(ptx::shared())}, means{q.data + kTile * head_dim};
+  const tile::SwizzledTile<T, head_dim> q{reinterpret_cast<T*>(ptx::shared())},
+      means{q.data + kTile * head_dim};
   load_queries(p, unit, q);
   tile::gather_rows<C::kKeys, C::kThreads>(means, [&](int row) -> const T* {
     if (first + row >= candidates) return nullptr;
     return p.means.mean(unit.sequence, first + row, p.block_size, unit.kv_head);
   });
-  ptx::copy_commit();
-  ptx::copy_wait<0>();
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
   ptx::barrier();
   if (ptx::warp() >= C::kComputing) return;
   float scores[1][2][4] = {};
@@ -169,7 +171,7 @@ MOBA_DEVICE std::int32_t count_from(const std::uint32_t* orders, std::int32_t co
 
 /// A query head of a sequence: the order of the worst that is kept is found bit by bit; of those that share
 /// it the most recent are kept.
-MOBA_KERNEL(kSelectThreads, 2) decode_select_kernel(MOBA_PARAMETER SelectParams p) {
+MOBA_KERNEL(kSelectThreads, 2) decode_select_kernel(MOBA_GRID_CONSTANT SelectParams p) {
   auto* sums = reinterpret_cast<std::int32_t*>(ptx::shared());
   const std::int64_t row = ptx::block_x();
   const std::int32_t length = p.spans.of(p.sequence0 + row / p.q_heads).size();
@@ -209,12 +211,12 @@ MOBA_KERNEL(kSelectThreads, 2) decode_select_kernel(MOBA_PARAMETER SelectParams 
 /// Shared memory of a block of decode_attend. Answers of the warps lie where keys and values have been.
 template <typename T, int head_dim>
 struct Shared {
-  using C = Cut<head_dim>;
+  using C = TileShape<head_dim>;
   static constexpr int kKeyElements = C::kKeys * head_dim;
   static constexpr std::size_t kBytes =
       (kTile * head_dim + 4 * kKeyElements) * sizeof(T) + kTile * sizeof(std::int32_t);
 
-  tile::Rows<T, head_dim> q;
+  tile::SwizzledTile<T, head_dim> q;
   T* keys;              // two buffers of keys, with their values behind each
   std::int32_t* ranks;  // [kTile], of the block among a query head's; -1 where it is none
 
@@ -223,8 +225,12 @@ struct Shared {
     keys = q.data + kTile * head_dim;
     ranks = reinterpret_cast<std::int32_t*>(keys + 4 * kKeyElements);
   }
-  MOBA_DEVICE tile::Rows<T, head_dim> k(int buffer) const { return {keys + 2 * buffer * kKeyElements}; }
-  MOBA_DEVICE tile::Rows<T, head_dim> v(int buffer) const { return {keys + (2 * buffer + 1) * kKeyElements}; }
+  MOBA_DEVICE tile::SwizzledTile<T, head_dim> k(int buffer) const {
+    return {keys + 2 * buffer * kKeyElements};
+  }
+  MOBA_DEVICE tile::SwizzledTile<T, head_dim> v(int buffer) const {
+    return {keys + (2 * buffer + 1) * kKeyElements};
+  }
   MOBA_DEVICE float* answers() const { return reinterpret_cast<float*>(keys); }  // [warps, kTile, D]
   MOBA_DEVICE float* lses() const { return answers() + C::kComputing * kTile * head_dim; }  // [warps, kTile]
   static_assert(C::kComputing * kTile * (head_dim + 1) * sizeof(float) <= 4 * kKeyElements * sizeof(T));
@@ -266,7 +272,7 @@ template <typename T, int head_dim>
 MOBA_DEVICE void merge_warps(const DecodeParams<T>& p, const Shared<T, head_dim>& shared, const Unit& unit,
                              std::int32_t piece, const float (&out)[1][head_dim / 8][4],
                              const tile::Softmax<1>& softmax) {
-  using C = Cut<head_dim>;
+  using C = TileShape<head_dim>;
   ptx::barrier();  // keys and values have been used
   const int lane = ptx::lane(), warp = ptx::warp();
   if (warp < C::kComputing) {
@@ -308,9 +314,9 @@ MOBA_DEVICE void merge_warps(const DecodeParams<T>& p, const Shared<T, head_dim>
 }
 
 template <typename T, int head_dim>
-MOBA_KERNEL(Cut<head_dim>::kThreads, head_dim > 128 ? 1 : 2)
-decode_attend_kernel(MOBA_PARAMETER DecodeParams<T> p) {
-  using C = Cut<head_dim>;
+MOBA_KERNEL(TileShape<head_dim>::kThreads, head_dim > 128 ? 1 : 2)
+decode_attend_kernel(MOBA_GRID_CONSTANT DecodeParams<T> p) {
+  using C = TileShape<head_dim>;
   const Shared<T, head_dim> shared(ptx::shared());
   const int heads = static_cast<int>(p.group < kTile ? p.group : kTile);
   const std::int64_t works = (std::int64_t{heads} * p.width + 1) * p.pieces;
@@ -339,7 +345,7 @@ decode_attend_kernel(MOBA_PARAMETER DecodeParams<T> p) {
     };
     tile::gather_rows<C::kKeys, C::kThreads>(shared.k(buffer), source(p.k));
     tile::gather_rows<C::kKeys, C::kThreads>(shared.v(buffer), source(p.v));
-    ptx::copy_commit();
+    ptx::cp_async_commit();
   };
   load_queries(p, unit, shared.q);
   load(static_cast<std::int32_t>(first), 0);
@@ -349,7 +355,7 @@ decode_attend_kernel(MOBA_PARAMETER DecodeParams<T> p) {
   softmax.clear();
   int buffer = 0;
   for (auto key = static_cast<std::int32_t>(first); key < last; key += C::kKeys, buffer ^= 1) {
-    ptx::copy_wait<0>();
+    ptx::cp_async_wait<0>();
     ptx::barrier();  // this buffer is filled, and the other has been used
     if (key + C::kKeys < last) load(key + C::kKeys, buffer ^ 1);
     const std::int32_t warp_key = key + ptx::warp() * 16;
@@ -384,7 +390,7 @@ struct CombineParams {
 /// A thread block a query head of a sequence.
 template <typename T, int head_dim>
 MOBA_KERNEL(kCombineThreads, 8)
-decode_combine_kernel(MOBA_PARAMETER CombineParams<T> c) {
+decode_combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> c) {
   const DecodeParams<T>& p = c.decode;
   const std::int64_t row = ptx::block_x(), sequence = p.sequence0 + row / p.q_heads(),
                      q_head = p.head0 * p.group + row % p.q_heads();
@@ -437,13 +443,13 @@ struct MeansParams {
 /// A thread block a completed block and head. As `centroids`, whose keys are not in pages.
 template <typename T, int head_dim>
 MOBA_KERNEL(kMeanThreads, 8)
-decode_means_kernel(MOBA_PARAMETER MeansParams<T> p) {
+decode_means_kernel(MOBA_GRID_CONSTANT MeansParams<T> p) {
   constexpr int kColumns = head_dim / kElements, kRows = kMeanThreads / kColumns;
   auto* sums = reinterpret_cast<float*>(ptx::shared());  // [kRows, D]
   const std::int64_t head = ptx::block_x() / p.blocks % p.heads,
                      sequence = ptx::block_x() / p.blocks / p.heads;
-  const Stretch span = p.spans.of(sequence);
-  const Stretch held{span.begin, p.before == nullptr ? 0 : p.before[sequence]};
+  const KeyRange span = p.spans.of(sequence);
+  const KeyRange held{span.begin, p.before == nullptr ? 0 : p.before[sequence]};
   const std::int64_t block = held.size() / p.block_size + ptx::block_x() % p.blocks;
   const std::int64_t begin = block * p.block_size, end = begin + p.block_size;
   if (end > span.size()) return;
@@ -511,30 +517,30 @@ std::size_t decode_shared_bytes(std::int64_t head_dim) {
   return head_dim > 128 ? Shared<float16, 256>::kBytes : Shared<float16, 128>::kBytes;
 }
 
-Decoding carve_decoding(Carver& carver, const Task& task, const Group& part) {
+Decoding carve_decoding(ArenaLayout& layout, const Task& task, const Group& part) {
   const std::int64_t rows = task.rows(part) * part.heads();
   Decoding decoding;
   if (task.needs_scores()) {
-    decoding.orders = carver.take<std::uint32_t>(rows * candidates_of(task));
-    decoding.selection = carver.take<std::int32_t>(rows * task.width);
+    decoding.orders = layout.take<std::uint32_t>(rows * candidates_of(task));
+    decoding.selection = layout.take<std::int32_t>(rows * task.width);
   }
   const std::int64_t slots = rows * task.ranks() * pieces_of_block(task);
-  decoding.partials = carver.take<float>(slots * task.head_dim);
-  decoding.partial_lse = carver.take<float>(slots);
+  decoding.partials = layout.take<float>(slots * task.head_dim);
+  decoding.partial_lse = layout.take<float>(slots);
   return decoding;
 }
 
-void decode_score(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+void decode_score(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
                   const Decoding& decoding) {
   with_type(task, [&]<typename T, int head_dim>() {
-    using C = Cut<head_dim>;
-    queue.launch("decode_score", decode_score_kernel<T, head_dim>,
-                 {units_of(task, part) * divide_up(candidates_of(task), C::kKeys)}, C::kThreads,
-                 (kTile + C::kKeys) * head_dim * sizeof(T), params_of<T>(task, part, cache, decoding));
+    using C = TileShape<head_dim>;
+    stream.launch("decode_score", decode_score_kernel<T, head_dim>,
+                  {units_of(task, part) * divide_up(candidates_of(task), C::kKeys)}, C::kThreads,
+                  (kTile + C::kKeys) * head_dim * sizeof(T), params_of<T>(task, part, cache, decoding));
   });
 }
 
-void decode_select(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+void decode_select(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
                    const Decoding& decoding) {
   const SelectParams params{.decoding = decoding,
                             .spans = {cache.starts, cache.lengths},
@@ -543,34 +549,34 @@ void decode_select(Queue& queue, const Task& task, const Group& part, const Page
                             .q_heads = part.heads() * task.group,
                             .sequence0 = part.token0,
                             .width = static_cast<std::int32_t>(task.width)};
-  queue.launch("decode_select", decode_select_kernel, {part.heads() * task.rows(part)}, kSelectThreads,
-               kSelectThreads / ptx::kLanes * sizeof(std::int32_t), params);
+  stream.launch("decode_select", decode_select_kernel, {part.heads() * task.rows(part)}, kSelectThreads,
+                kSelectThreads / ptx::kLanes * sizeof(std::int32_t), params);
 }
 
-void decode_attend(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+void decode_attend(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
                    const Decoding& decoding) {
   with_type(task, [&]<typename T, int head_dim>() {
     const std::int64_t works =
         (std::min<std::int64_t>(task.group, kTile) * task.width + 1) * pieces_of_block(task);
-    queue.launch("decode_attend", decode_attend_kernel<T, head_dim>, {units_of(task, part) * works},
-                 Cut<head_dim>::kThreads, Shared<T, head_dim>::kBytes,
-                 params_of<T>(task, part, cache, decoding));
+    stream.launch("decode_attend", decode_attend_kernel<T, head_dim>, {units_of(task, part) * works},
+                  TileShape<head_dim>::kThreads, Shared<T, head_dim>::kBytes,
+                  params_of<T>(task, part, cache, decoding));
   });
 }
 
-void decode_combine(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+void decode_combine(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
                     const Decoding& decoding, const Outputs& outputs) {
   with_type(task, [&]<typename T, int head_dim>() {
     const CombineParams<T> params{.decode = params_of<T>(task, part, cache, decoding),
                                   .out = view_of<T>(outputs.out),
                                   .lse = outputs.lse,
                                   .tokens = task.tokens};
-    queue.launch("decode_combine", decode_combine_kernel<T, head_dim>, {part.heads() * task.rows(part)},
-                 kCombineThreads, 0, params);
+    stream.launch("decode_combine", decode_combine_kernel<T, head_dim>, {part.heads() * task.rows(part)},
+                  kCombineThreads, 0, params);
   });
 }
 
-void complete_means(Queue& queue, const Task& task, const PagedCache& cache, const std::int32_t* before,
+void complete_means(Stream& stream, const Task& task, const PagedCache& cache, const std::int32_t* before,
                     std::int64_t most_added) {
   with_type(task, [&]<typename T, int head_dim>() {
     const std::int64_t block_size = task.asked_block_size;
@@ -582,9 +588,9 @@ void complete_means(Queue& queue, const Task& task, const PagedCache& cache, con
                                 .blocks = std::min(most_added, task.longest) / block_size + 1,
                                 .heads = task.kv_heads};
     constexpr int kRows = kMeanThreads / (head_dim / kElements);
-    queue.launch("decode_means", decode_means_kernel<T, head_dim>,
-                 {cache.sequences * params.heads * params.blocks}, kMeanThreads,
-                 kRows * head_dim * sizeof(float), params);
+    stream.launch("decode_means", decode_means_kernel<T, head_dim>,
+                  {cache.sequences * params.heads * params.blocks}, kMeanThreads,
+                  kRows * head_dim * sizeof(float), params);
   });
 }
 

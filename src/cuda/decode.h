@@ -14,23 +14,23 @@ struct Decoding {
   float* partial_lse = nullptr;  // to base 2
 };
 
-Decoding carve_decoding(Carver& carver, const Task& task, const Group& part);
+Decoding carve_decoding(ArenaLayout& layout, const Task& task, const Group& part);
 
 /// Scores every query against the kept means of its candidates.
-void decode_score(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+void decode_score(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
                   const Decoding& decoding);
 /// Keeps the best.
-void decode_select(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+void decode_select(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
                    const Decoding& decoding);
 /// Attends to pieces of the chosen blocks and of the own one.
-void decode_attend(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+void decode_attend(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
                    const Decoding& decoding);
 /// Merges the pieces of each query in the order of their keys.
-void decode_combine(Queue& queue, const Task& task, const Group& part, const PagedCache& cache,
+void decode_combine(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
                     const Decoding& decoding, const Outputs& outputs);
 
 /// Means of blocks that were completed behind `before` tokens.
-void complete_means(Queue& queue, const Task& task, const PagedCache& cache, const std::int32_t* before,
+void complete_means(Stream& stream, const Task& task, const PagedCache& cache, const std::int32_t* before,
                     std::int64_t most_added);
 
 std::size_t decode_shared_bytes(std::int64_t head_dim);

@@ -19,16 +19,17 @@ struct Memory {
   Partials partials{};
 };
 
-Memory carve(Carver& carver, const Task& task, const DeviceBatch& batch, const Group& part, bool attends) {
-  Memory memory{.starts = carve_starts(carver, task, batch)};
+Memory carve(ArenaLayout& layout, const Task& task, const DeviceBatch& batch, const Group& part,
+             bool attends) {
+  Memory memory{.starts = carve_starts(layout, task, batch)};
   if (task.needs_scores()) {
-    memory.means = carver.take<std::uint16_t>(part.heads() * task.most_blocks() * task.head_dim);
-    memory.selection = carver.take<std::int32_t>(part.heads() * task.rows(part) * task.width);
-    memory.best = carve_gate(carver, task, part);
+    memory.means = layout.take<std::uint16_t>(part.heads() * task.most_blocks() * task.head_dim);
+    memory.selection = layout.take<std::int32_t>(part.heads() * task.rows(part) * task.width);
+    memory.best = carve_gate(layout, task, part);
   }
   if (attends) {
-    memory.plan = carve_plan(carver, task, part);
-    memory.partials = carve_partials(carver, task, part);
+    memory.plan = carve_plan(layout, task, part);
+    memory.partials = carve_partials(layout, task, part);
   }
   return memory;
 }
@@ -47,28 +48,28 @@ void attention(std::string_view function, const Tensor& q, const Tensor& k, cons
   if (task.tokens == 0 || task.sequences == 0) return;
 
   const auto bytes = [&](const Group& part) {
-    Carver carver;
-    carve(carver, task, batch, part, attends);
-    return carver.used();
+    ArenaLayout layout;
+    carve(layout, task, batch, part, attends);
+    return layout.used();
   };
   const std::vector<Group> parts = parts_within(function, task, execution, bytes);
-  Queue queue(function, execution);
-  const Slab slab(queue, bytes(parts.front()));
+  Stream stream(function, execution);
+  const Arena arena(stream, bytes(parts.front()));
   for (const Group& part : parts) {
-    Carver carver(slab.data());
-    const Memory memory = carve(carver, task, batch, part, attends);
-    const Batch on_device = lay_out(queue, task, batch, part, memory.starts);
+    ArenaLayout layout(arena.data());
+    const Memory memory = carve(layout, task, batch, part, attends);
+    const Batch on_device = lay_out(stream, task, batch, part, memory.starts);
     if (task.needs_scores()) {
-      centroids(queue, task, part, on_device, memory.means);
-      gate(queue, task, part, on_device, memory.means, memory.best, memory.selection);
+      centroids(stream, task, part, on_device, memory.means);
+      gate(stream, task, part, on_device, memory.means, memory.best, memory.selection);
     }
     if (outputs.selection != nullptr)
-      write_selection(queue, task, part, on_device, memory.selection, outputs.selection);
+      write_selection(stream, task, part, on_device, memory.selection, outputs.selection);
     if (!attends) continue;  // the routing alone was asked for
-    plan(queue, task, part, on_device, memory.selection, memory.plan);
-    (on_hopper ? attend_on_hopper : attend)(queue, task, part, on_device, memory.plan, memory.partials,
+    plan(stream, task, part, on_device, memory.selection, memory.plan);
+    (on_hopper ? attend_on_hopper : attend)(stream, task, part, on_device, memory.plan, memory.partials,
                                             outputs);
-    combine(queue, task, part, memory.selection, memory.partials, outputs);
+    combine(stream, task, part, memory.selection, memory.partials, outputs);
   }
   if (execution.profile != nullptr)
     execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(parts.front()));

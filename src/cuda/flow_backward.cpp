@@ -32,13 +32,13 @@ Group all_tokens_of(const Task& task, const Group& part) {
   return {part.head0, part.head1, 0, task.tokens};
 }
 
-Memory carve(std::byte* slab, const Task& task, const DeviceBatch& batch, const Group& part, bool selects) {
+Memory carve(std::byte* arena, const Task& task, const DeviceBatch& batch, const Group& part, bool selects) {
   const Group all = all_tokens_of(task, part);
-  Carver carver(slab);
-  Memory memory{.starts = carve_starts(carver, task, batch)};
-  memory.sums = carver.take<RowSums>(all.heads() * task.rows(all));
-  memory.selection = carver.take<std::int32_t>(all.heads() * task.rows(all) * task.width);
-  Carver routing = carver, by_key = carver, by_row = carver;
+  ArenaLayout layout(arena);
+  Memory memory{.starts = carve_starts(layout, task, batch)};
+  memory.sums = layout.take<RowSums>(all.heads() * task.rows(all));
+  memory.selection = layout.take<std::int32_t>(all.heads() * task.rows(all) * task.width);
+  ArenaLayout routing = layout, by_key = layout, by_row = layout;
   if (selects) {
     memory.means = routing.take<std::uint16_t>(all.heads() * task.most_blocks() * task.head_dim);
     memory.best = carve_gate(routing, task, all);
@@ -82,33 +82,33 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
   // Keys that nobody sees have gradients too: 0.
   const std::vector<Group> parts = task.tokens == 0 ? std::vector<Group>{{0, task.kv_heads, 0, 0}}
                                                     : parts_within(function, task, execution, bytes);
-  Queue queue(function, execution);
-  const Slab slab(queue, bytes(parts.front()));
+  Stream stream(function, execution);
+  const Arena arena(stream, bytes(parts.front()));
   for (const Group& part : parts) {
-    const Memory memory = carve(slab.data(), task, batch, part, selects);
+    const Memory memory = carve(arena.data(), task, batch, part, selects);
     const Group all = all_tokens_of(task, part);
     const bool whole = part.tokens() == task.tokens;
     if (part.token0 == 0) {
-      const Batch on_device = lay_out(queue, task, batch, all, memory.starts);
-      sum_rows(queue, task, all, backward, memory.sums);
+      const Batch on_device = lay_out(stream, task, batch, all, memory.starts);
+      sum_rows(stream, task, all, backward, memory.sums);
       if (selects) {
-        centroids(queue, task, all, on_device, memory.means);
-        gate(queue, task, all, on_device, memory.means, memory.best, memory.selection);
+        centroids(stream, task, all, on_device, memory.means);
+        gate(stream, task, all, on_device, memory.means, memory.best, memory.selection);
       } else if (task.needs_scores()) {
-        read_selection(queue, task, all, on_device, saved.selection, memory.selection);
+        read_selection(stream, task, all, on_device, saved.selection, memory.selection);
       }
-      plan(queue, task, all, on_device, memory.selection, memory.plan);
-      plan_key_walk(queue, task, all, on_device, memory.plan, memory.keys);
+      plan(stream, task, all, on_device, memory.selection, memory.plan);
+      plan_key_walk(stream, task, all, on_device, memory.plan, memory.keys);
       (on_hopper ? attend_backward_keys_on_hopper : attend_backward_keys)(
-          queue, task, all, on_device, memory.plan, memory.sums, backward, memory.keys);
+          stream, task, all, on_device, memory.plan, memory.sums, backward, memory.keys);
     }
-    const Batch on_device = lay_out(queue, task, batch, part, memory.starts);
+    const Batch on_device = lay_out(stream, task, batch, part, memory.starts);
     const std::int32_t* selection = memory.selection + part.token0 * task.group * task.width;
-    if (!whole) plan(queue, task, part, on_device, selection, memory.part_plan);
+    if (!whole) plan(stream, task, part, on_device, selection, memory.part_plan);
     (on_hopper ? attend_backward_rows_on_hopper : attend_backward_rows)(
-        queue, task, part, on_device, memory.part_plan, memory.sums + part.token0 * task.group, backward,
+        stream, task, part, on_device, memory.part_plan, memory.sums + part.token0 * task.group, backward,
         memory.slots);
-    add_dq_slots(queue, task, part, selection, memory.slots, backward);
+    add_dq_slots(stream, task, part, selection, memory.slots, backward);
   }
   if (execution.profile != nullptr)
     execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(parts.front()));

@@ -40,22 +40,22 @@ void decode(std::string_view function, const Tensor& q, const PagedCache& cache,
   if (task.sequences == 0) return;
 
   const auto bytes = [&](const Group& part) {
-    Carver carver;
-    carve_decoding(carver, task, part);
-    return carver.used();
+    ArenaLayout layout;
+    carve_decoding(layout, task, part);
+    return layout.used();
   };
   const std::vector<Group> parts = parts_within(function, task, execution, bytes);
-  Queue queue(function, execution);
-  const Slab slab(queue, bytes(parts.front()));
+  Stream stream(function, execution);
+  const Arena arena(stream, bytes(parts.front()));
   for (const Group& part : parts) {
-    Carver carver(slab.data());
-    const Decoding decoding = carve_decoding(carver, task, part);
+    ArenaLayout layout(arena.data());
+    const Decoding decoding = carve_decoding(layout, task, part);
     if (task.needs_scores()) {
-      decode_score(queue, task, part, cache, decoding);
-      decode_select(queue, task, part, cache, decoding);
+      decode_score(stream, task, part, cache, decoding);
+      decode_select(stream, task, part, cache, decoding);
     }
-    decode_attend(queue, task, part, cache, decoding);
-    decode_combine(queue, task, part, cache, decoding, outputs);
+    decode_attend(stream, task, part, cache, decoding);
+    decode_combine(stream, task, part, cache, decoding, outputs);
   }
   if (execution.profile != nullptr)
     execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(parts.front()));
@@ -70,8 +70,8 @@ void update_means(std::string_view function, const PagedCache& cache, std::int64
   check_lists(function, cache);
   check_list(function, "before", before);
   if (cache.longest < block_size) return;
-  Queue queue(function, execution);
-  complete_means(queue, task, cache, before, most_added);
+  Stream stream(function, execution);
+  complete_means(stream, task, cache, before, most_added);
 }
 
 }  // namespace moba::cuda

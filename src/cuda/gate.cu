@@ -13,7 +13,7 @@ namespace {
 
 /// As attend's: 32 rows a warp, but for the registers.
 template <int head_dim>
-struct Cut {
+struct TileShape {
   static constexpr int kWarps = head_dim > 128 ? 8 : 4;
   static constexpr int kThreads = kWarps * ptx::kLanes;
   static constexpr int kRowTiles = kTileRows / (16 * kWarps);
@@ -128,19 +128,19 @@ MOBA_DEVICE void write_row(Key* heap, std::int32_t width, std::int32_t* to) {
 }
 
 template <typename T, int head_dim>
-MOBA_KERNEL(Cut<head_dim>::kThreads, Cut<head_dim>::kBlocksPerMultiprocessor)
-gate_kernel(MOBA_PARAMETER GateParams<T> p) {
-  using C = Cut<head_dim>;
+MOBA_KERNEL(TileShape<head_dim>::kThreads, TileShape<head_dim>::kBlocksPerMultiprocessor)
+gate_kernel(MOBA_GRID_CONSTANT GateParams<T> p) {
+  using C = TileShape<head_dim>;
   constexpr int kRowTiles = C::kRowTiles, kMeanTiles = C::kMeans / 8;
   const auto index = static_cast<std::int32_t>(ptx::block_x());
   const std::int64_t head = ptx::block_y();
   if (index >= p.batch.tile_starts[p.batch.sequences]) return;
   const Tile tile = tile_at(p.batch, index, p.token0, p.token1, p.group);
 
-  const tile::Rows<T, head_dim> q{reinterpret_cast<T*>(ptx::shared())};
+  const tile::SwizzledTile<T, head_dim> q{reinterpret_cast<T*>(ptx::shared())};
   T* means_memory = q.data + kTileRows * head_dim;  // two buffers
   const auto buffer = [&](int which) {
-    return tile::Rows<T, head_dim>{means_memory + which * C::kMeans * head_dim};
+    return tile::SwizzledTile<T, head_dim>{means_memory + which * C::kMeans * head_dim};
   };
   Key* heaps = p.best != nullptr ? p.best + (head * p.most_tiles + index) * kTileRows * p.width
                                  : reinterpret_cast<Key*>(means_memory + 2 * C::kMeans * head_dim);
@@ -158,13 +158,13 @@ gate_kernel(MOBA_PARAMETER GateParams<T> p) {
     tile::load_rows<C::kMeans, C::kThreads>(buffer(first / C::kMeans % 2),
                                             means + static_cast<std::int64_t>(first) * head_dim, head_dim,
                                             most - first);
-    ptx::copy_commit();
+    ptx::cp_async_commit();
   };
   load(0);
 
   const int warp_row = ptx::warp() * 16 * kRowTiles;
   for (std::int32_t first = 0; first < most; first += C::kMeans) {
-    ptx::copy_wait<0>();
+    ptx::cp_async_wait<0>();
     ptx::barrier();  // these means are there, and the others have been used
     if (first + C::kMeans < most) load(first + C::kMeans);
     if (warp_row >= tile.count) continue;
@@ -181,7 +181,7 @@ gate_kernel(MOBA_PARAMETER GateParams<T> p) {
       }
     }
   }
-  ptx::copy_wait<0>();
+  ptx::cp_async_wait<0>();
   ptx::barrier();
   for (int row = ptx::thread(); row < tile.count; row += C::kThreads) {
     write_row(heaps + static_cast<std::int64_t>(row) * p.width, p.width,
@@ -200,7 +200,7 @@ struct ListParams {
 };
 
 /// A thread a row.
-MOBA_KERNEL(kListThreads, 8) list_selection_kernel(MOBA_PARAMETER ListParams p) {
+MOBA_KERNEL(kListThreads, 8) list_selection_kernel(MOBA_GRID_CONSTANT ListParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int64_t row = std::int64_t{ptx::block_x()} * kListThreads + ptx::thread();
   if (row >= p.rows) return;
@@ -232,7 +232,7 @@ struct ReadParams {
 };
 
 /// A thread a row.
-MOBA_KERNEL(kListThreads, 8) read_selection_kernel(MOBA_PARAMETER ReadParams p) {
+MOBA_KERNEL(kListThreads, 8) read_selection_kernel(MOBA_GRID_CONSTANT ReadParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int64_t row = std::int64_t{ptx::block_x()} * kListThreads + ptx::thread();
   if (row >= p.rows) return;
@@ -254,15 +254,15 @@ MOBA_KERNEL(kListThreads, 8) read_selection_kernel(MOBA_PARAMETER ReadParams p) 
 
 }  // namespace
 
-std::uint64_t* carve_gate(Carver& carver, const Task& task, const Group& part) {
+std::uint64_t* carve_gate(ArenaLayout& layout, const Task& task, const Group& part) {
   if (heaps_are_shared(task)) return nullptr;
-  return carver.take<std::uint64_t>(part.heads() * task.most_tiles(part) * kTileRows * task.width);
+  return layout.take<std::uint64_t>(part.heads() * task.most_tiles(part) * kTileRows * task.width);
 }
 
-void gate(Queue& queue, const Task& task, const Group& part, const Batch& batch, const void* means,
+void gate(Stream& stream, const Task& task, const Group& part, const Batch& batch, const void* means,
           std::uint64_t* best, std::int32_t* selection) {
   with_type(task, [&]<typename T, int head_dim>() {
-    using C = Cut<head_dim>;
+    using C = TileShape<head_dim>;
     const GateParams<T> params{.q = view_of<const T>(task.q),
                                .means = static_cast<const T*>(means),
                                .batch = batch,
@@ -283,12 +283,12 @@ void gate(Queue& queue, const Task& task, const Group& part, const Batch& batch,
     const std::size_t tiles = (kTileRows + 2 * C::kMeans) * head_dim * sizeof(T);
     const std::size_t heaps =
         best == nullptr ? static_cast<std::size_t>(kTileRows * task.width) * sizeof(std::uint64_t) : 0;
-    queue.launch("gate", gate_kernel<T, head_dim>, {params.most_tiles, part.heads()}, C::kThreads,
-                 tiles + heaps, params);
+    stream.launch("gate", gate_kernel<T, head_dim>, {params.most_tiles, part.heads()}, C::kThreads,
+                  tiles + heaps, params);
   });
 }
 
-void write_selection(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+void write_selection(Stream& stream, const Task& task, const Group& part, const Batch& batch,
                      const std::int32_t* selection, std::int32_t* out) {
   const ListParams params{.selection = selection,
                           .out = out,
@@ -303,11 +303,11 @@ void write_selection(Queue& queue, const Task& task, const Group& part, const Ba
                           .tokens = task.tokens,
                           .causal = task.routing.causal,
                           .everything = task.everything};
-  queue.launch("list_selection", list_selection_kernel, {divide_up(params.rows, kListThreads), part.heads()},
-               kListThreads, 0, params);
+  stream.launch("list_selection", list_selection_kernel, {divide_up(params.rows, kListThreads), part.heads()},
+                kListThreads, 0, params);
 }
 
-void read_selection(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+void read_selection(Stream& stream, const Task& task, const Group& part, const Batch& batch,
                     const std::int32_t* saved, std::int32_t* selection) {
   const ReadParams params{.saved = saved,
                           .selection = selection,
@@ -321,8 +321,8 @@ void read_selection(Queue& queue, const Task& task, const Group& part, const Bat
                           .token0 = part.token0,
                           .tokens = task.tokens,
                           .causal = task.routing.causal};
-  queue.launch("read_selection", read_selection_kernel, {divide_up(params.rows, kListThreads), part.heads()},
-               kListThreads, 0, params);
+  stream.launch("read_selection", read_selection_kernel, {divide_up(params.rows, kListThreads), part.heads()},
+                kListThreads, 0, params);
 }
 
 }  // namespace moba::cuda

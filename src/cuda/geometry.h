@@ -9,7 +9,7 @@ namespace moba::cuda {
 /// Rows of a query tile: of `attend`'s own items and of the gate's.
 constexpr int kTileRows = 128;
 
-MOBA_BOTH constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
+MOBA_HOST_DEVICE constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
   return a / b + (a % b != 0 ? 1 : 0);
 }
 
@@ -22,7 +22,7 @@ struct View {
   T* data = nullptr;
   std::int64_t token_stride = 0, head_stride = 0;  // elements
 
-  MOBA_BOTH T* row(std::int64_t token, std::int64_t head) const {
+  MOBA_HOST_DEVICE T* row(std::int64_t token, std::int64_t head) const {
     return data + token * token_stride + head * head_stride;
   }
 };
@@ -37,17 +37,18 @@ struct Pages {
   const std::int32_t* table = nullptr;  // null: the identity
   std::int64_t table_stride = 0;
 
-  MOBA_BOTH T* row(std::int64_t sequence, std::int32_t token, std::int64_t head) const {
+  MOBA_HOST_DEVICE T* row(std::int64_t sequence, std::int32_t token, std::int64_t head) const {
     return at(sequence, token, token % page_tokens, head);
   }
-  MOBA_BOTH T* mean(std::int64_t sequence, std::int32_t block, std::int64_t block_size,
-                    std::int64_t head) const {
+  MOBA_HOST_DEVICE T* mean(std::int64_t sequence, std::int32_t block, std::int64_t block_size,
+                           std::int64_t head) const {
     const auto token = static_cast<std::int32_t>(block * block_size);
     return at(sequence, token, token % page_tokens / block_size, head);
   }
 
  private:
-  MOBA_BOTH T* at(std::int64_t sequence, std::int32_t token, std::int64_t in_page, std::int64_t head) const {
+  MOBA_HOST_DEVICE T* at(std::int64_t sequence, std::int32_t token, std::int64_t in_page,
+                         std::int64_t head) const {
     const std::int64_t index = sequence * table_stride + token / page_tokens;
     const std::int64_t page = table == nullptr ? index : table[index];
     return data + page * page_stride + in_page * token_stride + head * head_stride;
@@ -65,7 +66,8 @@ struct Batch {
 };
 
 /// The sequence that item `index` belongs to: the last whose start is not behind it.
-MOBA_BOTH std::int32_t sequence_of(const std::int32_t* starts, std::int32_t sequences, std::int32_t index) {
+MOBA_HOST_DEVICE std::int32_t sequence_of(const std::int32_t* starts, std::int32_t sequences,
+                                          std::int32_t index) {
   std::int32_t low = 0, high = sequences - 1;
   while (low < high) {
     const std::int32_t middle = low + (high - low + 1) / 2;
@@ -79,10 +81,10 @@ MOBA_BOTH std::int32_t sequence_of(const std::int32_t* starts, std::int32_t sequ
 }
 
 /// Keys [begin, end) of a block, counted in its sequence.
-struct Stretch {
+struct KeyRange {
   std::int32_t begin = 0, end = 0;
 
-  MOBA_BOTH std::int32_t size() const { return end > begin ? end - begin : 0; }
+  MOBA_HOST_DEVICE std::int32_t size() const { return end > begin ? end - begin : 0; }
 };
 
 /// Which tokens of their pages sequences consist of.
@@ -90,19 +92,19 @@ struct Spans {
   const std::int32_t* begins = nullptr;  // null: 0
   const std::int32_t* ends = nullptr;
 
-  MOBA_BOTH Stretch of(std::int64_t sequence) const {
+  MOBA_HOST_DEVICE KeyRange of(std::int64_t sequence) const {
     return {begins == nullptr ? 0 : begins[sequence], ends[sequence]};
   }
 };
 
-MOBA_BOTH Stretch keys_of(std::int32_t block, std::int64_t block_size, std::int32_t keys) {
+MOBA_HOST_DEVICE KeyRange keys_of(std::int32_t block, std::int64_t block_size, std::int32_t keys) {
   const std::int64_t begin = block * block_size, end = begin + block_size;
   return {static_cast<std::int32_t>(begin), static_cast<std::int32_t>(end < keys ? end : keys)};
 }
 
 /// The queries of one sequence that belong to the packed tokens [token0, token1), counted in the sequence.
-MOBA_BOTH Stretch queries_of(const Batch& batch, std::int32_t sequence, std::int32_t token0,
-                             std::int32_t token1) {
+MOBA_HOST_DEVICE KeyRange queries_of(const Batch& batch, std::int32_t sequence, std::int32_t token0,
+                                     std::int32_t token1) {
   const std::int32_t begin = batch.q_starts[sequence], end = batch.q_starts[sequence + 1];
   const std::int32_t first = token0 > begin ? token0 : begin, last = token1 < end ? token1 : end;
   return {first - begin, last > first ? last - begin : first - begin};
@@ -122,24 +124,26 @@ struct Tile {
   std::int64_t from = 0;       // row r is row from + r of the sequence's
   std::int64_t cut = 0;        // where the tile begins, `from` or rows of another part before it
 
-  MOBA_BOTH std::int32_t position_at(std::int64_t sequence_row, std::int64_t group) const {
+  MOBA_HOST_DEVICE std::int32_t position_at(std::int64_t sequence_row, std::int64_t group) const {
     return static_cast<std::int32_t>(sequence_row / group) + before;
   }
   /// Of the query that row r is of.
-  MOBA_BOTH std::int32_t position_of(int r, std::int64_t group) const { return position_at(from + r, group); }
+  MOBA_HOST_DEVICE std::int32_t position_of(int r, std::int64_t group) const {
+    return position_at(from + r, group);
+  }
 };
 
 /// Tiles of a sequence's queries [begin, end).
-MOBA_BOTH std::int32_t tiles_of(const Stretch& queries, std::int64_t group) {
+MOBA_HOST_DEVICE std::int32_t tiles_of(const KeyRange& queries, std::int64_t group) {
   if (queries.begin == queries.end) return 0;
   return static_cast<std::int32_t>(divide_up(queries.end * group, kTileRows) -
                                    queries.begin * group / kTileRows);
 }
 
-MOBA_BOTH Tile tile_at(const Batch& batch, std::int32_t index, std::int32_t token0, std::int32_t token1,
-                       std::int64_t group) {
+MOBA_HOST_DEVICE Tile tile_at(const Batch& batch, std::int32_t index, std::int32_t token0,
+                              std::int32_t token1, std::int64_t group) {
   const std::int32_t s = sequence_of(batch.tile_starts, batch.sequences, index);
-  const Stretch queries = queries_of(batch, s, token0, token1);
+  const KeyRange queries = queries_of(batch, s, token0, token1);
   const std::int64_t begin = queries.begin * group, end = queries.end * group;
   const std::int64_t cut = (begin / kTileRows + index - batch.tile_starts[s]) * kTileRows;
   Tile tile;
@@ -155,14 +159,14 @@ MOBA_BOTH Tile tile_at(const Batch& batch, std::int32_t index, std::int32_t toke
 }
 
 /// The place of a partial answer: [heads of the part, rows * ranks].
-MOBA_BOTH std::int64_t slot_at(std::int64_t head, std::int64_t rows, std::int64_t ranks,
-                               std::uint32_t entry) {
+MOBA_HOST_DEVICE std::int64_t slot_at(std::int64_t head, std::int64_t rows, std::int64_t ranks,
+                                      std::uint32_t entry) {
   return head * rows * ranks + entry;
 }
 
 /// The element of a mean: [heads of the group, packed blocks, D].
-MOBA_BOTH std::int64_t mean_offset(std::int64_t head, std::int64_t most_blocks, std::int64_t block,
-                                   std::int64_t head_dim) {
+MOBA_HOST_DEVICE std::int64_t mean_offset(std::int64_t head, std::int64_t most_blocks, std::int64_t block,
+                                          std::int64_t head_dim) {
   return (head * most_blocks + block) * head_dim;
 }
 

@@ -38,7 +38,7 @@ MOBA_DEVICE std::int32_t chosen(const PlanParams& p, std::int64_t head, std::int
   return p.batch.block_starts[sequence_of(p.batch.q_starts, p.batch.sequences, token)] + block;
 }
 
-MOBA_KERNEL(kThreads, 4) count_kernel(MOBA_PARAMETER PlanParams p) {
+MOBA_KERNEL(kThreads, 4) count_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int64_t index = std::int64_t{ptx::block_x()} * kThreads + ptx::thread();
   if (index >= p.rows * p.width) return;
@@ -47,7 +47,7 @@ MOBA_KERNEL(kThreads, 4) count_kernel(MOBA_PARAMETER PlanParams p) {
     ptx::atomic_add(p.plan.counts + (head * p.chunks + index / p.chunk) * p.most_blocks + block, 1);
 }
 
-/// Turns the counts of a block in every chunk into what lies before the chunk, and gives the sum.
+/// StageBarriers the counts of a block in every chunk into what lies before the chunk, and gives the sum.
 MOBA_DEVICE std::uint32_t scan_chunks(const PlanParams& p, std::int64_t head, std::int64_t block) {
   constexpr int kUnroll = 8;  // loads under way
   std::uint32_t* counts = p.plan.counts + head * p.chunks * p.most_blocks + block;
@@ -67,7 +67,7 @@ MOBA_DEVICE std::uint32_t scan_chunks(const PlanParams& p, std::int64_t head, st
 }
 
 /// The sizes of blocks: offsets[block + 1], to be summed.
-MOBA_KERNEL(kThreads, 4) size_kernel(MOBA_PARAMETER PlanParams p) {
+MOBA_KERNEL(kThreads, 4) size_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int64_t block = std::int64_t{ptx::block_x()} * kThreads + ptx::thread();
   if (block >= p.most_blocks) return;
@@ -75,7 +75,7 @@ MOBA_KERNEL(kThreads, 4) size_kernel(MOBA_PARAMETER PlanParams p) {
 }
 
 /// Sums the sizes of a head's blocks and lists its items.
-MOBA_KERNEL(kThreads, 1) list_kernel(MOBA_PARAMETER PlanParams p) {
+MOBA_KERNEL(kThreads, 1) list_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   auto* sums = reinterpret_cast<std::uint32_t*>(ptx::shared());
   const auto head = static_cast<std::int32_t>(ptx::block_y());
   std::uint32_t* offsets = p.plan.offsets + head * (p.most_blocks + 1);
@@ -94,13 +94,13 @@ MOBA_KERNEL(kThreads, 1) list_kernel(MOBA_PARAMETER PlanParams p) {
     Item* items = p.plan.full + ptx::atomic_add(p.plan.totals + Plan::kFull, full);
     for (std::uint32_t i = 0; i < full; ++i) items[i] = {head, block, begin + i * kTileRows, kTileRows};
     if (left > 0)
-      p.plan.rest[ptx::atomic_add(p.plan.totals + Plan::kRest, 1)] = {head, block, begin + full * kTileRows,
-                                                                      left};
+      p.plan.partial[ptx::atomic_add(p.plan.totals + Plan::kPartial, 1)] = {head, block,
+                                                                            begin + full * kTileRows, left};
   }
 }
 
 /// A warp writes the choices of one chunk, 32 at a time: those of one block side by side, in order.
-MOBA_KERNEL(kThreads, 4) scatter_kernel(MOBA_PARAMETER PlanParams p) {
+MOBA_KERNEL(kThreads, 4) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   constexpr std::uint32_t kNone = 0xFFFFFFFFU;
   const std::int64_t head = ptx::block_y();
   const std::int64_t chunk = std::int64_t{ptx::block_x()} * (kThreads / ptx::kLanes) + ptx::warp();
@@ -130,22 +130,22 @@ MOBA_KERNEL(kThreads, 4) scatter_kernel(MOBA_PARAMETER PlanParams p) {
 
 }  // namespace
 
-Plan carve_plan(Carver& carver, const Task& task, const Group& part) {
-  Plan plan{.totals = carver.take<std::uint32_t>(Plan::kTotals)};
+Plan carve_plan(ArenaLayout& layout, const Task& task, const Group& part) {
+  Plan plan{.totals = layout.take<std::uint32_t>(Plan::kTotals)};
   if (task.width == 0) return plan;
   const std::int64_t heads = part.heads(), choices = task.rows(part) * task.width,
                      blocks = task.most_blocks();
-  plan.entries = carver.take<std::uint32_t>(heads * choices);
-  plan.offsets = carver.take<std::uint32_t>(heads * (blocks + 1));
-  plan.counts = carver.take<std::uint32_t>(heads * chunks_of(task, part) * blocks);
-  plan.full = carver.take<Item>(heads * (choices / kTileRows));
-  plan.rest = carver.take<Item>(heads * blocks);
+  plan.entries = layout.take<std::uint32_t>(heads * choices);
+  plan.offsets = layout.take<std::uint32_t>(heads * (blocks + 1));
+  plan.counts = layout.take<std::uint32_t>(heads * chunks_of(task, part) * blocks);
+  plan.full = layout.take<Item>(heads * (choices / kTileRows));
+  plan.partial = layout.take<Item>(heads * blocks);
   return plan;
 }
 
-void plan(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+void plan(Stream& stream, const Task& task, const Group& part, const Batch& batch,
           const std::int32_t* selection, const Plan& plan) {
-  queue.fill(plan.totals, 0, Plan::kTotals * sizeof(std::uint32_t));
+  stream.fill(plan.totals, 0, Plan::kTotals * sizeof(std::uint32_t));
   if (task.width == 0) return;
   const PlanParams params{.plan = plan,
                           .batch = batch,
@@ -159,15 +159,15 @@ void plan(Queue& queue, const Task& task, const Group& part, const Batch& batch,
                           .chunk = chunk_of(task),
                           .token0 = static_cast<std::int32_t>(part.token0)};
   const std::int64_t heads = part.heads();
-  queue.fill(plan.counts, 0,
-             static_cast<std::size_t>(heads * params.chunks * params.most_blocks) * sizeof(std::uint32_t));
-  queue.launch("count", count_kernel, {divide_up(params.rows * params.width, kThreads), heads}, kThreads, 0,
-               params);
-  queue.launch("size", size_kernel, {divide_up(params.most_blocks, kThreads), heads}, kThreads, 0, params);
-  queue.launch("list", list_kernel, {1, heads}, kThreads, kThreads / ptx::kLanes * sizeof(std::uint32_t),
-               params);
-  queue.launch("scatter", scatter_kernel, {divide_up(params.chunks, kThreads / ptx::kLanes), heads}, kThreads,
-               0, params);
+  stream.fill(plan.counts, 0,
+              static_cast<std::size_t>(heads * params.chunks * params.most_blocks) * sizeof(std::uint32_t));
+  stream.launch("count", count_kernel, {divide_up(params.rows * params.width, kThreads), heads}, kThreads, 0,
+                params);
+  stream.launch("size", size_kernel, {divide_up(params.most_blocks, kThreads), heads}, kThreads, 0, params);
+  stream.launch("list", list_kernel, {1, heads}, kThreads, kThreads / ptx::kLanes * sizeof(std::uint32_t),
+                params);
+  stream.launch("scatter", scatter_kernel, {divide_up(params.chunks, kThreads / ptx::kLanes), heads},
+                kThreads, 0, params);
 }
 
 }  // namespace moba::cuda

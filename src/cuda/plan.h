@@ -19,15 +19,15 @@ struct Plan {
   std::uint32_t* counts = nullptr;   // [heads, chunks, most_blocks]; then what of a block lies before a chunk
   /// Items of kTileRows rows, and what remains of every block: in no particular order, for each is worked on
   /// by itself.
-  Item *full = nullptr, *rest = nullptr;
+  Item *full = nullptr, *partial = nullptr;
   /// Numbers of both.
   std::uint32_t* totals = nullptr;  // [kTotals]
 
-  static constexpr int kFull = 0, kRest = 1, kTotals = 2;
+  static constexpr int kFull = 0, kPartial = 1, kTotals = 2;
 };
 
-Plan carve_plan(Carver& carver, const Task& task, const Group& part);
-void plan(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+Plan carve_plan(ArenaLayout& layout, const Task& task, const Group& part);
+void plan(Stream& stream, const Task& task, const Group& part, const Batch& batch,
           const std::int32_t* selection, const Plan& plan);
 
 }  // namespace moba::cuda

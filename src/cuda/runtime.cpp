@@ -78,8 +78,8 @@ TensorMap tensor_map(std::string_view function, const Tensor& t, int rows) {
   return std::bit_cast<TensorMap>(map);
 }
 
-void Queue::launch_on_stream(const char* name, const void* kernel, Grid grid, int threads, std::size_t shared,
-                             void** arguments) {
+void Stream::launch_on_stream(const char* name, const void* kernel, Grid grid, int threads,
+                              std::size_t shared, void** arguments) {
   constexpr std::size_t kWithoutAsking = 48 << 10;
   if (shared > kWithoutAsking) {
     require(
@@ -93,12 +93,12 @@ void Queue::launch_on_stream(const char* name, const void* kernel, Grid grid, in
           function_, std::string("kernel ") + name + " cannot be launched");
 }
 
-void Queue::fill(void* to, int value, std::size_t bytes) {
+void Stream::fill(void* to, int value, std::size_t bytes) {
   require(cudaMemsetAsync(to, value, bytes, static_cast<cudaStream_t>(stream_)), function_,
           "memory cannot be set");
 }
 
-std::byte* Queue::allocate(std::size_t bytes) {
+std::byte* Stream::allocate(std::size_t bytes) {
   void* memory = nullptr;
   if (scratch_->allocate) {
     memory = scratch_->allocate(bytes);
@@ -111,7 +111,7 @@ std::byte* Queue::allocate(std::size_t bytes) {
   return static_cast<std::byte*>(memory);
 }
 
-void Queue::release(std::byte* memory, std::size_t bytes) noexcept {
+void Stream::release(std::byte* memory, std::size_t bytes) noexcept {
   if (memory == nullptr) return;
   if (scratch_->release) {
     scratch_->release(memory, bytes);

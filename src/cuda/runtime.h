@@ -39,10 +39,10 @@ struct Grid {
 };
 
 /// Work of one call, in order.
-class Queue {
+class Stream {
  public:
   /// `function` begins the messages of errors.
-  Queue(std::string_view function, const Execution& execution)
+  Stream(std::string_view function, const Execution& execution)
       : function_(function), stream_(execution.stream), scratch_(&execution.scratch) {}
 
   std::string_view function() const { return function_; }
@@ -70,7 +70,7 @@ class Queue {
   void fill(void* to, int value, std::size_t bytes);
 
  private:
-  friend class Slab;
+  friend class Arena;
 
   void check_grid(const char* name, Grid grid) const {
     constexpr std::int64_t kMostX = 0x7FFFFFFF, kMostY = 65535;
@@ -90,28 +90,28 @@ class Queue {
 };
 
 /// Device memory of a call: the caller's allocator's, or the stream's.
-class Slab {
+class Arena {
  public:
-  Slab(Queue& queue, std::size_t bytes) : queue_(queue), bytes_(bytes), data_(queue.allocate(bytes)) {}
-  ~Slab() { queue_.release(data_, bytes_); }
-  Slab(const Slab&) = delete;
-  Slab& operator=(const Slab&) = delete;
+  Arena(Stream& stream, std::size_t bytes) : queue_(stream), bytes_(bytes), data_(stream.allocate(bytes)) {}
+  ~Arena() { queue_.release(data_, bytes_); }
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
 
   std::byte* data() const { return data_; }
 
  private:
-  Queue& queue_;
+  Stream& queue_;
   std::size_t bytes_;
   std::byte* data_;
 };
 
-/// Deals out a slab piece by piece. Without memory it only measures, so that one function says both what a
+/// Deals out a arena piece by piece. Without memory it only measures, so that one function says both what a
 /// group needs and where it lies.
-class Carver {
+class ArenaLayout {
  public:
   static constexpr std::size_t kAlignment = 256;
 
-  explicit Carver(std::byte* memory = nullptr) : memory_(memory) {}
+  explicit ArenaLayout(std::byte* memory = nullptr) : memory_(memory) {}
 
   template <typename T>
   T* take(std::int64_t count) {

@@ -80,18 +80,18 @@ struct Starts {
   std::int32_t *q = nullptr, *k = nullptr;  // where the caller's are on the host
   std::int32_t *blocks = nullptr, *tiles = nullptr;
 };
-Starts carve_starts(Carver& carver, const Task& task, const DeviceBatch& batch);
+Starts carve_starts(ArenaLayout& layout, const Task& task, const DeviceBatch& batch);
 
 /// Brings the sequences' starts to the device, where they are not there yet, through the parameters of
 /// launches: neither the copy nor a graph that captured it needs the host's memory later. Counts blocks and
 /// query tiles.
-Batch lay_out(Queue& queue, const Task& task, const DeviceBatch& batch, const Group& part,
+Batch lay_out(Stream& stream, const Task& task, const DeviceBatch& batch, const Group& part,
               const Starts& starts);
 
 /// Whether entries of a head's lists fit the 32 bits that they are kept in.
 bool slots_are_countable(const Task& task, const Group& part);
 
 /// Means of every block, rounded to the dtype of k: [heads of the part, most_blocks, D].
-void centroids(Queue& queue, const Task& task, const Group& part, const Batch& batch, void* means);
+void centroids(Stream& stream, const Task& task, const Group& part, const Batch& batch, void* means);
 
 }  // namespace moba::cuda

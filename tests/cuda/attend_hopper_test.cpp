@@ -19,7 +19,7 @@ TEST_F(CudaHopper, AgreesWithTheOracleOnRandomCases) {
     fill(c);
     const auto has_strides = [](const Tensor& t) { return t.strides[0] > 0 && t.strides[1] > 0; };
     const bool fits = c.keys() > 0 && has_strides(c.k.view()) && has_strides(c.v.view());
-    choose(fits ? "hopper" : "ampere");
+    choose(fits ? "sm90" : "sm80");
     const Result result = run_on_device(c);
     swaps += check_result(c, result, Rounding::partial);
     listed += static_cast<std::int64_t>(result.selection.size());
@@ -29,7 +29,7 @@ TEST_F(CudaHopper, AgreesWithTheOracleOnRandomCases) {
 
 /// Several tiles of keys in an item, more items than buffers, items with fewer rows than a warpgroup, tails.
 TEST_F(CudaHopper, WorksThroughManyTiles) {
-  choose("hopper");
+  choose("sm90");
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},
       {.block_size = 200, .top_k = 2},
@@ -49,7 +49,7 @@ TEST_F(CudaHopper, WorksThroughManyTiles) {
 }
 
 TEST_F(CudaHopper, AnyOrderOfWarpsAndLandingsGivesTheSameBits) {
-  choose("hopper");
+  choose("sm90");
   const Case c = case_of(7, 64, {.block_size = 96, .top_k = 2}, 200, 300);
   const Result expected = run_on_device(c);
   for (int i = 0; i < 2; ++i) EXPECT_TRUE(run_on_device(c) == expected);
@@ -57,7 +57,7 @@ TEST_F(CudaHopper, AnyOrderOfWarpsAndLandingsGivesTheSameBits) {
 
 /// What lies behind a block's last key came with the same copy.
 TEST_F(CudaHopper, WhatOtherSequencesHoldDoesNotShow) {
-  choose("hopper");
+  choose("sm90");
   Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 100, .top_k = 2}};
   c.sequences = {{0, 40, 80}, {0, 150, 300}};
   fill(c);
@@ -85,13 +85,13 @@ TEST_F(CudaHopper, IsChosenWhereItFits) {
   EXPECT_TRUE(was_used(large));
   EXPECT_FALSE(was_used(case_of(1, 64, {.block_size = 64, .top_k = 2}, 20, 300)));
   EXPECT_FALSE(was_used(case_of(1, 96, {.block_size = 128, .top_k = 2}, 20, 300)));
-  choose("ampere");
+  choose("sm80");
   EXPECT_FALSE(was_used(large));
   choose("");
   cuda::emulation::capability() = 80;
   EXPECT_FALSE(was_used(large));
   cuda::emulation::capability() = 90;
-  choose("hopper");
+  choose("sm90");
   EXPECT_TRUE(was_used(case_of(1, 128, {.block_size = 3, .top_k = 2}, 20, 30)));
 }
 #endif
@@ -105,11 +105,11 @@ TEST_F(CudaHopper, IsRefusedByNameWhereItCannot) {
     }
     return "";
   };
-  choose("hopper");
+  choose("sm90");
   const Case wide = case_of(1, 96, {.block_size = 128, .top_k = 2}, 20, 300);
-  EXPECT_NE(error_of(wide).find("MOBA_CUDA_ATTEND=hopper: needs a build for sm_90a"), std::string::npos);
+  EXPECT_NE(error_of(wide).find("MOBA_CUDA_ARCH=sm90: needs a build for sm_90a"), std::string::npos);
   choose("volta");
-  EXPECT_NE(error_of(wide).find("MOBA_CUDA_ATTEND=volta: expected ampere or hopper"), std::string::npos);
+  EXPECT_NE(error_of(wide).find("MOBA_CUDA_ARCH=volta: expected sm80 or sm90"), std::string::npos);
 }
 
 }  // namespace

@@ -76,14 +76,14 @@ void check_product(bool transposed) {
     ptx::warp_barrier();
     const auto bytes = [](int elements) { return static_cast<std::uint32_t>(2 * elements); };
     std::uint32_t a[4], b[4];
-    ptx::load_tiles(a, left, bytes(lane % 16 * 16 + lane / 16 * 8));
+    ptx::ldmatrix_x4(a, left, bytes(lane % 16 * 16 + lane / 16 * 8));
     float d[4] = {1, 1, 1, 1};
     if (transposed) {
-      ptx::load_tiles_transposed(b, right, bytes((lane % 8 + lane / 8 % 2 * 8) * 16 + lane / 16 * 8));
+      ptx::ldmatrix_x4_trans(b, right, bytes((lane % 8 + lane / 8 % 2 * 8) * 16 + lane / 16 * 8));
     } else {
-      ptx::load_tiles(b, right, bytes((lane % 8 + lane / 16 * 8) * 16 + lane / 8 % 2 * 8));
+      ptx::ldmatrix_x4(b, right, bytes((lane % 8 + lane / 16 * 8) * 16 + lane / 8 % 2 * 8));
     }
-    ptx::multiply<T>(d, a, b[0], b[1]);
+    ptx::mma_m16n8k16<T>(d, a, b[0], b[1]);
     for (int r = 0; r < 4; ++r) product[lane / 4 + r / 2 * 8][lane % 4 * 2 + r % 2] = d[r];
   });
   for (int row = 0; row < 16; ++row) {
@@ -114,10 +114,10 @@ TEST(Emulation, CopiesLandWhenTheyAreWaitedFor) {
   std::vector<std::uint32_t> from(64 * 4, 7);
   emulation::run("copy", {}, 64, 64 * 16, [&] {
     const std::byte* to = ptx::shared() + ptx::thread() * 16;
-    ptx::copy_async(ptx::shared(), static_cast<std::uint32_t>(ptx::thread()) * 16,
-                    from.data() + ptx::thread() * 4, ptx::thread() != 3);
-    ptx::copy_commit();
-    ptx::copy_wait<0>();
+    ptx::cp_async_16(ptx::shared(), static_cast<std::uint32_t>(ptx::thread()) * 16,
+                     from.data() + ptx::thread() * 4, ptx::thread() != 3);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
     EXPECT_EQ(*reinterpret_cast<const std::uint32_t*>(to), ptx::thread() == 3 ? 0U : 7U);
   });
 }
@@ -127,11 +127,11 @@ TEST(Emulation, AMissingWaitShows) {
   int poisoned = 0;
   emulation::run("copy", {}, 64, 64 * 16, [&] {
     const std::byte* to = ptx::shared() + ptx::thread() * 16;
-    ptx::copy_async(ptx::shared(), static_cast<std::uint32_t>(ptx::thread()) * 16,
-                    from.data() + ptx::thread() * 4, true);
-    ptx::copy_commit();
+    ptx::cp_async_16(ptx::shared(), static_cast<std::uint32_t>(ptx::thread()) * 16,
+                     from.data() + ptx::thread() * 4, true);
+    ptx::cp_async_commit();
     poisoned += std::isnan(*reinterpret_cast<const float*>(to)) ? 1 : 0;
-    ptx::copy_wait<0>();
+    ptx::cp_async_wait<0>();
   });
   EXPECT_GT(poisoned, 0);
 }
@@ -174,7 +174,7 @@ TEST(Emulation, ABarrierForTwoCountsIsAnError) {
 TEST(Emulation, CopiesThatNobodyWaitsForAreAnError) {
   const std::vector<std::uint32_t> from(4, 7);
   const std::string error = error_of(32, [&] {
-    if (ptx::thread() == 0) ptx::copy_async(ptx::shared(), 0, from.data(), true);
+    if (ptx::thread() == 0) ptx::cp_async_16(ptx::shared(), 0, from.data(), true);
   });
   EXPECT_NE(error.find("copies that nobody waited for"), std::string::npos) << error;
 }
@@ -202,7 +202,7 @@ float number_at(int row, int column) {
 
 /// A tile of such numbers, written by all of a warpgroup.
 template <typename T, int rows, int head_dim>
-void write_numbers(const tile::Panels<T, rows, head_dim>& to) {
+void write_numbers(const tile::SwizzledTile128B<T, rows, head_dim>& to) {
   for (int i = ptx::thread(); i < rows * head_dim; i += ptx::kGroupThreads) {
     const int row = i / head_dim, column = i % head_dim;
     to.piece(row, column / 8)[column % 8].bits = ptx::rounded_bits(T{}, number_at(row, column));
@@ -213,7 +213,7 @@ void write_numbers(const tile::Panels<T, rows, head_dim>& to) {
 /// Rows [64, 128) of a tile by all of them and by themselves; then the first products by its columns.
 template <typename T, int head_dim>
 void check_group_products() {
-  using Tile = tile::Panels<T, 128, head_dim>;
+  using Tile = tile::SwizzledTile128B<T, 128, head_dim>;
   std::vector<float> logits(64 * 128), half(64 * 64), sums(64 * head_dim);
   emulation::run("group", {}, ptx::kGroupThreads, Tile::kBytes, [&] {
     const Tile tile{ptx::shared()};
@@ -221,24 +221,24 @@ void check_group_products() {
     ptx::fence_async();
     ptx::barrier();
     float d[16][4], d_half[8][4], out[head_dim / 8][4] = {};
-    ptx::group_fence();
+    ptx::wgmma_fence();
     for (int k = 0; k < head_dim / 16; ++k)
-      ptx::multiply_shared<T>(d, tile.along_rows(64, k), tile.along_rows(0, k), k > 0);
-    ptx::group_commit();
+      ptx::wgmma_ss<T>(d, tile.along_rows(64, k), tile.along_rows(0, k), k > 0);
+    ptx::wgmma_commit();
     for (int k = 0; k < head_dim / 16; ++k)
-      ptx::multiply_shared<T>(d_half, tile.along_rows(64, k), tile.along_rows(64, k), k > 0);
-    ptx::group_commit();
-    ptx::group_wait<1>(d);
+      ptx::wgmma_ss<T>(d_half, tile.along_rows(64, k), tile.along_rows(64, k), k > 0);
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>(d);
     // A's first step is of columns 0 to 15 of the product, made small; B's is rows 16 to 31.
     std::uint32_t a[4];
     const auto small = [](float value) { return static_cast<float>(static_cast<int>(value) % 4); };
     for (int r = 0; r < 4; ++r)
       a[r] = ptx::pack<T>(small(d[r / 2][r % 2 * 2]), small(d[r / 2][r % 2 * 2 + 1]));
-    ptx::group_fence();
-    ptx::multiply_registers<T>(out, a, tile.across_rows(16));
-    ptx::group_commit();
-    ptx::group_wait<1>(d_half);
-    ptx::group_wait(out);
+    ptx::wgmma_fence();
+    ptx::wgmma_rs<T>(out, a, tile.across_rows(16));
+    ptx::wgmma_commit();
+    ptx::wgmma_wait<1>(d_half);
+    ptx::wgmma_wait(out);
     const int row = ptx::warp() * 16 + ptx::lane() / 4, column = ptx::lane() % 4 * 2;
     const auto put = [&](std::vector<float>& to, int columns, int j, int e, float value) {
       to[static_cast<std::size_t>((row + e / 2 * 8) * columns + 8 * j + column + e % 2)] = value;
@@ -277,7 +277,7 @@ TEST(Emulation, ProductsOfAWarpgroupHaveTheHardwaresLayout) {
 /// The manual's 128-byte swizzle and descriptor, spelled out.
 TEST(Emulation, OperandsAreDescribedAsTheManualSays) {
   EXPECT_EQ(ptx::describe_operand(0x12340, 0x4000, 1024), 0x4000004004001234U);
-  using Tile = tile::Panels<bfloat16, 128, 128>;
+  using Tile = tile::SwizzledTile128B<bfloat16, 128, 128>;
   EXPECT_EQ(Tile::start(0, 3), 3U * 16);
   EXPECT_EQ(Tile::start(9, 3), 9U * 128 + 2 * 16);
   EXPECT_EQ(Tile::start(9, 11), 128U * 128 + 9 * 128 + 2 * 16);
@@ -292,21 +292,21 @@ TEST(Emulation, BoxesLandInPanelsWithZerosBehindTheTensor) {
                       .sizes = {kTokens, kHeads, 64},
                       .strides = {kHeads * 128, 128},
                       .rows = kRows};
-  using Tile = tile::Panels<bfloat16, kRows, 64>;
+  using Tile = tile::SwizzledTile128B<bfloat16, kRows, 64>;
   emulation::run("box", {}, 32, Tile::kBytes + sizeof(ptx::Mbarrier), [&] {
     const Tile tile{ptx::shared()};
     auto* barrier = reinterpret_cast<ptx::Mbarrier*>(tile.data + Tile::kBytes);
     if (ptx::lane() == 0) {
-      ptx::begin_phases(barrier, 1);
+      ptx::mbarrier_init(barrier, 1);
       ptx::fence_async();
     }
     ptx::barrier();
     if (ptx::lane() == 5) {
-      ptx::arrive_expecting(barrier, Tile::kBytes);
-      ptx::copy_box(tile.data, map, 0, 1, 10, barrier);
+      ptx::mbarrier_arrive_expect_tx(barrier, Tile::kBytes);
+      ptx::tma_load_3d(tile.data, map, 0, 1, 10, barrier);
     }
-    ptx::wait_for(barrier, 1);
-    ptx::wait_for(barrier, 0);
+    ptx::mbarrier_wait(barrier, 1);
+    ptx::mbarrier_wait(barrier, 0);
     for (int i = ptx::lane(); i < kRows * 64; i += 32) {
       const int row = i / 64, column = i % 64, expected = ((10 + row) * kHeads + 1) * 64 + column + 1;
       EXPECT_EQ(tile.piece(row, column / 8)[column % 8].bits, row < 10 ? expected : 0) << row;
@@ -320,7 +320,7 @@ TEST(Emulation, ProductsThatNobodyWaitsForAreAnError) {
     found = error_of(ptx::kGroupThreads, [] {
       float d[8][4] = {};
       const std::uint32_t a[4] = {};
-      ptx::multiply_registers<bfloat16>(d, a, ptx::describe_operand(1024, 16, 1024));
+      ptx::wgmma_rs<bfloat16>(d, a, ptx::describe_operand(1024, 16, 1024));
     });
   }
   EXPECT_NE(found.find("products that nobody waited for"), std::string::npos) << found;
@@ -330,16 +330,16 @@ TEST(Emulation, AProductOfWhatWasNotFencedIsAnError) {
   const std::vector<std::uint32_t> from(4, 7);
   for (const bool fences : {false, true}) {
     const std::string error = error_of(ptx::kGroupThreads, [&] {
-      ptx::copy_async(ptx::shared(), 0, from.data(), true);
-      ptx::copy_commit();
-      ptx::copy_wait<0>();
+      ptx::cp_async_16(ptx::shared(), 0, from.data(), true);
+      ptx::cp_async_commit();
+      ptx::cp_async_wait<0>();
       if (fences) ptx::fence_async();
       ptx::barrier();
       float d[8][4] = {};
       const std::uint32_t a[4] = {};
-      ptx::multiply_registers<bfloat16>(d, a, ptx::describe_operand(1024, 16, 1024));
-      ptx::group_commit();
-      ptx::group_wait(d);
+      ptx::wgmma_rs<bfloat16>(d, a, ptx::describe_operand(1024, 16, 1024));
+      ptx::wgmma_commit();
+      ptx::wgmma_wait(d);
     });
     EXPECT_EQ(error.find("without a fence") == std::string::npos, fences) << error;
   }
@@ -349,10 +349,10 @@ TEST(Emulation, APhaseThatLacksAnArrivalOrBytesIsAnError) {
   for (const std::uint32_t bytes : {0U, 16U}) {
     const std::string error = error_of(32, [&] {
       auto* barrier = reinterpret_cast<ptx::Mbarrier*>(ptx::shared());
-      if (ptx::lane() == 0) ptx::begin_phases(barrier, bytes == 0 ? 2 : 1);
+      if (ptx::lane() == 0) ptx::mbarrier_init(barrier, bytes == 0 ? 2 : 1);
       ptx::barrier();
-      if (ptx::lane() == 0) ptx::arrive_expecting(barrier, bytes);
-      ptx::wait_for(barrier, 0);
+      if (ptx::lane() == 0) ptx::mbarrier_arrive_expect_tx(barrier, bytes);
+      ptx::mbarrier_wait(barrier, 0);
     });
     EXPECT_NE(error.find("warp 0 waits for a phase of an mbarrier"), std::string::npos) << error;
   }
@@ -360,13 +360,13 @@ TEST(Emulation, APhaseThatLacksAnArrivalOrBytesIsAnError) {
 
 TEST(Emulation, AnMbarrierMustBeInitialised) {
   const std::string error =
-      error_of(32, [] { ptx::arrive(reinterpret_cast<ptx::Mbarrier*>(ptx::shared())); });
+      error_of(32, [] { ptx::mbarrier_arrive(reinterpret_cast<ptx::Mbarrier*>(ptx::shared())); });
   EXPECT_NE(error.find("used before it is initialised"), std::string::npos) << error;
 }
 
 TEST(Emulation, AWarpgroupMustMeet) {
   const std::string error = error_of(ptx::kGroupThreads, [] {
-    if (ptx::warp() != 2) ptx::group_fence();
+    if (ptx::warp() != 2) ptx::wgmma_fence();
   });
   EXPECT_NE(error.find("warp 0 waits at wgmma.fence; warp 1 waits at wgmma.fence; warp 2 has ended"),
             std::string::npos)

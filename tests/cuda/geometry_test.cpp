@@ -40,7 +40,7 @@ TEST(Geometry, PagesOfALargeCache) {
 TEST(Geometry, BlocksUpToTheLastKeyThatFits) {
   constexpr std::int32_t kKeys = 2'147'483'647;
   const std::int64_t size = (std::int64_t{1} << 30) + 5;
-  const Stretch last = keys_of(1, size, kKeys);
+  const KeyRange last = keys_of(1, size, kKeys);
   EXPECT_EQ(last.begin, size);
   EXPECT_EQ(last.end, kKeys);
   EXPECT_EQ(keys_of(2'147'483, 1000, kKeys).end, kKeys);

@@ -130,9 +130,9 @@ TEST(CudaLimits, AttentionReachesAsFarAsTensorsGo) {
 TEST(CudaLimits, SoDoesTheKernelForHopper) {
   const Routing routing{.block_size = 16, .top_k = 3};
   emulation::capability() = 90;
-  setenv("MOBA_CUDA_ATTEND", "hopper", 1);
+  setenv("MOBA_CUDA_ARCH", "sm90", 1);
   EXPECT_EQ(attend(routing, Spread::far), attend(routing, Spread::compact));
-  unsetenv("MOBA_CUDA_ATTEND");
+  unsetenv("MOBA_CUDA_ARCH");
   emulation::capability() = 80;
 }
 
@@ -197,10 +197,10 @@ void no_kernel(const int) {}
 
 TEST(CudaLimits, AGridLargerThanDevicesTakeIsAnError) {
   const Execution execution;
-  Queue queue("attention", execution);
-  EXPECT_NO_THROW(queue.launch("none", no_kernel, {0, 1}, 32, 0, 0));
+  Stream stream("attention", execution);
+  EXPECT_NO_THROW(stream.launch("none", no_kernel, {0, 1}, 32, 0, 0));
   for (const Grid grid : {Grid{std::int64_t{1} << 31, 1}, Grid{1, 65536}})
-    EXPECT_THROW(queue.launch("none", no_kernel, grid, 32, 0, 0), DeviceError);
+    EXPECT_THROW(stream.launch("none", no_kernel, grid, 32, 0, 0), DeviceError);
 }
 
 /// Whichever launch fails, the call that met it says so and gives its memory back, and the next is right.
@@ -209,7 +209,7 @@ TEST(CudaLimits, AFailedLaunchIsAnErrorOfItsCallAndOfNoOther) {
   std::size_t held = 0;
   const Execution counted{.scratch = {[&](std::size_t bytes) {
                                         held += bytes;
-                                        return std::aligned_alloc(Carver::kAlignment, bytes);
+                                        return std::aligned_alloc(ArenaLayout::kAlignment, bytes);
                                       },
                                       [&](void* memory, std::size_t bytes) {
                                         held -= bytes;

@@ -48,7 +48,7 @@ class OnHopper : public testing::Test {
   }
 
  private:
-  static constexpr const char* kChoice = "MOBA_CUDA_ATTEND";
+  static constexpr const char* kChoice = "MOBA_CUDA_ARCH";
   std::optional<std::string> before_;
 };
 

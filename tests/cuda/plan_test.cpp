@@ -55,16 +55,16 @@ TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
     }
   }
 
-  Carver measure;
+  ArenaLayout measure;
   carve_starts(measure, task, starts);
   carve_plan(measure, task, part);
-  const Execution execution;  // the queue refers to it
-  Queue queue("test", execution);
-  const Slab slab(queue, measure.used());
-  Carver carver(slab.data());
-  const Batch batch = lay_out(queue, task, starts, part, carve_starts(carver, task, starts));
-  const Plan plan = carve_plan(carver, task, part);
-  cuda::plan(queue, task, part, batch, selection.data(), plan);
+  const Execution execution;  // the stream refers to it
+  Stream stream("test", execution);
+  const Arena arena(stream, measure.used());
+  ArenaLayout layout(arena.data());
+  const Batch batch = lay_out(stream, task, starts, part, carve_starts(layout, task, starts));
+  const Plan plan = carve_plan(layout, task, part);
+  cuda::plan(stream, task, part, batch, selection.data(), plan);
 
   for (std::int64_t head = 0; head < 2; ++head) {
     const std::uint32_t* offsets = plan.offsets + head * (task.most_blocks() + 1);
@@ -78,7 +78,7 @@ TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
     }
     std::vector<std::uint32_t> worked = listed(plan, plan.full, Plan::kFull, head, choices);
     EXPECT_EQ(worked.size() % kTileRows, 0U);
-    const std::vector<std::uint32_t> rest = listed(plan, plan.rest, Plan::kRest, head, choices);
+    const std::vector<std::uint32_t> rest = listed(plan, plan.partial, Plan::kPartial, head, choices);
     worked.insert(worked.end(), rest.begin(), rest.end());
     std::sort(worked.begin(), worked.end());
     std::sort(all.begin(), all.end());

@@ -26,24 +26,24 @@ TensorMap tensor_map(std::string_view, const Tensor& t, int rows) {
   return map;
 }
 
-void Queue::fill(void* to, int value, std::size_t bytes) {
+void Stream::fill(void* to, int value, std::size_t bytes) {
   std::memset(to, value, bytes);
 }
 
-std::byte* Queue::allocate(std::size_t bytes) {
+std::byte* Stream::allocate(std::size_t bytes) {
   void* memory = scratch_->allocate ? scratch_->allocate(bytes)
-                                    : ::operator new (bytes, std::align_val_t{Carver::kAlignment});
+                                    : ::operator new (bytes, std::align_val_t{ArenaLayout::kAlignment});
   if (memory == nullptr)
     throw DeviceError(function_ + ": scratch gave no memory for " + std::to_string(bytes) + " bytes");
   std::memset(memory, 0xFF, bytes);  // as NaN, so that reading before writing shows
   return static_cast<std::byte*>(memory);
 }
 
-void Queue::release(std::byte* memory, std::size_t bytes) noexcept {
+void Stream::release(std::byte* memory, std::size_t bytes) noexcept {
   if (scratch_->release) {
     scratch_->release(memory, bytes);
   } else {
-    ::operator delete (memory, std::align_val_t{Carver::kAlignment});
+    ::operator delete (memory, std::align_val_t{ArenaLayout::kAlignment});
   }
 }
 

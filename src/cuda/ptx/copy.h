@@ -3,7 +3,7 @@
 #include "cuda/ptx/device.h"
 
 /// Copies of 16 bytes. The asynchronous ones go from global to shared memory past the registers; a thread
-/// sees its own after `copy_wait`, other threads' after a barrier behind that.
+/// sees its own after `cp_async_wait`, other threads' after a barrier behind that.
 namespace moba::cuda::ptx {
 
 struct alignas(16) Vector {
@@ -13,16 +13,16 @@ struct alignas(16) Vector {
 #if defined(MOBA_CUDA_EMULATION)
 
 /// To `offset` bytes behind `shared`; zeros instead where not `valid`, and then `from` is not read.
-MOBA_DEVICE void copy_async(void* shared, std::uint32_t offset, const void* from, bool valid) {
+MOBA_DEVICE void cp_async_16(void* shared, std::uint32_t offset, const void* from, bool valid) {
   emulation::copy_async(static_cast<std::byte*>(shared) + offset, from, valid ? 16 : 0);
 }
 /// Closes a group of the copies issued since the last.
-MOBA_DEVICE void copy_commit() {
+MOBA_DEVICE void cp_async_commit() {
   emulation::copy_async_commit();
 }
 /// Waits until at most the newest `pending` groups of this thread are under way.
 template <int pending>
-MOBA_DEVICE void copy_wait() {
+MOBA_DEVICE void cp_async_wait() {
   emulation::copy_async_wait(pending);
 }
 /// From global memory that is read once.
@@ -33,19 +33,19 @@ MOBA_DEVICE Vector load_streaming(const void* from) {
 #else
 
 /// To `offset` bytes behind `shared`; zeros instead where not `valid`, and then `from` is not read.
-MOBA_DEVICE void copy_async(void* shared, std::uint32_t offset, const void* from, bool valid) {
+MOBA_DEVICE void cp_async_16(void* shared, std::uint32_t offset, const void* from, bool valid) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)) + offset;
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
                : "memory");
 }
 /// Closes a group of the copies issued since the last.
-MOBA_DEVICE void copy_commit() {
+MOBA_DEVICE void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 /// Waits until at most the newest `pending` groups of this thread are under way.
 template <int pending>
-MOBA_DEVICE void copy_wait() {
+MOBA_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 /// From global memory that is read once.

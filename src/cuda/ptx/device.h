@@ -12,7 +12,7 @@
 #include "cuda/emulation/block.h"
 #define MOBA_DEVICE inline
 #define MOBA_KERNEL(threads, blocks_per_multiprocessor) void
-#define MOBA_PARAMETER const
+#define MOBA_GRID_CONSTANT const
 #define MOBA_UNROLL
 #elif defined(__CUDACC__)
 #define MOBA_DEVICE __device__ __forceinline__
@@ -20,15 +20,15 @@
 #define MOBA_KERNEL(threads, blocks_per_multiprocessor) \
   __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
 /// Before the one parameter of a kernel, a plain struct.
-#define MOBA_PARAMETER const __grid_constant__
+#define MOBA_GRID_CONSTANT const __grid_constant__
 #define MOBA_UNROLL _Pragma("unroll")
 #endif
 
 /// For what host and device compute alike.
 #if defined(__CUDACC__)
-#define MOBA_BOTH __host__ __device__ __forceinline__
+#define MOBA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define MOBA_BOTH inline
+#define MOBA_HOST_DEVICE inline
 #endif
 
 #if defined(MOBA_DEVICE)

@@ -20,12 +20,12 @@ namespace moba::cuda::ptx {
 
 /// Four 8 x 8 tiles: lanes 8 i to 8 i + 7 give the rows of tile i, in bytes from `shared`, and result i of a
 /// lane is elements [g][2c, 2c + 1] of it. (32-bit offsets: whole addresses would take twice the registers.)
-MOBA_DEVICE void load_tiles(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
+MOBA_DEVICE void ldmatrix_x4(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
   struct Operands {
     std::uint32_t* to;
     const std::byte* row;
   } own{to, static_cast<const std::byte*>(shared) + row};
-  emulation::collective("load_tiles", &own, [](void* const* lanes) {
+  emulation::collective("ldmatrix_x4", &own, [](void* const* lanes) {
     for (int i = 0; i < kLanes; ++i) {
       for (int tile = 0; tile < 4; ++tile) {
         const std::byte* from = static_cast<Operands*>(lanes[8 * tile + i / 4])->row;
@@ -36,12 +36,12 @@ MOBA_DEVICE void load_tiles(std::uint32_t (&to)[4], const void* shared, std::uin
 }
 
 /// The same with every tile transposed: result i of a lane is elements [2c, 2c + 1][g] of tile i.
-MOBA_DEVICE void load_tiles_transposed(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
+MOBA_DEVICE void ldmatrix_x4_trans(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
   struct Operands {
     std::uint32_t* to;
     const std::byte* row;
   } own{to, static_cast<const std::byte*>(shared) + row};
-  emulation::collective("load_tiles_transposed", &own, [](void* const* lanes) {
+  emulation::collective("ldmatrix_x4_trans", &own, [](void* const* lanes) {
     for (int i = 0; i < kLanes; ++i) {
       for (int tile = 0; tile < 4; ++tile) {
         std::uint16_t pair[2];
@@ -66,13 +66,14 @@ __attribute__((no_sanitize("address", "undefined"))) inline void multiply_tiles(
 
 /// d += a b.
 template <typename T>
-MOBA_DEVICE void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+MOBA_DEVICE void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                              std::uint32_t b1) {
   struct Operands {
     float* d;
     const std::uint32_t* a;
     std::uint32_t b[2];
   } own{d, a, {b0, b1}};
-  emulation::collective("multiply", &own, [](void* const* lanes) {
+  emulation::collective("mma_m16n8k16", &own, [](void* const* lanes) {
     float left[16][16], right[16][8], sum[16][8];
     for (int i = 0; i < kLanes; ++i) {
       const auto* lane = static_cast<Operands*>(lanes[i]);
@@ -99,7 +100,7 @@ MOBA_DEVICE void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint3
 
 /// Four 8 x 8 tiles: lanes 8 i to 8 i + 7 give the rows of tile i, in bytes from `shared`, and result i of a
 /// lane is elements [g][2c, 2c + 1] of it. (32-bit offsets: whole addresses would take twice the registers.)
-MOBA_DEVICE void load_tiles(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
+MOBA_DEVICE void ldmatrix_x4(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)) + row;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -108,7 +109,7 @@ MOBA_DEVICE void load_tiles(std::uint32_t (&to)[4], const void* shared, std::uin
 }
 
 /// The same with every tile transposed: result i of a lane is elements [2c, 2c + 1][g] of tile i.
-MOBA_DEVICE void load_tiles_transposed(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
+MOBA_DEVICE void ldmatrix_x4_trans(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)) + row;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -118,7 +119,8 @@ MOBA_DEVICE void load_tiles_transposed(std::uint32_t (&to)[4], const void* share
 
 /// d += a b.
 template <typename T>
-MOBA_DEVICE void multiply(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+MOBA_DEVICE void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                              std::uint32_t b1) {
   if constexpr (std::is_same_v<T, bfloat16>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"

@@ -20,18 +20,18 @@ struct alignas(8) Mbarrier {
 #if defined(MOBA_CUDA_EMULATION)
 
 /// By one thread, which must then `fence_async` before all meet at a barrier.
-MOBA_DEVICE void begin_phases(Mbarrier* barrier, int arrivals) {
+MOBA_DEVICE void mbarrier_init(Mbarrier* barrier, int arrivals) {
   emulation::mbarrier_init(barrier, arrivals);
 }
-MOBA_DEVICE void arrive(Mbarrier* barrier) {
+MOBA_DEVICE void mbarrier_arrive(Mbarrier* barrier) {
   emulation::mbarrier_arrive(barrier, 0);
 }
 /// Arrives, and announces `bytes` that copies will bring.
-MOBA_DEVICE void arrive_expecting(Mbarrier* barrier, std::uint32_t bytes) {
+MOBA_DEVICE void mbarrier_arrive_expect_tx(Mbarrier* barrier, std::uint32_t bytes) {
   emulation::mbarrier_arrive(barrier, bytes);
 }
 /// Waits until the phase of that parity has ended. Before the first has, that of parity 1 counts as ended.
-MOBA_DEVICE void wait_for(Mbarrier* barrier, unsigned parity) {
+MOBA_DEVICE void mbarrier_wait(Mbarrier* barrier, unsigned parity) {
   emulation::mbarrier_wait(barrier, parity);
 }
 /// Makes what this thread has written to shared memory visible to bulk copies and products of warpgroups.
@@ -40,8 +40,8 @@ MOBA_DEVICE void fence_async() {
 }
 /// Begins to load the map's box whose first element is [token, head, column], zeros where the tensor has
 /// none, to 1024-byte aligned shared memory. All of its bytes count for `barrier`.
-MOBA_DEVICE void copy_box(std::byte* to, const TensorMap& map, int column, int head, int token,
-                          Mbarrier* barrier) {
+MOBA_DEVICE void tma_load_3d(std::byte* to, const TensorMap& map, int column, int head, int token,
+                             Mbarrier* barrier) {
   constexpr int kPieces = TensorMap::kColumns / 8;
   const auto land = [=, &map] {
     for (int i = 0; i < map.rows * kPieces; ++i) {
@@ -69,20 +69,20 @@ MOBA_DEVICE std::uint32_t address_of(const void* shared) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
 }
 /// By one thread, which must then `fence_async` before all meet at a barrier.
-MOBA_DEVICE void begin_phases(Mbarrier* barrier, int arrivals) {
+MOBA_DEVICE void mbarrier_init(Mbarrier* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(barrier)), "r"(arrivals)
                : "memory");
 }
-MOBA_DEVICE void arrive(Mbarrier* barrier) {
+MOBA_DEVICE void mbarrier_arrive(Mbarrier* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(address_of(barrier)) : "memory");
 }
 /// Arrives, and announces `bytes` that copies will bring.
-MOBA_DEVICE void arrive_expecting(Mbarrier* barrier, std::uint32_t bytes) {
+MOBA_DEVICE void mbarrier_arrive_expect_tx(Mbarrier* barrier, std::uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address_of(barrier)), "r"(bytes)
                : "memory");
 }
 /// Waits until the phase of that parity has ended. Before the first has, that of parity 1 counts as ended.
-MOBA_DEVICE void wait_for(Mbarrier* barrier, unsigned parity) {
+MOBA_DEVICE void mbarrier_wait(Mbarrier* barrier, unsigned parity) {
   asm volatile(
       "{\n"
       ".reg .pred ended;\n"
@@ -101,8 +101,8 @@ MOBA_DEVICE void fence_async() {
 }
 /// Begins to load the map's box whose first element is [token, head, column], zeros where the tensor has
 /// none, to 1024-byte aligned shared memory. All of its bytes count for `barrier`.
-MOBA_DEVICE void copy_box(std::byte* to, const TensorMap& map, int column, int head, int token,
-                          Mbarrier* barrier) {
+MOBA_DEVICE void tma_load_3d(std::byte* to, const TensorMap& map, int column, int head, int token,
+                             Mbarrier* barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
       "%4}], [%5];" ::"r"(address_of(to)),

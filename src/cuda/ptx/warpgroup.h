@@ -10,7 +10,8 @@
 
 /// Products of sm_90a (wgmma): the four warps of a warpgroup, whose first is a multiple of four, multiply
 /// A[64 x 16] and B[16 x N] straight out of shared memory, while they go on. Warp w holds rows 16 w to
-/// 16 w + 15 of A and of the sums D[64 x N] in the layouts of ptx::multiply; d[j] is of columns 8 j to 8 j
+/// 16 w + 15 of A and of the sums D[64 x N] in the layouts of ptx::mma_m16n8k16; d[j] is of columns 8 j to 8
+/// j
 /// + 7.
 ///
 /// In shared memory operands lie as rows of 128 bytes, eight of which are a piece of 1024 bytes and aligned;
@@ -120,37 +121,37 @@ void run_group_product(void* const* threads) {
 }
 
 /// Before the first product, and whenever the warpgroup's registers were written by other means.
-MOBA_DEVICE void group_fence() {
+MOBA_DEVICE void wgmma_fence() {
   emulation::group_collective("wgmma.fence", nullptr, [](void* const*) {});
 }
 /// d = A B^T or d += A B^T, both with rows along K.
 template <typename T, int tiles>
-MOBA_DEVICE void multiply_shared(float (&d)[tiles][4], std::uint64_t a, std::uint64_t b, bool add) {
+MOBA_DEVICE void wgmma_ss(float (&d)[tiles][4], std::uint64_t a, std::uint64_t b, bool add) {
   const GroupOperands own{&d[0][0], nullptr, a, b, add};
   emulation::group_product(&own, sizeof(own), run_group_product<T, tiles>);
 }
 /// d += A B, with A in registers and sums over B's rows.
 template <typename T, int tiles>
-MOBA_DEVICE void multiply_registers(float (&d)[tiles][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+MOBA_DEVICE void wgmma_rs(float (&d)[tiles][4], const std::uint32_t (&a)[4], std::uint64_t b) {
   const GroupOperands own{&d[0][0], a, 0, b, true};
   emulation::group_product(&own, sizeof(own), run_group_product<T, tiles>);
 }
-MOBA_DEVICE void group_commit() {
+MOBA_DEVICE void wgmma_commit() {
   emulation::group_commit();
 }
 /// Waits until at most the newest `pending` groups of this warpgroup's products are under way; `d` are sums
 /// of those that have ended.
 template <int pending = 0, int tiles>
-MOBA_DEVICE void group_wait(float (&)[tiles][4]) {
+MOBA_DEVICE void wgmma_wait(float (&)[tiles][4]) {
   emulation::group_wait(pending);
 }
 /// The registers of each thread of this warpgroup, from here on.
 template <int registers>
-MOBA_DEVICE void give_registers() {
+MOBA_DEVICE void warpgroup_reg_dealloc() {
   emulation::group_collective("setmaxnreg.dec", nullptr, [](void* const*) {});
 }
 template <int registers>
-MOBA_DEVICE void take_registers() {
+MOBA_DEVICE void warpgroup_reg_alloc() {
   emulation::group_collective("setmaxnreg.inc", nullptr, [](void* const*) {});
 }
 
@@ -161,7 +162,7 @@ MOBA_DEVICE std::uint32_t shared_address(const void* shared) {
 }
 
 /// Before the first product, and whenever the warpgroup's registers were written by other means.
-MOBA_DEVICE void group_fence() {
+MOBA_DEVICE void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
 
@@ -182,7 +183,7 @@ MOBA_DEVICE void group_fence() {
 
 /// d = A B^T or d += A B^T, both with rows along K.
 template <typename T, int tiles>
-MOBA_DEVICE void multiply_shared(float (&d)[tiles][4], std::uint64_t a, std::uint64_t b, bool add) {
+MOBA_DEVICE void wgmma_ss(float (&d)[tiles][4], std::uint64_t a, std::uint64_t b, bool add) {
   static_assert(tiles == 8 || tiles == 16);
 #define MOBA_MULTIPLY_64(type)                                                       \
   asm volatile(                                                                      \
@@ -217,7 +218,7 @@ MOBA_DEVICE void multiply_shared(float (&d)[tiles][4], std::uint64_t a, std::uin
 
 /// d += A B, with A in registers and sums over B's rows.
 template <typename T, int tiles>
-MOBA_DEVICE void multiply_registers(float (&d)[tiles][4], const std::uint32_t (&a)[4], std::uint64_t b) {
+MOBA_DEVICE void wgmma_rs(float (&d)[tiles][4], const std::uint32_t (&a)[4], std::uint64_t b) {
   static_assert(tiles == 8 || tiles == 16);
 #define MOBA_MULTIPLY_64(type)                                                                \
   asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" MOBA_NAMES_64 \
@@ -245,13 +246,13 @@ MOBA_DEVICE void multiply_registers(float (&d)[tiles][4], const std::uint32_t (&
 #undef MOBA_MULTIPLY_64
 #undef MOBA_MULTIPLY_128
 }
-MOBA_DEVICE void group_commit() {
+MOBA_DEVICE void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 /// Waits until at most the newest `pending` groups of this warpgroup's products are under way; `d` are sums
 /// of those that have ended: operands, so that nothing that reads them comes before.
 template <int pending = 0, int tiles>
-MOBA_DEVICE void group_wait(float (&d)[tiles][4]) {
+MOBA_DEVICE void wgmma_wait(float (&d)[tiles][4]) {
   static_assert(tiles == 8 || tiles == 16);
   if constexpr (tiles == 8) {
     asm volatile("wgmma.wait_group.sync.aligned %32;" : MOBA_SUMS_64 : "n"(pending) : "memory");
@@ -267,11 +268,11 @@ MOBA_DEVICE void group_wait(float (&d)[tiles][4]) {
 
 /// The registers of each thread of this warpgroup, from here on.
 template <int registers>
-MOBA_DEVICE void give_registers() {
+MOBA_DEVICE void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
 }
 template <int registers>
-MOBA_DEVICE void take_registers() {
+MOBA_DEVICE void warpgroup_reg_alloc() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 

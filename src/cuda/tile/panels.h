@@ -8,7 +8,7 @@ namespace moba::cuda::tile {
 /// Rows of `head_dim` 16-bit elements in shared memory, in panels of 64 columns: each row of a panel is 128
 /// bytes, permuted as bulk copies write it and products of warpgroups read it. Aligned to 1024 bytes.
 template <typename T, int rows, int head_dim>
-struct Panels {
+struct SwizzledTile128B {
   static constexpr int kRows = rows;
   static constexpr int kRowBytes = 128, kColumns = kRowBytes / 2, kPanels = head_dim / kColumns;
   static constexpr std::uint32_t kPanelBytes = rows * kRowBytes, kBytes = kPanels * kPanelBytes;

@@ -12,7 +12,7 @@ constexpr int kPiece = 8;
 /// Rows of `head_dim` 16-bit elements in shared memory. The pieces of a row are permuted so that the same
 /// piece of eight rows in succession, as a hardware tile wants it, lies in all 32 banks.
 template <typename T, int head_dim>
-struct Rows {
+struct SwizzledTile {
   static constexpr int kPieces = head_dim / kPiece;
   static constexpr int kPermuted = kPieces % 8 == 0 ? 8 : 4;
   static_assert(kPieces % kPermuted == 0);
@@ -52,57 +52,60 @@ struct Share {
 
 /// Begins to load rows that lie `stride` elements apart, the first at `from`; zeros from row `valid` on.
 template <int rows, int threads, typename T, int head_dim>
-MOBA_DEVICE void load_rows(const Rows<T, head_dim>& to, const T* from, std::int64_t stride,
+MOBA_DEVICE void load_rows(const SwizzledTile<T, head_dim>& to, const T* from, std::int64_t stride,
                            std::int32_t valid) {
   using S = Share<rows, threads, head_dim>;
   from += S::row() * stride + S::piece() * kPiece;
   MOBA_UNROLL
   for (int i = 0; i < S::kSteps; ++i) {
     const int row = S::row() + i * S::kStep;
-    if (S::is_mine(row)) ptx::copy_async(to.data, to.start(row, S::piece()), from, row < valid);
+    if (S::is_mine(row)) ptx::cp_async_16(to.data, to.start(row, S::piece()), from, row < valid);
     from += S::kStep * stride;
   }
 }
 
 /// The same of rows from anywhere: `source(row)` is where row's elements are, null for a row of zeros.
 template <int rows, int threads, typename T, int head_dim, typename Source>
-MOBA_DEVICE void gather_rows(const Rows<T, head_dim>& to, Source&& source) {
+MOBA_DEVICE void gather_rows(const SwizzledTile<T, head_dim>& to, Source&& source) {
   using S = Share<rows, threads, head_dim>;
   MOBA_UNROLL
   for (int i = 0; i < S::kSteps; ++i) {
     const int row = S::row() + i * S::kStep;
     if (!S::is_mine(row)) continue;
     const T* from = source(row);
-    ptx::copy_async(to.data, to.start(row, S::piece()), from == nullptr ? from : from + S::piece() * kPiece,
-                    from != nullptr);
+    ptx::cp_async_16(to.data, to.start(row, S::piece()), from == nullptr ? from : from + S::piece() * kPiece,
+                     from != nullptr);
   }
 }
 
-/// Operands of ptx::multiply out of shared memory, at step `k` of 16 elements.
+/// Operands of ptx::mma_m16n8k16 out of shared memory, at step `k` of 16 elements.
 /// Left: rows [row, row + 16).
 template <typename T, int head_dim>
-MOBA_DEVICE void load_left(std::uint32_t (&a)[4], const Rows<T, head_dim>& from, int row, int k, int lane) {
-  ptx::load_tiles(a, from.data, from.offset(row + lane % 16, 2 * k, lane / 16));
+MOBA_DEVICE void load_left(std::uint32_t (&a)[4], const SwizzledTile<T, head_dim>& from, int row, int k,
+                           int lane) {
+  ptx::ldmatrix_x4(a, from.data, from.offset(row + lane % 16, 2 * k, lane / 16));
 }
 
 /// Right, for products with rows: rows [row, row + 16) are two tiles' columns, b[0..1] and b[2..3].
 template <typename T, int head_dim>
-MOBA_DEVICE void load_right(std::uint32_t (&b)[4], const Rows<T, head_dim>& from, int row, int k, int lane) {
-  ptx::load_tiles(b, from.data, from.offset(row + lane % 8 + lane / 16 * 8, 2 * k, lane / 8 % 2));
+MOBA_DEVICE void load_right(std::uint32_t (&b)[4], const SwizzledTile<T, head_dim>& from, int row, int k,
+                            int lane) {
+  ptx::ldmatrix_x4(b, from.data, from.offset(row + lane % 8 + lane / 16 * 8, 2 * k, lane / 8 % 2));
 }
 
 /// Right, for sums over rows [row, row + 16): pieces `piece` and `piece` + 1 are two tiles' columns.
 template <typename T, int head_dim>
-MOBA_DEVICE void load_right_transposed(std::uint32_t (&b)[4], const Rows<T, head_dim>& from, int row,
+MOBA_DEVICE void load_right_transposed(std::uint32_t (&b)[4], const SwizzledTile<T, head_dim>& from, int row,
                                        int piece, int lane) {
-  ptx::load_tiles_transposed(b, from.data, from.offset(row + lane % 16, piece, lane / 16));
+  ptx::ldmatrix_x4_trans(b, from.data, from.offset(row + lane % 16, piece, lane / 16));
 }
 
 /// sums[tiles of 16 rows][tiles of 8 columns] += left right^T: products of rows [left_row, ...) with rows
 /// [0, columns). Element r of a tile is of row lane / 4 + r / 2 * 8 and column lane % 4 * 2 + r % 2.
 template <typename T, int head_dim, int row_tiles, int column_tiles>
-MOBA_DEVICE void multiply_rows(float (&sums)[row_tiles][column_tiles][4], const Rows<T, head_dim>& left,
-                               int left_row, const Rows<T, head_dim>& right) {
+MOBA_DEVICE void multiply_rows(float (&sums)[row_tiles][column_tiles][4],
+                               const SwizzledTile<T, head_dim>& left, int left_row,
+                               const SwizzledTile<T, head_dim>& right) {
   const int lane = ptx::lane();
   MOBA_UNROLL
   for (int k = 0; k < head_dim / 16; ++k) {
@@ -115,8 +118,8 @@ MOBA_DEVICE void multiply_rows(float (&sums)[row_tiles][column_tiles][4], const 
       load_right(b, right, 8 * j, k, lane);
       MOBA_UNROLL
       for (int i = 0; i < row_tiles; ++i) {
-        ptx::multiply<T>(sums[i][j], a[i], b[0], b[1]);
-        ptx::multiply<T>(sums[i][j + 1], a[i], b[2], b[3]);
+        ptx::mma_m16n8k16<T>(sums[i][j], a[i], b[0], b[1]);
+        ptx::mma_m16n8k16<T>(sums[i][j + 1], a[i], b[2], b[3]);
       }
     }
   }
@@ -127,7 +130,7 @@ MOBA_DEVICE void multiply_rows(float (&sums)[row_tiles][column_tiles][4], const 
 template <typename T, int head_dim, int row_tiles, int weight_tiles, int column_tiles>
 MOBA_DEVICE void add_weighted(float (&sums)[row_tiles][column_tiles][4],
                               const float (&weights)[row_tiles][weight_tiles][4],
-                              const Rows<T, head_dim>& rows, int first_piece = 0) {
+                              const SwizzledTile<T, head_dim>& rows, int first_piece = 0) {
   const int lane = ptx::forgotten(ptx::lane());
   MOBA_UNROLL
   for (int k = 0; k < weight_tiles / 2; ++k) {
@@ -146,8 +149,8 @@ MOBA_DEVICE void add_weighted(float (&sums)[row_tiles][column_tiles][4],
       load_right_transposed(b, rows, 16 * k, first_piece + j, lane);
       MOBA_UNROLL
       for (int i = 0; i < row_tiles; ++i) {
-        ptx::multiply<T>(sums[i][j], a[i], b[0], b[1]);
-        ptx::multiply<T>(sums[i][j + 1], a[i], b[2], b[3]);
+        ptx::mma_m16n8k16<T>(sums[i][j], a[i], b[0], b[1]);
+        ptx::mma_m16n8k16<T>(sums[i][j + 1], a[i], b[2], b[3]);
       }
     }
   }

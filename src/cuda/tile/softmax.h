@@ -48,7 +48,7 @@ struct Softmax {
     }
   }
 
-  /// Turns logits into weights relative to the largest so far, and scales down what `out` has summed.
+  /// StageBarriers logits into weights relative to the largest so far, and scales down what `out` has summed.
   template <int column_tiles, int out_tiles>
   MOBA_DEVICE void add(float (&logits)[row_tiles][column_tiles][4], float (&out)[row_tiles][out_tiles][4],
                        float scale) {

@@ -16,7 +16,7 @@ namespace {
 /// often as one of 16, but at D 256 its sums would not fit the registers. Nor would products with 64 keys
 /// beside the sums of D 96.
 template <int head_dim>
-struct Cut {
+struct TileShape {
   static constexpr int kWarps = head_dim > 128 ? 8 : 4;
   static constexpr int kThreads = kWarps * ptx::kLanes;
   static constexpr int kRowTiles = kTileRows / (16 * kWarps);
@@ -27,32 +27,36 @@ struct Cut {
 /// Shared memory of one thread block.
 template <typename T, int head_dim>
 struct Shared {
-  static constexpr int kKeys = Cut<head_dim>::kKeys, kKeyElements = kKeys * head_dim;
+  static constexpr int kKeys = TileShape<head_dim>::kKeys, kKeyElements = kKeys * head_dim;
   static constexpr std::size_t kBytes =
       (kTileRows * head_dim + 4 * kKeyElements) * sizeof(T) +
-      kTileRows * (sizeof(std::int64_t) + sizeof(Stretch) + sizeof(std::uint32_t));
+      kTileRows * (sizeof(std::int64_t) + sizeof(KeyRange) + sizeof(std::uint32_t));
 
-  tile::Rows<T, head_dim> q;
+  tile::SwizzledTile<T, head_dim> q;
   T* keys;                  // two buffers of keys, with their values behind each
   std::int64_t* q_offsets;  // [kTileRows], kNoRow behind the last
-  Stretch* bounds;          // [kTileRows], keys that a near row sees
+  KeyRange* bounds;         // [kTileRows], keys that a near row sees
   std::uint32_t* slots;     // [kTileRows]
 
   MOBA_DEVICE explicit Shared(std::byte* memory) {
     q.data = reinterpret_cast<T*>(memory);
     keys = q.data + kTileRows * head_dim;
     q_offsets = reinterpret_cast<std::int64_t*>(keys + 4 * kKeyElements);
-    bounds = reinterpret_cast<Stretch*>(q_offsets + kTileRows);
+    bounds = reinterpret_cast<KeyRange*>(q_offsets + kTileRows);
     slots = reinterpret_cast<std::uint32_t*>(bounds + kTileRows);
   }
-  MOBA_DEVICE tile::Rows<T, head_dim> k(int buffer) const { return {keys + 2 * buffer * kKeyElements}; }
-  MOBA_DEVICE tile::Rows<T, head_dim> v(int buffer) const { return {keys + (2 * buffer + 1) * kKeyElements}; }
+  MOBA_DEVICE tile::SwizzledTile<T, head_dim> k(int buffer) const {
+    return {keys + 2 * buffer * kKeyElements};
+  }
+  MOBA_DEVICE tile::SwizzledTile<T, head_dim> v(int buffer) const {
+    return {keys + (2 * buffer + 1) * kKeyElements};
+  }
 };
 
 /// Puts an item's rows where all threads find them.
 template <typename T, int head_dim, typename PlaceOf>
 MOBA_DEVICE void place_rows(const Shared<T, head_dim>& shared, PlaceOf&& place_of) {
-  for (int r = ptx::thread(); r < kTileRows; r += Cut<head_dim>::kThreads) {
+  for (int r = ptx::thread(); r < kTileRows; r += TileShape<head_dim>::kThreads) {
     const Place place = place_of(r);
     shared.q_offsets[r] = place.q_offset;
     shared.slots[r] = place.slot;
@@ -63,7 +67,7 @@ MOBA_DEVICE void place_rows(const Shared<T, head_dim>& shared, PlaceOf&& place_o
 /// Attention of the work's rows over its keys.
 template <typename T, int head_dim>
 MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>& shared, const Work& work) {
-  using C = Cut<head_dim>;
+  using C = TileShape<head_dim>;
   constexpr int kRowTiles = C::kRowTiles, kKeyTiles = C::kKeys / 8;
   const int warp_row = ptx::warp() * 16 * kRowTiles;
   const bool has_rows = warp_row < work.count;  // others only help to load
@@ -74,7 +78,7 @@ MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>
                                            work.end - key);
     tile::load_rows<C::kKeys, C::kThreads>(shared.v(buffer), p.v.row(first, kv_head), p.v.token_stride,
                                            work.end - key);
-    ptx::copy_commit();
+    ptx::cp_async_commit();
   };
 
   tile::gather_rows<kTileRows, C::kThreads>(shared.q, [&](int row) {
@@ -88,7 +92,7 @@ MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>
   softmax.clear();
   int buffer = 0;
   for (std::int32_t key = work.begin; key < work.end; key += C::kKeys, buffer ^= 1) {
-    ptx::copy_wait<0>();
+    ptx::cp_async_wait<0>();
     ptx::barrier();  // this buffer is filled, and the other has been used
     if (key + C::kKeys < work.end) load(key + C::kKeys, buffer ^ 1);
     if (!has_rows) continue;
@@ -96,18 +100,18 @@ MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>
     tile::multiply_rows(logits, shared.q, warp_row, shared.k(buffer));
     if (p.scale.negate) negate(logits);
     if (key < work.all_begin || key + C::kKeys > work.all_end)
-      hide(logits, shared.bounds, work, key, warp_row);
+      apply_mask(logits, shared.bounds, work, key, warp_row);
     softmax.add(logits, out, p.scale.scale);
     tile::add_weighted(out, logits, shared.v(buffer));
   }
-  ptx::copy_wait<0>();
+  ptx::cp_async_wait<0>();
   ptx::barrier();  // with no keys at all, for the rows: they lie where the answers will
   if (has_rows) write(p, shared.q, shared.slots, work, out, softmax, warp_row);
 }
 
 template <typename T, int head_dim>
-MOBA_KERNEL(Cut<head_dim>::kThreads, Cut<head_dim>::kBlocksPerMultiprocessor)
-attend_kernel(MOBA_PARAMETER AttendParams<T> p) {
+MOBA_KERNEL(TileShape<head_dim>::kThreads, TileShape<head_dim>::kBlocksPerMultiprocessor)
+attend_kernel(MOBA_GRID_CONSTANT AttendParams<T> p) {
   const Shared<T, head_dim> shared(ptx::shared());
   const std::int64_t index = ptx::block_x();
   if (index >= p.items()) return;
@@ -126,12 +130,12 @@ std::size_t attend_shared_bytes(std::int64_t head_dim) {
   return head_dim > 128 ? Shared<float16, 256>::kBytes : Shared<float16, 128>::kBytes;
 }
 
-void attend(Queue& queue, const Task& task, const Group& part, const Batch& batch, const Plan& plan,
+void attend(Stream& stream, const Task& task, const Group& part, const Batch& batch, const Plan& plan,
             const Partials& partials, const Outputs& outputs) {
   with_type(task, [&]<typename T, int head_dim>() {
-    using C = Cut<head_dim>;
-    queue.launch("attend", attend_kernel<T, head_dim>, {most_items(task, part)}, C::kThreads,
-                 Shared<T, head_dim>::kBytes, attend_params<T>(task, part, batch, plan, partials, outputs));
+    using C = TileShape<head_dim>;
+    stream.launch("attend", attend_kernel<T, head_dim>, {most_items(task, part)}, C::kThreads,
+                  Shared<T, head_dim>::kBytes, attend_params<T>(task, part, batch, plan, partials, outputs));
   });
 }
 

@@ -17,7 +17,7 @@ namespace {
 /// As attend's. At D 256 a thread block takes half of an item, and two warps share their rows, each with half
 /// of the columns to sum: more would fit neither shared memory nor the registers.
 template <int head_dim>
-struct Cut {
+struct TileShape {
   static constexpr int kShares = head_dim > 128 ? 2 : 1;
   static constexpr int kWarps = 4 * kShares, kThreads = kWarps * ptx::kLanes;
   static constexpr int kRows = kTileRows / kShares;
@@ -54,7 +54,7 @@ MOBA_DEVICE float dot(const ptx::Vector& a, const ptx::Vector& b) {
 /// share a row.
 template <typename T, int head_dim>
 MOBA_KERNEL(kSumThreads, 8)
-sum_rows_kernel(MOBA_PARAMETER SumParams<T> p) {
+sum_rows_kernel(MOBA_GRID_CONSTANT SumParams<T> p) {
   constexpr int kColumns = head_dim / kElements, kRows = kSumThreads / kColumns;
   auto* products = reinterpret_cast<float*>(ptx::shared());  // [kRows, kColumns]
   const int in_block = ptx::thread() / kColumns, column = ptx::thread() % kColumns;
@@ -102,18 +102,18 @@ struct Work {
 /// Shared memory of one thread block.
 template <typename T, int head_dim>
 struct Shared {
-  using C = Cut<head_dim>;
+  using C = TileShape<head_dim>;
   static constexpr int kRowElements = C::kRows * head_dim, kKeyElements = C::kKeys * head_dim;
   static constexpr std::size_t kBytes =
       (2 * kRowElements + 4 * kKeyElements) * sizeof(T) + sizeof(Work) +
-      C::kRows * (2 * sizeof(std::int64_t) + sizeof(RowSums) + sizeof(Stretch) + sizeof(std::uint32_t));
+      C::kRows * (2 * sizeof(std::int64_t) + sizeof(RowSums) + sizeof(KeyRange) + sizeof(std::uint32_t));
 
-  tile::Rows<T, head_dim> q, d_out;
+  tile::SwizzledTile<T, head_dim> q, d_out;
   T* keys;                              // two buffers of keys, with their values behind each
   Work* work;                           // here, for there are no registers to spare
   std::int64_t *q_offsets, *d_offsets;  // [kRows], kNoRow behind the last
   RowSums* sums;                        // [kRows]
-  Stretch* bounds;                      // [kRows], keys that a row sees
+  KeyRange* bounds;                     // [kRows], keys that a row sees
   std::uint32_t* slots;                 // [kRows]
 
   MOBA_DEVICE explicit Shared(std::byte* memory) {
@@ -124,17 +124,21 @@ struct Shared {
     q_offsets = reinterpret_cast<std::int64_t*>(work + 1);
     d_offsets = q_offsets + C::kRows;
     sums = reinterpret_cast<RowSums*>(d_offsets + C::kRows);
-    bounds = reinterpret_cast<Stretch*>(sums + C::kRows);
+    bounds = reinterpret_cast<KeyRange*>(sums + C::kRows);
     slots = reinterpret_cast<std::uint32_t*>(bounds + C::kRows);
   }
-  MOBA_DEVICE tile::Rows<T, head_dim> k(int buffer) const { return {keys + 2 * buffer * kKeyElements}; }
-  MOBA_DEVICE tile::Rows<T, head_dim> v(int buffer) const { return {keys + (2 * buffer + 1) * kKeyElements}; }
+  MOBA_DEVICE tile::SwizzledTile<T, head_dim> k(int buffer) const {
+    return {keys + 2 * buffer * kKeyElements};
+  }
+  MOBA_DEVICE tile::SwizzledTile<T, head_dim> v(int buffer) const {
+    return {keys + (2 * buffer + 1) * kKeyElements};
+  }
 };
 
 /// Notes where row r of the tile is, and what it sees.
 template <typename T, int head_dim>
 MOBA_DEVICE void place_row(const RowsParams<T>& p, const Shared<T, head_dim>& shared, std::int64_t head,
-                           int r, std::int64_t row, std::uint32_t slot, const Stretch& sees) {
+                           int r, std::int64_t row, std::uint32_t slot, const KeyRange& sees) {
   const std::int64_t token = p.token0 + row / p.group, q_head = (p.head0 + head) * p.group + row % p.group;
   shared.q_offsets[r] = token * p.q.token_stride + q_head * p.q.head_stride;
   shared.d_offsets[r] = token * p.d_out.token_stride + q_head * p.d_out.head_stride;
@@ -153,7 +157,7 @@ MOBA_DEVICE void place_nothing(const Shared<T, head_dim>& shared, int r) {
 
 /// The keys of its own block that the query at `position` sees, or of all when nothing is causal.
 template <typename T>
-MOBA_DEVICE Stretch near_keys(const RowsParams<T>& p, std::int32_t position, std::int32_t keys) {
+MOBA_DEVICE KeyRange near_keys(const RowsParams<T>& p, std::int32_t position, std::int32_t keys) {
   if (!p.causal) return {0, keys};
   if (position < 0) return {0, 0};
   return {static_cast<std::int32_t>(position / p.block_size * p.block_size), position + 1};
@@ -163,16 +167,16 @@ MOBA_DEVICE Stretch near_keys(const RowsParams<T>& p, std::int32_t position, std
 /// queries first, which see most. Keys are cut as for the whole tile, so that a row meets them alike whatever
 /// else is in its part.
 template <typename T, int head_dim>
-MOBA_DEVICE Work near_work(const RowsParams<T>& p, const Shared<T, head_dim>& shared, std::int64_t index,
-                           int first) {
+MOBA_DEVICE Work diagonal_work(const RowsParams<T>& p, const Shared<T, head_dim>& shared, std::int64_t index,
+                               int first) {
   const Tile tile = tile_at(
       p.batch, static_cast<std::int32_t>(p.batch.tile_starts[p.batch.sequences] - 1 - index / p.heads),
       p.token0, p.token1, p.group);
   const auto sees = [&](int r) { return near_keys(p, tile.position_of(first + r, p.group), tile.keys); };
   const std::int32_t left = tile.count - first,
-                     count = left < Cut<head_dim>::kRows ? left : Cut<head_dim>::kRows;
+                     count = left < TileShape<head_dim>::kRows ? left : TileShape<head_dim>::kRows;
   if (count <= 0) return {};
-  const Stretch first_sees = sees(0), last_sees = sees(count - 1);
+  const KeyRange first_sees = sees(0), last_sees = sees(count - 1);
   const Work work{.head = index % p.heads,
                   .count = count,
                   .first_key = tile.first_key,
@@ -180,7 +184,7 @@ MOBA_DEVICE Work near_work(const RowsParams<T>& p, const Shared<T, head_dim>& sh
                   .end = last_sees.end,
                   .all_begin = last_sees.begin,
                   .all_end = first_sees.end};
-  for (int r = ptx::thread(); r < Cut<head_dim>::kRows; r += Cut<head_dim>::kThreads) {
+  for (int r = ptx::thread(); r < TileShape<head_dim>::kRows; r += TileShape<head_dim>::kThreads) {
     const std::int64_t row = tile.first_row + first + r;
     if (r < count) {
       place_row(p, shared, work.head, r, row, static_cast<std::uint32_t>(row * p.ranks + p.width), sees(r));
@@ -193,17 +197,17 @@ MOBA_DEVICE Work near_work(const RowsParams<T>& p, const Shared<T, head_dim>& sh
 
 /// Rows that chose a block, from row `first` of the item on.
 template <typename T, int head_dim>
-MOBA_DEVICE Work listed_work(const RowsParams<T>& p, const Shared<T, head_dim>& shared, const Item& item,
+MOBA_DEVICE Work routed_work(const RowsParams<T>& p, const Shared<T, head_dim>& shared, const Item& item,
                              int first) {
   const std::int32_t sequence = sequence_of(p.batch.block_starts, p.batch.sequences, item.block);
   const std::int32_t k_begin = p.batch.k_starts[sequence];
-  const Stretch keys = keys_of(item.block - p.batch.block_starts[sequence], p.block_size,
-                               p.batch.k_starts[sequence + 1] - k_begin);
+  const KeyRange keys = keys_of(item.block - p.batch.block_starts[sequence], p.block_size,
+                                p.batch.k_starts[sequence + 1] - k_begin);
   const std::int32_t left = static_cast<std::int32_t>(item.count) - first,
-                     count = left < Cut<head_dim>::kRows ? left : Cut<head_dim>::kRows;
+                     count = left < TileShape<head_dim>::kRows ? left : TileShape<head_dim>::kRows;
   if (count <= 0) return {};
   const std::uint32_t* entries = p.plan.entries + item.head * p.rows * p.width + item.first;
-  for (int r = ptx::thread(); r < Cut<head_dim>::kRows; r += Cut<head_dim>::kThreads) {
+  for (int r = ptx::thread(); r < TileShape<head_dim>::kRows; r += TileShape<head_dim>::kThreads) {
     if (r < count) {
       const std::uint32_t slot = entries[first + r];
       place_row(p, shared, item.head, r, slot / static_cast<std::uint32_t>(p.ranks), slot, keys);
@@ -244,13 +248,13 @@ MOBA_DEVICE void to_d_logits(float (&d_logits)[row_tiles][key_tiles][4],
 
 /// 0 where a row does not see a key. `key` is that of the first column.
 template <typename T, int head_dim, int row_tiles, int key_tiles>
-MOBA_DEVICE void hide(float (&d_logits)[row_tiles][key_tiles][4], const Shared<T, head_dim>& shared,
-                      std::int32_t key, int warp_row) {
+MOBA_DEVICE void apply_mask(float (&d_logits)[row_tiles][key_tiles][4], const Shared<T, head_dim>& shared,
+                            std::int32_t key, int warp_row) {
   MOBA_UNROLL
   for (int i = 0; i < row_tiles; ++i) {
     MOBA_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const Stretch sees = shared.bounds[warp_row + 16 * i + 8 * half + ptx::lane() / 4];
+      const KeyRange sees = shared.bounds[warp_row + 16 * i + 8 * half + ptx::lane() / 4];
       MOBA_UNROLL
       for (int j = 0; j < key_tiles; ++j) {
         MOBA_UNROLL
@@ -266,7 +270,7 @@ MOBA_DEVICE void hide(float (&d_logits)[row_tiles][key_tiles][4], const Shared<T
 /// Writes the rows of this warp, through its own rows of q's shared memory so that whole pieces go out.
 template <typename T, int head_dim, int row_tiles>
 MOBA_DEVICE void write(const RowsParams<T>& p, const Shared<T, head_dim>& shared, const Work& work,
-                       const float (&dq)[row_tiles][Cut<head_dim>::kColumns / 8][4], int warp_row,
+                       const float (&dq)[row_tiles][TileShape<head_dim>::kColumns / 8][4], int warp_row,
                        int first_piece) {
   const int lane = ptx::lane();
   MOBA_UNROLL
@@ -275,14 +279,14 @@ MOBA_DEVICE void write(const RowsParams<T>& p, const Shared<T, head_dim>& shared
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + 16 * i + 8 * half + lane / 4;
       MOBA_UNROLL
-      for (int j = 0; j < Cut<head_dim>::kColumns / 8; ++j) {
+      for (int j = 0; j < TileShape<head_dim>::kColumns / 8; ++j) {
         auto* to = reinterpret_cast<std::uint32_t*>(shared.q.piece(row, first_piece + j)) + lane % 4;
         *to = ptx::pack<T>(dq[i][j][2 * half] * p.scale, dq[i][j][2 * half + 1] * p.scale);
       }
     }
   }
   ptx::warp_barrier();
-  constexpr int kPieces = Cut<head_dim>::kColumns / tile::kPiece;
+  constexpr int kPieces = TileShape<head_dim>::kColumns / tile::kPiece;
   for (int i = lane; i < 16 * row_tiles * kPieces; i += ptx::kLanes) {
     const int row = warp_row + i / kPieces, piece = first_piece + i % kPieces;
     if (row >= work.count) break;
@@ -298,7 +302,7 @@ MOBA_DEVICE void write(const RowsParams<T>& p, const Shared<T, head_dim>& shared
 /// dq of the work's rows through its keys.
 template <typename T, int head_dim>
 MOBA_DEVICE void add_keys(const RowsParams<T>& p, const Shared<T, head_dim>& shared, const Work& work) {
-  using C = Cut<head_dim>;
+  using C = TileShape<head_dim>;
   constexpr int kRowTiles = C::kRowTiles, kKeyTiles = C::kKeys / 8;
   const int warp_row = ptx::warp() / C::kShares * 16 * kRowTiles;
   const int first_piece = ptx::warp() % C::kShares * (C::kColumns / tile::kPiece);
@@ -310,7 +314,7 @@ MOBA_DEVICE void add_keys(const RowsParams<T>& p, const Shared<T, head_dim>& sha
                                            work.end - key);
     tile::load_rows<C::kKeys, C::kThreads>(shared.v(buffer), p.v.row(first, kv_head), p.v.token_stride,
                                            work.end - key);
-    ptx::copy_commit();
+    ptx::cp_async_commit();
   };
 
   tile::gather_rows<C::kRows, C::kThreads>(shared.q, [&](int row) {
@@ -326,7 +330,7 @@ MOBA_DEVICE void add_keys(const RowsParams<T>& p, const Shared<T, head_dim>& sha
   float dq[kRowTiles][C::kColumns / 8][4] = {};
   int buffer = 0;
   for (std::int32_t key = work.begin; key < work.end; key += C::kKeys, buffer ^= 1) {
-    ptx::copy_wait<0>();
+    ptx::cp_async_wait<0>();
     ptx::barrier();  // this buffer is filled, and the other has been used
     if (key + C::kKeys < work.end) load(key + C::kKeys, buffer ^ 1);
     if (!has_rows) continue;
@@ -334,21 +338,21 @@ MOBA_DEVICE void add_keys(const RowsParams<T>& p, const Shared<T, head_dim>& sha
     tile::multiply_rows(logits, shared.q, warp_row, shared.k(buffer));
     tile::multiply_rows(d_logits, shared.d_out, warp_row, shared.v(buffer));
     to_d_logits(d_logits, logits, shared, p.log2_scale, warp_row);
-    if (key < work.all_begin || key + C::kKeys > work.all_end) hide(d_logits, shared, key, warp_row);
+    if (key < work.all_begin || key + C::kKeys > work.all_end) apply_mask(d_logits, shared, key, warp_row);
     tile::add_weighted(dq, d_logits, shared.k(buffer), first_piece);
   }
-  ptx::copy_wait<0>();
+  ptx::cp_async_wait<0>();
   ptx::barrier();  // q has been used, and its rows are there even with no keys: their gradients will lie
                    // there
   if (has_rows) write(p, shared, work, dq, warp_row, first_piece);
 }
 
 template <typename T, int head_dim>
-MOBA_KERNEL(Cut<head_dim>::kThreads, Cut<head_dim>::kBlocksPerMultiprocessor)
-attend_backward_rows_kernel(MOBA_PARAMETER RowsParams<T> p) {
-  using C = Cut<head_dim>;
+MOBA_KERNEL(TileShape<head_dim>::kThreads, TileShape<head_dim>::kBlocksPerMultiprocessor)
+attend_backward_rows_kernel(MOBA_GRID_CONSTANT RowsParams<T> p) {
+  using C = TileShape<head_dim>;
   const Shared<T, head_dim> shared(ptx::shared());
-  const std::uint32_t full = p.plan.totals[Plan::kFull], rest = p.plan.totals[Plan::kRest];
+  const std::uint32_t full = p.plan.totals[Plan::kFull], rest = p.plan.totals[Plan::kPartial];
   const std::uint32_t listed = full + rest;
   const std::int64_t near = p.near ? p.batch.tile_starts[p.batch.sequences] * p.heads : 0;
   const std::uint32_t index = ptx::block_x() / C::kShares;
@@ -356,8 +360,8 @@ attend_backward_rows_kernel(MOBA_PARAMETER RowsParams<T> p) {
   if (index >= listed + near) return;
   const Work work =
       index >= listed
-          ? near_work(p, shared, std::int64_t{index} - listed, first)
-          : listed_work(p, shared, index < full ? p.plan.full[index] : p.plan.rest[index - full], first);
+          ? diagonal_work(p, shared, std::int64_t{index} - listed, first)
+          : routed_work(p, shared, index < full ? p.plan.full[index] : p.plan.partial[index - full], first);
   if (work.count == 0) return;
   if (ptx::thread() == 0) *shared.work = work;
   ptx::barrier();
@@ -375,7 +379,7 @@ struct AddParams {
 /// head_dim / kElements threads share a row.
 template <typename T, int head_dim>
 MOBA_KERNEL(kSumThreads, 8)
-add_slots_kernel(MOBA_PARAMETER AddParams<T> p) {
+add_slots_kernel(MOBA_GRID_CONSTANT AddParams<T> p) {
   constexpr int kColumns = head_dim / kElements, kRows = kSumThreads / kColumns;
   const std::int64_t head = ptx::block_y();
   const std::int64_t row = std::int64_t{ptx::block_x()} * kRows + ptx::thread() / kColumns;
@@ -409,7 +413,7 @@ std::size_t attend_backward_shared_bytes(std::int64_t head_dim) {
   return std::max(rows, attend_backward_keys_shared_bytes(head_dim));
 }
 
-void sum_rows(Queue& queue, const Task& task, const Group& part, const Backward& backward, RowSums* sums) {
+void sum_rows(Stream& stream, const Task& task, const Group& part, const Backward& backward, RowSums* sums) {
   with_type(task, [&]<typename T, int head_dim>() {
     constexpr int kRows = kSumThreads / (head_dim / kElements);
     const SumParams<T> params{.out = view_of<const T>(backward.out),
@@ -420,20 +424,20 @@ void sum_rows(Queue& queue, const Task& task, const Group& part, const Backward&
                               .group = task.group,
                               .head0 = part.head0,
                               .tokens = task.tokens};
-    queue.launch("sum_rows", sum_rows_kernel<T, head_dim>, {divide_up(task.rows(part), kRows), part.heads()},
-                 kSumThreads, kSumThreads * sizeof(float), params);
+    stream.launch("sum_rows", sum_rows_kernel<T, head_dim>, {divide_up(task.rows(part), kRows), part.heads()},
+                  kSumThreads, kSumThreads * sizeof(float), params);
   });
 }
 
-void* carve_dq_slots(Carver& carver, const Task& task, const Group& part) {
+void* carve_dq_slots(ArenaLayout& layout, const Task& task, const Group& part) {
   if (task.width == 0) return nullptr;
-  return carver.take<std::uint16_t>(part.heads() * task.rows(part) * task.ranks() * task.head_dim);
+  return layout.take<std::uint16_t>(part.heads() * task.rows(part) * task.ranks() * task.head_dim);
 }
 
-void attend_backward_rows(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+void attend_backward_rows(Stream& stream, const Task& task, const Group& part, const Batch& batch,
                           const Plan& plan, const RowSums* sums, const Backward& backward, void* slots) {
   with_type(task, [&]<typename T, int head_dim>() {
-    using C = Cut<head_dim>;
+    using C = TileShape<head_dim>;
     const RowsParams<T> params{.q = view_of<const T>(task.q),
                                .k = view_of<const T>(task.k),
                                .v = view_of<const T>(task.v),
@@ -460,12 +464,12 @@ void attend_backward_rows(Queue& queue, const Task& task, const Group& part, con
     const std::int64_t most_items =
         part.heads() * (task.rows(part) * task.width / kTileRows + (task.width > 0 ? task.most_blocks() : 0) +
                         task.most_tiles(part));
-    queue.launch("attend_backward_rows", attend_backward_rows_kernel<T, head_dim>, {most_items * C::kShares},
-                 C::kThreads, Shared<T, head_dim>::kBytes, params);
+    stream.launch("attend_backward_rows", attend_backward_rows_kernel<T, head_dim>, {most_items * C::kShares},
+                  C::kThreads, Shared<T, head_dim>::kBytes, params);
   });
 }
 
-void add_dq_slots(Queue& queue, const Task& task, const Group& part, const std::int32_t* selection,
+void add_dq_slots(Stream& stream, const Task& task, const Group& part, const std::int32_t* selection,
                   const void* slots, const Backward& backward) {
   if (task.width == 0) return;
   with_type(task, [&]<typename T, int head_dim>() {
@@ -479,8 +483,8 @@ void add_dq_slots(Queue& queue, const Task& task, const Group& part, const std::
                               .token0 = part.token0,
                               .dq = view_of<T>(backward.gradients.dq)};
     constexpr int kRows = kSumThreads / (head_dim / kElements);
-    queue.launch("add_slots", add_slots_kernel<T, head_dim>, {divide_up(params.rows, kRows), part.heads()},
-                 kSumThreads, 0, params);
+    stream.launch("add_slots", add_slots_kernel<T, head_dim>, {divide_up(params.rows, kRows), part.heads()},
+                  kSumThreads, 0, params);
   });
 }
 

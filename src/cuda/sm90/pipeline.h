@@ -20,26 +20,26 @@ namespace moba::cuda::hopper {
 inline constexpr int kGroups = 2;  // that multiply
 inline constexpr int kGroupRows = 64;
 inline constexpr int kThreads = (1 + kGroups) * ptx::kGroupThreads;
-inline constexpr int kRowThreads = ptx::kGroupThreads - ptx::kLanes;         // that bring rows
-inline constexpr int kReaders = kGroups * ptx::kGroupThreads / ptx::kLanes;  // warps
+inline constexpr int kRowThreads = ptx::kGroupThreads - ptx::kLanes;               // that bring rows
+inline constexpr int kConsumerWarps = kGroups * ptx::kGroupThreads / ptx::kLanes;  // warps
 
 /// Named barriers; of kTurn and kRead, each group has its own.
 inline constexpr int kRowsPlaced = 1, kTurn = 2, kRead = 4;
 
-/// Who brings waits until what was there `is_read`; who reads, until it `is_here`.
-struct Turns {
-  ptx::Mbarrier is_here, is_read;
+/// Who brings waits until what was there `empty`; who reads, until it `full`.
+struct StageBarriers {
+  ptx::Mbarrier full, empty;
 
   /// By one thread, which fences.
   MOBA_DEVICE void begin(int bringers) {
-    ptx::begin_phases(&is_here, bringers);
-    ptx::begin_phases(&is_read, kReaders);
+    ptx::mbarrier_init(&full, bringers);
+    ptx::mbarrier_init(&empty, kConsumerWarps);
   }
 };
 
 /// Which of some buffers comes next, and how often it was used before.
 template <int count>
-struct Ring {
+struct PipelineState {
   int at = 0;
   unsigned parity = 0;
 
@@ -57,20 +57,20 @@ MOBA_DEVICE void for_own_items(std::int64_t items, Run&& run) {
 
 /// Begins to load tokens from `token` on, by one thread. All bytes count for `barrier`.
 template <typename T, int rows, int head_dim>
-MOBA_DEVICE void copy_tokens(const tile::Panels<T, rows, head_dim>& to, const TensorMap& map,
+MOBA_DEVICE void copy_tokens(const tile::SwizzledTile128B<T, rows, head_dim>& to, const TensorMap& map,
                              std::int64_t head, std::int64_t token, ptx::Mbarrier* barrier) {
-  using To = tile::Panels<T, rows, head_dim>;
+  using To = tile::SwizzledTile128B<T, rows, head_dim>;
   MOBA_UNROLL
   for (int panel = 0; panel < To::kPanels; ++panel) {
-    ptx::copy_box(to.data + panel * To::kPanelBytes, map, panel * To::kColumns, static_cast<int>(head),
-                  static_cast<int>(token), barrier);
+    ptx::tma_load_3d(to.data + panel * To::kPanelBytes, map, panel * To::kColumns, static_cast<int>(head),
+                     static_cast<int>(token), barrier);
   }
 }
 
 /// Begins to load rows that begin at `offsets` behind `from`, zeros for kNoRow. By kRowThreads threads;
 /// `thread` is the number among them. Eight share the 128 bytes of a row in a panel.
 template <typename T, int rows, int head_dim>
-MOBA_DEVICE void gather_rows(const tile::Panels<T, rows, head_dim>& to, const T* from,
+MOBA_DEVICE void gather_rows(const tile::SwizzledTile128B<T, rows, head_dim>& to, const T* from,
                              const std::int64_t* offsets, int thread) {
   const int piece = thread % 8;
   for (int r = thread / 8; r < rows; r += kRowThreads / 8) {
@@ -78,33 +78,33 @@ MOBA_DEVICE void gather_rows(const tile::Panels<T, rows, head_dim>& to, const T*
     MOBA_UNROLL
     for (int panel = 0; panel < head_dim / 64; ++panel) {
       const int index = 8 * panel + piece;
-      ptx::copy_async(to.data, to.start(r, index),
-                      offset == kNoRow ? nullptr : from + offset + index * tile::kPiece, offset != kNoRow);
+      ptx::cp_async_16(to.data, to.start(r, index),
+                       offset == kNoRow ? nullptr : from + offset + index * tile::kPiece, offset != kNoRow);
     }
   }
 }
 
 /// Once for each warp, when all of its lanes have read.
-MOBA_DEVICE void release(ptx::Mbarrier& is_read) {
+MOBA_DEVICE void release(ptx::Mbarrier& empty) {
   ptx::warp_barrier();
-  if (ptx::lane() == 0) ptx::arrive(&is_read);
+  if (ptx::lane() == 0) ptx::mbarrier_arrive(&empty);
 }
 
 /// All warps of a group that multiplies have come.
-MOBA_DEVICE void meet(int group) {
+MOBA_DEVICE void warpgroup_sync(int group) {
   ptx::named_barrier(kRead + group, ptx::kGroupThreads);
 }
 
 /// What lies behind the first so many rows of a tile is somebody else's, and times a weight of 0 need not be
 /// 0. Each group clears it for itself.
 template <typename T, int rows, int head_dim>
-MOBA_DEVICE void clear_behind(const tile::Panels<T, rows, head_dim>& tile, int valid, int group) {
+MOBA_DEVICE void clear_behind(const tile::SwizzledTile128B<T, rows, head_dim>& tile, int valid, int group) {
   constexpr int kPieces = head_dim / tile::kPiece;
   for (int i = valid * kPieces + ptx::thread() % ptx::kGroupThreads; i < rows * kPieces;
        i += ptx::kGroupThreads)
     ptx::clear_piece(tile.data, tile.start(i / kPieces, i % kPieces));
   ptx::fence_async();
-  meet(group);
+  warpgroup_sync(group);
 }
 
 /// Tells the compiler that all lanes have the same value: it does not let products under way at a branch that
@@ -116,18 +116,18 @@ MOBA_DEVICE N uniform(N value) {
 
 /// Begins products = left right^T, of the 64 rows of `left` from `row` on and all of `right`'s.
 template <typename T, int head_dim, int left_rows, int rows>
-MOBA_DEVICE void begin_products(float (&products)[rows / 8][4],
-                                const tile::Panels<T, left_rows, head_dim>& left, int row,
-                                const tile::Panels<T, rows, head_dim>& right) {
+MOBA_DEVICE void issue_qk(float (&products)[rows / 8][4],
+                          const tile::SwizzledTile128B<T, left_rows, head_dim>& left, int row,
+                          const tile::SwizzledTile128B<T, rows, head_dim>& right) {
   MOBA_UNROLL
   for (int step = 0; step < head_dim / 16; ++step)
-    ptx::multiply_shared<T>(products, left.along_rows(row, step), right.along_rows(0, step), step > 0);
-  ptx::group_commit();
+    ptx::wgmma_ss<T>(products, left.along_rows(row, step), right.along_rows(0, step), step > 0);
+  ptx::wgmma_commit();
 }
 
 /// Weights, as products come, on the left side of another.
 template <typename T, int tiles>
-MOBA_DEVICE void to_left(std::uint32_t (&left)[tiles / 2][4], const float (&weights)[tiles][4]) {
+MOBA_DEVICE void pack_p_as_a_operand(std::uint32_t (&left)[tiles / 2][4], const float (&weights)[tiles][4]) {
   MOBA_UNROLL
   for (int k = 0; k < tiles / 2; ++k) {
     MOBA_UNROLL
@@ -140,11 +140,11 @@ MOBA_DEVICE void to_left(std::uint32_t (&left)[tiles / 2][4], const float (&weig
 
 /// Begins sums += left rows. `left` must stay until that was waited for.
 template <typename T, int head_dim, int rows>
-MOBA_DEVICE void begin_sums(float (&sums)[head_dim / 8][4], const std::uint32_t (&left)[rows / 16][4],
-                            const tile::Panels<T, rows, head_dim>& of) {
+MOBA_DEVICE void issue_pv(float (&sums)[head_dim / 8][4], const std::uint32_t (&left)[rows / 16][4],
+                          const tile::SwizzledTile128B<T, rows, head_dim>& of) {
   MOBA_UNROLL
-  for (int k = 0; k < rows / 16; ++k) ptx::multiply_registers<T>(sums, left[k], of.across_rows(16 * k));
-  ptx::group_commit();
+  for (int k = 0; k < rows / 16; ++k) ptx::wgmma_rs<T>(sums, left[k], of.across_rows(16 * k));
+  ptx::wgmma_commit();
 }
 
 }  // namespace moba::cuda::hopper

@@ -13,7 +13,7 @@ namespace moba::cuda {
 namespace {
 
 template <int head_dim>
-struct Cut {
+struct TileShape {
   /// Warps that share 16 keys: at D 256 each sums half of the columns, for all would not fit the registers.
   static constexpr int kShares = head_dim > 128 ? 2 : 1;
   static constexpr int kThreads = kChunkThreads, kWarps = kThreads / ptx::kLanes;
@@ -33,7 +33,7 @@ struct WalkParams {
 };
 
 /// Chunks before each sequence.
-MOBA_KERNEL(kPlanThreads, 1) chunk_kernel(MOBA_PARAMETER WalkParams p) {
+MOBA_KERNEL(kPlanThreads, 1) chunk_kernel(MOBA_GRID_CONSTANT WalkParams p) {
   auto* sums = reinterpret_cast<std::int32_t*>(ptx::shared());
   std::int32_t before = 0;
   for (std::int32_t first = 0; first < p.batch.sequences; first += kPlanThreads) {
@@ -52,7 +52,7 @@ MOBA_KERNEL(kPlanThreads, 1) chunk_kernel(MOBA_PARAMETER WalkParams p) {
 }
 
 /// Lists the segments of every block, in no particular order of blocks.
-MOBA_KERNEL(kPlanThreads, 4) segment_kernel(MOBA_PARAMETER WalkParams p) {
+MOBA_KERNEL(kPlanThreads, 4) segment_kernel(MOBA_GRID_CONSTANT WalkParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int64_t block = std::int64_t{ptx::block_x()} * kPlanThreads + ptx::thread();
   if (block >= p.batch.block_starts[p.batch.sequences]) return;
@@ -72,13 +72,13 @@ MOBA_KERNEL(kPlanThreads, 4) segment_kernel(MOBA_PARAMETER WalkParams p) {
 
 template <typename T, int head_dim>
 struct Shared {
-  using C = Cut<head_dim>;
+  using C = TileShape<head_dim>;
   static constexpr int kKeyElements = C::kKeys * head_dim, kRowElements = C::kRows * head_dim;
   static constexpr std::size_t kBytes =
       (2 * kKeyElements + 4 * kRowElements) * sizeof(T) +
       2 * C::kRows * (sizeof(RowSums) + sizeof(Source) + sizeof(std::int32_t)) + sizeof(Chunk);
 
-  tile::Rows<T, head_dim> k, v;
+  tile::SwizzledTile<T, head_dim> k, v;
   // Two buffers each.
   T* rows;  // queries, with the gradients of their answers behind each buffer
   RowSums* row_sums;
@@ -95,8 +95,10 @@ struct Shared {
     row_seen = reinterpret_cast<std::int32_t*>(row_sources + 2 * C::kRows);
     chunk = reinterpret_cast<Chunk*>(row_seen + 2 * C::kRows);
   }
-  MOBA_DEVICE tile::Rows<T, head_dim> q(int buffer) const { return {rows + 2 * buffer * kRowElements}; }
-  MOBA_DEVICE tile::Rows<T, head_dim> d_out(int buffer) const {
+  MOBA_DEVICE tile::SwizzledTile<T, head_dim> q(int buffer) const {
+    return {rows + 2 * buffer * kRowElements};
+  }
+  MOBA_DEVICE tile::SwizzledTile<T, head_dim> d_out(int buffer) const {
     return {rows + (2 * buffer + 1) * kRowElements};
   }
   MOBA_DEVICE RowSums* sums(int buffer) const { return row_sums + buffer * C::kRows; }
@@ -107,9 +109,9 @@ struct Shared {
 /// The rows of a tile add to the gradients of this warp's keys.
 template <typename T, int head_dim>
 MOBA_DEVICE void add_tile(const KeysParams<T>& p, const Shared<T, head_dim>& shared, int buffer, bool whole,
-                          int warp_key, int first_piece, float (&dk)[1][Cut<head_dim>::kColumns / 8][4],
-                          float (&dv)[1][Cut<head_dim>::kColumns / 8][4]) {
-  constexpr int kTiles = Cut<head_dim>::kRows / 8;
+                          int warp_key, int first_piece, float (&dk)[1][TileShape<head_dim>::kColumns / 8][4],
+                          float (&dv)[1][TileShape<head_dim>::kColumns / 8][4]) {
+  constexpr int kTiles = TileShape<head_dim>::kRows / 8;
   float weights[1][kTiles][4] = {}, d_logits[1][kTiles][4] = {};
   tile::multiply_rows(weights, shared.k, warp_key, shared.q(buffer));
   tile::multiply_rows(d_logits, shared.v, warp_key, shared.d_out(buffer));
@@ -127,9 +129,9 @@ MOBA_DEVICE void add_tile(const KeysParams<T>& p, const Shared<T, head_dim>& sha
 /// up while the tile before the last is worked on, and copied while the last is.
 template <typename T, int head_dim>
 MOBA_DEVICE void add_rows(const KeysParams<T>& p, const Shared<T, head_dim>& shared, const Chunk& chunk,
-                          int warp_key, int first_piece, float (&dk)[1][Cut<head_dim>::kColumns / 8][4],
-                          float (&dv)[1][Cut<head_dim>::kColumns / 8][4]) {
-  using C = Cut<head_dim>;
+                          int warp_key, int first_piece, float (&dk)[1][TileShape<head_dim>::kColumns / 8][4],
+                          float (&dv)[1][TileShape<head_dim>::kColumns / 8][4]) {
+  using C = TileShape<head_dim>;
   const int mine = ptx::thread();
   const bool looks_up = mine < C::kRows;
   const auto gather = [&](int buffer) {
@@ -140,7 +142,7 @@ MOBA_DEVICE void add_rows(const KeysParams<T>& p, const Shared<T, head_dim>& sha
     tile::gather_rows<C::kRows, C::kThreads>(shared.d_out(buffer), [&](int row) {
       return sources[row].row == kNoEntry ? nullptr : p.d_out.data + sources[row].d_out;
     });
-    ptx::copy_commit();
+    ptx::cp_async_commit();
   };
 
   if (looks_up) {
@@ -155,7 +157,7 @@ MOBA_DEVICE void add_rows(const KeysParams<T>& p, const Shared<T, head_dim>& sha
   gather(0);
   int buffer = 0;
   for (std::uint32_t first = 0; first < chunk.rows(); first += C::kRows, buffer ^= 1) {
-    ptx::copy_wait<0>();
+    ptx::cp_async_wait<0>();
     ptx::barrier();  // this buffer is filled, and the other has been used
     if (first + C::kRows < chunk.rows()) gather(buffer ^ 1);
     const std::uint32_t ahead = first + 2 * C::kRows + static_cast<std::uint32_t>(mine);
@@ -177,8 +179,8 @@ MOBA_DEVICE void add_rows(const KeysParams<T>& p, const Shared<T, head_dim>& sha
 
 template <typename T, int head_dim>
 MOBA_KERNEL(kChunkThreads, 1)
-attend_backward_keys_kernel(MOBA_PARAMETER KeysParams<T> p) {
-  using C = Cut<head_dim>;
+attend_backward_keys_kernel(MOBA_GRID_CONSTANT KeysParams<T> p) {
+  using C = TileShape<head_dim>;
   const Chunk chunk = p.segments
                           ? chunk_of_segment<head_dim>(p, ptx::block_x())
                           : chunk_at<head_dim>(p, ptx::block_y(), static_cast<std::int32_t>(ptx::block_x()));
@@ -193,7 +195,7 @@ attend_backward_keys_kernel(MOBA_PARAMETER KeysParams<T> p) {
   const int first_piece = ptx::warp() % C::kShares * (C::kColumns / tile::kPiece);
   float dk[1][C::kColumns / 8][4] = {}, dv[1][C::kColumns / 8][4] = {};
   add_rows(p, shared, chunk, warp_key, first_piece, dk, dv);
-  ptx::copy_wait<0>();
+  ptx::cp_async_wait<0>();
   ptx::barrier();  // keys and values have been used: their gradients will lie there
   const Chunk& done = *shared.chunk;
   if (warp_key >= done.count) return;
@@ -215,19 +217,19 @@ std::size_t attend_backward_keys_shared_bytes(std::int64_t head_dim) {
   return head_dim > 128 ? Shared<float16, 256>::kBytes : Shared<float16, 128>::kBytes;
 }
 
-KeyWalk carve_key_walk(Carver& carver, const Task& task, const Group& part) {
-  KeyWalk walk{.chunk_starts = carver.take<std::int32_t>(task.sequences + 1)};
+KeyWalk carve_key_walk(ArenaLayout& layout, const Task& task, const Group& part) {
+  KeyWalk walk{.chunk_starts = layout.take<std::int32_t>(task.sequences + 1)};
   const std::int64_t segments = most_segments(task, part);
   if (segments == 0) return walk;
-  walk.segments = carver.take<Segment>(segments);
-  walk.first_segment = carver.take<std::uint32_t>(part.heads() * task.most_blocks());
-  walk.count = carver.take<std::uint32_t>(1);
+  walk.segments = layout.take<Segment>(segments);
+  walk.first_segment = layout.take<std::uint32_t>(part.heads() * task.most_blocks());
+  walk.count = layout.take<std::uint32_t>(1);
   walk.sums =
-      carver.take<float>(segments * chunks_of_block(task) * 2 * keys_of_chunk(task.head_dim) * task.head_dim);
+      layout.take<float>(segments * chunks_of_block(task) * 2 * keys_of_chunk(task.head_dim) * task.head_dim);
   return walk;
 }
 
-void plan_key_walk(Queue& queue, const Task& task, const Group& part, const Batch& batch, const Plan& plan,
+void plan_key_walk(Stream& stream, const Task& task, const Group& part, const Batch& batch, const Plan& plan,
                    const KeyWalk& walk) {
   const WalkParams params{.walk = walk,
                           .batch = batch,
@@ -236,23 +238,23 @@ void plan_key_walk(Queue& queue, const Task& task, const Group& part, const Batc
                           .chunk = keys_of_chunk(task.head_dim),
                           .most_blocks = task.most_blocks(),
                           .segment = segment_of(task)};
-  queue.launch("chunk", chunk_kernel, {}, kPlanThreads, kPlanThreads / ptx::kLanes * sizeof(std::int32_t),
-               params);
+  stream.launch("chunk", chunk_kernel, {}, kPlanThreads, kPlanThreads / ptx::kLanes * sizeof(std::int32_t),
+                params);
   if (most_segments(task, part) == 0) return;
-  queue.fill(walk.count, 0, sizeof(std::uint32_t));
-  queue.launch("segment", segment_kernel, {divide_up(task.most_blocks(), kPlanThreads), part.heads()},
-               kPlanThreads, 0, params);
+  stream.fill(walk.count, 0, sizeof(std::uint32_t));
+  stream.launch("segment", segment_kernel, {divide_up(task.most_blocks(), kPlanThreads), part.heads()},
+                kPlanThreads, 0, params);
 }
 
-void attend_backward_keys(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+void attend_backward_keys(Stream& stream, const Task& task, const Group& part, const Batch& batch,
                           const Plan& plan, const RowSums* sums, const Backward& backward,
                           const KeyWalk& walk) {
   with_type(task, [&]<typename T, int head_dim>() {
     KeysParams<T> params = keys_params<T>(task, part, batch, plan, sums, backward, walk);
     const auto launch = [&](bool segments, Grid grid) {
       params.segments = segments;
-      queue.launch("attend_backward_keys", attend_backward_keys_kernel<T, head_dim>, grid, kChunkThreads,
-                   Shared<T, head_dim>::kBytes, params);
+      stream.launch("attend_backward_keys", attend_backward_keys_kernel<T, head_dim>, grid, kChunkThreads,
+                    Shared<T, head_dim>::kBytes, params);
     };
     launch(true, {most_segments(task, part) * params.chunks});
     launch(false, {most_chunks(task), part.heads()});

@@ -4,14 +4,14 @@
 #include <cstdlib>
 #include <string>
 
-#include "cuda/attend_items_hopper.h"
+#include "cuda/sm90/attend_items.h"
 #include "moba/error.h"
 
 namespace moba::cuda {
 namespace hopper {
 
 inline constexpr int kKeys = 128;  // of a tile
-inline constexpr int kBringerRegisters = 72, kReaderRegisters = 216;
+inline constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 
 template <typename T>
 struct Params {
@@ -20,9 +20,9 @@ struct Params {
 };
 
 /// What is known of an item's rows.
-struct Places {
+struct RowTable {
   std::int64_t q_offsets[kTileRows];
-  Stretch bounds[kTileRows];
+  KeyRange bounds[kTileRows];
   std::uint32_t slots[kTileRows];
   Work work;
 };
@@ -30,12 +30,12 @@ struct Places {
 template <typename T, int head_dim>
 struct Shared {
   static constexpr int kStages = head_dim > 64 ? 2 : 4;  // tiles of keys
-  using Rows = tile::Panels<T, kTileRows, head_dim>;
-  using Keys = tile::Panels<T, kKeys, head_dim>;
+  using Rows = tile::SwizzledTile128B<T, kTileRows, head_dim>;
+  using Keys = tile::SwizzledTile128B<T, kKeys, head_dim>;
 
   struct Rest {
-    Places places[2];
-    Turns q[2], k[kStages], v[kStages];
+    RowTable places[2];
+    StageBarriers q[2], k[kStages], v[kStages];
   };
   static constexpr std::size_t kBytes = 2 * Rows::kBytes + 2 * kStages * Keys::kBytes + sizeof(Rest);
 
@@ -49,13 +49,13 @@ struct Shared {
 
 /// By kRowThreads threads; `thread` is the number among them.
 template <typename T, int head_dim>
-MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
-                            int thread) {
-  Ring<2> buffer;
+MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
+                        int thread) {
+  PipelineState<2> buffer;
   for_own_items(items, [&](std::int64_t index) {
     auto& turns = shared.rest().q[buffer.at];
-    Places& places = shared.rest().places[buffer.at];
-    ptx::wait_for(&turns.is_read, buffer.parity ^ 1U);
+    RowTable& places = shared.rest().places[buffer.at];
+    ptx::mbarrier_wait(&turns.empty, buffer.parity ^ 1U);
     with_item(p.items, index, [&](const Work& work, auto&& place_of) {
       for (int r = thread; r < kTileRows; r += kRowThreads) {
         const Place place = place_of(r);
@@ -67,36 +67,36 @@ MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& share
     });
     ptx::named_barrier(kRowsPlaced, kRowThreads);
     gather_rows(shared.q(buffer.at), p.items.q.data, places.q_offsets, thread);
-    ptx::copy_commit();
-    ptx::copy_wait<0>();
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
     ptx::fence_async();
-    ptx::arrive(&turns.is_here);
+    ptx::mbarrier_arrive(&turns.full);
     buffer.advance();
   });
 }
 
-/// Waits for the group's turn to multiply; `pass_turn` gives it to the other.
-MOBA_DEVICE void take_turn(int group) {
+/// Waits for the group's turn to multiply; `pingpong_arrive` gives it to the other.
+MOBA_DEVICE void pingpong_wait(int group) {
   ptx::named_barrier(kTurn + group, kGroups * ptx::kGroupThreads);
 }
-MOBA_DEVICE void pass_turn(int group) {
+MOBA_DEVICE void pingpong_arrive(int group) {
   ptx::named_barrier_arrive(kTurn + 1 - group, kGroups * ptx::kGroupThreads);
 }
 
 /// By the two groups that multiply: what the others bring.
 template <typename T, int head_dim>
-MOBA_DEVICE void answer(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
-                        int group) {
+MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
+                         int group) {
   using S = Shared<T, head_dim>;
   typename S::Rest& rest = shared.rest();
   const int first_row = group * kGroupRows;
   const int warp_row = first_row + ptx::warp() % 4 * 16;
-  Ring<2> buffer;
-  Ring<S::kStages> stage;
-  if (group == 1) pass_turn(group);
+  PipelineState<2> buffer;
+  PipelineState<S::kStages> stage;
+  if (group == 1) pingpong_arrive(group);
   for_own_items(items, [&](std::int64_t) {
-    ptx::wait_for(&rest.q[buffer.at].is_here, buffer.parity);
-    const Places& places = rest.places[buffer.at];
+    ptx::mbarrier_wait(&rest.q[buffer.at].full, buffer.parity);
+    const RowTable& places = rest.places[buffer.at];
     const Work work = uniform(places.work);
     const auto q = shared.q(buffer.at);
     const bool has_rows = first_row < work.count;  // the other group has some
@@ -106,64 +106,64 @@ MOBA_DEVICE void answer(const Params<T>& p, const Shared<T, head_dim>& shared, s
     for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
       const auto k = shared.k(stage.at), v = shared.v(stage.at);
       float logits[1][kKeys / 8][4];
-      ptx::wait_for(&rest.k[stage.at].is_here, stage.parity);
-      take_turn(group);
+      ptx::mbarrier_wait(&rest.k[stage.at].full, stage.parity);
+      pingpong_wait(group);
       if (has_rows) {
-        ptx::group_fence();
-        begin_products(logits[0], q, first_row, k);
-        pass_turn(group);
-        ptx::group_wait(logits[0]);
+        ptx::wgmma_fence();
+        issue_qk(logits[0], q, first_row, k);
+        pingpong_arrive(group);
+        ptx::wgmma_wait(logits[0]);
         if (p.items.scale.negate) negate(logits);
         if (key < work.all_begin || key + kKeys > work.all_end)
-          hide(logits, places.bounds, work, key, warp_row);
+          apply_mask(logits, places.bounds, work, key, warp_row);
         softmax.add(logits, out, p.items.scale.scale);
       } else {
-        pass_turn(group);
+        pingpong_arrive(group);
       }
-      release(rest.k[stage.at].is_read);
-      ptx::wait_for(&rest.v[stage.at].is_here, stage.parity);
+      release(rest.k[stage.at].empty);
+      ptx::mbarrier_wait(&rest.v[stage.at].full, stage.parity);
       if (has_rows) {
         if (key + kKeys > work.end) clear_behind(v, work.end - key, group);
         std::uint32_t weights[kKeys / 16][4];
-        to_left<T>(weights, logits[0]);
-        ptx::group_fence();
-        begin_sums(out[0], weights, v);
-        ptx::group_wait(out[0]);
+        pack_p_as_a_operand<T>(weights, logits[0]);
+        ptx::wgmma_fence();
+        issue_pv(out[0], weights, v);
+        ptx::wgmma_wait(out[0]);
       }
-      release(rest.v[stage.at].is_read);
+      release(rest.v[stage.at].empty);
     }
     if (has_rows) {
-      meet(group);  // q has been read: answers go there
+      warpgroup_sync(group);  // q has been read: answers go there
       write(p.items, q, places.slots, work, out, softmax, warp_row);
     }
-    release(rest.q[buffer.at].is_read);
+    release(rest.q[buffer.at].empty);
     buffer.advance();
   });
-  if (group == 0) take_turn(group);  // the one that is left over
+  if (group == 0) pingpong_wait(group);  // the one that is left over
 }
 
 template <typename T, int head_dim>
 MOBA_KERNEL(kThreads, 1)
-attend_kernel(MOBA_PARAMETER Params<T> p) {
+attend_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
     const Shared<T, head_dim> shared{ptx::shared()};
     const std::int64_t items = uniform(p.items.items());
     if (ptx::thread() == 0) {
       auto& rest = shared.rest();
-      for (Turns& turns : rest.q) turns.begin(kRowThreads);
-      for (Turns& turns : rest.k) turns.begin(1);
-      for (Turns& turns : rest.v) turns.begin(1);
+      for (StageBarriers& turns : rest.q) turns.begin(kRowThreads);
+      for (StageBarriers& turns : rest.k) turns.begin(1);
+      for (StageBarriers& turns : rest.v) turns.begin(1);
       ptx::fence_async();
     }
     ptx::barrier();
     const int group = uniform(ptx::thread() / ptx::kGroupThreads);
     if (group == 0) {
-      ptx::give_registers<kBringerRegisters>();
-      if (ptx::thread() == 0) bring_keys(p.k, p.v, p.items, shared, items);
-      if (ptx::warp() > 0) bring_rows(p, shared, items, ptx::thread() - ptx::kLanes);
+      ptx::warpgroup_reg_dealloc<kProducerRegisters>();
+      if (ptx::thread() == 0) load_kv(p.k, p.v, p.items, shared, items);
+      if (ptx::warp() > 0) load_q(p, shared, items, ptx::thread() - ptx::kLanes);
     } else {
-      ptx::take_registers<kReaderRegisters>();
-      answer(p, shared, items, group - 1);
+      ptx::warpgroup_reg_alloc<kConsumerRegisters>();
+      consume(p, shared, items, group - 1);
     }
   }
 }
@@ -189,32 +189,32 @@ bool has_map(const Tensor& t) {
 }  // namespace
 
 bool attends_on_hopper(std::string_view function, const Task& task) {
-  const char* asked = std::getenv("MOBA_CUDA_ATTEND");
+  const char* asked = std::getenv("MOBA_CUDA_ARCH");
   const std::string_view choice = asked == nullptr ? "" : asked;
   const auto refuse = [&](const std::string& why) {
-    throw Error(std::string(function) + ": MOBA_CUDA_ATTEND=" + std::string(choice) + ": " + why);
+    throw Error(std::string(function) + ": MOBA_CUDA_ARCH=" + std::string(choice) + ": " + why);
   };
-  if (!choice.empty() && choice != "ampere" && choice != "hopper") refuse("expected ampere or hopper");
+  if (!choice.empty() && choice != "sm80" && choice != "sm90") refuse("expected sm80 or sm90");
   const bool can = kIsBuilt && current_hardware(function).capability == 90 &&
                    (task.head_dim == 64 || task.head_dim == 128) && has_map(task.k) && has_map(task.v);
-  if (choice == "hopper" && !can)
+  if (choice == "sm90" && !can)
     refuse(
         "needs a build for sm_90a, compute capability 9.0, head_dim 64 or 128, and positive strides of k and "
         "v");
-  return choice == "hopper" || (choice.empty() && can && task.routing.block_size > hopper::kKeys / 2);
+  return choice == "sm90" || (choice.empty() && can && task.routing.block_size > hopper::kKeys / 2);
 }
 
-void attend_on_hopper(Queue& queue, const Task& task, const Group& part, const Batch& batch, const Plan& plan,
-                      const Partials& partials, const Outputs& outputs) {
+void attend_on_hopper(Stream& stream, const Task& task, const Group& part, const Batch& batch,
+                      const Plan& plan, const Partials& partials, const Outputs& outputs) {
   with_type(task, [&]<typename T, int head_dim>() {
     if constexpr (head_dim == 64 || head_dim == 128) {
-      const hopper::Params<T> params{.k = tensor_map(queue.function(), task.k, hopper::kKeys),
-                                     .v = tensor_map(queue.function(), task.v, hopper::kKeys),
+      const hopper::Params<T> params{.k = tensor_map(stream.function(), task.k, hopper::kKeys),
+                                     .v = tensor_map(stream.function(), task.v, hopper::kKeys),
                                      .items = attend_params<T>(task, part, batch, plan, partials, outputs)};
-      const std::int64_t blocks = current_hardware(queue.function()).multiprocessors;
-      queue.launch("attend on hopper", hopper::attend_kernel<T, head_dim>,
-                   {std::min(blocks, most_items(task, part))}, hopper::kThreads,
-                   hopper::Shared<T, head_dim>::kBytes, params);
+      const std::int64_t blocks = current_hardware(stream.function()).multiprocessors;
+      stream.launch("attend on hopper", hopper::attend_kernel<T, head_dim>,
+                    {std::min(blocks, most_items(task, part))}, hopper::kThreads,
+                    hopper::Shared<T, head_dim>::kBytes, params);
     }
   });
 }

@@ -3,14 +3,14 @@
 #include <algorithm>
 
 #include "cuda/attend_backward_chunks.h"
-#include "cuda/hopper.h"
+#include "cuda/sm90/pipeline.h"
 
 namespace moba::cuda {
 namespace hopper::by_key {
 
 inline constexpr int kKeys = kGroups * kGroupRows;
 inline constexpr int kRows = 64;  // of a tile
-inline constexpr int kBringerRegisters = 56, kReaderRegisters = 224;
+inline constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
 static_assert(kGroups * ptx::kGroupThreads == kChunkThreads && kRows <= kRowThreads);
 
 template <typename T>
@@ -33,7 +33,7 @@ MOBA_DEVICE Chunk chunk_of_item(const Params<T>& p, std::int64_t index) {
 }
 
 /// What is known of a tile's rows.
-struct Places {
+struct RowTable {
   RowSums sums[kRows];
   std::int64_t q_offsets[kRows], d_out_offsets[kRows];
   std::int32_t seen[kRows];  // keys of the chunk, the first so many
@@ -43,12 +43,12 @@ struct Places {
 template <typename T, int head_dim>
 struct Shared {
   static constexpr int kStages = head_dim > 64 ? 4 : 8;  // tiles of rows
-  using Keys = tile::Panels<T, kKeys, head_dim>;
-  using Rows = tile::Panels<T, kRows, head_dim>;
+  using Keys = tile::SwizzledTile128B<T, kKeys, head_dim>;
+  using Rows = tile::SwizzledTile128B<T, kRows, head_dim>;
   struct Rest {
-    Places places[kStages];
-    Turns rows[kStages];
-    Turns keys;
+    RowTable places[kStages];
+    StageBarriers rows[kStages];
+    StageBarriers keys;
     Chunk chunk;
   };
   static constexpr std::size_t kBytes = 2 * Keys::kBytes + 2 * kStages * Rows::kBytes + sizeof(Rest);
@@ -64,17 +64,17 @@ struct Shared {
 
 /// By one thread.
 template <typename T, int head_dim>
-MOBA_DEVICE void bring_keys(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items) {
+MOBA_DEVICE void load_kv(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items) {
   auto& rest = shared.rest();
-  Ring<1> turn;
+  PipelineState<1> turn;
   for_own_items(items, [&](std::int64_t index) {
     const Chunk chunk = chunk_of_item<head_dim>(p, index);
     const std::int64_t head = p.walk.head0 + chunk.head;
-    ptx::wait_for(&rest.keys.is_read, turn.parity ^ 1U);
+    ptx::mbarrier_wait(&rest.keys.empty, turn.parity ^ 1U);
     rest.chunk = chunk;
-    ptx::arrive_expecting(&rest.keys.is_here, 2 * Shared<T, head_dim>::Keys::kBytes);
-    copy_tokens(shared.k(), p.k_map, head, chunk.first_key, &rest.keys.is_here);
-    copy_tokens(shared.v(), p.v_map, head, chunk.first_key, &rest.keys.is_here);
+    ptx::mbarrier_arrive_expect_tx(&rest.keys.full, 2 * Shared<T, head_dim>::Keys::kBytes);
+    copy_tokens(shared.k(), p.k_map, head, chunk.first_key, &rest.keys.full);
+    copy_tokens(shared.v(), p.v_map, head, chunk.first_key, &rest.keys.full);
     turn.advance();
   });
 }
@@ -82,15 +82,15 @@ MOBA_DEVICE void bring_keys(const Params<T>& p, const Shared<T, head_dim>& share
 /// By kRowThreads threads; `thread` is the number among them. The first kRows look after a row each: it is
 /// looked up while the tile before is copied.
 template <typename T, int head_dim>
-MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
-                            int thread) {
+MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
+                        int thread) {
   auto& rest = shared.rest();
-  const auto hand_over = [](Turns& turns) {
+  const auto hand_over = [](StageBarriers& turns) {
     ptx::fence_async();
-    ptx::arrive(&turns.is_here);
+    ptx::mbarrier_arrive(&turns.full);
   };
   const bool looks_up = thread < kRows;
-  Ring<Shared<T, head_dim>::kStages> stage;
+  PipelineState<Shared<T, head_dim>::kStages> stage;
   for_own_items(items, [&](std::int64_t index) {
     const Chunk chunk = chunk_of_item<head_dim>(p, index);
     Source source;
@@ -106,11 +106,11 @@ MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& share
       entry = entry_at(chunk, static_cast<std::uint32_t>(thread));
       look_up(0);
     }
-    Turns* under_way = nullptr;
+    StageBarriers* under_way = nullptr;
     for (std::uint32_t first = 0; first < chunk.rows(); first += kRows, stage.advance()) {
-      Turns& turns = rest.rows[stage.at];
-      Places& places = rest.places[stage.at];
-      ptx::wait_for(&turns.is_read, stage.parity ^ 1U);
+      StageBarriers& turns = rest.rows[stage.at];
+      RowTable& places = rest.places[stage.at];
+      ptx::mbarrier_wait(&turns.empty, stage.parity ^ 1U);
       if (looks_up) {
         const bool exists = source.row != kNoEntry;
         places.sums[thread] = sums;
@@ -123,15 +123,15 @@ MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& share
       ptx::named_barrier(kRowsPlaced, kRowThreads);
       gather_rows(shared.q(stage.at), p.walk.q.data, places.q_offsets, thread);
       gather_rows(shared.d_out(stage.at), p.walk.d_out.data, places.d_out_offsets, thread);
-      ptx::copy_commit();
+      ptx::cp_async_commit();
       if (under_way != nullptr) {
-        ptx::copy_wait<1>();
+        ptx::cp_async_wait<1>();
         hand_over(*under_way);
       }
       under_way = &turns;
     }
     if (under_way == nullptr) return;  // nobody sees the chunk
-    ptx::copy_wait<0>();
+    ptx::cp_async_wait<0>();
     hand_over(*under_way);
   });
 }
@@ -141,28 +141,28 @@ MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& share
 template <typename T, int head_dim>
 MOBA_DEVICE void add_tile(const Params<T>& p, const Shared<T, head_dim>& shared, int stage, int group_key,
                           int warp_key, float (&dk)[head_dim / 8][4], float (&dv)[head_dim / 8][4]) {
-  const Places& places = shared.rest().places[stage];
+  const RowTable& places = shared.rest().places[stage];
   const auto q = shared.q(stage), d_out = shared.d_out(stage);
   const bool whole = uniform(static_cast<int>(places.whole)) != 0;
   float weights[kRows / 8][4], d_logits[kRows / 8][4];
   std::uint32_t left[kRows / 16][4], d_left[kRows / 16][4];
-  ptx::group_fence();
-  begin_products(weights, shared.k(), group_key, q);
-  begin_products(d_logits, shared.v(), group_key, d_out);
-  ptx::group_wait<1>(weights);
+  ptx::wgmma_fence();
+  issue_qk(weights, shared.k(), group_key, q);
+  issue_qk(d_logits, shared.v(), group_key, d_out);
+  ptx::wgmma_wait<1>(weights);
   to_weights(weights, places.sums, p.walk.log2_scale);
   if (!whole) hide_unseen(weights, places.seen, warp_key);
-  to_left<T>(left, weights);
-  ptx::group_fence();
-  begin_sums(dv, left, d_out);
-  ptx::group_wait<1>(d_logits);
+  pack_p_as_a_operand<T>(left, weights);
+  ptx::wgmma_fence();
+  issue_pv(dv, left, d_out);
+  ptx::wgmma_wait<1>(d_logits);
   to_d_logits(d_logits, weights, places.sums);
   if (!whole) hide_unseen(d_logits, places.seen, warp_key);
-  to_left<T>(d_left, d_logits);
-  ptx::group_fence();
-  begin_sums(dk, d_left, q);
-  ptx::group_wait(dv);
-  ptx::group_wait(dk);
+  pack_p_as_a_operand<T>(d_left, d_logits);
+  ptx::wgmma_fence();
+  issue_pv(dk, d_left, q);
+  ptx::wgmma_wait(dv);
+  ptx::wgmma_wait(dk);
 }
 
 /// What the warp has summed goes to where it belongs, through the shared memory of the keys that it is of.
@@ -189,48 +189,48 @@ MOBA_DEVICE void sum(const Params<T>& p, const Shared<T, head_dim>& shared, std:
   auto& rest = shared.rest();
   const int group_key = group * kGroupRows;
   const int warp_key = group_key + ptx::warp() % 4 * 16;
-  Ring<1> turn;
-  Ring<Shared<T, head_dim>::kStages> stage;
+  PipelineState<1> turn;
+  PipelineState<Shared<T, head_dim>::kStages> stage;
   for_own_items(items, [&](std::int64_t) {
-    ptx::wait_for(&rest.keys.is_here, turn.parity);
+    ptx::mbarrier_wait(&rest.keys.full, turn.parity);
     const std::uint32_t rows = uniform(rest.chunk.rows());
     const bool has_keys = group_key < uniform(rest.chunk.count);
     float dk[head_dim / 8][4] = {}, dv[head_dim / 8][4] = {};
     for (std::uint32_t first = 0; first < rows; first += kRows, stage.advance()) {
-      ptx::wait_for(&rest.rows[stage.at].is_here, stage.parity);
+      ptx::mbarrier_wait(&rest.rows[stage.at].full, stage.parity);
       if (has_keys)
         add_tile(p, shared, stage.at, ptx::forgotten(group_key), ptx::forgotten(warp_key), dk, dv);
-      release(rest.rows[stage.at].is_read);
+      release(rest.rows[stage.at].empty);
     }
     if (has_keys) {
-      meet(group);  // keys and values have been used: their gradients will lie there
+      warpgroup_sync(group);  // keys and values have been used: their gradients will lie there
       finish(p, shared, rest.chunk, warp_key, dk, dv);
     }
-    release(rest.keys.is_read);
+    release(rest.keys.empty);
     turn.advance();
   });
 }
 
 template <typename T, int head_dim>
 MOBA_KERNEL(kThreads, 1)
-attend_backward_keys_kernel(MOBA_PARAMETER Params<T> p) {
+attend_backward_keys_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
     const Shared<T, head_dim> shared{ptx::shared()};
     const std::int64_t items = uniform(p.items());
     if (ptx::thread() == 0) {
       auto& rest = shared.rest();
       rest.keys.begin(1);
-      for (Turns& turns : rest.rows) turns.begin(kRowThreads);
+      for (StageBarriers& turns : rest.rows) turns.begin(kRowThreads);
       ptx::fence_async();
     }
     ptx::barrier();
     const int group = uniform(ptx::thread() / ptx::kGroupThreads);
     if (group == 0) {
-      ptx::give_registers<kBringerRegisters>();
-      if (ptx::thread() == 0) bring_keys(p, shared, items);
-      if (ptx::warp() > 0) bring_rows(p, shared, items, ptx::thread() - ptx::kLanes);
+      ptx::warpgroup_reg_dealloc<kProducerRegisters>();
+      if (ptx::thread() == 0) load_kv(p, shared, items);
+      if (ptx::warp() > 0) load_q(p, shared, items, ptx::thread() - ptx::kLanes);
     } else {
-      ptx::take_registers<kReaderRegisters>();
+      ptx::warpgroup_reg_alloc<kConsumerRegisters>();
       sum(p, shared, items, group - 1);
     }
   }
@@ -238,22 +238,23 @@ attend_backward_keys_kernel(MOBA_PARAMETER Params<T> p) {
 
 }  // namespace hopper::by_key
 
-void attend_backward_keys_on_hopper(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+void attend_backward_keys_on_hopper(Stream& stream, const Task& task, const Group& part, const Batch& batch,
                                     const Plan& plan, const RowSums* sums, const Backward& backward,
                                     const KeyWalk& walk) {
   with_type(task, [&]<typename T, int head_dim>() {
     if constexpr (head_dim == 64 || head_dim == 128) {
       static_assert(hopper::by_key::kKeys == keys_of_chunk(head_dim));
-      hopper::by_key::Params<T> params{.k_map = tensor_map(queue.function(), task.k, hopper::by_key::kKeys),
-                                       .v_map = tensor_map(queue.function(), task.v, hopper::by_key::kKeys),
+      hopper::by_key::Params<T> params{.k_map = tensor_map(stream.function(), task.k, hopper::by_key::kKeys),
+                                       .v_map = tensor_map(stream.function(), task.v, hopper::by_key::kKeys),
                                        .walk = keys_params<T>(task, part, batch, plan, sums, backward, walk),
                                        .heads = part.heads()};
-      const std::int64_t blocks = current_hardware(queue.function()).multiprocessors;
+      const std::int64_t blocks = current_hardware(stream.function()).multiprocessors;
       const auto launch = [&](bool segments, std::int64_t most_items) {
         params.walk.segments = segments;
-        queue.launch("attend_backward_keys on hopper",
-                     hopper::by_key::attend_backward_keys_kernel<T, head_dim>, {std::min(blocks, most_items)},
-                     hopper::kThreads, hopper::by_key::Shared<T, head_dim>::kBytes, params);
+        stream.launch("attend_backward_keys on hopper",
+                      hopper::by_key::attend_backward_keys_kernel<T, head_dim>,
+                      {std::min(blocks, most_items)}, hopper::kThreads,
+                      hopper::by_key::Shared<T, head_dim>::kBytes, params);
       };
       launch(true, most_segments(task, part) * params.walk.chunks);
       launch(false, most_chunks(task) * part.heads());

@@ -3,13 +3,13 @@
 #include <algorithm>
 
 #include "cuda/attend_backward.h"
-#include "cuda/attend_items_hopper.h"
+#include "cuda/sm90/attend_items.h"
 
 namespace moba::cuda {
 namespace hopper::by_row {
 
 inline constexpr int kKeys = 64;  // of a tile
-inline constexpr int kBringerRegisters = 72, kReaderRegisters = 216;
+inline constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 static_assert(kGroups * kGroupRows == kTileRows);
 
 template <typename T>
@@ -23,10 +23,10 @@ struct Params {
 };
 
 /// What is known of an item's rows.
-struct Places {
+struct RowTable {
   std::int64_t q_offsets[kTileRows], d_out_offsets[kTileRows];
   RowSums sums[kTileRows];
-  Stretch bounds[kTileRows];
+  KeyRange bounds[kTileRows];
   std::uint32_t slots[kTileRows];
   Work work;
 };
@@ -34,11 +34,11 @@ struct Places {
 template <typename T, int head_dim>
 struct Shared {
   static constexpr int kStages = head_dim > 64 ? 2 : 4;  // tiles of keys
-  using Rows = tile::Panels<T, kTileRows, head_dim>;
-  using Keys = tile::Panels<T, kKeys, head_dim>;
+  using Rows = tile::SwizzledTile128B<T, kTileRows, head_dim>;
+  using Keys = tile::SwizzledTile128B<T, kKeys, head_dim>;
   struct Rest {
-    Places places[2];
-    Turns rows[2], k[kStages], v[kStages];
+    RowTable places[2];
+    StageBarriers rows[2], k[kStages], v[kStages];
   };
   static constexpr std::size_t kBytes = 4 * Rows::kBytes + 2 * kStages * Keys::kBytes + sizeof(Rest);
 
@@ -53,13 +53,13 @@ struct Shared {
 
 /// By kRowThreads threads; `thread` is the number among them.
 template <typename T, int head_dim>
-MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
-                            int thread) {
-  Ring<2> buffer;
+MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
+                        int thread) {
+  PipelineState<2> buffer;
   for_own_items(items, [&](std::int64_t index) {
-    Turns& turns = shared.rest().rows[buffer.at];
-    Places& places = shared.rest().places[buffer.at];
-    ptx::wait_for(&turns.is_read, buffer.parity ^ 1U);
+    StageBarriers& turns = shared.rest().rows[buffer.at];
+    RowTable& places = shared.rest().places[buffer.at];
+    ptx::mbarrier_wait(&turns.empty, buffer.parity ^ 1U);
     with_item(p.items, index, [&](const Work& work, auto&& place_of) {
       for (int r = thread; r < kTileRows; r += kRowThreads) {
         const Place place = place_of(r);
@@ -68,7 +68,7 @@ MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& share
         places.q_offsets[r] = place.q_offset;
         places.d_out_offsets[r] = exists ? row_offset(p.items, p.d_out, work.head, row) : kNoRow;
         places.sums[r] = exists ? p.sums[work.head * p.sums_rows + row] : RowSums{ptx::infinity(), 0};
-        places.bounds[r] = work.near ? place.sees : Stretch{work.begin, work.end};
+        places.bounds[r] = work.near ? place.sees : KeyRange{work.begin, work.end};
         places.slots[r] = place.slot;
       }
       if (thread == 0) places.work = work;
@@ -76,10 +76,10 @@ MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& share
     ptx::named_barrier(kRowsPlaced, kRowThreads);
     gather_rows(shared.q(buffer.at), p.items.q.data, places.q_offsets, thread);
     gather_rows(shared.d_out(buffer.at), p.d_out.data, places.d_out_offsets, thread);
-    ptx::copy_commit();
-    ptx::copy_wait<0>();
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
     ptx::fence_async();
-    ptx::arrive(&turns.is_here);
+    ptx::mbarrier_arrive(&turns.full);
     buffer.advance();
   });
 }
@@ -87,9 +87,9 @@ MOBA_DEVICE void bring_rows(const Params<T>& p, const Shared<T, head_dim>& share
 /// What a lane knows of its two rows.
 struct OwnRows {
   RowSums sums[2];
-  Stretch sees[2];
+  KeyRange sees[2];
 
-  MOBA_DEVICE OwnRows(const Places& places, int warp_row) {
+  MOBA_DEVICE OwnRows(const RowTable& places, int warp_row) {
     MOBA_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + 8 * half + ptx::lane() / 4;
@@ -120,13 +120,13 @@ MOBA_DEVICE void to_d_logits(float (&d_weights)[kKeys / 8][4], const float (&wei
 }
 
 /// 0 where a row does not see a key. `key` is that of the first column.
-MOBA_DEVICE void hide(float (&d_logits)[kKeys / 8][4], const OwnRows& rows, std::int32_t key) {
+MOBA_DEVICE void apply_mask(float (&d_logits)[kKeys / 8][4], const OwnRows& rows, std::int32_t key) {
   MOBA_UNROLL
   for (int j = 0; j < kKeys / 8; ++j) {
     MOBA_UNROLL
     for (int e = 0; e < 4; ++e) {
       const std::int32_t column = key + 8 * j + ptx::lane() % 4 * 2 + e % 2;
-      const Stretch& sees = rows.sees[e / 2];
+      const KeyRange& sees = rows.sees[e / 2];
       if (column < sees.begin || column >= sees.end) d_logits[j][e] = 0;
     }
   }
@@ -134,7 +134,7 @@ MOBA_DEVICE void hide(float (&d_logits)[kKeys / 8][4], const OwnRows& rows, std:
 
 /// Writes this warp's rows, through its own rows of q's shared memory so that whole pieces go out.
 template <typename T, int head_dim, typename Rows>
-MOBA_DEVICE void write(const Params<T>& p, const Rows& q, const Places& places, const Work& work,
+MOBA_DEVICE void write(const Params<T>& p, const Rows& q, const RowTable& places, const Work& work,
                        const float (&dq)[head_dim / 8][4], int warp_row) {
   MOBA_UNROLL
   for (int j = 0; j < head_dim / 8; ++j) {
@@ -154,11 +154,11 @@ MOBA_DEVICE void sum(const Params<T>& p, const Shared<T, head_dim>& shared, std:
   typename S::Rest& rest = shared.rest();
   const int first_row = group * kGroupRows;
   const int warp_row = first_row + ptx::warp() % 4 * 16;
-  Ring<2> buffer;
-  Ring<S::kStages> stage;
+  PipelineState<2> buffer;
+  PipelineState<S::kStages> stage;
   for_own_items(items, [&](std::int64_t) {
-    ptx::wait_for(&rest.rows[buffer.at].is_here, buffer.parity);
-    const Places& places = rest.places[buffer.at];
+    ptx::mbarrier_wait(&rest.rows[buffer.at].full, buffer.parity);
+    const RowTable& places = rest.places[buffer.at];
     const Work work = uniform(places.work);
     const auto q = shared.q(buffer.at), d_out = shared.d_out(buffer.at);
     const bool has_rows = first_row < work.count;  // the other group has some
@@ -167,59 +167,59 @@ MOBA_DEVICE void sum(const Params<T>& p, const Shared<T, head_dim>& shared, std:
     for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
       const auto k = shared.k(stage.at), v = shared.v(stage.at);
       float weights[kKeys / 8][4], d_logits[kKeys / 8][4];
-      ptx::wait_for(&rest.k[stage.at].is_here, stage.parity);
-      ptx::wait_for(&rest.v[stage.at].is_here, stage.parity);
+      ptx::mbarrier_wait(&rest.k[stage.at].full, stage.parity);
+      ptx::mbarrier_wait(&rest.v[stage.at].full, stage.parity);
       if (has_rows) {
-        ptx::group_fence();
-        begin_products(weights, q, first_row, k);
-        begin_products(d_logits, d_out, first_row, v);
-        ptx::group_wait<1>(weights);
+        ptx::wgmma_fence();
+        issue_qk(weights, q, first_row, k);
+        issue_qk(d_logits, d_out, first_row, v);
+        ptx::wgmma_wait<1>(weights);
         to_weights(weights, rows, p.log2_scale);
-        ptx::group_wait(d_logits);
+        ptx::wgmma_wait(d_logits);
       }
-      release(rest.v[stage.at].is_read);
+      release(rest.v[stage.at].empty);
       if (has_rows) {
         to_d_logits(d_logits, weights, rows);
-        if (key < work.all_begin || key + kKeys > work.all_end) hide(d_logits, rows, key);
+        if (key < work.all_begin || key + kKeys > work.all_end) apply_mask(d_logits, rows, key);
         if (key + kKeys > work.end) clear_behind(k, work.end - key, group);
         std::uint32_t left[kKeys / 16][4];
-        to_left<T>(left, d_logits);
-        ptx::group_fence();
-        begin_sums(dq, left, k);
-        ptx::group_wait(dq);
+        pack_p_as_a_operand<T>(left, d_logits);
+        ptx::wgmma_fence();
+        issue_pv(dq, left, k);
+        ptx::wgmma_wait(dq);
       }
-      release(rest.k[stage.at].is_read);
+      release(rest.k[stage.at].empty);
     }
     if (has_rows) {
-      meet(group);  // q has been read: gradients go there
+      warpgroup_sync(group);  // q has been read: gradients go there
       write<T, head_dim>(p, q, places, work, dq, warp_row);
     }
-    release(rest.rows[buffer.at].is_read);
+    release(rest.rows[buffer.at].empty);
     buffer.advance();
   });
 }
 
 template <typename T, int head_dim>
 MOBA_KERNEL(kThreads, 1)
-attend_backward_rows_kernel(MOBA_PARAMETER Params<T> p) {
+attend_backward_rows_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
     const Shared<T, head_dim> shared{ptx::shared()};
     const std::int64_t items = uniform(p.items.items());
     if (ptx::thread() == 0) {
       auto& rest = shared.rest();
-      for (Turns& turns : rest.rows) turns.begin(kRowThreads);
-      for (Turns& turns : rest.k) turns.begin(1);
-      for (Turns& turns : rest.v) turns.begin(1);
+      for (StageBarriers& turns : rest.rows) turns.begin(kRowThreads);
+      for (StageBarriers& turns : rest.k) turns.begin(1);
+      for (StageBarriers& turns : rest.v) turns.begin(1);
       ptx::fence_async();
     }
     ptx::barrier();
     const int group = uniform(ptx::thread() / ptx::kGroupThreads);
     if (group == 0) {
-      ptx::give_registers<kBringerRegisters>();
-      if (ptx::thread() == 0) bring_keys(p.k_map, p.v_map, p.items, shared, items);
-      if (ptx::warp() > 0) bring_rows(p, shared, items, ptx::thread() - ptx::kLanes);
+      ptx::warpgroup_reg_dealloc<kProducerRegisters>();
+      if (ptx::thread() == 0) load_kv(p.k_map, p.v_map, p.items, shared, items);
+      if (ptx::warp() > 0) load_q(p, shared, items, ptx::thread() - ptx::kLanes);
     } else {
-      ptx::take_registers<kReaderRegisters>();
+      ptx::warpgroup_reg_alloc<kConsumerRegisters>();
       sum(p, shared, items, group - 1);
     }
   }
@@ -227,24 +227,25 @@ attend_backward_rows_kernel(MOBA_PARAMETER Params<T> p) {
 
 }  // namespace hopper::by_row
 
-void attend_backward_rows_on_hopper(Queue& queue, const Task& task, const Group& part, const Batch& batch,
+void attend_backward_rows_on_hopper(Stream& stream, const Task& task, const Group& part, const Batch& batch,
                                     const Plan& plan, const RowSums* sums, const Backward& backward,
                                     void* slots) {
   with_type(task, [&]<typename T, int head_dim>() {
     if constexpr (head_dim == 64 || head_dim == 128) {
       const hopper::by_row::Params<T> params{
-          .k_map = tensor_map(queue.function(), task.k, hopper::by_row::kKeys),
-          .v_map = tensor_map(queue.function(), task.v, hopper::by_row::kKeys),
+          .k_map = tensor_map(stream.function(), task.k, hopper::by_row::kKeys),
+          .v_map = tensor_map(stream.function(), task.v, hopper::by_row::kKeys),
           .items = attend_params<T>(task, part, batch, plan, {.out = slots}, {.out = backward.gradients.dq}),
           .d_out = view_of<const T>(backward.d_out),
           .sums = sums,
           .sums_rows = task.tokens * task.group,
           .scale = task.scale,
           .log2_scale = task.scale * ptx::kLog2E};
-      const std::int64_t blocks = current_hardware(queue.function()).multiprocessors;
-      queue.launch("attend_backward_rows on hopper", hopper::by_row::attend_backward_rows_kernel<T, head_dim>,
-                   {std::min(blocks, most_items(task, part))}, hopper::kThreads,
-                   hopper::by_row::Shared<T, head_dim>::kBytes, params);
+      const std::int64_t blocks = current_hardware(stream.function()).multiprocessors;
+      stream.launch("attend_backward_rows on hopper",
+                    hopper::by_row::attend_backward_rows_kernel<T, head_dim>,
+                    {std::min(blocks, most_items(task, part))}, hopper::kThreads,
+                    hopper::by_row::Shared<T, head_dim>::kBytes, params);
     }
   });
 }
