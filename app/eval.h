@@ -36,7 +36,7 @@ struct Variant {
   llm::SessionSettings session;
 };
 
-/// What is evaluated, before its weights are read.
+/// The subject of an evaluation, before its weights are read.
 struct Subject {
   llm::Weights weights;
   llm::Tokenizer tokenizer;

@@ -13,7 +13,7 @@
 
 namespace moba::app {
 
-/// What the command line of `moba generate` says, before it is checked. Unset where the user said nothing and
+/// The unchecked command line of `moba generate`. Unset where the user said nothing and
 /// that makes a difference.
 struct GenerateFlags {
   SessionFlags session;
@@ -27,7 +27,7 @@ struct GenerateFlags {
   bool no_chat = false, ignore_eos = false, json = false;
 };
 
-/// What will be done.
+/// The checked settings of a run.
 struct GenerateSettings {
   std::string model;
   /// At least one of the two. A file alone is the prompt; with a prompt it is the document before the

@@ -31,7 +31,7 @@ namespace {
 using Json = nlohmann::ordered_json;
 namespace fs = std::filesystem;
 
-/// What comes with the weights: no part of the model, but of the file or folder.
+/// The surroundings of the weights: parts of the file or folder, not of the model.
 struct Surroundings {
   std::string format, tokenizer = "none";
   std::string chat_template;

@@ -48,7 +48,7 @@ struct InspectFlags {
   bool no_chat = false;
 };
 
-/// What a page or a picture shows.
+/// The contents of a page or a picture.
 struct Inspection {
   std::string model;
   std::vector<std::int32_t> tokens;

@@ -23,7 +23,7 @@ class ProgressLine {
   ProgressLine(const ProgressLine&) = delete;
   ProgressLine& operator=(const ProgressLine&) = delete;
 
-  /// What is being done now.
+  /// Names the current activity.
   void name(std::string what) { what_ = std::move(what); }
   /// Throws Interrupted where the user asked for it.
   void operator()(double done);

@@ -10,7 +10,7 @@
 
 namespace moba::app {
 
-/// What the command line of `moba train` says, before it is checked.
+/// The unchecked command line of `moba train`.
 struct TrainFlags {
   std::optional<std::string> config, model, tokenizer;
   std::vector<std::string> data;

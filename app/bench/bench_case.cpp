@@ -55,7 +55,7 @@ void add(Profile& total, const Profile& profile) {
   total.workspace_bytes = std::max(total.workspace_bytes, profile.workspace_bytes);
 }
 
-/// What forward, backward and gate share: q, k and v of one long sequence.
+/// Shared by forward, backward and gate: q, k and v of one long sequence.
 struct Shared {
   Problem problem;
   Recipe recipe;

@@ -13,7 +13,7 @@ namespace moba::bench {
 struct Checked {
   std::int64_t rows = 0, ties = 0;
   Work work;
-  /// Of the run whose answer was compared: what `run` would have said, and what it took, which is less for a
+  /// Times of the compared run: as `run` would have returned it, and as measured, which is less for a
   /// sample.
   double seconds = 0, wall_seconds = 0;
   Profile stages;

@@ -5,7 +5,7 @@
 
 namespace moba::bench {
 
-/// What this machine can do with these threads, the best of all measurements so far.
+/// The limits of this machine with these threads, the best of all measurements so far.
 class Ceiling {
  public:
   /// `with_bf16`: the CPU's bf16 products are measured too. `with_bandwidth`: so are reads of memory, over a

@@ -10,7 +10,7 @@ namespace moba::bench {
 /// Which of a problem's tensors is filled.
 enum class Role : std::uint8_t { query, key, value, d_out };
 
-/// What decides the numbers, besides their place.
+/// The parameters of the data.
 struct Recipe {
   Pattern pattern = Pattern::independent;
   std::uint64_t seed = 0;

@@ -24,9 +24,9 @@ struct Problem {
   Conditions conditions;
   const Parallel& parallel;
   Array q{}, k{}, v{};
-  /// What is computed: everything, or evenly spread ranges.
+  /// The computed slices: everything, or evenly spread ranges.
   std::vector<Slice> slices{};
-  /// What is checked: short runs of rows, inside the slices.
+  /// The checked rows: short runs inside the slices.
   std::vector<Slice> probes{};
 
   std::int64_t queries() const { return slices.back().offset + slices.back().count; }

@@ -9,11 +9,12 @@
 #include "moba/execution.h"
 #include "moba/tensor.h"
 
-/// What `moba bench` measures and what it finds. Plain data.
+/// The settings and results of `moba bench`. Plain data.
 namespace moba::bench {
 
 enum class Pass : std::uint8_t { forward, backward, gate, decode };
-/// What the queries look for: everyone something else; neighbours the same blocks; nearly everyone block 0.
+/// Routing pattern of the queries: everyone something else; neighbours the same blocks; nearly everyone block
+/// 0.
 enum class Pattern : std::uint8_t { independent, clustered, sink };
 
 const char* name_of(Pass pass);
@@ -37,7 +38,7 @@ struct Setting {
 /// How often, with what means.
 struct Conditions {
   int threads = 1, runs = 5;
-  /// Of a row's timed runs together, as far as the run that was checked foretells.
+  /// Maximum time of a row's timed runs together, estimated from the checked run.
   double budget_seconds = std::numeric_limits<double>::infinity();
   std::uint64_t seed = 0;
   std::size_t workspace_bytes = 0;
@@ -69,7 +70,7 @@ struct Row {
   /// Rows compared with the reference before timing, and how many of them chose another block at a tie
   /// within rounding.
   std::int64_t checked_rows = 0, ties = 0;
-  /// Of the process, up to the end of this row.
+  /// Peak of the process, up to the end of this row.
   std::int64_t peak_rss_bytes = 0;
 
   double median() const { return seconds[seconds.size() / 2]; }

@@ -17,7 +17,7 @@ class Haystack {
   /// Python standard library's sources as they are installed on this machine. Throws DataError.
   static Haystack open(std::vector<std::filesystem::path> paths, std::int64_t seed);
 
-  /// Where it is from, in words.
+  /// The source of the text, in words.
   const std::string& source() const { return source_; }
   /// At least this many tokens of consecutive lines, from a random one on. Throws DataError where the text is
   /// too short.

@@ -5,13 +5,14 @@
 
 namespace moba::llm::eval {
 
-/// Where the true value lies with 95% confidence.
+/// The 95% confidence interval of a value.
 struct Interval {
   double low, high;
 };
 
-/// Of a share: `successes` of `tried` (Wilson's score interval). Successes may be fractional, means of values
-/// between 0 and 1; these vary less than yes and no, so the interval is then wider than it need be.
+/// The interval of a share: `successes` of `tried` (Wilson's score interval). Successes may be fractional,
+/// means of values between 0 and 1; these vary less than yes and no, so the interval is then wider than it
+/// need be.
 Interval wilson(double successes, std::int64_t tried);
 
 /// A sum over some tokens that belong together, such as the losses of one sequence.
@@ -28,8 +29,8 @@ struct Portion {
 /// Sum over count of all portions; NaN of none.
 double mean(const std::vector<Portion>& portions);
 
-/// Of the mean, were other portions of the same kind drawn: percentiles of 1000 draws with replacement, the
-/// same in every run. Needs two portions.
+/// The interval of the mean, were other portions of the same kind drawn: percentiles of 1000 draws with
+/// replacement, the same in every run. Needs two portions.
 Interval bootstrap(const std::vector<Portion>& portions);
 
 }  // namespace moba::llm::eval

@@ -20,7 +20,7 @@ struct SequenceSettings {
   bool join = false;
   /// Stop when the sequences have this many tokens together.
   std::int64_t most_tokens = 0;
-  /// Of the order of the files.
+  /// Seed of the order of the files.
   std::int64_t seed = 0;
 };
 
@@ -40,15 +40,15 @@ double loss_of(std::span<const float> logits, std::int32_t token);
 
 /// The losses under one attention variant, by sequence.
 struct Losses {
-  /// Of every sequence, all its tokens.
+  /// One portion a sequence, all its tokens.
   std::vector<Portion> all;
-  /// Of every full sequence, its last tokens.
+  /// One portion a full sequence, its last tokens.
   std::vector<Portion> trailing;
   /// [buckets][sequences]: by position in the sequence.
   std::vector<std::vector<Portion>> positions;
 };
 
-/// Where positions are looked at.
+/// The positions at which losses are reported.
 struct Positions {
   std::int64_t seq_len, trailing, buckets;
 

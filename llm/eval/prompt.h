@@ -9,7 +9,7 @@
 
 namespace moba::llm::eval {
 
-/// What a model is asked, and the first words of its answer.
+/// The question to a model, and the first words of its answer.
 struct Prompt {
   std::string text, answer_start;
 };

@@ -12,7 +12,7 @@ namespace moba::llm::eval {
 /// Draws that are the same on every machine: of the standard's generators alone, not its distributions.
 class Random {
  public:
-  /// What tells this case from every other: the user's seed, the length, the number of the sample, ...
+  /// The key that distinguishes this case: the user's seed, the length, the number of the sample, ...
   Random(std::initializer_list<std::int64_t> parts) : engine_(seeded(parts)) {}
 
   /// 0 to count - 1; so few that what the remainder favours cannot be seen.

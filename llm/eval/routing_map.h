@@ -12,23 +12,23 @@
 
 namespace moba::llm::eval {
 
-/// Where a selected block lies: the query's own; else the first of the text; else the one before the own;
+/// The place of a selected block: the query's own; else the first of the text; else the one before the own;
 /// else any other.
 enum class Place : std::uint8_t { current, sink, recent, far };
 inline constexpr std::size_t kPlaces = 4;
 
-/// What one head selected.
+/// The selection of one head.
 struct HeadMap {
   /// [rows][columns]: how many times a query of the row selected a block of the column.
   std::vector<std::uint32_t> chosen;
-  /// Of all blocks that were selected.
+  /// Counts over all selected blocks.
   std::array<std::int64_t, kPlaces> places{};
   /// [rows]: by how much the last block that the gate took scored above the first that it left, where it had
   /// a choice. Scores are unscaled products of a query with a block's mean key, in f32.
   std::vector<Portion> margins;
 };
 
-/// What every head selected, queries gathered into rows and blocks into columns.
+/// The selection of every head, queries gathered into rows and blocks into columns.
 struct RoutingMap {
   std::int64_t tokens, blocks;
   std::int64_t queries_in_row, blocks_in_column, rows, columns;

@@ -25,7 +25,7 @@ using Texts = std::vector<std::string>;
 constexpr const char* kNoise =
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.";
 
-/// What a prompt is made from, and the random choices of this case, which start anew for every size tried.
+/// The parts of a prompt, and the random choices of this case, which start anew for every size tried.
 struct Source {
   Random random;
   std::int64_t length;  // of prompt and answer, in tokens
@@ -264,7 +264,7 @@ Draft frequent_words(Source source, std::int64_t count) {
 struct Task {
   const char* name;
   std::int64_t answer_tokens;
-  /// What `units` count is tokens of real text instead of lines or words.
+  /// True where `units` count tokens of real text instead of lines or words.
   bool takes_text;
   std::function<Draft(const Source&, std::int64_t units)> draft;
 };

@@ -123,7 +123,7 @@ struct ScaleAndMinimum {
   float scale, minimum;
 };
 
-/// Of group `group` (of 8) in Q4_K and Q5_K: d, dmin, then 12 bytes of six-bit numbers.
+/// The scales of group `group` (of 8) in Q4_K and Q5_K: d, dmin, then 12 bytes of six-bit numbers.
 ScaleAndMinimum k_scale(const Byte* in, int group) {
   const Byte* packed = in + 4;
   int scale, minimum;

@@ -15,7 +15,7 @@ using VisitTensor = std::function<void(const std::string& name, const std::vecto
 /// Every tensor that a model of this shape needs, by its Hugging Face name.
 void for_each_tensor(const ModelConfig& config, const VisitTensor& visit);
 
-/// What GGUF calls a Hugging Face tensor; the name itself where it has no other.
+/// The GGUF name of a Hugging Face tensor; the name itself where it has no other.
 std::string gguf_name(std::string_view hugging_face_name);
 
 }  // namespace moba::llm

@@ -32,7 +32,7 @@ struct SessionSettings {
   std::vector<LayerRange> full_layers;
   /// Tokens read at a time. Bounds memory; the result does not depend on it.
   std::int64_t chunk = 2048;
-  /// Of the attention; use_threads() sets those of the model.
+  /// Threads of the attention; use_threads() sets those of the model.
   int threads = 1;
 };
 

@@ -7,8 +7,8 @@ namespace {
 
 constexpr std::string_view kReplacement = "\xEF\xBF\xBD";
 
-/// What follows a leading byte (The Unicode Standard, table 3-7): how many bytes in all, and the range of the
-/// second.
+/// The continuation of a leading byte (The Unicode Standard, table 3-7): how many bytes in all, and the range
+/// of the second.
 struct Lead {
   std::size_t length;
   unsigned char low = 0x80, high = 0xBF;

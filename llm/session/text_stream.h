@@ -11,7 +11,7 @@ class TextStream {
  public:
   /// The characters that are complete now.
   std::string push(std::string_view bytes);
-  /// What is left at the end, its unfinished character replaced.
+  /// Returns the remaining text at the end, its unfinished character replaced.
   std::string finish();
 
  private:

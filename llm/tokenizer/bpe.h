@@ -18,7 +18,7 @@ struct StringHash {
 };
 using TokenIds = std::unordered_map<std::string, std::int32_t, StringHash, std::equal_to<>>;
 
-/// What joining two neighbours gives. Lower ranks come first, then places further left.
+/// The result of joining two neighbours. Lower ranks come first, then places further left.
 struct Merge {
   std::int32_t rank;
   std::int32_t id;
@@ -81,7 +81,8 @@ struct SentencePieceBpe {
 /// The character that stands for a byte in the files of byte-level models (printable Latin-1 as itself, the
 /// rest from U+0100 on).
 char32_t byte_character(unsigned char byte);
-/// What a token of a byte-level vocabulary stands for; nothing where it has a character that is no byte's.
+/// The bytes of a token of a byte-level vocabulary stands for; nothing where it has a character that is no
+/// byte's.
 std::optional<std::string> bytes_of_characters(std::string_view token);
 /// The byte that a token such as <0x0A> stands for; nothing where it is not of that form.
 std::optional<unsigned char> byte_of_token(std::string_view token);

@@ -18,7 +18,7 @@ bool has(std::string_view text, std::string_view marker) {
   return text.find(marker) != std::string::npos;
 }
 
-/// What a Jinja string literal stands for.
+/// The value of a Jinja string literal.
 std::string unescaped(std::string_view literal) {
   std::string text;
   for (std::size_t i = 0; i < literal.size(); ++i) {

@@ -18,7 +18,7 @@ struct Replace {
   std::string to;
 };
 
-/// What happens to a text before it is split: the steps in order.
+/// The normalisation of a text before it is split: the steps in order.
 using Normalizer = std::vector<std::variant<UnicodeForm, Prepend, Replace>>;
 
 std::string normalize(std::string_view text, const Normalizer& steps);

@@ -10,7 +10,7 @@
 
 namespace moba::llm {
 
-/// What becomes of the matches of a Split.
+/// The treatment of the matches of a Split.
 enum class SplitBehavior { kRemoved, kIsolated, kMergedWithPrevious, kMergedWithNext, kContiguous };
 
 struct Split {
@@ -29,7 +29,7 @@ struct Metaspace {
   Prepend prepend = Prepend::kAlways;
 };
 
-/// What cuts a text into the pieces that merges stay within: the steps in order.
+/// Cuts a text into the pieces that merges stay within: the steps in order.
 using PreTokenizer = std::vector<std::variant<Split, AddPrefixSpace, Metaspace>>;
 
 /// A text and the pieces it is cut into, in order, none empty.

@@ -31,7 +31,7 @@ std::vector<float> distinct_scores(const std::vector<ScoredPiece>& pieces, const
   return scores;
 }
 
-/// What a piece stands for in a text.
+/// The text of a piece.
 std::string piece_bytes(const ScoredPiece& piece, const std::string& where) {
   if (piece.kind != PieceKind::kByte) {
     return piece.kind == PieceKind::kControl ? piece.text : replace_all(piece.text, kSpaceMark, " ");

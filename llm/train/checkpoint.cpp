@@ -18,7 +18,7 @@ namespace fs = std::filesystem;
 
 constexpr std::string_view kPrefix = "step-";
 constexpr std::size_t kDigits = 8;
-/// What a save that did not end is called, and a checkpoint that is being removed.
+/// The name of an unfinished save, and a checkpoint that is being removed.
 constexpr const char* kHalfDone = ".part";
 constexpr const char* kLast = "last";
 

@@ -28,7 +28,7 @@ constexpr const char* kIndex = "index.json";
 constexpr std::int64_t kShardBytes = std::int64_t{1} << 30;
 constexpr std::int64_t kLogBytes = std::int64_t{64} << 20;
 
-/// What a file looked like when it was tokenised.
+/// The state of a file when it was tokenised.
 nlohmann::json stamp_of(const TextFile& source) {
   return {source.path.string(), fs::file_size(source.path),
           fs::last_write_time(source.path).time_since_epoch().count()};

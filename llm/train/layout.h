@@ -9,9 +9,9 @@
 
 namespace moba::llm::train {
 
-/// Where named tensors lie in one flat array of floats: matrices first, which weight decay applies to, then
-/// vectors, which it does not. So an optimiser is two loops, and matrices that follow one another (q, k, v;
-/// gate, up) are one matrix too.
+/// The places of named tensors in one flat array of floats: matrices first, which weight decay applies to,
+/// then vectors, which it does not. So an optimiser is two loops, and matrices that follow one another (q, k,
+/// v; gate, up) are one matrix too.
 class Layout {
  public:
   struct Entry {

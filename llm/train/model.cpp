@@ -95,7 +95,7 @@ struct Layer {
   Linear qkv, output, gate_up, down;
 };
 
-/// What a layer's backward pass reads besides its input.
+/// The activations that a layer's backward pass reads besides its input.
 struct Saved {
   at::Tensor qkv;                       // [n, (Hq + 2 Hkv) D], normalised and rotated
   at::Tensor raw_qk;                    // [n, (Hq + Hkv) D], before; only where heads are normalised

@@ -29,7 +29,7 @@ struct LoraSettings {
 };
 
 struct ModelSettings {
-  /// What matrix products and attention compute in, f32 or bf16. Parameters and gradients are f32.
+  /// The dtype of matrix products and attention, f32 or bf16. Parameters and gradients are f32.
   DType dtype = DType::f32;
   /// Keep only the input of each layer for the backward pass, which computes the rest again.
   bool recompute = false;
@@ -65,7 +65,7 @@ class Model {
   const Layout& layout() const;
   /// Every weight, adapters merged: as the model is to be saved.
   std::vector<float> merged() const;
-  /// What is trained: every weight, or the adapters.
+  /// The trained parameters: every weight, or the adapters.
   Parameters trained();
   /// To be called after the trained values have changed, before the next pass.
   void values_changed();

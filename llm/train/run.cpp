@@ -254,7 +254,7 @@ void Run::Impl::check_layers() const {
   }
 }
 
-/// What a checkpoint has to share with the run that goes on from it.
+/// The settings that a checkpoint shares with the run that resumes from it.
 nlohmann::ordered_json Run::Impl::identity() const {
   nlohmann::ordered_json json{{"--seed", settings.seed},
                               {"--seq-len", settings.seq_len},

@@ -18,7 +18,7 @@
 namespace moba::llm::train {
 
 struct RunSettings {
-  /// What is trained: a new model of this shape (config.json), or this one (Hugging Face folder or GGUF
+  /// The model to train: a new one of this shape (config.json), or this one (Hugging Face folder or GGUF
   /// file).
   std::filesystem::path config, model;
   /// Empty: the model's, or bytes.
@@ -47,16 +47,16 @@ struct RunSettings {
   ModelSettings computing;
 };
 
-/// What is known of a step, in the order in which it is told.
+/// The record of a step, in the order of its fields in the log.
 struct StepRecord {
   std::int64_t step = 0;
   double loss = 0, grad_norm = 0, learning_rate = 0;
   std::string_view attention;
   std::int64_t tokens = 0;  // of this step
   double seconds = 0, tokens_per_second = 0;
-  /// Of the seconds, in the forward and backward pass and the optimiser.
+  /// The part of the seconds in the forward and backward pass and the optimiser.
   double compute_seconds = 0;
-  /// Of the time, inside attention.
+  /// The share of the time inside attention.
   double attention_share = 0;
   double memory_gib = 0;
   std::int64_t epoch = 0;

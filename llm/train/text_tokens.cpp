@@ -22,7 +22,7 @@ namespace {
 constexpr std::int32_t kBytes = 256;
 constexpr const char* kEndOfText = "<|endoftext|>";
 
-/// What `transformers` looks for beside the weights.
+/// The files that `transformers` expects beside the weights.
 constexpr const char* kTokenizerFiles[] = {
     "tokenizer.json",    "tokenizer.model",     "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "generation_config.json"};

@@ -9,7 +9,7 @@
 
 namespace moba::llm::train {
 
-/// What turns texts into the tokens to train on: a tokenizer's files, or the bytes themselves.
+/// Turns texts into the tokens to train on: a tokenizer's files, or the bytes themselves.
 class TextTokens {
  public:
   /// Token i is byte i; token 256 ends a document.

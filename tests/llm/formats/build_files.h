@@ -38,7 +38,7 @@ class WithFolder : public ::testing::Test {
   std::filesystem::path folder_;
 };
 
-/// What `action` complains about; empty where it does not.
+/// The error message of `action`; empty where there is none.
 inline std::string complaint_of(const std::function<void()>& action) {
   try {
     action();
