@@ -13,7 +13,7 @@
 namespace moba::bench {
 
 enum class Pass : std::uint8_t { forward, backward, gate, decode };
-/// Routing pattern of the queries: everyone something else; neighbours the same blocks; nearly everyone block
+/// Routing pattern of the queries: each query its own blocks; neighbours the same; nearly all queries block
 /// 0.
 enum class Pattern : std::uint8_t { independent, clustered, sink };
 

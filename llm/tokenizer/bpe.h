@@ -81,7 +81,7 @@ struct SentencePieceBpe {
 /// The character that stands for a byte in the files of byte-level models (printable Latin-1 as itself, the
 /// rest from U+0100 on).
 char32_t byte_character(unsigned char byte);
-/// The bytes of a token of a byte-level vocabulary stands for; nothing where it has a character that is no
+/// The bytes that a token of a byte-level vocabulary stands for; nothing where it has a character that is no
 /// byte's.
 std::optional<std::string> bytes_of_characters(std::string_view token);
 /// The byte that a token such as <0x0A> stands for; nothing where it is not of that form.
