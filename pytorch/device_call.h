@@ -35,7 +35,7 @@ inline void* current_stream(const std::string& function, std::int32_t device) {
                               : reinterpret_cast<Ask>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
   if (ask == nullptr)
-    throw Error(function + ": q is on a device that is not CUDA's: torch has no libtorch_cuda.so");
+    throw Error(function + ": q: expected a CUDA device, got another one (torch has no libtorch_cuda.so)");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(ask(device, &stream));
   return stream;
@@ -46,9 +46,10 @@ inline void* current_stream(const std::string& function, std::int32_t device) {
 inline Call with_cuda(Call call) {
   const std::vector<std::string> built = backends();
   if (std::find(built.begin(), built.end(), "cuda") == built.end()) {
-    throw Error(call.function +
-                ": q is on a CUDA device; this package was built without CUDA (pip install . "
-                "-Ccmake.define.MOBA_BUILD_CUDA=ON builds it in)");
+    throw Error(
+        call.function +
+        ": q: expected a CPU tensor, got a CUDA one: this package was built without CUDA (pip install . "
+        "-Ccmake.define.MOBA_BUILD_CUDA=ON builds it in)");
   }
   return call;
 }
@@ -63,19 +64,21 @@ class DeviceCall : public Call {
       : DeviceCall(std::move(call), q) {
     const std::int32_t* q_starts = list("cu_seqlens_q", cu_seqlens_q);
     const std::int32_t* k_starts = list("cu_seqlens_k", cu_seqlens_k);
-    if (cu_seqlens_q.size(0) == 0) throw Error(function + ": sequences.q is empty; it starts with 0");
+    if (cu_seqlens_q.size(0) == 0)
+      throw Error(function + ": cu_seqlens_q: expected at least one entry (0), got an empty list");
     if (cu_seqlens_q.size(0) != cu_seqlens_k.size(0)) {
-      throw Error(function + ": sequences.k has " + std::to_string(cu_seqlens_k.size(0)) +
-                  " entries; sequences.q has " + std::to_string(cu_seqlens_q.size(0)));
+      throw Error(function + ": cu_seqlens_k: expected " + std::to_string(cu_seqlens_q.size(0)) +
+                  " entries (as cu_seqlens_q), got " + std::to_string(cu_seqlens_k.size(0)));
     }
-    sequences = {.q = q_starts,
-                 .k = k_starts,
+    sequences = {.cu_seqlens_q = q_starts,
+                 .cu_seqlens_k = k_starts,
                  .count = cu_seqlens_q.size(0) - 1,
-                 .longest = k.dim() > 0 ? k.size(0) : 0};
+                 .max_seqlen_k = k.dim() > 0 ? k.size(0) : 0};
   }
   DeviceCall(Call call, const TorchTensor& q) : Call(with_cuda(std::move(call))), guard_(place_of(q).index) {
     place = place_of(q);
-    if (!place.is_cuda()) throw Error(function + ": q is not on a CUDA device, where another tensor is");
+    if (!place.is_cuda())
+      throw Error(function + ": q: expected the CUDA device of the other tensors, got another device");
   }
 
   /// The numbers of a one-dimensional tensor of int32, side by side for as long as the call lasts.

@@ -87,8 +87,8 @@ class HostCall : public Call {
       : HostCall(std::move(call)) {
     require_place(function, "q", q, place);
     require_place(function, "k", k, place);
-    sequences.q = offsets_of(function, "cu_seqlens_q", cu_seqlens_q);
-    sequences.k = offsets_of(function, "cu_seqlens_k", cu_seqlens_k);
+    sequences.cu_seqlens_q = offsets_of(function, "cu_seqlens_q", cu_seqlens_q);
+    sequences.cu_seqlens_k = offsets_of(function, "cu_seqlens_k", cu_seqlens_k);
   }
   explicit HostCall(Call call) : Call(std::move(call)) {}
 

@@ -29,8 +29,8 @@ inline const float* lse_of(const std::string& function, const TorchTensor& lse, 
   require_place(function, "lse", lse, place);
   if (lse.dim() != 2 || lse.size(0) != q.sizes[1] || lse.size(1) != q.sizes[0] ||
       lse.scalar_type() != ScalarType::Float || !lse.is_contiguous()) {
-    throw Error(function + ": lse has sizes " + sizes_text(lse) +
-                "; contiguous [q heads, q tokens] of float32 is expected");
+    throw Error(function + ": lse: expected contiguous [q heads, q tokens] of float32, got sizes " +
+                sizes_text(lse));
   }
   return static_cast<const float*>(lse.data_ptr());
 }
@@ -45,9 +45,9 @@ class SavedSelection {
     if (given.dim() != 3 || given.size(0) != q.sizes[1] || given.size(1) != q.sizes[0] ||
         (given.size(2) != width && given.size(2) != 0) || given.scalar_type() != ScalarType::Int ||
         !given.is_contiguous()) {
-      throw Error(call.function + ": selection has sizes " + sizes_text(given) + "; contiguous [" +
-                  std::to_string(q.sizes[1]) + ", " + std::to_string(q.sizes[0]) + ", " +
-                  std::to_string(width) + " or 0] of int32 is expected");
+      throw Error(call.function + ": selection: expected contiguous [" + std::to_string(q.sizes[1]) + ", " +
+                  std::to_string(q.sizes[0]) + ", " + std::to_string(width) + " or 0] of int32, got sizes " +
+                  sizes_text(given));
     }
     if (given.numel() == 0) return;
     blocks_ = static_cast<const std::int32_t*>(given.data_ptr());
@@ -157,16 +157,17 @@ inline void require_rows(const std::string& function, const char* name, const To
                          std::int64_t sequences, const Place& place) {
   require_place(function, name, t, place);
   if (t.dim() != 4 || t.size(0) != sequences) {
-    throw Error(function + ": " + name + " has sizes " + sizes_text(t) + "; [" + std::to_string(sequences) +
-                ", tokens or blocks, heads, head_dim] is expected");
+    throw Error(function + ": " + name + ": expected [" + std::to_string(sequences) +
+                ", tokens or blocks, heads, head_dim], got sizes " + sizes_text(t));
   }
 }
 
 inline void require_spans(const std::string& function, std::int64_t begins, std::int64_t ends,
                           std::int64_t sequences) {
   if (begins == sequences && ends == sequences) return;
-  throw Error(function + ": begin and end have " + std::to_string(begins) + " and " + std::to_string(ends) +
-              " entries; q has " + std::to_string(sequences) + " sequences");
+  throw Error(function + ": begin, end: expected " + std::to_string(sequences) +
+              " entries (the sequences of q), got " + std::to_string(begins) + " and " +
+              std::to_string(ends));
 }
 
 inline std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const TorchTensor& k,
@@ -192,9 +193,9 @@ inline std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const T
   for (std::int64_t s = 0; s < sequences; ++s) {
     const std::int64_t first = from[static_cast<std::size_t>(s)], last = to[static_cast<std::size_t>(s)];
     if (first < 0 || last < first || last > k.size(1) || last > v.size(1)) {
-      throw Error(function + ": begin and end of sequence " + std::to_string(s) + " are " +
-                  std::to_string(first) + " and " + std::to_string(last) + "; k has " +
-                  std::to_string(k.size(1)) + " tokens and v " + std::to_string(v.size(1)));
+      throw Error(function + ": begin, end: expected tokens of k (" + std::to_string(k.size(1)) +
+                  ") and v (" + std::to_string(v.size(1)) + ") in sequence " + std::to_string(s) + ", got " +
+                  std::to_string(first) + " and " + std::to_string(last));
     }
     cached.push_back({row_of(k, k_dtype, s, first, last), row_of(v, v_dtype, s, first, last),
                       row_of(means, means_dtype, s, 0, means.size(1))});
@@ -236,7 +237,7 @@ inline std::tuple<TorchTensor, TorchTensor> decode_on_device(
        .lengths = lengths,
        .starts = starts,
        .sequences = sequences,
-       .longest = k.size(1)},
+       .max_seqlen_k = k.size(1)},
       call.routing,
       {.out = Argument(function, "out", out, place).view(), .lse = static_cast<float*>(lse.data_ptr())},
       call.execution(backend, queries.view().dtype));

@@ -46,7 +46,8 @@ inline Place place_of(const TorchTensor& t) {
 
 inline void require_place(const std::string& function, const char* name, const TorchTensor& t,
                           const Place& place) {
-  if (place_of(t) != place) throw Error(function + ": " + name + " is not on the device where q is");
+  if (place_of(t) != place)
+    throw Error(function + ": " + name + ": expected the device of q, got another one");
 }
 
 inline TorchTensor empty(const std::vector<std::int64_t>& sizes, ScalarType dtype, const Place& place) {
@@ -83,8 +84,8 @@ inline DType dtype_of(const std::string& function, const char* name, const Torch
     case ScalarType::Double:
       return DType::f64;
     default:
-      throw Error(function + ": " + name + " is " + torch::headeronly::toString(t.scalar_type()) +
-                  "; float32, bfloat16, float16 or float64 is expected");
+      throw Error(function + ": " + name + ": expected float32, bfloat16, float16 or float64, got " +
+                  torch::headeronly::toString(t.scalar_type()));
   }
 }
 
@@ -98,9 +99,9 @@ class Argument {
       : tensor_(given) {
     require_place(function, name, given, place);
     if (given.dim() != rank) {
-      throw Error(function + ": " + name + " has sizes " + sizes_text(given) + "; " +
+      throw Error(function + ": " + name + ": expected " +
                   (rank == 3 ? "[tokens" : "[sequences, tokens or blocks") +
-                  ", heads, head_dim] is expected");
+                  ", heads, head_dim], got sizes " + sizes_text(given));
     }
     view_.dtype = pytorch::dtype_of(function, name, given);
     if (!can_be_walked(given, place)) {
@@ -155,8 +156,8 @@ inline void check_offsets(const std::string& function, const char* name, const T
                           const Place& place) {
   require_place(function, name, t, place);
   if (t.dim() != 1 || t.scalar_type() != ScalarType::Int) {
-    throw Error(function + ": " + name + " is " + torch::headeronly::toString(t.scalar_type()) + " " +
-                sizes_text(t) + "; int32 [sequences + 1] is expected");
+    throw Error(function + ": " + name + ": expected int32 [sequences + 1], got " +
+                torch::headeronly::toString(t.scalar_type()) + " " + sizes_text(t));
   }
 }
 
@@ -169,7 +170,7 @@ struct Call {
   /// Entries of a row of the operator's selection. Known from shapes alone, as torch.compile needs it, and so
   /// at least as many as libmoba writes, whose rows are only as long as the longest sequence asks for.
   std::int64_t width(std::int64_t keys) const {
-    if (routing.block_size < 1 || routing.top_k < 1) return 0;  // refused behind the door
+    if (routing.block_size < 1 || routing.top_k < 1) return 0;  // refused by the library
     return std::min(routing.top_k, keys == 0 ? 0 : (keys - 1) / routing.block_size + 1);
   }
 };

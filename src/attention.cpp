@@ -18,26 +18,26 @@ void run(const Problem& problem, const Means* cached, const Outputs& outputs, co
   const Parallel parallel = execution.parallel.run ? execution.parallel : openmp();
   Scratch scratch(execution.scratch);
   const std::size_t budget = execution.workspace_bytes.value_or(kHostWorkspace);
-  Resources resources{parallel, scratch, budget};
+  Context context{parallel, scratch, budget};
   Profile profile;
 
   for (const HeadGroup& heads : groups_within(backend, problem, parallel.threads, budget)) {
     const Means computed = timed(&Profile::centroids, profile, [&] {
       return cached != nullptr || !problem.needs_scores()
                  ? Means{}
-                 : backend.centroids(problem, heads.head0, heads.head1, resources);
+                 : backend.centroids(problem, heads.head0, heads.head1, context);
     });
     const Means& means = cached != nullptr ? *cached : computed;
 
-    for (const Group& group : heads.groups) {
+    for (const WorkSlice& group : heads.groups) {
       const Selection selection =
-          timed(&Profile::gate, profile, [&] { return backend.gate(problem, means, group, resources); });
+          timed(&Profile::gate, profile, [&] { return backend.gate(problem, means, group, context); });
       if (outputs.selection != nullptr) write_selection(problem, selection, outputs.selection);
       if (outputs.out.data == nullptr) continue;  // the routing alone was asked for
 
       const Plan plan =
-          timed(&Profile::plan, profile, [&] { return backend.plan(problem, selection, resources); });
-      timed(&Profile::attend, profile, [&] { backend.attend(problem, selection, plan, outputs, resources); });
+          timed(&Profile::plan, profile, [&] { return backend.plan(problem, selection, context); });
+      timed(&Profile::attend, profile, [&] { backend.attend(problem, selection, plan, outputs, context); });
     }
   }
   add_profile(execution, profile, scratch);
@@ -48,9 +48,9 @@ void run_decode(const Problem& problem, const Means& means, const Outputs& outpu
   const Backend& backend = choose_backend(execution.backend, problem);
   const Parallel parallel = execution.parallel.run ? execution.parallel : openmp();
   Scratch scratch(execution.scratch);
-  Resources resources{parallel, scratch, execution.workspace_bytes.value_or(kHostWorkspace)};
+  Context context{parallel, scratch, execution.workspace_bytes.value_or(kHostWorkspace)};
   Profile profile;
-  timed(&Profile::attend, profile, [&] { backend.decode(problem, means, outputs, resources); });
+  timed(&Profile::attend, profile, [&] { backend.decode(problem, means, outputs, context); });
   add_profile(execution, profile, scratch);
 }
 

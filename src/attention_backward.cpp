@@ -22,25 +22,25 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
     const Parallel parallel = execution.parallel.run ? execution.parallel : openmp();
     Scratch scratch(execution.scratch);
     const std::size_t budget = execution.workspace_bytes.value_or(kHostWorkspace);
-    Resources resources{parallel, scratch, budget};
+    Context context{parallel, scratch, budget};
     const Backward backward{d_out, saved.out, saved.lse, gradients};
     Profile profile;
 
-    for (const Group& group : head_groups_within(backend, problem, parallel.threads, budget)) {
+    for (const WorkSlice& group : head_groups_within(backend, problem, parallel.threads, budget)) {
       const auto select = [&] {
         if (saved.selection != nullptr) return read_selection(problem, group, saved.selection, scratch);
         const Means means =
             problem.needs_scores()
                 ? timed(&Profile::centroids, profile,
-                        [&] { return backend.centroids(problem, group.head0, group.head1, resources); })
+                        [&] { return backend.centroids(problem, group.head0, group.head1, context); })
                 : Means{};
-        return timed(&Profile::gate, profile, [&] { return backend.gate(problem, means, group, resources); });
+        return timed(&Profile::gate, profile, [&] { return backend.gate(problem, means, group, context); });
       };
       const Selection selection = select();
-      const Plan plan = timed(&Profile::plan, profile,
-                              [&] { return backend.plan_backward(problem, selection, resources); });
+      const Plan plan =
+          timed(&Profile::plan, profile, [&] { return backend.plan_backward(problem, selection, context); });
       timed(&Profile::attend, profile,
-            [&] { backend.attend_backward(problem, selection, plan, backward, resources); });
+            [&] { backend.attend_backward(problem, selection, plan, backward, context); });
     }
     add_profile(execution, profile, scratch);
   });

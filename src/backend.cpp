@@ -43,11 +43,12 @@ const DeviceFlow* device_flow(const Tensor& q, const Execution& execution) {
 }
 
 DeviceBatch batch_of(const Sequences& sequences) {
-  DeviceBatch batch{.q_starts = sequences.q.data(),
-                    .k_starts = sequences.k.data(),
-                    .count = static_cast<std::int64_t>(sequences.k.size()) - 1};
-  for (std::size_t s = 0; s + 1 < sequences.k.size(); ++s)
-    batch.longest = std::max(batch.longest, std::int64_t{sequences.k[s + 1]} - sequences.k[s]);
+  DeviceBatch batch{.q_starts = sequences.cu_seqlens_q.data(),
+                    .k_starts = sequences.cu_seqlens_k.data(),
+                    .count = static_cast<std::int64_t>(sequences.cu_seqlens_k.size()) - 1};
+  for (std::size_t s = 0; s + 1 < sequences.cu_seqlens_k.size(); ++s)
+    batch.max_seqlen_k =
+        std::max(batch.max_seqlen_k, std::int64_t{sequences.cu_seqlens_k[s + 1]} - sequences.cu_seqlens_k[s]);
   return batch;
 }
 

@@ -18,7 +18,7 @@ struct Backward {
 };
 
 /// The means to work with: threads, scratch memory.
-struct Resources {
+struct Context {
   const Parallel& parallel;
   Scratch& scratch;
   std::size_t budget;
@@ -28,8 +28,8 @@ struct Resources {
 struct DeviceBatch {
   const std::int32_t *q_starts = nullptr, *k_starts = nullptr;  // [count + 1]
   std::int64_t count = 0;
-  std::int64_t longest = 0;  // no fewer than the keys of any sequence
-  bool on_device = false;    // the starts; on the host they are read before the call returns
+  std::int64_t max_seqlen_k = 0;  // no fewer than the keys of any sequence
+  bool on_device = false;         // the starts; on the host they are read before the call returns
 };
 
 /// A backend on a device walks the stages itself, on its stream and without waiting for it: sizes that only
@@ -59,25 +59,25 @@ struct Backend {
   /// Why this backend cannot solve the problem; empty when it can.
   std::string (*refuses)(const Problem& problem) = nullptr;
   /// Scratch bytes that the stages below take for a group of this shape.
-  std::size_t (*workspace)(const Problem& problem, const Group& group, int threads) = nullptr;
+  std::size_t (*workspace)(const Problem& problem, const WorkSlice& group, int threads) = nullptr;
 
   Means (*centroids)(const Problem& problem, std::int64_t head0, std::int64_t head1,
-                     Resources& resources) = nullptr;
-  Selection (*gate)(const Problem& problem, const Means& means, const Group& group,
-                    Resources& resources) = nullptr;
-  Plan (*plan)(const Problem& problem, const Selection& selection, Resources& resources) = nullptr;
+                     Context& context) = nullptr;
+  Selection (*gate)(const Problem& problem, const Means& means, const WorkSlice& group,
+                    Context& context) = nullptr;
+  Plan (*plan)(const Problem& problem, const Selection& selection, Context& context) = nullptr;
   void (*attend)(const Problem& problem, const Selection& selection, const Plan& plan, const Outputs& outputs,
-                 Resources& resources) = nullptr;
+                 Context& context) = nullptr;
   /// The same with the ranges that `attend_backward` wants.
-  Plan (*plan_backward)(const Problem& problem, const Selection& selection, Resources& resources) = nullptr;
+  Plan (*plan_backward)(const Problem& problem, const Selection& selection, Context& context) = nullptr;
   /// Adds nothing: writes dq of the group's queries and heads, and dk, dv of the group's heads. The group
   /// spans all tokens.
   void (*attend_backward)(const Problem& problem, const Selection& selection, const Plan& plan,
-                          const Backward& backward, Resources& resources) = nullptr;
-  std::size_t (*workspace_backward)(const Problem& problem, const Group& group, int threads) = nullptr;
+                          const Backward& backward, Context& context) = nullptr;
+  std::size_t (*workspace_backward)(const Problem& problem, const WorkSlice& group, int threads) = nullptr;
   /// One query a sequence; `means` are the cache's.
   void (*decode)(const Problem& problem, const Means& means, const Outputs& outputs,
-                 Resources& resources) = nullptr;
+                 Context& context) = nullptr;
 };
 
 extern const Backend reference_backend;

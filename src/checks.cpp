@@ -189,24 +189,25 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const De
                      const Routing& routing) {
   check_tensors(q, k, v);
   if (sequences.count < 0) refuse("sequences.count", "expected at least 0, got ", sequences.count);
-  if (sequences.count > 0 && (sequences.q == nullptr || sequences.k == nullptr))
-    refuse(sequences.q == nullptr ? "sequences.q" : "sequences.k", "expected [", sequences.count,
+  if (sequences.count > 0 && (sequences.cu_seqlens_q == nullptr || sequences.cu_seqlens_k == nullptr))
+    refuse(sequences.cu_seqlens_q == nullptr ? "cu_seqlens_q" : "cu_seqlens_k", "expected [", sequences.count,
            " + 1] int32 on the device, got null");
-  if (sequences.longest < 0 || sequences.longest > std::numeric_limits<std::int32_t>::max())
-    refuse("sequences.longest", "expected 0 to ", std::numeric_limits<std::int32_t>::max(), ", got ",
-           sequences.longest);
+  if (sequences.max_seqlen_k < 0 || sequences.max_seqlen_k > std::numeric_limits<std::int32_t>::max())
+    refuse("sequences.max_seqlen_k", "expected 0 to ", std::numeric_limits<std::int32_t>::max(), ", got ",
+           sequences.max_seqlen_k);
   check_routing(routing);
 }
 
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
                      const Routing& routing) {
   check_tensors(q, k, v);
-  if (sequences.q.empty()) refuse("sequences.q", "expected at least one entry (0), got an empty list");
-  if (sequences.q.size() != sequences.k.size())
-    refuse("sequences.k", "expected ", sequences.q.size(), " entries (as sequences.q), got ",
-           sequences.k.size());
-  check_offsets("sequences.q", sequences.q, q.sizes[0], "q");
-  check_offsets("sequences.k", sequences.k, k.sizes[0], "k");
+  if (sequences.cu_seqlens_q.empty())
+    refuse("cu_seqlens_q", "expected at least one entry (0), got an empty list");
+  if (sequences.cu_seqlens_q.size() != sequences.cu_seqlens_k.size())
+    refuse("cu_seqlens_k", "expected ", sequences.cu_seqlens_q.size(), " entries (as cu_seqlens_q), got ",
+           sequences.cu_seqlens_k.size());
+  check_offsets("cu_seqlens_q", sequences.cu_seqlens_q, q.sizes[0], "q");
+  check_offsets("cu_seqlens_k", sequences.cu_seqlens_k, k.sizes[0], "k");
   check_routing(routing);
 }
 
@@ -386,12 +387,12 @@ void check_means(const PagedCache& cache, std::int64_t block_size) {
   check_same_kind("cache.means", means, "cache.k", k);
   const std::int64_t page_tokens = k.sizes[1];
   const std::int64_t blocks =
-      page_tokens < block_size ? 1 : std::min(page_tokens, cache.longest) / block_size;
+      page_tokens < block_size ? 1 : std::min(page_tokens, cache.max_seqlen_k) / block_size;
   if (means.sizes[0] != k.sizes[0] || means.sizes[1] < blocks || means.sizes[2] != k.sizes[2] ||
       means.sizes[3] != k.sizes[3])
     refuse("cache.means", "expected [", k.sizes[0], ", ", blocks, " or more, ", k.sizes[2], ", ", k.sizes[3],
            "], got ", sizes_of(means));
-  if (cache.longest > page_tokens && block_size % page_tokens != 0 && page_tokens % block_size != 0)
+  if (cache.max_seqlen_k > page_tokens && block_size % page_tokens != 0 && page_tokens % block_size != 0)
     refuse("block_size", "expected a multiple or a divisor of ", page_tokens,
            " (the tokens of a page of cache.k), got ", block_size);
 }
@@ -405,15 +406,15 @@ void check_pages(const PagedCache& cache) {
   if (cache.sequences > 0 && cache.lengths == nullptr)
     refuse("cache.lengths", "expected int32 on the device, got null");
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-  if (cache.longest < 0 || cache.longest > kMost)
-    refuse("cache.longest", "expected 0 to ", kMost, ", got ", cache.longest);
+  if (cache.max_seqlen_k < 0 || cache.max_seqlen_k > kMost)
+    refuse("cache.max_seqlen_k", "expected 0 to ", kMost, ", got ", cache.max_seqlen_k);
   const std::int64_t page_tokens = cache.k.sizes[1];
-  if (page_tokens < (cache.longest > 0 ? 1 : 0) || page_tokens > kMost)
+  if (page_tokens < (cache.max_seqlen_k > 0 ? 1 : 0) || page_tokens > kMost)
     refuse("cache.k", "expected pages of 1 to ", kMost, " tokens, got ", page_tokens);
-  const std::int64_t needed = cache.longest == 0 ? 0 : (cache.longest - 1) / page_tokens + 1;
+  const std::int64_t needed = cache.max_seqlen_k == 0 ? 0 : (cache.max_seqlen_k - 1) / page_tokens + 1;
   if (cache.table_stride < needed)
-    refuse("cache.table_stride", "expected at least ", needed, " (", cache.longest, " tokens in pages of ",
-           page_tokens, "), got ", cache.table_stride);
+    refuse("cache.table_stride", "expected at least ", needed, " (", cache.max_seqlen_k,
+           " tokens in pages of ", page_tokens, "), got ", cache.table_stride);
   if (cache.page_table == nullptr && needed > 0 && cache.k.sizes[0] / cache.table_stride < cache.sequences)
     refuse("cache.k", "expected ", cache.sequences, " x ", cache.table_stride,
            " pages without a page_table, got ", cache.k.sizes[0]);
@@ -435,7 +436,8 @@ void check_paged(const Tensor& q, const PagedCache& cache, const Routing& routin
   check_heads(q.sizes[1], "cache.k", cache.k.sizes[2]);
   if (cache.k.sizes[3] != q.sizes[2])
     refuse("cache.k", "expected head_dim ", q.sizes[2], " (that of q), got ", cache.k.sizes[3]);
-  if (routing.top_k > 1 && cache.longest > 0 && routing.top_k <= (cache.longest - 1) / routing.block_size)
+  if (routing.top_k > 1 && cache.max_seqlen_k > 0 &&
+      routing.top_k <= (cache.max_seqlen_k - 1) / routing.block_size)
     check_means(cache, routing.block_size);
 }
 

@@ -8,7 +8,7 @@ namespace moba {
 namespace {
 
 DeviceBatch batch_of(const DeviceSequences& sequences) {
-  return {sequences.q, sequences.k, sequences.count, sequences.longest, true};
+  return {sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.count, sequences.max_seqlen_k, true};
 }
 
 const DeviceFlow& flow_for(const Tensor& q, const Execution& execution) {
@@ -24,7 +24,7 @@ const DeviceFlow& flow_for(const Tensor& q, const Execution& execution) {
 
 std::int64_t selection_width(const DeviceSequences& sequences, const Routing& routing) {
   return std::min(routing.top_k,
-                  sequences.longest == 0 ? 0 : (sequences.longest - 1) / routing.block_size + 1);
+                  sequences.max_seqlen_k == 0 ? 0 : (sequences.max_seqlen_k - 1) / routing.block_size + 1);
 }
 
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSequences& sequences,

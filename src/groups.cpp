@@ -53,14 +53,14 @@ std::vector<HeadGroup> groups_within(const Backend& backend, const Problem& prob
   return result;
 }
 
-std::vector<Group> head_groups_within(const Backend& backend, const Problem& problem, int threads,
-                                      std::size_t budget) {
+std::vector<WorkSlice> head_groups_within(const Backend& backend, const Problem& problem, int threads,
+                                          std::size_t budget) {
   const auto bytes = [&](std::int64_t heads) {
     return backend.workspace_backward(problem, {0, heads, 0, problem.tokens}, threads);
   };
   const std::int64_t heads = largest_within(budget, problem.kv_heads, bytes);
   if (heads == 0) refuse_budget(budget, bytes(1));
-  std::vector<Group> result;
+  std::vector<WorkSlice> result;
   for (std::int64_t head = 0; head < problem.kv_heads; head += heads) {
     result.push_back({head, std::min(head + heads, problem.kv_heads), 0, problem.tokens});
   }
@@ -72,14 +72,14 @@ namespace {
 /// Calls visit(sequence, query, packed token, query head, row of the selection) for every row of a group.
 template <typename Visit>
 void for_each_row(const Problem& problem, const Selection& selection, Visit&& visit) {
-  const Group& group = selection.group;
+  const WorkSlice& group = selection.group;
   for (std::int64_t head = group.head0; head < group.head1; ++head) {
     for (const SequenceView& s : problem.sequences) {
       const auto [first, last] = group.queries_of(s);
       for (std::int64_t query = first; query < last; ++query) {
         std::int32_t* rows = selection.of(head, s.q_begin + query);
-        for (std::int64_t g = 0; g < problem.group; ++g) {
-          visit(s, query, head * problem.group + g, rows + g * selection.width);
+        for (std::int64_t g = 0; g < problem.heads_per_kv; ++g) {
+          visit(s, query, head * problem.heads_per_kv + g, rows + g * selection.width);
         }
       }
     }
@@ -87,8 +87,9 @@ void for_each_row(const Problem& problem, const Selection& selection, Visit&& vi
 }
 
 std::int64_t public_width(const Problem& problem) {
-  const std::int64_t blocks = problem.longest == 0 ? 0 : (problem.longest - 1) / problem.asked.block_size + 1;
-  return std::min(problem.asked.top_k, blocks);
+  const std::int64_t blocks =
+      problem.max_seqlen_k == 0 ? 0 : (problem.max_seqlen_k - 1) / problem.requested.block_size + 1;
+  return std::min(problem.requested.top_k, blocks);
 }
 
 /// The blocks that one query selected, own block included, ascending, padded with -1.
@@ -110,7 +111,7 @@ void check_row(const Problem& problem, const SequenceView& s, std::int64_t query
 }  // namespace
 
 void write_selection(const Problem& problem, const Selection& selection, std::int32_t* out) {
-  const std::int64_t width = public_width(problem), block_size = problem.asked.block_size;
+  const std::int64_t width = public_width(problem), block_size = problem.requested.block_size;
   const bool causal = problem.routing.causal;
   for_each_row(
       problem, selection,
@@ -118,7 +119,7 @@ void write_selection(const Problem& problem, const Selection& selection, std::in
         std::int32_t* to = out + (q_head * problem.tokens + s.q_begin + query) * width;
         const std::int64_t p = s.position(query), own = p < 0 ? -1 : p / block_size;
         std::int64_t count = 0;
-        if (problem.everything) {
+        if (problem.is_dense) {
           const std::int64_t seen = causal ? own + 1 : s.keys == 0 ? 0 : (s.keys - 1) / block_size + 1;
           for (; count < seen; ++count) to[count] = static_cast<std::int32_t>(count);
         } else {
@@ -130,7 +131,7 @@ void write_selection(const Problem& problem, const Selection& selection, std::in
 }
 
 void check_saved_selection(const Problem& problem, const std::int32_t* saved) {
-  if (saved == nullptr || problem.everything || problem.width() == 0) return;
+  if (saved == nullptr || problem.is_dense || problem.width() == 0) return;
   const std::int64_t width = public_width(problem);
   for (std::int64_t head = 0; head < problem.q_heads; ++head) {
     for (const SequenceView& s : problem.sequences) {
@@ -141,17 +142,17 @@ void check_saved_selection(const Problem& problem, const std::int32_t* saved) {
   }
 }
 
-Selection read_selection(const Problem& problem, const Group& group, const std::int32_t* saved,
+Selection read_selection(const Problem& problem, const WorkSlice& group, const std::int32_t* saved,
                          Scratch& scratch) {
-  Selection selection{group, problem.group, problem.width(), {}};
+  Selection selection{group, problem.heads_per_kv, problem.width(), {}};
   const std::int64_t width = public_width(problem);
   selection.blocks =
-      Buffer<std::int32_t>(scratch, group.heads() * group.tokens() * problem.group * selection.width);
+      Buffer<std::int32_t>(scratch, group.heads() * group.tokens() * problem.heads_per_kv * selection.width);
   if (selection.width == 0) return selection;
   for_each_row(problem, selection,
                [&](const SequenceView& s, std::int64_t query, std::int64_t q_head, std::int32_t* row) {
                  std::int64_t count = 0;
-                 if (problem.everything) {
+                 if (problem.is_dense) {
                    if (s.keys > 0) row[count++] = 0;
                  } else {
                    const std::int32_t* from = saved + (q_head * problem.tokens + s.q_begin + query) * width;

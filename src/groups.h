@@ -11,7 +11,7 @@ namespace moba {
 /// turn.
 struct HeadGroup {
   std::int64_t head0 = 0, head1 = 0;
-  std::vector<Group> groups;
+  std::vector<WorkSlice> groups;
 };
 
 /// Cuts a problem so that each group's scratch memory fits the budget: first between heads, then between
@@ -20,8 +20,8 @@ std::vector<HeadGroup> groups_within(const Backend& backend, const Problem& prob
                                      std::size_t budget);
 
 /// Head groups alone, for the backward pass, whose groups span all queries.
-std::vector<Group> head_groups_within(const Backend& backend, const Problem& problem, int threads,
-                                      std::size_t budget);
+std::vector<WorkSlice> head_groups_within(const Backend& backend, const Problem& problem, int threads,
+                                          std::size_t budget);
 
 /// A group's rows of the public [Hq, Tq, selection_width()] list, current block included.
 void write_selection(const Problem& problem, const Selection& selection, std::int32_t* out);
@@ -29,7 +29,7 @@ void write_selection(const Problem& problem, const Selection& selection, std::in
 /// see. Runs over all heads, before a gradient is written.
 void check_saved_selection(const Problem& problem, const std::int32_t* saved);
 /// The inverse of write_selection: the group's selection as the gate writes it, from a checked public list.
-Selection read_selection(const Problem& problem, const Group& group, const std::int32_t* saved,
+Selection read_selection(const Problem& problem, const WorkSlice& group, const std::int32_t* saved,
                          Scratch& scratch);
 
 /// Runs one stage and adds its seconds to where they belong.

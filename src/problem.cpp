@@ -34,8 +34,8 @@ Sequences one_sequence(std::int64_t queries, std::int64_t keys) {
 
 std::int64_t selection_width(const Sequences& sequences, const Routing& routing) {
   std::int64_t longest = 0;
-  for (std::size_t s = 0; s + 1 < sequences.k.size(); ++s) {
-    longest = std::max(longest, std::int64_t{sequences.k[s + 1]} - sequences.k[s]);
+  for (std::size_t s = 0; s + 1 < sequences.cu_seqlens_k.size(); ++s) {
+    longest = std::max(longest, std::int64_t{sequences.cu_seqlens_k[s + 1]} - sequences.cu_seqlens_k[s]);
   }
   return std::min(routing.top_k, longest == 0 ? 0 : (longest - 1) / routing.block_size + 1);
 }
@@ -45,14 +45,15 @@ void finish_problem(Problem& problem, const Routing& routing, std::int64_t kv_he
   problem.q_heads = problem.q.sizes[1];
   problem.head_dim = problem.q.sizes[2];
   problem.kv_heads = kv_heads;
-  problem.group = problem.q_heads / kv_heads;
-  for (const SequenceView& s : problem.sequences) problem.longest = std::max(problem.longest, s.keys);
-  problem.asked = problem.routing = routing;
+  problem.heads_per_kv = problem.q_heads / kv_heads;
+  for (const SequenceView& s : problem.sequences)
+    problem.max_seqlen_k = std::max(problem.max_seqlen_k, s.keys);
+  problem.requested = problem.routing = routing;
   problem.scale = routing.scale.value_or(1 / std::sqrt(static_cast<float>(problem.head_dim)));
 
-  const std::int64_t longest = std::max<std::int64_t>(problem.longest, 1);
+  const std::int64_t longest = std::max<std::int64_t>(problem.max_seqlen_k, 1);
   if (routing.top_k >= (longest - 1) / routing.block_size + 1) {
-    problem.everything = true;
+    problem.is_dense = true;
     problem.routing.block_size = longest;
     problem.routing.top_k = 1;
     problem.routing.sink_blocks = 0;
@@ -63,17 +64,17 @@ void finish_problem(Problem& problem, const Routing& routing, std::int64_t kv_he
 Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
                      const Routing& routing) {
   Problem problem{.q = q, .k = layout_of(k), .v = layout_of(v)};
-  const std::size_t count = sequences.q.size() - 1;
+  const std::size_t count = sequences.cu_seqlens_q.size() - 1;
   problem.page_storage.reserve(2 * count);
   for (std::size_t s = 0; s < count; ++s) {
-    problem.page_storage.push_back(row_of(k, sequences.k[s]));
-    problem.page_storage.push_back(row_of(v, sequences.k[s]));
+    problem.page_storage.push_back(row_of(k, sequences.cu_seqlens_k[s]));
+    problem.page_storage.push_back(row_of(v, sequences.cu_seqlens_k[s]));
   }
   const std::byte* const* pages = problem.page_storage.data();
   for (std::size_t s = 0; s < count; ++s) {
-    problem.sequences.push_back({.q_begin = sequences.q[s],
-                                 .queries = sequences.q[s + 1] - sequences.q[s],
-                                 .keys = sequences.k[s + 1] - sequences.k[s],
+    problem.sequences.push_back({.q_begin = sequences.cu_seqlens_q[s],
+                                 .queries = sequences.cu_seqlens_q[s + 1] - sequences.cu_seqlens_q[s],
+                                 .keys = sequences.cu_seqlens_k[s + 1] - sequences.cu_seqlens_k[s],
                                  .k_pages = {pages + 2 * s, 1},
                                  .v_pages = {pages + 2 * s + 1, 1}});
   }

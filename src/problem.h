@@ -47,12 +47,12 @@ struct Problem {
   KvLayout k{}, v{};
   std::vector<SequenceView> sequences{};
   Routing routing{};
-  Routing asked{};          // as the caller gave it
-  bool everything = false;  // the normalisation took place
+  Routing requested{};    // as the caller gave it
+  bool is_dense = false;  // the normalisation took place
   float scale = 1;
   std::int64_t tokens = 0;  // Tq
-  std::int64_t q_heads = 0, kv_heads = 0, group = 1, head_dim = 0;
-  std::int64_t longest = 0;  // most keys in any sequence
+  std::int64_t q_heads = 0, kv_heads = 0, heads_per_kv = 1, head_dim = 0;
+  std::int64_t max_seqlen_k = 0;  // most keys in any sequence
   std::vector<const std::byte*> page_storage{};
 
   std::int64_t blocks(const SequenceView& s) const {
@@ -71,11 +71,11 @@ struct Problem {
   /// saying.
   std::int64_t width() const {
     const std::int64_t most =
-        std::max<std::int64_t>((longest + routing.block_size - 1) / routing.block_size, 1);
+        std::max<std::int64_t>((max_seqlen_k + routing.block_size - 1) / routing.block_size, 1);
     return std::min(routing.top_k, most) - (routing.causal ? 1 : 0);
   }
   /// Whether any query has to choose.
-  bool needs_scores() const { return !everything && width() > 0; }
+  bool needs_scores() const { return !is_dense && width() > 0; }
 
   Rows keys(const SequenceView& s, std::int64_t head, std::int64_t first) const {
     return rows(k, s.k_pages, s.keys, head, first);
@@ -106,7 +106,7 @@ struct Problem {
 
 /// The share of a problem that is worked on at a time, so that scratch memory stays within its budget: kv
 /// heads [head0, head1) and packed queries [token0, token1).
-struct Group {
+struct WorkSlice {
   std::int64_t head0 = 0, head1 = 0, token0 = 0, token1 = 0;
 
   std::int64_t heads() const { return head1 - head0; }
@@ -134,7 +134,7 @@ struct Means {
 /// What the gate picked: [heads of the group, tokens of the group, query heads of a kv head, width], block
 /// numbers ascending, padded with -1. For causal routing the current block is not listed.
 struct Selection {
-  Group group{};
+  WorkSlice group{};
   std::int64_t query_group = 1, width = 0;
   Buffer<std::int32_t> blocks{};
 

@@ -18,10 +18,9 @@ class MOBA_EXPORT KvCache {
   struct Shape {
     std::int64_t kv_heads = 1;
     std::int64_t head_dim = 64;
-    /// The block size of every routing this cache is asked with; any routing with top_k = kEverything goes
-    /// too.
+    /// The block size of every routing used with this cache, except dense attention (top_k = kEverything).
     std::int64_t block_size = 512;
-    /// How keys and values are stored: f32, bf16, f16, or i8 with one scale a row.
+    /// The storage type of keys and values: f32, bf16, f16, or i8 with one f32 scale a row.
     DType dtype = DType::f32;
     std::int64_t sequences = 1;
   };
@@ -39,7 +38,7 @@ class MOBA_EXPORT KvCache {
 
   /// Adds tokens at the end: `k` and `v` [n, Hkv, D] in f32, bf16 or f16, converted to the cache's dtype.
   void append(const Tensor& k, const Tensor& v, std::int64_t sequence = 0);
-  /// Forgets all but the first `tokens`.
+  /// Drops all but the first `tokens`.
   void truncate(std::int64_t tokens, std::int64_t sequence = 0);
 
  private:
@@ -47,14 +46,14 @@ class MOBA_EXPORT KvCache {
   std::unique_ptr<CacheState> state_;
 };
 
-/// `attention` of new queries against a cache that already holds their own keys: `q` [n, Hq, D] are the last
-/// n tokens of `sequence`. Chunked prefill.
+/// Computes `attention` of new queries over a cache that already holds their own keys (chunked prefill): `q`
+/// [n, Hq, D] are the last n tokens of `sequence`.
 MOBA_EXPORT void attention(const Tensor& q, const KvCache& cache, std::int64_t sequence,
                            const Routing& routing, const Outputs& outputs, const Execution& execution = {});
 
-/// One new token for every sequence of the cache: `q` and `outputs.out` [sequences, Hq, D], `outputs.lse`
-/// [Hq, sequences]. Each query is the last token of its sequence, whose key the cache already holds. An empty
-/// sequence gets 0.
+/// Decodes one new token for every sequence of the cache: `q` and `outputs.out` [sequences, Hq, D],
+/// `outputs.lse` [Hq, sequences]. Each query is the last token of its sequence, whose key the cache already
+/// holds. An empty sequence gets 0.
 MOBA_EXPORT void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const Outputs& outputs,
                         const Execution& execution = {});
 

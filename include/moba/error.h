@@ -7,15 +7,15 @@
 
 namespace moba {
 
-/// Thrown at the door, before any work is done and before anything is written. The message names the
-/// function, the argument, what was expected and what was found.
+/// A bad argument. Thrown before any work is done and before anything is written. The message reads
+/// "function: argument: expected X, got Y".
 class MOBA_EXPORT Error : public std::invalid_argument {
  public:
   using std::invalid_argument::invalid_argument;
 };
 
-/// A device failed a call whose arguments were right: no memory, no launch. What the call writes is
-/// undefined.
+/// A failure of the device in a call with valid arguments: no memory, no launch. The contents of the outputs
+/// are undefined.
 class MOBA_EXPORT DeviceError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

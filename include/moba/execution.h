@@ -10,7 +10,7 @@
 
 namespace moba {
 
-/// How work is spread. `run(tasks, body)` calls `body(task, worker)` once for every task in [0, tasks), in
+/// A parallel for loop. `run(tasks, body)` calls `body(task, worker)` once for every task in [0, tasks), in
 /// any order, with `worker` in [0, threads) and never the same worker twice at a time, and returns when all
 /// are done. The body never throws.
 struct Parallel {
@@ -28,22 +28,21 @@ MOBA_EXPORT Parallel std_threads(int threads);
 /// The calling thread alone.
 MOBA_EXPORT Parallel serial();
 
-/// Where scratch memory comes from, aligned to 64 bytes. Both or neither must be set; the default is the C++
+/// The source of scratch memory, aligned to 64 bytes. Both or neither must be set; the default is the C++
 /// heap.
 struct Allocator {
   std::function<void*(std::size_t bytes)> allocate{};
   std::function<void(void* memory, std::size_t bytes)> release{};
 };
 
-/// Seconds spent in each stage, summed over head groups, and the most scratch memory held at once. On CUDA
-/// the latter alone: nobody waits for the device to read a clock.
+/// Seconds spent in each stage, summed over head groups, and the peak of scratch memory in bytes. On CUDA
+/// the latter alone: reading a clock would make the host wait for the device.
 struct Profile {
   double centroids = 0, gate = 0, plan = 0, attend = 0;
   std::size_t workspace_bytes = 0;
 };
 
-/// Everything about a call that does not change its result. The defaults serve a person who has just
-/// installed the library.
+/// Settings of a call that do not change its result. All have defaults.
 struct Execution {
   /// "reference", "cpu" or "cuda"; empty: the environment's MOBA_BACKEND, else the best that is built for the
   /// device.
@@ -56,7 +55,7 @@ struct Execution {
   std::optional<std::size_t> workspace_bytes{};
   /// The CUDA stream, as a cudaStream_t.
   void* stream = nullptr;
-  /// Where to add up what the call cost, if anybody asks.
+  /// Receives the cost of the call, added to what it holds; may be null.
   Profile* profile = nullptr;
 };
 

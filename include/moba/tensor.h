@@ -21,8 +21,8 @@ struct float16 {
   std::uint16_t bits;
 };
 
-/// A view of somebody else's memory: a pointer with its shape. Strides count elements, not bytes, and may be
-/// anything, except that the last dimension is contiguous. Copying a view copies no data.
+/// A non-owning view: a pointer with its shape. Strides count elements, not bytes, and may have any value,
+/// except that the last dimension is contiguous. Copying a view copies no data.
 struct Tensor {
   static constexpr int kMaxRank = 4;
 

@@ -25,35 +25,40 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def means_dtype(keys: Tensor) -> torch.dtype:
-    """What `decode` wants the means of such keys in."""
+    """Dtype that `decode` expects of the means of such keys."""
     return keys.dtype if keys.is_cuda else torch.float32
 
 
 def _check_tensors(function: str, *tensors: Tensor) -> None:
-    """Dtypes and devices: TypeError and ValueError. Here, for the compiled part can raise nothing but ValueError."""
+    """Raises TypeError for a dtype and ValueError for a device; the compiled part can raise nothing but ValueError."""
     names = _TENSORS[function]
     q = tensors[names.index("q")]
     dtype, device = q.dtype, q.device
     if dtype not in _FLOATING:
-        raise TypeError(f"{function}: q is {dtype}; one of {', '.join(map(str, _FLOATING))} is expected")
+        raise TypeError(f"{function}: q: expected one of {', '.join(map(str, _FLOATING))}, got {dtype}")
     for name, t in zip(names, tensors):
         expected = means_dtype(q) if name == "means" else _DTYPES.get(name)
         if expected is None and t.dtype is not dtype:
-            raise TypeError(f"{function}: {name} is {t.dtype}; q is {dtype}")
+            raise TypeError(f"{function}: {name}: expected {dtype} (the dtype of q), got {t.dtype}")
         if expected is not None and t.dtype is not expected:
-            raise TypeError(f"{function}: {name} is {t.dtype}; {expected} is expected")
+            raise TypeError(f"{function}: {name}: expected {expected}, got {t.dtype}")
         if t.device != device:
-            raise ValueError(f"{function}: {name} is on {t.device}; q is on {device}")
+            raise ValueError(f"{function}: {name}: expected device {device} (that of q), got {t.device}")
 
 
-def _refused(error: Exception) -> Exception:
-    """What the compiled part threw, as torch hands it on: a RuntimeError since 2.15, a ValueError before."""
-    text = str(error)
-    if not text.startswith(("attention: ", "attention_backward: ", "select_blocks: ", "decode: ")):
+_LIBRARY_NAMES = {"select": "select_blocks"}
+"""The operators that the library calls by another name."""
+
+
+def _refused(function: str, error: Exception) -> Exception:
+    """The error that the compiled part threw, which torch hands on as a RuntimeError since 2.15 and a ValueError before, as the
+    operator's own: ValueError for an argument, RuntimeError for a device that failed."""
+    name, _, message = str(error).partition(": ")
+    if name not in (function, _LIBRARY_NAMES.get(function)):
         return error
-    if ": CUDA: " in text:  # the device failed, the arguments are right
-        return RuntimeError(text)
-    return ValueError(text.replace("select_blocks: ", "select: ").replace("sequences.", "cu_seqlens_").replace("cache.", ""))
+    if message.startswith("CUDA: "):
+        return RuntimeError(f"{function}: {message}")
+    return ValueError(f"{function}: {message.removeprefix('cache.')}")
 
 
 _door = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
@@ -69,7 +74,7 @@ def _register_door(function: str) -> None:
         try:
             return operator.redispatch(keyset - _door, *arguments)
         except (RuntimeError, ValueError) as error:
-            raise _refused(error) from None
+            raise _refused(function, error) from None
 
     _library.impl(function, checked, "BackendSelect", with_keyset=True)
 
@@ -85,22 +90,22 @@ def selection_width(keys: int, block_size: int, top_k: int) -> int:
 
 def _check_shapes(function: str, q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int) -> None:
     for name, value in (("block_size", block_size), ("top_k", top_k)):
-        torch._check_value(value >= 1, lambda: f"{function}: {name} is {value}; at least 1 is expected")
+        torch._check_value(value >= 1, lambda: f"{function}: {name}: expected at least 1, got {value}")
     for name, t in (("q", q), ("k", k), ("v", v)):
         torch._check_value(
-            t.dim() == 3, lambda: f"{function}: {name} has sizes {list(t.shape)}; [tokens, heads, head_dim] is expected"
+            t.dim() == 3, lambda: f"{function}: {name}: expected [tokens, heads, head_dim], got sizes {list(t.shape)}"
         )
     torch._check_value(
         k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0,
-        lambda: f"{function}: k has {k.shape[1]} heads; {q.shape[1]} query heads need a divisor of {q.shape[1]}",
+        lambda: f"{function}: k: expected a number of heads that divides {q.shape[1]} (the query heads), got {k.shape[1]}",
     )
     torch._check_value(
-        k.shape[2] == q.shape[2], lambda: f"{function}: k has head_dim {k.shape[2]}; q has {q.shape[2]}"
+        k.shape[2] == q.shape[2], lambda: f"{function}: k: expected head_dim {q.shape[2]} (that of q), got {k.shape[2]}"
     )
     for dim in range(3):
         torch._check_value(
             v.shape[dim] == k.shape[dim],
-            lambda: f"{function}: v has sizes {list(v.shape)}; those of k, {list(k.shape)}, are expected",
+            lambda: f"{function}: v: expected the sizes of k, {list(k.shape)}, got {list(v.shape)}",
         )
 
 
@@ -185,7 +190,7 @@ def _with_gradient(keyset, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_
         with torch._C._AutoDispatchBelowAutograd():
             return _attention.redispatch(keyset, *arguments)
     except (RuntimeError, ValueError) as error:
-        raise _refused(error) from None
+        raise _refused("attention", error) from None
 
 
 class _Underived(torch.autograd.Function):

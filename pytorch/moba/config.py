@@ -29,21 +29,21 @@ class MoBAConfig:
         try:
             object.__setattr__(self, "full_layers", tuple(self.full_layers))
         except TypeError:
-            raise TypeError(f"MoBAConfig: full_layers is {self.full_layers!r}; layer numbers are expected") from None
+            raise TypeError(f"MoBAConfig: full_layers: expected layer numbers, got {self.full_layers!r}") from None
         least = {"moba_chunk_size": 1, "moba_topk": 1, "full_tail": 0, "sink_blocks": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"MoBAConfig: {name} is {value!r}; an int is expected")
+                raise TypeError(f"MoBAConfig: {name}: expected an int, got {value!r}")
             if value < low:
-                raise ValueError(f"MoBAConfig: {name} is {value}; at least {low} is expected")
+                raise ValueError(f"MoBAConfig: {name}: expected at least {low}, got {value}")
         if self.sink_blocks >= self.moba_topk:
             raise ValueError(
-                f"MoBAConfig: sink_blocks is {self.sink_blocks}; 0 to {self.moba_topk - 1} go with moba_topk "
-                f"{self.moba_topk}"
+                f"MoBAConfig: sink_blocks: expected 0 to {self.moba_topk - 1} for moba_topk {self.moba_topk}, "
+                f"got {self.sink_blocks}"
             )
         for layer in self.full_layers:
             if not isinstance(layer, int) or isinstance(layer, bool):
-                raise TypeError(f"MoBAConfig: full_layers has {layer!r}; layer numbers are expected")
+                raise TypeError(f"MoBAConfig: full_layers: expected layer numbers, got {layer!r}")
         if self.decode not in ("full", "moba"):
-            raise ValueError(f'MoBAConfig: decode is {self.decode!r}; "full" or "moba" is expected')
+            raise ValueError(f'MoBAConfig: decode: expected "full" or "moba", got {self.decode!r}')

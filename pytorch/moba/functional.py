@@ -16,22 +16,22 @@ def check_tensors(function: str, q: Tensor, k: Tensor, v: Tensor, dims: str) -> 
     rank = dims.count(",") + 1
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{function}: {name} is {type(t).__name__}; a tensor {dims} is expected")
+            raise TypeError(f"{function}: {name}: expected a tensor {dims}, got {type(t).__name__}")
         if t.dim() != rank:
-            raise ValueError(f"{function}: {name} has sizes {list(t.shape)}; {dims} is expected")
+            raise ValueError(f"{function}: {name}: expected {dims}, got sizes {list(t.shape)}")
         if not t.is_floating_point():
-            raise TypeError(f"{function}: {name} is {t.dtype}; a floating dtype is expected")
+            raise TypeError(f"{function}: {name}: expected a floating dtype, got {t.dtype}")
         if t.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
-            raise TypeError(f"{function}: {name} is {t.dtype}; q is {q.dtype}")
+            raise TypeError(f"{function}: {name}: expected {q.dtype} (the dtype of q), got {t.dtype}")
         if t.device != q.device:
-            raise ValueError(f"{function}: {name} is on {t.device}; q is on {q.device}")
+            raise ValueError(f"{function}: {name}: expected device {q.device} (that of q), got {t.device}")
     if q.device.type not in ("cpu", "cuda", "meta"):
-        raise NotImplementedError(f"{function}: q is on {q.device}; there are kernels for the CPU and for CUDA")
+        raise NotImplementedError(f"{function}: q: expected a CPU or CUDA tensor, got one on {q.device}")
 
 
 def check_int(function: str, name: str, value: int | None) -> int:
     if isinstance(value, (bool, float, str)) or value is None:
-        raise TypeError(f"{function}: {name} is {value!r}; an int is expected")
+        raise TypeError(f"{function}: {name}: expected an int, got {value!r}")
     return value
 
 
@@ -98,23 +98,23 @@ def attention(
     check_tensors("attention", q, k, v, "[batch, tokens, heads, head_dim]")
     if config is not None:
         if not isinstance(config, MoBAConfig):
-            raise TypeError(f"attention: config is {type(config).__name__}; a MoBAConfig is expected")
+            raise TypeError(f"attention: config: expected a MoBAConfig, got {type(config).__name__}")
         if block_size is not None or top_k is not None:
-            raise TypeError("attention: block_size and top_k are given beside a config; one of them is expected")
+            raise TypeError("attention: config: expected either a config or block_size and top_k, got both")
         block_size, top_k, sink_blocks = config.moba_chunk_size, config.moba_topk, config.sink_blocks or sink_blocks
     block_size = check_int("attention", "block_size", block_size)
     top_k = check_int("attention", "top_k", top_k)
     if scale is not None and not isinstance(scale, (int, float)):
-        raise TypeError(f"attention: scale is {scale!r}; a number is expected")
+        raise TypeError(f"attention: scale: expected a number, got {scale!r}")
     if not isinstance(backend, str):
-        raise TypeError(f'attention: backend is {backend!r}; "cpu", "reference", "cuda" or "" is expected')
+        raise TypeError(f'attention: backend: expected "cpu", "reference", "cuda" or "", got {backend!r}')
     batch, queries = q.shape[:2]
     keys = k.shape[1]
     for name, t in (("k", k), ("v", v)):
         if t.shape[0] != batch:
-            raise ValueError(f"attention: {name} has a batch of {t.shape[0]}; q has {batch}")
+            raise ValueError(f"attention: {name}: expected a batch of {batch} (that of q), got {t.shape[0]}")
     if v.shape[1] != keys:
-        raise ValueError(f"attention: v has {v.shape[1]} tokens; k has {keys}")
+        raise ValueError(f"attention: v: expected {keys} tokens (those of k), got {v.shape[1]}")
     if padding_mask is None:
         steps = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
         cu_seqlens_q, cu_seqlens_k = steps * queries, steps * keys
@@ -134,11 +134,11 @@ def attention(
 
 def _spans(padding_mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
     if not isinstance(padding_mask, Tensor) or padding_mask.is_floating_point():
-        raise TypeError(f"attention: padding_mask is {getattr(padding_mask, 'dtype', padding_mask)!r}; bool is expected")
+        raise TypeError(f"attention: padding_mask: expected bool, got {getattr(padding_mask, 'dtype', padding_mask)!r}")
     if padding_mask.shape != (batch, keys):
-        raise ValueError(f"attention: padding_mask has sizes {list(padding_mask.shape)}; [{batch}, {keys}] is expected")
+        raise ValueError(f"attention: padding_mask: expected [{batch}, {keys}], got sizes {list(padding_mask.shape)}")
     if queries > keys:
-        raise ValueError(f"attention: q has {queries} tokens; with a padding_mask at most k's {keys} are expected")
+        raise ValueError(f"attention: q: expected at most {keys} tokens (those of k) with a padding_mask, got {queries}")
     return spans_of_mask(padding_mask, queries, keys - queries)
 
 
@@ -148,10 +148,10 @@ def check_varlen(
     """The door of the two functions below that the published package also has."""
     check_tensors(function, q, k, v, "[tokens, heads, head_dim]")
     if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"{function}: cu_seqlens is {type(cu_seqlens).__name__}; an int32 tensor is expected")
+        raise TypeError(f"{function}: cu_seqlens: expected an int32 tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{function}: cu_seqlens is {cu_seqlens.dtype}; torch.int32 is expected")
+        raise TypeError(f"{function}: cu_seqlens: expected torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.device != q.device:
-        raise ValueError(f"{function}: cu_seqlens is on {cu_seqlens.device}; q is on {q.device}")
+        raise ValueError(f"{function}: cu_seqlens: expected device {q.device} (that of q), got {cu_seqlens.device}")
     check_int(function, "moba_chunk_size", moba_chunk_size)
     check_int(function, "moba_topk", moba_topk)

@@ -61,12 +61,12 @@ def moba_attn_varlen_naive(
     check_varlen(function, q, k, v, cu_seqlens, moba_chunk_size, moba_topk)
     offsets = cu_seqlens.tolist()
     if not offsets or offsets[0] != 0 or offsets[-1] != q.shape[0] or offsets != sorted(offsets):
-        raise ValueError(f"{function}: cu_seqlens is {offsets}; it rises from 0 to the {q.shape[0]} tokens of q")
+        raise ValueError(f"{function}: cu_seqlens: expected offsets that rise from 0 to {q.shape[0]} (the tokens of q), got {offsets}")
     for name, value in (("moba_chunk_size", moba_chunk_size), ("moba_topk", moba_topk)):
         if value < 1:
-            raise ValueError(f"{function}: {name} is {value}; at least 1 is expected")
+            raise ValueError(f"{function}: {name}: expected at least 1, got {value}")
     if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"{function}: k has sizes {list(k.shape)} and v {list(v.shape)}; q has {list(q.shape)}, whose heads they divide"
+            f"{function}: k, v: expected equal sizes that fit q, {list(q.shape)}, got {list(k.shape)} and {list(v.shape)}"
         )
     return naive_varlen(q, k, v, cu_seqlens, cu_seqlens, moba_chunk_size, moba_topk)

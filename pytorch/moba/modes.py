@@ -20,7 +20,7 @@ def mode(name: str) -> Iterator[None]:
     """Within it every layer attends fully ("full") or sparsely ("moba"), whatever its configuration says of its layer
     or of decoding. Gradient checkpointing computes the forward again in backward, which then belongs inside too."""
     if name not in ("full", "moba"):
-        raise ValueError(f'mode: name is {name!r}; "full" or "moba" is expected')
+        raise ValueError(f'mode: name: expected "full" or "moba", got {name!r}')
     global _mode
     before, _mode = _mode, name
     try:
@@ -36,7 +36,7 @@ class Routing:
 
     def __init__(self, model: torch.nn.Module) -> None:
         if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"routing: model is {type(model).__name__}; a torch.nn.Module is expected")
+            raise TypeError(f"routing: model: expected a torch.nn.Module, got {type(model).__name__}")
         self._modules = set(model.modules())
         self._selections: dict[int, list[Tensor]] = {}
 

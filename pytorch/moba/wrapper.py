@@ -23,7 +23,7 @@ def register_moba(cfg: MoBAConfig) -> None:
     from transformers.modeling_utils import AttentionInterface
 
     if not isinstance(cfg, MoBAConfig):
-        raise TypeError(f"register_moba: cfg is {type(cfg).__name__}; a MoBAConfig is expected")
+        raise TypeError(f"register_moba: cfg: expected a MoBAConfig, got {type(cfg).__name__}")
     for name, naive in (("moba", False), ("moba_naive", True)):
         AttentionInterface.register(name, partial(moba_layer, cfg, naive))
         AttentionMaskInterface.register(name, moba_mask)
@@ -51,7 +51,7 @@ def moba_mask(
             "When compiling without a cache, pass an attention_mask, lest position_ids be taken for packed ones"
         )
     if kv_offset != 0:
-        raise NotImplementedError(f"moba: the cache has dropped its first {kv_offset} tokens; a full one is expected")
+        raise NotImplementedError(f"moba: cache: expected a full one, got one that has dropped its first {kv_offset} tokens")
     in_step = not isinstance(q_offset, Tensor)
     if attention_mask is None:
         if in_step and q_offset + q_length == kv_length:
@@ -71,20 +71,20 @@ def _spans(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         return whole_spans(batch, queries, key.shape[2], query.device)
     if attention_mask.dtype != torch.int32 or attention_mask.shape != (batch, 1, 1, 4):
         raise ValueError(
-            f"moba: attention_mask is {attention_mask.dtype} {list(attention_mask.shape)}; a padding mask "
-            "[batch, tokens] is expected, and 4D masks of one's own cannot be honoured"
+            "moba: attention_mask: expected a padding mask [batch, tokens] (4D masks are not supported), got "
+            f"{attention_mask.dtype} {list(attention_mask.shape)}"
         )
     return attention_mask[:, 0, 0]
 
 
 def _refuse(module: Module, dropout: float, is_causal: bool | None, options: dict[str, Any]) -> None:
     if dropout:
-        raise NotImplementedError(f"moba: dropout is {dropout}; attention_dropout of 0 is expected")
+        raise NotImplementedError(f"moba: dropout: expected an attention_dropout of 0, got {dropout}")
     if is_causal is False or not getattr(module, "is_causal", True):
-        raise NotImplementedError("moba: the layer is not causal; layers of a decoder are expected")
+        raise NotImplementedError("moba: is_causal: expected a causal layer of a decoder, got one that is not causal")
     for name in ("sliding_window", "softcap", "position_bias", "s_aux", "cache"):
         if options.get(name) is not None:
-            raise NotImplementedError(f"moba: {name} is set for this layer; it cannot be honoured")
+            raise NotImplementedError(f"moba: {name}: expected None, got a layer that sets it")
 
 
 def _is_full(config: MoBAConfig, module: Module, queries: int) -> bool:
@@ -176,7 +176,7 @@ def _decode(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, config: MoBAConfig, scaling: float | None, spans: Tensor,
     top_k: int, sinks: int,
 ) -> Tensor | None:
-    """One token of each row, straight from the cache. None when that needs means of blocks and nobody keeps them."""
+    """One token of each row, straight from the cache. None when that needs means of blocks and the cache keeps none."""
     begin, end = spans.unbind(-1)[2:]
     if top_k == EVERYTHING:
         means = query.new_empty(query.shape[0], 0, *key.shape[1::2], dtype=means_dtype(query))

@@ -179,13 +179,13 @@ template <TileArithmetic Arithmetic, typename Id>
 TileRows locate(const AttendWorker<Arithmetic>& w, std::int64_t first, std::int64_t last, Id&& id) {
   TileRows rows;
   const Tensor& q = w.problem.q;
-  const auto group = static_cast<std::uint32_t>(w.problem.group);
+  const auto group = static_cast<std::uint32_t>(w.problem.heads_per_kv);
   const auto size = static_cast<std::int64_t>(size_of(q.dtype));
   for (std::int64_t i = first; i < last; ++i, ++rows.count) {
     const std::uint32_t row = id(i);
     const std::uint32_t token = group == 1 ? row : row / group;  // a division is worth avoiding
     const std::int64_t query = w.range.q0 + token,
-                       head = w.range.head * w.problem.group + row - token * group;
+                       head = w.range.head * w.problem.heads_per_kv + row - token * group;
     rows.ids[rows.count] = row;
     rows.position[rows.count] = w.sequence.position(query);
     rows.query[rows.count] =
@@ -233,8 +233,8 @@ template <TileArithmetic Arithmetic>
 void finish_rows(const AttendWorker<Arithmetic>& w, std::int64_t rows, const Outputs& outputs) {
   const Problem& problem = w.problem;
   for (std::int64_t row = 0; row < rows; ++row) {
-    const std::int64_t query = w.range.q0 + row / problem.group,
-                       head = w.range.head * problem.group + row % problem.group;
+    const std::int64_t query = w.range.q0 + row / problem.heads_per_kv,
+                       head = w.range.head * problem.heads_per_kv + row % problem.heads_per_kv;
     const float sum = w.state.sum[row], inverse = sum == 0 ? 0.0F : 1 / sum;
     const float* from = w.state.out + static_cast<std::size_t>(row) * w.state.stride;
     const std::int64_t offset = Problem::offset(outputs.out, w.sequence, query, head);
@@ -269,7 +269,7 @@ void attend_with(const Problem& problem, const Plan& plan, const Range& range, R
     if (more) w.kv_prefetch.begin(problem, w.sequence, range.head, next.first, next.count);
     attend_key_tile(w, now);
   }
-  finish_rows(w, (range.q1 - range.q0) * problem.group, outputs);
+  finish_rows(w, (range.q1 - range.q0) * problem.heads_per_kv, outputs);
 }
 
 }  // namespace
@@ -277,7 +277,7 @@ void attend_with(const Problem& problem, const Plan& plan, const Range& range, R
 /// `memory` holds attend_bytes() bytes.
 void attend_range(const Problem& problem, const Plan& plan, const Range& range, float* memory,
                   const Outputs& outputs) {
-  const std::int64_t rows = (range.q1 - range.q0) * problem.group;
+  const std::int64_t rows = (range.q1 - range.q0) * problem.heads_per_kv;
   const std::size_t stride = padded_dim(problem.head_dim);
   auto& tile = *reinterpret_cast<TileScratch*>(memory);
   float* keys = memory + sizeof(TileScratch) / sizeof(float);
@@ -329,15 +329,14 @@ std::size_t attend_bytes(const Problem& problem, std::int64_t rows) {
 }
 
 void attend(const Problem& problem, const Selection& /*selection*/, const Plan& plan, const Outputs& outputs,
-            Resources& resources) {
+            Context& context) {
   if (plan.ranges.empty()) return;
   std::int64_t rows = 0;
-  for (const Range& range : plan.ranges) rows = std::max(rows, (range.q1 - range.q0) * problem.group);
+  for (const Range& range : plan.ranges) rows = std::max(rows, (range.q1 - range.q0) * problem.heads_per_kv);
   const std::size_t floats = attend_bytes(problem, rows) / sizeof(float);
-  const Buffer<float> memory(resources.scratch,
-                             resources.parallel.threads * static_cast<std::int64_t>(floats));
+  const Buffer<float> memory(context.scratch, context.parallel.threads * static_cast<std::int64_t>(floats));
   const auto run = &HWY_DYNAMIC_DISPATCH(attend_range);
-  resources.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int worker) {
+  context.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int worker) {
     run(problem, plan, plan.ranges[static_cast<std::size_t>(task)],
         memory.data() + static_cast<std::size_t>(worker) * floats, outputs);
   });

@@ -287,15 +287,14 @@ struct GradientAccumulator {
   Buffer<float> scratch{};
   AccumulatorView sums{};
 
-  GradientAccumulator(const Tensor& tensor, std::int64_t first_head, std::int64_t last_head,
-                      Resources& resources)
+  GradientAccumulator(const Tensor& tensor, std::int64_t first_head, std::int64_t last_head, Context& context)
       : to(tensor), head0(first_head), head1(last_head) {
     if (to.dtype == DType::f32) {
       sums = {static_cast<float*>(to.data), to.strides[0], to.strides[1], 0};
       return;
     }
     const std::int64_t depth = to.sizes[2], row = (head1 - head0) * depth;
-    scratch = Buffer<float>(resources.scratch, to.sizes[0] * row);
+    scratch = Buffer<float>(context.scratch, to.sizes[0] * row);
     sums = {scratch.data(), row, depth, head0};
   }
 
@@ -328,7 +327,8 @@ struct GradientAccumulator {
 };
 
 /// Returns whether q, k, v and d_out are finite at the group's heads, as the products of parts require.
-bool finite(const Problem& problem, const Backward& backward, const Group& group, const Parallel& parallel) {
+bool finite(const Problem& problem, const Backward& backward, const WorkSlice& group,
+            const Parallel& parallel) {
   constexpr std::int64_t kTokens = 256;
   const auto check = &HWY_DYNAMIC_DISPATCH(rows_finite);
   const auto size = static_cast<std::size_t>(problem.head_dim);
@@ -341,10 +341,10 @@ bool finite(const Problem& problem, const Backward& backward, const Group& group
     });
   };
   for (const Tensor* t : {&problem.q, &backward.d_out}) {
-    spread(problem.tokens, group.heads() * problem.group,
+    spread(problem.tokens, group.heads() * problem.heads_per_kv,
            [&](std::int64_t head, std::int64_t first, std::int64_t count) {
              const std::int64_t element =
-                 first * t->strides[0] + (group.head0 * problem.group + head) * t->strides[1];
+                 first * t->strides[0] + (group.head0 * problem.heads_per_kv + head) * t->strides[1];
              const auto* from = static_cast<const std::byte*>(t->data) +
                                 element * static_cast<std::int64_t>(size_of(t->dtype));
              return check({.data = from, .stride = t->strides[0]}, t->dtype, count, size);
@@ -359,7 +359,7 @@ bool finite(const Problem& problem, const Backward& backward, const Group& group
   return all;
 }
 
-Units units_for(const Problem& problem, const Backward& backward, const Group& group,
+Units units_for(const Problem& problem, const Backward& backward, const WorkSlice& group,
                 const Parallel& parallel) {
   const bool all_bf16 = problem.q.dtype == DType::bf16 && problem.k.dtype == DType::bf16 &&
                         problem.v.dtype == DType::bf16 && backward.d_out.dtype == DType::bf16;
@@ -419,8 +419,8 @@ std::vector<std::vector<BackwardTile>> rounds_of(const BackwardState& g, const P
 
 }  // namespace
 
-std::size_t attend_backward_bytes(const Problem& problem, const Group& group, int threads) {
-  const std::int64_t rows = group.heads() * problem.group * problem.tokens;
+std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& group, int threads) {
+  const std::int64_t rows = group.heads() * problem.heads_per_kv * problem.tokens;
   const std::int64_t sums =
       problem.q.dtype == DType::f32 ? 0 : (rows + 2 * group.heads() * keys_of(problem)) * problem.head_dim;
   return static_cast<std::size_t>(rows) * sizeof(RowStats) + static_cast<std::size_t>(sums) * sizeof(float) +
@@ -428,15 +428,15 @@ std::size_t attend_backward_bytes(const Problem& problem, const Group& group, in
 }
 
 void attend_backward(const Problem& problem, const Selection& selection, const Plan& plan,
-                     const Backward& backward, Resources& resources) {
-  const Group& group = selection.group;
-  const Parallel& parallel = resources.parallel;
+                     const Backward& backward, Context& context) {
+  const WorkSlice& group = selection.group;
+  const Parallel& parallel = context.parallel;
   const Gradients& gradients = backward.gradients;
-  const GradientAccumulator dq(gradients.dq, group.head0 * problem.group, group.head1 * problem.group,
-                               resources),
-      dk(gradients.dk, group.head0, group.head1, resources),
-      dv(gradients.dv, group.head0, group.head1, resources);
-  const Buffer<RowStats> stats(resources.scratch, group.heads() * problem.group * problem.tokens);
+  const GradientAccumulator dq(gradients.dq, group.head0 * problem.heads_per_kv,
+                               group.head1 * problem.heads_per_kv, context),
+      dk(gradients.dk, group.head0, group.head1, context),
+      dv(gradients.dv, group.head0, group.head1, context);
+  const Buffer<RowStats> stats(context.scratch, group.heads() * problem.heads_per_kv * problem.tokens);
   const BackwardState g{problem, plan,         backward,
                         group,   dq.sums,      dk.sums,
                         dv.sums, stats.data(), units_for(problem, backward, group, parallel)};
@@ -445,13 +445,14 @@ void attend_backward(const Problem& problem, const Selection& selection, const P
   constexpr std::int64_t kTokens = 256;
   const std::int64_t steps = (problem.tokens + kTokens - 1) / kTokens;
   const auto prepare = &HWY_DYNAMIC_DISPATCH(row_stats);
-  parallel.run(steps * group.heads() * problem.group, [&](std::int64_t task, int) {
+  parallel.run(steps * group.heads() * problem.heads_per_kv, [&](std::int64_t task, int) {
     const std::int64_t first = task % steps * kTokens;
-    prepare(g, group.head0 * problem.group + task / steps, first, std::min(first + kTokens, problem.tokens));
+    prepare(g, group.head0 * problem.heads_per_kv + task / steps, first,
+            std::min(first + kTokens, problem.tokens));
   });
 
   const std::size_t floats = worker_bytes(problem) / sizeof(float);
-  const Buffer<float> memory(resources.scratch, parallel.threads * static_cast<std::int64_t>(floats));
+  const Buffer<float> memory(context.scratch, parallel.threads * static_cast<std::int64_t>(floats));
   const auto run = &HWY_DYNAMIC_DISPATCH(attend_backward_tile);
   for (const std::vector<BackwardTile>& round : rounds_of(g, parallel)) {
     parallel.run(static_cast<std::int64_t>(round.size()), [&](std::int64_t task, int worker) {

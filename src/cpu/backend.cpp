@@ -16,7 +16,7 @@ std::string refuses(const Problem& problem) {
   return {};
 }
 
-std::size_t means_bytes(const Problem& problem, const Group& group) {
+std::size_t means_bytes(const Problem& problem, const WorkSlice& group) {
   std::size_t blocks = 0;
   if (problem.needs_scores()) {
     for (const SequenceView& s : problem.sequences)
@@ -25,12 +25,12 @@ std::size_t means_bytes(const Problem& problem, const Group& group) {
   return blocks * static_cast<std::size_t>(group.heads() * problem.head_dim) * sizeof(float);
 }
 
-std::size_t selection_bytes(const Problem& problem, const Group& group) {
-  return static_cast<std::size_t>(group.heads() * group.tokens() * problem.group * problem.width()) *
+std::size_t selection_bytes(const Problem& problem, const WorkSlice& group) {
+  return static_cast<std::size_t>(group.heads() * group.tokens() * problem.heads_per_kv * problem.width()) *
          sizeof(std::int32_t);
 }
 
-std::size_t workspace(const Problem& problem, const Group& group, int threads) {
+std::size_t workspace(const Problem& problem, const WorkSlice& group, int threads) {
   const auto workers = static_cast<std::size_t>(threads);
   const std::size_t attending =
       cpu::plan_bytes(problem, group) + workers * cpu::attend_bytes(problem, cpu::min_range_rows(problem));
@@ -39,7 +39,7 @@ std::size_t workspace(const Problem& problem, const Group& group, int threads) {
                   attending);
 }
 
-std::size_t workspace_backward(const Problem& problem, const Group& group, int threads) {
+std::size_t workspace_backward(const Problem& problem, const WorkSlice& group, int threads) {
   const std::size_t selecting =
       means_bytes(problem, group) + static_cast<std::size_t>(threads) * cpu::gate_bytes(problem);
   const std::size_t attending =

@@ -45,10 +45,11 @@ struct BackwardWorker {
         std::min(sequence.position(query_of(row(index))) + 1 - key_tile.first, key_tile.count));
   }
   std::int64_t query_of(std::uint32_t row) const {
-    return backward_tile.range->q0 + row / static_cast<std::uint32_t>(g.problem.group);
+    return backward_tile.range->q0 + row / static_cast<std::uint32_t>(g.problem.heads_per_kv);
   }
   std::int64_t head_of(std::uint32_t row) const {
-    return backward_tile.range->head * g.problem.group + row % static_cast<std::uint32_t>(g.problem.group);
+    return backward_tile.range->head * g.problem.heads_per_kv +
+           row % static_cast<std::uint32_t>(g.problem.heads_per_kv);
   }
   const std::byte* row_of(const Tensor& t, std::uint32_t row) const {
     return static_cast<const std::byte*>(t.data) + Problem::offset(t, sequence, query_of(row), head_of(row)) *

@@ -35,13 +35,13 @@ struct BackwardState {
   const Problem& problem;
   const Plan& plan;
   const Backward& backward;
-  Group group;
+  WorkSlice group;
   AccumulatorView dq, dk, dv;
   RowStats* stats;  // [query heads of the group, tokens]
   Units units;
 
   RowStats& stats_of(std::int64_t q_head, std::int64_t token) const {
-    return stats[(q_head - group.head0 * problem.group) * problem.tokens + token];
+    return stats[(q_head - group.head0 * problem.heads_per_kv) * problem.tokens + token];
   }
 };
 
@@ -121,11 +121,11 @@ inline KeyTile key_tile_of(const BackwardState& g, const SequenceView& sequence,
   if (g.plan.rows.size() > 0) key_tile.selected = g.plan.rows_of(range, block);
   if (problem.routing.causal) {
     const std::int64_t zero = sequence.position(range.q0), tokens = range.q1 - range.q0;
-    key_tile.own_first = std::clamp<std::int64_t>(key_tile.first - zero, 0, tokens) * problem.group;
-    key_tile.own_last = std::clamp<std::int64_t>(end - zero, 0, tokens) * problem.group;
+    key_tile.own_first = std::clamp<std::int64_t>(key_tile.first - zero, 0, tokens) * problem.heads_per_kv;
+    key_tile.own_last = std::clamp<std::int64_t>(end - zero, 0, tokens) * problem.heads_per_kv;
   }
   if (key_tile.selected.empty()) {
-    const std::int64_t last = sequence.position(range.q0 + (key_tile.own_last - 1) / problem.group);
+    const std::int64_t last = sequence.position(range.q0 + (key_tile.own_last - 1) / problem.heads_per_kv);
     key_tile.count =
         key_tile.own_first == key_tile.own_last ? 0 : std::min(key_tile.count, last + 1 - key_tile.first);
   }

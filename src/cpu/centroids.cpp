@@ -52,7 +52,7 @@ namespace moba::cpu {
 
 HWY_EXPORT(block_mean);
 
-Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Resources& resources) {
+Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Context& context) {
   std::vector<std::int64_t> first_block{0};  // of each sequence, among those of all
   for (const SequenceView& s : problem.sequences)
     first_block.push_back(first_block.back() + problem.candidate_blocks(s));
@@ -62,7 +62,7 @@ Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, 
   means.head0 = head0;
   means.block_stride = problem.head_dim;
   means.head_stride = total * problem.head_dim;
-  means.storage = Buffer<float>(resources.scratch, (head1 - head0) * means.head_stride);
+  means.storage = Buffer<float>(context.scratch, (head1 - head0) * means.head_stride);
   for (std::size_t s = 0; s + 1 < first_block.size(); ++s) {
     means.base.push_back(means.storage.data() + first_block[s] * means.block_stride);
   }
@@ -71,7 +71,7 @@ Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, 
   const std::int64_t step = std::max<std::int64_t>(1, 4096 / problem.routing.block_size);
   const std::int64_t tasks = (total + step - 1) / step;
   const auto mean = &HWY_DYNAMIC_DISPATCH(block_mean);
-  resources.parallel.run(tasks * (head1 - head0), [&](std::int64_t task, int) {
+  context.parallel.run(tasks * (head1 - head0), [&](std::int64_t task, int) {
     const std::int64_t head = head0 + task / tasks, begin = task % tasks * step,
                        end = std::min(begin + step, total);
     auto s = static_cast<std::size_t>(std::upper_bound(first_block.begin(), first_block.end(), begin) -

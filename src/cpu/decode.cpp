@@ -44,13 +44,13 @@ void score_means(const Problem& problem, const Means& means, const DecodeUnit& u
   const std::int64_t next = unit.next_means.load(std::memory_order_relaxed);
   const Rows after = next < unit.mean_splits ? rows_from(unit.candidates.first + next * kSplitMeans) : Rows{};
 
-  for (std::int64_t g = 0; g < problem.group; ++g) {
+  for (std::int64_t g = 0; g < problem.heads_per_kv; ++g) {
     for_row_streams(rows_from(begin), DType::f32, count, static_cast<std::size_t>(problem.head_dim), after,
                     scratch, [&](const auto& stream, std::int64_t at) HWY_ATTR {
                       dot_rows(stream, unit.queries + static_cast<std::size_t>(g) * kMaxHeadDim, scores + at);
                     });
     std::fill(scores + count, scores + kSplitMeans, kNegInf);
-    const std::int64_t list = (split * problem.group + g) * unit.listed;
+    const std::int64_t list = (split * problem.heads_per_kv + g) * unit.listed;
     TopK topk{unit.list_scores + list, unit.lists + list, 0, unit.listed};
     for (std::int64_t i = 0; i < count; i += static_cast<std::int64_t>(kLanes)) {
       if (topk.count == topk.k && hn::AllTrue(d, hn::Lt(hn::Load(d, scores + i), hn::Set(d, topk.scores[0]))))
@@ -77,9 +77,9 @@ void attend_split(const Problem& problem, const DecodeUnit& unit, std::int64_t w
   const float to_log2 = problem.scale * kLog2E;
   const auto keys = [&](std::int64_t first) { return problem.keys(sequence, unit.head, first); };
   const auto values = [&](std::int64_t first) { return problem.values(sequence, unit.head, first); };
-  float* partial = unit.partials + static_cast<std::size_t>(index * problem.group) * stride;
+  float* partial = unit.partials + static_cast<std::size_t>(index * problem.heads_per_kv) * stride;
 
-  for (std::int64_t g = 0; g < problem.group; ++g) {
+  for (std::int64_t g = 0; g < problem.heads_per_kv; ++g) {
     float* out = partial + static_cast<std::size_t>(g) * stride;
     float &max = out[stride - 2], &sum = out[stride - 1];
     std::fill(out, out + stride, 0.0F);
@@ -182,25 +182,25 @@ class Decoding {
       mean_splits += units_[u].mean_splits;
     }
     tasks_ = std::max(mean_splits, splits);
-    const std::int64_t heads = static_cast<std::int64_t>(units_.size()) * problem.group;
+    const std::int64_t heads = static_cast<std::int64_t>(units_.size()) * problem.heads_per_kv;
     queries_ = {scratch, heads * static_cast<std::int64_t>(kMaxHeadDim)};
     topk_scores_ = {scratch, heads * width_};
     selected_ = {scratch, heads * width_};
     blocks_ = {scratch, heads * width_};
     list_scores_ = {scratch, listed};
     lists_ = {scratch, listed};
-    partials_ = {scratch, splits * problem.group * static_cast<std::int64_t>(stride_)};
+    partials_ = {scratch, splits * problem.heads_per_kv * static_cast<std::int64_t>(stride_)};
     listed = splits = 0;
     for (std::size_t u = 0; u < units_.size(); ++u) {
       DecodeUnit& unit = units_[u];
-      const auto head = static_cast<std::int64_t>(u) * problem.group;
+      const auto head = static_cast<std::int64_t>(u) * problem.heads_per_kv;
       unit.queries = queries_.data() + head * static_cast<std::int64_t>(kMaxHeadDim);
       unit.topk_scores = topk_scores_.data() + head * width_;
       unit.selected = selected_.data() + head * width_;
       unit.blocks = blocks_.data() + head * width_;
       unit.list_scores = list_scores_.data() + listed;
       unit.lists = lists_.data() + listed;
-      unit.partials = partials_.data() + splits * problem.group * static_cast<std::int64_t>(stride_);
+      unit.partials = partials_.data() + splits * problem.heads_per_kv * static_cast<std::int64_t>(stride_);
       listed += list_size(unit);
       splits += max_splits(unit);
       load_queries_f32(unit);
@@ -218,7 +218,7 @@ class Decoding {
     unit.head = static_cast<std::int64_t>(index) % problem_.kv_heads;
     const SequenceView& s = problem_.sequences[unit.sequence];
     unit.keys = s.keys;
-    unit.block_size = std::min(problem_.routing.block_size, problem_.longest);
+    unit.block_size = std::min(problem_.routing.block_size, problem_.max_seqlen_k);
     unit.own = problem_.own_block(s, 0);
     unit.candidates = candidates_of(problem_, s, 0, width_);
     const std::int64_t candidates = unit.candidates.last - unit.candidates.first;
@@ -238,17 +238,17 @@ class Decoding {
   }
 
   std::int64_t list_size(const DecodeUnit& unit) const {
-    return unit.mean_splits * problem_.group * unit.listed;
+    return unit.mean_splits * problem_.heads_per_kv * unit.listed;
   }
   std::int64_t max_splits(const DecodeUnit& unit) const {
     return unit.own_splits +
-           std::min(problem_.group * width_, std::max<std::int64_t>(unit.own, 0)) * unit.block_splits;
+           std::min(problem_.heads_per_kv * width_, std::max<std::int64_t>(unit.own, 0)) * unit.block_splits;
   }
 
   void load_queries_f32(DecodeUnit& unit) const {
     const SequenceView& s = problem_.sequences[unit.sequence];
-    for (std::int64_t g = 0; g < problem_.group; ++g) {
-      const std::int64_t offset = Problem::offset(problem_.q, s, 0, unit.head * problem_.group + g);
+    for (std::int64_t g = 0; g < problem_.heads_per_kv; ++g) {
+      const std::int64_t offset = Problem::offset(problem_.q, s, 0, unit.head * problem_.heads_per_kv + g);
       HWY_DYNAMIC_DISPATCH(load_query_f32)
       (static_cast<const std::byte*>(problem_.q.data) +
            offset * static_cast<std::int64_t>(size_of(problem_.q.dtype)),
@@ -282,9 +282,10 @@ class Decoding {
 
   /// Runs when every mean is scored: computes the selection of each head and the splits that follow from it.
   void finish_gate(DecodeUnit& unit) const {
-    for (std::int64_t g = 0; g < problem_.group; ++g) select(unit, g);
-    std::int32_t* end = std::copy_if(unit.selected, unit.selected + problem_.group * width_, unit.blocks,
-                                     [&](std::int32_t block) { return block >= 0 && block != unit.own; });
+    for (std::int64_t g = 0; g < problem_.heads_per_kv; ++g) select(unit, g);
+    std::int32_t* end =
+        std::copy_if(unit.selected, unit.selected + problem_.heads_per_kv * width_, unit.blocks,
+                     [&](std::int32_t block) { return block >= 0 && block != unit.own; });
     std::sort(unit.blocks, end);
     const std::int64_t selected = std::unique(unit.blocks, end) - unit.blocks;
     unit.splits = unit.own_splits + selected * unit.block_splits;
@@ -301,7 +302,7 @@ class Decoding {
         topk.push(0, static_cast<std::int32_t>(block));
     }
     for (std::int64_t split = 0; split < unit.mean_splits && unit.listed > 0; ++split) {
-      const std::int64_t list = (split * problem_.group + g) * unit.listed;
+      const std::int64_t list = (split * problem_.heads_per_kv + g) * unit.listed;
       const std::int64_t means =
           std::min(kSplitMeans, unit.candidates.last - unit.candidates.first - split * kSplitMeans);
       for (std::int64_t i = list; i < list + std::min(unit.listed, means); ++i)
@@ -313,9 +314,10 @@ class Decoding {
   void combine(const DecodeUnit& unit) const {
     const SequenceView& s = problem_.sequences[unit.sequence];
     alignas(64) float merged[kMaxHeadDim + kMaxLanes];
-    for (std::int64_t g = 0; g < problem_.group; ++g) {
-      const auto [max, sum] = HWY_DYNAMIC_DISPATCH(combine_splits)(unit, problem_.group, g, stride_, merged);
-      const std::int64_t head = unit.head * problem_.group + g,
+    for (std::int64_t g = 0; g < problem_.heads_per_kv; ++g) {
+      const auto [max, sum] =
+          HWY_DYNAMIC_DISPATCH(combine_splits)(unit, problem_.heads_per_kv, g, stride_, merged);
+      const std::int64_t head = unit.head * problem_.heads_per_kv + g,
                          offset = Problem::offset(outputs_.out, s, 0, head);
       const float inverse = sum == 0 ? 0.0F : 1 / sum;
       for (std::int64_t i = 0; i < problem_.head_dim; ++i)
@@ -338,8 +340,8 @@ class Decoding {
 
 }  // namespace
 
-void decode(const Problem& problem, const Means& means, const Outputs& outputs, Resources& resources) {
-  Decoding(problem, means, outputs, resources.scratch).run(resources.parallel);
+void decode(const Problem& problem, const Means& means, const Outputs& outputs, Context& context) {
+  Decoding(problem, means, outputs, context.scratch).run(context.parallel);
 }
 
 }  // namespace moba::cpu

@@ -66,7 +66,7 @@ void gate_rows(const Problem& problem, const Means& means, const GateTask& task,
     return taken;
   };
   const SequenceView& sequence = problem.sequences[task.sequence];
-  const std::int64_t count = (task.q1 - task.q0) * problem.group, width = selection.width;
+  const std::int64_t count = (task.q1 - task.q0) * problem.heads_per_kv, width = selection.width;
   TileScratch& tile = *take(static_cast<TileScratch*>(nullptr), 1);
   float* packed = take(static_cast<float*>(nullptr), kTileBlocks * problem.head_dim);
   GateRows rows{problem,
@@ -151,7 +151,7 @@ std::int64_t candidate_count(const Problem& problem, const SequenceView& s) {
 }
 
 std::int64_t rows_of_task(const Problem& problem, bool screened) {
-  return std::max(screened ? kScreenRows : kGateRows, problem.group);
+  return std::max(screened ? kScreenRows : kGateRows, problem.heads_per_kv);
 }
 
 }  // namespace
@@ -183,13 +183,13 @@ std::size_t gate_bytes(const Problem& problem) {
   return round_up(bytes, Scratch::kAlignment) + 16 * Scratch::kAlignment;
 }
 
-Selection gate(const Problem& problem, const Means& means, const Group& group, Resources& resources) {
-  Selection selection{group, problem.group, problem.width(), {}};
+Selection gate(const Problem& problem, const Means& means, const WorkSlice& group, Context& context) {
+  Selection selection{group, problem.heads_per_kv, problem.width(), {}};
   if (selection.width == 0) return selection;
-  selection.blocks = Buffer<std::int32_t>(resources.scratch,
-                                          group.heads() * group.tokens() * problem.group * selection.width);
+  selection.blocks = Buffer<std::int32_t>(
+      context.scratch, group.heads() * group.tokens() * problem.heads_per_kv * selection.width);
 
-  const Buffer<std::byte> screened_memory(resources.scratch,
+  const Buffer<std::byte> screened_memory(context.scratch,
                                           static_cast<std::int64_t>(screened_bytes(problem, group.heads())));
   std::vector<ScreenedMeans> screened(problem.sequences.size() * static_cast<std::size_t>(group.heads()));
   std::vector<GateTask> tasks;
@@ -204,12 +204,12 @@ Selection gate(const Problem& problem, const Means& means, const Group& group, R
         next += ScreenedMeans::bytes(blocks, problem.head_dim);
         const auto round = &HWY_DYNAMIC_DISPATCH(round_means);
         const auto panel_count = static_cast<std::int64_t>(ScreenedMeans::padded(blocks) / kMatrixCols);
-        resources.parallel.run(panel_count, [&](std::int64_t panel, int) {
+        context.parallel.run(panel_count, [&](std::int64_t panel, int) {
           round(means.of(s, head), means.block_stride, blocks, problem.head_dim, panel, *rounded);
         });
       }
       const std::int64_t step =
-          std::max<std::int64_t>(rows_of_task(problem, rounded != nullptr) / problem.group, 1);
+          std::max<std::int64_t>(rows_of_task(problem, rounded != nullptr) / problem.heads_per_kv, 1);
       const auto [first, last] = group.queries_of(problem.sequences[s]);
       // Later queries have more candidates: begin with them.
       for (std::int64_t q1 = last; q1 > first; q1 -= step)
@@ -217,10 +217,10 @@ Selection gate(const Problem& problem, const Means& means, const Group& group, R
     }
   }
   const std::size_t bytes = gate_bytes(problem);
-  const Buffer<std::byte> memory(resources.scratch,
-                                 resources.parallel.threads * static_cast<std::int64_t>(bytes));
+  const Buffer<std::byte> memory(context.scratch,
+                                 context.parallel.threads * static_cast<std::int64_t>(bytes));
   const auto run = &HWY_DYNAMIC_DISPATCH(gate_rows);
-  resources.parallel.run(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t index, int worker) {
+  context.parallel.run(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t index, int worker) {
     run(problem, means, tasks[static_cast<std::size_t>(index)], selection,
         memory.data() + static_cast<std::size_t>(worker) * bytes);
   });

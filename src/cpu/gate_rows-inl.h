@@ -31,8 +31,9 @@ struct GateRows {
 
   std::size_t depth() const { return static_cast<std::size_t>(problem.head_dim); }
   const std::byte* query(std::int64_t row) const {
-    const std::int64_t head = task.head * problem.group + row % problem.group;
-    const std::int64_t offset = Problem::offset(problem.q, sequence, task.q0 + row / problem.group, head);
+    const std::int64_t head = task.head * problem.heads_per_kv + row % problem.heads_per_kv;
+    const std::int64_t offset =
+        Problem::offset(problem.q, sequence, task.q0 + row / problem.heads_per_kv, head);
     return static_cast<const std::byte*>(problem.q.data) +
            offset * static_cast<std::int64_t>(size_of(problem.q.dtype));
   }
@@ -56,7 +57,7 @@ struct GateRows {
     bool selecting = false;
     for (std::int64_t row = 0; row < count; ++row) {
       Candidates& c = candidates[row] =
-          candidates_of(problem, sequence, task.q0 + row / problem.group, width);
+          candidates_of(problem, sequence, task.q0 + row / problem.heads_per_kv, width);
       selecting = selecting || c.last - c.first - (c.own >= 0 ? 1 : 0) > c.k;
       if (selecting) continue;
       first_scored = row + 1;

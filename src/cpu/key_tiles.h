@@ -39,7 +39,7 @@ class KeyTileIterator {
       enter_block();
     }
     key_tile = {at_, std::min(step_, end_ - at_), selected_, own_first_, own_last_};
-    key_tile.own_first = std::max(own_first_, (at_ - sequence_.position(range_.q0)) * problem_.group);
+    key_tile.own_first = std::max(own_first_, (at_ - sequence_.position(range_.q0)) * problem_.heads_per_kv);
     at_ += step_;
     return true;
   }
@@ -54,12 +54,13 @@ class KeyTileIterator {
     own_first_ = own_last_ = 0;
     if (problem_.routing.causal) {
       const std::int64_t zero = sequence_.position(range_.q0), tokens = range_.q1 - range_.q0;
-      own_first_ = std::clamp<std::int64_t>(at_ - zero, 0, tokens) * problem_.group;
-      own_last_ = std::clamp<std::int64_t>(end_ - zero, 0, tokens) * problem_.group;
+      own_first_ = std::clamp<std::int64_t>(at_ - zero, 0, tokens) * problem_.heads_per_kv;
+      own_last_ = std::clamp<std::int64_t>(end_ - zero, 0, tokens) * problem_.heads_per_kv;
     }
     if (selected_.empty()) {
-      end_ = own_first_ == own_last_ ? at_
-                                     : sequence_.position(range_.q0 + (own_last_ - 1) / problem_.group) + 1;
+      end_ = own_first_ == own_last_
+                 ? at_
+                 : sequence_.position(range_.q0 + (own_last_ - 1) / problem_.heads_per_kv) + 1;
     }
     const std::int64_t key_tiles = std::max<std::int64_t>((end_ - at_ + max_keys_ - 1) / max_keys_, 1);
     step_ = static_cast<std::int64_t>(

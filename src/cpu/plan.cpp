@@ -21,21 +21,22 @@ constexpr std::int64_t kRowsPerBackwardTile = 256, kMaxBackwardParts = 16;
 
 /// Rows of a range: long enough for kRowsPerBlock, short enough for the scratch budget and for every thread
 /// to have a few.
-std::int64_t range_rows(const Problem& problem, const Selection& selection, const Resources& resources) {
-  const std::int64_t blocks = (problem.longest + problem.routing.block_size - 1) / problem.routing.block_size;
+std::int64_t range_rows(const Problem& problem, const Selection& selection, const Context& context) {
+  const std::int64_t blocks =
+      (problem.max_seqlen_k + problem.routing.block_size - 1) / problem.routing.block_size;
   std::int64_t rows = kDenseRows;
-  if (selection.width > 0 && !problem.everything)
+  if (selection.width > 0 && !problem.is_dense)
     rows = std::max(rows, kRowsPerBlock * blocks / selection.width);
 
-  const std::int64_t all = selection.group.tokens() * selection.group.heads() * problem.group;
-  const std::int64_t share = all / (4 * resources.parallel.threads);
+  const std::int64_t all = selection.group.tokens() * selection.group.heads() * problem.heads_per_kv;
+  const std::int64_t share = all / (4 * context.parallel.threads);
   rows = std::min(rows, std::max(share, kDenseRows));
 
-  const std::size_t taken = resources.scratch.held() + plan_bytes(problem, selection.group);
-  const std::size_t left = resources.budget > taken ? resources.budget - taken : 0;
+  const std::size_t taken = context.scratch.held() + plan_bytes(problem, selection.group);
+  const std::size_t left = context.budget > taken ? context.budget - taken : 0;
   const std::size_t fixed = attend_bytes(problem, 0);
   const std::size_t per_row = (attend_bytes(problem, kDenseRows) - fixed) / kDenseRows + 1;
-  const std::size_t each = left / static_cast<std::size_t>(resources.parallel.threads);
+  const std::size_t each = left / static_cast<std::size_t>(context.parallel.threads);
   const auto affordable = static_cast<std::int64_t>(each > fixed ? (each - fixed) / per_row : 0);
   return std::max(std::min(rows, affordable), min_range_rows(problem));
 }
@@ -44,7 +45,7 @@ void invert(const Problem& problem, const Selection& selection, const Range& ran
             std::uint32_t* rows) {
   const SequenceView& s = problem.sequences[static_cast<std::size_t>(range.sequence)];
   const std::int64_t blocks = problem.blocks(s), width = selection.width,
-                     count = (range.q1 - range.q0) * problem.group;
+                     count = (range.q1 - range.q0) * problem.heads_per_kv;
   const std::int32_t* selected = selection.of(range.head, s.q_begin + range.q0);
   std::fill(offsets, offsets + blocks + 1, 0);
   for (std::int64_t i = 0; i < count * width; ++i) {
@@ -64,14 +65,15 @@ void invert(const Problem& problem, const Selection& selection, const Range& ran
 }  // namespace
 
 std::int64_t min_range_rows(const Problem& problem) {
-  return std::max(kMinRows, problem.group);
+  return std::max(kMinRows, problem.heads_per_kv);
 }
 
-std::size_t plan_bytes(const Problem& problem, const Group& group) {
+std::size_t plan_bytes(const Problem& problem, const WorkSlice& group) {
   const std::int64_t width = problem.width();
   if (width == 0) return 0;
-  const std::int64_t blocks = (problem.longest + problem.routing.block_size - 1) / problem.routing.block_size;
-  const std::int64_t rows = group.heads() * group.tokens() * problem.group;
+  const std::int64_t blocks =
+      (problem.max_seqlen_k + problem.routing.block_size - 1) / problem.routing.block_size;
+  const std::int64_t rows = group.heads() * group.tokens() * problem.heads_per_kv;
   const std::int64_t max_ranges =
       rows / kDenseRows + group.heads() * (static_cast<std::int64_t>(problem.sequences.size()) + 1);
   return static_cast<std::size_t>(rows * width + max_ranges * (blocks + 2)) * sizeof(std::uint32_t);
@@ -89,17 +91,16 @@ struct PlanBuilder {
     const auto s = static_cast<std::int64_t>(sequence);
     plan.ranges.push_back({s, head, q0, q1, offsets, rows});
     offsets += problem.blocks(problem.sequences[sequence]) + 1;
-    rows += (q1 - q0) * problem.group * selection.width;
+    rows += (q1 - q0) * problem.heads_per_kv * selection.width;
   }
 };
 
-Plan build_plan(const Problem& problem, const Selection& selection, PlanBuilder builder,
-                Resources& resources) {
+Plan build_plan(const Problem& problem, const Selection& selection, PlanBuilder builder, Context& context) {
   Plan plan = std::move(builder.plan);
   if (selection.width == 0) return plan;
-  plan.offsets = Buffer<std::uint32_t>(resources.scratch, builder.offsets);
-  plan.rows = Buffer<std::uint32_t>(resources.scratch, builder.rows);
-  resources.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int) {
+  plan.offsets = Buffer<std::uint32_t>(context.scratch, builder.offsets);
+  plan.rows = Buffer<std::uint32_t>(context.scratch, builder.rows);
+  context.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int) {
     const Range& range = plan.ranges[static_cast<std::size_t>(task)];
     invert(problem, selection, range, plan.offsets.data() + range.first_offset,
            plan.rows.data() + range.first_row);
@@ -109,10 +110,10 @@ Plan build_plan(const Problem& problem, const Selection& selection, PlanBuilder 
 
 }  // namespace
 
-Plan plan(const Problem& problem, const Selection& selection, Resources& resources) {
-  const Group& group = selection.group;
+Plan plan(const Problem& problem, const Selection& selection, Context& context) {
+  const WorkSlice& group = selection.group;
   const std::int64_t step =
-      std::max<std::int64_t>(range_rows(problem, selection, resources) / problem.group, 1);
+      std::max<std::int64_t>(range_rows(problem, selection, context) / problem.heads_per_kv, 1);
   PlanBuilder builder;
   for (std::size_t s = problem.sequences.size(); s-- > 0;) {
     const auto [first, last] = group.queries_of(problem.sequences[s]);
@@ -126,13 +127,13 @@ Plan plan(const Problem& problem, const Selection& selection, Resources& resourc
       }
     }
   }
-  return build_plan(problem, selection, std::move(builder), resources);
+  return build_plan(problem, selection, std::move(builder), context);
 }
 
 std::int64_t backward_parts(const Problem& problem, const SequenceView& sequence) {
   const std::int64_t key_tiles =
       (sequence.keys + static_cast<std::int64_t>(kKeyTileSize) - 1) / static_cast<std::int64_t>(kKeyTileSize);
-  const std::int64_t rows = sequence.queries * problem.group * (problem.width() + 1) /
+  const std::int64_t rows = sequence.queries * problem.heads_per_kv * (problem.width() + 1) /
                             std::max<std::int64_t>(problem.blocks(sequence), 1);
   const std::int64_t max_parts =
       std::min({key_tiles, sequence.queries, rows / kRowsPerBackwardTile, kMaxBackwardParts});
@@ -140,8 +141,8 @@ std::int64_t backward_parts(const Problem& problem, const SequenceView& sequence
       std::bit_floor(static_cast<std::uint64_t>(std::max<std::int64_t>(max_parts, 1))));
 }
 
-Plan plan_backward(const Problem& problem, const Selection& selection, Resources& resources) {
-  const Group& group = selection.group;
+Plan plan_backward(const Problem& problem, const Selection& selection, Context& context) {
+  const WorkSlice& group = selection.group;
   PlanBuilder builder;
   for (std::size_t s = 0; s < problem.sequences.size(); ++s) {
     const SequenceView& sequence = problem.sequences[s];
@@ -154,16 +155,16 @@ Plan plan_backward(const Problem& problem, const Selection& selection, Resources
       }
     }
   }
-  return build_plan(problem, selection, std::move(builder), resources);
+  return build_plan(problem, selection, std::move(builder), context);
 }
 
-std::size_t plan_backward_bytes(const Problem& problem, const Group& group) {
+std::size_t plan_backward_bytes(const Problem& problem, const WorkSlice& group) {
   const std::int64_t width = problem.width();
   if (width == 0) return 0;
   std::int64_t offsets = 0;
   for (const SequenceView& s : problem.sequences)
     offsets += backward_parts(problem, s) * (problem.blocks(s) + 1);
-  const std::int64_t rows = group.tokens() * problem.group * width;
+  const std::int64_t rows = group.tokens() * problem.heads_per_kv * width;
   return static_cast<std::size_t>(group.heads() * (rows + offsets)) * sizeof(std::uint32_t);
 }
 

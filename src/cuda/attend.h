@@ -10,25 +10,25 @@ struct Partials {
   float* lse = nullptr;  // natural logarithms
 };
 
-Partials carve_partials(ArenaLayout& layout, const Task& task, const Group& part);
+Partials carve_partials(ArenaLayout& layout, const Task& task, const WorkSlice& part);
 
 /// Shared memory that a thread block takes, at most.
 std::size_t attend_shared_bytes(std::int64_t head_dim);
 
 /// Fills the slots that the plan names and those of near keys; where a row has near keys alone, writes the
 /// outputs instead.
-void attend(Stream& stream, const Task& task, const Group& part, const Batch& batch, const Plan& plan,
+void attend(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
             const Partials& partials, const Outputs& outputs);
 
 /// Whether the kernel for Hopper takes over: where it can and a tile of its 128 keys would not be half empty,
 /// unless the environment's MOBA_CUDA_ARCH says "sm80" or "sm90". An Error where it cannot, but must.
 bool attends_on_hopper(std::string_view function, const Task& task);
 /// What `attend` does.
-void attend_on_hopper(Stream& stream, const Task& task, const Group& part, const Batch& batch,
+void attend_on_hopper(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
                       const Plan& plan, const Partials& partials, const Outputs& outputs);
 
 /// Merges each row's slots in the order of their ranks, and writes the outputs.
-void combine(Stream& stream, const Task& task, const Group& part, const std::int32_t* selection,
+void combine(Stream& stream, const Task& task, const WorkSlice& part, const std::int32_t* selection,
              const Partials& partials, const Outputs& outputs);
 
 }  // namespace moba::cuda

@@ -15,7 +15,8 @@ struct RowSums {
 };
 
 /// Sums of all rows of a part, [heads, rows].
-void sum_rows(Stream& stream, const Task& task, const Group& part, const Backward& backward, RowSums* sums);
+void sum_rows(Stream& stream, const Task& task, const WorkSlice& part, const Backward& backward,
+              RowSums* sums);
 
 /// Rows that chose one block, beyond the first so many: what the gradient of a block that everybody chooses
 /// is cut into.
@@ -34,34 +35,34 @@ struct KeyWalk {
 };
 
 /// `part` spans all tokens.
-KeyWalk carve_key_walk(ArenaLayout& layout, const Task& task, const Group& part);
+KeyWalk carve_key_walk(ArenaLayout& layout, const Task& task, const WorkSlice& part);
 
 /// Counts chunks, and cuts what very many rows chose.
-void plan_key_walk(Stream& stream, const Task& task, const Group& part, const Batch& batch, const Plan& plan,
-                   const KeyWalk& walk);
+void plan_key_walk(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+                   const Plan& plan, const KeyWalk& walk);
 
 /// dk and dv of the part's heads.
-void attend_backward_keys(Stream& stream, const Task& task, const Group& part, const Batch& batch,
+void attend_backward_keys(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
                           const Plan& plan, const RowSums* sums, const Backward& backward,
                           const KeyWalk& walk);
 /// The same where `attends_on_hopper`.
-void attend_backward_keys_on_hopper(Stream& stream, const Task& task, const Group& part, const Batch& batch,
-                                    const Plan& plan, const RowSums* sums, const Backward& backward,
-                                    const KeyWalk& walk);
+void attend_backward_keys_on_hopper(Stream& stream, const Task& task, const WorkSlice& part,
+                                    const Batch& batch, const Plan& plan, const RowSums* sums,
+                                    const Backward& backward, const KeyWalk& walk);
 
 /// Gradients of rows through parts of their keys, [heads, rows * ranks, D] in the dtype of q.
-void* carve_dq_slots(ArenaLayout& layout, const Task& task, const Group& part);
+void* carve_dq_slots(ArenaLayout& layout, const Task& task, const WorkSlice& part);
 
 /// Fills the slots, or writes dq where rows have near keys alone.
-void attend_backward_rows(Stream& stream, const Task& task, const Group& part, const Batch& batch,
+void attend_backward_rows(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
                           const Plan& plan, const RowSums* sums, const Backward& backward, void* slots);
 /// The same where `attends_on_hopper`.
-void attend_backward_rows_on_hopper(Stream& stream, const Task& task, const Group& part, const Batch& batch,
-                                    const Plan& plan, const RowSums* sums, const Backward& backward,
-                                    void* slots);
+void attend_backward_rows_on_hopper(Stream& stream, const Task& task, const WorkSlice& part,
+                                    const Batch& batch, const Plan& plan, const RowSums* sums,
+                                    const Backward& backward, void* slots);
 
 /// dq of the part's rows, where there are slots.
-void add_dq_slots(Stream& stream, const Task& task, const Group& part, const std::int32_t* selection,
+void add_dq_slots(Stream& stream, const Task& task, const WorkSlice& part, const std::int32_t* selection,
                   const void* slots, const Backward& backward);
 
 /// Shared memory that a thread block of either walk takes, at most.

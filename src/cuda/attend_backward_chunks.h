@@ -28,7 +28,7 @@ inline std::int64_t segment_of(const Task& task) {
   constexpr std::int64_t kLeast = 4096, kTimesMean = 16;
   return std::max(kLeast, kTimesMean * task.tokens * task.group * task.width / task.most_blocks());
 }
-inline std::int64_t most_segments(const Task& task, const Group& part) {
+inline std::int64_t most_segments(const Task& task, const WorkSlice& part) {
   return part.heads() * (task.rows(part) * task.width / segment_of(task));
 }
 /// No fewer than a head has.
@@ -56,7 +56,7 @@ struct KeysParams {
 
 /// What the host tells them.
 template <typename T>
-KeysParams<T> keys_params(const Task& task, const Group& part, const Batch& batch, const Plan& plan,
+KeysParams<T> keys_params(const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
                           const RowSums* sums, const Backward& backward, const KeyWalk& walk) {
   return {.q = view_of<const T>(task.q),
           .k = view_of<const T>(task.k),

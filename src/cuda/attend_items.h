@@ -220,7 +220,7 @@ MOBA_DEVICE void write(const AttendParams<T>& p, const Rows& rows, const std::ui
 
 /// What the host tells them.
 template <typename T>
-AttendParams<T> attend_params(const Task& task, const Group& part, const Batch& batch, const Plan& plan,
+AttendParams<T> attend_params(const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
                               const Partials& partials, const Outputs& outputs) {
   return {.q = view_of<const T>(task.q),
           .k = view_of<const T>(task.k),
@@ -248,7 +248,7 @@ AttendParams<T> attend_params(const Task& task, const Group& part, const Batch& 
 }
 
 /// No fewer than there are.
-inline std::int64_t most_items(const Task& task, const Group& part) {
+inline std::int64_t most_items(const Task& task, const WorkSlice& part) {
   return part.heads() * (task.rows(part) * task.width / kTileRows +
                          (task.width > 0 ? task.most_blocks() : 0) + task.most_tiles(part));
 }

@@ -81,7 +81,7 @@ Starts carve_starts(ArenaLayout& layout, const Task& task, const DeviceBatch& ba
   return starts;
 }
 
-Batch lay_out(Stream& stream, const Task& task, const DeviceBatch& batch, const Group& part,
+Batch lay_out(Stream& stream, const Task& task, const DeviceBatch& batch, const WorkSlice& part,
               const Starts& starts) {
   Batch on_device{.sequences = static_cast<std::int32_t>(task.sequences),
                   .q_starts = batch.q_starts,

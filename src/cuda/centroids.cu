@@ -81,7 +81,7 @@ centroids_kernel(MOBA_GRID_CONSTANT CentroidsParams<T> p) {
 
 }  // namespace
 
-void centroids(Stream& stream, const Task& task, const Group& part, const Batch& batch, void* means) {
+void centroids(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch, void* means) {
   with_type(task, [&]<typename T, int head_dim>() {
     constexpr int kRows = kThreads / (head_dim / kElements);
     const CentroidsParams<T> params{.k = view_of<const T>(task.k),

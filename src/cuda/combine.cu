@@ -64,13 +64,13 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
 
 }  // namespace
 
-Partials carve_partials(ArenaLayout& layout, const Task& task, const Group& part) {
+Partials carve_partials(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
   if (task.width == 0) return {};
   const std::int64_t slots = part.heads() * task.rows(part) * task.ranks();
   return {layout.take<std::uint16_t>(slots * task.head_dim), layout.take<float>(slots)};
 }
 
-void combine(Stream& stream, const Task& task, const Group& part, const std::int32_t* selection,
+void combine(Stream& stream, const Task& task, const WorkSlice& part, const std::int32_t* selection,
              const Partials& partials, const Outputs& outputs) {
   if (task.width == 0) return;
   with_type(task, [&]<typename T, int head_dim>() {

@@ -37,7 +37,7 @@ std::int64_t tiles_of_group(const Task& task) {
   return divide_up(task.group, kTile);
 }
 std::int64_t candidates_of(const Task& task) {
-  return (task.longest - 1) / task.routing.block_size;
+  return (task.max_seqlen_k - 1) / task.routing.block_size;
 }
 
 template <typename T>
@@ -484,7 +484,7 @@ decode_means_kernel(MOBA_GRID_CONSTANT MeansParams<T> p) {
 }
 
 template <typename T>
-DecodeParams<T> params_of(const Task& task, const Group& part, const PagedCache& cache,
+DecodeParams<T> params_of(const Task& task, const WorkSlice& part, const PagedCache& cache,
                           const Decoding& decoding) {
   return {.q = view_of<const T>(task.q),
           .k = pages_of<const T>(cache.k, cache),
@@ -507,7 +507,7 @@ DecodeParams<T> params_of(const Task& task, const Group& part, const PagedCache&
           .scale = tile::scale_of(task.scale)};
 }
 
-std::int64_t units_of(const Task& task, const Group& part) {
+std::int64_t units_of(const Task& task, const WorkSlice& part) {
   return part.tokens() * part.heads() * tiles_of_group(task);
 }
 
@@ -517,7 +517,7 @@ std::size_t decode_shared_bytes(std::int64_t head_dim) {
   return head_dim > 128 ? Shared<float16, 256>::kBytes : Shared<float16, 128>::kBytes;
 }
 
-Decoding carve_decoding(ArenaLayout& layout, const Task& task, const Group& part) {
+Decoding carve_decoding(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
   const std::int64_t rows = task.rows(part) * part.heads();
   Decoding decoding;
   if (task.needs_scores()) {
@@ -530,7 +530,7 @@ Decoding carve_decoding(ArenaLayout& layout, const Task& task, const Group& part
   return decoding;
 }
 
-void decode_score(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
+void decode_score(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
                   const Decoding& decoding) {
   with_type(task, [&]<typename T, int head_dim>() {
     using C = TileShape<head_dim>;
@@ -540,7 +540,7 @@ void decode_score(Stream& stream, const Task& task, const Group& part, const Pag
   });
 }
 
-void decode_select(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
+void decode_select(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
                    const Decoding& decoding) {
   const SelectParams params{.decoding = decoding,
                             .spans = {cache.starts, cache.lengths},
@@ -553,7 +553,7 @@ void decode_select(Stream& stream, const Task& task, const Group& part, const Pa
                 kSelectThreads / ptx::kLanes * sizeof(std::int32_t), params);
 }
 
-void decode_attend(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
+void decode_attend(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
                    const Decoding& decoding) {
   with_type(task, [&]<typename T, int head_dim>() {
     const std::int64_t works =
@@ -564,7 +564,7 @@ void decode_attend(Stream& stream, const Task& task, const Group& part, const Pa
   });
 }
 
-void decode_combine(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
+void decode_combine(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
                     const Decoding& decoding, const Outputs& outputs) {
   with_type(task, [&]<typename T, int head_dim>() {
     const CombineParams<T> params{.decode = params_of<T>(task, part, cache, decoding),
@@ -579,13 +579,13 @@ void decode_combine(Stream& stream, const Task& task, const Group& part, const P
 void complete_means(Stream& stream, const Task& task, const PagedCache& cache, const std::int32_t* before,
                     std::int64_t most_added) {
   with_type(task, [&]<typename T, int head_dim>() {
-    const std::int64_t block_size = task.asked_block_size;
+    const std::int64_t block_size = task.requested_block_size;
     const MeansParams<T> params{.k = pages_of<const T>(cache.k, cache),
                                 .means = pages_of<T>(cache.means, cache),
                                 .before = before,
                                 .spans = {cache.starts, cache.lengths},
                                 .block_size = block_size,
-                                .blocks = std::min(most_added, task.longest) / block_size + 1,
+                                .blocks = std::min(most_added, task.max_seqlen_k) / block_size + 1,
                                 .heads = task.kv_heads};
     constexpr int kRows = kMeanThreads / (head_dim / kElements);
     stream.launch("decode_means", decode_means_kernel<T, head_dim>,

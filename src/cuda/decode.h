@@ -14,19 +14,19 @@ struct Decoding {
   float* partial_lse = nullptr;  // to base 2
 };
 
-Decoding carve_decoding(ArenaLayout& layout, const Task& task, const Group& part);
+Decoding carve_decoding(ArenaLayout& layout, const Task& task, const WorkSlice& part);
 
 /// Scores every query against the kept means of its candidates.
-void decode_score(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
+void decode_score(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
                   const Decoding& decoding);
 /// Keeps the best.
-void decode_select(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
+void decode_select(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
                    const Decoding& decoding);
 /// Attends to pieces of the chosen blocks and of the own one.
-void decode_attend(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
+void decode_attend(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
                    const Decoding& decoding);
 /// Merges the pieces of each query in the order of their keys.
-void decode_combine(Stream& stream, const Task& task, const Group& part, const PagedCache& cache,
+void decode_combine(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
                     const Decoding& decoding, const Outputs& outputs);
 
 /// Means of blocks that were completed behind `before` tokens.

@@ -19,7 +19,7 @@ struct Memory {
   Partials partials{};
 };
 
-Memory carve(ArenaLayout& layout, const Task& task, const DeviceBatch& batch, const Group& part,
+Memory carve(ArenaLayout& layout, const Task& task, const DeviceBatch& batch, const WorkSlice& part,
              bool attends) {
   Memory memory{.starts = carve_starts(layout, task, batch)};
   if (task.needs_scores()) {
@@ -47,15 +47,15 @@ void attention(std::string_view function, const Tensor& q, const Tensor& k, cons
   const bool on_hopper = attends && attends_on_hopper(function, task);
   if (task.tokens == 0 || task.sequences == 0) return;
 
-  const auto bytes = [&](const Group& part) {
+  const auto bytes = [&](const WorkSlice& part) {
     ArenaLayout layout;
     carve(layout, task, batch, part, attends);
     return layout.used();
   };
-  const std::vector<Group> parts = parts_within(function, task, execution, bytes);
+  const std::vector<WorkSlice> parts = parts_within(function, task, execution, bytes);
   Stream stream(function, execution);
   const Arena arena(stream, bytes(parts.front()));
-  for (const Group& part : parts) {
+  for (const WorkSlice& part : parts) {
     ArenaLayout layout(arena.data());
     const Memory memory = carve(layout, task, batch, part, attends);
     const Batch on_device = lay_out(stream, task, batch, part, memory.starts);

@@ -28,12 +28,13 @@ struct Memory {
   std::size_t bytes = 0;
 };
 
-Group all_tokens_of(const Task& task, const Group& part) {
+WorkSlice all_tokens_of(const Task& task, const WorkSlice& part) {
   return {part.head0, part.head1, 0, task.tokens};
 }
 
-Memory carve(std::byte* arena, const Task& task, const DeviceBatch& batch, const Group& part, bool selects) {
-  const Group all = all_tokens_of(task, part);
+Memory carve(std::byte* arena, const Task& task, const DeviceBatch& batch, const WorkSlice& part,
+             bool selects) {
+  const WorkSlice all = all_tokens_of(task, part);
   ArenaLayout layout(arena);
   Memory memory{.starts = carve_starts(layout, task, batch)};
   memory.sums = layout.take<RowSums>(all.heads() * task.rows(all));
@@ -53,9 +54,10 @@ Memory carve(std::byte* arena, const Task& task, const DeviceBatch& batch, const
 
 void check_rows(std::string_view function, const Task& task) {
   if (slots_are_countable(task, {0, 1, 0, task.tokens})) return;
-  throw Error(std::string(function) + ": backend cuda counts the choices of a kv head's rows in 31 bits; " +
+  throw Error(std::string(function) +
+              ": q: expected fewer than 2^31 selected blocks in the rows of a kv head (backend cuda), got " +
               std::to_string(task.tokens) + " tokens of " + std::to_string(task.group) +
-              " query heads with top_k " + std::to_string(task.routing.top_k) + " have more");
+              " query heads with top_k " + std::to_string(task.routing.top_k));
 }
 
 }  // namespace
@@ -78,15 +80,15 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
 
   const Backward backward{d_out, saved.out, saved.lse, gradients};
   const bool selects = task.needs_scores() && saved.selection == nullptr;
-  const auto bytes = [&](const Group& part) { return carve(nullptr, task, batch, part, selects).bytes; };
+  const auto bytes = [&](const WorkSlice& part) { return carve(nullptr, task, batch, part, selects).bytes; };
   // Keys that nobody sees have gradients too: 0.
-  const std::vector<Group> parts = task.tokens == 0 ? std::vector<Group>{{0, task.kv_heads, 0, 0}}
-                                                    : parts_within(function, task, execution, bytes);
+  const std::vector<WorkSlice> parts = task.tokens == 0 ? std::vector<WorkSlice>{{0, task.kv_heads, 0, 0}}
+                                                        : parts_within(function, task, execution, bytes);
   Stream stream(function, execution);
   const Arena arena(stream, bytes(parts.front()));
-  for (const Group& part : parts) {
+  for (const WorkSlice& part : parts) {
     const Memory memory = carve(arena.data(), task, batch, part, selects);
-    const Group all = all_tokens_of(task, part);
+    const WorkSlice all = all_tokens_of(task, part);
     const bool whole = part.tokens() == task.tokens;
     if (part.token0 == 0) {
       const Batch on_device = lay_out(stream, task, batch, all, memory.starts);

@@ -30,7 +30,7 @@ void check_lists(std::string_view function, const PagedCache& cache) {
 void decode(std::string_view function, const Tensor& q, const PagedCache& cache, const Routing& routing,
             const Outputs& outputs, const Execution& execution) {
   const Tensor k = device_page(function, "cache.k", cache.k), v = device_page(function, "cache.v", cache.v);
-  const DeviceBatch batch{.count = cache.sequences, .longest = cache.longest};
+  const DeviceBatch batch{.count = cache.sequences, .max_seqlen_k = cache.max_seqlen_k};
   const Task task = make_task(function, q, k, v, batch, routing);
   check_shared(function, task.head_dim, decode_shared_bytes(task.head_dim));
   if (task.needs_scores()) device_page(function, "cache.means", cache.means);
@@ -39,15 +39,15 @@ void decode(std::string_view function, const Tensor& q, const PagedCache& cache,
   check_list(function, "lse", outputs.lse);
   if (task.sequences == 0) return;
 
-  const auto bytes = [&](const Group& part) {
+  const auto bytes = [&](const WorkSlice& part) {
     ArenaLayout layout;
     carve_decoding(layout, task, part);
     return layout.used();
   };
-  const std::vector<Group> parts = parts_within(function, task, execution, bytes);
+  const std::vector<WorkSlice> parts = parts_within(function, task, execution, bytes);
   Stream stream(function, execution);
   const Arena arena(stream, bytes(parts.front()));
-  for (const Group& part : parts) {
+  for (const WorkSlice& part : parts) {
     ArenaLayout layout(arena.data());
     const Decoding decoding = carve_decoding(layout, task, part);
     if (task.needs_scores()) {
@@ -64,12 +64,12 @@ void decode(std::string_view function, const Tensor& q, const PagedCache& cache,
 void update_means(std::string_view function, const PagedCache& cache, std::int64_t block_size,
                   const std::int32_t* before, std::int64_t most_added, const Execution& execution) {
   const Tensor k = device_page(function, "cache.k", cache.k);
-  const DeviceBatch batch{.count = cache.sequences, .longest = cache.longest};
+  const DeviceBatch batch{.count = cache.sequences, .max_seqlen_k = cache.max_seqlen_k};
   const Task task = make_task(function, k, k, k, batch, {.block_size = block_size, .top_k = 1});
   device_page(function, "cache.means", cache.means);
   check_lists(function, cache);
   check_list(function, "before", before);
-  if (cache.longest < block_size) return;
+  if (cache.max_seqlen_k < block_size) return;
   Stream stream(function, execution);
   complete_means(stream, task, cache, before, most_added);
 }

@@ -196,7 +196,7 @@ struct ListParams {
   std::int32_t* out;              // [Hq, Tq, public_width]
   Batch batch;
   std::int64_t block_size, group, head0, rows, width, public_width, token0, tokens;
-  bool causal, everything;
+  bool causal, is_dense;
 };
 
 /// A thread a row.
@@ -212,7 +212,7 @@ MOBA_KERNEL(kListThreads, 8) list_selection_kernel(MOBA_GRID_CONSTANT ListParams
   std::int32_t* to =
       p.out + (((p.head0 + head) * p.group + row % p.group) * p.tokens + token) * p.public_width;
   std::int64_t count = 0;
-  if (p.everything) {
+  if (p.is_dense) {
     const std::int64_t seen = p.causal ? own + 1 : divide_up(keys, p.block_size);
     for (; count < seen; ++count) to[count] = static_cast<std::int32_t>(count);
   } else {
@@ -254,12 +254,12 @@ MOBA_KERNEL(kListThreads, 8) read_selection_kernel(MOBA_GRID_CONSTANT ReadParams
 
 }  // namespace
 
-std::uint64_t* carve_gate(ArenaLayout& layout, const Task& task, const Group& part) {
+std::uint64_t* carve_gate(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
   if (heaps_are_shared(task)) return nullptr;
   return layout.take<std::uint64_t>(part.heads() * task.most_tiles(part) * kTileRows * task.width);
 }
 
-void gate(Stream& stream, const Task& task, const Group& part, const Batch& batch, const void* means,
+void gate(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch, const void* means,
           std::uint64_t* best, std::int32_t* selection) {
   with_type(task, [&]<typename T, int head_dim>() {
     using C = TileShape<head_dim>;
@@ -288,12 +288,12 @@ void gate(Stream& stream, const Task& task, const Group& part, const Batch& batc
   });
 }
 
-void write_selection(Stream& stream, const Task& task, const Group& part, const Batch& batch,
+void write_selection(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
                      const std::int32_t* selection, std::int32_t* out) {
   const ListParams params{.selection = selection,
                           .out = out,
                           .batch = batch,
-                          .block_size = task.asked_block_size,
+                          .block_size = task.requested_block_size,
                           .group = task.group,
                           .head0 = part.head0,
                           .rows = task.rows(part),
@@ -302,12 +302,12 @@ void write_selection(Stream& stream, const Task& task, const Group& part, const 
                           .token0 = part.token0,
                           .tokens = task.tokens,
                           .causal = task.routing.causal,
-                          .everything = task.everything};
+                          .is_dense = task.is_dense};
   stream.launch("list_selection", list_selection_kernel, {divide_up(params.rows, kListThreads), part.heads()},
                 kListThreads, 0, params);
 }
 
-void read_selection(Stream& stream, const Task& task, const Group& part, const Batch& batch,
+void read_selection(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
                     const std::int32_t* saved, std::int32_t* selection) {
   const ReadParams params{.saved = saved,
                           .selection = selection,

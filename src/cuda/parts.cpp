@@ -23,11 +23,11 @@ std::int64_t largest_that(std::int64_t most, Fits&& fits) {
 
 }  // namespace
 
-std::vector<Group> parts_within(std::string_view function, const Task& task, const Execution& execution,
-                                const std::function<std::size_t(const Group&)>& bytes) {
+std::vector<WorkSlice> parts_within(std::string_view function, const Task& task, const Execution& execution,
+                                    const std::function<std::size_t(const WorkSlice&)>& bytes) {
   const std::size_t budget = execution.workspace_bytes.value_or(kWorkspace);
   const auto fits = [&](std::int64_t heads, std::int64_t tokens) {
-    const Group part{0, heads, 0, tokens};
+    const WorkSlice part{0, heads, 0, tokens};
     return slots_are_countable(task, part) && bytes(part) <= budget;
   };
   std::int64_t heads = largest_that(task.kv_heads, [&](std::int64_t n) { return fits(n, task.tokens); });
@@ -37,10 +37,10 @@ std::vector<Group> parts_within(std::string_view function, const Task& task, con
     tokens = largest_that(task.tokens, [&](std::int64_t n) { return fits(1, n); });
   }
   if (tokens == 0) {
-    throw Error(std::string(function) + ": workspace_bytes is " + std::to_string(budget) +
-                "; this problem needs " + std::to_string(bytes({0, 1, 0, 1})));
+    throw Error(std::string(function) + ": workspace_bytes: expected at least " +
+                std::to_string(bytes({0, 1, 0, 1})) + " for this call, got " + std::to_string(budget));
   }
-  std::vector<Group> parts;
+  std::vector<WorkSlice> parts;
   for (std::int64_t head = 0; head < task.kv_heads; head += heads) {
     for (std::int64_t token = 0; token < task.tokens; token += tokens) {
       parts.push_back(

@@ -17,7 +17,7 @@ constexpr std::int64_t kLeastChunk = 2048;
 std::int64_t chunk_of(const Task& task) {
   return std::max(kLeastChunk, divide_up(task.most_blocks(), ptx::kLanes) * ptx::kLanes);
 }
-std::int64_t chunks_of(const Task& task, const Group& part) {
+std::int64_t chunks_of(const Task& task, const WorkSlice& part) {
   return divide_up(task.rows(part) * task.width, chunk_of(task));
 }
 
@@ -130,7 +130,7 @@ MOBA_KERNEL(kThreads, 4) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
 
 }  // namespace
 
-Plan carve_plan(ArenaLayout& layout, const Task& task, const Group& part) {
+Plan carve_plan(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
   Plan plan{.totals = layout.take<std::uint32_t>(Plan::kTotals)};
   if (task.width == 0) return plan;
   const std::int64_t heads = part.heads(), choices = task.rows(part) * task.width,
@@ -143,7 +143,7 @@ Plan carve_plan(ArenaLayout& layout, const Task& task, const Group& part) {
   return plan;
 }
 
-void plan(Stream& stream, const Task& task, const Group& part, const Batch& batch,
+void plan(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
           const std::int32_t* selection, const Plan& plan) {
   stream.fill(plan.totals, 0, Plan::kTotals * sizeof(std::uint32_t));
   if (task.width == 0) return;

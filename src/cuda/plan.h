@@ -26,8 +26,8 @@ struct Plan {
   static constexpr int kFull = 0, kPartial = 1, kTotals = 2;
 };
 
-Plan carve_plan(ArenaLayout& layout, const Task& task, const Group& part);
-void plan(Stream& stream, const Task& task, const Group& part, const Batch& batch,
+Plan carve_plan(ArenaLayout& layout, const Task& task, const WorkSlice& part);
+void plan(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
           const std::int32_t* selection, const Plan& plan);
 
 }  // namespace moba::cuda

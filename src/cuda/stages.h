@@ -13,26 +13,26 @@ namespace moba::cuda {
 struct Task {
   Tensor q{}, k{}, v{};
   Routing routing{};
-  bool everything = false;
-  std::int64_t asked_block_size = 0;  // before it was normalised
+  bool is_dense = false;
+  std::int64_t requested_block_size = 0;  // before it was normalised
   float scale = 1;
-  std::int64_t sequences = 0, longest = 0;
+  std::int64_t sequences = 0, max_seqlen_k = 0;
   std::int64_t tokens = 0, keys = 0;  // Tq, Tk
   std::int64_t q_heads = 0, kv_heads = 0, group = 1, head_dim = 0;
-  /// Blocks that a row picks by score; 0 with `everything`. A causal row's own block goes without saying.
+  /// Blocks that a row picks by score; 0 with `is_dense`. A causal row's own block goes without saying.
   std::int64_t width = 0;
   /// Entries of a row in the caller's lists.
   std::int64_t public_width = 0;
 
   bool needs_scores() const { return width > 0; }
   /// Whether rows attend to keys that the gate has no say in: their own block's, or all.
-  bool has_near_keys() const { return routing.causal || everything; }
+  bool has_near_keys() const { return routing.causal || is_dense; }
   /// Partial answers of a row: one for each picked block, then the near keys'.
   std::int64_t ranks() const { return width + (has_near_keys() ? 1 : 0); }
   /// No fewer than the sequences have together; how many those are, only the device knows.
   std::int64_t most_blocks() const { return keys / routing.block_size + sequences; }
-  std::int64_t rows(const Group& part) const { return part.tokens() * group; }
-  std::int64_t most_tiles(const Group& part) const {
+  std::int64_t rows(const WorkSlice& part) const { return part.tokens() * group; }
+  std::int64_t most_tiles(const WorkSlice& part) const {
     return divide_up(rows(part), kTileRows) + sequences + 1;
   }
 };
@@ -85,13 +85,13 @@ Starts carve_starts(ArenaLayout& layout, const Task& task, const DeviceBatch& ba
 /// Brings the sequences' starts to the device, where they are not there yet, through the parameters of
 /// launches: neither the copy nor a graph that captured it needs the host's memory later. Counts blocks and
 /// query tiles.
-Batch lay_out(Stream& stream, const Task& task, const DeviceBatch& batch, const Group& part,
+Batch lay_out(Stream& stream, const Task& task, const DeviceBatch& batch, const WorkSlice& part,
               const Starts& starts);
 
 /// Whether entries of a head's lists fit the 32 bits that they are kept in.
-bool slots_are_countable(const Task& task, const Group& part);
+bool slots_are_countable(const Task& task, const WorkSlice& part);
 
 /// Means of every block, rounded to the dtype of k: [heads of the part, most_blocks, D].
-void centroids(Stream& stream, const Task& task, const Group& part, const Batch& batch, void* means);
+void centroids(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch, void* means);
 
 }  // namespace moba::cuda

@@ -25,7 +25,7 @@ struct BackwardPass {
   const Buffer<RowSums>& sums;
 
   RowSums& sums_of(std::int64_t q_head, std::int64_t token) const {
-    return sums.data()[(q_head - selection.group.head0 * problem.group) * problem.tokens + token];
+    return sums.data()[(q_head - selection.group.head0 * problem.heads_per_kv) * problem.tokens + token];
   }
 };
 
@@ -95,13 +95,13 @@ void for_each_attending_row(const BackwardPass& w, const Plan& plan, const Range
   const SequenceView& s = problem.sequences[static_cast<std::size_t>(range.sequence)];
   const std::int64_t block_size = problem.routing.block_size, block = token / block_size;
   for (const std::uint32_t row : plan.rows_of(range, block)) {
-    visit(range.q0 + row / problem.group, row % problem.group);
+    visit(range.q0 + row / problem.heads_per_kv, row % problem.heads_per_kv);
   }
   if (!problem.routing.causal) return;
   const std::int64_t first = std::max<std::int64_t>(token - s.position(0), 0);
   const std::int64_t last = std::min((block + 1) * block_size, s.keys) - s.position(0);
   for (std::int64_t query = first; query < last; ++query) {
-    for (std::int64_t member = 0; member < problem.group; ++member) visit(query, member);
+    for (std::int64_t member = 0; member < problem.heads_per_kv; ++member) visit(query, member);
   }
 }
 
@@ -119,7 +119,7 @@ void backward_dk_dv(const BackwardPass& w, const Plan& plan, const Range& range,
   load_value(problem, s, range.head, token, value);
   std::fill_n(dk, 2 * depth, 0.0);
   for_each_attending_row(w, plan, range, token, [&](std::int64_t q, std::int64_t member) {
-    const Row row{index, s, q, range.head, member, range.head * problem.group + member};
+    const Row row{index, s, q, range.head, member, range.head * problem.heads_per_kv + member};
     load_f64(problem, problem.q, row, query);
     load_f64(problem, w.backward.d_out, row, d_out);
     const RowSums& sums = w.sums_of(row.q_head, row.token());
@@ -139,27 +139,27 @@ void backward_dk_dv(const BackwardPass& w, const Plan& plan, const Range& range,
 
 }  // namespace
 
-std::size_t attend_backward_bytes(const Problem& problem, const Group& group, int threads) {
-  const auto rows = static_cast<std::size_t>(group.heads() * problem.group * problem.tokens);
+std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& group, int threads) {
+  const auto rows = static_cast<std::size_t>(group.heads() * problem.heads_per_kv * problem.tokens);
   return rows * sizeof(RowSums) +
          static_cast<std::size_t>(threads * worker_doubles(problem)) * sizeof(double);
 }
 
 void attend_backward(const Problem& problem, const Selection& selection, const Plan& plan,
-                     const Backward& backward, Resources& resources) {
-  const Group& group = selection.group;
+                     const Backward& backward, Context& context) {
+  const WorkSlice& group = selection.group;
   const std::int64_t size = worker_doubles(problem);
-  const Buffer<double> memory(resources.scratch, resources.parallel.threads * size);
-  const Buffer<RowSums> sums(resources.scratch, group.heads() * problem.group * problem.tokens);
+  const Buffer<double> memory(context.scratch, context.parallel.threads * size);
+  const Buffer<RowSums> sums(context.scratch, group.heads() * problem.heads_per_kv * problem.tokens);
   const BackwardPass pass{problem, selection, backward, sums};
-  for_each_row(problem, group, resources, [&](const Row& row, int worker) {
+  for_each_row(problem, group, context, [&](const Row& row, int worker) {
     backward_dq(pass, row, worker_slice(memory, worker, size));
   });
   std::vector<std::int64_t> first_token{0};  // of each sequence, among the packed keys
   for (const SequenceView& s : problem.sequences) first_token.push_back(first_token.back() + s.keys);
   for (const Range& range : plan.ranges) {
     const auto index = static_cast<std::size_t>(range.sequence);
-    resources.parallel.run(problem.sequences[index].keys, [&](std::int64_t token, int worker) {
+    context.parallel.run(problem.sequences[index].keys, [&](std::int64_t token, int worker) {
       backward_dk_dv(pass, plan, range, first_token[index], token, worker_slice(memory, worker, size));
     });
   }

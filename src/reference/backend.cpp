@@ -9,18 +9,18 @@ std::string refuses(const Problem& problem) {
   return problem.q.device == Device::cpu ? "" : "expected CPU tensors, got CUDA tensors";
 }
 
-std::size_t routing_bytes(const Problem& problem, const Group& group) {
+std::size_t routing_bytes(const Problem& problem, const WorkSlice& group) {
   return reference::centroids_bytes(problem, group.heads()) + reference::selection_bytes(problem, group);
 }
 
-std::size_t workspace(const Problem& problem, const Group& group, int threads) {
+std::size_t workspace(const Problem& problem, const WorkSlice& group, int threads) {
   const auto workers = static_cast<std::size_t>(threads);
   return routing_bytes(problem, group) +
          std::max(workers * reference::gate_bytes(problem),
                   reference::plan_bytes(problem, group) + workers * reference::attend_bytes(problem));
 }
 
-std::size_t workspace_backward(const Problem& problem, const Group& group, int threads) {
+std::size_t workspace_backward(const Problem& problem, const WorkSlice& group, int threads) {
   const auto workers = static_cast<std::size_t>(threads);
   return routing_bytes(problem, group) +
          std::max(workers * reference::gate_bytes(problem),

@@ -37,17 +37,17 @@ std::size_t centroids_bytes(const Problem& problem, std::int64_t heads) {
   return static_cast<std::size_t>(heads * candidate_blocks(problem) * problem.head_dim) * sizeof(float);
 }
 
-Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Resources& resources) {
+Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Context& context) {
   const std::int64_t heads = head1 - head0, total = candidate_blocks(problem);
   Means means{.head0 = head0,
               .head_stride = problem.head_dim,
               .block_stride = heads * problem.head_dim,
-              .storage = Buffer<float>(resources.scratch, total * heads * problem.head_dim)};
+              .storage = Buffer<float>(context.scratch, total * heads * problem.head_dim)};
   float* base = means.storage.data();
   for (const SequenceView& s : problem.sequences) {
     means.base.push_back(base);
     const std::int64_t blocks = problem.candidate_blocks(s);
-    resources.parallel.run(blocks * heads, [&](std::int64_t task, int) {
+    context.parallel.run(blocks * heads, [&](std::int64_t task, int) {
       const std::int64_t block = task / heads, head = task % heads;
       block_mean(problem, s, head0 + head, block,
                  base + block * means.block_stride + head * means.head_stride);

@@ -28,34 +28,34 @@ void invert(const Selection& selection, const Range& range, const std::int32_t* 
 /// their keys are 0.
 void list_ranges(const Problem& problem, const Selection& selection, Plan& plan, std::int64_t& offsets,
                  std::int64_t& rows) {
-  const Group& group = selection.group;
+  const WorkSlice& group = selection.group;
   for (std::size_t index = 0; index < problem.sequences.size(); ++index) {
     const SequenceView& s = problem.sequences[index];
     const auto [first, last] = group.queries_of(s);
     for (std::int64_t head = group.head0; head < group.head1; ++head) {
       plan.ranges.push_back({static_cast<std::int64_t>(index), head, first, last, offsets, rows});
       offsets += problem.blocks(s) + 1;
-      rows += (last - first) * problem.group * selection.width;
+      rows += (last - first) * problem.heads_per_kv * selection.width;
     }
   }
 }
 
 }  // namespace
 
-std::size_t plan_bytes(const Problem& problem, const Group& group) {
+std::size_t plan_bytes(const Problem& problem, const WorkSlice& group) {
   std::int64_t blocks = 0;
   for (const SequenceView& s : problem.sequences) blocks += problem.blocks(s) + 1;
   return selection_bytes(problem, group) +
          static_cast<std::size_t>(blocks * group.heads()) * sizeof(std::uint32_t);
 }
 
-Plan plan(const Problem& problem, const Selection& selection, Resources& resources) {
+Plan plan(const Problem& problem, const Selection& selection, Context& context) {
   Plan plan;
   std::int64_t offsets = 0, rows = 0;
   list_ranges(problem, selection, plan, offsets, rows);
-  plan.offsets = Buffer<std::uint32_t>(resources.scratch, offsets);
-  plan.rows = Buffer<std::uint32_t>(resources.scratch, rows);
-  resources.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int) {
+  plan.offsets = Buffer<std::uint32_t>(context.scratch, offsets);
+  plan.rows = Buffer<std::uint32_t>(context.scratch, rows);
+  context.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int) {
     const Range& range = plan.ranges[static_cast<std::size_t>(task)];
     const SequenceView& s = problem.sequences[static_cast<std::size_t>(range.sequence)];
     invert(selection, range, selection.of(range.head, s.q_begin + range.q0), problem.blocks(s),

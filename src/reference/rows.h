@@ -23,14 +23,15 @@ struct Row {
 
 /// Calls body(row, worker) for every row of the group, spread over the threads.
 template <typename Body>
-void for_each_row(const Problem& problem, const Group& group, Resources& resources, Body&& body) {
+void for_each_row(const Problem& problem, const WorkSlice& group, Context& context, Body&& body) {
   for (std::size_t index = 0; index < problem.sequences.size(); ++index) {
     const SequenceView& s = problem.sequences[index];
     const auto [first, last] = group.queries_of(s);
     const std::int64_t queries = last - first, begin = first;
-    resources.parallel.run(queries * group.heads() * problem.group, [&](std::int64_t task, int worker) {
-      const std::int64_t q_head = group.head0 * problem.group + task / queries;
-      body(Row{index, s, begin + task % queries, q_head / problem.group, q_head % problem.group, q_head},
+    context.parallel.run(queries * group.heads() * problem.heads_per_kv, [&](std::int64_t task, int worker) {
+      const std::int64_t q_head = group.head0 * problem.heads_per_kv + task / queries;
+      body(Row{index, s, begin + task % queries, q_head / problem.heads_per_kv, q_head % problem.heads_per_kv,
+               q_head},
            worker);
     });
   }
@@ -51,7 +52,7 @@ void for_each_key_range(const Problem& problem, const Selection& selection, cons
 
 /// Returns the maximum number of keys that any row attends to.
 inline std::int64_t max_attended_keys(const Problem& problem) {
-  return std::min(problem.longest, (problem.width() + 1) * problem.routing.block_size);
+  return std::min(problem.max_seqlen_k, (problem.width() + 1) * problem.routing.block_size);
 }
 
 inline void load_f64(const Problem& problem, const Tensor& t, const Row& row, double* to) {

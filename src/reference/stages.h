@@ -6,21 +6,21 @@
 /// docs/mathematics.md.
 namespace moba::reference {
 
-Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Resources& resources);
-Selection gate(const Problem& problem, const Means& means, const Group& group, Resources& resources);
-Plan plan(const Problem& problem, const Selection& selection, Resources& resources);
+Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Context& context);
+Selection gate(const Problem& problem, const Means& means, const WorkSlice& group, Context& context);
+Plan plan(const Problem& problem, const Selection& selection, Context& context);
 void attend(const Problem& problem, const Selection& selection, const Plan& plan, const Outputs& outputs,
-            Resources& resources);
+            Context& context);
 void attend_backward(const Problem& problem, const Selection& selection, const Plan& plan,
-                     const Backward& backward, Resources& resources);
-void decode(const Problem& problem, const Means& means, const Outputs& outputs, Resources& resources);
+                     const Backward& backward, Context& context);
+void decode(const Problem& problem, const Means& means, const Outputs& outputs, Context& context);
 
 /// Scratch bytes of each stage; those of one worker where a stage has workers with memory of their own.
 std::size_t centroids_bytes(const Problem& problem, std::int64_t heads);
 std::size_t gate_bytes(const Problem& problem);
-std::size_t selection_bytes(const Problem& problem, const Group& group);
-std::size_t plan_bytes(const Problem& problem, const Group& group);
+std::size_t selection_bytes(const Problem& problem, const WorkSlice& group);
+std::size_t plan_bytes(const Problem& problem, const WorkSlice& group);
 std::size_t attend_bytes(const Problem& problem);
-std::size_t attend_backward_bytes(const Problem& problem, const Group& group, int threads);
+std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& group, int threads);
 
 }  // namespace moba::reference

@@ -91,9 +91,9 @@ struct Plain {
   explicit Plain(Backpropagation& b) : gradients(gradients_for(b.c, DType::f64, Layout::contiguous)) {
     const Case& c = b.c;
     for (Array* gradient : {&gradients.dq, &gradients.dk, &gradients.dv}) clear(*gradient);
-    for (std::size_t s = 0; s + 1 < c.sequences.q.size(); ++s) {
-      const std::int64_t q0 = c.sequences.q[s], q1 = c.sequences.q[s + 1];
-      const std::int64_t k0 = c.sequences.k[s], keys = c.sequences.k[s + 1] - k0;
+    for (std::size_t s = 0; s + 1 < c.sequences.cu_seqlens_q.size(); ++s) {
+      const std::int64_t q0 = c.sequences.cu_seqlens_q[s], q1 = c.sequences.cu_seqlens_q[s + 1];
+      const std::int64_t k0 = c.sequences.cu_seqlens_k[s], keys = c.sequences.cu_seqlens_k[s + 1] - k0;
       for (std::int64_t token = q0; token < q1; ++token) {
         for (std::int64_t head = 0; head < c.q_heads(); ++head) {
           for (const std::int32_t block : b.forward.row(head, token)) {
@@ -291,8 +291,8 @@ TEST(CudaAttendBackward, AnyWorkspaceGivesTheSameBitsOrAnError) {
 TEST(CudaAttendBackward, SequencesMayLieOnTheDevice) {
   const Case c = random_backward_case(12);
   Backpropagation b(c);
-  const DeviceSequences sequences{c.sequences.q.data(), c.sequences.k.data(),
-                                  static_cast<std::int64_t>(c.sequences.q.size()) - 1, c.keys()};
+  const DeviceSequences sequences{c.sequences.cu_seqlens_q.data(), c.sequences.cu_seqlens_k.data(),
+                                  static_cast<std::int64_t>(c.sequences.cu_seqlens_q.size()) - 1, c.keys()};
   Differentiated d = gradients_for(c, c.dtype, c.out_layout);
   attention_backward(on_device(b.d_out.view()), on_device(c.q.view()), on_device(c.k.view()),
                      on_device(c.v.view()), b.saved(false), sequences, c.routing,
@@ -332,7 +332,7 @@ TEST(CudaAttendBackward, NamesWhatItRefuses) {
     backward(b);
     FAIL() << "no error";
   } catch (const Error& error) {
-    EXPECT_EQ(std::string(error.what()).find("attention_backward: backend cuda wants every row of d_out"), 0U)
+    EXPECT_EQ(std::string(error.what()).find("attention_backward: d_out: expected rows aligned"), 0U)
         << error.what();
   }
 }

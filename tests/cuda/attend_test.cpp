@@ -68,8 +68,8 @@ TEST(CudaAttend, ManyShortSequences) {
   Case c{.seed = 3, .dtype = DType::f16, .head_dim = 64, .routing = {.block_size = 2, .top_k = 2}};
   c.sequences = {{0}, {0}};
   for (int i = 0; i < 1200; ++i) {  // more starts than a launch carries
-    c.sequences.q.push_back(c.sequences.q.back() + (i % 40 == 0 ? i / 40 % 7 : 0));
-    c.sequences.k.push_back(c.sequences.q.back());
+    c.sequences.cu_seqlens_q.push_back(c.sequences.cu_seqlens_q.back() + (i % 40 == 0 ? i / 40 % 7 : 0));
+    c.sequences.cu_seqlens_k.push_back(c.sequences.cu_seqlens_q.back());
   }
   fill(c);
   check_result(c, run_on_device(c), Rounding::partial);
@@ -110,8 +110,8 @@ TEST(CudaAttend, AnyWorkspaceGivesTheSameBitsOrAnError) {
 
 TEST(CudaAttend, SequencesMayLieOnTheDevice) {
   const Case c = random_device_case(12);
-  const DeviceSequences sequences{c.sequences.q.data(), c.sequences.k.data(),
-                                  static_cast<std::int64_t>(c.sequences.q.size()) - 1, c.keys()};
+  const DeviceSequences sequences{c.sequences.cu_seqlens_q.data(), c.sequences.cu_seqlens_k.data(),
+                                  static_cast<std::int64_t>(c.sequences.cu_seqlens_q.size()) - 1, c.keys()};
   Result result(c);
   Outputs outputs = result.outputs();
   outputs.out = on_device(outputs.out);

@@ -27,10 +27,10 @@ TEST(Centroids, AreTheMeansOfTheKeys) {
                                     on_device(c.v.view()), starts, c.routing);
         Stream stream("test", {});
         std::vector<std::int32_t> q_starts(5), k_starts(5), blocks(5), tiles(5);
-        const Group part{1, 2, 0, task.tokens};
+        const WorkSlice part{1, 2, 0, task.tokens};
         const Batch batch = lay_out(stream, task, starts, part,
                                     {q_starts.data(), k_starts.data(), blocks.data(), tiles.data()});
-        EXPECT_EQ(k_starts, c.sequences.k);
+        EXPECT_EQ(k_starts, c.sequences.cu_seqlens_k);
         EXPECT_EQ(blocks.back(), divide_up(5, block_size) + divide_up(200, block_size));
         EXPECT_EQ(tiles, (std::vector<std::int32_t>{0, 0, 1, 1, 3}));
 

@@ -68,7 +68,7 @@ struct Paged {
              .lengths = ends.data(),
              .starts = shape.padding > 0 ? starts.data() : nullptr,
              .sequences = static_cast<std::int64_t>(lengths.size()),
-             .longest = longest};
+             .max_seqlen_k = longest};
     q = Array(shape.dtype, cache.sequences, shape.kv_heads * shape.group, shape.head_dim, Layout::aligned);
     for (std::int64_t s = 0; s < cache.sequences; ++s) {
       for (std::int64_t head = 0; head < q.heads(); ++head) {
@@ -180,7 +180,7 @@ void check_means(const Paged& p) {
 void check_decode(const Paged& p) {
   SCOPED_TRACE(describe(p.sequences.front()) + ", pages of " + std::to_string(p.shape.page_tokens));
   if (p.routing.top_k != Routing::kEverything) {
-    update_means(p.cache, p.routing.block_size, nullptr, p.cache.longest);
+    update_means(p.cache, p.routing.block_size, nullptr, p.cache.max_seqlen_k);
     check_means(p);
   }
   EXPECT_TRUE(p.means.gaps_untouched());
@@ -340,7 +340,7 @@ TEST(CudaDecode, NamesWhatItRefuses) {
             "decode: cache.means: expected [19, 1 or more, 1, 64], got [19, 1, 2, 64]");
   wrong = p.cache;
   wrong.v.strides[0] -= 4;
-  EXPECT_EQ(error_of(wrong, p.routing).find("decode: backend cuda wants every row of cache.v aligned"), 0U);
+  EXPECT_EQ(error_of(wrong, p.routing).find("decode: cache.v: expected rows aligned"), 0U);
 }
 
 }  // namespace

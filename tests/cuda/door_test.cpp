@@ -29,30 +29,30 @@ struct Call {
 
 TEST(CudaDoor, NamesWhatItRefuses) {
   const std::vector<std::pair<const char*, std::function<void(Call&)>>> mistakes = {
-      {"attention: backend cuda takes bf16 and f16; q is f32",
+      {"attention: q: expected bf16 or f16 (backend cuda), got f32",
        [](Call& call) {
          call.c.dtype = DType::f32;
          call.refill();
        }},
-      {"attention: backend cuda takes head_dim 64, 96, 128 and 256; q has 80",
+      {"attention: q: expected head_dim 64, 96, 128 or 256 (backend cuda), got 80",
        [](Call& call) {
          call.c.head_dim = 80;
          call.refill();
        }},
-      {"attention: backend cuda works on CUDA tensors; q is on the CPU",
+      {"attention: q: expected a CUDA tensor (backend cuda), got one on the CPU",
        [](Call& call) {
          for (Tensor* t : {&call.q, &call.k, &call.v, &call.out}) t->device = Device::cpu;
        }},
       {"attention: k: expected the device of q, got another one",
        [](Call& call) { call.k.device = Device::cpu; }},
-      {"attention: backend cuda wants every row of v aligned to 16 bytes; its address is 0 past that and its "
-       "strides are 68 and 64 elements",
+      {"attention: v: expected rows aligned to 16 bytes, got an address 0 past that and "
+       "strides of 68 and 64 elements",
        [](Call& call) {
          call.v.sizes[0] = call.k.sizes[0] = call.q.sizes[0] = call.out.sizes[0] = 4;
          call.c.sequences = one_sequence(4);
          call.v.strides[0] = 68;
        }},
-      {"attention: backend cuda wants every row of out aligned to 16 bytes; its address is 2 past that",
+      {"attention: out: expected rows aligned to 16 bytes, got an address 2 past that",
        [](Call& call) { call.out.data = call.memory.data() + 1; }},
   };
   for (const auto& [message, mistake] : mistakes) {
@@ -84,13 +84,15 @@ TEST(CudaDoor, CudaTensorsGoToTheCudaBackendAndOthersDoNot) {
 
 TEST(CudaDoor, SequencesOnTheDeviceAreForDeviceBackends) {
   const Call call;
-  const DeviceSequences sequences{call.c.sequences.q.data(), call.c.sequences.k.data(), 1, 5};
+  const DeviceSequences sequences{call.c.sequences.cu_seqlens_q.data(), call.c.sequences.cu_seqlens_k.data(),
+                                  1, 5};
   EXPECT_THROW(
       attention(call.q, call.k, call.v, sequences, call.c.routing, {.out = call.out}, {.backend = "cpu"}),
       Error);
   for (const DeviceSequences& wrong :
-       {DeviceSequences{nullptr, sequences.k, 1, 5}, DeviceSequences{sequences.q, sequences.k, -1, 5},
-        DeviceSequences{sequences.q, sequences.k, 1, -1}}) {
+       {DeviceSequences{nullptr, sequences.cu_seqlens_k, 1, 5},
+        DeviceSequences{sequences.cu_seqlens_q, sequences.cu_seqlens_k, -1, 5},
+        DeviceSequences{sequences.cu_seqlens_q, sequences.cu_seqlens_k, 1, -1}}) {
     EXPECT_THROW(attention(call.q, call.k, call.v, wrong, call.c.routing, {.out = call.out}), Error);
   }
 }

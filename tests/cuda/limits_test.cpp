@@ -116,7 +116,7 @@ Written decode_pages(const Routing& routing, Spread spread, const Execution& exe
                          .lengths = lengths.data(),
                          .starts = starts.data(),
                          .sequences = 3,
-                         .longest = 30};
+                         .max_seqlen_k = 30};
   update_means("update_means", cache, routing.block_size, nullptr, 30, execution);
   decode("decode", q.view(), cache, routing, {.out = out.view()}, execution);
   return {means.values(), out.values()};
@@ -150,7 +150,7 @@ Task large_task(std::int64_t kv_heads, const Routing& routing) {
   Tensor k = q;
   k.sizes[1] = kv_heads;
   k.strides[0] = kv_heads * 256;
-  return make_task("attention", q, k, k, {.count = 1, .longest = kTokens}, routing);
+  return make_task("attention", q, k, k, {.count = 1, .max_seqlen_k = kTokens}, routing);
 }
 
 /// Parts cover all heads and tokens, and what is counted in 32 bits in each fits them.
@@ -160,12 +160,12 @@ TEST(CudaLimits, LargeProblemsAreCutUntil32BitsDo) {
          {Routing{.block_size = 128, .top_k = 8}, Routing{.block_size = 512, .top_k = 3},
           Routing{.block_size = 4096, .top_k = 12}, Routing::full()}) {
       const Task task = large_task(kv_heads, routing);
-      const auto bytes = [&](const Group& part) {
+      const auto bytes = [&](const WorkSlice& part) {
         return static_cast<std::size_t>(part.heads() * task.rows(part) * task.ranks()) * 512;
       };
       for (const std::size_t budget : {std::size_t{1} << 30, std::size_t{1} << 44}) {
         std::int64_t pairs = 0;
-        for (const Group& part : parts_within("attention", task, {.workspace_bytes = budget}, bytes)) {
+        for (const WorkSlice& part : parts_within("attention", task, {.workspace_bytes = budget}, bytes)) {
           EXPECT_LE(task.rows(part) * task.ranks(), 0x7FFFFFFF);
           EXPECT_LE(task.most_tiles(part), 0x7FFFFFFF);
           EXPECT_LE(bytes(part), budget);
@@ -180,16 +180,16 @@ TEST(CudaLimits, LargeProblemsAreCutUntil32BitsDo) {
 /// What cannot be cut is refused: the gradient lists all rows of a kv head at once.
 TEST(CudaLimits, ChoicesThat31BitsCannotCountAreRefused) {
   const Task task = large_task(1, {.block_size = 128, .top_k = 8});
-  const DeviceBatch batch{.count = 1, .longest = kTokens};
+  const DeviceBatch batch{.count = 1, .max_seqlen_k = kTokens};
   try {
     attention_backward("attention_backward", task.q, task.q, task.k, task.v, {.out = task.q}, batch,
                        task.routing, {task.q, task.k, task.v}, {});
     FAIL() << "no error";
   } catch (const Error& error) {
-    EXPECT_EQ(std::string(error.what()),
-              "attention_backward: backend cuda counts the choices of a kv head's rows in 31 bits; 10000000 "
-              "tokens of "
-              "64 query heads with top_k 8 have more");
+    EXPECT_EQ(
+        std::string(error.what()),
+        "attention_backward: q: expected fewer than 2^31 selected blocks in the rows of a kv head (backend "
+        "cuda), got 10000000 tokens of 64 query heads with top_k 8");
   }
 }
 

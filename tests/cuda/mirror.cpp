@@ -113,7 +113,7 @@ class Mirror {
   }
 
   /// The caller's allocator is asked and told, and the memory is the device's.
-  Execution resources(Execution execution) {
+  Execution context(Execution execution) {
     if (!execution.scratch.allocate) return execution;
     execution.scratch = {[this, ask = execution.scratch.allocate](std::size_t bytes) -> void* {
                            void* const theirs = ask(bytes);
@@ -141,7 +141,7 @@ class Mirror {
 };
 
 std::int64_t listed(const DeviceBatch& batch, const Routing& routing, const Tensor& q) {
-  const std::int64_t blocks = batch.longest == 0 ? 0 : (batch.longest - 1) / routing.block_size + 1;
+  const std::int64_t blocks = batch.max_seqlen_k == 0 ? 0 : (batch.max_seqlen_k - 1) / routing.block_size + 1;
   return q.sizes[0] * q.sizes[1] * std::min(routing.top_k, blocks);
 }
 
@@ -153,7 +153,7 @@ void attention(std::string_view function, const Tensor& q, const Tensor& k, cons
                       .lse = mirror.write(outputs.lse, q.sizes[0] * q.sizes[1]),
                       .selection = mirror.write(outputs.selection, listed(batch, routing, q))};
   cuda::attention(function, mirror.read(q), mirror.read(k), mirror.read(v), mirror.starts(batch), routing,
-                  there, mirror.resources(execution));
+                  there, mirror.context(execution));
   mirror.bring_back();
 }
 
@@ -166,7 +166,7 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
                       .selection = mirror.read(saved.selection, listed(batch, routing, q))};
   const Gradients there{mirror.write(gradients.dq), mirror.write(gradients.dk), mirror.write(gradients.dv)};
   cuda::attention_backward(function, mirror.read(d_out), mirror.read(q), mirror.read(k), mirror.read(v),
-                           forward, mirror.starts(batch), routing, there, mirror.resources(execution));
+                           forward, mirror.starts(batch), routing, there, mirror.context(execution));
   mirror.bring_back();
 }
 
@@ -186,7 +186,7 @@ void decode(std::string_view function, const Tensor& q, const PagedCache& cache,
   const PagedCache there = paged(mirror, cache);
   cuda::decode(function, mirror.read(q), there, routing,
                {.out = mirror.write(outputs.out), .lse = mirror.write(outputs.lse, q.sizes[0] * q.sizes[1])},
-               mirror.resources(execution));
+               mirror.context(execution));
   mirror.bring_back();
 }
 
@@ -195,7 +195,7 @@ void update_means(std::string_view function, const PagedCache& cache, std::int64
   Mirror mirror;
   const PagedCache there = paged(mirror, cache);
   cuda::update_means(function, there, block_size, mirror.read(before, cache.sequences), most_added,
-                     mirror.resources(execution));
+                     mirror.context(execution));
   mirror.bring_back();
 }
 

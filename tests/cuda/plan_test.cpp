@@ -36,7 +36,7 @@ TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
   const DeviceBatch starts = batch_of(c.sequences);
   const Task task = make_task("test", on_device(c.q.view()), on_device(c.k.view()), on_device(c.v.view()),
                               starts, c.routing);
-  const Group part{0, 2, 1, task.tokens};
+  const WorkSlice part{0, 2, 1, task.tokens};
   const std::int64_t rows = task.rows(part), choices = rows * task.width;
   std::vector<std::int32_t> selection(static_cast<std::size_t>(2 * choices));
   std::map<std::pair<std::int64_t, std::int32_t>, std::vector<std::uint32_t>> expected;

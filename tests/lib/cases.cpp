@@ -82,8 +82,8 @@ Sequences random_sequences(Random& random) {
     std::int64_t queries = keys;
     if (random.chance(0.25)) queries = random.between(0, keys);
     if (random.chance(0.1)) queries = keys + random.between(0, 5);
-    sequences.q.push_back(sequences.q.back() + static_cast<std::int32_t>(queries));
-    sequences.k.push_back(sequences.k.back() + static_cast<std::int32_t>(keys));
+    sequences.cu_seqlens_q.push_back(sequences.cu_seqlens_q.back() + static_cast<std::int32_t>(queries));
+    sequences.cu_seqlens_k.push_back(sequences.cu_seqlens_k.back() + static_cast<std::int32_t>(keys));
   }
   return sequences;
 }
@@ -113,12 +113,12 @@ std::string joined(const std::vector<T>& list) {
 std::string describe(const Case& c) {
   std::ostringstream text;
   text << "seed " << c.seed << ": " << moba::name_of(c.dtype) << ", Hq " << c.q_heads() << ", Hkv "
-       << c.kv_heads << ", D " << c.head_dim << ", q starts [" << joined(c.sequences.q) << "], k starts ["
-       << joined(c.sequences.k) << "], B " << c.routing.block_size << ", K " << c.routing.top_k << ", sinks "
-       << c.routing.sink_blocks << (c.routing.causal ? ", causal" : ", not causal")
-       << (c.routing.own_block ? ", own block" : "") << ", values " << static_cast<int>(c.values)
-       << ", layouts " << name_of(c.q_layout) << " " << name_of(c.k_layout) << " " << name_of(c.v_layout)
-       << " " << name_of(c.out_layout);
+       << c.kv_heads << ", D " << c.head_dim << ", q starts [" << joined(c.sequences.cu_seqlens_q)
+       << "], k starts [" << joined(c.sequences.cu_seqlens_k) << "], B " << c.routing.block_size << ", K "
+       << c.routing.top_k << ", sinks " << c.routing.sink_blocks
+       << (c.routing.causal ? ", causal" : ", not causal") << (c.routing.own_block ? ", own block" : "")
+       << ", values " << static_cast<int>(c.values) << ", layouts " << name_of(c.q_layout) << " "
+       << name_of(c.k_layout) << " " << name_of(c.v_layout) << " " << name_of(c.out_layout);
   if (c.routing.scale) text << ", scale " << *c.routing.scale;
   return text.str();
 }

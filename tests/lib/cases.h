@@ -26,8 +26,8 @@ struct Case {
   Array q{}, k{}, v{};
 
   std::int64_t q_heads() const { return kv_heads * group; }
-  std::int64_t queries() const { return sequences.q.back(); }
-  std::int64_t keys() const { return sequences.k.back(); }
+  std::int64_t queries() const { return sequences.cu_seqlens_q.back(); }
+  std::int64_t keys() const { return sequences.cu_seqlens_k.back(); }
 };
 
 /// Everything one needs to see a failing case again.

@@ -57,20 +57,21 @@ std::vector<BadCall> bad_calls() {
          c.q.sizes[1] = 8;
          c.k.sizes[1] = c.v.sizes[1] = 3;
        }},
-      {"sequences.q: expected at least one entry (0), got an empty list",
+      {"cu_seqlens_q: expected at least one entry (0), got an empty list",
        [](Call& c) { c.c.sequences = {}; }},
-      {"sequences.k: expected 2 entries (as sequences.q), got 1", [](Call& c) { c.c.sequences.k = {12}; }},
-      {"sequences.q: expected to start at 0, got 1",
+      {"cu_seqlens_k: expected 2 entries (as cu_seqlens_q), got 1",
+       [](Call& c) { c.c.sequences.cu_seqlens_k = {12}; }},
+      {"cu_seqlens_q: expected to start at 0, got 1",
        [](Call& c) {
-         c.c.sequences.q = {1, 12};
+         c.c.sequences.cu_seqlens_q = {1, 12};
        }},
-      {"sequences.k: expected never to decrease, got 3 after 9 at entry 2",
+      {"cu_seqlens_k: expected never to decrease, got 3 after 9 at entry 2",
        [](Call& c) {
          c.c.sequences = {{0, 4, 8, 12}, {0, 9, 3, 12}};
        }},
-      {"sequences.k: expected to end at 12 (the tokens of k), got 11",
+      {"cu_seqlens_k: expected to end at 12 (the tokens of k), got 11",
        [](Call& c) {
-         c.c.sequences.k = {0, 11};
+         c.c.sequences.cu_seqlens_k = {0, 11};
        }},
       {"block_size: expected at least 1, got 0", [](Call& c) { c.c.routing.block_size = 0; }},
       {"top_k: expected at least 1, got -3", [](Call& c) { c.c.routing.top_k = -3; }},

@@ -36,9 +36,9 @@ struct Place {
 /// Calls visit(head, packed token, place) for every row.
 template <typename Visit>
 void for_each_row(const Case& c, Visit&& visit) {
-  for (std::size_t s = 0; s + 1 < c.sequences.q.size(); ++s) {
-    const std::int64_t q0 = c.sequences.q[s], q1 = c.sequences.q[s + 1];
-    const std::int64_t k0 = c.sequences.k[s], k1 = c.sequences.k[s + 1];
+  for (std::size_t s = 0; s + 1 < c.sequences.cu_seqlens_q.size(); ++s) {
+    const std::int64_t q0 = c.sequences.cu_seqlens_q[s], q1 = c.sequences.cu_seqlens_q[s + 1];
+    const std::int64_t k0 = c.sequences.cu_seqlens_k[s], k1 = c.sequences.cu_seqlens_k[s + 1];
     for (std::int64_t token = q0; token < q1; ++token) {
       const Place place{k0, k1 - k0, token - q0 + (k1 - k0) - (q1 - q0)};
       for (std::int64_t head = 0; head < c.q_heads(); ++head) visit(head, token, place);

@@ -21,37 +21,37 @@ def ints(*values, dtype=torch.int32):
 
 
 WRONG = {
-    "heads that do not divide": ({"k": torch.randn(16, 3, 16), "v": torch.randn(16, 3, 16)}, "k has 3 heads"),
-    "no heads": ({"k": torch.randn(16, 0, 16), "v": torch.randn(16, 0, 16)}, "k has sizes"),
-    "another head_dim": ({"k": torch.randn(16, 2, 8)}, "head_dim 8"),
-    "v of another length": ({"v": torch.randn(15, 2, 16)}, "v has sizes"),
-    "a batch dimension": ({"q": torch.randn(1, 16, 4, 16)}, "q has sizes"),
-    "offsets that fall": ({"cu_seqlens_q": ints(0, 10, 6, 16)}, "cu_seqlens_k|falls|entries"),
+    "heads that do not divide": ({"k": torch.randn(16, 3, 16), "v": torch.randn(16, 3, 16)}, "^attention: k: .*divides 4.*, got 3"),
+    "no heads": ({"k": torch.randn(16, 0, 16), "v": torch.randn(16, 0, 16)}, "k: expected at least one head"),
+    "another head_dim": ({"k": torch.randn(16, 2, 8)}, "k: expected head_dim 16 .*, got 8"),
+    "v of another length": ({"v": torch.randn(15, 2, 16)}, "v: expected the sizes of k"),
+    "a batch dimension": ({"q": torch.randn(1, 16, 4, 16)}, "q: expected .*, got sizes"),
+    "offsets that fall": ({"cu_seqlens_q": ints(0, 10, 6, 16)}, "cu_seqlens_k|decrease|entries"),
     "both offsets that fall": (
-        {"cu_seqlens_q": ints(0, 10, 6, 16), "cu_seqlens_k": ints(0, 10, 12, 16)}, "cu_seqlens_q falls from 10 to 6",
+        {"cu_seqlens_q": ints(0, 10, 6, 16), "cu_seqlens_k": ints(0, 10, 12, 16)}, "cu_seqlens_q: expected never to decrease, got 6 after 10",
     ),
-    "offsets from 1": ({"cu_seqlens_q": ints(1, 10, 16)}, "^attention: cu_seqlens_q starts at 1"),
-    "offsets past the end": ({"cu_seqlens_k": ints(0, 10, 17)}, "^attention: cu_seqlens_k ends at 17"),
-    "offsets short of the end": ({"cu_seqlens_k": ints(0, 10, 15)}, "ends at 15"),
+    "offsets from 1": ({"cu_seqlens_q": ints(1, 10, 16)}, "^attention: cu_seqlens_q: expected to start at 0, got 1"),
+    "offsets past the end": ({"cu_seqlens_k": ints(0, 10, 17)}, "^attention: cu_seqlens_k: expected to end at 16 .*, got 17"),
+    "offsets short of the end": ({"cu_seqlens_k": ints(0, 10, 15)}, "cu_seqlens_k: expected to end at 16 .*, got 15"),
     "no offsets": ({"cu_seqlens_q": ints(), "cu_seqlens_k": ints()}, "empty"),
     "offsets in a square": ({"cu_seqlens_q": torch.zeros(2, 2, dtype=torch.int32)}, "cu_seqlens_q"),
-    "block size 0": ({"block_size": 0}, "block_size is 0"),
-    "block size -1": ({"block_size": -1}, "block_size is -1"),
-    "top-k 0": ({"top_k": 0}, "top_k is 0"),
-    "too many sinks": ({"sink_blocks": 2}, "sink_blocks is 2"),
-    "a scale that is no number": ({"scale": math.nan}, "scale is"),
-    "an unknown backend": ({"backend": "gpu"}, 'backend is "gpu"'),
+    "block size 0": ({"block_size": 0}, "block_size: expected at least 1, got 0"),
+    "block size -1": ({"block_size": -1}, "block_size: expected at least 1, got -1"),
+    "top-k 0": ({"top_k": 0}, "top_k: expected at least 1, got 0"),
+    "too many sinks": ({"sink_blocks": 2}, "sink_blocks: expected 0 to 1 .*, got 2"),
+    "a scale that is no number": ({"scale": math.nan}, "scale: expected a finite number, got"),
+    "an unknown backend": ({"backend": "gpu"}, 'backend: expected .*, got "gpu"'),
 }
 
 
 WRONG_TYPES = {
-    "k of another dtype": ({"k": torch.randn(16, 2, 16).bfloat16()}, "k is torch.bfloat16; q is torch.float32"),
-    "v of another dtype": ({"v": torch.randn(16, 2, 16).double()}, "v is torch.float64; q is torch.float32"),
-    "integers": ({"q": torch.ones(16, 4, 16, dtype=torch.long)}, "q is torch.int64; one of torch.float32"),
-    "integers everywhere": ({name: torch.ones(16, 2, 16, dtype=torch.int8) for name in "qkv"}, "q is torch.int8"),
-    "complex numbers": ({"q": torch.ones(16, 4, 16, dtype=torch.complex64)}, "q is torch.complex64"),
-    "offsets of int64": ({"cu_seqlens_q": ints(0, 10, 16, dtype=torch.int64)}, "cu_seqlens_q is torch.int64; torch.int32"),
-    "offsets of floats": ({"cu_seqlens_k": torch.tensor([0.0, 10, 16])}, "cu_seqlens_k is torch.float32; torch.int32"),
+    "k of another dtype": ({"k": torch.randn(16, 2, 16).bfloat16()}, r"k: expected torch.float32 \(the dtype of q\), got torch.bfloat16"),
+    "v of another dtype": ({"v": torch.randn(16, 2, 16).double()}, r"v: expected torch.float32 \(the dtype of q\), got torch.float64"),
+    "integers": ({"q": torch.ones(16, 4, 16, dtype=torch.long)}, "q: expected one of torch.float32.*, got torch.int64"),
+    "integers everywhere": ({name: torch.ones(16, 2, 16, dtype=torch.int8) for name in "qkv"}, "q: expected one of .*, got torch.int8"),
+    "complex numbers": ({"q": torch.ones(16, 4, 16, dtype=torch.complex64)}, "q: expected one of .*, got torch.complex64"),
+    "offsets of int64": ({"cu_seqlens_q": ints(0, 10, 16, dtype=torch.int64)}, "cu_seqlens_q: expected torch.int32, got torch.int64"),
+    "offsets of floats": ({"cu_seqlens_k": torch.tensor([0.0, 10, 16])}, "cu_seqlens_k: expected torch.int32, got torch.float32"),
 }
 
 
@@ -96,9 +96,9 @@ def test_wrong_types_of_the_other_operators():
     ops.attention_backward(**backward, block_size=4, top_k=2)
     for name, given in backward.items():
         wrong = given.half() if given.is_floating_point() else given.long()
-        with pytest.raises(TypeError, match=f"^attention_backward: {'d_out' if name == 'q' else name} is torch"):
+        with pytest.raises(TypeError, match=f"^attention_backward: {'d_out' if name == 'q' else name}: expected torch"):
             ops.attention_backward(**(backward | {name: wrong}), block_size=4, top_k=2)
-    with pytest.raises(TypeError, match="^select: cu_seqlens_k is torch.int64"):
+    with pytest.raises(TypeError, match="^select: cu_seqlens_k: expected torch.int32, got torch.int64"):
         ops.select(q, k, cu, cu.long(), 4, 2)
 
 
@@ -110,7 +110,7 @@ def test_integers_have_no_gradient():
 def test_another_device():
     call = good()
     for name in ("q", "k", "cu_seqlens_q"):
-        with pytest.raises(ValueError, match="is on"):
+        with pytest.raises(ValueError, match="expected device"):
             ops.attention(**(call | {name: call[name].to("meta")}))
 
 
@@ -143,27 +143,27 @@ def test_nan_and_inf_do_not_spread():
 
 
 BATCHED = {
-    "not a tensor": (lambda c: c | {"q": [1.0]}, TypeError, "q is list"),
-    "integers": (lambda c: c | {"k": c["k"].long()}, TypeError, "k is torch.int64"),
-    "another dtype": (lambda c: c | {"v": c["v"].half()}, TypeError, "v is torch.float16; q is"),
-    "another device": (lambda c: c | {"v": c["v"].to("meta")}, ValueError, "v is on meta; q is on cpu"),
-    "three dimensions": (lambda c: c | {"q": c["q"][0]}, ValueError, "q has sizes"),
-    "another batch": (lambda c: c | {"k": c["k"][:1]}, ValueError, "k has a batch of 1; q has 2"),
-    "v of another length": (lambda c: c | {"v": c["v"][:, :5]}, ValueError, "v has 5 tokens; k has 9"),
-    "no routing": (lambda c: c | {"block_size": None}, TypeError, "block_size is None"),
-    "two routings": (lambda c: c | {"config": moba.MoBAConfig(4, 2)}, TypeError, "beside a config"),
-    "a config of another kind": (lambda c: c | {"config": {"top_k": 2}}, TypeError, "config is dict"),
-    "a scale that is text": (lambda c: c | {"scale": "1"}, TypeError, "scale is '1'"),
-    "a backend that is a number": (lambda c: c | {"backend": 3}, TypeError, "backend is 3"),
-    "top-k of 1.5": (lambda c: c | {"top_k": 1.5}, TypeError, "top_k is 1.5"),
-    "top-k of 0": (lambda c: c | {"top_k": 0}, ValueError, "top_k is 0"),
-    "a float mask": (lambda c: c | {"padding_mask": torch.ones(2, 9)}, TypeError, "padding_mask is torch.float32"),
+    "not a tensor": (lambda c: c | {"q": [1.0]}, TypeError, "q: expected a tensor .*, got list"),
+    "integers": (lambda c: c | {"k": c["k"].long()}, TypeError, "k: expected a floating dtype, got torch.int64"),
+    "another dtype": (lambda c: c | {"v": c["v"].half()}, TypeError, "v: expected torch.float32 .*, got torch.float16"),
+    "another device": (lambda c: c | {"v": c["v"].to("meta")}, ValueError, "v: expected device cpu .*, got meta"),
+    "three dimensions": (lambda c: c | {"q": c["q"][0]}, ValueError, "q: expected .*, got sizes"),
+    "another batch": (lambda c: c | {"k": c["k"][:1]}, ValueError, "k: expected a batch of 2 .*, got 1"),
+    "v of another length": (lambda c: c | {"v": c["v"][:, :5]}, ValueError, "v: expected 9 tokens .*, got 5"),
+    "no routing": (lambda c: c | {"block_size": None}, TypeError, "block_size: expected an int, got None"),
+    "two routings": (lambda c: c | {"config": moba.MoBAConfig(4, 2)}, TypeError, "config: expected either a config or block_size and top_k, got both"),
+    "a config of another kind": (lambda c: c | {"config": {"top_k": 2}}, TypeError, "config: expected a MoBAConfig, got dict"),
+    "a scale that is text": (lambda c: c | {"scale": "1"}, TypeError, "scale: expected a number, got '1'"),
+    "a backend that is a number": (lambda c: c | {"backend": 3}, TypeError, "backend: expected .*, got 3"),
+    "top-k of 1.5": (lambda c: c | {"top_k": 1.5}, TypeError, "top_k: expected an int, got 1.5"),
+    "top-k of 0": (lambda c: c | {"top_k": 0}, ValueError, "top_k: expected at least 1, got 0"),
+    "a float mask": (lambda c: c | {"padding_mask": torch.ones(2, 9)}, TypeError, "padding_mask: expected bool, got torch.float32"),
     "a mask of another size": (
-        lambda c: c | {"padding_mask": torch.ones(2, 8, dtype=torch.bool)}, ValueError, "padding_mask has sizes",
+        lambda c: c | {"padding_mask": torch.ones(2, 8, dtype=torch.bool)}, ValueError, "padding_mask: expected .*, got sizes",
     ),
     "a mask with holes": (
         lambda c: c | {"padding_mask": torch.arange(9).remainder(3).bool().expand(2, 9)}, ValueError,
-        "padding between tokens",
+        "got padding between tokens",
     ),
 }
 
@@ -328,19 +328,19 @@ def cached():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"begin": ints(0, 8)}, "begin and end of sequence 1 are 8 and 7"),
-        ({"end": ints(10, 7)}, "begin and end of sequence 0 are 0 and 10"),
+        ({"begin": ints(0, 8)}, "begin, end: expected .* in sequence 1, got 8 and 7"),
+        ({"end": ints(10, 7)}, "begin, end: expected .* in sequence 0, got 0 and 10"),
         ({"begin": ints(-1, 2)}, "-1 and 9"),
-        ({"begin": ints(0)}, "begin and end have 1 and 2 entries"),
-        ({"means": torch.randn(2, 1, 2, 16)}, "means has sizes"),
-        ({"k": torch.randn(3, 9, 2, 16)}, "k has sizes"),
-        ({"v": torch.randn(2, 9, 2, 8)}, "v has sizes"),
-        ({"k": torch.randn(2, 9, 3, 16), "v": torch.randn(2, 9, 3, 16)}, "k has 3 heads"),
-        ({"q": torch.randn(1, 4, 16)}, "k has sizes"),
-        ({"q": torch.randn(4, 16)}, "q has sizes"),
-        ({"block_size": 0}, "block_size is 0"),
-        ({"top_k": 0}, "top_k is 0"),
-        ({"backend": "gpu"}, 'backend is "gpu"'),
+        ({"begin": ints(0)}, "begin, end: expected 2 entries .*, got 1 and 2"),
+        ({"means": torch.randn(2, 1, 2, 16)}, "means: expected"),
+        ({"k": torch.randn(3, 9, 2, 16)}, "k: expected .*, got sizes"),
+        ({"v": torch.randn(2, 9, 2, 8)}, "v: expected"),
+        ({"k": torch.randn(2, 9, 3, 16), "v": torch.randn(2, 9, 3, 16)}, "k: .*divides 4.*, got 3"),
+        ({"q": torch.randn(1, 4, 16)}, "k: expected .*, got sizes"),
+        ({"q": torch.randn(4, 16)}, "q: expected .*, got sizes"),
+        ({"block_size": 0}, "block_size: expected at least 1, got 0"),
+        ({"top_k": 0}, "top_k: expected at least 1, got 0"),
+        ({"backend": "gpu"}, 'backend: expected .*, got "gpu"'),
     ],
 )
 def test_the_door_of_decode(change, message):
@@ -352,9 +352,9 @@ def test_the_door_of_decode(change, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"end": ints(9, 7, dtype=torch.int64)}, "end is torch.int64; torch.int32"),
-        ({"means": torch.randn(2, 2, 2, 16).half()}, "means is torch.float16; torch.float32"),
-        ({"q": torch.randn(2, 4, 16).bfloat16()}, "k is torch.float32; q is torch.bfloat16"),
+        ({"end": ints(9, 7, dtype=torch.int64)}, "end: expected torch.int32, got torch.int64"),
+        ({"means": torch.randn(2, 2, 2, 16).half()}, "means: expected torch.float32, got torch.float16"),
+        ({"q": torch.randn(2, 4, 16).bfloat16()}, r"k: expected torch.bfloat16 \(the dtype of q\), got torch.float32"),
     ],
 )
 def test_wrong_types_at_the_door_of_decode(change, message):

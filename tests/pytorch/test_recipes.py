@@ -50,7 +50,7 @@ def test_the_example(model_folder, implementation):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--model", "x", "--moba-topk", "0"], "moba_topk is 0"), (["--model", "./no/such"], "--model ./no/such: "),
+    (["--model", "x", "--moba-topk", "0"], "moba_topk: expected at least 1, got 0"), (["--model", "./no/such"], "--model ./no/such: "),
 ])
 def test_the_example_explains_itself(arguments, message):
     done = subprocess.run(

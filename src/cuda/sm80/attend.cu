@@ -130,7 +130,7 @@ std::size_t attend_shared_bytes(std::int64_t head_dim) {
   return head_dim > 128 ? Shared<float16, 256>::kBytes : Shared<float16, 128>::kBytes;
 }
 
-void attend(Stream& stream, const Task& task, const Group& part, const Batch& batch, const Plan& plan,
+void attend(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
             const Partials& partials, const Outputs& outputs) {
   with_type(task, [&]<typename T, int head_dim>() {
     using C = TileShape<head_dim>;

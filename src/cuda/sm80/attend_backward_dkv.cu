@@ -217,7 +217,7 @@ std::size_t attend_backward_keys_shared_bytes(std::int64_t head_dim) {
   return head_dim > 128 ? Shared<float16, 256>::kBytes : Shared<float16, 128>::kBytes;
 }
 
-KeyWalk carve_key_walk(ArenaLayout& layout, const Task& task, const Group& part) {
+KeyWalk carve_key_walk(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
   KeyWalk walk{.chunk_starts = layout.take<std::int32_t>(task.sequences + 1)};
   const std::int64_t segments = most_segments(task, part);
   if (segments == 0) return walk;
@@ -229,8 +229,8 @@ KeyWalk carve_key_walk(ArenaLayout& layout, const Task& task, const Group& part)
   return walk;
 }
 
-void plan_key_walk(Stream& stream, const Task& task, const Group& part, const Batch& batch, const Plan& plan,
-                   const KeyWalk& walk) {
+void plan_key_walk(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+                   const Plan& plan, const KeyWalk& walk) {
   const WalkParams params{.walk = walk,
                           .batch = batch,
                           .offsets = plan.offsets,
@@ -246,7 +246,7 @@ void plan_key_walk(Stream& stream, const Task& task, const Group& part, const Ba
                 kPlanThreads, 0, params);
 }
 
-void attend_backward_keys(Stream& stream, const Task& task, const Group& part, const Batch& batch,
+void attend_backward_keys(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
                           const Plan& plan, const RowSums* sums, const Backward& backward,
                           const KeyWalk& walk) {
   with_type(task, [&]<typename T, int head_dim>() {

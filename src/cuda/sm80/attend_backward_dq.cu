@@ -413,7 +413,8 @@ std::size_t attend_backward_shared_bytes(std::int64_t head_dim) {
   return std::max(rows, attend_backward_keys_shared_bytes(head_dim));
 }
 
-void sum_rows(Stream& stream, const Task& task, const Group& part, const Backward& backward, RowSums* sums) {
+void sum_rows(Stream& stream, const Task& task, const WorkSlice& part, const Backward& backward,
+              RowSums* sums) {
   with_type(task, [&]<typename T, int head_dim>() {
     constexpr int kRows = kSumThreads / (head_dim / kElements);
     const SumParams<T> params{.out = view_of<const T>(backward.out),
@@ -429,12 +430,12 @@ void sum_rows(Stream& stream, const Task& task, const Group& part, const Backwar
   });
 }
 
-void* carve_dq_slots(ArenaLayout& layout, const Task& task, const Group& part) {
+void* carve_dq_slots(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
   if (task.width == 0) return nullptr;
   return layout.take<std::uint16_t>(part.heads() * task.rows(part) * task.ranks() * task.head_dim);
 }
 
-void attend_backward_rows(Stream& stream, const Task& task, const Group& part, const Batch& batch,
+void attend_backward_rows(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
                           const Plan& plan, const RowSums* sums, const Backward& backward, void* slots) {
   with_type(task, [&]<typename T, int head_dim>() {
     using C = TileShape<head_dim>;
@@ -469,7 +470,7 @@ void attend_backward_rows(Stream& stream, const Task& task, const Group& part, c
   });
 }
 
-void add_dq_slots(Stream& stream, const Task& task, const Group& part, const std::int32_t* selection,
+void add_dq_slots(Stream& stream, const Task& task, const WorkSlice& part, const std::int32_t* selection,
                   const void* slots, const Backward& backward) {
   if (task.width == 0) return;
   with_type(task, [&]<typename T, int head_dim>() {

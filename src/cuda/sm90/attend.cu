@@ -204,7 +204,7 @@ bool attends_on_hopper(std::string_view function, const Task& task) {
   return choice == "sm90" || (choice.empty() && can && task.routing.block_size > hopper::kKeys / 2);
 }
 
-void attend_on_hopper(Stream& stream, const Task& task, const Group& part, const Batch& batch,
+void attend_on_hopper(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
                       const Plan& plan, const Partials& partials, const Outputs& outputs) {
   with_type(task, [&]<typename T, int head_dim>() {
     if constexpr (head_dim == 64 || head_dim == 128) {

@@ -238,9 +238,9 @@ attend_backward_keys_kernel(MOBA_GRID_CONSTANT Params<T> p) {
 
 }  // namespace hopper::by_key
 
-void attend_backward_keys_on_hopper(Stream& stream, const Task& task, const Group& part, const Batch& batch,
-                                    const Plan& plan, const RowSums* sums, const Backward& backward,
-                                    const KeyWalk& walk) {
+void attend_backward_keys_on_hopper(Stream& stream, const Task& task, const WorkSlice& part,
+                                    const Batch& batch, const Plan& plan, const RowSums* sums,
+                                    const Backward& backward, const KeyWalk& walk) {
   with_type(task, [&]<typename T, int head_dim>() {
     if constexpr (head_dim == 64 || head_dim == 128) {
       static_assert(hopper::by_key::kKeys == keys_of_chunk(head_dim));

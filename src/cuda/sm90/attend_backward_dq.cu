@@ -227,9 +227,9 @@ attend_backward_rows_kernel(MOBA_GRID_CONSTANT Params<T> p) {
 
 }  // namespace hopper::by_row
 
-void attend_backward_rows_on_hopper(Stream& stream, const Task& task, const Group& part, const Batch& batch,
-                                    const Plan& plan, const RowSums* sums, const Backward& backward,
-                                    void* slots) {
+void attend_backward_rows_on_hopper(Stream& stream, const Task& task, const WorkSlice& part,
+                                    const Batch& batch, const Plan& plan, const RowSums* sums,
+                                    const Backward& backward, void* slots) {
   with_type(task, [&]<typename T, int head_dim>() {
     if constexpr (head_dim == 64 || head_dim == 128) {
       const hopper::by_row::Params<T> params{
