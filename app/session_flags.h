@@ -36,8 +36,8 @@ void add_block_flags(CLI::App& command, SessionFlags& flags);
 /// --decode, --moba-full-tail.
 void add_answer_flags(CLI::App& command, SessionFlags& flags);
 
-/// Returns one session's settings for each attention variant of the prefill. The --moba flags are accepted and
-/// idle where every variant is full. Throws UsageError, naming the flag, for values out of range.
+/// Returns one session's settings for each attention variant of the prefill. The --moba flags are accepted
+/// and idle where every variant is full. Throws UsageError, naming the flag, for values out of range.
 std::vector<llm::SessionSettings> sessions_from(const SessionFlags& flags,
                                                 const std::vector<llm::AttentionMode>& prefills);
 

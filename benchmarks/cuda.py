@@ -475,7 +475,7 @@ def main():
         parser.error(f"--only has {', '.join(sorted(unknown))}; {', '.join(PARTS)} are expected")
     deadline = time.monotonic() + options.seconds
     try:
-        import moba
+        import moba  # noqa: F401
         import torch
     except ImportError as error:
         sys.exit(f"cuda: {error.name} cannot be imported (make gpu-check builds and runs all of it)")

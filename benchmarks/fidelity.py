@@ -37,7 +37,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from ttft import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,6 +8,7 @@ import hashlib
 import sysconfig
 from pathlib import Path
 
+
 def fact(key, number):
     return f"The magic number of {key} is {number}."
 

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from needles import FIRST, SECOND, fact, listed_key, question, texts
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from safetensors.torch import save_file as save_tensors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-from needles import FIRST, SECOND, fact, listed_key, question, texts
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 2048

@@ -11,8 +11,8 @@ from . import ops
 from ._operator import means_dtype
 from .config import MoBAConfig
 from .functional import EVERYTHING, check_tensors, flatten, varlen
-from .modes import current_mode, records_of
 from .moba_naive import naive_varlen
+from .modes import current_mode, records_of
 from .padding import cu_seqlens_of, spans_of_mask, split_tail, whole_spans
 
 
@@ -158,7 +158,7 @@ def _attend(
         q, k, v, cu_q, cu_k, config.moba_chunk_size, top_k, sinks, scale=scaling, return_selection=bool(records)
     )
     for record in records:
-        record.add(getattr(module, "layer_idx"), selection.unflatten(1, (batch, queries)).transpose(0, 1))
+        record.add(module.layer_idx, selection.unflatten(1, (batch, queries)).transpose(0, 1))
     return out.unflatten(0, (batch, queries))
 
 

@@ -9,14 +9,13 @@ import struct
 import subprocess
 from pathlib import Path
 
+import moba as moba_package
 import numpy as np
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-import moba as moba_package
 
 ROOT = Path(__file__).resolve().parents[2]
 MOBA = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")).resolve() / "moba"

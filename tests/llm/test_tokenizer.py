@@ -8,12 +8,21 @@ import os
 import random
 import subprocess
 import sysconfig
-import unicodedata
 from pathlib import Path
 
 import pytest
 from gguf import GGUFReader, GGUFWriter, TokenType
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")).absolute() / "moba"

@@ -12,15 +12,13 @@ import subprocess
 import time
 import xml.etree.ElementTree
 
+import moba as moba_package
 import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
-
-import moba as moba_package
-
 from conftest import existing
+from safetensors.numpy import load_file
 
 SHAPE = dict(
     vocab_size=203, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4,

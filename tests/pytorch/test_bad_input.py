@@ -6,7 +6,7 @@ import random
 import moba
 import pytest
 import torch
-from packed import batch, offsets
+from packed import batch
 
 ops = moba.ops
 

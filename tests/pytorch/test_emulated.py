@@ -7,9 +7,10 @@ from pathlib import Path
 import moba
 import pytest
 import torch
-from models import build, random_ids
 from moba import cache, wrapper
 from packed import batch, cached, dense_given
+
+from models import build, random_ids
 
 ops = moba.ops
 BUILD = Path(os.environ.get("MOBA_BUILD_DIR", Path(__file__).resolve().parents[2] / "build" / "release"))

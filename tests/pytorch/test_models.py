@@ -6,8 +6,9 @@ import weakref
 import moba
 import pytest
 import torch
-from models import build, generated, logits, random_ids
 from moba import MobaCache, MoBAConfig
+
+from models import build, generated, logits, random_ids
 
 SPARSE = MoBAConfig(8, 3)
 EVERYTHING = MoBAConfig(8, 1000, decode="moba")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
+
 from models import build
 
 ROOT = Path(__file__).parents[2]

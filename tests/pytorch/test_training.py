@@ -2,6 +2,7 @@
 
 import moba
 import torch
+
 from models import build, random_ids
 
 STEPS = 200
