@@ -93,7 +93,7 @@ struct Chunk {
   std::int32_t shift = 0;      // a near row sees keys of the chunk up to its token + shift
   const std::uint32_t* entries = nullptr;
   std::uint32_t listed = 0, near = 0, near_row = 0;
-  /// Segments that somebody else has summed, or where to leave the sums of one.
+  /// Segments that another thread block has summed, or where to leave the sums of one.
   std::uint32_t segments = 0;
   std::int64_t sums = 0;
 

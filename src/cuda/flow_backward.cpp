@@ -81,7 +81,7 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
   const Backward backward{d_out, saved.out, saved.lse, gradients};
   const bool selects = task.needs_scores() && saved.selection == nullptr;
   const auto bytes = [&](const WorkSlice& part) { return carve(nullptr, task, batch, part, selects).bytes; };
-  // Keys that nobody sees have gradients too: 0.
+  // Keys that no query sees have gradients too: 0.
   const std::vector<WorkSlice> parts = task.tokens == 0 ? std::vector<WorkSlice>{{0, task.kv_heads, 0, 0}}
                                                         : parts_within(function, task, execution, bytes);
   Stream stream(function, execution);

@@ -176,7 +176,7 @@ TEST(Emulation, CopiesThatNobodyWaitsForAreAnError) {
   const std::string error = error_of(32, [&] {
     if (ptx::thread() == 0) ptx::cp_async_16(ptx::shared(), 0, from.data(), true);
   });
-  EXPECT_NE(error.find("copies that nobody waited for"), std::string::npos) << error;
+  EXPECT_NE(error.find("copies that were never waited for"), std::string::npos) << error;
 }
 
 TEST(Emulation, NamedBarriersHoldBackSomeWarpsAlone) {
@@ -323,7 +323,7 @@ TEST(Emulation, ProductsThatNobodyWaitsForAreAnError) {
       ptx::wgmma_rs<bfloat16>(d, a, ptx::describe_operand(1024, 16, 1024));
     });
   }
-  EXPECT_NE(found.find("products that nobody waited for"), std::string::npos) << found;
+  EXPECT_NE(found.find("products that were never waited for"), std::string::npos) << found;
 }
 
 TEST(Emulation, AProductOfWhatWasNotFencedIsAnError) {

@@ -19,7 +19,7 @@ constexpr std::int64_t kTokens = 10'000'000, kHeads = 64, kMostElements = kToken
 
 enum class Spread { compact, far };
 
-/// A tensor of bf16, [.., D], in address space that has memory only where somebody writes.
+/// A tensor of bf16, [.., D], in address space that has memory only where it is written.
 class Field {
  public:
   Field(std::initializer_list<std::int64_t> sizes, Spread spread) {

@@ -94,8 +94,8 @@ def test_decode_takes_caches_as_they_lie(emulated):
 
 def test_decoding_nothing_is_legal(emulated):
     q, keys, values, means, begin, end = cached(torch.float16)
-    nobody = emulated.decode(q[:0], keys[:0], values[:0], means[:0], begin[:0], end[:0], 8, 3)
-    assert nobody[0].shape == (0, 4, 64) and nobody[1].shape == (4, 0)
+    empty = emulated.decode(q[:0], keys[:0], values[:0], means[:0], begin[:0], end[:0], 8, 3)
+    assert empty[0].shape == (0, 4, 64) and empty[1].shape == (4, 0)
     for tokens in (keys, keys[:, :0]):
         out, lse = emulated.decode(q, tokens, tokens, means, begin * 0, end * 0, 8, 3)
         assert (out == 0).all() and (lse == -torch.inf).all()
@@ -177,7 +177,7 @@ def test_which_cuda_tensors_decode(monkeypatch):
             (full, torch.float16, 96, "decode"),
             (full, torch.float32, 128, "attention"),
             (full, torch.bfloat16, 80, "attention"),
-            (sparse, torch.bfloat16, 128, "attention"),  # nobody keeps means
+            (sparse, torch.bfloat16, 128, "attention"),  # the cache keeps no means
         ):
             q = torch.empty(2, 4, 1, head_dim, dtype=dtype, device="cuda")
             k = torch.empty(2, 2, 50, head_dim, dtype=dtype, device="cuda")

@@ -30,7 +30,7 @@ def model_folder(tmp_path_factory):
     from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("model")
-    words = {word: i for i, word in enumerate("<unk> <s> How long is the report ?".split())}
+    words = {word: i for i, word in enumerate("<unk> <s> How long is the letter ?".split())}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<s>").save_pretrained(folder)
@@ -42,7 +42,7 @@ def model_folder(tmp_path_factory):
 def test_the_example(model_folder, implementation):
     command = [
         sys.executable, ROOT / "examples" / "llama.py", "--model", model_folder, "--attn", implementation,
-        "--moba-chunk-size", "4", "--moba-topk", "2", "--prompt", "How long is the report ?", "--tokens", "4",
+        "--moba-chunk-size", "4", "--moba-topk", "2", "--prompt", "How long is the letter ?", "--tokens", "4",
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -117,7 +117,7 @@ class Machine {
   /// The mark of an address, if it is in shared memory.
   Mark* mark(const void* address);
   bool has_fenced(const Mark& mark) const { return thread(mark.thread).fences > mark.fences; }
-  /// On a fiber, where what is thrown would find nobody to catch it.
+  /// On a fiber, where what is thrown would not be caught.
   void fail_later(const std::string& why) { failure_ = why; }
   const std::function<void()>* kernel = nullptr;
   std::unordered_map<const void*, Mbarrier> mbarriers;
@@ -191,7 +191,7 @@ std::string Machine::describe(const Thread& thread) {
   return "?";
 }
 
-/// Nobody can go on: says where the first thread of every warp waits, and which lanes differ from it.
+/// Reports a deadlock: where the first thread of every warp waits, and which lanes differ from it.
 void Machine::fail_stuck() const {
   std::string text = "no thread can go on;";
   for (int first = 0; first < place.threads; first += kLanes) {
@@ -380,14 +380,14 @@ void Machine::run_block() {
 }
 
 void Machine::check_nothing_pends() {
-  if (!bulk_copies.empty()) fail("ends with copies that nobody waited for");
+  if (!bulk_copies.empty()) fail("ends with copies that were never waited for");
   for (const Warpgroup& group : groups_) {
-    if (!group.open.empty() || !group.groups.empty()) fail("ends with products that nobody waited for");
+    if (!group.open.empty() || !group.groups.empty()) fail("ends with products that were never waited for");
   }
   for (int i = 0; i < place.threads; ++i) {
     bool pending = !thread(i).open.empty();
     for (const std::vector<Copy>& group : thread(i).groups) pending = pending || !group.empty();
-    if (pending) fail("ends with copies that nobody waited for");
+    if (pending) fail("ends with copies that were never waited for");
   }
 }
 

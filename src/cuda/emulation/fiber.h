@@ -17,7 +17,7 @@ class Fiber {
   void start(void (*entry)());
   /// Runs the fiber until it leaves.
   void resume();
-  /// Called on the fiber: goes back to whoever resumed it. `for_good`: it will not be resumed.
+  /// Called on the fiber: goes back to the code that resumed it. `for_good`: it will not be resumed.
   void leave(bool for_good);
 
  private:

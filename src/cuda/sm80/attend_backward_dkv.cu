@@ -3,7 +3,7 @@
 // Products are formed with keys as rows, so that weights leave one product as the left side of the next.
 //
 // A block that very many rows chose is cut into segments of rows. All but the first are summed on their own,
-// before; whoever works on the first adds them up in order.
+// before; the thread block of the first adds them up in order.
 #include "cuda/attend_backward_chunks.h"
 #include "cuda/ptx/atomic.h"
 #include "cuda/ptx/barrier.h"

@@ -130,7 +130,7 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
       }
       under_way = &turns;
     }
-    if (under_way == nullptr) return;  // nobody sees the chunk
+    if (under_way == nullptr) return;  // no query sees these keys
     ptx::cp_async_wait<0>();
     hand_over(*under_way);
   });

@@ -95,8 +95,8 @@ MOBA_DEVICE void warpgroup_sync(int group) {
   ptx::named_barrier(kRead + group, ptx::kGroupThreads);
 }
 
-/// What lies behind the first so many rows of a tile is somebody else's, and times a weight of 0 need not be
-/// 0. Each group clears it for itself.
+/// What lies behind the first so many rows of a tile belongs to other rows, and times a weight of 0 need not
+/// be 0. Each group clears it for itself.
 template <typename T, int rows, int head_dim>
 MOBA_DEVICE void clear_behind(const tile::SwizzledTile128B<T, rows, head_dim>& tile, int valid, int group) {
   constexpr int kPieces = head_dim / tile::kPiece;
