@@ -49,7 +49,7 @@ test-python: test-cpp python  ## the Python tests, on the optimised build
 
 test-long: test-cpp python  ## tens of thousands of generated cases more
 	MOBA_TEST_CASES=2000 ctest --test-dir build/release --output-on-failure --progress -j$(JOBS) -R Agreement
-	MOBA_TEST_CASES=2000 $(PYTHON) -m pytest -q tests/pytorch/test_operator.py -k "float64 or reference"
+	MOBA_TEST_CASES=2000 $(PYTHON) -m pytest -q tests/python/test_operator.py -k "float64 or reference"
 	MOBA_TEST_KILLS=50 $(PYTHON) -m pytest -q tests/llm/test_train.py -k killed
 
 cuda: setup  ## the CUDA backend with nvcc, no GPU needed; says what registers its kernels take

@@ -102,7 +102,7 @@ def build_commands(torch_folder, architecture):
 
 
 def pytest_command():
-    return [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/pytorch/test_cuda.py"]
+    return [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/python/test_cuda.py"]
 
 
 def device_command(results=None, only=None):
@@ -205,8 +205,8 @@ class Check:
 def package():
     folder = BUILD / "package" / "moba"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(ROOT / "pytorch" / "moba", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(BUILD / "pytorch" / "libmoba_torch.so", folder)
+    shutil.copytree(ROOT / "python" / "moba", folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(BUILD / "python" / "csrc" / "libmoba_torch.so", folder)
 
 
 def plan(torch_folder, architecture):

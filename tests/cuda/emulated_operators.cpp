@@ -1,5 +1,5 @@
 // The PyTorch operators of CUDA tensors on the emulated device, as a library "moba_emulated" of their own
-// whose tensors are torch's on the CPU. tests/pytorch/test_emulated.py loads it.
+// whose tensors are torch's on the CPU. tests/python/test_emulated.py loads it.
 #include "operators.h"
 
 using namespace moba::pytorch;

@@ -4,19 +4,19 @@ import re
 import sys
 from pathlib import Path
 
-FOLDERS = ["include/moba", "src/reference", "src/cpu", "src/cuda", "src", "pytorch", "llm", "app"]
+FOLDERS = ["include/moba", "src/reference", "src/cpu", "src/cuda", "src", "python", "llm", "app"]
 TORCH = re.compile(r"(torch|ATen|c10)/")
 
 # What a folder may not include: other folders of the house, by the path a #include would name.
 FORBIDDEN = {
-    "include/moba": ["llm/", "app/", "pytorch/", "reference/", "cpu/", "cuda/"],
-    "src": ["llm/", "app/", "pytorch/", "reference/", "cpu/", "cuda/"],
-    "src/reference": ["llm/", "app/", "pytorch/", "cpu/", "cuda/"],
-    "src/cpu": ["llm/", "app/", "pytorch/", "reference/", "cuda/"],
-    "src/cuda": ["llm/", "app/", "pytorch/", "reference/", "cpu/"],
-    "pytorch": ["llm/", "app/", "reference/", "cpu/", "cuda/", "backend.h", "problem.h"],
-    "llm": ["app/", "pytorch/", "reference/", "cpu/", "cuda/", "backend.h", "problem.h"],
-    "app": ["pytorch/", "reference/", "cpu/", "cuda/", "backend.h", "problem.h"],
+    "include/moba": ["llm/", "app/", "python/", "reference/", "cpu/", "cuda/"],
+    "src": ["llm/", "app/", "python/", "reference/", "cpu/", "cuda/"],
+    "src/reference": ["llm/", "app/", "python/", "cpu/", "cuda/"],
+    "src/cpu": ["llm/", "app/", "python/", "reference/", "cuda/"],
+    "src/cuda": ["llm/", "app/", "python/", "reference/", "cpu/"],
+    "python": ["llm/", "app/", "reference/", "cpu/", "cuda/", "backend.h", "problem.h"],
+    "llm": ["app/", "python/", "reference/", "cpu/", "cuda/", "backend.h", "problem.h"],
+    "app": ["python/", "reference/", "cpu/", "cuda/", "backend.h", "problem.h"],
 }
 WITHOUT_TORCH = ["include/moba", "src", "src/reference", "src/cpu", "src/cuda"]
 
@@ -43,7 +43,7 @@ def test_the_rule_itself():
     assert wrong("src/attention.cpp", "torch/torch.h")
     assert wrong("include/moba/cache.h", "ATen/core/Tensor.h")
     assert wrong("src/cpu/attend.cpp", "reference/stages.h")
-    assert wrong("llm/model/model.cpp", "pytorch/ops.h")
+    assert wrong("llm/model/model.cpp", "python/ops.h")
     assert not wrong("llm/model/model.cpp", "moba/attention.h")
     assert not wrong("src/cpu/attend.cpp", "cpu/stages.h")
     assert includes('#include "a/b.h"\n  # include <c.h>\n// #include "no.h"') == ["a/b.h", "c.h"]
