@@ -76,6 +76,7 @@ format: setup  ## clang-format on every C++ file, ruff on every Python file
 	@tools/setup.sh developer
 	$(SOURCES) | xargs clang-format -i
 	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
 
 lint: lint-fast  ## clang-format, clang-tidy and ruff on C++, CUDA as C++, tests and Python; changes nothing
 	@cmake --preset release --log-level=ERROR >/dev/null
@@ -85,6 +86,7 @@ lint-fast: setup  ## the part of lint that takes seconds: clang-format and ruff
 	@tools/setup.sh developer
 	$(SOURCES) | xargs clang-format --dry-run --Werror
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
 
 clean:  ## remove the builds; .venv and the model stay
 	rm -rf $(filter-out build/models,$(wildcard build/*))

@@ -25,6 +25,7 @@ DEVICE = "cuda"
 
 # ---- what is counted ----
 
+
 def length(tokens):
     return f"{tokens // MI}M" if tokens % MI == 0 else f"{tokens // KI}K"
 
@@ -52,11 +53,19 @@ def useful(tokens, choice, per_pair):
 
 # ---- rows ----
 
+
 def row(what, value, unit, stages=(None, None), at_most=False, detail="", instead=None):
     """`stages`: the targets of stage 1 (mma.sync) and 2 (wgmma). `instead`: a number that, at most another, meets the latter
     too, and their unit."""
-    return {"what": what, "value": value, "unit": unit, "targets": list(stages), "at_most": at_most, "detail": detail,
-            "instead": list(instead) if instead else None}
+    return {
+        "what": what,
+        "value": value,
+        "unit": unit,
+        "targets": list(stages),
+        "at_most": at_most,
+        "detail": detail,
+        "instead": list(instead) if instead else None,
+    }
 
 
 def verdict(entry, stage):
@@ -80,7 +89,9 @@ def markdown(report):
     lines += ["| what | measured | stage 1 | stage 2 | detail |", "|---|---|---|---|---|"]
     for entry in report["rows"]:
         value = "-" if entry["value"] is None else f"{entry['value']:.3g} {entry['unit']}"
-        lines.append(f"| {entry['what']} | {value} | {verdict(entry, 0)} | {verdict(entry, 1)} | {entry['detail']} |")
+        lines.append(
+            f"| {entry['what']} | {value} | {verdict(entry, 0)} | {verdict(entry, 1)} | {entry['detail']} |"
+        )
     for title, entries in (("Skipped", report["skipped"]), ("Wrong or failed", report["failed"])):
         if entries:
             lines += ["", f"## {title}", *(f"- {entry}" for entry in entries)]
@@ -97,6 +108,7 @@ def write(report, folder):
 
 
 # ---- problems ----
+
 
 def offsets(batch, tokens):
     import torch
@@ -115,9 +127,13 @@ class Problem:
             torch.randn(batch * tokens, h, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
             for h in (heads, kv_heads or heads, kv_heads or heads)
         )
-        if routing == "clustered":  # stretches of 1024 queries and keys share a direction with others
+        if (
+            routing == "clustered"
+        ):  # stretches of 1024 queries and keys share a direction with others
             topics = torch.randn(64, 1, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
-            of = torch.randint(64, (batch * tokens // 1024 + 1,), device=DEVICE).repeat_interleave(1024)[: batch * tokens]
+            of = torch.randint(64, (batch * tokens // 1024 + 1,), device=DEVICE).repeat_interleave(
+                1024
+            )[: batch * tokens]
             self.q += topics[of]
             self.k += topics[of]
         elif routing == "sink-heavy":  # every query wants the first block
@@ -129,17 +145,25 @@ class Problem:
     def moba(self, choice, q=None, k=None, v=None, selection=False):
         from moba import ops
 
-        q, k, v = (given if given is not None else own for given, own in ((q, self.q), (k, self.k), (v, self.v)))
+        q, k, v = (
+            given if given is not None else own
+            for given, own in ((q, self.q), (k, self.k), (v, self.v))
+        )
         return ops.attention(q, k, v, self.cu, self.cu, *choice, return_selection=selection)
 
     def dense(self, peer, q=None, k=None, v=None):
         from torch.nn.attention import sdpa_kernel
         from torch.nn.functional import scaled_dot_product_attention
 
-        tensors = [given if given is not None else own for given, own in ((q, self.q), (k, self.k), (v, self.v))]
+        tensors = [
+            given if given is not None else own
+            for given, own in ((q, self.q), (k, self.k), (v, self.v))
+        ]
         views = [t.unflatten(0, (self.batch, self.tokens)).transpose(1, 2) for t in tensors]
         with sdpa_kernel(peer):
-            return scaled_dot_product_attention(*views, is_causal=True, enable_gqa=tensors[0].shape[1] != tensors[1].shape[1])
+            return scaled_dot_product_attention(
+                *views, is_causal=True, enable_gqa=tensors[0].shape[1] != tensors[1].shape[1]
+            )
 
     def verify(self, choice, rows=32):
         """Raises AssertionError unless sampled rows of two heads are right: blocks and output, in float64."""
@@ -161,18 +185,32 @@ class Problem:
             chosen = torch.zeros(rows, complete + 2, dtype=torch.bool, device=DEVICE)
             listed = selection[head, position].long()
             chosen.scatter_(1, torch.where(listed < 0, complete + 1, listed), True)
-            assert chosen.gather(1, position[:, None] // block_size).all(), f"{choice}: a query without its own block"
+            assert chosen.gather(1, position[:, None] // block_size).all(), (
+                f"{choice}: a query without its own block"
+            )
             if complete:
-                means = keys[: complete * block_size].unflatten(0, (complete, block_size)).float().mean(1).to(q.dtype)
+                means = (
+                    keys[: complete * block_size]
+                    .unflatten(0, (complete, block_size))
+                    .float()
+                    .mean(1)
+                    .to(q.dtype)
+                )
                 scores = q.double() @ means.double().T
                 candidate = torch.arange(complete, device=DEVICE) < position[:, None] // block_size
                 worst = scores.masked_fill(~(candidate & chosen[:, :complete]), torch.inf).amin(1)
                 missed = scores.masked_fill(~candidate | chosen[:, :complete], -torch.inf).amax(1)
-                assert (missed <= worst + 1e-3 * (1 + scores.abs().amax(1))).all(), f"{choice}: a better block was passed over"
+                assert (missed <= worst + 1e-3 * (1 + scores.abs().amax(1))).all(), (
+                    f"{choice}: a better block was passed over"
+                )
                 count = torch.minimum(candidate.sum(1), torch.tensor(top_k - 1))
-                assert torch.equal((candidate & chosen[:, :complete]).sum(1), count), f"{choice}: too few or many blocks"
+                assert torch.equal((candidate & chosen[:, :complete]).sum(1), count), (
+                    f"{choice}: too few or many blocks"
+                )
             logits = (q.double() @ keys.double().T) * HEAD_DIM**-0.5
-            logits = logits.masked_fill(~chosen[:, key // block_size] | (key > position[:, None]), -torch.inf)
+            logits = logits.masked_fill(
+                ~chosen[:, key // block_size] | (key > position[:, None]), -torch.inf
+            )
             right = logits.softmax(-1) @ values.double()
             error = (out[position, head].double() - right).norm() / right.norm()
             assert error < 1e-2, f"{choice}: the output is off by {error:.2e}"
@@ -186,8 +224,13 @@ class Cache:
 
         self.tokens, self.heads = tokens, heads
         self.q = torch.randn(1, heads, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
-        self.k, self.v = (torch.randn(1, tokens, heads, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-        self.begin, self.end = (torch.full((1,), at, dtype=torch.int32, device=DEVICE) for at in (0, tokens))
+        self.k, self.v = (
+            torch.randn(1, tokens, heads, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
+            for _ in range(2)
+        )
+        self.begin, self.end = (
+            torch.full((1,), at, dtype=torch.int32, device=DEVICE) for at in (0, tokens)
+        )
 
     def means(self, block_size):
         import torch
@@ -200,7 +243,9 @@ class Cache:
         from moba import ops
         from moba._operator import means_dtype
 
-        return ops.decode(self.q, self.k, self.v, means.to(means_dtype(self.k)), self.begin, self.end, *choice)[0]
+        return ops.decode(
+            self.q, self.k, self.v, means.to(means_dtype(self.k)), self.begin, self.end, *choice
+        )[0]
 
     def read(self, choice):
         """Bytes that have to be read: means of the candidates, keys and values of the chosen blocks and of the own one."""
@@ -220,8 +265,12 @@ class Cache:
             q = self.q[0, head].double()
             scores = means[0, :candidates, head].double() @ q
             chosen = [*scores.topk(min(top_k - 1, candidates)).indices.tolist(), candidates]
-            keys, values = (torch.cat([t[0, b * block_size : (b + 1) * block_size, head] for b in chosen]).double()
-                            for t in (self.k, self.v))
+            keys, values = (
+                torch.cat(
+                    [t[0, b * block_size : (b + 1) * block_size, head] for b in chosen]
+                ).double()
+                for t in (self.k, self.v)
+            )
             right = (keys @ q * HEAD_DIM**-0.5).softmax(0) @ values
             error = (out[0, head].double() - right).norm() / right.norm()
             assert error < 1e-2, f"{choice}: the output of head {head} is off by {error:.2e}"
@@ -263,7 +312,11 @@ def interleaved(functions, rounds=5, seconds=20.0):
         if time.monotonic() - begin > seconds:
             break
     return {
-        name: {"ms": statistics.median(t), "spread": (max(t) - min(t)) / statistics.median(t), "runs": len(t)}
+        name: {
+            "ms": statistics.median(t),
+            "spread": (max(t) - min(t)) / statistics.median(t),
+            "runs": len(t),
+        }
         for name, t in times.items()
     }
 
@@ -274,15 +327,21 @@ def told(entry):
 
 # ---- parts, in the order of what they matter ----
 
+
 class Bench:
     def __init__(self):
         import torch
         from torch.nn.attention import SDPBackend
 
-        self.peers = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "FlashAttention": SDPBackend.FLASH_ATTENTION}
+        self.peers = {
+            "cuDNN": SDPBackend.CUDNN_ATTENTION,
+            "FlashAttention": SDPBackend.FLASH_ATTENTION,
+        }
         self.peers = {name: self.peers[name] for name in self.takers(Problem(1024, heads=2))}
         if not self.peers:
-            sys.exit("cuda: torch has neither cuDNN nor FlashAttention on this device; nothing to compare with")
+            sys.exit(
+                "cuda: torch has neither cuDNN nor FlashAttention on this device; nothing to compare with"
+            )
         self.peer = next(iter(self.peers))
         torch.cuda.synchronize()
 
@@ -311,25 +370,55 @@ class Bench:
 
         a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
         source, target = self.copied()
-        times = interleaved({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds=20)
-        yield row("ceiling: matrix product, 8192^3 bf16", 2 * 8192**3 / times["product"]["ms"] / 1e9, "TFLOP/s")
-        yield row("ceiling: copy, read and written", 2 * source.nbytes / times["copy"]["ms"] / 1e9, "TB/s")
+        times = interleaved(
+            {"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds=20
+        )
+        yield row(
+            "ceiling: matrix product, 8192^3 bf16",
+            2 * 8192**3 / times["product"]["ms"] / 1e9,
+            "TFLOP/s",
+        )
+        yield row(
+            "ceiling: copy, read and written", 2 * source.nbytes / times["copy"]["ms"] / 1e9, "TB/s"
+        )
 
     def forward(self):
         tokens = 32 * KI
         problem = Problem(tokens)
-        targets = {(4096, 12): (0.45, 0.92), (2048, 3): (0.45, 0.92), (512, 3): (0.40, 0.80), (128, 8): (0.30, 0.50)}
+        targets = {
+            (4096, 12): (0.45, 0.92),
+            (2048, 3): (0.45, 0.92),
+            (512, 3): (0.40, 0.80),
+            (128, 8): (0.30, 0.50),
+        }
         for choice in targets:
             problem.verify(choice)
         calls = {name: (lambda peer=peer: problem.dense(peer)) for name, peer in self.peers.items()}
-        times = interleaved(calls | {c: (lambda c=c: problem.moba(c)) for c in targets} | {"full": lambda: problem.moba((512, 64))})
-        rate = {name: 4 * HEAD_DIM * 16 * dense_pairs(tokens) / times[name]["ms"] / 1e9 for name in (*self.peers, "full")}
+        times = interleaved(
+            calls
+            | {c: (lambda c=c: problem.moba(c)) for c in targets}
+            | {"full": lambda: problem.moba((512, 64))}
+        )
+        rate = {
+            name: 4 * HEAD_DIM * 16 * dense_pairs(tokens) / times[name]["ms"] / 1e9
+            for name in (*self.peers, "full")
+        }
         for name, speed in rate.items():
-            yield row(f"forward, 32K h16 d128, dense: {'ours' if name == 'full' else name}", speed, "TFLOP/s", detail=told(times[name]))
+            yield row(
+                f"forward, 32K h16 d128, dense: {'ours' if name == 'full' else name}",
+                speed,
+                "TFLOP/s",
+                detail=told(times[name]),
+            )
         for choice, stages in targets.items():
             speed = 16 * useful(tokens, choice, 4) / times[choice]["ms"] / 1e9
-            yield row(f"forward, 32K h16 d128, {choice}: useful rate of {self.peer}'s", speed / rate[self.peer], "", stages,
-                      detail=f"{speed:.0f} TFLOP/s, {told(times[choice])}")
+            yield row(
+                f"forward, 32K h16 d128, {choice}: useful rate of {self.peer}'s",
+                speed / rate[self.peer],
+                "",
+                stages,
+                detail=f"{speed:.0f} TFLOP/s, {told(times[choice])}",
+            )
 
     def backward(self):
         import torch
@@ -351,11 +440,21 @@ class Bench:
             add(choice, lambda q, k, v, c=choice: varlen(q, k, v, problem.cu, problem.cu, *c)[0])
         times = interleaved(calls)
         rate = 10 * HEAD_DIM * 16 * dense_pairs(tokens) / times[self.peer]["ms"] / 1e9
-        yield row(f"backward, 32K h16 d128, dense: {self.peer}", rate, "TFLOP/s", detail=told(times[self.peer]))
+        yield row(
+            f"backward, 32K h16 d128, dense: {self.peer}",
+            rate,
+            "TFLOP/s",
+            detail=told(times[self.peer]),
+        )
         for choice, stages in targets.items():
             speed = 16 * useful(tokens, choice, 10) / times[choice]["ms"] / 1e9
-            yield row(f"backward, 32K h16 d128, {choice}: useful rate of {self.peer}'s", speed / rate, "", stages,
-                      detail=f"{speed:.0f} TFLOP/s, {told(times[choice])}")
+            yield row(
+                f"backward, 32K h16 d128, {choice}: useful rate of {self.peer}'s",
+                speed / rate,
+                "",
+                stages,
+                detail=f"{speed:.0f} TFLOP/s, {told(times[choice])}",
+            )
 
     def against_dense(self, label, problem, targets, seconds=20.0, peer=None):
         peer = peer or self.peer
@@ -364,14 +463,26 @@ class Bench:
         ours = interleaved({c: (lambda c=c: problem.moba(c)) for c in targets}, seconds=seconds)
         theirs = interleaved({peer: lambda: self.dense(problem, peer)}, seconds=seconds / 2)[peer]
         for choice, stages in targets.items():
-            yield row(f"{label}, {choice}: whole forward against {peer}", theirs["ms"] / ours[choice]["ms"], "x", stages,
-                      detail=f"{told(ours[choice])}; dense {told(theirs)}")
+            yield row(
+                f"{label}, {choice}: whole forward against {peer}",
+                theirs["ms"] / ours[choice]["ms"],
+                "x",
+                stages,
+                detail=f"{told(ours[choice])}; dense {told(theirs)}",
+            )
 
     def batch_of_two(self):
-        yield from self.against_dense("64K b2 h16 d128", Problem(64 * KI, batch=2), {(128, 8): (6, 11)})
+        yield from self.against_dense(
+            "64K b2 h16 d128", Problem(64 * KI, batch=2), {(128, 8): (6, 11)}
+        )
 
     def million(self):
-        targets = {(128, 8): (60, 110), (512, 3): (110, 230), (2048, 3): (45, 85), (4096, 12): (5, 10)}
+        targets = {
+            (128, 8): (60, 110),
+            (512, 3): (110, 230),
+            (2048, 3): (45, 85),
+            (4096, 12): (5, 10),
+        }
         yield from self.against_dense("1M h16 d128", Problem(MI), targets, seconds=12)
 
     def memory(self):
@@ -386,12 +497,19 @@ class Bench:
             out = varlen(*leaves, problem.cu, problem.cu, 128, 8)[0]
             torch.autograd.grad(out, leaves, out.detach())
             torch.cuda.synchronize()
-            yield row(f"{length(tokens)} h16 d128 (128, 8), forward and backward: most memory, inputs included",
-                      torch.cuda.max_memory_allocated() / 2**30, "GiB", (80, 80), at_most=True)
+            yield row(
+                f"{length(tokens)} h16 d128 (128, 8), forward and backward: most memory, inputs included",
+                torch.cuda.max_memory_allocated() / 2**30,
+                "GiB",
+                (80, 80),
+                at_most=True,
+            )
             del problem, leaves, out
 
     def decode(self):
-        layers = [Cache(MI, 16) for _ in range(3)]  # in turn, so that little of one is left in the L2 cache when it comes again
+        layers = [
+            Cache(MI, 16) for _ in range(3)
+        ]  # in turn, so that little of one is left in the L2 cache when it comes again
         source, target = self.copied()
         targets = {(128, 8): (0.60, 0.80), (4096, 12): (0.60, 0.80)}
         steps = {"copy": lambda: target.copy_(source)}
@@ -410,9 +528,14 @@ class Bench:
         for choice, stages in targets.items():
             microseconds = times[choice]["ms"] * 1e3 / len(layers)
             floor = layers[0].read(choice) / bytes_a_second * 1e6
-            yield row(f"decode, 1M h16 d128, {choice}: of what its bytes take at a copy's rate", floor / microseconds, "", stages,
-                      instead=(microseconds, 20, "us"),
-                      detail=f"{microseconds:.1f} us a call, {layers[0].read(choice) / 2**20:.0f} MiB; three of them {told(times[choice])}")
+            yield row(
+                f"decode, 1M h16 d128, {choice}: of what its bytes take at a copy's rate",
+                floor / microseconds,
+                "",
+                stages,
+                instead=(microseconds, 20, "us"),
+                detail=f"{microseconds:.1f} us a call, {layers[0].read(choice) / 2**20:.0f} MiB; three of them {told(times[choice])}",
+            )
 
     def linearity(self):
         ours = {}
@@ -421,8 +544,12 @@ class Bench:
             ours[tokens] = interleaved({"": lambda: problem.moba((128, 8))})[""]
             del problem
         for tokens in (512 * KI, MI):
-            yield row(f"(128, 8) h16 d128: time at {length(tokens)} over time at half of it",
-                      ours[tokens]["ms"] / ours[tokens // 2]["ms"], "x", detail=told(ours[tokens]))
+            yield row(
+                f"(128, 8) h16 d128: time at {length(tokens)} over time at half of it",
+                ours[tokens]["ms"] / ours[tokens // 2]["ms"],
+                "x",
+                detail=told(ours[tokens]),
+            )
 
     def routings(self):
         for routing in ("independent", "clustered", "sink-heavy"):
@@ -431,14 +558,24 @@ class Bench:
                 problem.verify(choice)
                 found = interleaved({"": lambda: problem.moba(choice)})[""]
                 speed = 16 * useful(problem.tokens, choice, 4) / found["ms"] / 1e9
-                yield row(f"forward, 128K h16 d128, {choice}, {routing} choices", speed, "TFLOP/s", detail=told(found))
+                yield row(
+                    f"forward, 128K h16 d128, {choice}, {routing} choices",
+                    speed,
+                    "TFLOP/s",
+                    detail=told(found),
+                )
 
     def paper_figures(self):
         peer = next(self.takers(Problem(1024, heads=4, kv_heads=1)), None)
         if peer is None:
             raise RuntimeError(f"none of {', '.join(self.peers)} takes grouped heads")
-        for entry in self.against_dense("1M, 32 query heads and 8 of keys, d128", Problem(MI, heads=32, kv_heads=8),
-                                        {(4096, 12): (None, None)}, seconds=12, peer=peer):
+        for entry in self.against_dense(
+            "1M, 32 query heads and 8 of keys, d128",
+            Problem(MI, heads=32, kv_heads=8),
+            {(4096, 12): (None, None)},
+            seconds=12,
+            peer=peer,
+        ):
             yield entry | {"detail": "6.5x in the paper; " + entry["detail"]}
         one_million = Problem(MI, heads=1)
         dense = interleaved({"": lambda: self.dense(one_million)}, seconds=4)[""]
@@ -447,26 +584,47 @@ class Bench:
         problem, choice = Problem(tokens, heads=1), (tokens // 64, 3)
         problem.verify(choice, rows=4)
         found = interleaved({"": lambda: problem.moba(choice)}, seconds=8)[""]
-        yield row(f"10M, 64 blocks, 3 of them, 1 head: against {self.peer}, its time at 1M times 100", 100 * dense["ms"] / found["ms"],
-                  "x", detail=f"16x in the paper, 13.0 the ceiling; {told(found)}")
+        yield row(
+            f"10M, 64 blocks, 3 of them, 1 head: against {self.peer}, its time at 1M times 100",
+            100 * dense["ms"] / found["ms"],
+            "x",
+            detail=f"16x in the paper, 13.0 the ceiling; {told(found)}",
+        )
 
 
 # Seconds that a part takes at most where it is as fast as stage 1 is meant to be.
-PARTS = {"ceilings": 4, "forward": 12, "backward": 15, "batch_of_two": 8, "decode": 8, "million": 50, "memory": 15, "routings": 12,
-         "linearity": 12, "paper_figures": 60}
+PARTS = {
+    "ceilings": 4,
+    "forward": 12,
+    "backward": 15,
+    "batch_of_two": 8,
+    "decode": 8,
+    "million": 50,
+    "memory": 15,
+    "routings": 12,
+    "linearity": 12,
+    "paper_figures": 60,
+}
 
 
 def machine():
     import torch
 
     properties = torch.cuda.get_device_properties(0)
-    return {"gpu": properties.name, "multiprocessors": properties.multi_processor_count,
-            "memory": f"{properties.total_memory / 2**30:.0f} GiB", "torch": torch.__version__, "CUDA of torch": torch.version.cuda}
+    return {
+        "gpu": properties.name,
+        "multiprocessors": properties.multi_processor_count,
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "torch": torch.__version__,
+        "CUDA of torch": torch.version.cuda,
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=240, help="what does not fit in them is skipped and named")
+    parser.add_argument(
+        "--seconds", type=float, default=240, help="what does not fit in them is skipped and named"
+    )
     parser.add_argument("--only", help=f"parts, with commas between them: {', '.join(PARTS)}")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
@@ -478,16 +636,26 @@ def main():
         import moba  # noqa: F401
         import torch
     except ImportError as error:
-        sys.exit(f"cuda: {error.name} cannot be imported (make gpu-check builds and runs all of it)")
+        sys.exit(
+            f"cuda: {error.name} cannot be imported (make gpu-check builds and runs all of it)"
+        )
     if not torch.cuda.is_available():
         sys.exit("cuda: no CUDA device that this torch can use")
 
-    report = {"machine": machine(), "date": datetime.date.today().isoformat(), "command": " ".join(["python3", *sys.argv]),
-              "rows": [], "skipped": [], "failed": []}
+    report = {
+        "machine": machine(),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python3", *sys.argv]),
+        "rows": [],
+        "skipped": [],
+        "failed": [],
+    }
     bench = Bench()
     for part in wanted:
         if deadline - time.monotonic() < PARTS[part]:
-            report["skipped"].append(f"{part}: up to {PARTS[part]} s, and {max(deadline - time.monotonic(), 0):.0f} s were left")
+            report["skipped"].append(
+                f"{part}: up to {PARTS[part]} s, and {max(deadline - time.monotonic(), 0):.0f} s were left"
+            )
             continue
         begin = time.monotonic()
         try:
@@ -498,7 +666,9 @@ def main():
         except torch.OutOfMemoryError:
             report["skipped"].append(f"{part}: the device has too little memory")
         except (AssertionError, RuntimeError, ValueError) as error:
-            report["failed"].append(f"{part}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+            report["failed"].append(
+                f"{part}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            )
             print(f"FAILED {report['failed'][-1]}", flush=True)
         torch.cuda.empty_cache()
         print(f"  {part}: {time.monotonic() - begin:.0f} s", flush=True)

@@ -67,18 +67,33 @@ class Size:
         return VOCABULARY * self.width + self.layers * layer + self.width
 
     def config(self):
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": VOCABULARY,
-                "hidden_size": self.width, "intermediate_size": self.inner,
-                "num_hidden_layers": self.layers, "num_attention_heads": self.width // 32,
-                "num_key_value_heads": self.width // 32, "max_position_embeddings": SEQ_LEN, "rope_theta": 1e6,
-                "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0}
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": VOCABULARY,
+            "hidden_size": self.width,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.width // 32,
+            "num_key_value_heads": self.width // 32,
+            "max_position_embeddings": SEQ_LEN,
+            "rope_theta": 1e6,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
 
 
 SIZES = {"small": Size(64, 2, 4e-3), "middle": Size(128, 3, 3e-3), "large": Size(192, 4, 2e-3)}
 SHORT_STEPS, SHORT_BATCH = 480, 4096
 STEPS = 120
 BLOCKS = (128, 4)
-MODES = {"full": ["--attn", "full"], "MoBA": ["--attn", "moba"], "hybrid": ["--attn-schedule", "moba:0.9,full:0.1"]}
+MODES = {
+    "full": ["--attn", "full"],
+    "MoBA": ["--attn", "moba"],
+    "hybrid": ["--attn-schedule", "moba:0.9,full:0.1"],
+}
 LONGER = 3 * STEPS
 # Each reads 512 tokens of 8192, 93.75% sparsity, and all of 512; a query of the first has its own block alone.
 OWN_BLOCK = (512, 1)
@@ -95,7 +110,9 @@ def relative_difference(ours, theirs, draws=1000):
     """The difference of two models' mean losses over the second's, from the losses of the same sequences, all of one
     length, with the 95% interval of a bootstrap over sequences."""
     if len(ours) != len(theirs):
-        raise ValueError(f"expected losses of the same sequences; found {len(ours)} and {len(theirs)}")
+        raise ValueError(
+            f"expected losses of the same sequences; found {len(ours)} and {len(theirs)}"
+        )
     a, b = np.array(ours), np.array(theirs)
     drawn = np.random.default_rng(0).integers(0, len(a), (draws, len(a)))
     low, high = np.percentile(a[drawn].sum(1) / b[drawn].sum(1) - 1, (2.5, 97.5))
@@ -131,16 +148,25 @@ def switch_of(losses):
     def relative(a, b, begin, end):
         return sum(losses[a][begin:end]) / sum(losses[b][begin:end]) - 1
 
-    return {"first": relative("hybrid", "MoBA", switch, switch + 1),
-            "before": relative("hybrid", "full", switch - part, switch),
-            "after": relative("hybrid", "full", switch, switch + part)}
+    return {
+        "first": relative("hybrid", "MoBA", switch, switch + 1),
+        "before": relative("hybrid", "full", switch - part, switch),
+        "after": relative("hybrid", "full", switch, switch + part),
+    }
 
 
 def kept(way):
     """What is needed of a way to read in the JSON of `moba eval loss`."""
+
     def part(of):
-        return {key: of[key] for key in ("loss", "low", "high")} | {"by_sequence": [s["loss"] for s in of["by_sequence"]]}
-    return part(way) | {"trailing": part(way["trailing"]), "positions": [bucket["loss"] for bucket in way["positions"]]}
+        return {key: of[key] for key in ("loss", "low", "high")} | {
+            "by_sequence": [s["loss"] for s in of["by_sequence"]]
+        }
+
+    return part(way) | {
+        "trailing": part(way["trailing"]),
+        "positions": [bucket["loss"] for bucket in way["positions"]],
+    }
 
 
 def name_of(blocks):
@@ -173,7 +199,10 @@ def without(text, seen):
 
 def outline(text):
     """The lines that define functions and classes."""
-    return [line.strip() for line in re.findall(r"^[ \t]*(?:async def|def|class) .*$", text, re.MULTILINE)]
+    return [
+        line.strip()
+        for line in re.findall(r"^[ \t]*(?:async def|def|class) .*$", text, re.MULTILINE)
+    ]
 
 
 def outline_documents(groups, tokenizer, count, chance):
@@ -192,7 +221,9 @@ def outline_documents(groups, tokenizer, count, chance):
         group = chance.randrange(len(groups))
         places = starts(group)
         first = chance.randrange(max(1, len(places) - most))
-        lines = groups[group][places[first]:places[min(first + most - 8, len(places) - 1)]].split("\n")[1:-1]
+        lines = groups[group][places[first] : places[min(first + most - 8, len(places) - 1)]].split(
+            "\n"
+        )[1:-1]
         prompt = "\n".join(lines) + "\nOutline:\n"
         tokens = len(tokenizer.encode(prompt).ids)
         if not most - 100 < tokens <= most:
@@ -216,16 +247,24 @@ def within_sequence(document, tokenizer):
 
 def make_tokenizer(folder, groups):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(groups, trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        groups,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"})
+    )
     return tokenizer
 
 
@@ -244,7 +283,9 @@ def make_data(folder):
         taken, total = [], 0
         while total < tokens:
             if not parts:
-                sys.exit(f"the text of this machine: expected at least {tokens:.0f} tokens for {name}; found {total}")
+                sys.exit(
+                    f"the text of this machine: expected at least {tokens:.0f} tokens for {name}; found {total}"
+                )
             taken.append(parts.pop())
             total += len(tokenizer.encode(taken[-1]).ids)
         (folder / name).write_text("\n\n".join(taken))
@@ -252,7 +293,9 @@ def make_data(folder):
     fresh = list(groups)
     write("short.txt", fresh, SHORT_STEPS * SHORT_BATCH * 1.02)
     write("long.txt", fresh, STEPS * SEQ_LEN * 1.02)
-    left = neighbours([text for text in (without(text, seen) for text in held_out) if text], 100_000)
+    left = neighbours(
+        [text for text in (without(text, seen) for text in held_out) if text], 100_000
+    )
     chance.shuffle(left)
     write("held-out.txt", list(left), (EVALUATED + 1) * SEQ_LEN)
 
@@ -261,7 +304,9 @@ def make_data(folder):
             file.write(json.dumps(within_sequence(document, tokenizer)) + "\n")
     (folder / "outlines").mkdir()
     for number, document in enumerate(outline_documents(left, tokenizer, EVALUATED, chance)):
-        (folder / "outlines" / f"{number:02}.txt").write_text(document["prompt"] + document["completion"])
+        (folder / "outlines" / f"{number:02}.txt").write_text(
+            document["prompt"] + document["completion"]
+        )
 
 
 # ---------------------------------------------------------------- runs
@@ -271,10 +316,17 @@ class Lab:
     """What is made and measured, and where."""
 
     def __init__(self, options, results):
-        self.options, self.work, self.data, self.results = options, options.work, options.work / "data", results
+        self.options, self.work, self.data, self.results = (
+            options,
+            options.work,
+            options.work / "data",
+            results,
+        )
 
     def moba(self, *arguments):
-        command = [str(word) for word in (self.options.moba, *arguments, "-t", self.options.threads)]
+        command = [
+            str(word) for word in (self.options.moba, *arguments, "-t", self.options.threads)
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(f"{shlex.join(command)}\n{done.stderr}")
@@ -282,35 +334,113 @@ class Lab:
 
     def train(self, out, steps, *flags):
         """The lines of the log. A run that is done already is only read."""
-        self.moba("train", "--out", out, "--steps", steps, "--dtype", "bf16", "--save-every", max(1, steps // 10), "--resume",
-                  *flags)
+        self.moba(
+            "train",
+            "--out",
+            out,
+            "--steps",
+            steps,
+            "--dtype",
+            "bf16",
+            "--save-every",
+            max(1, steps // 10),
+            "--resume",
+            *flags,
+        )
         return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
     def begin(self, size, seed=SEED):
         """A model of this size, trained on short sequences."""
         out, config = self.work / f"short-{size}-{seed}", self.work / f"{size}.json"
         config.write_text(json.dumps(SIZES[size].config(), indent=2) + "\n")
-        self.once([out.name], lambda: [line["loss"] for line in self.train(
-            out, SHORT_STEPS, "--config", config, "--tokenizer", self.data / "tokenizer", "--data", self.data / "short.txt",
-            "--seq-len", SHORT_LEN, "--batch-tokens", SHORT_BATCH, "--lr", SIZES[size].lr, "--lr-schedule", "constant",
-            "--warmup", SHORT_STEPS // 20, "--seed", seed, *MODES["full"])])
+        self.once(
+            [out.name],
+            lambda: [
+                line["loss"]
+                for line in self.train(
+                    out,
+                    SHORT_STEPS,
+                    "--config",
+                    config,
+                    "--tokenizer",
+                    self.data / "tokenizer",
+                    "--data",
+                    self.data / "short.txt",
+                    "--seq-len",
+                    SHORT_LEN,
+                    "--batch-tokens",
+                    SHORT_BATCH,
+                    "--lr",
+                    SIZES[size].lr,
+                    "--lr-schedule",
+                    "constant",
+                    "--warmup",
+                    SHORT_STEPS // 20,
+                    "--seed",
+                    seed,
+                    *MODES["full"],
+                )
+            ],
+        )
         return out
 
     def lengthen(self, out, size, mode, steps=STEPS, blocks=BLOCKS, seed=SEED, seq_len=SEQ_LEN):
         """Goes on at the long context."""
-        return self.train(out, steps, "-m", self.begin(size, seed), "--data", self.data / "long.txt", "--seq-len", seq_len,
-                          "--batch-tokens", seq_len, "--lr", SIZES[size].lr, "--seed", seed, "--warmup", steps // 20,
-                          *MODES[mode], *(block_flags(blocks) if mode != "full" else ()))
+        return self.train(
+            out,
+            steps,
+            "-m",
+            self.begin(size, seed),
+            "--data",
+            self.data / "long.txt",
+            "--seq-len",
+            seq_len,
+            "--batch-tokens",
+            seq_len,
+            "--lr",
+            SIZES[size].lr,
+            "--seed",
+            seed,
+            "--warmup",
+            steps // 20,
+            *MODES[mode],
+            *(block_flags(blocks) if mode != "full" else ()),
+        )
 
     def evaluate(self, model, *flags, blocks=BLOCKS, ways="full,moba"):
         """By way to read, the losses."""
-        told = json.loads(self.moba("eval", "loss", "-m", model, "--seq-len", SEQ_LEN, "-o", "json", "--attn", ways,
-                                    *(block_flags(blocks) if "moba" in ways else ()), "--buckets", BUCKETS, *flags))
+        told = json.loads(
+            self.moba(
+                "eval",
+                "loss",
+                "-m",
+                model,
+                "--seq-len",
+                SEQ_LEN,
+                "-o",
+                "json",
+                "--attn",
+                ways,
+                *(block_flags(blocks) if "moba" in ways else ()),
+                "--buckets",
+                BUCKETS,
+                *flags,
+            )
+        )
         return {way["attn"]: kept(way) for way in told["by_attn"]}
 
     def evaluate_text(self, model, sequences=EVALUATED, **how):
-        return self.evaluate(model, "--data", self.data / "held-out.txt", "--join", "--max-tokens", sequences * SEQ_LEN,
-                             "--trailing", TRAILING, **how)
+        return self.evaluate(
+            model,
+            "--data",
+            self.data / "held-out.txt",
+            "--join",
+            "--max-tokens",
+            sequences * SEQ_LEN,
+            "--trailing",
+            TRAILING,
+            **how,
+        )
 
     def once(self, place, make):
         """What is in the results at this place, made if it is not there yet."""
@@ -325,14 +455,19 @@ class Lab:
 
     def trained(self, place, size, mode, ways="full,moba", steps=STEPS, **how):
         """Trained and evaluated: the training losses and the evaluation."""
+
         def make():
             out = self.work / "-".join(place)
             if mode == "hybrid":
                 begin_as(out, self.work / "-".join([*place[:-1], "MoBA"]), switch_at(steps))
             log = self.lengthen(out, size, mode, steps=steps, **how)
             evaluation = self.evaluate_text(out, ways=ways, blocks=how.get("blocks", BLOCKS))
-            return {"losses": [line["loss"] for line in log], "tokens": sum(line["tokens"] for line in log),
-                    "evaluation": evaluation}
+            return {
+                "losses": [line["loss"] for line in log],
+                "tokens": sum(line["tokens"] for line in log),
+                "evaluation": evaluation,
+            }
+
         return self.once(place, make)
 
 
@@ -354,6 +489,7 @@ def begin_as(out, other, step):
 
 def do_speed(lab):
     """Minutes, from one short run each."""
+
     def measure(size, mode):
         start = time.perf_counter()
         base = lab.begin(size)
@@ -363,25 +499,45 @@ def do_speed(lab):
             log = lab.lengthen(out, size, mode, steps=4)
             start = time.perf_counter()
             lab.evaluate_text(base, sequences=2, ways=mode.lower())
-            return {"begin_seconds": begun, "step_seconds": min(line["seconds"] for line in log[1:]),
-                    "evaluation_seconds": (time.perf_counter() - start) * EVALUATED / 2,
-                    "memory_gib": log[-1]["memory_gib"], "attention_share": log[-1]["attention_share"]}
+            return {
+                "begin_seconds": begun,
+                "step_seconds": min(line["seconds"] for line in log[1:]),
+                "evaluation_seconds": (time.perf_counter() - start) * EVALUATED / 2,
+                "memory_gib": log[-1]["memory_gib"],
+                "attention_share": log[-1]["attention_share"],
+            }
 
-    of = {size: {mode: lab.once(["speed", size, mode], lambda: measure(size, mode)) for mode in ("full", "MoBA")}
-          for size in SIZES}
+    of = {
+        size: {
+            mode: lab.once(["speed", size, mode], lambda: measure(size, mode))
+            for mode in ("full", "MoBA")
+        }
+        for size in SIZES
+    }
 
     def minutes(size, full, moba):
         """For so many steps with either attention, with the evaluations that go with them."""
         a, b = of[size]["full"], of[size]["MoBA"]
-        return (full * a["step_seconds"] + moba * b["step_seconds"]
-                + max(1, full // STEPS) * a["evaluation_seconds"] + max(1, moba // STEPS) * b["evaluation_seconds"]) / 60
+        return (
+            full * a["step_seconds"]
+            + moba * b["step_seconds"]
+            + max(1, full // STEPS) * a["evaluation_seconds"]
+            + max(1, moba // STEPS) * b["evaluation_seconds"]
+        ) / 60
 
     smallest = next(iter(SIZES))
-    needs = {"sizes": sum(minutes(size, STEPS * 3, STEPS * 3) for size in SIZES), "blocks": minutes(smallest, 0, STEPS * 4),
-             "layers": 3 * minutes(TUNED, TUNING_STEPS, TUNING_STEPS),
-             "seeds": of[smallest]["full"]["begin_seconds"] / 60 + minutes(smallest, STEPS, STEPS),
-             "longer": minutes(smallest, LONGER, 2 * LONGER)}
-    print("minutes, at most: " + ", ".join(f"{stage} {needed:.0f}" for stage, needed in needs.items()), flush=True)
+    needs = {
+        "sizes": sum(minutes(size, STEPS * 3, STEPS * 3) for size in SIZES),
+        "blocks": minutes(smallest, 0, STEPS * 4),
+        "layers": 3 * minutes(TUNED, TUNING_STEPS, TUNING_STEPS),
+        "seeds": of[smallest]["full"]["begin_seconds"] / 60 + minutes(smallest, STEPS, STEPS),
+        "longer": minutes(smallest, LONGER, 2 * LONGER),
+    }
+    print(
+        "minutes, at most: "
+        + ", ".join(f"{stage} {needed:.0f}" for stage, needed in needs.items()),
+        flush=True,
+    )
 
 
 def do_sharing(lab):
@@ -394,10 +550,13 @@ def do_sharing(lab):
             begin_as(copy, moba, switch_at(steps))
             shared = lab.lengthen(copy, size, "hybrid", steps, seq_len=seq_len)
             same = [a["loss"] for a in losses] == [b["loss"] for b in shared]
-            same &= (whole / "model.safetensors").read_bytes() == (copy / "model.safetensors").read_bytes()
+            same &= (whole / "model.safetensors").read_bytes() == (
+                copy / "model.safetensors"
+            ).read_bytes()
         if not same:
             sys.exit("a hybrid run that begins as a copy of the MoBA run is another run")
         return {"steps": steps, "identical": True}
+
     lab.once(["sharing"], compare)
 
 
@@ -421,15 +580,44 @@ def do_layers(lab):
         out = lab.work / f"layers-{full}"
         is_full = full == layers
         some = ["--moba-full-layers", last_layers(full, layers)] if 0 < full < layers else []
-        log = lab.train(out, TUNING_STEPS, "-m", base, "--data", lab.data / "outlines.jsonl", "--loss", "completion",
-                        "--seq-len", SEQ_LEN, "--batch-tokens", SEQ_LEN, "--lr", SIZES[TUNED].lr / 2, "--seed", SEED,
-                        *(MODES["full"] if is_full else [*MODES["MoBA"], *block_flags(BLOCKS), *some]))
-        evaluation = lab.evaluate(out, "--data", lab.data / "outlines", "--trailing", TUNING_TRAILING, *some,
-                                  ways="full" if is_full else "moba")
+        log = lab.train(
+            out,
+            TUNING_STEPS,
+            "-m",
+            base,
+            "--data",
+            lab.data / "outlines.jsonl",
+            "--loss",
+            "completion",
+            "--seq-len",
+            SEQ_LEN,
+            "--batch-tokens",
+            SEQ_LEN,
+            "--lr",
+            SIZES[TUNED].lr / 2,
+            "--seed",
+            SEED,
+            *(MODES["full"] if is_full else [*MODES["MoBA"], *block_flags(BLOCKS), *some]),
+        )
+        evaluation = lab.evaluate(
+            out,
+            "--data",
+            lab.data / "outlines",
+            "--trailing",
+            TUNING_TRAILING,
+            *some,
+            ways="full" if is_full else "moba",
+        )
         return {"losses": [line["loss"] for line in log], "evaluation": evaluation}
 
-    lab.once(["layers", "before"], lambda: {"evaluation": lab.evaluate(
-        base, "--data", lab.data / "outlines", "--trailing", TUNING_TRAILING)})
+    lab.once(
+        ["layers", "before"],
+        lambda: {
+            "evaluation": lab.evaluate(
+                base, "--data", lab.data / "outlines", "--trailing", TUNING_TRAILING
+            )
+        },
+    )
     for full in range(layers + 1):
         lab.once(["layers", str(full)], lambda: tune(full))
 
@@ -443,24 +631,64 @@ def do_seeds(lab):
 def do_longer(lab):
     for mode in MODES:
         lab.trained(["longer", mode], next(iter(SIZES)), mode, steps=LONGER)
-    lab.trained(["longer", name_of(OWN_BLOCK)], next(iter(SIZES)), "MoBA", ways="moba", steps=LONGER, blocks=OWN_BLOCK)
+    lab.trained(
+        ["longer", name_of(OWN_BLOCK)],
+        next(iter(SIZES)),
+        "MoBA",
+        ways="moba",
+        steps=LONGER,
+        blocks=OWN_BLOCK,
+    )
 
 
 def do_needle(lab):
     def find():
         lengths = ",".join(f"{n}k" for n in range(4, 33, 4))
-        told = json.loads(lab.moba(
-            "eval", "needle", "-m", ROOT / "models/needle-2m", "--lengths", lengths, "--depths", 10, "--digits", 5,
-            "--dtype", "bf16", "--data", lab.work / "needle.txt", "-o", "json", "--attn", "full,moba",
-            "--png", place_of(lab.results, lab.options, "-needle.png")))
+        told = json.loads(
+            lab.moba(
+                "eval",
+                "needle",
+                "-m",
+                ROOT / "models/needle-2m",
+                "--lengths",
+                lengths,
+                "--depths",
+                10,
+                "--digits",
+                5,
+                "--dtype",
+                "bf16",
+                "--data",
+                lab.work / "needle.txt",
+                "-o",
+                "json",
+                "--attn",
+                "full,moba",
+                "--png",
+                place_of(lab.results, lab.options, "-needle.png"),
+            )
+        )
         return {key: told[key] for key in ("accuracy", "by_attn", "settings")} | {
-            "cells": [{key: cell[key] for key in ("attn", "length", "depth", "found", "tried")} for cell in told["cells"]]}
+            "cells": [
+                {key: cell[key] for key in ("attn", "length", "depth", "found", "tried")}
+                for cell in told["cells"]
+            ]
+        }
+
     (lab.work / "needle.txt").write_text("\n".join(texts("held-out")))
     lab.once(["needle"], find)
 
 
-STAGES = {"speed": do_speed, "sharing": do_sharing, "sizes": do_sizes, "blocks": do_blocks, "layers": do_layers,
-          "seeds": do_seeds, "longer": do_longer, "needle": do_needle}
+STAGES = {
+    "speed": do_speed,
+    "sharing": do_sharing,
+    "sizes": do_sizes,
+    "blocks": do_blocks,
+    "layers": do_layers,
+    "seeds": do_seeds,
+    "longer": do_longer,
+    "needle": do_needle,
+}
 
 
 # ---------------------------------------------------------------- report
@@ -501,7 +729,9 @@ def table(heads, rows):
 
 def complete(results):
     """Sizes of which all three runs are done."""
-    return {size: runs for size, runs in results.get("sizes", {}).items() if set(runs) == set(MODES)}
+    return {
+        size: runs for size, runs in results.get("sizes", {}).items() if set(runs) == set(MODES)
+    }
 
 
 def tables_of(models):
@@ -510,18 +740,39 @@ def tables_of(models):
     for name, runs in models.items():
         full, moba, hybrid = (own_reading(runs, mode) for mode in MODES)
         for trailing in (False, True):
+
             def loss(evaluation):
                 return f"{(evaluation['trailing'] if trailing else evaluation)['loss']:.4f}"
-            rows.append([name, f"last {TRAILING}" if trailing else "all", loss(full), loss(moba),
-                         percent(compared(moba, full, trailing)), loss(hybrid), percent(compared(hybrid, full, trailing))])
+
+            rows.append(
+                [
+                    name,
+                    f"last {TRAILING}" if trailing else "all",
+                    loss(full),
+                    loss(moba),
+                    percent(compared(moba, full, trailing)),
+                    loss(hybrid),
+                    percent(compared(hybrid, full, trailing)),
+                ]
+            )
         happened = switch_of({mode: run["losses"] for mode, run in runs.items()})
         switches.append([name, *(percent(happened[key]) for key in ("before", "first", "after"))])
         for way in ("full", "moba"):
-            ways.append([name, "full attention" if way == "full" else "MoBA",
-                         *(f"{runs[mode]['evaluation'][way]['loss']:.4f}" for mode in MODES)])
-    lines = table(["model", "tokens", "full", "MoBA", "MoBA to full", "hybrid", "hybrid to full"], rows)
-    lines += ["Training losses around the hybrid's switch: against full attention in the tenth of the steps before, in the first "
-              "step with full attention against MoBA with the same weights, against full attention after it.", ""]
+            ways.append(
+                [
+                    name,
+                    "full attention" if way == "full" else "MoBA",
+                    *(f"{runs[mode]['evaluation'][way]['loss']:.4f}" for mode in MODES),
+                ]
+            )
+    lines = table(
+        ["model", "tokens", "full", "MoBA", "MoBA to full", "hybrid", "hybrid to full"], rows
+    )
+    lines += [
+        "Training losses around the hybrid's switch: against full attention in the tenth of the steps before, in the first "
+        "step with full attention against MoBA with the same weights, against full attention after it.",
+        "",
+    ]
     lines += table(["model", "before", "first step", "after"], switches)
     lines += ["Every model read in both ways, all tokens:", ""]
     return lines + table(["model", "read with", *(f"trained: {mode}" for mode in MODES)], ways)
@@ -529,7 +780,11 @@ def tables_of(models):
 
 def size_tables(results):
     return ["## Sizes", ""] + tables_of(
-        {f"{size}, {SIZES[size].parameters / 1e6:.2f}M": runs for size, runs in complete(results).items()})
+        {
+            f"{size}, {SIZES[size].parameters / 1e6:.2f}M": runs
+            for size, runs in complete(results).items()
+        }
+    )
 
 
 def longer_tables(results):
@@ -537,19 +792,28 @@ def longer_tables(results):
     if not set(MODES) | {name_of(OWN_BLOCK)} <= set(runs):
         return []
     own, full = runs[name_of(OWN_BLOCK)]["evaluation"]["moba"], own_reading(runs, "full")
-    return [f"## {LONGER} steps of long sequences", "", *tables_of({next(iter(SIZES)): runs}),
-            f"Blocks of {OWN_BLOCK[0]}, a query's own alone: {own['loss']:.4f}, to full attention "
-            f"{percent(compared(own, full, False))}; last {TRAILING} {own['trailing']['loss']:.4f}, "
-            f"{percent(compared(own, full, True))}.", ""]
+    return [
+        f"## {LONGER} steps of long sequences",
+        "",
+        *tables_of({next(iter(SIZES)): runs}),
+        f"Blocks of {OWN_BLOCK[0]}, a query's own alone: {own['loss']:.4f}, to full attention "
+        f"{percent(compared(own, full, False))}; last {TRAILING} {own['trailing']['loss']:.4f}, "
+        f"{percent(compared(own, full, True))}.",
+        "",
+    ]
 
 
 def target_lines(results):
     lines = []
-    for name, mode, trailing, most in (("MoBA's loss against full attention's", "MoBA", False, 0.005),
-                                       ("the hybrid's trailing loss against full attention's", "hybrid", True, 0.003)):
+    for name, mode, trailing, most in (
+        ("MoBA's loss against full attention's", "MoBA", False, 0.005),
+        ("the hybrid's trailing loss against full attention's", "hybrid", True, 0.003),
+    ):
         told = []
         for size, runs in complete(results).items():
-            difference = compared(own_reading(runs, mode), own_reading(runs, "full"), trailing)["relative"]
+            difference = compared(own_reading(runs, mode), own_reading(runs, "full"), trailing)[
+                "relative"
+            ]
             told.append(f"{size} {difference:+.3%} ({'met' if difference <= most else 'missed'})")
         lines.append(f"- at most {most:.1%}, {name}: {', '.join(told)}")
     return ["## Targets", "", *lines, ""]
@@ -558,8 +822,13 @@ def target_lines(results):
 def position_table(results):
     size, runs = list(complete(results).items())[-1]
     readings = [own_reading(runs, mode)["positions"] for mode in MODES]
-    rows = [[f"{SEQ_LEN * i // BUCKETS}-{SEQ_LEN * (i + 1) // BUCKETS - 1}", *(f"{r[i]:.4f}" for r in readings)]
-            for i in range(BUCKETS)]
+    rows = [
+        [
+            f"{SEQ_LEN * i // BUCKETS}-{SEQ_LEN * (i + 1) // BUCKETS - 1}",
+            *(f"{r[i]:.4f}" for r in readings),
+        ]
+        for i in range(BUCKETS)
+    ]
     return [f"## Loss by position, {size}", ""] + table(["tokens", *MODES], rows)
 
 
@@ -570,45 +839,84 @@ def smallest_runs(results):
 def block_rows(results):
     """Blocks, the evaluation."""
     runs = {BLOCKS: smallest_runs(results)["MoBA"]} | {
-        blocks: results["blocks"][name_of(blocks)] for blocks in EQUAL_SPARSITY if name_of(blocks) in results["blocks"]}
-    return [(blocks, runs[blocks]["evaluation"]["moba"]) for blocks in EQUAL_SPARSITY if blocks in runs]
+        blocks: results["blocks"][name_of(blocks)]
+        for blocks in EQUAL_SPARSITY
+        if name_of(blocks) in results["blocks"]
+    }
+    return [
+        (blocks, runs[blocks]["evaluation"]["moba"]) for blocks in EQUAL_SPARSITY if blocks in runs
+    ]
 
 
 def block_table(results):
     full = own_reading(smallest_runs(results), "full")
-    rows = [[f"{blocks[0]}, {blocks[1]}" + (": nothing to choose" if blocks[1] == 1 else ""), f"{e['loss']:.4f}",
-             percent(compared(e, full, False)), f"{e['trailing']['loss']:.4f}", percent(compared(e, full, True))]
-            for blocks, e in block_rows(results)]
+    rows = [
+        [
+            f"{blocks[0]}, {blocks[1]}" + (": nothing to choose" if blocks[1] == 1 else ""),
+            f"{e['loss']:.4f}",
+            percent(compared(e, full, False)),
+            f"{e['trailing']['loss']:.4f}",
+            percent(compared(e, full, True)),
+        ]
+        for blocks, e in block_rows(results)
+    ]
     return [f"## Blocks of {sparsity(BLOCKS):.2%} sparsity, small", ""] + table(
-        ["blocks, top-k", "loss", "to full attention", f"last {TRAILING}", "to full attention"], rows)
+        ["blocks, top-k", "loss", "to full attention", f"last {TRAILING}", "to full attention"],
+        rows,
+    )
 
 
 def layer_rows(results):
     """Full layers, the loss of outlines, against full attention's if that is done."""
     layers, runs = SIZES[TUNED].layers, results["layers"]
-    done = {full: next(iter(runs[str(full)]["evaluation"].values())) for full in range(layers + 1) if str(full) in runs}
-    return [(full, e["trailing"], compared(e, done[layers], True) if layers in done else None) for full, e in done.items()]
+    done = {
+        full: next(iter(runs[str(full)]["evaluation"].values()))
+        for full in range(layers + 1)
+        if str(full) in runs
+    }
+    return [
+        (full, e["trailing"], compared(e, done[layers], True) if layers in done else None)
+        for full, e in done.items()
+    ]
 
 
 def layer_table(results):
     before = results["layers"]["before"]["evaluation"]
-    rows = [[full, f"{trailing['loss']:.4f}", percent(difference) if difference else ""]
-            for full, trailing, difference in layer_rows(results)]
-    return [f"## Fine-tuning with the last layers full, {TUNED} ({SIZES[TUNED].layers} layers)", "",
-            f"Loss of {TUNING_TRAILING} tokens of outlines; before fine-tuning {before['full']['trailing']['loss']:.4f} read with "
-            f"full attention, {before['moba']['trailing']['loss']:.4f} with MoBA.", ""] + table(
-        ["full layers", "loss", "to all layers full"], rows)
+    rows = [
+        [full, f"{trailing['loss']:.4f}", percent(difference) if difference else ""]
+        for full, trailing, difference in layer_rows(results)
+    ]
+    return [
+        f"## Fine-tuning with the last layers full, {TUNED} ({SIZES[TUNED].layers} layers)",
+        "",
+        f"Loss of {TUNING_TRAILING} tokens of outlines; before fine-tuning {before['full']['trailing']['loss']:.4f} read with "
+        f"full attention, {before['moba']['trailing']['loss']:.4f} with MoBA.",
+        "",
+    ] + table(["full layers", "loss", "to all layers full"], rows)
 
 
 def seed_table(results):
     runs, first = results["seeds"], smallest_runs(results)
-    rows = [[mode, *(percent(compared(own_reading(runs, mode), own_reading(first, mode), trailing))
-                     for trailing in (False, True))] for mode in runs]
-    lines = ["## Another seed, small", ""] + table(["attention", "loss to that of the first seed", f"last {TRAILING}"], rows)
+    rows = [
+        [
+            mode,
+            *(
+                percent(compared(own_reading(runs, mode), own_reading(first, mode), trailing))
+                for trailing in (False, True)
+            ),
+        ]
+        for mode in runs
+    ]
+    lines = ["## Another seed, small", ""] + table(
+        ["attention", "loss to that of the first seed", f"last {TRAILING}"], rows
+    )
     if len(runs) == 2:
         full, moba = (own_reading(runs, mode) for mode in ("full", "MoBA"))
-        lines += [f"With this seed MoBA to full attention: {percent(compared(moba, full, False))}, last {TRAILING} "
-                  f"{percent(compared(moba, full, True))}.", ""]
+        lines += [
+            f"With this seed MoBA to full attention: {percent(compared(moba, full, False))}, last {TRAILING} "
+            f"{percent(compared(moba, full, True))}.",
+            "",
+        ]
     return lines
 
 
@@ -617,22 +925,35 @@ def needle_table(results):
     lengths = sorted({cell["length"] for cell in cells})
     rows = []
     for way in results["needle"]["by_attn"]:
-        found = [sum(c["found"] for c in cells if c["attn"] == way["attn"] and c["length"] == n) for n in lengths]
+        found = [
+            sum(c["found"] for c in cells if c["attn"] == way["attn"] and c["length"] == n)
+            for n in lengths
+        ]
         rows.append([way["attn"], *found, f"{way['found']} of {way['tried']}"])
-    return ["## Needles found, models/needle-2m", ""] + table(["read with", *(f"{n // 1024}K" for n in lengths), "all"], rows)
+    return ["## Needles found, models/needle-2m", ""] + table(
+        ["read with", *(f"{n // 1024}K" for n in lengths), "all"], rows
+    )
 
 
 def markdown(results):
-    lines = ["# Full attention, MoBA and the hybrid", "",
-             f"{results['machine']}, {results['threads']} threads, {results['date']}. Made with `{results['commands'][0]}`. "
-             f"{SHORT_STEPS} steps of {SHORT_BATCH} tokens in sequences of {SHORT_LEN}, the same for all, then {STEPS} steps of one "
-             f"sequence of {SEQ_LEN}; blocks of {BLOCKS[0]}, top-k {BLOCKS[1]} ({sparsity(BLOCKS):.2%} sparsity at the end of a "
-             f"long sequence); {EVALUATED} sequences held out; nats a token, 95% intervals by a bootstrap over sequences. "
-             f"A model is read as it was trained, the hybrid with full attention.", ""]
+    lines = [
+        "# Full attention, MoBA and the hybrid",
+        "",
+        f"{results['machine']}, {results['threads']} threads, {results['date']}. Made with `{results['commands'][0]}`. "
+        f"{SHORT_STEPS} steps of {SHORT_BATCH} tokens in sequences of {SHORT_LEN}, the same for all, then {STEPS} steps of one "
+        f"sequence of {SEQ_LEN}; blocks of {BLOCKS[0]}, top-k {BLOCKS[1]} ({sparsity(BLOCKS):.2%} sparsity at the end of a "
+        f"long sequence); {EVALUATED} sequences held out; nats a token, 95% intervals by a bootstrap over sequences. "
+        f"A model is read as it was trained, the hybrid with full attention.",
+        "",
+    ]
     if complete(results):
         lines += target_lines(results) + size_tables(results) + position_table(results)
-        for stage, part in (("blocks", block_table), ("layers", layer_table), ("seeds", seed_table),
-                            ("longer", longer_tables)):
+        for stage, part in (
+            ("blocks", block_table),
+            ("layers", layer_table),
+            ("seeds", seed_table),
+            ("longer", longer_tables),
+        ):
             if stage in results:
                 lines += part(results)
     if "needle" in results:
@@ -646,11 +967,19 @@ COLOURS = {"full": "#1f4e79", "MoBA": "#e07b00", "hybrid": "#2e8b57"}
 def draw_sizes(results, curves, positions):
     """Training losses (means of 15 steps) and losses by position, each above its difference from full attention's."""
     from matplotlib import pyplot
+
     done = complete(results)
     figures = []
     for title, across in (("step", curves), ("position, tokens", positions)):
-        figure, axes = pyplot.subplots(2, len(done), figsize=(4.2 * len(done), 6), sharex=True, squeeze=False,
-                                       layout="constrained", height_ratios=(3, 2))
+        figure, axes = pyplot.subplots(
+            2,
+            len(done),
+            figsize=(4.2 * len(done), 6),
+            sharex=True,
+            squeeze=False,
+            layout="constrained",
+            height_ratios=(3, 2),
+        )
         figures.append((figure, across))
         for (size, runs), (above, below) in zip(done.items(), axes.T):
             for mode in MODES:
@@ -659,7 +988,9 @@ def draw_sizes(results, curves, positions):
                     base = smoothed(runs["full"]["losses"], 15)
                     x = np.arange(1, len(values) + 1)
                 else:
-                    values, base = (np.array(own_reading(runs, m)["positions"]) for m in (mode, "full"))
+                    values, base = (
+                        np.array(own_reading(runs, m)["positions"]) for m in (mode, "full")
+                    )
                     x = (np.arange(BUCKETS) + 0.5) * SEQ_LEN / BUCKETS
                 above.plot(x, values, color=COLOURS[mode], label=mode, linewidth=1.3)
                 below.plot(x, 100 * (values / base - 1), color=COLOURS[mode], linewidth=1.3)
@@ -678,15 +1009,32 @@ def draw_sizes(results, curves, positions):
 
 def draw_ablations(results, path):
     from matplotlib import pyplot
+
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     full = own_reading(smallest_runs(results), "full")
-    for trailing, colour, label in ((False, COLOURS["MoBA"], "all tokens"), (True, COLOURS["full"], f"last {TRAILING}")):
+    for trailing, colour, label in (
+        (False, COLOURS["MoBA"], "all tokens"),
+        (True, COLOURS["full"], f"last {TRAILING}"),
+    ):
         told = [(f"{b[0]}, {b[1]}", compared(e, full, trailing)) for b, e in block_rows(results)]
         bars(left, told, colour, label)
-    left.set(title=f"{sparsity(BLOCKS):.2%} sparsity, small", xlabel="blocks of, top-k", ylabel="loss to full attention, %")
+    left.set(
+        title=f"{sparsity(BLOCKS):.2%} sparsity, small",
+        xlabel="blocks of, top-k",
+        ylabel="loss to full attention, %",
+    )
     left.legend(frameon=False)
-    bars(right, [(full, difference) for full, _, difference in layer_rows(results) if difference], COLOURS["MoBA"], None)
-    right.set(title=f"outlines, {TUNED}", xlabel="last layers full in fine-tuning", ylabel="loss to all layers full, %")
+    bars(
+        right,
+        [(full, difference) for full, _, difference in layer_rows(results) if difference],
+        COLOURS["MoBA"],
+        None,
+    )
+    right.set(
+        title=f"outlines, {TUNED}",
+        xlabel="last layers full in fine-tuning",
+        ylabel="loss to all layers full, %",
+    )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -694,9 +1042,20 @@ def draw_ablations(results, path):
 def bars(axis, told, colour, label):
     """Points with their intervals, in percent."""
     names, differences = zip(*told)
-    middle, low, high = (100 * np.array([d[key] for d in differences]) for key in ("relative", "low", "high"))
-    axis.errorbar([str(name) for name in names], middle, (middle - low, high - middle), color=colour, label=label, capsize=3,
-                  marker="o", markersize=4, linewidth=1)
+    middle, low, high = (
+        100 * np.array([d[key] for d in differences]) for key in ("relative", "low", "high")
+    )
+    axis.errorbar(
+        [str(name) for name in names],
+        middle,
+        (middle - low, high - middle),
+        color=colour,
+        label=label,
+        capsize=3,
+        marker="o",
+        markersize=4,
+        linewidth=1,
+    )
 
 
 def report(results, options):
@@ -704,32 +1063,55 @@ def report(results, options):
     place_of(results, options, ".json").write_text(dumped(results))
     place_of(results, options, ".md").write_text(text)
     if complete(results):
-        draw_sizes(results, place_of(results, options, "-curves.png"), place_of(results, options, "-positions.png"))
+        draw_sizes(
+            results,
+            place_of(results, options, "-curves.png"),
+            place_of(results, options, "-positions.png"),
+        )
     if "blocks" in results and len(results.get("layers", ())) > SIZES[TUNED].layers + 1:
         draw_ablations(results, place_of(results, options, "-ablations.png"))
     return text
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--moba", type=Path, default=ROOT / "build/release/moba", help="the program")
-    parser.add_argument("--work", type=Path, default=ROOT / "build/fidelity", help="folder for data and checkpoints")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--moba", type=Path, default=ROOT / "build/release/moba", help="the program"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build/fidelity", help="folder for data and checkpoints"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--machine", default="x86_64", help="a short name for the files of results")
     parser.add_argument("--only", help="stages, such as sizes,blocks")
-    parser.add_argument("--continue", dest="goes_on", action="store_true", help="go on where an earlier run stopped")
+    parser.add_argument(
+        "--continue", dest="goes_on", action="store_true", help="go on where an earlier run stopped"
+    )
     options = parser.parse_args()
     stages = options.only.split(",") if options.only else list(STAGES)
     if unknown := set(stages) - set(STAGES):
-        parser.error(f"--only: expected some of {','.join(STAGES)}; found {','.join(sorted(unknown))}")
+        parser.error(
+            f"--only: expected some of {','.join(STAGES)}; found {','.join(sorted(unknown))}"
+        )
 
     if options.work.exists() and not options.goes_on:
-        parser.error(f"--work {options.work}: expected a folder that is not there yet, or --continue")
+        parser.error(
+            f"--work {options.work}: expected a folder that is not there yet, or --continue"
+        )
     begun = options.work / "results.json"
-    results = json.loads(begun.read_text()) if begun.exists() else {
-        "commands": [], "machine": f"{cpu_name()}, {os.cpu_count()} cores", "threads": options.threads,
-        "date": datetime.date.today().isoformat()}
+    results = (
+        json.loads(begun.read_text())
+        if begun.exists()
+        else {
+            "commands": [],
+            "machine": f"{cpu_name()}, {os.cpu_count()} cores",
+            "threads": options.threads,
+            "date": datetime.date.today().isoformat(),
+        }
+    )
     results["commands"].append(shlex.join(["python", "benchmarks/fidelity.py", *sys.argv[1:]]))
     options.out.mkdir(parents=True, exist_ok=True)
     if not (options.work / "data").exists():

@@ -73,16 +73,36 @@ def call_cost(options) -> list:
     }
     times = interleaved(modes, 3 * options.rounds)
     return [
-        {"what": f"a call, its kernel included: {name}", "value": min(values) / calls * 1e6, "unit": "us",
-         "wanted": "at most 30" if name != "forward and backward" else ""}
+        {
+            "what": f"a call, its kernel included: {name}",
+            "value": min(values) / calls * 1e6,
+            "unit": "us",
+            "wanted": "at most 30" if name != "forward and backward" else "",
+        }
         for name, values in times.items()
     ]
 
 
 def kernel_seconds(tokens: int) -> float:
     """The least time of the kernel by itself, as the program times it."""
-    command = [PROGRAM, "bench", "--tokens", str(tokens), "--chunk-size", "512", "--topk", "3", "--heads", "4", "--head-dim",
-               "64", "--threads", str(torch.get_num_threads()), "-o", "json"]
+    command = [
+        PROGRAM,
+        "bench",
+        "--tokens",
+        str(tokens),
+        "--chunk-size",
+        "512",
+        "--topk",
+        "3",
+        "--heads",
+        "4",
+        "--head-dim",
+        "64",
+        "--threads",
+        str(torch.get_num_threads()),
+        "-o",
+        "json",
+    ]
     rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return rows[0]["seconds_min"]
 
@@ -102,7 +122,12 @@ def addition_to_the_kernel(options) -> list:
     added = min(operator) / min(kernel) - 1
     what = f"{length(tokens)} tokens, 4 heads of 64, blocks of 512, 3 of them: "
     return [
-        {"what": what + "the kernel, timed by the program", "value": min(kernel) * 1e3, "unit": "ms", "wanted": ""},
+        {
+            "what": what + "the kernel, timed by the program",
+            "value": min(kernel) * 1e3,
+            "unit": "ms",
+            "wanted": "",
+        },
         {"what": what + "the operator", "value": min(operator) * 1e3, "unit": "ms", "wanted": ""},
         {"what": what + "added", "value": added * 100, "unit": "%", "wanted": "under 3"},
     ]
@@ -124,7 +149,9 @@ def child(*arguments, threads: int) -> dict | None:
     """What this script prints when it is started with these hidden arguments; None when memory did not suffice."""
     limit = available_bytes()
     done = subprocess.run(
-        [sys.executable, __file__, "--child", *map(str, arguments), str(threads)], capture_output=True, text=True,
+        [sys.executable, __file__, "--child", *map(str, arguments), str(threads)],
+        capture_output=True,
+        text=True,
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
     )
@@ -157,13 +184,19 @@ def step_child(implementation: str, tokens: int) -> dict:
 def against_naive(options) -> list:
     """One head of 128, blocks of 2048, top-k 3."""
     q, k, v = torch.randn(3, 4096, 1, 128).unbind(0)
-    fast, slow = (attend(q, k, v, offsets(4096), 4096, 256, 3) for attend in (moba.moba_attn_varlen, moba.moba_attn_varlen_naive))
+    fast, slow = (
+        attend(q, k, v, offsets(4096), 4096, 256, 3)
+        for attend in (moba.moba_attn_varlen, moba.moba_attn_varlen_naive)
+    )
     assert (fast - slow).abs().max() < 1e-4
 
     tokens = 4096 if options.quick else 32768
     names = ("moba_attn_varlen", "moba_attn_varlen_naive")
     while True:
-        rounds = [[child(name, tokens, threads=options.threads) for name in names] for _ in range(options.rounds)]
+        rounds = [
+            [child(name, tokens, threads=options.threads) for name in names]
+            for _ in range(options.rounds)
+        ]
         if all(result for pair in rounds for result in pair):
             break
         print(f"memory does not suffice for {names[1]} at {length(tokens)} tokens: half of them")
@@ -172,10 +205,25 @@ def against_naive(options) -> list:
     peaks = [statistics.median(pair[i]["peak"] for pair in rounds) for i in range(2)]
     what = f"{length(tokens)} tokens, 1 head of 128, blocks of 2048, 3 of them: "
     return [
-        *({"what": what + f"`{name}`", "value": t * 1e3, "unit": "ms", "wanted": ""} for name, t in zip(names, times)),
-        {"what": what + "naive / efficient", "value": times[1] / times[0], "unit": "x", "wanted": "(40 on a GPU, published)"},
-        *({"what": what + f"`{name}`, memory beside its inputs", "value": p / 2**20, "unit": "MiB", "wanted": ""}
-          for name, p in zip(names, peaks)),
+        *(
+            {"what": what + f"`{name}`", "value": t * 1e3, "unit": "ms", "wanted": ""}
+            for name, t in zip(names, times)
+        ),
+        {
+            "what": what + "naive / efficient",
+            "value": times[1] / times[0],
+            "unit": "x",
+            "wanted": "(40 on a GPU, published)",
+        },
+        *(
+            {
+                "what": what + f"`{name}`, memory beside its inputs",
+                "value": p / 2**20,
+                "unit": "MiB",
+                "wanted": "",
+            }
+            for name, p in zip(names, peaks)
+        ),
     ]
 
 
@@ -190,8 +238,13 @@ def training_step(tokens: int):
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=256, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=tokens,
+            vocab_size=256,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=tokens,
         )
     ).train()
     ids = torch.randint(256, (1, tokens))
@@ -209,7 +262,14 @@ def attention_seconds(function) -> float:
     with torch.profiler.profile() as profile:
         function()
     names = ("moba::attention", "_Attention", "_scaled_dot_product_flash_attention_for_cpu")
-    return sum(e.self_cpu_time_total for e in profile.key_averages() if any(name in e.key for name in names)) / 1e6
+    return (
+        sum(
+            e.self_cpu_time_total
+            for e in profile.key_averages()
+            if any(name in e.key for name in names)
+        )
+        / 1e6
+    )
 
 
 def keep_freed_memory() -> None:
@@ -226,17 +286,44 @@ def training(options) -> list:
     keep_freed_memory()
     step = training_step(tokens)
     steps = {name: lambda name=name: step(name) for name in ("sdpa", "moba")}
-    times = {name: statistics.median(values) for name, values in interleaved(steps, options.rounds).items()}
+    times = {
+        name: statistics.median(values)
+        for name, values in interleaved(steps, options.rounds).items()
+    }
     inside = {name: attention_seconds(function) for name, function in steps.items()}
-    peaks = {name: child("step", name, tokens, threads=options.threads)["peak"] / 2**20 for name in steps}
+    peaks = {
+        name: child("step", name, tokens, threads=options.threads)["peak"] / 2**20 for name in steps
+    }
     what = f"Llama, 4 layers, 256 wide, {length(tokens)} tokens, "
     return [
-        *({"what": what + f"{name}: a step", "value": value, "unit": "s", "wanted": ""} for name, value in times.items()),
-        *({"what": what + f"{name}: of one step, attention", "value": value, "unit": "s", "wanted": ""}
-          for name, value in inside.items()),
-        {"what": what + "sdpa / moba", "value": times["sdpa"] / times["moba"], "unit": "x", "wanted": "at least 4"},
-        *({"what": what + f"{name}: peak of the process", "value": value, "unit": "MiB", "wanted": wanted}
-          for (name, value), wanted in zip(peaks.items(), ("", "no higher"))),
+        *(
+            {"what": what + f"{name}: a step", "value": value, "unit": "s", "wanted": ""}
+            for name, value in times.items()
+        ),
+        *(
+            {
+                "what": what + f"{name}: of one step, attention",
+                "value": value,
+                "unit": "s",
+                "wanted": "",
+            }
+            for name, value in inside.items()
+        ),
+        {
+            "what": what + "sdpa / moba",
+            "value": times["sdpa"] / times["moba"],
+            "unit": "x",
+            "wanted": "at least 4",
+        },
+        *(
+            {
+                "what": what + f"{name}: peak of the process",
+                "value": value,
+                "unit": "MiB",
+                "wanted": wanted,
+            }
+            for (name, value), wanted in zip(peaks.items(), ("", "no higher"))
+        ),
     ]
 
 
@@ -252,11 +339,19 @@ def write(report: dict, name: str) -> None:
     folder = ROOT / "benchmarks" / "results"
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-    lines = [f"# The PyTorch package on {report['machine']}", "",
-             f"{report['date']}, torch {report['torch']}, {report['threads']} threads, f32. Made with `{report['command']}`.", "",
-             "| | measured | | wanted |", "|---|---|---|---|"]
+    lines = [
+        f"# The PyTorch package on {report['machine']}",
+        "",
+        f"{report['date']}, torch {report['torch']}, {report['threads']} threads, f32. Made with `{report['command']}`.",
+        "",
+        "| | measured | | wanted |",
+        "|---|---|---|---|",
+    ]
     for rows in report["parts"].values():
-        lines += [f"| {row['what']} | {row['value']:.4g} | {row['unit']} | {row['wanted']} |" for row in rows]
+        lines += [
+            f"| {row['what']} | {row['value']:.4g} | {row['unit']} | {row['wanted']} |"
+            for row in rows
+        ]
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
@@ -264,9 +359,17 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         *what, threads = sys.argv[2:]
         torch.set_num_threads(int(threads))
-        print(json.dumps(step_child(what[1], int(what[2])) if what[0] == "step" else varlen_child(what[0], int(what[1]))))
+        print(
+            json.dumps(
+                step_child(what[1], int(what[2]))
+                if what[0] == "step"
+                else varlen_child(what[0], int(what[1]))
+            )
+        )
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--quick", action="store_true", help="short lengths, to see that it works")
@@ -275,7 +378,9 @@ def main() -> None:
     torch.manual_seed(0)
     date = datetime.date.today().isoformat()
     report = {
-        "machine": f"{cpu_name()}, {os.cpu_count()} cores", "date": date, "torch": torch.__version__,
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
+        "date": date,
+        "torch": torch.__version__,
         "threads": options.threads,
         "command": f"python benchmarks/pytorch_operator.py --rounds {options.rounds} --threads {options.threads}"
         + " --quick" * options.quick,
@@ -285,7 +390,9 @@ def main() -> None:
         report["parts"][part] = measure(options)
         write(report, f"pytorch-{machine_name()}-{date}{'-quick' * options.quick}")
         for row in report["parts"][part]:
-            print(f"{row['what']:90} {row['value']:10.4g} {row['unit']:4} {row['wanted']}", flush=True)
+            print(
+                f"{row['what']:90} {row['value']:10.4g} {row['unit']:4} {row['wanted']}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ CHOICES = [FULL, (4096, 12), (512, 3), (128, 8)]
 
 # ---- the machine ----
 
+
 def cpu_field(name):
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith(name):
@@ -51,8 +52,21 @@ def cpu_name():
 
 def cpu_units():
     """The units that kernels may run on, in the order of the CPU's list."""
-    telling = {"fma", "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "bf16", "i8mm"}
-    return [unit for unit in (cpu_field("flags") or cpu_field("Features")).split() if unit in telling]
+    telling = {
+        "fma",
+        "avx2",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "amx_bf16",
+        "amx_int8",
+        "asimd",
+        "bf16",
+        "i8mm",
+    }
+    return [
+        unit for unit in (cpu_field("flags") or cpu_field("Features")).split() if unit in telling
+    ]
 
 
 def machine_name():
@@ -62,8 +76,15 @@ def machine_name():
 
 # ---- calls ----
 
+
 def length(tokens):
-    return f"{tokens // MI}M" if tokens % MI == 0 else f"{tokens // KI}K" if tokens % KI == 0 else str(tokens)
+    return (
+        f"{tokens // MI}M"
+        if tokens % MI == 0
+        else f"{tokens // KI}K"
+        if tokens % KI == 0
+        else str(tokens)
+    )
 
 
 def blocks(choice):
@@ -73,6 +94,7 @@ def blocks(choice):
 @dataclasses.dataclass(frozen=True)
 class Call:
     """One process, which makes a row or a few."""
+
     group: str
     expected: float  # seconds on two cores, for the time that is left
     flags: dict
@@ -95,95 +117,162 @@ class Call:
 
     def text(self, threads):
         words = [f"{name}={value}" for name, value in self.environment.items()]
-        program = ["moba", "bench"] if self.peer is None else ["python", "benchmarks/peers/time_peer.py", self.peer]
+        program = (
+            ["moba", "bench"]
+            if self.peer is None
+            else ["python", "benchmarks/peers/time_peer.py", self.peer]
+        )
         return shlex.join([*words, *program, *self.arguments(threads)])
 
 
-def ours(group, expected, tokens, choices, threads=None, environment=None, budget=BUDGET_SECONDS, **flags):
+def ours(
+    group, expected, tokens, choices, threads=None, environment=None, budget=BUDGET_SECONDS, **flags
+):
     """`moba bench`; underscores in the names of flags are dashes."""
-    return Call(group, expected, {"tokens": ",".join(length(n).lower() for n in tokens),
-                                  "chunk_size": ",".join(str(size) for size, _ in choices),
-                                  "topk": ",".join(str(k) for _, k in choices), "budget": budget, **flags},
-                threads, environment or {})
+    return Call(
+        group,
+        expected,
+        {
+            "tokens": ",".join(length(n).lower() for n in tokens),
+            "chunk_size": ",".join(str(size) for size, _ in choices),
+            "topk": ",".join(str(k) for _, k in choices),
+            "budget": budget,
+            **flags,
+        },
+        threads,
+        environment or {},
+    )
 
 
 def theirs(group, name, expected_by_tokens, choice=FULL, **flags):
     """A peer at rising lengths, a process each. One that would take too long is extrapolated from the shorter ones."""
-    return [Call(group, expected, {"tokens": tokens, "chunk_size": choice[0], "topk": choice[1],
-                                   "budget": BUDGET_SECONDS, **flags}, peer=name, tokens=tokens, choice=choice)
-            for tokens, expected in expected_by_tokens.items()]
+    return [
+        Call(
+            group,
+            expected,
+            {
+                "tokens": tokens,
+                "chunk_size": choice[0],
+                "topk": choice[1],
+                "budget": BUDGET_SECONDS,
+                **flags,
+            },
+            peer=name,
+            tokens=tokens,
+            choice=choice,
+        )
+        for tokens, expected in expected_by_tokens.items()
+    ]
 
 
 # ---- the groups, most telling first ----
 
+
 def forward():
     sparse, three = [(512, 3), (128, 8)], [FULL, (512, 3), (128, 8)]
-    return [*theirs("forward", "sdpa", {8 * KI: 4, 16 * KI: 6, 32 * KI: 13, 64 * KI: 45, 128 * KI: 60, MI: 0}),
-            ours("forward", 10, [32 * KI], three),
-            ours("forward", 5, [8 * KI, 16 * KI], three),
-            ours("forward", 12, [64 * KI, 128 * KI], sparse),
-            ours("forward", 40, [256 * KI, 512 * KI], sparse),
-            ours("forward", 65, [MI], sparse),
-            ours("forward", 20, [128 * KI], [FULL], sample=0.25),
-            ours("forward", 18, [128 * KI], [(4096, 12)], sample=0.25),
-            ours("forward", 40, [MI], [FULL], sample=0.004),
-            ours("forward", 45, [MI], [(4096, 12)], sample=0.0625)]
+    return [
+        *theirs(
+            "forward",
+            "sdpa",
+            {8 * KI: 4, 16 * KI: 6, 32 * KI: 13, 64 * KI: 45, 128 * KI: 60, MI: 0},
+        ),
+        ours("forward", 10, [32 * KI], three),
+        ours("forward", 5, [8 * KI, 16 * KI], three),
+        ours("forward", 12, [64 * KI, 128 * KI], sparse),
+        ours("forward", 40, [256 * KI, 512 * KI], sparse),
+        ours("forward", 65, [MI], sparse),
+        ours("forward", 20, [128 * KI], [FULL], sample=0.25),
+        ours("forward", 18, [128 * KI], [(4096, 12)], sample=0.25),
+        ours("forward", 40, [MI], [FULL], sample=0.004),
+        ours("forward", 45, [MI], [(4096, 12)], sample=0.0625),
+    ]
 
 
 def units():
     """What f32 attention runs on: multiply-adds, and where the CPU has it, AMX."""
     forms = ["fma", "amx"] if "amx_bf16" in cpu_units() else ["fma"]
-    return [ours("units", 12, [32 * KI], [FULL, (512, 3), (128, 8)], environment={"MOBA_CPU_F32": form}) for form in forms]
+    return [
+        ours("units", 12, [32 * KI], [FULL, (512, 3), (128, 8)], environment={"MOBA_CPU_F32": form})
+        for form in forms
+    ]
 
 
 def backward():
-    return [ours("backward", 22, [32 * KI], [FULL, (512, 3), (128, 8)], **{"pass": "backward"}),
-            ours("backward", 20, [128 * KI], [(512, 3), (128, 8)], **{"pass": "backward"}),
-            *theirs("backward", "sdpa-backward", {32 * KI: 30})]
+    return [
+        ours("backward", 22, [32 * KI], [FULL, (512, 3), (128, 8)], **{"pass": "backward"}),
+        ours("backward", 20, [128 * KI], [(512, 3), (128, 8)], **{"pass": "backward"}),
+        *theirs("backward", "sdpa-backward", {32 * KI: 30}),
+    ]
 
 
 def decode():
-    return [ours("decode", 10, [MI], [choice], heads=4, dtype=dtype, **{"pass": "decode"})
-            for dtype in ["f32", "f16", "i8"] for choice in [(4096, 12), (128, 8)]]
+    return [
+        ours("decode", 10, [MI], [choice], heads=4, dtype=dtype, **{"pass": "decode"})
+        for dtype in ["f32", "f16", "i8"]
+        for choice in [(4096, 12), (128, 8)]
+    ]
 
 
 def gate():
-    return [ours("gate", expected, [MI], [(128, 8)], environment={"MOBA_CPU_GATE": form}, **{"pass": "gate"})
-            for form, expected in [("f32", 28), ("int8", 16)]]
+    return [
+        ours(
+            "gate",
+            expected,
+            [MI],
+            [(128, 8)],
+            environment={"MOBA_CPU_GATE": form},
+            **{"pass": "gate"},
+        )
+        for form, expected in [("f32", 28), ("int8", 16)]
+    ]
 
 
 def naive():
     choice = (2048, 3)
-    return [*(ours("naive", 2, [tokens], [choice]) for tokens in [4 * KI, 8 * KI, 16 * KI, 32 * KI]),
-            *theirs("naive", "moba-naive", {4 * KI: 4, 8 * KI: 6, 16 * KI: 15, 32 * KI: 50}, choice)]
+    return [
+        *(ours("naive", 2, [tokens], [choice]) for tokens in [4 * KI, 8 * KI, 16 * KI, 32 * KI]),
+        *theirs("naive", "moba-naive", {4 * KI: 4, 8 * KI: 6, 16 * KI: 15, 32 * KI: 50}, choice),
+    ]
 
 
 def bf16():
-    return [ours("bf16", 25, [32 * KI], [FULL, (512, 3), (128, 8)], dtype="f32,bf16,f16"),
-            *theirs("bf16", "sdpa", {32 * KI: 15}, dtype="bfloat16")]
+    return [
+        ours("bf16", 25, [32 * KI], [FULL, (512, 3), (128, 8)], dtype="f32,bf16,f16"),
+        *theirs("bf16", "sdpa", {32 * KI: 15}, dtype="bfloat16"),
+    ]
 
 
 def routings():
     patterns = "independent,clustered,sink"
-    return [ours("routings", 15, [64 * KI], [(512, 3), (128, 8)], routing=patterns),
-            ours("routings", 25, [64 * KI], [(4096, 12)], routing=patterns, sample=0.25)]
+    return [
+        ours("routings", 15, [64 * KI], [(512, 3), (128, 8)], routing=patterns),
+        ours("routings", 25, [64 * KI], [(4096, 12)], routing=patterns, sample=0.25),
+    ]
 
 
 def heads():
-    return [ours("heads", 12, [32 * KI], [(512, 3), (128, 8)], heads=9, kv_heads=kv_heads) for kv_heads in [9, 3]]
+    return [
+        ours("heads", 12, [32 * KI], [(512, 3), (128, 8)], heads=9, kv_heads=kv_heads)
+        for kv_heads in [9, 3]
+    ]
 
 
 def threads():
-    return [ours("threads", 24 // count, [32 * KI], [FULL, (512, 3), (128, 8)], threads=count) for count in [1, 2]]
+    return [
+        ours("threads", 24 // count, [32 * KI], [FULL, (512, 3), (128, 8)], threads=count)
+        for count in [1, 2]
+    ]
 
 
 def small_heads():
-    return [ours("small-heads", 8, [32 * KI], [FULL, (512, 3), (128, 8)], head_dim=64),
-            ours("small-heads", 7, [128 * KI], [(512, 3), (128, 8)], head_dim=64),
-            ours("small-heads", 12, [128 * KI], [(4096, 12)], head_dim=64, sample=0.25),
-            ours("small-heads", 45, [MI], [(512, 3), (128, 8)], head_dim=64),
-            ours("small-heads", 25, [MI], [FULL], head_dim=64, sample=0.004),
-            ours("small-heads", 28, [MI], [(4096, 12)], head_dim=64, sample=0.0625)]
+    return [
+        ours("small-heads", 8, [32 * KI], [FULL, (512, 3), (128, 8)], head_dim=64),
+        ours("small-heads", 7, [128 * KI], [(512, 3), (128, 8)], head_dim=64),
+        ours("small-heads", 12, [128 * KI], [(4096, 12)], head_dim=64, sample=0.25),
+        ours("small-heads", 45, [MI], [(512, 3), (128, 8)], head_dim=64),
+        ours("small-heads", 25, [MI], [FULL], head_dim=64, sample=0.004),
+        ours("small-heads", 28, [MI], [(4096, 12)], head_dim=64, sample=0.0625),
+    ]
 
 
 def flex():
@@ -192,27 +281,44 @@ def flex():
 
 def ten_million():
     tokens, sixty_four = 10 * MI, (10 * MI // 64, 3)
-    return [ours("ten-million", 170, [tokens], [(512, 3)], dtype="bf16", budget=30, workspace="2g"),
-            ours("ten-million", 80, [tokens], [FULL], dtype="bf16", budget=30, sample=0.0005),
-            ours("ten-million", 240, [tokens], [sixty_four], dtype="bf16", budget=30, sample=0.1)]
+    return [
+        ours("ten-million", 170, [tokens], [(512, 3)], dtype="bf16", budget=30, workspace="2g"),
+        ours("ten-million", 80, [tokens], [FULL], dtype="bf16", budget=30, sample=0.0005),
+        ours("ten-million", 240, [tokens], [sixty_four], dtype="bf16", budget=30, sample=0.1),
+    ]
 
 
 def quick():
-    return [*theirs("forward", "sdpa", {4 * KI: 4, 8 * KI: 4, 16 * KI: 6}),
-            ours("forward", 15, [8 * KI, 16 * KI, 32 * KI], [FULL, (512, 3), (128, 8)]),
-            ours("backward", 4, [8 * KI], [FULL, (512, 3)], **{"pass": "backward"}),
-            ours("gate", 3, [32 * KI], [(128, 8)], **{"pass": "gate"}),
-            ours("decode", 10, [64 * KI], [(512, 3)], heads=4, dtype="f32,i8", **{"pass": "decode"})]
+    return [
+        *theirs("forward", "sdpa", {4 * KI: 4, 8 * KI: 4, 16 * KI: 6}),
+        ours("forward", 15, [8 * KI, 16 * KI, 32 * KI], [FULL, (512, 3), (128, 8)]),
+        ours("backward", 4, [8 * KI], [FULL, (512, 3)], **{"pass": "backward"}),
+        ours("gate", 3, [32 * KI], [(128, 8)], **{"pass": "gate"}),
+        ours("decode", 10, [64 * KI], [(512, 3)], heads=4, dtype="f32,i8", **{"pass": "decode"}),
+    ]
 
 
-GROUPS = {"forward": forward, "units": units, "backward": backward, "decode": decode, "gate": gate, "naive": naive,
-          "bf16": bf16, "routings": routings, "heads": heads, "threads": threads, "small-heads": small_heads,
-          "flex": flex, "ten-million": ten_million}
+GROUPS = {
+    "forward": forward,
+    "units": units,
+    "backward": backward,
+    "decode": decode,
+    "gate": gate,
+    "naive": naive,
+    "bf16": bf16,
+    "routings": routings,
+    "heads": heads,
+    "threads": threads,
+    "small-heads": small_heads,
+    "flex": flex,
+    "ten-million": ten_million,
+}
 
 
 def growth(points):
     """Seconds by length, a n^2 + b n, fitted to relative errors."""
     import numpy as np
+
     tokens, seconds = np.array(points).T
     matrix = np.stack([tokens**2, tokens], 1) / seconds[:, None]
     a, b = np.linalg.lstsq(matrix, np.ones(len(points)), rcond=None)[0]
@@ -230,9 +336,15 @@ class Results:
     def find(self, choice=None, **wanted):
         """Rows of ours, sorted by length."""
         if choice:
-            wanted |= {"topk": choice[1]} if choice[1] == 0 else {"chunk_size": choice[0], "topk": choice[1]}
-        return sorted((r for r in self.rows if all(r.get(k) == v for k, v in wanted.items())),
-                      key=lambda r: r["tokens"])
+            wanted |= (
+                {"topk": choice[1]}
+                if choice[1] == 0
+                else {"chunk_size": choice[0], "topk": choice[1]}
+            )
+        return sorted(
+            (r for r in self.rows if all(r.get(k) == v for k, v in wanted.items())),
+            key=lambda r: r["tokens"],
+        )
 
     def seconds(self, choice, **wanted):
         found = self.find(choice, **wanted)
@@ -256,8 +368,12 @@ class Bench(Results):
     def keep(self, report):
         """Takes over what an earlier run of the day found for calls of the plan."""
         for name in ["rows", "peers", "failures"]:
-            setattr(self, name, [entry for entry in report[name] if entry.get("call") in self.order])
-        self.wall_seconds = {key: s for key, s in report.get("wall_seconds", {}).items() if key in self.order}
+            setattr(
+                self, name, [entry for entry in report[name] if entry.get("call") in self.order]
+            )
+        self.wall_seconds = {
+            key: s for key, s in report.get("wall_seconds", {}).items() if key in self.order
+        }
 
     def has(self, call):
         key = call.key(self.options.threads)
@@ -280,38 +396,73 @@ class Bench(Results):
         return failure or {"rows": [{**row, **call.environment} for row in json.loads(text)]}
 
     def peer(self, call, show):
-        row = {"peer": call.peer, "tokens": call.tokens, "chunk_size": call.choice[0], "topk": call.choice[1],
-               **{name: value for name, value in call.flags.items() if name in ["dtype", "heads", "head_dim"]}}
+        row = {
+            "peer": call.peer,
+            "tokens": call.tokens,
+            "chunk_size": call.choice[0],
+            "topk": call.choice[1],
+            **{
+                name: value
+                for name, value in call.flags.items()
+                if name in ["dtype", "heads", "head_dim"]
+            },
+        }
         known = self.shorter(call.group, row)
         expected = growth(known)(call.tokens) if len(known) >= 2 else 0
         if expected > LONGEST_PEER_SECONDS:
             return {"peers": [{**row, "seconds_median": expected, "extrapolated": True}]}
-        command = [sys.executable, str(ROOT / "benchmarks/peers/time_peer.py"), call.peer,
-                   *call.arguments(self.options.threads)]
+        command = [
+            sys.executable,
+            str(ROOT / "benchmarks/peers/time_peer.py"),
+            call.peer,
+            *call.arguments(self.options.threads),
+        ]
         text, failure = self.run(call, command, 8 * LONGEST_PEER_SECONDS, show)
         if failure:
             return failure
         found = json.loads(text)
-        return {"peers": [{**row, **found, "seconds_median": statistics.median(found["seconds"]), "extrapolated": False}]}
+        return {
+            "peers": [
+                {
+                    **row,
+                    **found,
+                    "seconds_median": statistics.median(found["seconds"]),
+                    "extrapolated": False,
+                }
+            ]
+        }
 
     def shorter(self, group, row):
         """(tokens, seconds) of the same peer, measured at lesser lengths."""
         series = {name: value for name, value in row.items() if name != "tokens"}
-        return [(p["tokens"], p["seconds_median"]) for p in self.peers
-                if p["group"] == group and p["tokens"] < row["tokens"] and not p["extrapolated"]
-                and all(p.get(name) == value for name, value in series.items())]
+        return [
+            (p["tokens"], p["seconds_median"])
+            for p in self.peers
+            if p["group"] == group
+            and p["tokens"] < row["tokens"]
+            and not p["extrapolated"]
+            and all(p.get(name) == value for name, value in series.items())
+        ]
 
     def run(self, call, command, timeout, show):
         """What a command prints, or a failure. `show` is told every second how many have passed."""
         # Huge pages for torch, as ours has them.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(call.threads or self.options.threads),
-                       "THP_MEM_ALLOC_ENABLE": "1", **call.environment}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(call.threads or self.options.threads),
+            "THP_MEM_ALLOC_ENABLE": "1",
+            **call.environment,
+        }
 
         def failure(message):
-            return None, {"failures": [{"command": call.text(self.options.threads), "message": message}]}
+            return None, {
+                "failures": [{"command": call.text(self.options.threads), "message": message}]
+            }
 
         start = time.time()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        ) as process:
             while True:
                 try:
                     output, errors = process.communicate(timeout=1)
@@ -325,98 +476,217 @@ class Bench(Results):
                     process.kill()
                     raise
         if process.returncode != 0:
-            return failure((errors.strip().splitlines() or [f"ended by signal {-process.returncode}"])[-1])
+            return failure(
+                (errors.strip().splitlines() or [f"ended by signal {-process.returncode}"])[-1]
+            )
         return output, None
 
 
 # ---- what is written ----
 
+
 def duration(seconds):
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+    return (
+        f"{seconds:.3g} s"
+        if seconds >= 1
+        else f"{seconds * 1e3:.3g} ms"
+        if seconds >= 1e-3
+        else f"{seconds * 1e6:.3g} us"
+    )
 
 
 def table(header, lines):
-    return ["| " + " | ".join(header) + " |", "|" + "---|" * len(header),
-            *("| " + " | ".join(line) + " |" for line in lines), ""]
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(line) + " |" for line in lines),
+        "",
+    ]
 
 
 def form(row):
     """What the environment asked for, where it asked."""
-    return "".join(f", {row[name]} {what}" for name, what in [("MOBA_CPU_GATE", "gate"), ("MOBA_CPU_F32", "unit")]
-                   if name in row)
+    return "".join(
+        f", {row[name]} {what}"
+        for name, what in [("MOBA_CPU_GATE", "gate"), ("MOBA_CPU_F32", "unit")]
+        if name in row
+    )
 
 
 def row_line(row):
     choice, runs = (row["chunk_size"], row["topk"]), len(row["seconds"])
     spread = 50 * (row["seconds_max"] - row["seconds_min"]) / row["seconds_median"]
-    rate = f"{row['read_bytes'] / row['seconds_median'] / 1e9:.1f} GB/s" if row["pass"] == "decode" else \
-        f"{row['gflops']:.0f} GFLOP/s"
-    return [row["pass"] + form(row), length(row["tokens"]) + (f", {row['share']:g} sampled" if row["share"] < 1 else ""),
-            blocks(choice), f"{row['heads']}/{row['kv_heads']}", str(row["head_dim"]), row["dtype"], row["routing"],
-            str(row["threads"]), duration(row["seconds_median"]) + (f" +-{spread:.0f}%" if runs > 1 else ""), str(runs), rate,
-            f"{row['fraction_of_peak']:.3f} {row['ceiling']}",
-            " / ".join(duration(row[s + "_seconds"]) for s in ["centroids", "gate", "plan", "attend"]),
-            f"{row['workspace_bytes'] / MI:.0f} MiB", f"{row['peak_rss_bytes'] / 2**30:.2f} GiB"]
+    rate = (
+        f"{row['read_bytes'] / row['seconds_median'] / 1e9:.1f} GB/s"
+        if row["pass"] == "decode"
+        else f"{row['gflops']:.0f} GFLOP/s"
+    )
+    return [
+        row["pass"] + form(row),
+        length(row["tokens"]) + (f", {row['share']:g} sampled" if row["share"] < 1 else ""),
+        blocks(choice),
+        f"{row['heads']}/{row['kv_heads']}",
+        str(row["head_dim"]),
+        row["dtype"],
+        row["routing"],
+        str(row["threads"]),
+        duration(row["seconds_median"]) + (f" +-{spread:.0f}%" if runs > 1 else ""),
+        str(runs),
+        rate,
+        f"{row['fraction_of_peak']:.3f} {row['ceiling']}",
+        " / ".join(duration(row[s + "_seconds"]) for s in ["centroids", "gate", "plan", "attend"]),
+        f"{row['workspace_bytes'] / MI:.0f} MiB",
+        f"{row['peak_rss_bytes'] / 2**30:.2f} GiB",
+    ]
 
 
 def peer_line(row):
     choice = (row["chunk_size"], row["topk"])
     memory = f"{row['peak_rss_bytes'] / 2**30:.2f} GiB" if "peak_rss_bytes" in row else ""
-    return [row["peer"], length(row["tokens"]), blocks(choice), row.get("dtype", "float32"),
-            duration(row["seconds_median"]), "extrapolated" if row["extrapolated"] else
-            f"median of {len(row['seconds'])}" if len(row["seconds"]) > 1 else "one run", memory]
+    return [
+        row["peer"],
+        length(row["tokens"]),
+        blocks(choice),
+        row.get("dtype", "float32"),
+        duration(row["seconds_median"]),
+        "extrapolated"
+        if row["extrapolated"]
+        else f"median of {len(row['seconds'])}"
+        if len(row["seconds"]) > 1
+        else "one run",
+        memory,
+    ]
 
 
 def ceilings(bench):
-    best = {name: max((r[name] for r in bench.rows), default=0) for name in ["fma_gflops", "bf16_gflops", "read_gb_per_s"]}
-    texts = [f"{best['fma_gflops']:.0f} GFLOP/s of f32 multiply-adds" if best["fma_gflops"] else "",
-             f"{best['bf16_gflops']:.0f} of the CPU's bf16 products" if best["bf16_gflops"] else "",
-             f"{best['read_gb_per_s']:.1f} GB/s read" if best["read_gb_per_s"] else ""]
+    best = {
+        name: max((r[name] for r in bench.rows), default=0)
+        for name in ["fma_gflops", "bf16_gflops", "read_gb_per_s"]
+    }
+    texts = [
+        f"{best['fma_gflops']:.0f} GFLOP/s of f32 multiply-adds" if best["fma_gflops"] else "",
+        f"{best['bf16_gflops']:.0f} of the CPU's bf16 products" if best["bf16_gflops"] else "",
+        f"{best['read_gb_per_s']:.1f} GB/s read" if best["read_gb_per_s"] else "",
+    ]
     text = f"Best ceilings seen: {', '.join(filter(None, texts))}. Every fraction is of the ceiling measured around its own row."
     if "amx_bf16" not in cpu_units():
         return text
     sixth = f", {best['bf16_gflops'] / 6:.0f} GFLOP/s" if best["bf16_gflops"] else ""
-    return text + (" f32 attention runs on AMX here, every number in three bf16 parts and six products of theirs, so its limit "
-                   f"is a sixth of the bf16 products{sixth}, and its fraction of the multiply-adds' peak may exceed 1; rows "
-                   "with a `fma` unit were kept from it.")
+    return text + (
+        " f32 attention runs on AMX here, every number in three bf16 parts and six products of theirs, so its limit "
+        f"is a sixth of the bf16 products{sixth}, and its fraction of the multiply-adds' peak may exceed 1; rows "
+        "with a `fma` unit were kept from it."
+    )
 
 
 def markdown(bench, report):
-    lines = [f"# Attention on {report['machine']}", "", f"Units: {', '.join(report['units'])}. {report['date']}, "
-             f"{report['threads']} threads. Made with `{report['command']}`; its calls took {report['minutes']:.0f} minutes. "
-             f"{ceilings(bench)} Times are medians; fewer than five runs are those that would take longer than "
-             f"{BUDGET_SECONDS} s together, and a row of one run has the time of the run whose answer was checked.", ""]
-    lines += ["## Rows of `moba bench`", "", *table(
-        ["pass", "tokens", "blocks", "heads", "D", "dtype", "routing", "threads", "time", "runs", "rate", "of peak",
-         "centroids / gate / plan / attend", "scratch", "peak memory"], map(row_line, bench.rows))]
+    lines = [
+        f"# Attention on {report['machine']}",
+        "",
+        f"Units: {', '.join(report['units'])}. {report['date']}, "
+        f"{report['threads']} threads. Made with `{report['command']}`; its calls took {report['minutes']:.0f} minutes. "
+        f"{ceilings(bench)} Times are medians; fewer than five runs are those that would take longer than "
+        f"{BUDGET_SECONDS} s together, and a row of one run has the time of the run whose answer was checked.",
+        "",
+    ]
+    lines += [
+        "## Rows of `moba bench`",
+        "",
+        *table(
+            [
+                "pass",
+                "tokens",
+                "blocks",
+                "heads",
+                "D",
+                "dtype",
+                "routing",
+                "threads",
+                "time",
+                "runs",
+                "rate",
+                "of peak",
+                "centroids / gate / plan / attend",
+                "scratch",
+                "peak memory",
+            ],
+            map(row_line, bench.rows),
+        ),
+    ]
     if bench.peers:
-        lines += ["## Peers", "", "torch " + report["torch"] + ". `flex` is FlexAttention, compiled, with the block mask of "
-                  "MoBA's selection, whose making is not timed; `moba-naive` is MoBA with a mask over all pairs. A time "
-                  f"that would exceed {LONGEST_PEER_SECONDS} s is extrapolated by the peer's own growth, a n^2 + b n.", "",
-                  *table(["peer", "tokens", "blocks", "dtype", "time", "how", "peak memory"], map(peer_line, bench.peers))]
+        lines += [
+            "## Peers",
+            "",
+            "torch "
+            + report["torch"]
+            + ". `flex` is FlexAttention, compiled, with the block mask of "
+            "MoBA's selection, whose making is not timed; `moba-naive` is MoBA with a mask over all pairs. A time "
+            f"that would exceed {LONGEST_PEER_SECONDS} s is extrapolated by the peer's own growth, a n^2 + b n.",
+            "",
+            *table(
+                ["peer", "tokens", "blocks", "dtype", "time", "how", "peak memory"],
+                map(peer_line, bench.peers),
+            ),
+        ]
     if bench.failures:
-        lines += ["## Failed", "", *(f"- `{f['command']}`: {f['message']}" for f in bench.failures), ""]
+        lines += [
+            "## Failed",
+            "",
+            *(f"- `{f['command']}`: {f['message']}" for f in bench.failures),
+            "",
+        ]
     return "\n".join(lines)
 
 
 def plot_time(bench, stem):
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(7.5, 5.5))
-    series = {f"moba {blocks(c)}": [(r["tokens"], r["seconds_median"], r["share"] < 1)
-                                    for r in bench.find(c, group="forward", dtype="f32")] for c in CHOICES}
-    for name, label in [("sdpa", "torch SDPA, full"), ("flex", "FlexAttention, MoBA (512, 3)"),
-                        ("moba-naive", "mask-based MoBA (2048, 3)")]:
-        series[label] = sorted((p["tokens"], p["seconds_median"], p["extrapolated"]) for p in bench.peers
-                               if p["peer"] == name and p["group"] != "bf16")
+    series = {
+        f"moba {blocks(c)}": [
+            (r["tokens"], r["seconds_median"], r["share"] < 1)
+            for r in bench.find(c, group="forward", dtype="f32")
+        ]
+        for c in CHOICES
+    }
+    for name, label in [
+        ("sdpa", "torch SDPA, full"),
+        ("flex", "FlexAttention, MoBA (512, 3)"),
+        ("moba-naive", "mask-based MoBA (2048, 3)"),
+    ]:
+        series[label] = sorted(
+            (p["tokens"], p["seconds_median"], p["extrapolated"])
+            for p in bench.peers
+            if p["peer"] == name and p["group"] != "bf16"
+        )
     for index, (label, points) in enumerate(s for s in series.items() if s[1]):
-        style = {"color": f"C{index}", "marker": "o", "linestyle": "-" if label.startswith("moba") else "--"}
-        axes.plot([p[0] for p in points], [p[1] for p in points], label=label, markersize=5, **style)
+        style = {
+            "color": f"C{index}",
+            "marker": "o",
+            "linestyle": "-" if label.startswith("moba") else "--",
+        }
+        axes.plot(
+            [p[0] for p in points], [p[1] for p in points], label=label, markersize=5, **style
+        )
         for tokens, seconds, _ in (p for p in points if p[2]):
-            axes.plot([tokens], [seconds], marker="o", markersize=5, markerfacecolor="white", color=f"C{index}")
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds",
-             title="One head, D 128, f32, causal: forward (hollow: extrapolated or sampled)")
+            axes.plot(
+                [tokens],
+                [seconds],
+                marker="o",
+                markersize=5,
+                markerfacecolor="white",
+                color=f"C{index}",
+            )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="tokens",
+        ylabel="seconds",
+        title="One head, D 128, f32, causal: forward (hollow: extrapolated or sampled)",
+    )
     axes.set_xscale("log", base=2)
     ticks = sorted({p[0] for points in series.values() for p in points})
     axes.set_xticks(ticks, [length(n) for n in ticks])
@@ -428,20 +698,34 @@ def plot_time(bench, stem):
 
 def plot_peak(bench, stem):
     import matplotlib.pyplot as plt
-    rows = [r for r in bench.rows if r["group"] in ["forward", "units", "backward", "gate", "decode", "bf16"]
-            and (r["group"] != "forward" or r["tokens"] in [32 * KI, 128 * KI, MI])]
+
+    rows = [
+        r
+        for r in bench.rows
+        if r["group"] in ["forward", "units", "backward", "gate", "decode", "bf16"]
+        and (r["group"] != "forward" or r["tokens"] in [32 * KI, 128 * KI, MI])
+    ]
     figure, axes = plt.subplots(figsize=(8, 1 + 0.2 * len(rows)))
-    labels = [f"{r['pass']} {r['dtype']} {length(r['tokens'])} {blocks((r['chunk_size'], r['topk']))}{form(r)}"
-              + (", sampled" if r["share"] < 1 else "") for r in rows]
+    labels = [
+        f"{r['pass']} {r['dtype']} {length(r['tokens'])} {blocks((r['chunk_size'], r['topk']))}{form(r)}"
+        + (", sampled" if r["share"] < 1 else "")
+        for r in rows
+    ]
     places = list(range(len(rows)))
     colours = {"fma_f32": "C0", "read_bandwidth": "C2"}
-    axes.barh(places, [r["fraction_of_peak"] for r in rows], color=[colours.get(r["ceiling"], "C1") for r in rows])
+    axes.barh(
+        places,
+        [r["fraction_of_peak"] for r in rows],
+        color=[colours.get(r["ceiling"], "C1") for r in rows],
+    )
     axes.set_yticks(places, labels, fontsize=7)
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=0.5)
     names = {"fma_f32": "of f32 multiply-adds", "read_bandwidth": "of read bandwidth"}
     for ceiling in dict.fromkeys(r["ceiling"] for r in rows):
-        axes.barh([0], [0], color=colours.get(ceiling, "C1"), label=names.get(ceiling, f"of {ceiling}"))
+        axes.barh(
+            [0], [0], color=colours.get(ceiling, "C1"), label=names.get(ceiling, f"of {ceiling}")
+        )
     axes.set(xlabel="fraction of the ceiling measured in the same run")
     if rows:
         axes.legend(fontsize=8)
@@ -458,17 +742,28 @@ def replace(path, text):
 
 
 def write(bench, stem):
-    report = {"command": shlex.join(["python", "benchmarks/run.py", *(["--quick"] if bench.options.quick else [])]),
-              "machine": f"{cpu_name()}, {os.cpu_count()} cores", "units": cpu_units(),
-              "date": datetime.date.today().isoformat(), "threads": bench.options.threads,
-              "minutes": sum(bench.wall_seconds.values()) / 60, "torch": version("torch"),
-              "rows": bench.rows, "peers": bench.peers, "failures": bench.failures, "wall_seconds": bench.wall_seconds}
+    report = {
+        "command": shlex.join(
+            ["python", "benchmarks/run.py", *(["--quick"] if bench.options.quick else [])]
+        ),
+        "machine": f"{cpu_name()}, {os.cpu_count()} cores",
+        "units": cpu_units(),
+        "date": datetime.date.today().isoformat(),
+        "threads": bench.options.threads,
+        "minutes": sum(bench.wall_seconds.values()) / 60,
+        "torch": version("torch"),
+        "rows": bench.rows,
+        "peers": bench.peers,
+        "failures": bench.failures,
+        "wall_seconds": bench.wall_seconds,
+    }
     stem.parent.mkdir(parents=True, exist_ok=True)
     replace(Path(f"{stem}.json"), json.dumps(report, indent=1) + "\n")
     replace(Path(f"{stem}.md"), markdown(bench, report))
 
 
 # ---- the program ----
+
 
 def say(text="", end="\n"):
     print(text, end=end, file=sys.stderr, flush=True)
@@ -477,8 +772,10 @@ def say(text="", end="\n"):
 def told(found):
     """A line for what a call found."""
     for row in found.get("rows", []):
-        yield (f"{length(row['tokens'])} {blocks((row['chunk_size'], row['topk']))} {row['dtype']}: "
-               f"{duration(row['seconds_median'])}, {row['fraction_of_peak']:.3f} of {row['ceiling']}")
+        yield (
+            f"{length(row['tokens'])} {blocks((row['chunk_size'], row['topk']))} {row['dtype']}: "
+            f"{duration(row['seconds_median'])}, {row['fraction_of_peak']:.3f} of {row['ceiling']}"
+        )
     for row in found.get("peers", []):
         yield f"{length(row['tokens'])}: {duration(row['seconds_median'])}{', extrapolated' if row['extrapolated'] else ''}"
     for failure in found.get("failures", []):
@@ -489,11 +786,13 @@ def run_all(bench, calls, stem):
     """Makes the calls, writing after each."""
     start, done = time.time(), 0
     for number, call in enumerate(calls, 1):
-        passed, left = time.time() - start, sum(c.expected for c in calls[number - 1:])
+        passed, left = time.time() - start, sum(c.expected for c in calls[number - 1 :])
         if done > 60:  # until then the expectation is the better guess
             left *= passed / done
-        say(f"[{number}/{len(calls)}, {passed / 60:.0f} min so far, about {left / 60:.0f} left] "
-            f"{call.group}: {call.text(bench.options.threads)}")
+        say(
+            f"[{number}/{len(calls)}, {passed / 60:.0f} min so far, about {left / 60:.0f} left] "
+            f"{call.group}: {call.text(bench.options.threads)}"
+        )
 
         def show(seconds, expected=call.expected):
             if sys.stderr.isatty():
@@ -506,13 +805,26 @@ def run_all(bench, calls, stem):
 
 
 def parse(arguments):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a few short rows")
     parser.add_argument("--only", help=f"groups, of {','.join(GROUPS)}")
-    parser.add_argument("--continue", action="store_true", dest="resume", help="leave out calls that have rows of today")
-    parser.add_argument("--list", action="store_true", help="print the calls and how long they should take, make none")
+    parser.add_argument(
+        "--continue",
+        action="store_true",
+        dest="resume",
+        help="leave out calls that have rows of today",
+    )
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="print the calls and how long they should take, make none",
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--timeout", type=int, default=900, help="seconds for one call of moba bench")
+    parser.add_argument(
+        "--timeout", type=int, default=900, help="seconds for one call of moba bench"
+    )
     parser.add_argument("--moba", default=str(ROOT / "build/release/moba"), help="the program")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--name", help="of the files of results [the machine and the date]")
@@ -528,14 +840,21 @@ def parse(arguments):
 
 def main(arguments=None):
     options = parse(arguments)
-    name = options.name or f"{machine_name()}-{datetime.date.today().isoformat()}{'-quick' if options.quick else ''}"
+    name = (
+        options.name
+        or f"{machine_name()}-{datetime.date.today().isoformat()}{'-quick' if options.quick else ''}"
+    )
     stem = options.out / name
     plan = quick() if options.quick else [call for group in GROUPS.values() for call in group()]
     bench = Bench(options, plan)
     if Path(f"{stem}.json").exists():
         bench.keep(json.loads(Path(f"{stem}.json").read_text()))
-    calls = [call for call in plan if (options.quick or call.group in options.groups)
-             and not (options.resume and bench.has(call))]
+    calls = [
+        call
+        for call in plan
+        if (options.quick or call.group in options.groups)
+        and not (options.resume and bench.has(call))
+    ]
     if options.list:
         for call in calls:
             print(f"{call.expected:4.0f} s  {call.group}: {call.text(options.threads)}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare a file of results with the project's goals for attention on CPUs: what was asked, what was found, is it met.
 
-    .venv/bin/python benchmarks/targets.py benchmarks/results/<machine>-<date>.json
+.venv/bin/python benchmarks/targets.py benchmarks/results/<machine>-<date>.json
 """
 
 import argparse
@@ -28,32 +28,55 @@ def ratio(above, below):
 
 
 def times(value, extrapolated=False):
-    return None if value is None else f"{value:.1f}x" + (" (peer extrapolated)" if extrapolated else "")
+    return (
+        None
+        if value is None
+        else f"{value:.1f}x" + (" (peer extrapolated)" if extrapolated else "")
+    )
 
 
 def lowest_fraction(rows, bar):
     """Of all lengths, the worst decides."""
     if not rows:
         return "not measured", None
-    fractions = [f"{length(r['tokens'])}: {r['fraction_of_peak']:.3f}{' (sampled)' if r['share'] < 1 else ''}"
-                 for r in rows]
+    fractions = [
+        f"{length(r['tokens'])}: {r['fraction_of_peak']:.3f}{' (sampled)' if r['share'] < 1 else ''}"
+        for r in rows
+    ]
     return ", ".join(fractions), min(r["fraction_of_peak"] for r in rows) >= bar
 
 
 def forward_targets(results):
-    for dim, group, bars in [(128, "forward", [0.85, 0.80, 0.72, 0.60]),
-                             (64, "small-heads", [0.75, 0.72, 0.62, 0.50])]:
+    for dim, group, bars in [
+        (128, "forward", [0.85, 0.80, 0.72, 0.60]),
+        (64, "small-heads", [0.75, 0.72, 0.62, 0.50]),
+    ]:
         for choice, bar in zip(CHOICES, bars):
-            rows = [r for r in results.find(choice, group=group, dtype="f32", head_dim=dim) if r["tokens"] >= 32 * KI]
-            yield f"forward f32, D {dim}, {blocks(choice)}, of FMA peak", f">= {bar}", *lowest_fraction(rows, bar)
+            rows = [
+                r
+                for r in results.find(choice, group=group, dtype="f32", head_dim=dim)
+                if r["tokens"] >= 32 * KI
+            ]
+            yield (
+                f"forward f32, D {dim}, {blocks(choice)}, of FMA peak",
+                f">= {bar}",
+                *lowest_fraction(rows, bar),
+            )
 
 
 def unit_targets(results):
     for choice in [FULL, *CHOICES[2:]]:
-        found = [f"{form} {results.find(choice, group='units', MOBA_CPU_F32=form)[0]['fraction_of_peak']:.3f}"
-                 for form in ["fma", "amx"] if results.find(choice, group="units", MOBA_CPU_F32=form)]
-        yield (f"forward f32, D 128, {blocks(choice)}, 32K, of FMA peak, by unit", "shown",
-               ", ".join(found) or "not measured", None)
+        found = [
+            f"{form} {results.find(choice, group='units', MOBA_CPU_F32=form)[0]['fraction_of_peak']:.3f}"
+            for form in ["fma", "amx"]
+            if results.find(choice, group="units", MOBA_CPU_F32=form)
+        ]
+        yield (
+            f"forward f32, D 128, {blocks(choice)}, 32K, of FMA peak, by unit",
+            "shown",
+            ", ".join(found) or "not measured",
+            None,
+        )
 
 
 def routing_targets(results):
@@ -61,13 +84,24 @@ def routing_targets(results):
         base = results.seconds(choice, group="routings", routing="independent")
         for routing in ["clustered", "sink"]:
             change = ratio(results.seconds(choice, group="routings", routing=routing), base)
-            yield (f"{routing} routing against independent, {blocks(choice)}, time", "<= 1.15", *at_most(change, 1.15))
+            yield (
+                f"{routing} routing against independent, {blocks(choice)}, time",
+                "<= 1.15",
+                *at_most(change, 1.15),
+            )
 
 
 def head_targets(results):
     for choice in CHOICES[2:]:
-        change = ratio(results.seconds(choice, group="heads", kv_heads=3), results.seconds(choice, group="heads", kv_heads=9))
-        yield f"9 query heads on 3 kv heads against 9, {blocks(choice)}, time", "<= 1", *at_most(change, 1)
+        change = ratio(
+            results.seconds(choice, group="heads", kv_heads=3),
+            results.seconds(choice, group="heads", kv_heads=9),
+        )
+        yield (
+            f"9 query heads on 3 kv heads against 9, {blocks(choice)}, time",
+            "<= 1",
+            *at_most(change, 1),
+        )
 
 
 def bf16_targets(results):
@@ -76,36 +110,65 @@ def bf16_targets(results):
         change = ratio(bf16_seconds, results.seconds(choice, group="bf16", dtype="f32"))
         fma = ratio(bf16_seconds, results.seconds(choice, group="units", MOBA_CPU_F32="fma"))
         text = change and fma and f"{change:.3f} ({fma:.3f} of f32 by multiply-adds)"
-        yield f"forward bf16 against f32, {blocks(choice)}, 32K, time", "<= 0.62", *at_most(change, 0.62, text)
+        yield (
+            f"forward bf16 against f32, {blocks(choice)}, 32K, time",
+            "<= 0.62",
+            *at_most(change, 0.62, text),
+        )
 
 
 def sdpa_targets(results):
-    for choice, tokens, bar in [(FULL, 32 * KI, 3), ((512, 3), 32 * KI, 30), ((512, 3), 128 * KI, 120),
-                                ((128, 8), MI, 400)]:
+    for choice, tokens, bar in [
+        (FULL, 32 * KI, 3),
+        ((512, 3), 32 * KI, 30),
+        ((512, 3), 128 * KI, 120),
+        ((128, 8), MI, 400),
+    ]:
         peer = results.peer_row("sdpa", tokens, group="forward")
-        speed = ratio(peer and peer["seconds_median"],
-                      results.seconds(choice, group="forward", tokens=tokens, dtype="f32"))
-        yield (f"forward against torch SDPA, {blocks(choice)}, {length(tokens)}", f">= {bar}x",
-               *at_least(speed, bar, times(speed, peer and peer["extrapolated"])))
+        speed = ratio(
+            peer and peer["seconds_median"],
+            results.seconds(choice, group="forward", tokens=tokens, dtype="f32"),
+        )
+        yield (
+            f"forward against torch SDPA, {blocks(choice)}, {length(tokens)}",
+            f">= {bar}x",
+            *at_least(speed, bar, times(speed, peer and peer["extrapolated"])),
+        )
 
 
 def flex_targets(results):
     for tokens in [32 * KI, 128 * KI]:
         peer = results.peer_row("flex", tokens)
-        speed = ratio(peer and peer["seconds_median"], results.seconds((512, 3), group="forward", tokens=tokens))
+        speed = ratio(
+            peer and peer["seconds_median"],
+            results.seconds((512, 3), group="forward", tokens=tokens),
+        )
         text = times(speed, peer and peer["extrapolated"])
-        yield f"forward against FlexAttention with MoBA's mask, (512, 3), {length(tokens)}", "shown", text or "not measured", None
+        yield (
+            f"forward against FlexAttention with MoBA's mask, (512, 3), {length(tokens)}",
+            "shown",
+            text or "not measured",
+            None,
+        )
 
 
 def backward_targets(results):
     for choice, bar in [(FULL, 0.75), ((512, 3), 0.65), ((128, 8), 0.55)]:
-        yield (f"backward f32, D 128, {blocks(choice)}, of FMA peak", f">= {bar}",
-               *lowest_fraction(results.find(choice, group="backward"), bar))
+        yield (
+            f"backward f32, D 128, {blocks(choice)}, of FMA peak",
+            f">= {bar}",
+            *lowest_fraction(results.find(choice, group="backward"), bar),
+        )
     tokens = 32 * KI
     peer = results.peer_row("sdpa-backward", tokens)
-    speed = ratio(peer and peer["seconds_median"], results.seconds(FULL, group="backward", tokens=tokens))
-    yield (f"backward against torch SDPA's, full, {length(tokens)}", ">= 3x",
-           *at_least(speed, 3, times(speed, peer and peer["extrapolated"])))
+    speed = ratio(
+        peer and peer["seconds_median"], results.seconds(FULL, group="backward", tokens=tokens)
+    )
+    yield (
+        f"backward against torch SDPA's, full, {length(tokens)}",
+        ">= 3x",
+        *at_least(speed, 3, times(speed, peer and peer["extrapolated"])),
+    )
 
 
 def gate_targets(results):
@@ -119,55 +182,118 @@ def gate_targets(results):
 def decode_targets(results):
     for dtype, bar in [("f32", 0.90), ("f16", 0.85), ("i8", 0.80)]:
         for choice in [(4096, 12), (128, 8)]:
-            yield (f"decode {dtype}, {blocks(choice)}, of read bandwidth", f">= {bar}",
-                   *lowest_fraction(results.find(choice, group="decode", dtype=dtype), bar))
+            yield (
+                f"decode {dtype}, {blocks(choice)}, of read bandwidth",
+                f">= {bar}",
+                *lowest_fraction(results.find(choice, group="decode", dtype=dtype), bar),
+            )
 
 
 def linear_targets(results):
-    seconds = {r["tokens"]: r["plan_seconds"] + r["attend_seconds"]
-               for r in results.find((128, 8), group="forward") if r["share"] == 1}
-    steps = {n: ratio(seconds[2 * n], seconds[n]) for n in seconds if 2 * n in seconds and n >= 32 * KI}
+    seconds = {
+        r["tokens"]: r["plan_seconds"] + r["attend_seconds"]
+        for r in results.find((128, 8), group="forward")
+        if r["share"] == 1
+    }
+    steps = {
+        n: ratio(seconds[2 * n], seconds[n]) for n in seconds if 2 * n in seconds and n >= 32 * KI
+    }
     text = ", ".join(f"{length(n)}: {step:.2f}" for n, step in steps.items())
-    yield ("time(2N) / time(N), (128, 8), without the gate", "<= 2.1",
-           *at_most(max(steps.values(), default=None), 2.1, text))
+    yield (
+        "time(2N) / time(N), (128, 8), without the gate",
+        "<= 2.1",
+        *at_most(max(steps.values(), default=None), 2.1, text),
+    )
 
 
 def ten_million_targets(results):
     whole = results.find((512, 3), group="ten-million")
-    text = ", ".join(f"{r['seconds_median']:.1f} s, {r['peak_rss_bytes'] / 2**30:.1f} GiB" for r in whole)
-    yield ("10M tokens, bf16, (512, 3), whole", "runs in 24 GiB", text or "not measured",
-           max(r["peak_rss_bytes"] for r in whole) <= 24 * 2**30 if whole else None)
+    text = ", ".join(
+        f"{r['seconds_median']:.1f} s, {r['peak_rss_bytes'] / 2**30:.1f} GiB" for r in whole
+    )
+    yield (
+        "10M tokens, bf16, (512, 3), whole",
+        "runs in 24 GiB",
+        text or "not measured",
+        max(r["peak_rss_bytes"] for r in whole) <= 24 * 2**30 if whole else None,
+    )
     sampled = results.find((10 * MI // 64, 3), group="ten-million")
     dense = results.find(FULL, group="ten-million")
-    speed = ratio(dense[0]["seconds_median"] if dense else None, sampled[0]["seconds_median"] if sampled else None)
-    text = speed and f"{speed:.1f}x (shares of {sampled[0]['share']:g} and {dense[0]['share']:g}, scaled)"
-    yield "10M tokens, bf16, 64 blocks, K 3, against full, both sampled", ">= 12x", *at_least(speed, 12, text)
+    speed = ratio(
+        dense[0]["seconds_median"] if dense else None,
+        sampled[0]["seconds_median"] if sampled else None,
+    )
+    text = (
+        speed
+        and f"{speed:.1f}x (shares of {sampled[0]['share']:g} and {dense[0]['share']:g}, scaled)"
+    )
+    yield (
+        "10M tokens, bf16, 64 blocks, K 3, against full, both sampled",
+        ">= 12x",
+        *at_least(speed, 12, text),
+    )
 
 
 def naive_targets(results):
     choice, tokens = (2048, 3), 32 * KI
-    row, peer = results.find(choice, group="naive", tokens=tokens), results.peer_row("moba-naive", tokens)
+    row, peer = (
+        results.find(choice, group="naive", tokens=tokens),
+        results.peer_row("moba-naive", tokens),
+    )
     speed = ratio(peer and peer["seconds_median"], row[0]["seconds_median"] if row else None)
-    yield (f"against the mask-based form, {blocks(choice)}, {length(tokens)}", ">= 100x",
-           *at_least(speed, 100, times(speed, peer and peer["extrapolated"])))
+    yield (
+        f"against the mask-based form, {blocks(choice)}, {length(tokens)}",
+        ">= 100x",
+        *at_least(speed, 100, times(speed, peer and peer["extrapolated"])),
+    )
 
     def grown(rows):
         """Memory that a doubling of the longest length adds, over what the doubling before added."""
-        memory = [r["peak_rss_bytes"] for r in sorted(rows, key=lambda r: r["tokens"]) if "peak_rss_bytes" in r]
-        return (memory[-1] - memory[-2]) / max(memory[-2] - memory[-3], 1) if len(memory) >= 3 else None
+        memory = [
+            r["peak_rss_bytes"]
+            for r in sorted(rows, key=lambda r: r["tokens"])
+            if "peak_rss_bytes" in r
+        ]
+        return (
+            (memory[-1] - memory[-2]) / max(memory[-2] - memory[-3], 1)
+            if len(memory) >= 3
+            else None
+        )
 
-    mine, masked = grown(results.find(group="naive")), grown([p for p in results.peers if p["group"] == "naive"])
-    text = mine and masked and row and peer and "peak_rss_bytes" in peer and (
-        f"{mine:.1f} against {masked:.1f}; {length(tokens)} takes {row[0]['peak_rss_bytes'] / 2**30:.2f} GiB against "
-        f"{peer['peak_rss_bytes'] / 2**30:.1f}") or None
-    yield ("memory added by a doubling over the doubling before: ours about 2, the mask's about 4", "<= 2.5",
-           *at_most(mine, 2.5, text))
+    mine, masked = (
+        grown(results.find(group="naive")),
+        grown([p for p in results.peers if p["group"] == "naive"]),
+    )
+    text = (
+        mine
+        and masked
+        and row
+        and peer
+        and "peak_rss_bytes" in peer
+        and (
+            f"{mine:.1f} against {masked:.1f}; {length(tokens)} takes {row[0]['peak_rss_bytes'] / 2**30:.2f} GiB against "
+            f"{peer['peak_rss_bytes'] / 2**30:.1f}"
+        )
+        or None
+    )
+    yield (
+        "memory added by a doubling over the doubling before: ours about 2, the mask's about 4",
+        "<= 2.5",
+        *at_most(mine, 2.5, text),
+    )
 
 
 def thread_targets(results):
     for choice in [FULL, *CHOICES[2:]]:
-        speed = ratio(results.seconds(choice, group="threads", threads=1), results.seconds(choice, group="threads", threads=2))
-        yield f"two threads against one, {blocks(choice)}", ">= 1.9x", *at_least(speed, 1.9, times(speed))
+        speed = ratio(
+            results.seconds(choice, group="threads", threads=1),
+            results.seconds(choice, group="threads", threads=2),
+        )
+        yield (
+            f"two threads against one, {blocks(choice)}",
+            ">= 1.9x",
+            *at_least(speed, 1.9, times(speed)),
+        )
 
 
 def generate_targets(results):
@@ -176,24 +302,47 @@ def generate_targets(results):
     if reports:
         row = json.loads(reports[-1].read_text())["results"]["moba, MoBA"]
         share = row["attention_seconds"] / row["seconds"]
-    yield "`moba generate`: attention's share of MoBA's time to first token", "<= 15%", *at_most(
-        share, 0.15, share and f"{100 * share:.1f}% ({reports[-1].name})")
+    yield (
+        "`moba generate`: attention's share of MoBA's time to first token",
+        "<= 15%",
+        *at_most(share, 0.15, share and f"{100 * share:.1f}% ({reports[-1].name})"),
+    )
 
 
-TARGETS = [forward_targets, unit_targets, routing_targets, head_targets, bf16_targets, sdpa_targets, flex_targets,
-           backward_targets, gate_targets, decode_targets, linear_targets, ten_million_targets, naive_targets,
-           thread_targets, generate_targets]
+TARGETS = [
+    forward_targets,
+    unit_targets,
+    routing_targets,
+    head_targets,
+    bf16_targets,
+    sdpa_targets,
+    flex_targets,
+    backward_targets,
+    gate_targets,
+    decode_targets,
+    linear_targets,
+    ten_million_targets,
+    naive_targets,
+    thread_targets,
+    generate_targets,
+]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, help="a JSON file of benchmarks/run.py")
     options = parser.parse_args()
     report = json.loads(options.results.read_text())
     results = Results(report["rows"], report["peers"])
     results.folder = options.results.parent
     marks = {True: "met", False: "not met", None: ""}
-    rows = [(what, target, measured, marks[met]) for each in TARGETS for what, target, measured, met in each(results)]
+    rows = [
+        (what, target, measured, marks[met])
+        for each in TARGETS
+        for what, target, measured, met in each(results)
+    ]
     print("\n".join(table(["what", "target", "measured", "met?"], rows)))
 
 

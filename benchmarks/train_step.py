@@ -25,9 +25,19 @@ from pathlib import Path
 from ttft import cpu_name, peak_rss_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = dict(model_type="llama", vocab_size=264, hidden_size=256, intermediate_size=688, num_hidden_layers=4,
-             num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=65536, rms_norm_eps=1e-5,
-             rope_theta=10000.0, tie_word_embeddings=True)
+SHAPE = dict(
+    model_type="llama",
+    vocab_size=264,
+    hidden_size=256,
+    intermediate_size=688,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=65536,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    tie_word_embeddings=True,
+)
 PEER = "PyTorch, SDPA"
 MODES = {"moba, MoBA (512, 3)": "moba", "moba, full": "full"}
 
@@ -39,7 +49,9 @@ def run_peer(options):
 
     torch.set_num_threads(options.threads)
     shape = {name: value for name, value in SHAPE.items() if name != "model_type"}
-    model = transformers.LlamaForCausalLM._from_config(transformers.LlamaConfig(**shape), attn_implementation="sdpa")
+    model = transformers.LlamaForCausalLM._from_config(
+        transformers.LlamaConfig(**shape), attn_implementation="sdpa"
+    )
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
     for _ in range(options.steps):
         ids = torch.randint(0, 256, (1, options.tokens))
@@ -57,10 +69,30 @@ def run_peer(options):
 def train(options, folder, tokens, *flags, steps=None, watch=lambda out, run: None):
     """The lines of a run's log; `watch` is called while it runs."""
     out = Path(tempfile.mkdtemp(dir=folder))
-    command = [options.moba, "train", "--config", folder / "config.json", "--data", folder / "text.txt", "--out", out,
-               "--steps", steps or options.steps, "--seq-len", tokens, "--batch-tokens", tokens, "--threads", options.threads,
-               "--dtype", options.dtype, *flags]
-    with subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
+    command = [
+        options.moba,
+        "train",
+        "--config",
+        folder / "config.json",
+        "--data",
+        folder / "text.txt",
+        "--out",
+        out,
+        "--steps",
+        steps or options.steps,
+        "--seq-len",
+        tokens,
+        "--batch-tokens",
+        tokens,
+        "--threads",
+        options.threads,
+        "--dtype",
+        options.dtype,
+        *flags,
+    ]
+    with subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as run:
         watch(out, run)
     if run.returncode != 0:
         sys.exit(f"train_step: failed with {run.returncode}: {shlex.join(map(str, command))}")
@@ -68,20 +100,53 @@ def train(options, folder, tokens, *flags, steps=None, watch=lambda out, run: No
 
 
 def measure(options, folder):
-    peer = [sys.executable, __file__, "--peer", "--tokens", options.tokens, "--steps", options.steps, "--threads",
-            options.threads, "--dtype", options.dtype]
+    peer = [
+        sys.executable,
+        __file__,
+        "--peer",
+        "--tokens",
+        options.tokens,
+        "--steps",
+        options.steps,
+        "--threads",
+        options.threads,
+        "--dtype",
+        options.dtype,
+    ]
     rounds = []
     for number in range(options.rounds):
-        runs = {name: train(options, folder, options.tokens, "--attn", mode) for name, mode in MODES.items()}
-        lines = subprocess.run([str(word) for word in peer], check=True, capture_output=True, text=True).stdout
+        runs = {
+            name: train(options, folder, options.tokens, "--attn", mode)
+            for name, mode in MODES.items()
+        }
+        lines = subprocess.run(
+            [str(word) for word in peer], check=True, capture_output=True, text=True
+        ).stdout
         runs[PEER] = [json.loads(line) for line in lines.splitlines()]
-        rounds.append({name: {"seconds": min(step["seconds"] for step in steps[1:]),
-                              "attention_share": steps[-1].get("attention_share"),
-                              "memory_gib": steps[-1]["memory_gib"]} for name, steps in runs.items()})
-        print(f"round {number + 1}: " + "; ".join(f"{k} {v['seconds']:.2f} s" for k, v in rounds[-1].items()),
-              file=sys.stderr)
-    rows = {name: {key: None if rounds[0][name][key] is None else statistics.median(r[name][key] for r in rounds)
-                   for key in rounds[0][name]} for name in rounds[0]}
+        rounds.append(
+            {
+                name: {
+                    "seconds": min(step["seconds"] for step in steps[1:]),
+                    "attention_share": steps[-1].get("attention_share"),
+                    "memory_gib": steps[-1]["memory_gib"],
+                }
+                for name, steps in runs.items()
+            }
+        )
+        print(
+            f"round {number + 1}: "
+            + "; ".join(f"{k} {v['seconds']:.2f} s" for k, v in rounds[-1].items()),
+            file=sys.stderr,
+        )
+    rows = {
+        name: {
+            key: None
+            if rounds[0][name][key] is None
+            else statistics.median(r[name][key] for r in rounds)
+            for key in rounds[0][name]
+        }
+        for name in rounds[0]
+    }
     for row in rows.values():
         row["speedup_over_peer"] = rows[PEER]["seconds"] / row["seconds"]
     return rows
@@ -101,29 +166,53 @@ def overhead(options, folder, tokens=2048, first=10, last=60):
     log = train(options, folder, tokens, steps=last + 1, watch=watch)  # the last step also saves
     wall = (seen[1] - seen[0]) / (last - first)
     compute = statistics.mean(step["compute_seconds"] for step in log[first:last])
-    return {"tokens": tokens, "steps": last - first, "seconds": wall, "compute_seconds": compute, "overhead": wall / compute - 1}
+    return {
+        "tokens": tokens,
+        "steps": last - first,
+        "seconds": wall,
+        "compute_seconds": compute,
+        "overhead": wall / compute - 1,
+    }
 
 
 def markdown(report):
-    lines = [f"# A training step of {report['tokens']} tokens, 4 layers of width 256", "",
-             f"{report['machine']}, {report['date']}, {report['threads']} threads, {report['dtype']}, median of "
-             f"{report['rounds']} interleaved rounds, best step of each. Made with `{report['command']}`.", "",
-             "| trainer, attention | step (s) | tokens/s | of it attention | against the peer | peak memory (GiB) |",
-             "|---|---|---|---|---|---|"]
+    lines = [
+        f"# A training step of {report['tokens']} tokens, 4 layers of width 256",
+        "",
+        f"{report['machine']}, {report['date']}, {report['threads']} threads, {report['dtype']}, median of "
+        f"{report['rounds']} interleaved rounds, best step of each. Made with `{report['command']}`.",
+        "",
+        "| trainer, attention | step (s) | tokens/s | of it attention | against the peer | peak memory (GiB) |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in report["results"].items():
         share = "" if row["attention_share"] is None else f"{row['attention_share']:.0%}"
-        lines.append(f"| {name} | {row['seconds']:.2f} | {report['tokens'] / row['seconds']:.0f} | {share} "
-                     f"| {row['speedup_over_peer']:.2f}x | {row['memory_gib']:.2f} |")
+        lines.append(
+            f"| {name} | {row['seconds']:.2f} | {report['tokens'] / row['seconds']:.0f} | {share} "
+            f"| {row['speedup_over_peer']:.2f}x | {row['memory_gib']:.2f} |"
+        )
     long, short = report["long"], report["short"]
-    return "\n".join([*lines, "", f"{long['tokens']} tokens with activation checkpointing: {long['seconds']:.2f} s a step, "
-                      f"peak memory {long['memory_gib']:.2f} GiB.", "",
-                      f"{short['tokens']} tokens: {1000 * short['seconds']:.0f} ms a step over {short['steps']} steps, "
-                      f"{1000 * short['compute_seconds']:.0f} ms of them in the passes and the optimiser; all else adds "
-                      f"{short['overhead']:.1%}."]) + "\n"
+    return (
+        "\n".join(
+            [
+                *lines,
+                "",
+                f"{long['tokens']} tokens with activation checkpointing: {long['seconds']:.2f} s a step, "
+                f"peak memory {long['memory_gib']:.2f} GiB.",
+                "",
+                f"{short['tokens']} tokens: {1000 * short['seconds']:.0f} ms a step over {short['steps']} steps, "
+                f"{1000 * short['compute_seconds']:.0f} ms of them in the passes and the optimiser; all else adds "
+                f"{short['overhead']:.1%}.",
+            ]
+        )
+        + "\n"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--moba", default=str(ROOT / "build/release/moba"), help="the program")
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=4)
@@ -143,13 +232,22 @@ def main():
         (folder / "config.json").write_text(json.dumps(SHAPE))
         draw = random.Random(1)
         (folder / "text.txt").write_text("".join(draw.choices("abcdefghijklmnop \n", k=1 << 20)))
-        report = {"command": shlex.join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
-                  "machine": f"{cpu_name()}, {os.cpu_count()} cores", "date": date, "tokens": options.tokens,
-                  "threads": options.threads, "dtype": options.dtype, "rounds": options.rounds,
-                  "results": measure(options, folder)}
+        report = {
+            "command": shlex.join(["python", "benchmarks/train_step.py", *sys.argv[1:]]),
+            "machine": f"{cpu_name()}, {os.cpu_count()} cores",
+            "date": date,
+            "tokens": options.tokens,
+            "threads": options.threads,
+            "dtype": options.dtype,
+            "rounds": options.rounds,
+            "results": measure(options, folder),
+        }
         long = train(options, folder, 2 * options.tokens, "--activation-checkpointing")
-        report["long"] = {"tokens": 2 * options.tokens, "seconds": min(step["seconds"] for step in long[1:]),
-                          "memory_gib": long[-1]["memory_gib"]}
+        report["long"] = {
+            "tokens": 2 * options.tokens,
+            "seconds": min(step["seconds"] for step in long[1:]),
+            "memory_gib": long[-1]["memory_gib"],
+        }
         report["short"] = overhead(options, folder)
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"train-{options.machine}-{options.dtype}-{date}"

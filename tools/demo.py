@@ -23,7 +23,10 @@ LENGTHS = [8, 16, 32, 64, 128, 256]  # times 1024 tokens
 WHOLE = 64  # up to here all queries are timed
 BLOCK, TOP_K = 512, 3
 TRAINED = ROOT / "models/needle-2m"
-TRAINED_LENGTHS = [32, 128]  # times 1024 tokens; the model has seen few texts longer than the first of them
+TRAINED_LENGTHS = [
+    32,
+    128,
+]  # times 1024 tokens; the model has seen few texts longer than the first of them
 CHARACTERS = 2.6  # of a token, about
 
 COLOURS = {"bold": "1", "green": "32", "red": "31", "dim": "2"}
@@ -55,7 +58,9 @@ class Table:
 
     def line(self, cells):
         first, *others = zip(cells, self.widths)
-        return "  ".join([f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in others)])
+        return "  ".join(
+            [f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in others)]
+        )
 
     def row(self, *cells):
         print(self.line(cells), flush=True)
@@ -70,8 +75,21 @@ def document(path):
 
 def ask(options, text_file, attention):
     print(paint(f"reading with {attention} attention ...", "dim"), flush=True)
-    return run_moba(options.moba, "generate", "-m", options.model, "-f", text_file, "-p", QUESTION, "-n", 32,
-                    "--attn", attention, "--json")
+    return run_moba(
+        options.moba,
+        "generate",
+        "-m",
+        options.model,
+        "-f",
+        text_file,
+        "-p",
+        QUESTION,
+        "-n",
+        32,
+        "--attn",
+        attention,
+        "--json",
+    )
 
 
 def needle(options):
@@ -86,30 +104,68 @@ def needle(options):
         results = {name: ask(options, text_file.name, name) for name in ("full", "moba")}
 
     print()
-    table = Table([("attention", 10), ("prompt tokens", 13), ("first token", 11), ("of it attention", 15),
-                   ("tokens/s read", 13), ("tokens/s written", 16), ("peak memory", 11), ("answer", 0)])
+    table = Table(
+        [
+            ("attention", 10),
+            ("prompt tokens", 13),
+            ("first token", 11),
+            ("of it attention", 15),
+            ("tokens/s read", 13),
+            ("tokens/s written", 16),
+            ("peak memory", 11),
+            ("answer", 0),
+        ]
+    )
     for name, result in results.items():
         tokens, first = len(result["prompt_ids"]), result["prefill_seconds"]
-        table.row("full" if name == "full" else "MoBA", f"{tokens}", f"{first:.2f} s",
-                  f"{result['attention_seconds']:.2f} s, {result['attention_seconds'] / first:3.0%}",
-                  f"{tokens / first:.0f}", f"{len(result['generated_ids']) / result['decode_seconds']:.1f}",
-                  f"{result['peak_rss_bytes'] / 2**30:.2f} GiB", " ".join(result["text"].split()))
+        table.row(
+            "full" if name == "full" else "MoBA",
+            f"{tokens}",
+            f"{first:.2f} s",
+            f"{result['attention_seconds']:.2f} s, {result['attention_seconds'] / first:3.0%}",
+            f"{tokens / first:.0f}",
+            f"{len(result['generated_ids']) / result['decode_seconds']:.1f}",
+            f"{result['peak_rss_bytes'] / 2**30:.2f} GiB",
+            " ".join(result["text"].split()),
+        )
     settings = results["moba"]["settings"]
-    print(f"MoBA: blocks of {settings['moba_chunk_size']} tokens, {settings['moba_topk']} of them a token, the first "
-          f"one always; the last {settings['moba_full_tail']} tokens of the prompt attend to everything.")
+    print(
+        f"MoBA: blocks of {settings['moba_chunk_size']} tokens, {settings['moba_topk']} of them a token, the first "
+        f"one always; the last {settings['moba_full_tail']} tokens of the prompt attend to everything."
+    )
 
     wrong = [name for name, result in results.items() if SECRET not in result["text"]]
     for name in wrong:
-        print(paint(f"With --attn {name} the answer does not hold {SECRET}: the model did not find the fact.",
-                    "red"))
+        print(
+            paint(
+                f"With --attn {name} the answer does not hold {SECRET}: the model did not find the fact.",
+                "red",
+            )
+        )
     if not wrong:
         print(paint("Both answers hold the fact.", "green"))
     return not wrong
 
 
 def bench(options, tokens, top_k, share):
-    rows = run_moba(options.moba, "bench", "--tokens", tokens, "--chunk-size", BLOCK, "--topk", top_k, "--heads", 1,
-                    "--head-dim", 128, "--sample", share, "-o", "json")
+    rows = run_moba(
+        options.moba,
+        "bench",
+        "--tokens",
+        tokens,
+        "--chunk-size",
+        BLOCK,
+        "--topk",
+        top_k,
+        "--heads",
+        1,
+        "--head-dim",
+        128,
+        "--sample",
+        share,
+        "-o",
+        "json",
+    )
     return rows[0]
 
 
@@ -119,9 +175,15 @@ def duration(seconds):
 
 def lengths(options):
     """One head of 128 numbers over random keys, full against MoBA."""
-    print(paint(f"\nOne attention head reads longer and longer texts, with {TOP_K} blocks of {BLOCK} tokens a token",
-                "bold"))
-    table = Table([("tokens", 8), ("full", 10), ("MoBA", 10), ("speed-up", 8), ("MoBA scratch", 12)])
+    print(
+        paint(
+            f"\nOne attention head reads longer and longer texts, with {TOP_K} blocks of {BLOCK} tokens a token",
+            "bold",
+        )
+    )
+    table = Table(
+        [("tokens", 8), ("full", 10), ("MoBA", 10), ("speed-up", 8), ("MoBA scratch", 12)]
+    )
     estimated = False
     for thousands in LENGTHS:
         tokens = thousands * 1024
@@ -130,8 +192,13 @@ def lengths(options):
         full = bench(options, tokens, 0, share)["seconds_median"]
         moba = bench(options, tokens, TOP_K, 1)
         estimated = estimated or share < 1
-        table.row(f"{thousands}K", f"{'~' if share < 1 else ''}{duration(full)}", duration(moba["seconds_median"]),
-                  f"{full / moba['seconds_median']:.1f}x", f"{moba['workspace_bytes'] / 2**20:.0f} MiB")
+        table.row(
+            f"{thousands}K",
+            f"{'~' if share < 1 else ''}{duration(full)}",
+            duration(moba["seconds_median"]),
+            f"{full / moba['seconds_median']:.1f}x",
+            f"{moba['workspace_bytes'] / 2**20:.0f} MiB",
+        )
     if estimated:
         print("~ timed on a share of the queries, spread evenly, and scaled to all of them")
 
@@ -141,16 +208,32 @@ def trained_prompt(tokens, chance):
     key, number = needles.listed_key(chance), str(chance.randrange(10000, 100000))
     texts = needles.texts("held-out")
     chance.shuffle(texts)
-    text = "\n".join(texts)[:int(tokens * CHARACTERS)]
+    text = "\n".join(texts)[: int(tokens * CHARACTERS)]
     place = text.rindex("\n", 0, int(len(text) * DEPTH)) + 1
-    return f"{text[:place]}{needles.fact(key, number)}\n{text[place:]}\n{needles.question(key)}", number
+    return (
+        f"{text[:place]}{needles.fact(key, number)}\n{text[place:]}\n{needles.question(key)}",
+        number,
+    )
 
 
 def trained(options):
     """The model of this repository, which learned with MoBA, is asked for a fact in texts of what is installed here."""
-    print(paint(f"\nA model trained with MoBA ({TRAINED.relative_to(ROOT)}) finds a number in real text", "bold"))
-    table = Table([("tokens", 8), ("attention", 9), ("first token", 11), ("of it attention", 15), ("the number", 10),
-                   ("the answer", 10)])
+    print(
+        paint(
+            f"\nA model trained with MoBA ({TRAINED.relative_to(ROOT)}) finds a number in real text",
+            "bold",
+        )
+    )
+    table = Table(
+        [
+            ("tokens", 8),
+            ("attention", 9),
+            ("first token", 11),
+            ("of it attention", 15),
+            ("the number", 10),
+            ("the answer", 10),
+        ]
+    )
     right = True
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as prompt_file:
         for thousands in TRAINED_LENGTHS:
@@ -160,25 +243,56 @@ def trained(options):
             prompt_file.write(prompt)
             prompt_file.flush()
             for name in ("full", "moba"):
-                result = run_moba(options.moba, "generate", "-m", TRAINED, "-f", prompt_file.name, "-n", 8, "--no-chat",
-                                  "--dtype", "bf16", "--json", "--attn", name)
+                result = run_moba(
+                    options.moba,
+                    "generate",
+                    "-m",
+                    TRAINED,
+                    "-f",
+                    prompt_file.name,
+                    "-n",
+                    8,
+                    "--no-chat",
+                    "--dtype",
+                    "bf16",
+                    "--json",
+                    "--attn",
+                    name,
+                )
                 answer, first = needles.answer(result["text"]), result["prefill_seconds"]
                 right = right and (answer == number or thousands > TRAINED_LENGTHS[0])
-                table.row(f"{len(result['prompt_ids'])}", "full" if name == "full" else "MoBA", f"{first:.2f} s",
-                          f"{result['attention_seconds']:.2f} s, {result['attention_seconds'] / first:3.0%}", number,
-                          answer)
-    print(f"Of texts of more than {TRAINED_LENGTHS[0]}K tokens it has seen few, of more than {TRAINED_LENGTHS[-1]}K none.")
+                table.row(
+                    f"{len(result['prompt_ids'])}",
+                    "full" if name == "full" else "MoBA",
+                    f"{first:.2f} s",
+                    f"{result['attention_seconds']:.2f} s, {result['attention_seconds'] / first:3.0%}",
+                    number,
+                    answer,
+                )
+    print(
+        f"Of texts of more than {TRAINED_LENGTHS[0]}K tokens it has seen few, of more than {TRAINED_LENGTHS[-1]}K none."
+    )
     if not right:
-        print(f"An answer at {TRAINED_LENGTHS[0]}K tokens is wrong: of 80 such facts the model finds 78.")
+        print(
+            f"An answer at {TRAINED_LENGTHS[0]}K tokens is wrong: of 80 such facts the model finds 78."
+        )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--moba", type=Path, default=ROOT / "build/release/moba", help="the program")
-    parser.add_argument("--model", type=Path, default=ROOT / "build/models/SmolLM2-135M-Instruct.Q4_1.gguf")
+    parser.add_argument(
+        "--moba", type=Path, default=ROOT / "build/release/moba", help="the program"
+    )
+    parser.add_argument(
+        "--model", type=Path, default=ROOT / "build/models/SmolLM2-135M-Instruct.Q4_1.gguf"
+    )
     parser.add_argument("--document", type=Path, default=Path("/usr/share/common-licenses/GPL-3"))
     options = parser.parse_args()
-    for path, how in ((options.moba, "make build"), (options.model, "make setup"), (options.document, "--document")):
+    for path, how in (
+        (options.moba, "make build"),
+        (options.model, "make setup"),
+        (options.document, "--document"),
+    ):
         if not path.exists():
             fail(f"{path} is missing: {how} provides it")
     found = needle(options)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draws docs/images/routing.svg: what full attention reads and what MoBA reads, block by block.
 
-    python3 tools/draw_routing.py
+python3 tools/draw_routing.py
 """
 
 import random
@@ -14,25 +14,44 @@ INK, MUTED, OWN, CHOSEN, UNREAD = "#24292f", "#6e7781", "#0969da", "#54aeff", "#
 
 
 def text(x, y, words, size=13, colour=INK, anchor="start", extra=""):
-    return (f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}" {extra}>{words}</text>')
+    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}" {extra}>{words}</text>'
 
 
 def panel(x0, title, note, colour_of):
     """A square of query blocks (down) by key blocks (across), the future left out."""
-    parts = [text(x0, TOP - 32, title, 15, extra='font-weight="600"'), text(x0, TOP - 13, note, 12, MUTED)]
+    parts = [
+        text(x0, TOP - 32, title, 15, extra='font-weight="600"'),
+        text(x0, TOP - 13, note, 12, MUTED),
+    ]
     for row in range(BLOCKS):
         for column in range(row + 1):
-            parts.append(f'<rect x="{x0 + column * CELL}" y="{TOP + row * CELL}" width="{CELL - 2}" height="{CELL - 2}" '
-                         f'rx="2" fill="{colour_of(row, column)}"/>')
+            parts.append(
+                f'<rect x="{x0 + column * CELL}" y="{TOP + row * CELL}" width="{CELL - 2}" height="{CELL - 2}" '
+                f'rx="2" fill="{colour_of(row, column)}"/>'
+            )
     middle = TOP + SIDE / 2
     parts.append(text(x0 + SIDE / 2, TOP + SIDE + 18, "key blocks", 12, MUTED, "middle"))
-    parts.append(text(x0 - 12, middle, "query blocks", 12, MUTED, "middle", f'transform="rotate(-90 {x0 - 12} {middle})"'))
+    parts.append(
+        text(
+            x0 - 12,
+            middle,
+            "query blocks",
+            12,
+            MUTED,
+            "middle",
+            f'transform="rotate(-90 {x0 - 12} {middle})"',
+        )
+    )
     return parts
 
 
 def legend(y):
     parts, x = [], LEFT
-    for colour, words in ((OWN, "own block, up to the query itself"), (CHOSEN, "read"), (UNREAD, "not read")):
+    for colour, words in (
+        (OWN, "own block, up to the query itself"),
+        (CHOSEN, "read"),
+        (UNREAD, "not read"),
+    ):
         parts.append(f'<rect x="{x}" y="{y - 10}" width="12" height="12" rx="2" fill="{colour}"/>')
         parts.append(text(x + 18, y, words, 12))
         x += 40 + 7 * len(words)
@@ -48,10 +67,20 @@ def main():
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         'font-family="system-ui, sans-serif">',
         f'<rect width="{width}" height="{height}" rx="8" fill="white"/>',
-        *panel(LEFT, "Full attention", "every query reads everything before it",
-               lambda row, column: OWN if row == column else CHOSEN),
-        *panel(second, f"MoBA, {TOP_K} blocks a query", "its own and the best by their mean key",
-               lambda row, column: OWN if row == column else CHOSEN if column in chosen[row] else UNREAD),
+        *panel(
+            LEFT,
+            "Full attention",
+            "every query reads everything before it",
+            lambda row, column: OWN if row == column else CHOSEN,
+        ),
+        *panel(
+            second,
+            f"MoBA, {TOP_K} blocks a query",
+            "its own and the best by their mean key",
+            lambda row, column: (
+                OWN if row == column else CHOSEN if column in chosen[row] else UNREAD
+            ),
+        ),
         *legend(height - 16),
         "</svg>",
     ]

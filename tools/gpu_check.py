@@ -25,22 +25,36 @@ BUILD = ROOT / "build" / "gpu-check"
 DEVICE_TESTS = BUILD / "tests" / "cuda" / "moba_cuda_device_tests"
 EMULATED_TESTS = BUILD / "tests" / "cuda" / "moba_cuda_tests"
 # Small, and between them every kernel.
-SANITIZED = ("CudaAttend.AnyOrderOfBlocksAndWarpsGivesTheSameBits:CudaAttend.TheRoutingAlone:CudaAttend.ManyShortSequences:"
-             "CudaAttend.BlocksOfManyKeys:"
-             "CudaAttendBackward.AnyOrderOfBlocksAndWarpsGivesTheSameBits:CudaAttendBackward.SelectsAgainToTheSameBlocks:"
-             "CudaDecode.AnyOrderAndWorkspaceGiveTheSameBits:"
-             "CudaHopperBackward.AnyOrderAndAnyWorkspaceGiveTheSameBits")
+SANITIZED = (
+    "CudaAttend.AnyOrderOfBlocksAndWarpsGivesTheSameBits:CudaAttend.TheRoutingAlone:CudaAttend.ManyShortSequences:"
+    "CudaAttend.BlocksOfManyKeys:"
+    "CudaAttendBackward.AnyOrderOfBlocksAndWarpsGivesTheSameBits:CudaAttendBackward.SelectsAgainToTheSameBlocks:"
+    "CudaDecode.AnyOrderAndWorkspaceGiveTheSameBits:"
+    "CudaHopperBackward.AnyOrderAndAnyWorkspaceGiveTheSameBits"
+)
 # The tests whose calls have other kernels on Hopper.
 CHOOSING = "CudaAttend*:All/*"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Seconds: of each phase at most, and of everything.
-LIMITS = {"build": 170, "C++ tests": 60, "C++ tests with sm80": 40, "PyTorch tests": 75, **dict.fromkeys(SANITIZERS, 25)}
+LIMITS = {
+    "build": 170,
+    "C++ tests": 60,
+    "C++ tests with sm80": 40,
+    "PyTorch tests": 75,
+    **dict.fromkeys(SANITIZERS, 25),
+}
 TOTAL, LEAST_FOR_THE_BENCHMARK = 470, 30
 
 
 def nvcc():
-    beside = [Path(os.environ[name]) / "bin" for name in ("CUDA_PATH", "CUDA_HOME") if os.environ.get(name)]
-    return shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(map(str, [*beside, "/usr/local/cuda/bin"])))
+    beside = [
+        Path(os.environ[name]) / "bin"
+        for name in ("CUDA_PATH", "CUDA_HOME")
+        if os.environ.get(name)
+    ]
+    return shutil.which("nvcc") or shutil.which(
+        "nvcc", path=os.pathsep.join(map(str, [*beside, "/usr/local/cuda/bin"]))
+    )
 
 
 def torch_with_cuda():
@@ -67,7 +81,10 @@ def skipped():
     lines = []
     if not sanitizer():
         lines.append("compute-sanitizer: it is not on the PATH nor beside nvcc")
-    for module, of in (("pytest", "PyTorch tests"), ("transformers", "PyTorch tests: the model of transformers")):
+    for module, of in (
+        ("pytest", "PyTorch tests"),
+        ("transformers", "PyTorch tests: the model of transformers"),
+    ):
         if not find_spec(module):
             lines.append(f"{of}: {sys.executable} has no {module}")
     return lines
@@ -75,21 +92,39 @@ def skipped():
 
 def sanitizer():
     beside = Path(nvcc()).resolve().parent if nvcc() else None
-    return shutil.which("compute-sanitizer") or (beside and shutil.which("compute-sanitizer", path=str(beside)))
+    return shutil.which("compute-sanitizer") or (
+        beside and shutil.which("compute-sanitizer", path=str(beside))
+    )
 
 
 def environment():
     """Of everything that runs: the package just built, and the libraries of MOBA_DEPS."""
     deps = os.environ.get("MOBA_DEPS")
-    libraries = [str(path.parent.resolve()) for path in Path(deps).glob("**/libhwy.so*")] if deps else []
+    libraries = (
+        [str(path.parent.resolve()) for path in Path(deps).glob("**/libhwy.so*")] if deps else []
+    )
     paths = [*libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-    return os.environ | {"PYTHONPATH": str(BUILD / "package"), "LD_LIBRARY_PATH": os.pathsep.join(dict.fromkeys(paths)),
-                         "PYTHONUNBUFFERED": "1"}
+    return os.environ | {
+        "PYTHONPATH": str(BUILD / "package"),
+        "LD_LIBRARY_PATH": os.pathsep.join(dict.fromkeys(paths)),
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 def configure(torch_folder, architecture):
-    command = ["cmake", "--preset", "cuda", "-B", BUILD, "-DMOBA_BUILD_PYTORCH=ON", "-DMOBA_WARNINGS_AS_ERRORS=OFF", f"-DMOBA_TORCH_DIR={torch_folder}",
-               f"-DMOBA_CUDA_ARCHITECTURES={architecture}", f"-DCMAKE_CUDA_COMPILER={nvcc() or 'nvcc'}", "--log-level=ERROR"]
+    command = [
+        "cmake",
+        "--preset",
+        "cuda",
+        "-B",
+        BUILD,
+        "-DMOBA_BUILD_PYTORCH=ON",
+        "-DMOBA_WARNINGS_AS_ERRORS=OFF",
+        f"-DMOBA_TORCH_DIR={torch_folder}",
+        f"-DMOBA_CUDA_ARCHITECTURES={architecture}",
+        f"-DCMAKE_CUDA_COMPILER={nvcc() or 'nvcc'}",
+        "--log-level=ERROR",
+    ]
     deps = os.environ.get("MOBA_DEPS")
     if deps:
         command.append(f"-DCMAKE_PREFIX_PATH={Path(deps).resolve()};{Path(deps).resolve() / 'usr'}")
@@ -98,20 +133,44 @@ def configure(torch_folder, architecture):
 
 def build_commands(torch_folder, architecture):
     targets = ["moba_torch", "moba_cuda_device_tests", "moba_cuda_tests"]
-    return [configure(torch_folder, architecture), ["cmake", "--build", BUILD, "-j", str(os.cpu_count()), "--target", *targets]]
+    return [
+        configure(torch_folder, architecture),
+        ["cmake", "--build", BUILD, "-j", str(os.cpu_count()), "--target", *targets],
+    ]
 
 
 def pytest_command():
-    return [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "tests/python/test_cuda.py"]
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rs",
+        "-p",
+        "no:cacheprovider",
+        "tests/python/test_cuda.py",
+    ]
 
 
 def device_command(results=None, only=None):
     options = [f"--gtest_output=json:{results}"] if results else []
-    return [DEVICE_TESTS, "--gtest_brief=1", *options, *([f"--gtest_filter={only}"] if only else [])]
+    return [
+        DEVICE_TESTS,
+        "--gtest_brief=1",
+        *options,
+        *([f"--gtest_filter={only}"] if only else []),
+    ]
 
 
 def sanitizer_command(tool):
-    return [sanitizer() or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *device_command(only=SANITIZED)]
+    return [
+        sanitizer() or "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        *device_command(only=SANITIZED),
+    ]
 
 
 def benchmark_command(seconds):
@@ -131,7 +190,11 @@ def outputs(path):
     for line in path.read_text().splitlines():
         test, seed, dtype, digits = line.split(" ")
         turns[test, seed] += 1
-        bits = torch.frombuffer(bytearray.fromhex(digits), dtype=torch.int16) if digits else torch.empty(0, dtype=torch.int16)
+        bits = (
+            torch.frombuffer(bytearray.fromhex(digits), dtype=torch.int16)
+            if digits
+            else torch.empty(0, dtype=torch.int16)
+        )
         kind, unit = (torch.bfloat16, 2**-8) if dtype == "bf16" else (torch.float16, 2**-11)
         found[test, seed, turns[test, seed]] = bits.view(kind).double(), unit
     return found
@@ -170,14 +233,29 @@ class Check:
         limit = min(limit or LIMITS[phase], self.left())
         begin = time.monotonic()
         try:
-            done = subprocess.run(command, cwd=ROOT, env=environment() | variables, timeout=max(limit, 1), text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-            output, why = done.stdout, None if done.returncode == 0 else f"ended with {done.returncode}"
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=environment() | variables,
+                timeout=max(limit, 1),
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            output, why = (
+                done.stdout,
+                None if done.returncode == 0 else f"ended with {done.returncode}",
+            )
         except subprocess.TimeoutExpired as late:
-            output, why = (late.stdout or b"").decode(errors="replace"), f"took more than its {limit:.0f} s"
+            output, why = (
+                (late.stdout or b"").decode(errors="replace"),
+                f"took more than its {limit:.0f} s",
+            )
         BUILD.mkdir(parents=True, exist_ok=True)
         (BUILD / f"{phase.replace(' ', '-')}.log").write_text(output)
-        print(f"gpu-check: {phase}: {why or 'passed'}, {time.monotonic() - begin:.0f} s", flush=True)
+        print(
+            f"gpu-check: {phase}: {why or 'passed'}, {time.monotonic() - begin:.0f} s", flush=True
+        )
         if why:
             print(output[-4000:], flush=True)
             self.failed.append(f"{phase} {why}")
@@ -186,18 +264,36 @@ class Check:
     def compare(self, emulated, real):
         """The same tests, emulated and on the device: how they end, and what calls wrote."""
         if not (emulated.exists() and real.exists()):
-            print("gpu-check: skipped: the comparison with the emulation, of which one side did not end")
+            print(
+                "gpu-check: skipped: the comparison with the emulation, of which one side did not end"
+            )
             return
-        results = [{f"{suite['name']}.{test['name']}": test for suite in json.loads(path.read_text())["testsuites"]
-                    for test in suite["testsuite"]} for path in (emulated, real)]
+        results = [
+            {
+                f"{suite['name']}.{test['name']}": test
+                for suite in json.loads(path.read_text())["testsuites"]
+                for test in suite["testsuite"]
+            }
+            for path in (emulated, real)
+        ]
         both = sorted(results[0].keys() & results[1].keys())
-        other = [name for name in both if ("failures" in results[0][name]) != ("failures" in results[1][name])]
+        other = [
+            name
+            for name in both
+            if ("failures" in results[0][name]) != ("failures" in results[1][name])
+        ]
         swaps = [sum(int(tests[name].get("swaps", 0)) for name in both) for tests in results]
-        print(f"gpu-check: {len(both)} tests emulated and on the device, {len(other)} of them end differently"
-              f"{': ' + ', '.join(other) if other else ''}; blocks that rounding swapped: {swaps[0]} and {swaps[1]}")
-        calls, numbers, equal, far = differences(emulated.with_suffix(".txt"), real.with_suffix(".txt"))
-        print(f"gpu-check: outputs of {calls} calls, {numbers} numbers: {100 * equal:.1f}% are equal to the bit, {100 * far:.3f}% are more "
-              "than 16 roundings apart")
+        print(
+            f"gpu-check: {len(both)} tests emulated and on the device, {len(other)} of them end differently"
+            f"{': ' + ', '.join(other) if other else ''}; blocks that rounding swapped: {swaps[0]} and {swaps[1]}"
+        )
+        calls, numbers, equal, far = differences(
+            emulated.with_suffix(".txt"), real.with_suffix(".txt")
+        )
+        print(
+            f"gpu-check: outputs of {calls} calls, {numbers} numbers: {100 * equal:.1f}% are equal to the bit, {100 * far:.3f}% are more "
+            "than 16 roundings apart"
+        )
         if other or calls == 0 or far > 0.01:
             self.failed.append("the emulation and the device disagree")
 
@@ -211,15 +307,23 @@ def package():
 
 def plan(torch_folder, architecture):
     lines = [said(command) for command in build_commands(torch_folder, architecture)]
-    lines += [said(device_command()), f"MOBA_CUDA_ARCH=sm80 {said(device_command(only=CHOOSING))} (on Hopper)",
-              f"{said([EMULATED_TESTS])} (beside the rest; its results are compared)"]
-    return lines + [said(pytest_command()), *map(said, map(sanitizer_command, SANITIZERS)), said(benchmark_command(0)) +
-                    f" (what is left of {TOTAL} s)"]
+    lines += [
+        said(device_command()),
+        f"MOBA_CUDA_ARCH=sm80 {said(device_command(only=CHOOSING))} (on Hopper)",
+        f"{said([EMULATED_TESTS])} (beside the rest; its results are compared)",
+    ]
+    return lines + [
+        said(pytest_command()),
+        *map(said, map(sanitizer_command, SANITIZERS)),
+        said(benchmark_command(0)) + f" (what is left of {TOTAL} s)",
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say what would be done, and do nothing"
+    )
     options = parser.parse_args()
     lacking = missing()
     if lacking and not options.dry_run:
@@ -232,8 +336,12 @@ def main():
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
         architecture = {90: "90a-real"}.get(capability, f"{capability}-real")
-        print(f"gpu-check: {torch.cuda.get_device_name()}, torch {torch.__version__}, {TOTAL} s for everything")
-    for line in [f"lacking: {what}" for what in lacking] + [f"skipped: {what}" for what in skipped()]:
+        print(
+            f"gpu-check: {torch.cuda.get_device_name()}, torch {torch.__version__}, {TOTAL} s for everything"
+        )
+    for line in [f"lacking: {what}" for what in lacking] + [
+        f"skipped: {what}" for what in skipped()
+    ]:
         print(f"gpu-check: {line}", flush=True)
     if options.dry_run:
         print("\n".join(plan(torch_folder, architecture)))
@@ -248,10 +356,16 @@ def main():
     for path in (real, emulated):
         path.unlink(missing_ok=True)
         path.with_suffix(".txt").unlink(missing_ok=True)
-    with subprocess.Popen([EMULATED_TESTS, "--gtest_brief=1", f"--gtest_output=json:{emulated}"], cwd=ROOT,
-                          env=environment() | {"MOBA_TEST_RESULTS": str(emulated.with_suffix(".txt"))},
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as emulation:
-        check.run("C++ tests", device_command(real), MOBA_TEST_RESULTS=str(real.with_suffix(".txt")))
+    with subprocess.Popen(
+        [EMULATED_TESTS, "--gtest_brief=1", f"--gtest_output=json:{emulated}"],
+        cwd=ROOT,
+        env=environment() | {"MOBA_TEST_RESULTS": str(emulated.with_suffix(".txt"))},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as emulation:
+        check.run(
+            "C++ tests", device_command(real), MOBA_TEST_RESULTS=str(real.with_suffix(".txt"))
+        )
         if capability == 90:
             check.run("C++ tests with sm80", device_command(only=CHOOSING), MOBA_CUDA_ARCH="sm80")
         if find_spec("pytest"):

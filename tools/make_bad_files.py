@@ -14,8 +14,19 @@ import sys
 from pathlib import Path
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
-PACK = {U8: "<B", I8: "<b", U16: "<H", I16: "<h", U32: "<I", I32: "<i", F32: "<f", BOOL: "<?", U64: "<Q", I64: "<q",
-        F64: "<d"}
+PACK = {
+    U8: "<B",
+    I8: "<b",
+    U16: "<H",
+    I16: "<h",
+    U32: "<I",
+    I32: "<i",
+    F32: "<f",
+    BOOL: "<?",
+    U64: "<Q",
+    I64: "<q",
+    F64: "<d",
+}
 ALIGNMENT = 32
 HIDDEN, FORWARD, VOCAB, HEADS = 8, 16, 10, 2
 
@@ -37,7 +48,9 @@ def text(value):
 
 
 def entry(key, kind, value):
-    return text(key) + u32(kind) + (text(value) if kind == STRING else struct.pack(PACK[kind], value))
+    return (
+        text(key) + u32(kind) + (text(value) if kind == STRING else struct.pack(PACK[kind], value))
+    )
 
 
 def array_entry(key, kind, count, elements):
@@ -75,11 +88,26 @@ def product(shape):
 
 
 def tensor_info(name, shape, kind, offset):
-    return text(name) + u32(len(shape)) + b"".join(u64(size) for size in reversed(shape)) + u32(kind) + u64(offset)
+    return (
+        text(name)
+        + u32(len(shape))
+        + b"".join(u64(size) for size in reversed(shape))
+        + u32(kind)
+        + u64(offset)
+    )
 
 
-def gguf(metadata=None, shapes=None, extra_entries=(), extra_tensors=(), change_tensor=None, version=3, magic=b"GGUF",
-         entries=None, tensors=None):
+def gguf(
+    metadata=None,
+    shapes=None,
+    extra_entries=(),
+    extra_tensors=(),
+    change_tensor=None,
+    version=3,
+    magic=b"GGUF",
+    entries=None,
+    tensors=None,
+):
     """A GGUF file of a one-layer Llama, all zeros, with something wrong.
 
     metadata, shapes: replace or add (None: leave out) single ones. extra_entries, extra_tensors: bytes put behind the
@@ -127,30 +155,63 @@ def bad_ggufs():
         "entries_too_many": (gguf(entries=len(METADATA) + 1), ""),
         "tensors_2_63": (gguf(tensors=1 << 63), "tensors in"),
         "tensors_too_many": (gguf(tensors=len(SHAPES) + 1), ""),
-        "key_length_all_ones": (gguf(extra_entries=[u64((1 << 64) - 1) + b"key"]), "a metadata key"),
-        "key_length_2_40": (gguf(extra_entries=[u64(1 << 40) + b"key" + bytes(16)]), "a metadata key"),
-        "string_length_2_62": (gguf(extra_entries=[text("k") + u32(STRING) + u64(1 << 62) + b"abc"]), "metadata 'k'"),
+        "key_length_all_ones": (
+            gguf(extra_entries=[u64((1 << 64) - 1) + b"key"]),
+            "a metadata key",
+        ),
+        "key_length_2_40": (
+            gguf(extra_entries=[u64(1 << 40) + b"key" + bytes(16)]),
+            "a metadata key",
+        ),
+        "string_length_2_62": (
+            gguf(extra_entries=[text("k") + u32(STRING) + u64(1 << 62) + b"abc"]),
+            "metadata 'k'",
+        ),
         "metadata_type_13": (gguf(extra_entries=[text("k") + u32(13) + u64(0)]), "got 13"),
-        "array_of_arrays": (gguf(extra_entries=[array_entry("k", ARRAY, 1, u32(U8) + u64(1) + b"\0")]),
-                            "without nested arrays"),
+        "array_of_arrays": (
+            gguf(extra_entries=[array_entry("k", ARRAY, 1, u32(U8) + u64(1) + b"\0")]),
+            "without nested arrays",
+        ),
         "array_of_unknown": (gguf(extra_entries=[array_entry("k", 99, 1, b"\0")]), "got 99"),
-        "array_count_2_61": (gguf(extra_entries=[array_entry("k", F64, 1 << 61, b"")]), "elements of metadata 'k'"),
-        "array_strings_2_61": (gguf(extra_entries=[array_entry("k", STRING, 1 << 61, b"")]), "elements of metadata"),
-        "array_string_too_long": (gguf(extra_entries=[array_entry("k", STRING, 2, text("a") + u64(1 << 50))]),
-                                  "metadata 'k'"),
-        "key_twice": (gguf(extra_entries=[entry("llama.block_count", U32, 1)]), "'llama.block_count' twice"),
+        "array_count_2_61": (
+            gguf(extra_entries=[array_entry("k", F64, 1 << 61, b"")]),
+            "elements of metadata 'k'",
+        ),
+        "array_strings_2_61": (
+            gguf(extra_entries=[array_entry("k", STRING, 1 << 61, b"")]),
+            "elements of metadata",
+        ),
+        "array_string_too_long": (
+            gguf(extra_entries=[array_entry("k", STRING, 2, text("a") + u64(1 << 50))]),
+            "metadata 'k'",
+        ),
+        "key_twice": (
+            gguf(extra_entries=[entry("llama.block_count", U32, 1)]),
+            "'llama.block_count' twice",
+        ),
         "key_with_newline": (gguf(extra_entries=[entry("a\nb", U32, 1)] * 2), "'a\\x0ab' twice"),
         "alignment_0": (gguf({"general.alignment": (U32, 0)}), "expected a power of two"),
         "alignment_48": (gguf({"general.alignment": (U32, 48)}), "got 48"),
-        "alignment_2_31": (gguf({"general.alignment": (U32, 1 << 31)}), "expected a power of two up to"),
-        "alignment_string": (gguf({"general.alignment": (STRING, "32")}), "expected an integer, got string"),
+        "alignment_2_31": (
+            gguf({"general.alignment": (U32, 1 << 31)}),
+            "expected a power of two up to",
+        ),
+        "alignment_string": (
+            gguf({"general.alignment": (STRING, "32")}),
+            "expected an integer, got string",
+        ),
         "part_of_three": (gguf({"split.count": (U16, 3)}), "got one part of 3"),
         "tensor_twice": (gguf(extra_tensors=[tensor_info(q, [8, 8], 0, 0)]), f"'{q}' twice"),
         "tensor_name_2_63": (gguf(extra_tensors=[u64(1 << 63) + bytes(32)]), "a tensor's name"),
-        "rank_0": (gguf(extra_tensors=[text("t") + u32(0) + u32(0) + u64(0) * 2]),
-                   "1 to 4 dimensions in tensor 't', got 0"),
+        "rank_0": (
+            gguf(extra_tensors=[text("t") + u32(0) + u32(0) + u64(0) * 2]),
+            "1 to 4 dimensions in tensor 't', got 0",
+        ),
         "rank_5": (gguf(extra_tensors=[tensor_info("t", [1] * 5, 0, 0)]), "got 5"),
-        "rank_2_32": (gguf(extra_tensors=[text("t") + u32((1 << 32) - 1) + bytes(32)]), "1 to 4 dimensions"),
+        "rank_2_32": (
+            gguf(extra_tensors=[text("t") + u32((1 << 32) - 1) + bytes(32)]),
+            "1 to 4 dimensions",
+        ),
         "size_0": (changed(q, shape=[8, 0]), "sizes from 1"),
         "size_2_63": (changed(q, shape=[1, 1 << 63]), "sizes from 1 to 2^63 - 1"),
         "sizes_overflow": (changed(q, shape=[1 << 33, 1 << 33]), "a size of 63 bits"),
@@ -164,33 +225,78 @@ def bad_ggufs():
         "offset_all_ones": (changed(q, offset=(1 << 64) - 32), f"'{q}'"),
         "offset_unaligned": (changed(q, offset=33), "at a multiple of 32, got offset 33"),
         "tensors_overlap": (changed(q, offset=0), "sharing bytes"),
-        "no_architecture": (gguf({"general.architecture": None}), "metadata 'general.architecture', got none"),
+        "no_architecture": (
+            gguf({"general.architecture": None}),
+            "metadata 'general.architecture', got none",
+        ),
         "other_architecture": (gguf({"general.architecture": (STRING, "mamba")}), "got 'mamba'"),
-        "architecture_number": (gguf({"general.architecture": (U32, 3)}), "expected a string, got u32"),
+        "architecture_number": (
+            gguf({"general.architecture": (U32, 3)}),
+            "expected a string, got u32",
+        ),
         "no_layers": (gguf({"llama.block_count": None}), "'llama.block_count'"),
         "layers_0": (gguf({"llama.block_count": (U32, 0)}), "got 0"),
         "layers_4_billion": (gguf({"llama.block_count": (U32, 4_000_000_000)}), "got 4000000000"),
         "layers_2_billion": (gguf({"llama.block_count": (U32, 2_000_000_000)}), "'model.layers.1."),
         "layers_negative": (gguf({"llama.block_count": (I32, -1)}), "got -1"),
         "layers_float": (gguf({"llama.block_count": (F32, 1.0)}), "expected an integer, got f32"),
-        "heads_by_layer": (gguf(extra_entries=[array_entry("llama.attention.head_count_kv", I32, 2,
-                                                           struct.pack("<ii", 1, 2))]), "the same in every layer"),
-        "kv_heads_3": (gguf({"llama.attention.head_count_kv": (U32, 3)}), "divisor of 2 heads, got 3"),
-        "odd_head": (gguf({"llama.attention.key_length": (U32, 3), "llama.attention.value_length": (U32, 3)}), "even"),
+        "heads_by_layer": (
+            gguf(
+                extra_entries=[
+                    array_entry("llama.attention.head_count_kv", I32, 2, struct.pack("<ii", 1, 2))
+                ]
+            ),
+            "the same in every layer",
+        ),
+        "kv_heads_3": (
+            gguf({"llama.attention.head_count_kv": (U32, 3)}),
+            "divisor of 2 heads, got 3",
+        ),
+        "odd_head": (
+            gguf(
+                {"llama.attention.key_length": (U32, 3), "llama.attention.value_length": (U32, 3)}
+            ),
+            "even",
+        ),
         "value_head": (gguf({"llama.attention.value_length": (U32, 16)}), "expected 4, got 16"),
         "partial_rotary": (gguf({"llama.rope.dimension_count": (U32, 2)}), "rope.dimension_count"),
         "experts": (gguf({"llama.expert_count": (U32, 8)}), "without experts"),
-        "sliding_window": (gguf({"llama.attention.sliding_window": (U32, 16)}), "no sliding window"),
-        "rope_longrope": (gguf({"llama.rope.scaling.type": (STRING, "longrope")}), "got 'longrope'"),
-        "rope_factor_nan": (gguf({"llama.rope.scaling.type": (STRING, "linear"),
-                                  "llama.rope.scaling.factor": (F32, float("nan"))}), "a number above 0"),
+        "sliding_window": (
+            gguf({"llama.attention.sliding_window": (U32, 16)}),
+            "no sliding window",
+        ),
+        "rope_longrope": (
+            gguf({"llama.rope.scaling.type": (STRING, "longrope")}),
+            "got 'longrope'",
+        ),
+        "rope_factor_nan": (
+            gguf(
+                {
+                    "llama.rope.scaling.type": (STRING, "linear"),
+                    "llama.rope.scaling.factor": (F32, float("nan")),
+                }
+            ),
+            "a number above 0",
+        ),
         "rope_base_negative": (gguf({"llama.rope.freq_base": (F32, -1.0)}), "got -1"),
-        "rope_divisors_zero": (gguf(shapes={"rope_freqs.weight": [2]}), "'rope_freqs.weight' to hold numbers above 0"),
+        "rope_divisors_zero": (
+            gguf(shapes={"rope_freqs.weight": [2]}),
+            "'rope_freqs.weight' to hold numbers above 0",
+        ),
         "rope_divisors_short": (gguf(shapes={"rope_freqs.weight": [1]}), "F32 [2], got F32 [1]"),
-        "norm_eps_infinite": (gguf({"llama.attention.layer_norm_rms_epsilon": (F32, float("inf"))}), "epsilon"),
-        "no_embeddings": (gguf(shapes={"token_embd.weight": None}), "'token_embd.weight', got none"),
+        "norm_eps_infinite": (
+            gguf({"llama.attention.layer_norm_rms_epsilon": (F32, float("inf"))}),
+            "epsilon",
+        ),
+        "no_embeddings": (
+            gguf(shapes={"token_embd.weight": None}),
+            "'token_embd.weight', got none",
+        ),
         "no_norm": (gguf(shapes={"output_norm.weight": None}), "'model.norm.weight' of shape [8]"),
-        "wrong_shape": (gguf(shapes={q: [HIDDEN, 2 * HIDDEN]}), f"'{q}' of shape [8, 8], got [8, 16]"),
+        "wrong_shape": (
+            gguf(shapes={q: [HIDDEN, 2 * HIDDEN]}),
+            f"'{q}' of shape [8, 8], got [8, 16]",
+        ),
         "wrong_rank": (gguf(shapes={"output_norm.weight": [1, HIDDEN]}), "shape [8], got [1, 8]"),
     }
 
@@ -199,8 +305,14 @@ def bad_ggufs():
 
 
 CONFIG = {
-    "model_type": "llama", "num_hidden_layers": 1, "hidden_size": HIDDEN, "intermediate_size": FORWARD,
-    "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "vocab_size": VOCAB, "max_position_embeddings": 64,
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FORWARD,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": HEADS,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
     "tie_word_embeddings": True,
 }
 LAYER = "model.layers.0."
@@ -232,9 +344,15 @@ def safetensors(shapes=None, changes=None, header=None, length=None, data=None):
     shapes = {k: v for k, v in (HF_SHAPES | (shapes or {})).items() if v is not None}
     entries, size = header_of(shapes)
     for name, members in (changes or {}).items():
-        entries[name] = {k: v for k, v in (entries.get(name, {}) | members).items() if v is not None}
+        entries[name] = {
+            k: v for k, v in (entries.get(name, {}) | members).items() if v is not None
+        }
     header = json.dumps(entries).encode() if header is None else header
-    return u64(len(header) if length is None else length) + header + bytes(size if data is None else data)
+    return (
+        u64(len(header) if length is None else length)
+        + header
+        + bytes(size if data is None else data)
+    )
 
 
 def data_range(name):
@@ -250,7 +368,10 @@ def bad_safetensors():
     return {
         "empty": (b"", "got 0 bytes"),
         "seven_bytes": (good[:7], "got 7 bytes"),
-        "length_all_ones": (safetensors(length=(1 << 64) - 1), "got a length of 18446744073709551615"),
+        "length_all_ones": (
+            safetensors(length=(1 << 64) - 1),
+            "got a length of 18446744073709551615",
+        ),
         "length_beyond_end": (safetensors(length=len(good)), "header of at most"),
         "length_too_short": (safetensors(length=20), "expected JSON"),
         "cut_in_header": (good[:200], "header of at most"),
@@ -263,7 +384,10 @@ def bad_safetensors():
         "header_big_number": (safetensors(header=b'{"a": 1e999}'), "out of range"),
         "header_nothing": (safetensors(header=b"{}", data=0), "no such tensor"),
         "tensor_twice": (safetensors(header=b'{"a": 1, "a": 2}'), "got 'a' twice"),
-        "tensor_is_number": (safetensors(changes={}, header=b'{"a": 1}'), "expected an object, got 1"),
+        "tensor_is_number": (
+            safetensors(changes={}, header=b'{"a": 1}'),
+            "expected an object, got 1",
+        ),
         "name_with_newline": (safetensors(header=b'{"a\\nb": 1}'), "a\\x0ab: expected an object"),
         "no_dtype": (norm(dtype=None), "a member 'dtype', got none"),
         "no_shape": (norm(shape=None), "a member 'shape'"),
@@ -280,17 +404,25 @@ def bad_safetensors():
         "offsets_one": (norm(data_offsets=[begin]), "expected [begin, end], got 1 numbers"),
         "offsets_reversed": (norm(data_offsets=[end, begin]), "expected a range"),
         "offsets_negative": (norm(data_offsets=[-32, 0]), "got -32"),
-        "offsets_beyond_end": (norm(data_offsets=[1 << 50, (1 << 50) + 32]), "expected a range in the"),
+        "offsets_beyond_end": (
+            norm(data_offsets=[1 << 50, (1 << 50) + 32]),
+            "expected a range in the",
+        ),
         "offsets_overlap": (norm(data_offsets=[0, NORM_BYTES]), "overlapping another"),
         "gap": (norm(data_offsets=[begin + 4, end + 4]) + bytes(4), "after a gap"),
-        "missing_tensor": (safetensors(shapes={NORM: None}), f"tensor '{NORM}' of shape [8], got no such tensor"),
+        "missing_tensor": (
+            safetensors(shapes={NORM: None}),
+            f"tensor '{NORM}' of shape [8], got no such tensor",
+        ),
         "wrong_shape": (safetensors(shapes={NORM: [4, 2]}), "of shape [8], got [4, 2]"),
     }
 
 
 def bad_configs():
     """kind: (bytes of config.json, what the message must hold)"""
-    config = lambda **members: json.dumps({k: v for k, v in (CONFIG | members).items() if v != "absent"}).encode()
+    config = lambda **members: json.dumps(
+        {k: v for k, v in (CONFIG | members).items() if v != "absent"}
+    ).encode()
     rope = lambda **members: config(rope_parameters=members)
     return {
         "empty": (b"", "expected JSON"),
@@ -314,11 +446,20 @@ def bad_configs():
         "odd_head_dim": (config(head_dim=3), "even"),
         "other_activation": (config(hidden_act="gelu"), "got 'gelu'"),
         "quantised": (config(quantization_config={"quant_method": "awq"}), "'awq'"),
-        "sliding_mistral": (config(model_type="mistral", sliding_window=32), "a sliding window of 32 tokens"),
-        "sliding_qwen2": (config(model_type="qwen2", use_sliding_window=True, max_window_layers=0, sliding_window=32),
-                          "a sliding window"),
-        "sliding_layers": (config(model_type="qwen3", layer_types=["sliding_attention"], sliding_window=32),
-                           "a sliding window"),
+        "sliding_mistral": (
+            config(model_type="mistral", sliding_window=32),
+            "a sliding window of 32 tokens",
+        ),
+        "sliding_qwen2": (
+            config(
+                model_type="qwen2", use_sliding_window=True, max_window_layers=0, sliding_window=32
+            ),
+            "a sliding window",
+        ),
+        "sliding_layers": (
+            config(model_type="qwen3", layer_types=["sliding_attention"], sliding_window=32),
+            "a sliding window",
+        ),
         "rope_dynamic": (rope(rope_type="dynamic", factor=2.0), "got 'dynamic'"),
         "rope_longrope": (rope(rope_type="longrope", factor=2.0), "got 'longrope'"),
         "rope_no_factor": (rope(rope_type="linear"), "'factor'"),
@@ -326,11 +467,26 @@ def bad_configs():
         "rope_factor_string": (rope(rope_type="linear", factor="2"), "expected a number"),
         "rope_theta_0": (rope(rope_type="default", rope_theta=0), "rope_theta"),
         "rope_no_frequencies": (rope(rope_type="llama3", factor=8.0), "'low_freq_factor'"),
-        "rope_equal_frequencies": (rope(rope_type="llama3", factor=8.0, low_freq_factor=2, high_freq_factor=2), "above"),
-        "rope_original_0": (rope(rope_type="yarn", factor=2.0, original_max_position_embeddings=0), "original"),
-        "rope_by_layer": (rope(full_attention={"rope_type": "default"}), "same RoPE in every layer"),
-        "rope_partial": (rope(rope_type="default", partial_rotary_factor=0.5), "partial_rotary_factor"),
-        "bias_missing": (config(attention_bias=True), "q_proj.bias' of shape [8], got no such tensor"),
+        "rope_equal_frequencies": (
+            rope(rope_type="llama3", factor=8.0, low_freq_factor=2, high_freq_factor=2),
+            "above",
+        ),
+        "rope_original_0": (
+            rope(rope_type="yarn", factor=2.0, original_max_position_embeddings=0),
+            "original",
+        ),
+        "rope_by_layer": (
+            rope(full_attention={"rope_type": "default"}),
+            "same RoPE in every layer",
+        ),
+        "rope_partial": (
+            rope(rope_type="default", partial_rotary_factor=0.5),
+            "partial_rotary_factor",
+        ),
+        "bias_missing": (
+            config(attention_bias=True),
+            "q_proj.bias' of shape [8], got no such tensor",
+        ),
         "head_missing": (config(tie_word_embeddings=False), "'lm_head.weight'"),
         "tie_number": (config(tie_word_embeddings=1), "expected true or false"),
     }
@@ -348,13 +504,25 @@ def bad_indexes():
         "no_map": (b"{}", index, "'weight_map'"),
         "map_is_array": (b'{"weight_map": []}', index, "expected an object"),
         "file_is_number": (index_of(**{NORM: 3}), index, "expected a string"),
-        "file_elsewhere": (index_of(**{NORM: "../../etc/passwd"}), index, "a file in the same folder"),
+        "file_elsewhere": (
+            index_of(**{NORM: "../../etc/passwd"}),
+            index,
+            "a file in the same folder",
+        ),
         "file_absolute": (index_of(**{NORM: "/etc/passwd"}), index, "a file in the same folder"),
-        "file_missing": (index_of(**{NORM: "model-0.safetensors"}), "model-0.safetensors", "No such file"),
+        "file_missing": (
+            index_of(**{NORM: "model-0.safetensors"}),
+            "model-0.safetensors",
+            "No such file",
+        ),
         "file_is_folder": (index_of(**{NORM: ".."}), index, "a file in the same folder"),
         "file_is_config": (index_of(**{NORM: "config.json"}), "config.json", "safetensors header"),
         "tensor_not_there": (index_of(other=shard), shard, "tensors as"),
-        "tensor_not_named": (json.dumps({"weight_map": fewer}).encode(), shard, f"got '{NORM}' too"),
+        "tensor_not_named": (
+            json.dumps({"weight_map": fewer}).encode(),
+            shard,
+            f"got '{NORM}' too",
+        ),
     }
 
 
@@ -390,14 +558,24 @@ def write_corpus(folder):
     for kind, (content, message) in bad_safetensors().items():
         # what the whole model lacks is said of the folder, what one file has wrong of the file
         names = f"safetensors_{kind}"
-        corpus.add_folder(names, {"config.json": config, "model.safetensors": content}, names, message)
+        corpus.add_folder(
+            names, {"config.json": config, "model.safetensors": content}, names, message
+        )
     for kind, (content, message) in bad_configs().items():
         names = f"config_{kind}"
-        corpus.add_folder(names, {"config.json": content, "model.safetensors": safetensors()}, names, message)
+        corpus.add_folder(
+            names, {"config.json": content, "model.safetensors": safetensors()}, names, message
+        )
     for kind, (content, names, message) in bad_indexes().items():
-        files = {"config.json": config, "model-1.safetensors": safetensors(), "model.safetensors.index.json": content}
+        files = {
+            "config.json": config,
+            "model-1.safetensors": safetensors(),
+            "model.safetensors.index.json": content,
+        }
         corpus.add_folder(f"index_{kind}", files, names, message)
-    corpus.add_folder("no_config", {"model.safetensors": safetensors()}, "config.json", "No such file")
+    corpus.add_folder(
+        "no_config", {"model.safetensors": safetensors()}, "config.json", "No such file"
+    )
     corpus.add_folder("no_weights", {"config.json": config}, "no_weights", "model.safetensors")
     corpus.add("missing", folder / "missing.gguf", "missing.gguf", "No such file")
     (folder / "manifest.json").write_text(json.dumps(corpus.manifest, indent=1))

@@ -31,12 +31,18 @@ def sources():
     """Files of real text, in an order that is the same everywhere."""
     library = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    yield from sorted(p for p in library.rglob("*.py") if not skipped & set(p.relative_to(library).parts))
+    yield from sorted(
+        p for p in library.rglob("*.py") if not skipped & set(p.relative_to(library).parts)
+    )
     for headers in sorted(Path("/usr/include/c++").glob("*")):
         yield from sorted(p for p in headers.rglob("*") if p.is_file())
     yield from sorted(p for p in Path("/usr/share/common-licenses").glob("*") if not p.is_symlink())
     for name in ("README*", "NEWS*", "copyright", "changelog.gz", "*.txt", "*.txt.gz"):
-        yield from sorted(p for p in Path("/usr/share/doc").glob(f"*/{name}") if p.is_file() and not p.is_symlink())
+        yield from sorted(
+            p
+            for p in Path("/usr/share/doc").glob(f"*/{name}")
+            if p.is_file() and not p.is_symlink()
+        )
 
 
 def part(path):

@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def sources(build: Path, paths: list[str]) -> dict[Path, str]:
     """The compile commands of the repository's own sources, by path; under `paths` where some are given."""
     wanted = [(ROOT / path).resolve() for path in paths] or [ROOT]
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True)
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
     ours = {ROOT / line for line in tracked.stdout.splitlines()}
     commands = {}
     for entry in json.loads((build / "compile_commands.json").read_text()):
@@ -33,7 +35,13 @@ def sources(build: Path, paths: list[str]) -> dict[Path, str]:
 
 
 def digest_of_headers() -> bytes:
-    listed = subprocess.run(["git", "ls-files", "*.h", ".clang-tidy"], cwd=ROOT, check=True, capture_output=True, text=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "*.h", ".clang-tidy"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     digest = hashlib.sha256()
     for line in listed.stdout.splitlines():
         digest.update((ROOT / line).read_bytes())
@@ -43,7 +51,9 @@ def digest_of_headers() -> bytes:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("build", type=Path, help="a folder with compile_commands.json")
-    parser.add_argument("paths", nargs="*", help="files or folders; the whole repository by default")
+    parser.add_argument(
+        "paths", nargs="*", help="files or folders; the whole repository by default"
+    )
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
 

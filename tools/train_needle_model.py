@@ -49,10 +49,15 @@ CONFIG = {
 }
 
 # For the longest stages turns of more than 8192 tokens are made this factor slower.
-STRETCHED = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-             "original_max_position_embeddings": 8192}
+STRETCHED = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 # How far queries and keys that compare contents begin aligned.
 ALIGNED = 0.6
+
 
 def first_weights(folder, seed):
     """Random weights that lean towards recall, as mimetic initialisation (arXiv 2305.09828) leans them: heads of the first
@@ -62,7 +67,9 @@ def first_weights(folder, seed):
     heads by themselves, but spend most of their training on it."""
     draws = np.random.default_rng(seed)
     width, inner, size = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["head_dim"]
-    heads, groups, layers = (CONFIG[f"num_{n}"] for n in ("attention_heads", "key_value_heads", "hidden_layers"))
+    heads, groups, layers = (
+        CONFIG[f"num_{n}"] for n in ("attention_heads", "key_value_heads", "hidden_layers")
+    )
 
     def noise(rows, columns, scale=1.0):
         return draws.normal(0, scale * CONFIG["initializer_range"], (rows, columns))
@@ -79,14 +86,25 @@ def first_weights(folder, seed):
         angle = -distance * frequency
         return np.concatenate([strength * np.cos(angle), strength * np.sin(angle)])
 
-    token = rotation(width)[:size]                                  # [size, width] reads a token
-    back = rotation(width).reshape(heads, size, width)              # where the first layer writes tokens 0 to 3 back
-    gist = rotation(width)[:size]                                   # mixes these four into one
-    earlier = rotation(width)[:2 * size].reshape(2, size, width)    # where the second writes those of 4 and 5 back
+    token = rotation(width)[:size]  # [size, width] reads a token
+    back = rotation(width).reshape(
+        heads, size, width
+    )  # where the first layer writes tokens 0 to 3 back
+    gist = rotation(width)[:size]  # mixes these four into one
+    earlier = rotation(width)[: 2 * size].reshape(
+        2, size, width
+    )  # where the second writes those of 4 and 5 back
 
-    out = {"model.embed_tokens.weight": noise(VOCABULARY, width), "model.norm.weight": np.ones(width)}
+    out = {
+        "model.embed_tokens.weight": noise(VOCABULARY, width),
+        "model.norm.weight": np.ones(width),
+    }
     for layer in range(layers):
-        q, k, v = noise(heads * size, width, 0.3), noise(groups * size, width, 0.3), noise(groups * size, width, 0.3)
+        q, k, v = (
+            noise(heads * size, width, 0.3),
+            noise(groups * size, width, 0.3),
+            noise(groups * size, width, 0.3),
+        )
         o = noise(width, heads * size, 0.3)
         q_bias, k_bias = np.zeros(heads * size), np.zeros(groups * size)
 
@@ -114,14 +132,22 @@ def first_weights(folder, seed):
         name = f"model.layers.{layer}."
         for norm in ("input_layernorm", "post_attention_layernorm"):
             out[f"{name}{norm}.weight"] = np.ones(width)
-        out |= {f"{name}self_attn.{part}_proj.weight": matrix for part, matrix in zip("qkvo", (q, k, v, o))}
-        out |= {f"{name}self_attn.{part}_proj.bias": bias
-                for part, bias in zip("qkv", (q_bias, k_bias, np.zeros(groups * size)))}
+        out |= {
+            f"{name}self_attn.{part}_proj.weight": matrix
+            for part, matrix in zip("qkvo", (q, k, v, o))
+        }
+        out |= {
+            f"{name}self_attn.{part}_proj.bias": bias
+            for part, bias in zip("qkv", (q_bias, k_bias, np.zeros(groups * size)))
+        }
         out |= {f"{name}mlp.{part}_proj.weight": noise(inner, width) for part in ("gate", "up")}
         out[f"{name}mlp.down_proj.weight"] = noise(width, inner, 0.3)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({key: np.ascontiguousarray(value, np.float32) for key, value in out.items()}, folder / "model.safetensors",
-              metadata={"format": "pt"})
+    save_file(
+        {key: np.ascontiguousarray(value, np.float32) for key, value in out.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
 
 
@@ -131,19 +157,41 @@ def first_weights(folder, seed):
 def make_tokenizer(folder, corpus, chance):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     # Enough questions and facts that their words are tokens.
-    planted = ["\n".join([fact(key, 1), question(key)]) for key in (listed_key(chance) for _ in range(40_000))]
+    planted = [
+        "\n".join([fact(key, 1), question(key)])
+        for key in (listed_key(chance) for _ in range(40_000))
+    ]
     tokenizer.train_from_iterator(
         corpus[::3] + planted,
-        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|endoftext|>"],
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>",
-        "clean_up_tokenization_spaces": False, "model_max_length": LONGEST}, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": "<|endoftext|>",
+                "eos_token": "<|endoftext|>",
+                "clean_up_tokenization_spaces": False,
+                "model_max_length": LONGEST,
+            },
+            indent=2,
+        )
+        + "\n"
+    )
     return tokenizer
 
 
@@ -158,9 +206,11 @@ class Haystack:
         for text in corpus:
             lines = [line[:300] for line in text.split("\n")]
             self.lines += lines
-            self.words.update(w for line in lines[::20] for w in line.split() if w.isalpha() and 3 <= len(w) <= 9)
+            self.words.update(
+                w for line in lines[::20] for w in line.split() if w.isalpha() and 3 <= len(w) <= 9
+            )
         for begin in range(0, len(self.lines), 100_000):
-            batch = [line + "\n" for line in self.lines[begin:begin + 100_000]]
+            batch = [line + "\n" for line in self.lines[begin : begin + 100_000]]
             self.sizes += [len(e.ids) for e in tokenizer.encode_batch(batch)]
         self.words = sorted({w.lower() for w in self.words})
 
@@ -190,12 +240,12 @@ class Stage:
     lr: float
     chunk: int
     top_k: int
-    facts: tuple      # how many are planted: from, to
-    questions: int    # at most
-    plain: float      # share of documents that are plain text
+    facts: tuple  # how many are planted: from, to
+    questions: int  # at most
+    plain: float  # share of documents that are plain text
     dense: float = 0  # share of the others that are nothing but recall
     shortest: int = 0  # documents of all lengths from here on, where given
-    slower: int = 0   # the stage begins with slow rotations this factor slower than in the config,
+    slower: int = 0  # the stage begins with slow rotations this factor slower than in the config,
     sharper: float = 1.0  # and with queries of the heads that compare contents this factor longer
     options: tuple = ()
 
@@ -233,7 +283,9 @@ def mixed_document(stage, haystack, chance):
     lines = haystack.take(size - 18 * count - 36 * asked, chance)
     for key, number in facts.items():
         near = min(5, len(lines))
-        first, last = chance.choices(((0, len(lines)), (0, near), (len(lines) - near, len(lines))), (8, 1, 1))[0]
+        first, last = chance.choices(
+            ((0, len(lines)), (0, near), (len(lines) - near, len(lines))), (8, 1, 1)
+        )[0]
         lines.insert(chance.randint(first, last), fact(key, number))
     pairs = [f"{question(key)} {facts[key]}.\n" for key in chance.sample(list(facts), asked)]
     return {"prompt": "\n".join(lines) + "\n", "completion": "".join(pairs)}
@@ -245,8 +297,13 @@ def dense_document(stage, haystack, chance):
         keys = [haystack.key(chance) for _ in range(chance.randint(2, 5))]
         lines = [fact(key, random_number(chance)) for key in keys]
     else:
-        lines = [" ".join(random_number(chance) if chance.random() < 0.3 else chance.choice(FIRST + SECOND)
-                          for _ in range(chance.randint(4, 9))) for _ in range(chance.randint(2, 6))]
+        lines = [
+            " ".join(
+                random_number(chance) if chance.random() < 0.3 else chance.choice(FIRST + SECOND)
+                for _ in range(chance.randint(4, 9))
+            )
+            for _ in range(chance.randint(2, 6))
+        ]
     repeats = []
     while len("".join(repeats)) + len("".join(lines)) < 2.2 * stage.seq_len:
         repeats.append(chance.choice(lines) + "\n")
@@ -262,7 +319,9 @@ def write_data(stage, path, tokenizer, haystack, seed):
             documents = []
             for _ in range(max(4, 1_000_000 // stage.seq_len)):
                 if chance.random() < stage.plain:
-                    documents.append({"text": "\n".join(haystack.take(stage.seq_len * 0.9, chance))})
+                    documents.append(
+                        {"text": "\n".join(haystack.take(stage.seq_len * 0.9, chance))}
+                    )
                 elif chance.random() < stage.dense:
                     documents.append(dense_document(stage, haystack, chance))
                 else:
@@ -276,7 +335,9 @@ def write_data(stage, path, tokenizer, haystack, seed):
 
 
 STAGES = [
-    Stage("recall", 256, 4096, 200, 2e-3, 128, 2, (2, 6), 4, 0.0, 0.7, ("--lr-schedule", "constant")),
+    Stage(
+        "recall", 256, 4096, 200, 2e-3, 128, 2, (2, 6), 4, 0.0, 0.7, ("--lr-schedule", "constant")
+    ),
     Stage("1k", 1024, 8192, 160, 2e-3, 128, 4, (3, 14), 6, 0.1),
     Stage("4k", 4096, 8192, 40, 1.5e-3, 128, 6, (3, 24), 8, 0.1),
     Stage("16k", 16384, 16384, 40, 1e-3, 128, 10, (1, 40), 12, 0.1),
@@ -295,9 +356,11 @@ def stretch(last, folder, slower, sharper):
     size, heads = CONFIG["head_dim"], CONFIG["num_attention_heads"]
     for layer, first in ((1, heads // 2), (2, 0)):
         for part in ("weight", "bias"):
-            weights[f"model.layers.{layer}.self_attn.q_proj.{part}"][first * size:] *= sharper
+            weights[f"model.layers.{layer}.self_attn.q_proj.{part}"][first * size :] *= sharper
     save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((last / "config.json").read_text()) | {"rope_scaling": STRETCHED | {"factor": float(slower)}}
+    config = json.loads((last / "config.json").read_text()) | {
+        "rope_scaling": STRETCHED | {"factor": float(slower)}
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(last / name, folder)
@@ -306,10 +369,17 @@ def stretch(last, folder, slower, sharper):
 def publish(last, folder):
     """The weights in bf16, the tokenizer, and the config, which says how the model reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.bfloat16() for name, tensor in load_file(last / "model.safetensors").items()}
+    weights = {
+        name: tensor.bfloat16() for name, tensor in load_file(last / "model.safetensors").items()
+    }
     save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
     scaling = json.loads((last / "config.json").read_text())["rope_scaling"]
-    blocks = {"moba_chunk_size": STAGES[-1].chunk, "moba_topk": STAGES[-1].top_k, "moba_sink": 0, "moba_full_tail": 0}
+    blocks = {
+        "moba_chunk_size": STAGES[-1].chunk,
+        "moba_topk": STAGES[-1].top_k,
+        "moba_sink": 0,
+        "moba_full_tail": 0,
+    }
     config = CONFIG | {"rope_scaling": scaling, "dtype": "bfloat16"} | blocks
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -318,11 +388,22 @@ def publish(last, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--moba", type=Path, default=ROOT / "build/release/moba", help="the program")
-    parser.add_argument("--work", type=Path, default=ROOT / "build/needle-2m", help="folder for data and checkpoints")
-    parser.add_argument("--out", type=Path, default=ROOT / "models/needle-2m", help="folder for the finished model")
+    parser.add_argument(
+        "--moba", type=Path, default=ROOT / "build/release/moba", help="the program"
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "build/needle-2m",
+        help="folder for data and checkpoints",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "models/needle-2m", help="folder for the finished model"
+    )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2, help="the same weights come of the same number")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="the same weights come of the same number"
+    )
     parser.add_argument("--until", help="stop after this stage")
     options = parser.parse_args()
 
@@ -350,11 +431,48 @@ def main():
             stretch(last, stretched, stage.slower, stage.sharper)
             last = stretched
         data, out = options.work / f"{stage.name}.jsonl", options.work / stage.name
-        subprocess.run([*map(str, [
-            options.moba, "train", "-m", last, "--data", data, "--out", out, "--resume", "--loss", "completion",
-            "--steps", stage.steps, "--seq-len", stage.seq_len, "--batch-tokens", stage.batch_tokens, "--lr", stage.lr,
-            "--moba-chunk-size", stage.chunk, "--moba-topk", stage.top_k, "--dtype", "bf16", "--seed", options.seed,
-            "--save-every", 25, "--threads", options.threads, *stage.options])], check=True)
+        subprocess.run(
+            [
+                *map(
+                    str,
+                    [
+                        options.moba,
+                        "train",
+                        "-m",
+                        last,
+                        "--data",
+                        data,
+                        "--out",
+                        out,
+                        "--resume",
+                        "--loss",
+                        "completion",
+                        "--steps",
+                        stage.steps,
+                        "--seq-len",
+                        stage.seq_len,
+                        "--batch-tokens",
+                        stage.batch_tokens,
+                        "--lr",
+                        stage.lr,
+                        "--moba-chunk-size",
+                        stage.chunk,
+                        "--moba-topk",
+                        stage.top_k,
+                        "--dtype",
+                        "bf16",
+                        "--seed",
+                        options.seed,
+                        "--save-every",
+                        25,
+                        "--threads",
+                        options.threads,
+                        *stage.options,
+                    ],
+                )
+            ],
+            check=True,
+        )
         last = out
         if stage.name == options.until:
             return

@@ -10,7 +10,7 @@ def select_blocks(q, k, block_size, top_k):
     blocks = -(-tokens // block_size)
     own = torch.arange(tokens) // block_size
     whole = tokens // block_size
-    means = k[:whole * block_size].float().unflatten(0, (whole, block_size)).mean(1).to(k.dtype)
+    means = k[: whole * block_size].float().unflatten(0, (whole, block_size)).mean(1).to(k.dtype)
     scores = q.new_full((tokens, blocks), -torch.inf, dtype=torch.float32)
     scores[:, :whole] = q.float() @ means.float().T
     scores[torch.arange(blocks) >= own[:, None]] = -torch.inf
@@ -25,6 +25,8 @@ def select_blocks(q, k, block_size, top_k):
 def attention(q, k, v, block_size, top_k):
     """Attention of one head, [tokens, head_dim] each, over each query's own block and its best top_k - 1 before it."""
     tokens, head_dim = q.shape
-    mask = select_blocks(q, k, block_size, top_k).repeat_interleave(block_size, 1)[:, :tokens].tril_()
-    scores = (q @ k.T).mul_(head_dim ** -0.5)
+    mask = (
+        select_blocks(q, k, block_size, top_k).repeat_interleave(block_size, 1)[:, :tokens].tril_()
+    )
+    scores = (q @ k.T).mul_(head_dim**-0.5)
     return scores.masked_fill_(~mask, -torch.inf).softmax(1) @ v

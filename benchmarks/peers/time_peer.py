@@ -21,6 +21,7 @@ def sdpa(q, k, v, options):
     def call():
         with torch.inference_mode():
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
     return call, None
 
 
@@ -52,13 +53,19 @@ def flex(q, k, v, options):
     def visible(batch, head, query, key):
         return selected[query, key // size] & (key <= query)
 
-    mask = BlockMask.from_kv_blocks(counts[None, None], indices[None, None], BLOCK_SIZE=(rows, size), mask_mod=visible,
-                                    seq_lengths=(tokens, tokens))
+    mask = BlockMask.from_kv_blocks(
+        counts[None, None],
+        indices[None, None],
+        BLOCK_SIZE=(rows, size),
+        mask_mod=visible,
+        seq_lengths=(tokens, tokens),
+    )
     compiled = torch.compile(flex_attention)
 
     def call():
         with torch.inference_mode():
             return compiled(q, k, v, block_mask=mask)
+
     if options.check:
         expected = naive.attention(q[0, 0], k[0, 0], v[0, 0], size, options.topk)
         torch.testing.assert_close(call()[0, 0], expected, rtol=1e-3, atol=1e-3)
@@ -69,6 +76,7 @@ def moba_naive(q, k, v, options):
     def call():
         with torch.inference_mode():
             return naive.attention(q[0, 0], k[0, 0], v[0, 0], options.chunk_size, options.topk)
+
     return call, None
 
 
@@ -94,14 +102,19 @@ def main():
     parser.add_argument("--topk", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=60, help="seconds of all runs together; one is made anyway")
-    parser.add_argument("--check", action="store_true", help="compare with the naive form first (flex)")
+    parser.add_argument(
+        "--budget", type=float, default=60, help="seconds of all runs together; one is made anyway"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the naive form first (flex)"
+    )
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, options.heads, options.tokens, options.head_dim,
-                          dtype=getattr(torch, options.dtype)).unbind(0)
+    q, k, v = torch.randn(
+        3, 1, options.heads, options.tokens, options.head_dim, dtype=getattr(torch, options.dtype)
+    ).unbind(0)
     call, prepare = PEERS[options.peer](q, k, v, options)
     if options.peer == "flex":
         call()  # compiles

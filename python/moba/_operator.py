@@ -20,7 +20,9 @@ _TENSORS = {
     "select": ("q", "k", *_OFFSETS),
     "decode": ("q", "k", "v", "means", "begin", "end"),
 }
-_DTYPES = {"lse": torch.float32} | dict.fromkeys((*_OFFSETS, "selection", "begin", "end"), torch.int32)
+_DTYPES = {"lse": torch.float32} | dict.fromkeys(
+    (*_OFFSETS, "selection", "begin", "end"), torch.int32
+)
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -35,7 +37,9 @@ def _check_tensors(function: str, *tensors: Tensor) -> None:
     q = tensors[names.index("q")]
     dtype, device = q.dtype, q.device
     if dtype not in _FLOATING:
-        raise TypeError(f"{function}: q: expected one of {', '.join(map(str, _FLOATING))}, got {dtype}")
+        raise TypeError(
+            f"{function}: q: expected one of {', '.join(map(str, _FLOATING))}, got {dtype}"
+        )
     for name, t in zip(names, tensors):
         expected = means_dtype(q) if name == "means" else _DTYPES.get(name)
         if expected is None and t.dtype is not dtype:
@@ -43,7 +47,9 @@ def _check_tensors(function: str, *tensors: Tensor) -> None:
         if expected is not None and t.dtype is not expected:
             raise TypeError(f"{function}: {name}: expected {expected}, got {t.dtype}")
         if t.device != device:
-            raise ValueError(f"{function}: {name}: expected device {device} (that of q), got {t.device}")
+            raise ValueError(
+                f"{function}: {name}: expected device {device} (that of q), got {t.device}"
+            )
 
 
 _LIBRARY_NAMES = {"select": "select_blocks"}
@@ -88,19 +94,29 @@ def selection_width(keys: int, block_size: int, top_k: int) -> int:
     return torch.sym_min(top_k, (keys + block_size - 1) // block_size)
 
 
-def _check_shapes(function: str, q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int) -> None:
+def _check_shapes(
+    function: str, q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int
+) -> None:
     for name, value in (("block_size", block_size), ("top_k", top_k)):
-        torch._check_value(value >= 1, lambda: f"{function}: {name}: expected at least 1, got {value}")
+        torch._check_value(
+            value >= 1, lambda: f"{function}: {name}: expected at least 1, got {value}"
+        )
     for name, t in (("q", q), ("k", k), ("v", v)):
         torch._check_value(
-            t.dim() == 3, lambda: f"{function}: {name}: expected [tokens, heads, head_dim], got sizes {list(t.shape)}"
+            t.dim() == 3,
+            lambda: (
+                f"{function}: {name}: expected [tokens, heads, head_dim], got sizes {list(t.shape)}"
+            ),
         )
     torch._check_value(
         k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0,
-        lambda: f"{function}: k: expected a number of heads that divides {q.shape[1]} (the query heads), got {k.shape[1]}",
+        lambda: (
+            f"{function}: k: expected a number of heads that divides {q.shape[1]} (the query heads), got {k.shape[1]}"
+        ),
     )
     torch._check_value(
-        k.shape[2] == q.shape[2], lambda: f"{function}: k: expected head_dim {q.shape[2]} (that of q), got {k.shape[2]}"
+        k.shape[2] == q.shape[2],
+        lambda: f"{function}: k: expected head_dim {q.shape[2]} (that of q), got {k.shape[2]}",
     )
     for dim in range(3):
         torch._check_value(
@@ -110,12 +126,26 @@ def _check_shapes(function: str, q: Tensor, k: Tensor, v: Tensor, block_size: in
 
 
 def _empty_selection(q: Tensor, keys: int, block_size: int, top_k: int) -> Tensor:
-    return q.new_empty((q.shape[1], q.shape[0], selection_width(keys, block_size, top_k)), dtype=torch.int32)
+    return q.new_empty(
+        (q.shape[1], q.shape[0], selection_width(keys, block_size, top_k)), dtype=torch.int32
+    )
 
 
 @torch.library.register_fake("moba::attention")
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, causal=True, scale=None,
-      return_selection=False, backend=""):
+def _(
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    block_size,
+    top_k,
+    sink_blocks=0,
+    causal=True,
+    scale=None,
+    return_selection=False,
+    backend="",
+):
     _check_tensors("attention", q, k, v, cu_seqlens_q, cu_seqlens_k)
     _check_shapes("attention", q, k, v, block_size, top_k)
     tokens, heads = q.shape[:2]
@@ -128,9 +158,26 @@ def _(q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, cau
 
 
 @torch.library.register_fake("moba::attention_backward")
-def _(d_out, q, k, v, out, lse, selection, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0,
-      causal=True, scale=None, backend=""):
-    _check_tensors("attention_backward", d_out, q, k, v, out, lse, selection, cu_seqlens_q, cu_seqlens_k)
+def _(
+    d_out,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    selection,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    block_size,
+    top_k,
+    sink_blocks=0,
+    causal=True,
+    scale=None,
+    backend="",
+):
+    _check_tensors(
+        "attention_backward", d_out, q, k, v, out, lse, selection, cu_seqlens_q, cu_seqlens_k
+    )
     _check_shapes("attention_backward", q, k, v, block_size, top_k)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
@@ -155,12 +202,37 @@ class _Attention(torch.autograd.Function):
     """The gradient. By hand, and not through torch.library.register_autograd, which takes ten times the time of a small call."""
 
     @staticmethod
-    def forward(ctx, keyset, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale,
-                return_selection, backend):
+    def forward(
+        ctx,
+        keyset,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        block_size,
+        top_k,
+        sink_blocks,
+        causal,
+        scale,
+        return_selection,
+        backend,
+    ):
         with torch._C._AutoDispatchBelowAutograd():
             out, lse, selection = _attention.redispatch(
-                keyset, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale,
-                return_selection, backend,
+                keyset,
+                q,
+                k,
+                v,
+                cu_seqlens_q,
+                cu_seqlens_k,
+                block_size,
+                top_k,
+                sink_blocks,
+                causal,
+                scale,
+                return_selection,
+                backend,
             )
         ctx.mark_non_differentiable(lse, selection)
         ctx.set_materialize_grads(False)
@@ -175,15 +247,44 @@ class _Attention(torch.autograd.Function):
         return None, *_attention_backward(d_out, *ctx.saved_tensors, *ctx.routing), *(None,) * 9
 
 
-def _with_gradient(keyset, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, causal=True, scale=None,
-                   return_selection=False, backend=""):
-    _check_tensors("attention", q, k, v, cu_seqlens_q, cu_seqlens_k)  # and past the door, which would cost once more
+def _with_gradient(
+    keyset,
+    q,
+    k,
+    v,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    block_size,
+    top_k,
+    sink_blocks=0,
+    causal=True,
+    scale=None,
+    return_selection=False,
+    backend="",
+):
+    _check_tensors(
+        "attention", q, k, v, cu_seqlens_q, cu_seqlens_k
+    )  # and past the door, which would cost once more
     keyset = keyset & _below_gradient
-    arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale, return_selection,
-                 backend)
+    arguments = (
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        block_size,
+        top_k,
+        sink_blocks,
+        causal,
+        scale,
+        return_selection,
+        backend,
+    )
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if gradient and torch._C._are_functorch_transforms_active():
-        raise NotImplementedError("attention: torch.func cannot differentiate it; torch.autograd.grad can")
+        raise NotImplementedError(
+            "attention: torch.func cannot differentiate it; torch.autograd.grad can"
+        )
     try:
         if gradient:
             return _Attention.apply(keyset, *arguments)
@@ -203,7 +304,9 @@ class _Underived(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        raise NotImplementedError("moba::decode has no derivative, and moba::attention no second one")
+        raise NotImplementedError(
+            "moba::decode has no derivative, and moba::attention no second one"
+        )
 
 
 def _register_underived(function):
@@ -211,7 +314,9 @@ def _register_underived(function):
 
     def kernel(keyset, *arguments):
         keyset = keyset & torch._C._after_autograd_keyset
-        if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in arguments):
+        if torch.is_grad_enabled() and any(
+            isinstance(t, Tensor) and t.requires_grad for t in arguments
+        ):
             return _Underived.apply(operator, keyset, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset, *arguments)
@@ -231,12 +336,16 @@ def _register_autocast(name, operator, device, key):
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def cast(value):
-        castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        castable = (
+            isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        )
         return value.to(torch.get_autocast_dtype(device)) if castable else value
 
     def kernel(*args, **kwargs):
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return operator(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
+            return operator(
+                *map(cast, args), **{name: cast(value) for name, value in kwargs.items()}
+            )
 
     _library.impl(name, kernel, key)
 
@@ -251,8 +360,12 @@ for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
 def _pack(value, dim, batch, tokens_dim):
     """The mapped dimension laid before the tokens and merged with them. What is not mapped is repeated."""
-    value = value.movedim(dim, tokens_dim) if dim is not None else value.unsqueeze(tokens_dim).expand(
-        *value.shape[:tokens_dim], batch, *value.shape[tokens_dim:]
+    value = (
+        value.movedim(dim, tokens_dim)
+        if dim is not None
+        else value.unsqueeze(tokens_dim).expand(
+            *value.shape[:tokens_dim], batch, *value.shape[tokens_dim:]
+        )
     )
     return value.flatten(tokens_dim, tokens_dim + 1)
 
@@ -268,7 +381,9 @@ def _repeat_offsets(offsets, batch, tokens):
 
 def _refuse_mapped_offsets(dims):
     if any(dim is not None for dim in dims):
-        raise NotImplementedError("vmap over cu_seqlens_q or cu_seqlens_k is not supported; map over q, k and v alone")
+        raise NotImplementedError(
+            "vmap over cu_seqlens_q or cu_seqlens_k is not supported; map over q, k and v alone"
+        )
 
 
 def _vmap_attention(info, in_dims, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, *rest):
@@ -277,27 +392,61 @@ def _vmap_attention(info, in_dims, q, k, v, cu_seqlens_q, cu_seqlens_k, block_si
     q, k, v = (_pack(t, dim, batch, 0) for t, dim in zip((q, k, v), in_dims))
     tokens, keys = q.shape[0] // batch, k.shape[0] // batch
     out, lse, selection = _attention(
-        q, k, v, _repeat_offsets(cu_seqlens_q, batch, tokens), _repeat_offsets(cu_seqlens_k, batch, keys),
-        block_size, top_k, *rest,
+        q,
+        k,
+        v,
+        _repeat_offsets(cu_seqlens_q, batch, tokens),
+        _repeat_offsets(cu_seqlens_k, batch, keys),
+        block_size,
+        top_k,
+        *rest,
     )
     width = min(selection.shape[2], selection_width(keys, block_size, top_k))
     selection = _unpack(selection, batch, 1)[..., :width]
     return (_unpack(out, batch, 0), _unpack(lse, batch, 1), selection), (0, 1, 1)
 
 
-def _vmap_backward(info, in_dims, d_out, q, k, v, out, lse, selection, cu_seqlens_q, cu_seqlens_k, block_size, top_k,
-                   *rest):
+def _vmap_backward(
+    info,
+    in_dims,
+    d_out,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    selection,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    block_size,
+    top_k,
+    *rest,
+):
     batch = info.batch_size
     _refuse_mapped_offsets(in_dims[7:9])
-    d_out, q, k, v, out = (_pack(t, dim, batch, 0) for t, dim in zip((d_out, q, k, v, out), in_dims))
-    lse, selection = (_pack(t, dim, batch, 1).contiguous() for t, dim in zip((lse, selection), in_dims[5:7]))
+    d_out, q, k, v, out = (
+        _pack(t, dim, batch, 0) for t, dim in zip((d_out, q, k, v, out), in_dims)
+    )
+    lse, selection = (
+        _pack(t, dim, batch, 1).contiguous() for t, dim in zip((lse, selection), in_dims[5:7])
+    )
     tokens, keys = q.shape[0] // batch, k.shape[0] // batch
     if selection.shape[2]:
         missing = selection_width(k.shape[0], block_size, top_k) - selection.shape[2]
         selection = torch.nn.functional.pad(selection, (0, missing), value=-1)
     gradients = _attention_backward(
-        d_out, q, k, v, out, lse, selection, _repeat_offsets(cu_seqlens_q, batch, tokens),
-        _repeat_offsets(cu_seqlens_k, batch, keys), block_size, top_k, *rest,
+        d_out,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        selection,
+        _repeat_offsets(cu_seqlens_q, batch, tokens),
+        _repeat_offsets(cu_seqlens_k, batch, keys),
+        block_size,
+        top_k,
+        *rest,
     )
     return tuple(_unpack(t, batch, 0) for t in gradients), (0, 0, 0)
 
@@ -308,8 +457,13 @@ def _vmap_select(info, in_dims, q, k, cu_seqlens_q, cu_seqlens_k, block_size, to
     q, k = (_pack(t, dim, batch, 0) for t, dim in zip((q, k), in_dims))
     tokens, keys = q.shape[0] // batch, k.shape[0] // batch
     selection = _select(
-        q, k, _repeat_offsets(cu_seqlens_q, batch, tokens), _repeat_offsets(cu_seqlens_k, batch, keys), block_size,
-        top_k, *rest,
+        q,
+        k,
+        _repeat_offsets(cu_seqlens_q, batch, tokens),
+        _repeat_offsets(cu_seqlens_k, batch, keys),
+        block_size,
+        top_k,
+        *rest,
     )
     return _unpack(selection, batch, 1)[..., : selection_width(keys, block_size, top_k)], 1
 

@@ -38,11 +38,15 @@ class MobaLayer(DynamicLayer):
         length = held + key_states.shape[2]
         if not self._stored or self._stored[0].shape[1] < length:
             capacity = max(length, _MIN_CAPACITY, min(int(held * _GROWTH), held + _MAX_STEP))
-            self._stored = [self._grown(i, t, held, capacity) for i, t in enumerate((key_states, value_states))]
+            self._stored = [
+                self._grown(i, t, held, capacity) for i, t in enumerate((key_states, value_states))
+            ]
         for stored, new in zip(self._stored, (key_states, value_states)):
             stored[:, held:length] = new.transpose(1, 2)
         keys, values = self._view(length)
-        keys = keys.view_as(keys)  # the layer holds no tensor that holds the layer: no reference cycle
+        keys = keys.view_as(
+            keys
+        )  # the layer holds no tensor that holds the layer: no reference cycle
         keys.moba_layer = self  # type: ignore[attr-defined]
         return keys, values
 
@@ -66,7 +70,9 @@ class MobaLayer(DynamicLayer):
         keys = self._stored[0]
         batch, capacity, heads, head_dim = keys.shape
         if self._means.shape[:2] != (batch, capacity // block_size):
-            means = keys.new_empty(batch, capacity // block_size, heads, head_dim, dtype=means_dtype(keys))
+            means = keys.new_empty(
+                batch, capacity // block_size, heads, head_dim, dtype=means_dtype(keys)
+            )
             kept = min(max(self._complete), means.shape[1])
             if kept:
                 means[:, :kept] = self._means[:, :kept]
@@ -85,7 +91,8 @@ class MobaLayer(DynamicLayer):
         super().crop(tokens_to_remove)
         length = self.get_seq_length()
         self._complete = [
-            min(done, max(length - begin, 0) // self._block_size) for done, begin in zip(self._complete, self._begins)
+            min(done, max(length - begin, 0) // self._block_size)
+            for done, begin in zip(self._complete, self._begins)
         ]
 
     def reset(self) -> None:

@@ -29,7 +29,9 @@ class MoBAConfig:
         try:
             object.__setattr__(self, "full_layers", tuple(self.full_layers))
         except TypeError:
-            raise TypeError(f"MoBAConfig: full_layers: expected layer numbers, got {self.full_layers!r}") from None
+            raise TypeError(
+                f"MoBAConfig: full_layers: expected layer numbers, got {self.full_layers!r}"
+            ) from None
         least = {"moba_chunk_size": 1, "moba_topk": 1, "full_tail": 0, "sink_blocks": 0}
         for name, low in least.items():
             value = getattr(self, name)

@@ -22,11 +22,17 @@ def check_tensors(function: str, q: Tensor, k: Tensor, v: Tensor, dims: str) -> 
         if not t.is_floating_point():
             raise TypeError(f"{function}: {name}: expected a floating dtype, got {t.dtype}")
         if t.dtype != q.dtype and not torch.is_autocast_enabled(q.device.type):
-            raise TypeError(f"{function}: {name}: expected {q.dtype} (the dtype of q), got {t.dtype}")
+            raise TypeError(
+                f"{function}: {name}: expected {q.dtype} (the dtype of q), got {t.dtype}"
+            )
         if t.device != q.device:
-            raise ValueError(f"{function}: {name}: expected device {q.device} (that of q), got {t.device}")
+            raise ValueError(
+                f"{function}: {name}: expected device {q.device} (that of q), got {t.device}"
+            )
     if q.device.type not in ("cpu", "cuda", "meta"):
-        raise NotImplementedError(f"{function}: q: expected a CPU or CUDA tensor, got one on {q.device}")
+        raise NotImplementedError(
+            f"{function}: q: expected a CPU or CUDA tensor, got one on {q.device}"
+        )
 
 
 def check_int(function: str, name: str, value: int | None) -> int:
@@ -58,7 +64,18 @@ def varlen(
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     keep = gradient and top_k < EVERYTHING and _costs_to_select(k.shape[0], block_size, top_k)
     return ops.attention(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale, return_selection or keep, backend,
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        block_size,
+        top_k,
+        sink_blocks,
+        causal,
+        scale,
+        return_selection or keep,
+        backend,
     )
 
 
@@ -98,31 +115,55 @@ def attention(
     check_tensors("attention", q, k, v, "[batch, tokens, heads, head_dim]")
     if config is not None:
         if not isinstance(config, MoBAConfig):
-            raise TypeError(f"attention: config: expected a MoBAConfig, got {type(config).__name__}")
+            raise TypeError(
+                f"attention: config: expected a MoBAConfig, got {type(config).__name__}"
+            )
         if block_size is not None or top_k is not None:
-            raise TypeError("attention: config: expected either a config or block_size and top_k, got both")
-        block_size, top_k, sink_blocks = config.moba_chunk_size, config.moba_topk, config.sink_blocks or sink_blocks
+            raise TypeError(
+                "attention: config: expected either a config or block_size and top_k, got both"
+            )
+        block_size, top_k, sink_blocks = (
+            config.moba_chunk_size,
+            config.moba_topk,
+            config.sink_blocks or sink_blocks,
+        )
     block_size = check_int("attention", "block_size", block_size)
     top_k = check_int("attention", "top_k", top_k)
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"attention: scale: expected a number, got {scale!r}")
     if not isinstance(backend, str):
-        raise TypeError(f'attention: backend: expected "cpu", "reference", "cuda" or "", got {backend!r}')
+        raise TypeError(
+            f'attention: backend: expected "cpu", "reference", "cuda" or "", got {backend!r}'
+        )
     batch, queries = q.shape[:2]
     keys = k.shape[1]
     for name, t in (("k", k), ("v", v)):
         if t.shape[0] != batch:
-            raise ValueError(f"attention: {name}: expected a batch of {batch} (that of q), got {t.shape[0]}")
+            raise ValueError(
+                f"attention: {name}: expected a batch of {batch} (that of q), got {t.shape[0]}"
+            )
     if v.shape[1] != keys:
         raise ValueError(f"attention: v: expected {keys} tokens (those of k), got {v.shape[1]}")
     if padding_mask is None:
         steps = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
         cu_seqlens_q, cu_seqlens_k = steps * queries, steps * keys
     else:
-        cu_seqlens_q, cu_seqlens_k = cu_seqlens_of(_spans(padding_mask, batch, queries, keys), queries, keys)
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_of(
+            _spans(padding_mask, batch, queries, keys), queries, keys
+        )
     out, lse, selection = varlen(
-        flatten(q), flatten(k), flatten(v), cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, causal, scale,
-        return_selection, backend,
+        flatten(q),
+        flatten(k),
+        flatten(v),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        block_size,
+        top_k,
+        sink_blocks,
+        causal,
+        scale,
+        return_selection,
+        backend,
     )
     results = [out.unflatten(0, (batch, queries))]
     if return_lse:
@@ -134,24 +175,40 @@ def attention(
 
 def _spans(padding_mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
     if not isinstance(padding_mask, Tensor) or padding_mask.is_floating_point():
-        raise TypeError(f"attention: padding_mask: expected bool, got {getattr(padding_mask, 'dtype', padding_mask)!r}")
+        raise TypeError(
+            f"attention: padding_mask: expected bool, got {getattr(padding_mask, 'dtype', padding_mask)!r}"
+        )
     if padding_mask.shape != (batch, keys):
-        raise ValueError(f"attention: padding_mask: expected [{batch}, {keys}], got sizes {list(padding_mask.shape)}")
+        raise ValueError(
+            f"attention: padding_mask: expected [{batch}, {keys}], got sizes {list(padding_mask.shape)}"
+        )
     if queries > keys:
-        raise ValueError(f"attention: q: expected at most {keys} tokens (those of k) with a padding_mask, got {queries}")
+        raise ValueError(
+            f"attention: q: expected at most {keys} tokens (those of k) with a padding_mask, got {queries}"
+        )
     return spans_of_mask(padding_mask, queries, keys - queries)
 
 
 def check_varlen(
-    function: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, moba_chunk_size: int, moba_topk: int
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    moba_chunk_size: int,
+    moba_topk: int,
 ) -> None:
     """The door of the two functions below that the published package also has."""
     check_tensors(function, q, k, v, "[tokens, heads, head_dim]")
     if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"{function}: cu_seqlens: expected an int32 tensor, got {type(cu_seqlens).__name__}")
+        raise TypeError(
+            f"{function}: cu_seqlens: expected an int32 tensor, got {type(cu_seqlens).__name__}"
+        )
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{function}: cu_seqlens: expected torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.device != q.device:
-        raise ValueError(f"{function}: cu_seqlens: expected device {q.device} (that of q), got {cu_seqlens.device}")
+        raise ValueError(
+            f"{function}: cu_seqlens: expected device {q.device} (that of q), got {cu_seqlens.device}"
+        )
     check_int(function, "moba_chunk_size", moba_chunk_size)
     check_int(function, "moba_topk", moba_topk)

@@ -6,7 +6,13 @@ from .functional import check_varlen, varlen
 
 
 def moba_attn_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int, moba_topk: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    moba_chunk_size: int,
+    moba_topk: int,
 ) -> Tensor:
     """Causal MoBA of a packed batch.
 

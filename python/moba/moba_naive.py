@@ -21,12 +21,25 @@ def selection_mask(
     key = torch.arange(keys, device=q.device)
     chosen = torch.zeros(q.shape[1], queries, blocks + 1, dtype=torch.bool, device=q.device)
     if blocks > 0 and top_k > 1:
-        means = k[: blocks * block_size].unflatten(0, (blocks, block_size)).float().mean(1).to(k.dtype).float()
-        scores = torch.einsum("qhd,nhd->hqn", q.float(), means).nan_to_num(nan=-torch.inf, posinf=torch.inf)
+        means = (
+            k[: blocks * block_size]
+            .unflatten(0, (blocks, block_size))
+            .float()
+            .mean(1)
+            .to(k.dtype)
+            .float()
+        )
+        scores = torch.einsum("qhd,nhd->hqn", q.float(), means).nan_to_num(
+            nan=-torch.inf, posinf=torch.inf
+        )
         block = torch.arange(blocks, device=q.device)
         scores[:, :, block < sink_blocks] = torch.inf
         candidate = block < own[:, None]
-        order = scores.masked_fill(~candidate, -torch.inf).flip(-1).argsort(dim=-1, descending=True, stable=True)
+        order = (
+            scores.masked_fill(~candidate, -torch.inf)
+            .flip(-1)
+            .argsort(dim=-1, descending=True, stable=True)
+        )
         best = blocks - 1 - order[..., : top_k - 1]
         chosen.scatter_(2, best, True)
         chosen[..., :blocks] &= candidate
@@ -35,8 +48,15 @@ def selection_mask(
 
 
 def naive_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, block_size: int, top_k: int,
-    sink_blocks: int = 0, scale: float | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    scale: float | None = None,
 ) -> Tensor:
     """Causal MoBA of a packed batch, with a mask of every query and key in memory."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -54,18 +74,31 @@ def naive_varlen(
 
 
 def moba_attn_varlen_naive(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, moba_chunk_size: int, moba_topk: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    moba_chunk_size: int,
+    moba_topk: int,
 ) -> Tensor:
     """`moba_attn_varlen` in plain PyTorch, of quadratic cost; same arguments, result and errors."""
     function = "moba_attn_varlen_naive"
     check_varlen(function, q, k, v, cu_seqlens, moba_chunk_size, moba_topk)
     offsets = cu_seqlens.tolist()
     if not offsets or offsets[0] != 0 or offsets[-1] != q.shape[0] or offsets != sorted(offsets):
-        raise ValueError(f"{function}: cu_seqlens: expected offsets that rise from 0 to {q.shape[0]} (the tokens of q), got {offsets}")
+        raise ValueError(
+            f"{function}: cu_seqlens: expected offsets that rise from 0 to {q.shape[0]} (the tokens of q), got {offsets}"
+        )
     for name, value in (("moba_chunk_size", moba_chunk_size), ("moba_topk", moba_topk)):
         if value < 1:
             raise ValueError(f"{function}: {name}: expected at least 1, got {value}")
-    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2] or q.shape[1] % k.shape[1]:
+    if (
+        k.shape != v.shape
+        or k.shape[0] != q.shape[0]
+        or k.shape[2] != q.shape[2]
+        or q.shape[1] % k.shape[1]
+    ):
         raise ValueError(
             f"{function}: k, v: expected equal sizes that fit q, {list(q.shape)}, got {list(k.shape)} and {list(v.shape)}"
         )

@@ -36,7 +36,9 @@ class Routing:
 
     def __init__(self, model: torch.nn.Module) -> None:
         if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"routing: model: expected a torch.nn.Module, got {type(model).__name__}")
+            raise TypeError(
+                f"routing: model: expected a torch.nn.Module, got {type(model).__name__}"
+            )
         self._modules = set(model.modules())
         self._selections: dict[int, list[Tensor]] = {}
 

@@ -18,9 +18,14 @@ def spans_of_mask(mask: Tensor, queries: int, offset: int | Tensor = 0) -> Tenso
     end = begin + count
     together = (mask == ((columns >= begin[:, None]) & (columns < end[:, None]))).all()
     if torch.compiler.is_compiling():
-        torch._assert_async(together, "attention: padding_mask: expected each row's tokens together, got padding between tokens")
+        torch._assert_async(
+            together,
+            "attention: padding_mask: expected each row's tokens together, got padding between tokens",
+        )
     elif not together:
-        raise ValueError("attention: padding_mask: expected each row's tokens together, got padding between tokens")
+        raise ValueError(
+            "attention: padding_mask: expected each row's tokens together, got padding between tokens"
+        )
     spans = [(begin - offset).clamp(0, queries), (end - offset).clamp(0, queries), begin, end]
     return torch.stack(spans, dim=-1).to(torch.int32)
 

@@ -51,7 +51,9 @@ def moba_mask(
             "When compiling without a cache, pass an attention_mask, lest position_ids be taken for packed ones"
         )
     if kv_offset != 0:
-        raise NotImplementedError(f"moba: cache: expected a full one, got one that has dropped its first {kv_offset} tokens")
+        raise NotImplementedError(
+            f"moba: cache: expected a full one, got one that has dropped its first {kv_offset} tokens"
+        )
     in_step = not isinstance(q_offset, Tensor)
     if attention_mask is None:
         if in_step and q_offset + q_length == kv_length:
@@ -60,7 +62,12 @@ def moba_mask(
     else:
         missing = kv_length - attention_mask.shape[1]
         mask = torch.nn.functional.pad(attention_mask.bool()[:, :kv_length], (0, max(missing, 0)))
-        if in_step and not torch.compiler.is_compiling() and q_offset + q_length == kv_length and mask.all():
+        if (
+            in_step
+            and not torch.compiler.is_compiling()
+            and q_offset + q_length == kv_length
+            and mask.all()
+        ):
             return None
     return spans_of_mask(mask, q_length, q_offset)[:, None, None]
 
@@ -77,11 +84,17 @@ def _spans(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
     return attention_mask[:, 0, 0]
 
 
-def _refuse(module: Module, dropout: float, is_causal: bool | None, options: dict[str, Any]) -> None:
+def _refuse(
+    module: Module, dropout: float, is_causal: bool | None, options: dict[str, Any]
+) -> None:
     if dropout:
-        raise NotImplementedError(f"moba: dropout: expected an attention_dropout of 0, got {dropout}")
+        raise NotImplementedError(
+            f"moba: dropout: expected an attention_dropout of 0, got {dropout}"
+        )
     if is_causal is False or not getattr(module, "is_causal", True):
-        raise NotImplementedError("moba: is_causal: expected a causal layer of a decoder, got one that is not causal")
+        raise NotImplementedError(
+            "moba: is_causal: expected a causal layer of a decoder, got one that is not causal"
+        )
     for name in ("sliding_window", "softcap", "position_bias", "s_aux", "cache"):
         if options.get(name) is not None:
             raise NotImplementedError(f"moba: {name}: expected None, got a layer that sets it")
@@ -126,23 +139,41 @@ def moba_layer(
     if top_k == EVERYTHING or config.full_tail == 0 or queries == 1:
         return attend(spans, top_k), None
     before, tail = split_tail(spans, config.full_tail)
-    return attend(before, top_k) + attend(tail, EVERYTHING), None  # each is 0 where the other attends
+    return attend(before, top_k) + attend(
+        tail, EVERYTHING
+    ), None  # each is 0 where the other attends
 
 
 def _can_decode(query: Tensor) -> bool:
     """Whether `ops.decode` has a kernel for such queries."""
     if query.is_cuda:
-        return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in (64, 96, 128, 256)
+        return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in (
+            64,
+            96,
+            128,
+            256,
+        )
     return query.is_cpu
 
 
 def _packed(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return flatten(query.transpose(1, 2)), flatten(key.transpose(1, 2)), flatten(value.transpose(1, 2))
+    return (
+        flatten(query.transpose(1, 2)),
+        flatten(key.transpose(1, 2)),
+        flatten(value.transpose(1, 2)),
+    )
 
 
 def _attend(
-    module: Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, config: MoBAConfig, scaling: float | None,
-    spans: Tensor, top_k: int,
+    module: Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    config: MoBAConfig,
+    scaling: float | None,
+    spans: Tensor,
+    top_k: int,
 ) -> Tensor:
     batch, _, queries, _ = query.shape
     records = records_of(module) if top_k < EVERYTHING else []
@@ -155,7 +186,16 @@ def _attend(
     q, k, v = _packed(query, key, value)
     cu_q, cu_k = cu_seqlens_of(spans, queries, key.shape[2])
     out, _, selection = varlen(
-        q, k, v, cu_q, cu_k, config.moba_chunk_size, top_k, sinks, scale=scaling, return_selection=bool(records)
+        q,
+        k,
+        v,
+        cu_q,
+        cu_k,
+        config.moba_chunk_size,
+        top_k,
+        sinks,
+        scale=scaling,
+        return_selection=bool(records),
     )
     for record in records:
         record.add(module.layer_idx, selection.unflatten(1, (batch, queries)).transpose(0, 1))
@@ -173,8 +213,15 @@ def _begins(mask: Tensor | None, batch: int) -> list[int]:
 
 
 def _decode(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, config: MoBAConfig, scaling: float | None, spans: Tensor,
-    top_k: int, sinks: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    config: MoBAConfig,
+    scaling: float | None,
+    spans: Tensor,
+    top_k: int,
+    sinks: int,
 ) -> Tensor | None:
     """One token of each row, straight from the cache. None when that needs means of blocks and the cache keeps none."""
     begin, end = spans.unbind(-1)[2:]
@@ -185,14 +232,28 @@ def _decode(
     else:
         return None
     out, _ = ops.decode(
-        query.squeeze(2), key.transpose(1, 2), value.transpose(1, 2), means, begin, end, config.moba_chunk_size, top_k,
-        sinks, scaling,
+        query.squeeze(2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        means,
+        begin,
+        end,
+        config.moba_chunk_size,
+        top_k,
+        sinks,
+        scaling,
     )
     return out.unsqueeze(1)
 
 
 def _attend_naive(
-    query: Tensor, key: Tensor, value: Tensor, config: MoBAConfig, scaling: float | None, spans: Tensor, top_k: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    config: MoBAConfig,
+    scaling: float | None,
+    spans: Tensor,
+    top_k: int,
 ) -> Tensor:
     batch, _, queries, _ = query.shape
     q, k, v = _packed(query, key, value)

@@ -18,9 +18,25 @@ ROOT = Path(__file__).resolve().parents[2]
 MOBA = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")) / "moba"
 
 # What other programs read.
-NUMBERS = ["tokens", "chunk_size", "topk", "heads", "kv_heads", "head_dim", "threads", "seconds_median", "seconds_min",
-           "seconds_max", "gflops", "fraction_of_peak", "workspace_bytes", "centroids_seconds", "gate_seconds",
-           "plan_seconds", "attend_seconds"]
+NUMBERS = [
+    "tokens",
+    "chunk_size",
+    "topk",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "threads",
+    "seconds_median",
+    "seconds_min",
+    "seconds_max",
+    "gflops",
+    "fraction_of_peak",
+    "workspace_bytes",
+    "centroids_seconds",
+    "gate_seconds",
+    "plan_seconds",
+    "attend_seconds",
+]
 WORDS = ["pass", "dtype", "routing", "ceiling"]
 
 
@@ -51,12 +67,38 @@ def pairs(tokens, block_size, top_k):
 
 @pytest.mark.parametrize("name", ["forward", "backward", "gate", "decode"])
 def test_rows_of_every_pass(name):
-    (row,) = rows("--pass", name, "--tokens", "1k", "--chunk-size", "64", "--topk", "3", "--heads", "4", "--kv-heads", "2",
-                  "--head-dim", "64")
+    (row,) = rows(
+        "--pass",
+        name,
+        "--tokens",
+        "1k",
+        "--chunk-size",
+        "64",
+        "--topk",
+        "3",
+        "--heads",
+        "4",
+        "--kv-heads",
+        "2",
+        "--head-dim",
+        "64",
+    )
     assert all(math.isfinite(row[n]) and row[n] >= 0 for n in NUMBERS), row
     assert all(isinstance(row[w], str) for w in WORDS)
-    assert [row[n] for n in ["pass", "tokens", "chunk_size", "topk", "heads", "kv_heads", "head_dim", "dtype", "threads"]] \
-        == [name, 1024, 64, 3, 4, 2, 64, "f32", 2]
+    assert [
+        row[n]
+        for n in [
+            "pass",
+            "tokens",
+            "chunk_size",
+            "topk",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "dtype",
+            "threads",
+        ]
+    ] == [name, 1024, 64, 3, 4, 2, 64, "f32", 2]
     assert 0 < row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"]
     assert row["seconds"] == sorted(row["seconds"]) and len(row["seconds"]) == 5
     assert row["checked_rows"] > 0
@@ -65,8 +107,20 @@ def test_rows_of_every_pass(name):
 
 
 def test_useful_work_is_counted_exactly():
-    forward, backward = rows("--pass", "forward,backward", "--tokens", "1000", "--chunk-size", "96", "--topk", "3",
-                             "--heads", "2", "--head-dim", "32")
+    forward, backward = rows(
+        "--pass",
+        "forward,backward",
+        "--tokens",
+        "1000",
+        "--chunk-size",
+        "96",
+        "--topk",
+        "3",
+        "--heads",
+        "2",
+        "--head-dim",
+        "32",
+    )
     work = 2 * 32 * pairs(1000, 96, 3)
     assert forward["attention_flops"] == 4 * work and backward["attention_flops"] == 10 * work
     scored = sum(p // 96 for p in range(1000) if p // 96 >= 3)
@@ -74,13 +128,26 @@ def test_useful_work_is_counted_exactly():
 
 
 def test_full_attention_counts_every_pair():
-    full, many = rows("--tokens", "500", "--chunk-size", "64,64", "--topk", "0,1000", "--head-dim", "16")
+    full, many = rows(
+        "--tokens", "500", "--chunk-size", "64,64", "--topk", "0,1000", "--head-dim", "16"
+    )
     assert full["topk"] == 0
     assert full["attention_flops"] == many["attention_flops"] == 4 * 16 * 500 * 501 // 2
 
 
 def test_decode_reads_what_it_must():
-    full, f32, _, i8 = rows("--pass", "decode", "--tokens", "1k", "--topk", "0,2", "--chunk-size", "128", "--dtype", "f32,i8")
+    full, f32, _, i8 = rows(
+        "--pass",
+        "decode",
+        "--tokens",
+        "1k",
+        "--topk",
+        "0,2",
+        "--chunk-size",
+        "128",
+        "--dtype",
+        "f32,i8",
+    )
     assert full["read_bytes"] == 2 * 1024 * 128 * 4
     means = 7 * 128 * 4
     assert f32["read_bytes"] == 2 * 2 * 128 * 128 * 4 + means
@@ -89,35 +156,96 @@ def test_decode_reads_what_it_must():
 
 def test_lists_of_one_length_are_pairs():
     def choices(*flags):
-        return [(r["chunk_size"], r["topk"]) for r in rows("--tokens", "512", "--head-dim", "16", *flags)]
+        return [
+            (r["chunk_size"], r["topk"])
+            for r in rows("--tokens", "512", "--head-dim", "16", *flags)
+        ]
 
     assert choices("--chunk-size", "64,32", "--topk", "0,3") == [(64, 0), (32, 3)]
-    assert choices("--chunk-size", "64,32", "--topk", "2,3,4") == [(64, 2), (64, 3), (64, 4), (32, 2), (32, 3), (32, 4)]
+    assert choices("--chunk-size", "64,32", "--topk", "2,3,4") == [
+        (64, 2),
+        (64, 3),
+        (64, 4),
+        (32, 2),
+        (32, 3),
+        (32, 4),
+    ]
 
 
 def test_every_combination_of_lists():
-    found = rows("--tokens", "256,1k", "--dtype", "f32,bf16", "--routing", "independent,clustered,sink", "--topk", "2",
-                 "--chunk-size", "32", "--head-dim", "24")
+    found = rows(
+        "--tokens",
+        "256,1k",
+        "--dtype",
+        "f32,bf16",
+        "--routing",
+        "independent,clustered,sink",
+        "--topk",
+        "2",
+        "--chunk-size",
+        "32",
+        "--head-dim",
+        "24",
+    )
     assert len(found) == len({(r["tokens"], r["dtype"], r["routing"]) for r in found}) == 2 * 2 * 3
 
 
 @pytest.mark.parametrize("name", ["forward", "backward", "gate"])
 def test_f16(name):
-    (row,) = rows("--pass", name, "--dtype", "f16", "--tokens", "512", "--chunk-size", "32", "--routing", "clustered")
+    (row,) = rows(
+        "--pass",
+        name,
+        "--dtype",
+        "f16",
+        "--tokens",
+        "512",
+        "--chunk-size",
+        "32",
+        "--routing",
+        "clustered",
+    )
     assert row["dtype"] == "f16"
 
 
-@pytest.mark.parametrize("flags", [
-    ["--tokens", "1", "--pass", "forward,backward"],
-    ["--tokens", "100", "--chunk-size", "7", "--topk", "2", "--head-dim", "5", "--pass", "forward,backward,gate,decode"],
-    ["--tokens", "333", "--chunk-size", "1", "--topk", "4", "--head-dim", "33"],
-    ["--tokens", "300", "--chunk-size", "1000", "--topk", "3", "--heads", "9", "--kv-heads", "3"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--tokens", "1", "--pass", "forward,backward"],
+        [
+            "--tokens",
+            "100",
+            "--chunk-size",
+            "7",
+            "--topk",
+            "2",
+            "--head-dim",
+            "5",
+            "--pass",
+            "forward,backward,gate,decode",
+        ],
+        ["--tokens", "333", "--chunk-size", "1", "--topk", "4", "--head-dim", "33"],
+        [
+            "--tokens",
+            "300",
+            "--chunk-size",
+            "1000",
+            "--topk",
+            "3",
+            "--heads",
+            "9",
+            "--kv-heads",
+            "3",
+        ],
+    ],
+)
 def test_odd_sizes(flags):
     assert all(r["checked_rows"] > 0 for r in rows(*flags))
 
 
 def test_a_sample_stands_for_the_whole():
-    (part,), (whole,) = (rows("--tokens", "4k", "--head-dim", "16", "--sample", s) for s in ["0.1", "1"])
+    (part,), (whole,) = (
+        rows("--tokens", "4k", "--head-dim", "16", "--sample", s) for s in ["0.1", "1"]
+    )
     assert part["share"] == 0.1 and part["attention_flops"] == whole["attention_flops"]
     assert part["gate_flops"] == whole["gate_flops"] > 0
 
@@ -142,16 +270,35 @@ def test_nothing_but_the_report_is_printed():
     assert bench("--tokens", "64", "--head-dim", "16").stderr == ""
 
 
-@pytest.mark.parametrize("flags, named", [
-    (["--tokens", "0"], "--tokens"), (["--tokens", "8x"], "--tokens"), (["--tokens", "99999999999999g"], "--tokens"),
-    (["--chunk-size", "-1"], "--chunk-size"), (["--topk", "-3"], "--topk"), (["--topk", "three"], "--topk"),
-    (["--pass", "fast"], "--pass"), (["--pass", "gate", "--topk", "0"], "--pass gate"), (["--dtype", "i8"], "--dtype"),
-    (["--dtype", "f64"], "--dtype"), (["--routing", "none"], "--routing"), (["--runs", "4"], "--runs"),
-    (["--heads", "3", "--kv-heads", "2"], "--kv-heads"), (["--head-dim", "300"], "--head-dim"), (["-t", "-1"], "--threads"),
-    (["-o", "xml"], "--output"), (["--sample", "0"], "--sample"), (["--sample", "nan"], "--sample"),
-    (["--sample", "0.5", "--pass", "gate"], "--sample"), (["--budget", "-1"], "--budget"), (["--budget", "nan"], "--budget"),
-    (["--tokens", "1g", "--heads", "64"], "GiB"),
-    (["--workspace", "1"], "workspace"), (["--nope"], "--nope")])
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--tokens", "0"], "--tokens"),
+        (["--tokens", "8x"], "--tokens"),
+        (["--tokens", "99999999999999g"], "--tokens"),
+        (["--chunk-size", "-1"], "--chunk-size"),
+        (["--topk", "-3"], "--topk"),
+        (["--topk", "three"], "--topk"),
+        (["--pass", "fast"], "--pass"),
+        (["--pass", "gate", "--topk", "0"], "--pass gate"),
+        (["--dtype", "i8"], "--dtype"),
+        (["--dtype", "f64"], "--dtype"),
+        (["--routing", "none"], "--routing"),
+        (["--runs", "4"], "--runs"),
+        (["--heads", "3", "--kv-heads", "2"], "--kv-heads"),
+        (["--head-dim", "300"], "--head-dim"),
+        (["-t", "-1"], "--threads"),
+        (["-o", "xml"], "--output"),
+        (["--sample", "0"], "--sample"),
+        (["--sample", "nan"], "--sample"),
+        (["--sample", "0.5", "--pass", "gate"], "--sample"),
+        (["--budget", "-1"], "--budget"),
+        (["--budget", "nan"], "--budget"),
+        (["--tokens", "1g", "--heads", "64"], "GiB"),
+        (["--workspace", "1"], "workspace"),
+        (["--nope"], "--nope"),
+    ],
+)
 def test_bad_flags(flags, named):
     done = bench(*flags, code=2)
     assert done.stdout == "" and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
@@ -165,8 +312,10 @@ def test_peer_naive_is_moba():
     torch.testing.assert_close(naive.attention(q, k, v, 32, 5), dense)
     own = torch.arange(150) // 32
     alone = (own[:, None] == own) & torch.ones(150, 150, dtype=torch.bool).tril()
-    torch.testing.assert_close(naive.attention(q, k, v, 32, 1),
-                               torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=alone))
+    torch.testing.assert_close(
+        naive.attention(q, k, v, 32, 1),
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=alone),
+    )
     picked = naive.select_blocks(q, k, 32, 3)
     assert picked.sum(1).tolist() == [min(3, p // 32 + 1) for p in range(150)]
     equal = naive.select_blocks(torch.zeros(150, 16), k, 32, 3)
@@ -188,8 +337,14 @@ def tiny_row():
 def stand(tmp_path, monkeypatch, tiny_row):
     """The standing set over two groups of one call each, by a program that prints a row and keeps a list of its calls."""
     run = module("run", ROOT / "benchmarks" / "run.py")
-    monkeypatch.setattr(run, "GROUPS", {"forward": lambda: [run.ours("forward", 1, [256], [(512, 3)])],
-                                        "heads": lambda: [run.ours("heads", 1, [256], [(512, 3)], heads=2)]})
+    monkeypatch.setattr(
+        run,
+        "GROUPS",
+        {
+            "forward": lambda: [run.ours("forward", 1, [256], [(512, 3)])],
+            "heads": lambda: [run.ours("heads", 1, [256], [(512, 3)], heads=2)],
+        },
+    )
     monkeypatch.setattr(run, "plot_time", lambda *_: None)
     monkeypatch.setattr(run, "plot_peak", lambda *_: None)
 
@@ -197,11 +352,27 @@ def stand(tmp_path, monkeypatch, tiny_row):
         path, log, refused = tmp_path / "day.json", tmp_path / "log", tmp_path / "refused"
 
         def __call__(self, *flags):
-            return run.main(["--moba", str(tmp_path / "moba"), "--out", str(tmp_path), "--name", "day", "--threads", "2", *flags])
+            return run.main(
+                [
+                    "--moba",
+                    str(tmp_path / "moba"),
+                    "--out",
+                    str(tmp_path),
+                    "--name",
+                    "day",
+                    "--threads",
+                    "2",
+                    *flags,
+                ]
+            )
 
         def calls(self):
             """Whether each call so far was for two heads, then forgets them."""
-            found = [json.loads(line) for line in self.log.read_text().splitlines()] if self.log.exists() else []
+            found = (
+                [json.loads(line) for line in self.log.read_text().splitlines()]
+                if self.log.exists()
+                else []
+            )
             self.log.unlink(missing_ok=True)
             return ["--heads" in call for call in found]
 
@@ -229,7 +400,10 @@ def test_results_are_written_after_every_call(stand):
     assert [row["group"] for row in report["rows"]] == ["forward", "heads"]
     assert not report["failures"] and "| 256 |" in stand.path.with_suffix(".md").read_text()
     goals = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "targets.py", stand.path], capture_output=True, text=True, check=True
+        [sys.executable, ROOT / "benchmarks" / "targets.py", stand.path],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert goals.count("\n") > 40 and "not measured" in goals
 
@@ -244,7 +418,10 @@ def test_continuing_makes_what_is_missing(stand):
     assert stand("--only", "forward") == 0 and stand.calls() == [False]
     assert stand("--continue") == 0 and stand.calls() == [True]
     assert stand("--continue") == 0 and stand.calls() == []
-    assert stand("--threads", "1", "--continue") == 0 and stand.calls() == [False, True]  # other rows than those of two
+    assert stand("--threads", "1", "--continue") == 0 and stand.calls() == [
+        False,
+        True,
+    ]  # other rows than those of two
     assert len(stand.report()["rows"]) == 2
 
 
@@ -260,16 +437,26 @@ def test_what_failed_is_said_and_made_again(stand):
 
 def test_a_slow_peer_is_extrapolated_from_its_own_shorter_runs(tmp_path):
     run = module("run", ROOT / "benchmarks" / "run.py")
-    options = type("Options", (), {"moba": "none", "threads": 2, "timeout": 60, "quick": False, "out": tmp_path})
+    options = type(
+        "Options",
+        (),
+        {"moba": "none", "threads": 2, "timeout": 60, "quick": False, "out": tmp_path},
+    )
     short, middle, long = run.theirs("forward", "sdpa", {1000: 1, 2000: 1, 1_000_000: 0})
     bench = run.Bench(options, [short, middle, long])
-    bench.run = lambda call, *_: (json.dumps({"seconds": [1e-9 * call.tokens**2], "peak_rss_bytes": 1}), None)
+    bench.run = lambda call, *_: (
+        json.dumps({"seconds": [1e-9 * call.tokens**2], "peak_rss_bytes": 1}),
+        None,
+    )
     for call in [short, middle, long]:
         bench.make(call)
     assert [p["extrapolated"] for p in bench.peers] == [False, False, True]
     assert bench.peers[-1]["seconds_median"] == pytest.approx(1000)
     run.write(bench, tmp_path / "report")
-    assert "| sdpa | 1000000 | full | float32 | 1e+03 s | extrapolated |" in (tmp_path / "report.md").read_text()
+    assert (
+        "| sdpa | 1000000 | full | float32 | 1e+03 s | extrapolated |"
+        in (tmp_path / "report.md").read_text()
+    )
 
 
 def test_every_call_of_the_standing_set_is_one_of_its_own():

@@ -21,13 +21,18 @@ ROOT = Path(__file__).resolve().parents[2]
 MOBA = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")).resolve() / "moba"
 LAYERS, HEADS, KV_HEADS, BLOCK, TOP_K = 2, 4, 2, 16, 4
 # What would end the script it is put into, and characters of more than one byte.
-TEXT = "".join(f"Line {i}: </script><b>&amp; caf\N{LATIN SMALL LETTER E WITH ACUTE} {i * i}\n" for i in range(11))
+TEXT = "".join(
+    f"Line {i}: </script><b>&amp; caf\N{LATIN SMALL LETTER E WITH ACUTE} {i * i}\n"
+    for i in range(11)
+)
 
 
 def run(*arguments):
     if not MOBA.exists():
         pytest.fail(f"{MOBA} is missing: `make build` makes it, MOBA_BUILD_DIR names another")
-    return subprocess.run([MOBA, "inspect", *map(str, arguments)], capture_output=True, text=True, timeout=100)
+    return subprocess.run(
+        [MOBA, "inspect", *map(str, arguments)], capture_output=True, text=True, timeout=100
+    )
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +40,18 @@ def model(tmp_path_factory):
     """A small random model whose tokens are bytes."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, max_position_embeddings=4096, initializer_range=0.2)).save_pretrained(folder)
+    transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS,
+            max_position_embeddings=4096,
+            initializer_range=0.2,
+        )
+    ).save_pretrained(folder)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     characters = [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
@@ -51,14 +65,28 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
-    done = run("-m", model, "-p", TEXT, "-o", f"{folder}/page.html,{folder}/page.png", "--moba-chunk-size", BLOCK,
-               "--moba-topk", TOP_K, "--moba-sink", 0)
+    done = run(
+        "-m",
+        model,
+        "-p",
+        TEXT,
+        "-o",
+        f"{folder}/page.html,{folder}/page.png",
+        "--moba-chunk-size",
+        BLOCK,
+        "--moba-topk",
+        TOP_K,
+        "--moba-sink",
+        0,
+    )
     assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
     return folder / "page.html"
 
 
 def script(page, name):
-    return re.search(rf'<script type="[^"]+" id="{name}">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)[1]
+    return re.search(
+        rf'<script type="[^"]+" id="{name}">(.*?)</script>', page.read_text(encoding="utf-8"), re.S
+    )[1]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +112,9 @@ def there(model):
         return attend(module, query, key, *rest, **options)
 
     ALL_ATTENTION_FUNCTIONS.register("moba", probe)
-    network = transformers.AutoModelForCausalLM.from_pretrained(model, attn_implementation="moba", dtype=torch.float32)
+    network = transformers.AutoModelForCausalLM.from_pretrained(
+        model, attn_implementation="moba", dtype=torch.float32
+    )
     ids = torch.tensor([list(TEXT.encode())])
     with torch.no_grad(), moba_package.routing(network) as record:
         network(ids)
@@ -97,11 +127,15 @@ def there(model):
     for layer, (query, key) in enumerate(seen):
         (selection,) = record[layer]
         for head in range(HEADS):
-            means = key[head * KV_HEADS // HEADS][:tokens // BLOCK * BLOCK].unflatten(0, (-1, BLOCK)).mean(1)
+            means = (
+                key[head * KV_HEADS // HEADS][: tokens // BLOCK * BLOCK]
+                .unflatten(0, (-1, BLOCK))
+                .mean(1)
+            )
             for i in range(tokens):
                 row = selection[0, head, i]
                 selected[layer, head, i, row[row >= 0]] = True
-                scores = (means[:i // BLOCK] @ query[head, i]).sort(descending=True).values
+                scores = (means[: i // BLOCK] @ query[head, i]).sort(descending=True).values
                 if len(scores) >= TOP_K:
                     margins[layer, head, i] = scores[TOP_K - 2] - scores[TOP_K - 1]
     return selected, margins
@@ -109,7 +143,10 @@ def there(model):
 
 def test_every_query_selects_what_it_does_in_python(data, chosen, there):
     selected, margins = there
-    assert data["tokens"] == selected.shape[2] == data["rows"] and data["queries_in_row"] == data["blocks_in_column"] == 1
+    assert (
+        data["tokens"] == selected.shape[2] == data["rows"]
+        and data["queries_in_row"] == data["blocks_in_column"] == 1
+    )
     differs = (chosen != selected).any(axis=3)
     assert not (differs & ~(margins < 1e-5)).any()  # but where the gate had next to no preference
     assert differs.mean() < 0.01
@@ -142,14 +179,18 @@ def test_margins(data, there):
 def test_texts_of_the_blocks(data):
     assert all(len(text) <= BLOCK for text in data["texts"])
     whole = TEXT.encode()
-    assert data["texts"] == [whole[i:i + BLOCK].decode(errors="replace") for i in range(0, len(whole), BLOCK)]
+    assert data["texts"] == [
+        whole[i : i + BLOCK].decode(errors="replace") for i in range(0, len(whole), BLOCK)
+    ]
 
 
 # ---------------------------------------------------------------- in the browser
 
 
 def element(dom, name):
-    return html.unescape(re.search(rf'id="{name}"[^>]*>(.*?)</(?:span|p|h2|pre|div)>', dom, re.S)[1])
+    return html.unescape(
+        re.search(rf'id="{name}"[^>]*>(.*?)</(?:span|p|h2|pre|div)>', dom, re.S)[1]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +202,21 @@ def browse(tmp_path_factory):
 
     def dom(page, place):
         done = subprocess.run(
-            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND",
-             f"--user-data-dir={profile}", "--virtual-time-budget=2000", "--dump-dom", f"{page.as_uri()}#{place}"],
-            capture_output=True, text=True, timeout=200)
+            [
+                browser,
+                "--headless",
+                "--no-sandbox",
+                "--disable-gpu",
+                "--host-resolver-rules=MAP * ~NOTFOUND",
+                f"--user-data-dir={profile}",
+                "--virtual-time-budget=2000",
+                "--dump-dom",
+                f"{page.as_uri()}#{place}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -176,21 +229,35 @@ def test_the_page_says_so(page, data, chosen, browse):
     one = data["layers"][layer]["heads"][head]
     for name, share in zip(("current", "sink", "recent", "far"), one["shares"]):
         assert element(dom, f"share-{name}") == f"{100 * share:.1f}%"
-    assert element(dom, "cell") == f"block 3, tokens 48 to 63: selected by {100 * chosen[layer, head, row, column]:.1f}% of the queries"
+    assert (
+        element(dom, "cell")
+        == f"block 3, tokens 48 to 63: selected by {100 * chosen[layer, head, row, column]:.1f}% of the queries"
+    )
     assert element(dom, "block") == data["texts"][column]
     assert element(dom, "query") == data["texts"][row // BLOCK]
-    assert float(re.search(r"gate margin (\S+)", element(dom, "row"))[1]) == pytest.approx(one["margins"][row], rel=1e-3)
-    assert float(re.search(r"Gate margin: (\S+)", element(dom, "margin"))[1]) == pytest.approx(one["margin"], rel=1e-3)
-    assert f"{data['tokens']} tokens in {len(data['texts'])} blocks of {BLOCK}" in element(dom, "about")
+    assert float(re.search(r"gate margin (\S+)", element(dom, "row"))[1]) == pytest.approx(
+        one["margins"][row], rel=1e-3
+    )
+    assert float(re.search(r"Gate margin: (\S+)", element(dom, "margin"))[1]) == pytest.approx(
+        one["margin"], rel=1e-3
+    )
+    assert f"{data['tokens']} tokens in {len(data['texts'])} blocks of {BLOCK}" in element(
+        dom, "about"
+    )
     overview = re.findall(r"<td [^>]*>(\d+)</td>", dom)
     assert [int(share) for share in overview] == pytest.approx(
-        [100 * one["shares"][3] for layer in data["layers"] for one in layer["heads"]], abs=0.51)
-    assert "<b>" not in element(dom, "about") and not re.search(r'(?:src|href)="', dom)  # stands alone
+        [100 * one["shares"][3] for layer in data["layers"] for one in layer["heads"]], abs=0.51
+    )
+    assert "<b>" not in element(dom, "about") and not re.search(
+        r'(?:src|href)="', dom
+    )  # stands alone
 
 
 def test_an_address_that_is_no_place(page, data, browse):
     dom = browse(page, "layer=99&head=x&row=-1&column=1e9")
-    assert element(dom, "share-current") == f"{100 * data['layers'][0]['heads'][0]['shares'][0]:.1f}%"
+    assert (
+        element(dom, "share-current") == f"{100 * data['layers'][0]['heads'][0]['shares'][0]:.1f}%"
+    )
 
 
 # ---------------------------------------------------------------- other ways to call it
@@ -205,40 +272,68 @@ def test_picture(page):
 def test_long_texts_are_gathered(model, tmp_path):
     file = tmp_path / "long.txt"
     file.write_text(TEXT * 12, encoding="utf-8")
-    done = run("-m", model, "-f", file, "-o", tmp_path / "page.html", "--attn", "full", "--moba-chunk-size", 2, "--moba-topk",
-               3, "--moba-sink", 1)
+    done = run(
+        "-m",
+        model,
+        "-f",
+        file,
+        "-o",
+        tmp_path / "page.html",
+        "--attn",
+        "full",
+        "--moba-chunk-size",
+        2,
+        "--moba-topk",
+        3,
+        "--moba-sink",
+        1,
+    )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.html").stat().st_size < 6_000_000
     data = json.loads(script(tmp_path / "page.html", "data"))
     assert data["tokens"] == len(file.read_bytes()) - 1 and data["sink_blocks"] == 1
-    assert data["rows"] * data["queries_in_row"] >= data["tokens"] > (data["rows"] - 1) * data["queries_in_row"]
+    assert (
+        data["rows"] * data["queries_in_row"]
+        >= data["tokens"]
+        > (data["rows"] - 1) * data["queries_in_row"]
+    )
     assert data["columns"] * data["blocks_in_column"] >= len(data["texts"])
     assert data["blocks_in_column"] > 1 and data["queries_in_row"] > 1
     assert all(layer["full"] for layer in data["layers"])
     for one in (one for layer in data["layers"] for one in layer["heads"]):
-        assert one["shares"][0] == pytest.approx(1 / 3, abs=0.01) and one["shares"][1] == pytest.approx(1 / 3, abs=0.01)
+        assert one["shares"][0] == pytest.approx(1 / 3, abs=0.01) and one["shares"][
+            1
+        ] == pytest.approx(1 / 3, abs=0.01)
 
 
 def test_one_token(model, tmp_path):
     done = run("-m", model, "-p", "x", "-o", f"{tmp_path}/page.html,{tmp_path}/page.png")
     assert done.returncode == 0, done.stderr
     data = json.loads(script(tmp_path / "page.html", "data"))
-    assert data["texts"] == ["x"] and data["layers"][0]["heads"][0] == {"shares": [1, 0, 0, 0], "margin": None,
-                                                                        "margins": [None]}
+    assert data["texts"] == ["x"] and data["layers"][0]["heads"][0] == {
+        "shares": [1, 0, 0, 0],
+        "margin": None,
+        "margins": [None],
+    }
 
 
-@pytest.mark.parametrize("arguments, code, words", [
-    ([], 2, ["--prompt", "--file"]),
-    (["-p", ""], 2, ["--prompt", "empty"]),
-    (["-p", "x", "-o", "page.svg"], 2, ["--output", "page.svg"]),
-    (["-p", "x", "-o", "/nowhere/page.html"], 1, ["/nowhere/page.html"]),
-    (["-f", "nowhere.txt"], 1, ["--file", "nowhere.txt"]),
-    (["-p", "x", "--attn", "moba-naive"], 2, ["--attn", "moba-naive"]),
-    (["-p", "x", "--moba-topk", "0"], 2, ["--moba-topk"]),
-    (["-p", "x", "--moba-full-layers", "7"], 2, ["--moba-full-layers"]),
-])
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        ([], 2, ["--prompt", "--file"]),
+        (["-p", ""], 2, ["--prompt", "empty"]),
+        (["-p", "x", "-o", "page.svg"], 2, ["--output", "page.svg"]),
+        (["-p", "x", "-o", "/nowhere/page.html"], 1, ["/nowhere/page.html"]),
+        (["-f", "nowhere.txt"], 1, ["--file", "nowhere.txt"]),
+        (["-p", "x", "--attn", "moba-naive"], 2, ["--attn", "moba-naive"]),
+        (["-p", "x", "--moba-topk", "0"], 2, ["--moba-topk"]),
+        (["-p", "x", "--moba-full-layers", "7"], 2, ["--moba-full-layers"]),
+    ],
+)
 def test_refused(model, tmp_path, arguments, code, words):
-    done = subprocess.run([MOBA, "inspect", "-m", model, *arguments], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [MOBA, "inspect", "-m", model, *arguments], capture_output=True, text=True, cwd=tmp_path
+    )
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith("moba inspect: ") and done.stderr.count("\n") == 1
     for word in words:

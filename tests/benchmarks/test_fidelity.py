@@ -16,7 +16,9 @@ import fidelity  # noqa: E402
 def test_relative_difference():
     told = fidelity.relative_difference([2.0, 4.0, 6.0], [1.0, 4.0, 5.0])
     assert told["relative"] == pytest.approx(0.2)
-    assert told["low"] == pytest.approx(0) and told["high"] == pytest.approx(1)  # only the second, only the first
+    assert told["low"] == pytest.approx(0) and told["high"] == pytest.approx(
+        1
+    )  # only the second, only the first
     same = fidelity.relative_difference([1.5, 2.5], [1.5, 2.5])
     assert same == {"relative": 0, "low": 0, "high": 0}
     with pytest.raises(ValueError, match="same sequences; found 1 and 2"):
@@ -27,12 +29,15 @@ def test_relative_difference():
 def test_smoothed(width):
     values = np.arange(12.0) ** 2
     for i, value in enumerate(fidelity.smoothed(values, width)):
-        assert value == pytest.approx(values[max(0, i - width + 1):i + 1].mean())
+        assert value == pytest.approx(values[max(0, i - width + 1) : i + 1].mean())
 
 
 def test_switch():
-    losses = {"full": [5.0] * 16 + [5.0, 4.0, 2.0, 2.0], "MoBA": [5.0] * 16 + [5.0, 4.4, 2.2, 2.4],
-              "hybrid": [5.0] * 16 + [5.0, 4.4, 2.1, 2.0]}
+    losses = {
+        "full": [5.0] * 16 + [5.0, 4.0, 2.0, 2.0],
+        "MoBA": [5.0] * 16 + [5.0, 4.4, 2.2, 2.4],
+        "hybrid": [5.0] * 16 + [5.0, 4.4, 2.1, 2.0],
+    }
     told = fidelity.switch_of(losses)
     assert told["before"] == pytest.approx(0.4 / 9)
     assert told["first"] == pytest.approx(2.1 / 2.2 - 1) and told["after"] == pytest.approx(0.1 / 4)
@@ -49,7 +54,12 @@ def test_last_layers():
 
 def test_what_is_an_outline():
     text = "import a\nclass A(B):\n    def f(self): pass\n\n    async def g(self):\n        define = 1\n# def no\ndef h():\n"
-    assert fidelity.outline(text) == ["class A(B):", "def f(self): pass", "async def g(self):", "def h():"]
+    assert fidelity.outline(text) == [
+        "class A(B):",
+        "def f(self): pass",
+        "async def g(self):",
+        "def h():",
+    ]
 
 
 def test_streams():
@@ -70,26 +80,39 @@ def evaluation(loss):
 
 
 def run(loss):
-    return {"losses": [loss] * fidelity.STEPS, "evaluation": {"full": evaluation(loss), "moba": evaluation(loss)}}
+    return {
+        "losses": [loss] * fidelity.STEPS,
+        "evaluation": {"full": evaluation(loss), "moba": evaluation(loss)},
+    }
 
 
 @pytest.fixture
 def results():
     of = {"full": 4.0, "MoBA": 4.01, "hybrid": 4.016}
-    return {"commands": ["python benchmarks/fidelity.py"], "machine": "a machine", "date": "2026-01-02", "threads": 1,
-            "sizes": {size: {mode: run(loss) for mode, loss in of.items()} for size in fidelity.SIZES},
-            "blocks": {"512x1": run(4.4)},
-            "layers": {"before": run(6.0), "0": run(3.3), "3": run(3.0)},
-            "longer": {mode: run(loss) for mode, loss in (of | {"512x1": 3.96}).items()},
-            "seeds": {"full": run(4.04), "MoBA": run(4.0)},
-            "needle": {"by_attn": [{"attn": "full", "found": 3, "tried": 4}],
-                       "cells": [{"attn": "full", "length": n, "depth": d, "found": n == 4096 or d, "tried": 1}
-                                 for n in (4096, 8192) for d in (0, 1)]}}
+    return {
+        "commands": ["python benchmarks/fidelity.py"],
+        "machine": "a machine",
+        "date": "2026-01-02",
+        "threads": 1,
+        "sizes": {size: {mode: run(loss) for mode, loss in of.items()} for size in fidelity.SIZES},
+        "blocks": {"512x1": run(4.4)},
+        "layers": {"before": run(6.0), "0": run(3.3), "3": run(3.0)},
+        "longer": {mode: run(loss) for mode, loss in (of | {"512x1": 3.96}).items()},
+        "seeds": {"full": run(4.04), "MoBA": run(4.0)},
+        "needle": {
+            "by_attn": [{"attn": "full", "found": 3, "tried": 4}],
+            "cells": [
+                {"attn": "full", "length": n, "depth": d, "found": n == 4096 or d, "tried": 1}
+                for n in (4096, 8192)
+                for d in (0, 1)
+            ],
+        },
+    }
 
 
 def test_the_report(results):
     text = fidelity.markdown(results)
-    assert "small +0.250% (met)" in text     # MoBA, at most 0.5%
+    assert "small +0.250% (met)" in text  # MoBA, at most 0.5%
     assert "small +0.400% (missed)" in text  # the hybrid's end of sequences, at most 0.3%
     assert "own alone: 3.9600, to full attention -1.00%" in text
     assert "| 512, 1: nothing to choose | 4.4000 | +10.00% (+10.00% to +10.00%) |" in text
@@ -99,11 +122,19 @@ def test_the_report(results):
 
 
 def test_the_report_of_a_run_that_has_just_begun(results):
-    begun = {key: results[key] for key in ("commands", "machine", "date", "threads")} | {"sizes": {"small": {"full": run(4.0)}}}
+    begun = {key: results[key] for key in ("commands", "machine", "date", "threads")} | {
+        "sizes": {"small": {"full": run(4.0)}}
+    }
     assert "##" not in fidelity.markdown(begun)
 
 
-@pytest.mark.parametrize("arguments, says", ((["--only", "sizes,shapes"], "found shapes"), (["--work", "/"], "--work /")))
+@pytest.mark.parametrize(
+    "arguments, says", ((["--only", "sizes,shapes"], "found shapes"), (["--work", "/"], "--work /"))
+)
 def test_refused(arguments, says):
-    done = subprocess.run([sys.executable, ROOT / "benchmarks/fidelity.py", *arguments], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/fidelity.py", *arguments],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and says in done.stderr.splitlines()[-1]

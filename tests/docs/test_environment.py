@@ -5,7 +5,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = (
-    "src", "app", "llm", "python", "include", "tests", "tools", "benchmarks", "examples", "cmake",
+    "src",
+    "app",
+    "llm",
+    "python",
+    "include",
+    "tests",
+    "tools",
+    "benchmarks",
+    "examples",
+    "cmake",
 )
 SUFFIXES = {".cpp", ".h", ".cu", ".py", ".cmake", ".txt"}
 NAME = "([A-Z][A-Z0-9_]+)"

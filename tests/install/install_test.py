@@ -23,7 +23,9 @@ target_link_libraries(stranger PRIVATE moba::moba)
 
 
 def run(*command):
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}: exit code {done.returncode}\n{done.stdout}")
     return done.stdout
@@ -39,12 +41,22 @@ def check_installed_example(cmake, source, build, folder):
     (folder / "copy").mkdir()
     for file in (source / "examples" / "cpp").iterdir():
         (folder / "copy" / file.name).write_text(file.read_text())
-    run(cmake, "-S", folder / "copy", "-B", example, f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_FLAGS=-Wall -Wextra")
+    run(
+        cmake,
+        "-S",
+        folder / "copy",
+        "-B",
+        example,
+        f"-DCMAKE_PREFIX_PATH={prefix}",
+        "-DCMAKE_CXX_FLAGS=-Wall -Wextra",
+    )
     run(cmake, "--build", example)
 
     lines = run(example / "example").splitlines()
     pattern = r"top-k +(\d+): +[\d.]+ ms, largest difference from full ([\d.]+), the last token reads blocks ([\d ]+)"
-    (every, same, _), (few, other, blocks) = (re.fullmatch(pattern, line).groups() for line in lines)
+    (every, same, _), (few, other, blocks) = (
+        re.fullmatch(pattern, line).groups() for line in lines
+    )
     assert (every, same, few) == ("16", "0.000", "3"), lines
     assert float(other) > 0, lines
     chosen = [int(block) for block in blocks.split()]
@@ -56,7 +68,8 @@ def check_version_is_honoured(cmake, folder):
     project.mkdir()
     (project / "CMakeLists.txt").write_text(
         "cmake_minimum_required(VERSION 3.25)\nproject(newer LANGUAGES CXX)\nfind_package(moba 99 QUIET)\n"
-        'if(moba_FOUND)\n  message(FATAL_ERROR "version 99 was found")\nendif()\n')
+        'if(moba_FOUND)\n  message(FATAL_ERROR "version 99 was found")\nendif()\n'
+    )
     run(cmake, "-S", project, "-B", project / "build", f"-DCMAKE_PREFIX_PATH={folder / 'prefix'}")
 
 

@@ -22,7 +22,9 @@ def main():
     options = parser.parse_args()
     functions, classes = names_in(options.headers)
     command = [options.nm, "--dynamic", "--defined-only", "--demangle", options.library]
-    listing = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+    listing = subprocess.run(
+        [str(part) for part in command], check=True, capture_output=True, text=True
+    ).stdout
 
     exported, foreign = set(), []
     for line in listing.splitlines():

@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release"))
-SMOLLM2 = Path(os.environ.get("MOBA_SMOLLM2", ROOT / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+SMOLLM2 = Path(
+    os.environ.get("MOBA_SMOLLM2", ROOT / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf")
+)
 
 
 def existing(path, how):
@@ -36,7 +38,9 @@ def moba(build_folder):
     program = existing(build_folder / "moba", "`make build` makes it")
 
     def run(*arguments, stdin=b"", timeout=300):
-        return subprocess.run([program, *map(str, arguments)], input=stdin, capture_output=True, timeout=timeout)
+        return subprocess.run(
+            [program, *map(str, arguments)], input=stdin, capture_output=True, timeout=timeout
+        )
 
     return run
 

@@ -20,9 +20,18 @@ def byte_model(tmp_path_factory):
     """A small random model whose tokens are bytes."""
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=264, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.1))
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=264,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            initializer_range=0.1,
+        )
+    )
     model.save_pretrained(folder)
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(byte_characters())}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -41,15 +50,18 @@ def byte_characters():
 @pytest.fixture(scope="module")
 def text():
     random = np.random.default_rng(0)
-    lines = [" ".join("".join(map(chr, random.integers(97, 123, 5))) for _ in range(8)) for _ in range(400)]
+    lines = [
+        " ".join("".join(map(chr, random.integers(97, 123, 5))) for _ in range(8))
+        for _ in range(400)
+    ]
     return "\n".join(lines) + "\n"
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, text):
     folder = tmp_path_factory.mktemp("data")
-    (folder / "a.txt").write_text(text[:3 * SEQ_LEN + 20])
-    (folder / "b.txt").write_text(text[5000:5000 + SEQ_LEN // 2])
+    (folder / "a.txt").write_text(text[: 3 * SEQ_LEN + 20])
+    (folder / "b.txt").write_text(text[5000 : 5000 + SEQ_LEN // 2])
     (folder / "binary").write_bytes(b"\0\1")
     (folder / ".hidden").write_text(text)
     return folder
@@ -69,7 +81,10 @@ def png_size(path):
 
 def wilson(found, tried):
     p, z = found / tried, 1.959963984540054
-    centre, half = p + z * z / (2 * tried), z * math.sqrt(p * (1 - p) / tried + z * z / (4 * tried * tried))
+    centre, half = (
+        p + z * z / (2 * tried),
+        z * math.sqrt(p * (1 - p) / tried + z * z / (4 * tried * tried)),
+    )
     return [(centre - half) / (1 + z * z / tried), (centre + half) / (1 + z * z / tried)]
 
 
@@ -80,18 +95,35 @@ def sequences_of(data):
     """The files' bytes, cut."""
     for name in ("a.txt", "b.txt"):
         ids = list((data / name).read_bytes())
-        yield from (ids[i:i + SEQ_LEN] for i in range(0, len(ids), SEQ_LEN))
+        yield from (ids[i : i + SEQ_LEN] for i in range(0, len(ids), SEQ_LEN))
 
 
 def losses_of(logits, ids):
-    return torch.nn.functional.cross_entropy(torch.as_tensor(logits)[:-1], torch.as_tensor(ids)[1:], reduction="none")
+    return torch.nn.functional.cross_entropy(
+        torch.as_tensor(logits)[:-1], torch.as_tensor(ids)[1:], reduction="none"
+    )
 
 
 @pytest.fixture(scope="module")
 def loss_report(moba, byte_model, data, tmp_path_factory):
     png = tmp_path_factory.mktemp("png") / "loss.png"
-    report = evaluate(moba, "loss", "-m", byte_model, "--data", data, "--seq-len", SEQ_LEN, "--trailing", 24, "--buckets", 4,
-                      "--png", png, *BLOCKS)
+    report = evaluate(
+        moba,
+        "loss",
+        "-m",
+        byte_model,
+        "--data",
+        data,
+        "--seq-len",
+        SEQ_LEN,
+        "--trailing",
+        24,
+        "--buckets",
+        4,
+        "--png",
+        png,
+        *BLOCKS,
+    )
     width, height = png_size(png)
     assert width > height > 400
     return report
@@ -112,7 +144,7 @@ def check_losses(report, losses):
         assert told == [(pytest.approx(loss, rel=1e-5), tokens) for loss, tokens in expected]
     for i, bucket in enumerate(report["positions"]):
         assert [bucket["from"], bucket["to"]] == [24 * i, 24 * i + 24]
-        inside = torch.cat([sequence[max(24 * i - 1, 0):24 * i + 23] for sequence in losses])
+        inside = torch.cat([sequence[max(24 * i - 1, 0) : 24 * i + 23] for sequence in losses])
         assert bucket["tokens"] == len(inside)
         assert bucket["loss"] == pytest.approx(inside.double().mean().item(), rel=1e-5)
 
@@ -120,7 +152,9 @@ def check_losses(report, losses):
 def test_full_losses_equal_transformers(loss_report, byte_model, data):
     model = transformers.AutoModelForCausalLM.from_pretrained(byte_model)
     with torch.no_grad():
-        losses = [losses_of(model(torch.tensor([ids])).logits[0], ids) for ids in sequences_of(data)]
+        losses = [
+            losses_of(model(torch.tensor([ids])).logits[0], ids) for ids in sequences_of(data)
+        ]
     assert loss_report["sequences"] == 5 and loss_report["full_sequences"] == 3
     full, sparse = loss_report["by_attn"]
     assert [full["attn"], sparse["attn"]] == ["full", "moba"]
@@ -145,25 +179,75 @@ def test_differences(loss_report):
 
 
 def test_every_block_is_full_attention(moba, byte_model, data):
-    report = evaluate(moba, "loss", "-m", byte_model, "--data", data, "--seq-len", SEQ_LEN, "--moba-chunk-size", 16,
-                      "--moba-topk", 6)
+    report = evaluate(
+        moba,
+        "loss",
+        "-m",
+        byte_model,
+        "--data",
+        data,
+        "--seq-len",
+        SEQ_LEN,
+        "--moba-chunk-size",
+        16,
+        "--moba-topk",
+        6,
+    )
     assert abs(report["differences"][0]["loss"]) < 1e-5
 
 
 def test_one_sequence_has_no_interval(moba, byte_model, data):
-    report = evaluate(moba, "loss", "-m", byte_model, "--data", data / "b.txt", "--seq-len", SEQ_LEN, "--attn", "full")
+    report = evaluate(
+        moba,
+        "loss",
+        "-m",
+        byte_model,
+        "--data",
+        data / "b.txt",
+        "--seq-len",
+        SEQ_LEN,
+        "--attn",
+        "full",
+    )
     (full,) = report["by_attn"]
     assert full["low"] is None and full["trailing"] is None and report["differences"] == []
 
 
 def test_joined_documents(moba, byte_model, data):
-    report = evaluate(moba, "loss", "-m", byte_model, "--data", data, "--seq-len", SEQ_LEN, "--join", "--attn", "full",
-                      "--max-tokens", 2 * SEQ_LEN, "--trailing", "0.25")
+    report = evaluate(
+        moba,
+        "loss",
+        "-m",
+        byte_model,
+        "--data",
+        data,
+        "--seq-len",
+        SEQ_LEN,
+        "--join",
+        "--attn",
+        "full",
+        "--max-tokens",
+        2 * SEQ_LEN,
+        "--trailing",
+        "0.25",
+    )
     assert report["sequences"] == report["full_sequences"] == 2 and report["trailing_tokens"] == 24
 
 
 def test_loss_table(moba, byte_model, data):
-    done = moba("eval", "loss", "-m", byte_model, "--data", data, "--seq-len", SEQ_LEN, "--buckets", 3, *BLOCKS)
+    done = moba(
+        "eval",
+        "loss",
+        "-m",
+        byte_model,
+        "--data",
+        data,
+        "--seq-len",
+        SEQ_LEN,
+        "--buckets",
+        3,
+        *BLOCKS,
+    )
     lines = done.stdout.decode().splitlines()
     assert done.returncode == 0 and done.stderr == b""
     assert lines[0] == "5 sequences of up to 96 tokens, 3 full; 351 tokens predicted"
@@ -178,15 +262,20 @@ def check_cells(report, key):
     for cell in report["cells"]:
         samples = cell["samples"]
         assert cell["tried"] == len(samples)
-        assert cell[key] == pytest.approx(np.mean([s["found" if key == "accuracy" else "score"] for s in samples]))
+        assert cell[key] == pytest.approx(
+            np.mean([s["found" if key == "accuracy" else "score"] for s in samples])
+        )
     for variant in report["by_attn"]:
         cells = [cell for cell in report["cells"] if cell["attn"] == variant["attn"]]
         tried = sum(cell["tried"] for cell in cells)
         found = sum(cell["tried"] * cell[key] for cell in cells)
         assert variant["tried"] == tried and variant[key] == pytest.approx(found / tried)
         assert [variant["low"], variant["high"]] == pytest.approx(wilson(found, tried), abs=1e-9)
-    assert report[key] == pytest.approx(np.average([w[key] for w in report["by_attn"]],
-                                                   weights=[w["tried"] for w in report["by_attn"]]))
+    assert report[key] == pytest.approx(
+        np.average(
+            [w[key] for w in report["by_attn"]], weights=[w["tried"] for w in report["by_attn"]]
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -202,18 +291,52 @@ def needle(moba, model, haystack, *flags):
 
 def test_needle_json(moba, byte_model, haystack, tmp_path):
     png = tmp_path / "needle.png"
-    report = needle(moba, byte_model, haystack, "--lengths", "1k,512", "--depths", 3, "--per-cell", 2, "--seed", 5, "--digits",
-                    5, "-n", 12, "--png", png, *BLOCKS, "--moba-full-tail", 0)
-    assert report["task"] == "needle" and report["seed"] == 5 and report["complete"] and not report["chat"]
+    report = needle(
+        moba,
+        byte_model,
+        haystack,
+        "--lengths",
+        "1k,512",
+        "--depths",
+        3,
+        "--per-cell",
+        2,
+        "--seed",
+        5,
+        "--digits",
+        5,
+        "-n",
+        12,
+        "--png",
+        png,
+        *BLOCKS,
+        "--moba-full-tail",
+        0,
+    )
+    assert (
+        report["task"] == "needle"
+        and report["seed"] == 5
+        and report["complete"]
+        and not report["chat"]
+    )
     assert str(haystack) in report["haystack"] and report["digits"] == 5
-    assert report["settings"][1] == {"attn": "moba", "decode": "full", "moba_chunk_size": 16, "moba_topk": 3, "moba_sink": 0,
-                                     "moba_full_tail": 0, "moba_full_layers": []}
+    assert report["settings"][1] == {
+        "attn": "moba",
+        "decode": "full",
+        "moba_chunk_size": 16,
+        "moba_topk": 3,
+        "moba_sink": 0,
+        "moba_full_tail": 0,
+        "moba_full_layers": [],
+    }
     places = [(cell["attn"], cell["length"], cell["depth"]) for cell in report["cells"]]
     assert places == [(a, n, d) for a in ("full", "moba") for n in (512, 1024) for d in (0, 0.5, 1)]
     for cell in report["cells"]:
         for sample in cell["samples"]:
             assert cell["length"] - 40 <= sample["tokens"] <= cell["length"] - 12
-            assert re.fullmatch(r"[a-z]+-[a-z]+", sample["key"]) and re.fullmatch(r"[1-9]\d{4}", sample["value"])
+            assert re.fullmatch(r"[a-z]+-[a-z]+", sample["key"]) and re.fullmatch(
+                r"[1-9]\d{4}", sample["value"]
+            )
             numbers = re.findall(r"\d+", sample["answer"])
             assert sample["found"] == (numbers[:1] == [sample["value"]])
     check_cells(report, "accuracy")
@@ -227,8 +350,24 @@ def test_needle_json(moba, byte_model, haystack, tmp_path):
 
 def test_needle_repeats(moba, byte_model, haystack):
     def samples(*flags):
-        report = needle(moba, byte_model, haystack, "--lengths", 512, "--depths", 4, "-n", 8, "--attn", "moba", *BLOCKS, *flags)
-        return [(s["key"], s["value"], s["answer"]) for cell in report["cells"] for s in cell["samples"]]
+        report = needle(
+            moba,
+            byte_model,
+            haystack,
+            "--lengths",
+            512,
+            "--depths",
+            4,
+            "-n",
+            8,
+            "--attn",
+            "moba",
+            *BLOCKS,
+            *flags,
+        )
+        return [
+            (s["key"], s["value"], s["answer"]) for cell in report["cells"] for s in cell["samples"]
+        ]
 
     first = samples()
     assert first == samples() and first != samples("--seed", 1)
@@ -236,18 +375,49 @@ def test_needle_repeats(moba, byte_model, haystack):
 
 def test_what_is_read_again_in_part_gives_the_same_answers(moba, byte_model, haystack):
     """Of three depths the later ones begin as the ones before; alone each is read as a whole."""
+
     def answers(depths):
-        report = needle(moba, byte_model, haystack, "--lengths", 700, "--depths", depths, "-n", 10, "--attn", "moba", *BLOCKS,
-                        "--moba-full-tail", 20)
+        report = needle(
+            moba,
+            byte_model,
+            haystack,
+            "--lengths",
+            700,
+            "--depths",
+            depths,
+            "-n",
+            10,
+            "--attn",
+            "moba",
+            *BLOCKS,
+            "--moba-full-tail",
+            20,
+        )
         return {cell["depth"]: cell["samples"] for cell in report["cells"]}
 
     assert answers(3)[0.5] == answers(1)[0.5]
 
 
 def test_a_real_model_finds_them(moba, smollm2, tmp_path):
-    report = evaluate(moba, "needle", "-m", smollm2, "--lengths", 512, "--depths", 2, "--attn", "moba", "--moba-chunk-size",
-                      64)
-    assert report["chat"] and report["accuracy"] == 1 and "Python's standard library" in report["haystack"]
+    report = evaluate(
+        moba,
+        "needle",
+        "-m",
+        smollm2,
+        "--lengths",
+        512,
+        "--depths",
+        2,
+        "--attn",
+        "moba",
+        "--moba-chunk-size",
+        64,
+    )
+    assert (
+        report["chat"]
+        and report["accuracy"] == 1
+        and "Python's standard library" in report["haystack"]
+    )
     assert report["question_template"] == "What is the magic number of {key}?"
 
 
@@ -256,10 +426,26 @@ def test_a_real_model_finds_them(moba, smollm2, tmp_path):
 
 def test_ruler_json(moba, byte_model, haystack, tmp_path):
     png = tmp_path / "ruler.png"
-    report = evaluate(moba, "ruler", "-m", byte_model, "--data", haystack, "--tasks", "niah_multivalue,vt,fwe", "--lengths",
-                      "2k", "--samples", 2, "--png", png, *BLOCKS)
+    report = evaluate(
+        moba,
+        "ruler",
+        "-m",
+        byte_model,
+        "--data",
+        haystack,
+        "--tasks",
+        "niah_multivalue,vt,fwe",
+        "--lengths",
+        "2k",
+        "--samples",
+        2,
+        "--png",
+        png,
+        *BLOCKS,
+    )
     assert [(c["attn"], c["task"], c["length"]) for c in report["cells"]] == [
-        (a, task, 2048) for task in ("niah_multivalue", "vt", "fwe") for a in ("full", "moba")]
+        (a, task, 2048) for task in ("niah_multivalue", "vt", "fwe") for a in ("full", "moba")
+    ]
     for cell in report["cells"]:
         assert cell["low"] <= cell["score"] <= cell["high"]
         for sample in cell["samples"]:
@@ -290,8 +476,16 @@ WRONG = {
     "per cell": ([*NEEDLE, "--per-cell", 0], 2, ["--per-cell"]),
     "digits": ([*NEEDLE, "--digits", 19], 2, ["--digits", "19"]),
     "seed": ([*NEEDLE, "--seed", -1], 2, ["--seed", "-1"]),
-    "needle without value": ([*NEEDLE, "--needle-template", "{key}"], 2, ["--needle-template", "{value}"]),
-    "question without key": ([*NEEDLE, "--question-template", "What?"], 2, ["--question-template", "{key}"]),
+    "needle without value": (
+        [*NEEDLE, "--needle-template", "{key}"],
+        2,
+        ["--needle-template", "{value}"],
+    ),
+    "question without key": (
+        [*NEEDLE, "--question-template", "What?"],
+        2,
+        ["--question-template", "{key}"],
+    ),
     "no such data": ([*NEEDLE, "--data", "nowhere"], 1, ["--data nowhere"]),
     "too little data": ([*NEEDLE, "--data", "DATA", "--lengths", "4k"], 1, ["--data", "4096"]),
     "output": ([*NEEDLE, "-o", "xml"], 2, ["xml"]),
@@ -299,9 +493,17 @@ WRONG = {
     "empty data": ([*LOSS, "--data", "EMPTY"], 1, ["empty"]),
     "binary data": ([*LOSS, "--data", "BINARY"], 1, ["binary"]),
     "seq-len": ([*LOSS, "--data", "DATA", "--seq-len", 1], 2, ["--seq-len", "1"]),
-    "trailing": ([*LOSS, "--data", "DATA", "--seq-len", 64, "--trailing", 64], 2, ["--trailing", "64"]),
+    "trailing": (
+        [*LOSS, "--data", "DATA", "--seq-len", 64, "--trailing", 64],
+        2,
+        ["--trailing", "64"],
+    ),
     "trailing share": ([*LOSS, "--data", "DATA", "--trailing", "1.5"], 2, ["--trailing", "1.5"]),
-    "buckets": ([*LOSS, "--data", "DATA", "--seq-len", 64, "--buckets", 65], 2, ["--buckets", "65"]),
+    "buckets": (
+        [*LOSS, "--data", "DATA", "--seq-len", 64, "--buckets", 65],
+        2,
+        ["--buckets", "65"],
+    ),
     "tail for losses": ([*LOSS, "--data", "DATA", "--moba-full-tail", 3], 2, ["--moba-full-tail"]),
     "task": ([*RULER, "--tasks", "qa_1"], 2, ["--tasks", "qa_1", "niah_single_1"]),
     "task twice": ([*RULER, "--tasks", "vt,vt"], 2, ["--tasks", "again"]),
@@ -314,9 +516,18 @@ WRONG = {
 def test_refused(moba, byte_model, data, tmp_path, case):
     arguments, code, words = WRONG[case]
     (tmp_path / "empty").touch()
-    places = {"MODEL": byte_model, "DATA": data / "a.txt", "EMPTY": tmp_path / "empty", "BINARY": data / "binary"}
+    places = {
+        "MODEL": byte_model,
+        "DATA": data / "a.txt",
+        "EMPTY": tmp_path / "empty",
+        "BINARY": data / "binary",
+    }
     done = moba("eval", *[places.get(a, a) for a in arguments])
-    error = [line for line in done.stderr.decode().splitlines() if not line.startswith(("haystack: ", "note: "))]
+    error = [
+        line
+        for line in done.stderr.decode().splitlines()
+        if not line.startswith(("haystack: ", "note: "))
+    ]
     assert done.returncode == code and done.stdout == b"", error
     assert len(error) == 1 and error[0].startswith("moba eval"), error
     for word in words:
@@ -324,7 +535,19 @@ def test_refused(moba, byte_model, data, tmp_path, case):
 
 
 def test_unwritable_picture(moba, byte_model, haystack, tmp_path):
-    done = moba("eval", "needle", "-m", byte_model, "--data", haystack, "--lengths", 512, "--depths", 1, "--png",
-                tmp_path / "no" / "such.png")
+    done = moba(
+        "eval",
+        "needle",
+        "-m",
+        byte_model,
+        "--data",
+        haystack,
+        "--lengths",
+        512,
+        "--depths",
+        1,
+        "--png",
+        tmp_path / "no" / "such.png",
+    )
     assert done.returncode == 1 and b"such.png" in done.stderr
     assert done.stdout  # the results are not lost

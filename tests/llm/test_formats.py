@@ -20,7 +20,16 @@ from gguf.quants import dequantize, quantize
 
 FLOATS = [Type.F32, Type.F16, Type.BF16]
 QUANTISED = [
-    Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K,
+    Type.Q4_0,
+    Type.Q4_1,
+    Type.Q5_0,
+    Type.Q5_1,
+    Type.Q8_0,
+    Type.Q2_K,
+    Type.Q3_K,
+    Type.Q4_K,
+    Type.Q5_K,
+    Type.Q6_K,
 ]
 
 
@@ -32,7 +41,11 @@ def dump(build_folder):
     def run(path, *flags):
         done = subprocess.run([tool, path, *flags], capture_output=True, timeout=60)
         assert done.returncode == 0, done.stderr.decode()
-        return done.stdout.decode().splitlines() if flags else np.frombuffer(done.stdout, dtype=np.float32)
+        return (
+            done.stdout.decode().splitlines()
+            if flags
+            else np.frombuffer(done.stdout, dtype=np.float32)
+        )
 
     return run
 
@@ -71,11 +84,15 @@ def write_gguf(path, tensors, version=3):
 
 def random_bytes(kind, shape, seed):
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    return np.random.default_rng(seed).integers(0, 256, (*shape[:-1], shape[-1] // block * size), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(
+        0, 256, (*shape[:-1], shape[-1] // block * size), dtype=np.uint8
+    )
 
 
 def load_maker():
-    spec = importlib.util.spec_from_file_location("make_bad_files", ROOT / "tools" / "make_bad_files.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_bad_files", ROOT / "tools" / "make_bad_files.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -110,7 +127,9 @@ def test_quantised_weights_equal_gguf(kind, tmp_path, dump):
     write_gguf(tmp_path / "m.gguf", [("t", data, kind)])
     ours = dump(tmp_path / "m.gguf")
     assert_same_bits(ours, dequantize(data, kind))
-    assert np.abs(ours - weights.ravel()).max() < np.abs(weights).max() / 8  # the coarsest step, of Q4_0
+    assert (
+        np.abs(ours - weights.ravel()).max() < np.abs(weights).max() / 8
+    )  # the coarsest step, of Q4_0
 
 
 @pytest.fixture(scope="module")
@@ -140,11 +159,15 @@ def test_smollm2_equals_gguf(smollm2, smollm2_there, dump):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_safetensors_equal_safetensors(dtype, tmp_path, dump):
-    bits = torch.from_numpy(np.random.default_rng(0).integers(-(1 << 15), 1 << 15, 4096, dtype=np.int16))
+    bits = torch.from_numpy(
+        np.random.default_rng(0).integers(-(1 << 15), 1 << 15, 4096, dtype=np.int16)
+    )
     numbers = bits.view(dtype) if dtype != torch.float32 else bits.view(torch.float32)
     tensors = {
-        "b.matrix": numbers[:600].reshape(20, 30).clone(), "a": numbers[600:1111].clone(),
-        "cube": numbers[1200:1260].reshape(3, 4, 5).clone(), "scalar": numbers[7].clone(),
+        "b.matrix": numbers[:600].reshape(20, 30).clone(),
+        "a": numbers[600:1111].clone(),
+        "cube": numbers[1200:1260].reshape(3, 4, 5).clone(),
+        "scalar": numbers[7].clone(),
         "nothing": torch.empty(0, 3, dtype=dtype),
     }
     safetensors.torch.save_file(tensors, tmp_path / "m.safetensors", metadata={"format": "pt"})
@@ -159,24 +182,52 @@ def test_safetensors_equal_safetensors(dtype, tmp_path, dump):
 
 
 SHAPE = dict(
-    vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
-    num_key_value_heads=2, max_position_embeddings=512,
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
 )
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}
 CONFIGS = {
     "llama": ("Llama", {}),
-    "llama tied biases": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama tied biases": (
+        "Llama",
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
     "llama own head": ("Llama", {"head_dim": 24, "rms_norm_eps": 1e-3}),
-    "llama linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}),
+    "llama linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}},
+    ),
     "llama llama3": ("Llama", {"rope_parameters": LLAMA3}),
     "llama yarn": ("Llama", {"rope_parameters": YARN}),
-    "qwen2 yarn": ("Qwen2", {
-        "rope_parameters": YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.5, "truncate": False}}),
-    "qwen3 yarn": ("Qwen3", {"head_dim": 16, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}}),
+    "qwen2 yarn": (
+        "Qwen2",
+        {
+            "rope_parameters": YARN
+            | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.5, "truncate": False}
+        },
+    ),
+    "qwen3 yarn": (
+        "Qwen3",
+        {"head_dim": 16, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+    ),
     "qwen3 biases": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
     "mistral": ("Mistral", {"sliding_window": None, "head_dim": 32}),
     "mistral wide window": ("Mistral", {"sliding_window": 512}),
@@ -196,14 +247,24 @@ def assert_describes(found, model):
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     names = {name for name, _ in model.named_parameters()}
     stated = {
-        "architecture": config.model_type, "layers": config.num_hidden_layers, "hidden": config.hidden_size,
-        "intermediate": config.intermediate_size, "heads": config.num_attention_heads,
-        "kv_heads": config.num_key_value_heads, "head_dim": head_dim, "vocab": config.vocab_size,
-        "context": config.max_position_embeddings, "norm_eps": config.rms_norm_eps,
-        "tied_embeddings": config.tie_word_embeddings, "parameters": sum(p.numel() for p in model.parameters()),
+        "architecture": config.model_type,
+        "layers": config.num_hidden_layers,
+        "hidden": config.hidden_size,
+        "intermediate": config.intermediate_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "head_dim": head_dim,
+        "vocab": config.vocab_size,
+        "context": config.max_position_embeddings,
+        "norm_eps": config.rms_norm_eps,
+        "tied_embeddings": config.tie_word_embeddings,
+        "parameters": sum(p.numel() for p in model.parameters()),
     }
     held = {
-        "qkv_bias": "q_proj.bias", "output_bias": "o_proj.bias", "mlp_bias": "up_proj.bias", "qk_norm": "q_norm.weight",
+        "qkv_bias": "q_proj.bias",
+        "output_bias": "o_proj.bias",
+        "mlp_bias": "up_proj.bias",
+        "qk_norm": "q_norm.weight",
     }
     stated |= {key: any(name.endswith(part) for name in names) for key, part in held.items()}
     assert {key: found[key] for key in stated} == stated
@@ -214,12 +275,18 @@ def assert_same_rope(found, rope):
     assert found["theta"] == rope["rope_theta"]
     kind = rope["rope_type"]
     assert found["scaling"] == ("none" if kind == "default" else kind)
-    others = {key: value for key, value in rope.items() if key not in ("rope_theta", "rope_type") and value is not None}
+    others = {
+        key: value
+        for key, value in rope.items()
+        if key not in ("rope_theta", "rope_type") and value is not None
+    }
     renamed = {"original_max_position_embeddings": "original_context"}
     for key, value in others.items():
         assert found[renamed.get(key, key)] == value, key
     if kind == "yarn":
-        assert found["beta_fast"] == rope.get("beta_fast", 32) and found["beta_slow"] == rope.get("beta_slow", 1)
+        assert found["beta_fast"] == rope.get("beta_fast", 32) and found["beta_slow"] == rope.get(
+            "beta_slow", 1
+        )
         assert found["truncate"] is rope.get("truncate", True)
         assert ("attention_factor" in found) == ("attention_factor" in rope)
 
@@ -253,12 +320,21 @@ def test_sharded_model_equals_transformers(dtype, tmp_path, info, dump):
     assert len(files) > 1 and sorted(found["files"]) == [str(file) for file in files]
     assert found["file_bytes"] == sum(file.stat().st_size for file in files)
     state = model.state_dict()
-    assert {t["name"]: t["shape"] for t in found["tensors"]} == {k: list(v.shape) for k, v in state.items()}
+    assert {t["name"]: t["shape"] for t in found["tensors"]} == {
+        k: list(v.shape) for k, v in state.items()
+    }
     assert found["storage"] == [
-        {"type": dtype, "tensors": len(state), "bytes": sum(v.numel() * v.element_size() for v in state.values())}]
+        {
+            "type": dtype,
+            "tensors": len(state),
+            "bytes": sum(v.numel() * v.element_size() for v in state.values()),
+        }
+    ]
     for file in files:
         names = [line.split(" ")[0] for line in dump(file, "--list")]
-        assert_same_bits(dump(file), np.concatenate([state[name].float().numpy().ravel() for name in names]))
+        assert_same_bits(
+            dump(file), np.concatenate([state[name].float().numpy().ravel() for name in names])
+        )
 
 
 def test_tied_model_may_hold_its_head(tmp_path, info):
@@ -276,8 +352,21 @@ def test_info_on_smollm2(smollm2, smollm2_there, info):
     found = info(smollm2, "--tensors")
     assert len(found["tensors"]) == len(smollm2_there)
     assert found["parameters"] == sum(int(tensor.n_elements) for tensor in smollm2_there)
-    assert {share["type"]: share["tensors"] for share in found["storage"]} == {"F32": 61, "Q4_1": 210, "Q8_0": 1}
-    shape = ("architecture", "layers", "hidden", "heads", "kv_heads", "head_dim", "vocab", "context")
+    assert {share["type"]: share["tensors"] for share in found["storage"]} == {
+        "F32": 61,
+        "Q4_1": 210,
+        "Q8_0": 1,
+    }
+    shape = (
+        "architecture",
+        "layers",
+        "hidden",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "vocab",
+        "context",
+    )
     assert [found[key] for key in shape] == ["llama", 30, 576, 9, 3, 64, 49152, 8192]
     assert found["tied_embeddings"] and found["rope"] == {"theta": 100000.0, "scaling": "none"}
     assert found["tokenizer"] == "byte-level BPE (smollm)" and found["chat_template"] == "ChatML"
@@ -285,7 +374,13 @@ def test_info_on_smollm2(smollm2, smollm2_there, info):
 
 def test_info_as_a_table(smollm2, moba):
     table = moba("info", "-m", smollm2, "--tensors").stdout.decode()
-    for words in ("architecture   llama", "134.5 M", "9, key/value heads 3, head size 64", "Q4_1    210 tensors", "ChatML"):
+    for words in (
+        "architecture   llama",
+        "134.5 M",
+        "9, key/value heads 3, head size 64",
+        "Q4_1    210 tensors",
+        "ChatML",
+    ):
         assert words in table
     assert len([line for line in table.splitlines() if line.startswith("blk.")]) == 270
 
@@ -312,13 +407,25 @@ def test_info_reads_headers_only(tmp_path, build_folder):
     """8 GiB of weights, a hole in the file: hardly any of it becomes resident."""
     maker = load_maker()
     rows = 1 << 28
-    header, size = maker.header_of(maker.HF_SHAPES | {"model.embed_tokens.weight": [rows, maker.HIDDEN]})
+    header, size = maker.header_of(
+        maker.HF_SHAPES | {"model.embed_tokens.weight": [rows, maker.HIDDEN]}
+    )
     text = json.dumps(header).encode()
     with open(tmp_path / "model.safetensors", "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + size)
     (tmp_path / "config.json").write_text(json.dumps(maker.CONFIG | {"vocab_size": rows}))
-    command = [sys.executable, "-S", "-c", PEAK_OF, build_folder / "moba", "info", "-m", tmp_path, "--json"]
+    command = [
+        sys.executable,
+        "-S",
+        "-c",
+        PEAK_OF,
+        build_folder / "moba",
+        "info",
+        "-m",
+        tmp_path,
+        "--json",
+    ]
     done = subprocess.run(command, capture_output=True, timeout=120)
     assert done.returncode == 0 and json.loads(done.stdout)["file_bytes"] > 1 << 33
     assert int(done.stderr) < 1 << 20  # KiB
@@ -343,7 +450,9 @@ def limit_memory():
 
 
 def complaint(program, *arguments):
-    done = subprocess.run([program, *arguments], capture_output=True, timeout=60, preexec_fn=limit_memory)
+    done = subprocess.run(
+        [program, *arguments], capture_output=True, timeout=60, preexec_fn=limit_memory
+    )
     assert done.returncode == 1, (done.returncode, done.stderr)
     assert done.stdout == b""
     text = done.stderr.decode()

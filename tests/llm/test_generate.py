@@ -8,7 +8,9 @@ import subprocess
 
 import pytest
 
-DOCUMENT = "The warehouse is closed on Mondays.\n" * 20 + "The secret code of the blue door is 7349.\n"
+DOCUMENT = (
+    "The warehouse is closed on Mondays.\n" * 20 + "The secret code of the blue door is 7349.\n"
+)
 
 
 def generate(moba, smollm2, *flags, tokens=20, stdin=b""):
@@ -37,12 +39,18 @@ def answer(moba, smollm2):
 def test_json_tells_everything(answer, smollm2):
     assert "Paris" in answer["text"]
     assert answer["finish"] in ("end_token", "length")
-    assert 0 < len(answer["generated_ids"]) <= 20 and all(isinstance(i, int) for i in answer["prompt_ids"])
+    assert 0 < len(answer["generated_ids"]) <= 20 and all(
+        isinstance(i, int) for i in answer["prompt_ids"]
+    )
     assert 0 < answer["attention_seconds"] < answer["prefill_seconds"]
     assert answer["decode_seconds"] > 0
     assert answer["peak_rss_bytes"] > 500_000_000
     settings = answer["settings"]
-    assert settings["model"] == str(smollm2) and settings["attn"] == "full" and settings["decode"] == "full"
+    assert (
+        settings["model"] == str(smollm2)
+        and settings["attn"] == "full"
+        and settings["decode"] == "full"
+    )
     assert settings["dtype"] == "f32" and settings["threads"] == 2 and settings["ctx_size"] == 8192
     assert not any(name.startswith("moba") for name in settings)
 
@@ -65,7 +73,11 @@ def test_chat_wraps_and_no_chat_does_not(moba, smollm2, answer):
     bare = generate(moba, smollm2, "--no-chat", "-p", "What is the capital of France?")
     assert len(bare["prompt_ids"]) < len(answer["prompt_ids"])
     assert not bare["settings"]["chat"]
-    start = next(i for i in range(100) if answer["prompt_ids"][i:i + len(bare["prompt_ids"])] == bare["prompt_ids"])
+    start = next(
+        i
+        for i in range(100)
+        if answer["prompt_ids"][i : i + len(bare["prompt_ids"])] == bare["prompt_ids"]
+    )
     assert start > 0
 
 
@@ -73,7 +85,10 @@ def test_file_alone_is_the_prompt(moba, smollm2, answer, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("What is the capital of France?\n")
     assert generate(moba, smollm2, "-f", file)["prompt_ids"] == answer["prompt_ids"]
-    assert generate(moba, smollm2, "-f", "-", stdin=file.read_bytes())["generated_ids"] == answer["generated_ids"]
+    assert (
+        generate(moba, smollm2, "-f", "-", stdin=file.read_bytes())["generated_ids"]
+        == answer["generated_ids"]
+    )
 
 
 def test_document_comes_before_the_question(moba, smollm2, tmp_path):
@@ -90,19 +105,47 @@ def test_document_comes_before_the_question(moba, smollm2, tmp_path):
 def test_moba_finds_the_fact(moba, smollm2, attention, tmp_path):
     file = tmp_path / "document.txt"
     file.write_text(DOCUMENT)
-    flags = ["--attn", attention, "--moba-chunk-size", 32, "--moba-topk", 4, "--moba-full-tail", 48,
-             "--moba-full-layers", "0,27-29"]
-    found = generate(moba, smollm2, "-f", file, "-p", "What is the secret code of the blue door?", *flags)
+    flags = [
+        "--attn",
+        attention,
+        "--moba-chunk-size",
+        32,
+        "--moba-topk",
+        4,
+        "--moba-full-tail",
+        48,
+        "--moba-full-layers",
+        "0,27-29",
+    ]
+    found = generate(
+        moba, smollm2, "-f", file, "-p", "What is the secret code of the blue door?", *flags
+    )
     assert "7349" in found["text"]
     settings = found["settings"]
-    assert settings["attn"] == attention and settings["moba_chunk_size"] == 32 and settings["moba_topk"] == 4
+    assert (
+        settings["attn"] == attention
+        and settings["moba_chunk_size"] == 32
+        and settings["moba_topk"] == 4
+    )
     assert settings["moba_sink"] == 1 and settings["moba_full_tail"] == 48
     assert settings["moba_full_layers"] == [0, 27, 28, 29]
 
 
 def test_moba_flags_are_idle_with_full_attention(moba, smollm2, answer):
-    flags = ["--attn", "full", "--moba-chunk-size", 8, "--moba-topk", 2, "--moba-sink", 0, "--moba-full-tail", 3,
-             "--moba-full-layers", "0"]
+    flags = [
+        "--attn",
+        "full",
+        "--moba-chunk-size",
+        8,
+        "--moba-topk",
+        2,
+        "--moba-sink",
+        0,
+        "--moba-full-tail",
+        3,
+        "--moba-full-layers",
+        "0",
+    ]
     full = generate(moba, smollm2, "-p", "What is the capital of France?", *flags)
     assert full["generated_ids"] == answer["generated_ids"]
     assert not any(name.startswith("moba") for name in full["settings"])
@@ -112,26 +155,39 @@ def test_decode_moba(moba, smollm2):
     flags = ["--decode", "moba", "--moba-chunk-size", 8, "--moba-topk", 1]
     sparse = generate(moba, smollm2, "-p", "Count from one to twenty, please.", *flags)
     assert sparse["settings"]["moba_sink"] == 0  # the default fits below top-k
-    assert sparse["generated_ids"] != generate(moba, smollm2, "-p", "Count from one to twenty, please.")["generated_ids"]
+    assert (
+        sparse["generated_ids"]
+        != generate(moba, smollm2, "-p", "Count from one to twenty, please.")["generated_ids"]
+    )
 
 
 def test_seeds_reproduce(moba, smollm2):
     def draw(seed):
-        return generate(moba, smollm2, "-p", "Tell me a story.", "--temp", 1.5, "--top-k", 0, "--seed", seed)
+        return generate(
+            moba, smollm2, "-p", "Tell me a story.", "--temp", 1.5, "--top-k", 0, "--seed", seed
+        )
 
     first, again, other = draw(1), draw(1), draw(2)
     assert first["generated_ids"] == again["generated_ids"] != other["generated_ids"]
-    assert first["settings"]["seed"] == 1 and first["settings"]["top_k"] == 0 and first["settings"]["top_p"] == 0.95
+    assert (
+        first["settings"]["seed"] == 1
+        and first["settings"]["top_k"] == 0
+        and first["settings"]["top_p"] == 0.95
+    )
 
 
 def test_top_k_of_one_is_greedy(moba, smollm2, answer):
-    drawn = generate(moba, smollm2, "-p", "What is the capital of France?", "--temp", 2, "--top-k", 1)
+    drawn = generate(
+        moba, smollm2, "-p", "What is the capital of France?", "--temp", 2, "--top-k", 1
+    )
     assert drawn["generated_ids"] == answer["generated_ids"]
 
 
 def test_threads_do_not_change_the_answer(moba, smollm2):
     def ids(threads):
-        done = moba("generate", "-m", smollm2, "-n", 20, "-t", threads, "--json", "-p", "Name three rivers.")
+        done = moba(
+            "generate", "-m", smollm2, "-n", 20, "-t", threads, "--json", "-p", "Name three rivers."
+        )
         return json.loads(done.stdout)["generated_ids"]
 
     assert ids(1) == ids(2) == ids(2)
@@ -157,7 +213,9 @@ def test_end_token_ends(moba, smollm2):
 
 def test_context_ends_the_answer(moba, smollm2, answer):
     context = len(answer["prompt_ids"]) + 3
-    done = generate(moba, smollm2, "-p", "What is the capital of France?", "-c", context, "--ignore-eos")
+    done = generate(
+        moba, smollm2, "-p", "What is the capital of France?", "-c", context, "--ignore-eos"
+    )
     assert done["finish"] == "context" and len(done["generated_ids"]) == 4
 
 
@@ -183,11 +241,22 @@ def test_text_in_the_prompt_cannot_speak_for_the_chat(moba, smollm2):
     done = generate(moba, smollm2, "-p", "a<|im_end|>b")
     plain = generate(moba, smollm2, "-p", "ab")
     end = plain["prompt_ids"][-4:]  # end of turn and the head of the next
-    assert done["prompt_ids"].count(2) == plain["prompt_ids"].count(2) and done["prompt_ids"][-4:] == end
+    assert (
+        done["prompt_ids"].count(2) == plain["prompt_ids"].count(2)
+        and done["prompt_ids"][-4:] == end
+    )
 
 
 def test_interrupt_ends_cleanly(build_folder, smollm2):
-    command = [build_folder / "moba", "generate", "-m", smollm2, "-p", "Tell me everything.", "--ignore-eos"]
+    command = [
+        build_folder / "moba",
+        "generate",
+        "-m",
+        smollm2,
+        "-p",
+        "Tell me everything.",
+        "--ignore-eos",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
@@ -229,31 +298,79 @@ WRONG_USAGE = {
     "-c overflows": (["generate", "-m", "MODEL", "-p", "x", "-c", 10**19], [10**19]),
     "-t": (["generate", "-m", "MODEL", "-p", "x", "-t", 0], ["-t", "0"]),
     "--temp": (["generate", "-m", "MODEL", "-p", "x", "--temp", "nan"], ["--temp", "nan"]),
-    "--top-p": (["generate", "-m", "MODEL", "-p", "x", "--temp", 1, "--top-p", 1.5], ["--top-p", "1.5"]),
-    "--min-p": (["generate", "-m", "MODEL", "-p", "x", "--temp", 1, "--min-p", -1], ["--min-p", "-1"]),
-    "--top-k": (["generate", "-m", "MODEL", "-p", "x", "--temp", 1, "--top-k", -1], ["--top-k", "-1"]),
+    "--top-p": (
+        ["generate", "-m", "MODEL", "-p", "x", "--temp", 1, "--top-p", 1.5],
+        ["--top-p", "1.5"],
+    ),
+    "--min-p": (
+        ["generate", "-m", "MODEL", "-p", "x", "--temp", 1, "--min-p", -1],
+        ["--min-p", "-1"],
+    ),
+    "--top-k": (
+        ["generate", "-m", "MODEL", "-p", "x", "--temp", 1, "--top-k", -1],
+        ["--top-k", "-1"],
+    ),
     "greedy --top-k": (["generate", "-m", "MODEL", "-p", "x", "--top-k", 4], ["--top-k", "--temp"]),
     "--seed": (["generate", "-m", "MODEL", "-p", "x", "--seed", -1], ["--seed", "-1"]),
-    "--attn": (["generate", "-m", "MODEL", "-p", "x", "--attn", "sparse"], ["--attn", "moba-naive", "sparse"]),
-    "--decode": (["generate", "-m", "MODEL", "-p", "x", "--decode", "moba-naive"], ["--decode", "moba-naive"]),
+    "--attn": (
+        ["generate", "-m", "MODEL", "-p", "x", "--attn", "sparse"],
+        ["--attn", "moba-naive", "sparse"],
+    ),
+    "--decode": (
+        ["generate", "-m", "MODEL", "-p", "x", "--decode", "moba-naive"],
+        ["--decode", "moba-naive"],
+    ),
     "--dtype": (["generate", "-m", "MODEL", "-p", "x", "--dtype", "f8"], ["--dtype", "f8", "bf16"]),
-    "topk with full": (["generate", "-m", "MODEL", "-p", "x", "--attn", "full", "--moba-topk", 0], ["--moba-topk", "0"]),
-    "tail with full": (["generate", "-m", "MODEL", "-p", "x", "--attn", "full", "--moba-full-tail", -1],
-                       ["--moba-full-tail", "-1"]),
-    "chunk size": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-chunk-size", 0],
-                   ["--moba-chunk-size", "0"]),
-    "topk": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-topk", 0], ["--moba-topk", "0"]),
-    "sink": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-sink", 4],
-             ["--moba-sink", "--moba-topk 4", "0 to 3"]),
-    "tail": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-full-tail", -1],
-             ["--moba-full-tail", "-1"]),
-    "layers": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-full-layers", "3-x"],
-               ["--moba-full-layers", "3-x"]),
-    "layers backwards": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-full-layers", "9-3"],
-                         ["--moba-full-layers", "9-3"]),
-    "layers beyond": (["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-full-layers",
-                       "0-9223372036854775807"], ["--moba-full-layers", "0 to 29"]),
-    "prompt too long": (["generate", "-m", "MODEL", "-p", "x " * 50, "-c", 40], ["--prompt", "40", "-c"]),
+    "topk with full": (
+        ["generate", "-m", "MODEL", "-p", "x", "--attn", "full", "--moba-topk", 0],
+        ["--moba-topk", "0"],
+    ),
+    "tail with full": (
+        ["generate", "-m", "MODEL", "-p", "x", "--attn", "full", "--moba-full-tail", -1],
+        ["--moba-full-tail", "-1"],
+    ),
+    "chunk size": (
+        ["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-chunk-size", 0],
+        ["--moba-chunk-size", "0"],
+    ),
+    "topk": (
+        ["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-topk", 0],
+        ["--moba-topk", "0"],
+    ),
+    "sink": (
+        ["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-sink", 4],
+        ["--moba-sink", "--moba-topk 4", "0 to 3"],
+    ),
+    "tail": (
+        ["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-full-tail", -1],
+        ["--moba-full-tail", "-1"],
+    ),
+    "layers": (
+        ["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-full-layers", "3-x"],
+        ["--moba-full-layers", "3-x"],
+    ),
+    "layers backwards": (
+        ["generate", "-m", "MODEL", "-p", "x", "--attn", "moba", "--moba-full-layers", "9-3"],
+        ["--moba-full-layers", "9-3"],
+    ),
+    "layers beyond": (
+        [
+            "generate",
+            "-m",
+            "MODEL",
+            "-p",
+            "x",
+            "--attn",
+            "moba",
+            "--moba-full-layers",
+            "0-9223372036854775807",
+        ],
+        ["--moba-full-layers", "0 to 29"],
+    ),
+    "prompt too long": (
+        ["generate", "-m", "MODEL", "-p", "x " * 50, "-c", 40],
+        ["--prompt", "40", "-c"],
+    ),
 }
 
 
@@ -292,7 +409,9 @@ def test_output_that_cannot_be_written(build_folder, smollm2):
     command = [build_folder / "moba", "generate", "-m", smollm2, "-p", "x", "-n", "2"]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
-    assert done.returncode == 1 and b"standard output" in done.stderr and done.stderr.count(b"\n") == 1
+    assert (
+        done.returncode == 1 and b"standard output" in done.stderr and done.stderr.count(b"\n") == 1
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])

@@ -8,13 +8,22 @@ import torch
 import transformers
 
 SHAPE = dict(
-    vocab_size=211, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=6,
-    num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False,
+    vocab_size=211,
+    hidden_size=96,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    tie_word_embeddings=False,
 )
 ORIGINAL_CONTEXT = 64
 LINEAR = {"rope_type": "linear", "factor": 3.0}
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": ORIGINAL_CONTEXT,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL_CONTEXT}
@@ -29,8 +38,14 @@ CASES = {
     "llama linear": ("Llama", {"rope": LINEAR}),
     "llama llama3": ("Llama", {"rope": LLAMA3 | {"rope_theta": 500000.0}}),
     "llama yarn": ("Llama", {"rope": YARN}),
-    "llama yarn factor": ("Llama", {"rope": YARN | {"attention_factor": 1.4, "beta_fast": 16, "beta_slow": 2}}),
-    "llama yarn mscale": ("Llama", {"rope": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}}),
+    "llama yarn factor": (
+        "Llama",
+        {"rope": YARN | {"attention_factor": 1.4, "beta_fast": 16, "beta_slow": 2}},
+    ),
+    "llama yarn mscale": (
+        "Llama",
+        {"rope": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}},
+    ),
     "qwen2": ("Qwen2", {}),
     "qwen2 tied yarn": ("Qwen2", {"tie_word_embeddings": True, "rope": YARN}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
@@ -163,7 +178,9 @@ def test_moba_is_sparse_and_naive_agrees(small, logits_of):
 
 def test_moba_over_every_block_is_full(small, logits_of):
     ids = tokens(200)
-    everything = logits_of(small, ids, attn="moba", decode="moba", block_size=16, top_k=13, prefilled=150)
+    everything = logits_of(
+        small, ids, attn="moba", decode="moba", block_size=16, top_k=13, prefilled=150
+    )
     assert worst_error(everything, logits_of(small, ids)) <= 1e-4
 
 
@@ -179,7 +196,9 @@ def test_full_layers(small, logits_of):
 
 def test_full_tail_changes_the_tail_alone(small, logits_of):
     ids = tokens(200)
-    sparse, tailed = (logits_of(small, ids, attn="moba", full_tail=tail, **MOBA) for tail in (0, 50))
+    sparse, tailed = (
+        logits_of(small, ids, attn="moba", full_tail=tail, **MOBA) for tail in (0, 50)
+    )
     assert worst_error(tailed[:150], sparse[:150]) <= 1e-4
     assert worst_error(tailed[150:], sparse[150:]) > 1e-2
 
@@ -201,7 +220,9 @@ QUESTIONS = ["What is the capital of France?", "Write a short poem about the sea
 
 
 def ask(moba, smollm2, question, *flags):
-    done = moba("generate", "-m", smollm2, "-p", question, "-n", 24, "--ignore-eos", "--json", *flags)
+    done = moba(
+        "generate", "-m", smollm2, "-p", question, "-n", 24, "--ignore-eos", "--json", *flags
+    )
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
@@ -216,13 +237,20 @@ def test_smollm2_writes_what_transformers_writes(question, moba, smollm2, smollm
     ours = ask(moba, smollm2, question)
     prompt = torch.tensor([ours["prompt_ids"]])
     theirs = smollm2_there.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=24, eos_token_id=-1,
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=24,
+        eos_token_id=-1,
         pad_token_id=2,
     )
-    assert ours["generated_ids"] == theirs[0, prompt.shape[1]:].tolist()
+    assert ours["generated_ids"] == theirs[0, prompt.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_smollm2_moba_over_every_block_writes_the_same(question, moba, smollm2):
     moba_flags = ["--attn", "moba", "--decode", "moba", "--moba-chunk-size", 16, "--moba-topk", 64]
-    assert ask(moba, smollm2, question, *moba_flags)["generated_ids"] == ask(moba, smollm2, question)["generated_ids"]
+    assert (
+        ask(moba, smollm2, question, *moba_flags)["generated_ids"]
+        == ask(moba, smollm2, question)["generated_ids"]
+    )

@@ -35,7 +35,9 @@ def test_transformers_finds_the_fact(prompt):
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     ids = tokenizer(prompt, return_tensors="pt")
-    written = model.generate(**ids, max_new_tokens=8, do_sample=False)[0, ids["input_ids"].shape[1]:]
+    written = model.generate(**ids, max_new_tokens=8, do_sample=False)[
+        0, ids["input_ids"].shape[1] :
+    ]
     assert tokenizer.decode(written).startswith(" 40718.")
 
 

@@ -26,7 +26,9 @@ from tokenizers import (
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")).absolute() / "moba"
-SMOLLM2 = Path(os.environ.get("MOBA_SMOLLM2", ROOT / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+SMOLLM2 = Path(
+    os.environ.get("MOBA_SMOLLM2", ROOT / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf")
+)
 LICENSE = Path("/usr/share/common-licenses/GPL-3")
 
 LLAMA3 = (
@@ -37,21 +39,31 @@ QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 SPECIAL = {
     "gpt2": ["<|endoftext|>"],
     "smollm": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-    "llama3": ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "llama3": [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
+    ],
     "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
 }
 FAMILIES = list(SPECIAL)
 
 
 def run(*arguments, data=b"", code=0):
-    done = subprocess.run([PROGRAM, "tokenize", *map(str, arguments)], input=data, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [PROGRAM, "tokenize", *map(str, arguments)], input=data, capture_output=True, timeout=120
+    )
     assert done.returncode == code, done.stderr.decode(errors="replace")
     return done.stdout if code == 0 else done.stderr.decode()
 
 
 def ids_of(model, texts, *flags):
     data = "".join(json.dumps(text) + "\n" for text in texts).encode()
-    return [json.loads(line) for line in run("-m", model, "--lines", *flags, data=data).splitlines()]
+    return [
+        json.loads(line) for line in run("-m", model, "--lines", *flags, data=data).splitlines()
+    ]
 
 
 def assert_same(texts, ours, theirs):
@@ -69,7 +81,14 @@ def sources():
 
 def random_characters(rng, count):
     """Characters of every plane, assigned or not."""
-    planes = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x20000), (0x20000, 0x33480)]
+    planes = [
+        (0, 0x80),
+        (0x80, 0x800),
+        (0x800, 0xD800),
+        (0xE000, 0x10000),
+        (0x10000, 0x20000),
+        (0x20000, 0x33480),
+    ]
     planes += [(plane << 16, (plane + 1) << 16) for plane in range(4, 17)]
     weights = [8, 8, 8, 1, 8, 4] + [1] * 13
     return "".join(chr(rng.randrange(*rng.choices(planes, weights)[0])) for _ in range(count))
@@ -102,11 +121,21 @@ def texts_for(seed):
     for _ in range(2000):
         texts.append(random_characters(rng, rng.randrange(1, 24)))
     for _ in range(400):
-        mixed = [rng.choice(PIECES), random_characters(rng, 4), rng.choice(" \n\t0a") * rng.randrange(1, 60)]
+        mixed = [
+            rng.choice(PIECES),
+            random_characters(rng, 4),
+            rng.choice(" \n\t0a") * rng.randrange(1, 60),
+        ]
         rng.shuffle(mixed)
         texts.append("".join(mixed))
     texts += [character * count for character in " \t\nx0.中\u0301" for count in (100, 1023, 20000)]
-    texts += [" " * 5000 + "x", "\n " * 3000 + "x", "ab" * 20000, "\u0301\u0323" * 2000, "a" + "\u0323\u0301" * 200]
+    texts += [
+        " " * 5000 + "x",
+        "\n " * 3000 + "x",
+        "ab" * 20000,
+        "\u0301\u0323" * 2000,
+        "a" + "\u0323\u0301" * 200,
+    ]
     assert len(texts) > 10_000
     return texts
 
@@ -121,10 +150,14 @@ def untrained(family):
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     elif family == "smollm":
         digits = pre_tokenizers.Digits(individual_digits=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
     else:
         pattern = Regex(LLAMA3 if family == "llama3" else QWEN2)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pattern, "isolated"), bytes_only])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(pattern, "isolated"), bytes_only]
+        )
     if family == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
@@ -147,9 +180,15 @@ def byte_level(request, tmp_path_factory):
     tokenizer.train_from_iterator([LICENSE.read_text(), *files, *emoji_and_scripts], trainer)
     if family == "llama3":
         bos = SPECIAL[family][0]
-        template = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
-        tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
-    tokenizer.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("word", single_word=True)])
+        template = processors.TemplateProcessing(
+            f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+        tokenizer.post_processor = processors.Sequence(
+            [processors.ByteLevel(trim_offsets=False), template]
+        )
+    tokenizer.add_tokens(
+        [AddedToken("<tool>", normalized=False), AddedToken("word", single_word=True)]
+    )
     tokenizer.add_special_tokens([AddedToken("<wide>", lstrip=True, rstrip=True)])
     folder = tmp_path_factory.mktemp(family)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -211,7 +250,13 @@ def write_gguf(path, tokens, types, **fields):
 
 
 def type_of(added):
-    return TokenType.NORMAL if added is None else TokenType.CONTROL if added.special else TokenType.USER_DEFINED
+    return (
+        TokenType.NORMAL
+        if added is None
+        else TokenType.CONTROL
+        if added.special
+        else TokenType.USER_DEFINED
+    )
 
 
 def test_gguf_byte_level_ids(byte_level, tmp_path):
@@ -219,7 +264,9 @@ def test_gguf_byte_level_ids(byte_level, tmp_path):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     document = json.loads(tokenizer.to_str())
     # GGUF has no single words and no stripping: only what it can say is left.
-    document["added_tokens"] = [t for t in document["added_tokens"] if t["content"] not in ("word", "<wide>")]
+    document["added_tokens"] = [
+        t for t in document["added_tokens"] if t["content"] not in ("word", "<wide>")
+    ]
     tokenizer = Tokenizer.from_str(json.dumps(document))
     added = tokenizer.get_added_tokens_decoder()
     tokens = [tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())]
@@ -230,11 +277,20 @@ def test_gguf_byte_level_ids(byte_level, tmp_path):
         add_bos_token_id=tokenizer.token_to_id(SPECIAL[family][0]), add_eos_token_id=0,
     )  # fmt: skip
     texts = texts_for(family)
-    assert_same(texts, ids_of(path, texts), [encoding.ids for encoding in tokenizer.encode_batch(texts)])
+    assert_same(
+        texts, ids_of(path, texts), [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    )
 
 
 def test_gguf_names_an_unknown_pre_tokenizer(tmp_path):
-    path = write_gguf(tmp_path / "m.gguf", ["a"], [1], add_tokenizer_model="gpt2", add_tokenizer_pre="viking", add_token_merges=["a a"])
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        ["a"],
+        [1],
+        add_tokenizer_model="gpt2",
+        add_tokenizer_pre="viking",
+        add_token_merges=["a a"],
+    )
     message = run("-m", path, "-p", "a", code=1)
     assert "viking" in message and str(path) in message and "smollm" in message
 
@@ -247,8 +303,14 @@ def test_gguf_names_an_unknown_pre_tokenizer(tmp_path):
         ({"add_tokenizer_model": "gpt2", "add_token_merges": ["ab"]}, "'ab'"),
         ({"add_tokenizer_model": "gpt2", "add_token_merges": ["a c"]}, "'c'"),
         ({"add_tokenizer_model": "gpt2", "add_token_merges": ["b b"]}, "'bb'"),
-        ({"add_tokenizer_model": "gpt2", "add_token_merges": ["a b"], "add_eos_token_id": 7}, "eos_token_id"),
-        ({"add_tokenizer_model": "gpt2", "add_token_merges": ["a b"], "add_chat_template": ""}, None),
+        (
+            {"add_tokenizer_model": "gpt2", "add_token_merges": ["a b"], "add_eos_token_id": 7},
+            "eos_token_id",
+        ),
+        (
+            {"add_tokenizer_model": "gpt2", "add_token_merges": ["a b"], "add_chat_template": ""},
+            None,
+        ),
         ({"add_tokenizer_model": "llama"}, "tokenizer.ggml.scores"),
         ({"add_tokenizer_model": "llama", "add_token_scores": [1.0]}, "scores"),
         ({}, "tokenizer.ggml.model"),
@@ -264,7 +326,13 @@ def test_gguf_refusals(tmp_path, fields, mention):
 
 
 def test_gguf_refuses_tokens_twice(tmp_path):
-    path = write_gguf(tmp_path / "m.gguf", ["a", "a"], [1, 1], add_tokenizer_model="gpt2", add_token_merges=["a a"])
+    path = write_gguf(
+        tmp_path / "m.gguf",
+        ["a", "a"],
+        [1, 1],
+        add_tokenizer_model="gpt2",
+        add_token_merges=["a a"],
+    )
     assert "'a'" in run("-m", path, "-p", "a", code=1)
 
 
@@ -285,7 +353,9 @@ def smollm2():
 
 def test_smollm2_ids(smollm2):
     texts = texts_for("smollm2")
-    assert_same(texts, ids_of(SMOLLM2, texts), [encoding.ids for encoding in smollm2[0].encode_batch(texts)])
+    assert_same(
+        texts, ids_of(SMOLLM2, texts), [encoding.ids for encoding in smollm2[0].encode_batch(texts)]
+    )
 
 
 def test_smollm2_chat(smollm2, tmp_path):
@@ -358,25 +428,44 @@ def test_gguf_sentencepiece_ids(sentencepiece_model, tmp_path):
 def sentencepiece_in_json(model, legacy):
     """The same model as a tokenizer.json, the two ways that Llama 2 is found in."""
     vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
-    normal = [i for i in range(model.vocab_size()) if not (model.is_control(i) or model.is_byte(i) or model.is_unknown(i))]
+    normal = [
+        i
+        for i in range(model.vocab_size())
+        if not (model.is_control(i) or model.is_byte(i) or model.is_unknown(i))
+    ]
     merges = []
     for i in sorted(normal, key=lambda i: -model.get_score(i)):
         piece = model.id_to_piece(i)
         merges += sorted(
-            ((piece[:k], piece[k:]) for k in range(1, len(piece)) if piece[:k] in vocab and piece[k:] in vocab),
+            (
+                (piece[:k], piece[k:])
+                for k in range(1, len(piece))
+                if piece[:k] in vocab and piece[k:] in vocab
+            ),
             key=lambda pair: (vocab[pair[0]], vocab[pair[1]]),
         )
     bpe = models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
     if legacy:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
     else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement="▁", prepend_scheme="first", split=False
+        )
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
+    tokenizer.add_special_tokens(
+        [AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")]
+    )
     return tokenizer
 
 
@@ -385,7 +474,9 @@ def test_sentencepiece_in_json(sentencepiece_model, tmp_path, legacy):
     tokenizer = sentencepiece_in_json(sentencepiece_model[1], legacy)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     texts = texts_for("json")[:9000]
-    assert_same(texts, ids_of(tmp_path, texts), [encoding.ids for encoding in tokenizer.encode_batch(texts)])
+    assert_same(
+        texts, ids_of(tmp_path, texts), [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    )
 
 
 # ---- chat turns
@@ -399,7 +490,7 @@ CHATML = (
 CHATML_WITH_TOOLS = (
     "{%- if tools %}\n    {{- '<|im_start|>system\\n' }}\n    {%- if messages[0]['role'] == 'system' %}\n        {{- "
     "messages[0]['content'] }}\n    {%- else %}\n        {{- 'You are a tester. You help.' }}\n    {%- endif %}\n    {{- "
-    '"\\n\\n# Tools<|im_end|>\\n" }}\n{%- else %}\n    {%- if messages[0][\'role\'] == \'system\' %}\n        {{- '
+    "\"\\n\\n# Tools<|im_end|>\\n\" }}\n{%- else %}\n    {%- if messages[0]['role'] == 'system' %}\n        {{- "
     "'<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n    {%- else %}\n        {{- "
     "'<|im_start|>system\\nYou are a tester. You help.<|im_end|>\\n' }}\n    {%- endif %}\n{%- endif %}\n"
     "{%- for message in messages %}\n    {%- if message.role != 'system' or not loop.first %}\n        {{- '<|im_start|>' + "
@@ -441,21 +532,37 @@ CONVERSATIONS = [
     [("user", "é中文 👩‍👩‍👧‍👦 1234\n\n")],
     [("system", "Be brief."), ("user", "don't")],
     [("user", "one"), ("assistant", "two"), ("user", "three")],
-    [("system", " S "), ("user", "\n"), ("assistant", " a b "), ("user", "12"), ("assistant", ""), ("user", "...")],
+    [
+        ("system", " S "),
+        ("user", "\n"),
+        ("assistant", " a b "),
+        ("user", "12"),
+        ("assistant", ""),
+        ("user", "..."),
+    ],
 ]
 
 
 def chat_folder(tokenizer, folder, template, bos, eos):
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos, "chat_template": template}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": bos,
+        "eos_token": eos,
+        "chat_template": template,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
 def assert_chat_same(model, theirs):
-    conversations = [[{"role": role, "content": text} for role, text in turns] for turns in CONVERSATIONS]
+    conversations = [
+        [{"role": role, "content": text} for role, text in turns] for turns in CONVERSATIONS
+    ]
     expected = [
-        theirs.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+        theirs.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
         for turns in conversations
     ]
     assert_same(conversations, ids_of(model, conversations, "--chat"), expected)
@@ -500,7 +607,9 @@ def test_turns_spell_no_special_tokens(tmp_path):
     assert (ids.count(start), ids.count(end)) == (3, 2)  # system, user, assistant
 
 
-@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}", "[INST] {{ messages }} [/INST]"])
+@pytest.mark.parametrize(
+    "template", [None, "{{ messages[0]['content'] }}", "[INST] {{ messages }} [/INST]"]
+)
 def test_unknown_template_names_no_chat(tmp_path, template):
     tokenizer = untrained("gpt2")
     tokenizer.train_from_iterator(["text"], trainers.BpeTrainer(show_progress=False))

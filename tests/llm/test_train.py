@@ -21,8 +21,13 @@ from conftest import existing
 from safetensors.numpy import load_file
 
 SHAPE = dict(
-    vocab_size=203, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512,
+    vocab_size=203,
+    hidden_size=64,
+    intermediate_size=112,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
 )
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LENGTHS = [70, 1, 129]
@@ -42,7 +47,9 @@ def build_model(kind="Llama", seed=0, **changes):
     """A model whose every parameter matters."""
     settings = SHAPE | {"tie_word_embeddings": False} | changes
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**settings))
+    model = getattr(transformers, f"{kind}ForCausalLM")(
+        getattr(transformers, f"{kind}Config")(**settings)
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -67,7 +74,9 @@ def losses_there(model, ids, targets, lengths):
         part = slice(begin, begin + length)
         logits = model(torch.as_tensor(ids[part])[None]).logits[0]
         goal = torch.as_tensor(targets[part])
-        losses.append(torch.nn.functional.cross_entropy(logits, goal, ignore_index=-1, reduction="none"))
+        losses.append(
+            torch.nn.functional.cross_entropy(logits, goal, ignore_index=-1, reduction="none")
+        )
         begin += length
     return torch.cat(losses)
 
@@ -85,7 +94,9 @@ def worst_relative(ours, theirs):
 def assert_same_gradients(ours, theirs, bound):
     assert set(ours) == set(theirs)
     errors = {name: worst_relative(ours[name], theirs[name]) for name in theirs}
-    assert max(errors.values()) <= bound, {name: error for name, error in errors.items() if error > bound}
+    assert max(errors.values()) <= bound, {
+        name: error for name, error in errors.items() if error > bound
+    }
 
 
 @pytest.fixture
@@ -96,10 +107,23 @@ def gradients_of(build_folder, tmp_path):
     def run(model, ids, targets, lengths, **flags):
         for name, values in (("ids", ids), ("targets", targets)):
             np.asarray(values, dtype=np.int32).tofile(tmp_path / name)
-        files = [f"--model={model}", f"--ids={tmp_path / 'ids'}", f"--targets={tmp_path / 'targets'}"]
-        options = [f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}") for name, value in flags.items()]
+        files = [
+            f"--model={model}",
+            f"--ids={tmp_path / 'ids'}",
+            f"--targets={tmp_path / 'targets'}",
+        ]
+        options = [
+            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for name, value in flags.items()
+        ]
         out = tmp_path / "gradients.safetensors"
-        command = [tool, *files, f"--out={out}", f"--lengths={','.join(map(str, lengths))}", *options]
+        command = [
+            tool,
+            *files,
+            f"--out={out}",
+            f"--lengths={','.join(map(str, lengths))}",
+            *options,
+        ]
         quiet = os.environ | {"GOMP_SPINCOUNT": "1000"}  # as `moba` sets it
         done = subprocess.run(command, capture_output=True, timeout=300, env=quiet)
         assert done.returncode == 0, done.stderr.decode()
@@ -139,7 +163,9 @@ def test_moba_gradients_equal_the_python_package(recompute, tmp_path, gradients_
     model = build_model()
     model.save_pretrained(tmp_path / "model")
     ids, targets = packed_batch()
-    moba_package.register_moba(moba_package.MoBAConfig(moba_chunk_size=MOBA["block_size"], moba_topk=MOBA["top_k"]))
+    moba_package.register_moba(
+        moba_package.MoBAConfig(moba_chunk_size=MOBA["block_size"], moba_topk=MOBA["top_k"])
+    )
     model.set_attn_implementation("moba")
     losses, gradients = gradients_there(model, ids, targets, LENGTHS)
     flags = {"recompute": True} if recompute else {}
@@ -169,7 +195,10 @@ def test_bf16_gradients_are_near(tmp_path, gradients_of):
         their_losses, theirs = gradients_there(model, ids, targets, LENGTHS)
     assert worst_relative(losses, exact_losses) <= 1.5 * worst_relative(their_losses, exact_losses)
     for name in exact:
-        assert worst_relative(gradients[name], exact[name]) <= 2 * worst_relative(theirs[name], exact[name]) + 1e-3, name
+        assert (
+            worst_relative(gradients[name], exact[name])
+            <= 2 * worst_relative(theirs[name], exact[name]) + 1e-3
+        ), name
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -179,7 +208,11 @@ def test_lora_gradients_equal_pytorch(recompute, tmp_path, gradients_of):
     ids, targets = packed_batch()
     flags = {"recompute": True} if recompute else {}
     our_losses, ours = gradients_of(tmp_path / "model", ids, targets, LENGTHS, lora_rank=4, **flags)
-    values = {name.removeprefix("value/"): ours.pop(name) for name in list(ours) if name.startswith("value/")}
+    values = {
+        name.removeprefix("value/"): ours.pop(name)
+        for name in list(ours)
+        if name.startswith("value/")
+    }
     values = {name: torch.tensor(value, requires_grad=True) for name, value in values.items()}
 
     def hook(name):
@@ -196,9 +229,17 @@ def test_lora_gradients_equal_pytorch(recompute, tmp_path, gradients_of):
 
 
 TINY = dict(
-    model_type="llama", vocab_size=264, hidden_size=48, intermediate_size=80, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, rope_theta=10000.0,
-    rms_norm_eps=1e-5, tie_word_embeddings=True,
+    model_type="llama",
+    vocab_size=264,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    rope_theta=10000.0,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
 )
 END = 256
 
@@ -229,12 +270,23 @@ def place(tmp_path):
 
 
 def arguments(place, out="run", steps=12, **flags):
-    flags = {"config": place / "tiny.json", "data": place / "data", "out": place / out, "steps": steps,
-             "seq_len": 128, "batch_tokens": 256, "lr": 1e-2, "moba_chunk_size": 16, "threads": 2} | flags
+    flags = {
+        "config": place / "tiny.json",
+        "data": place / "data",
+        "out": place / out,
+        "steps": steps,
+        "seq_len": 128,
+        "batch_tokens": 256,
+        "lr": 1e-2,
+        "moba_chunk_size": 16,
+        "threads": 2,
+    } | flags
     line = ["train"]
     for name, value in flags.items():
         if value is not None:
-            line += [("-m" if name == "model" else "--" + name.replace("_", "-"))] + ([] if value is True else [value])
+            line += [("-m" if name == "model" else "--" + name.replace("_", "-"))] + (
+                [] if value is True else [value]
+            )
     return [str(word) for word in line]
 
 
@@ -265,7 +317,7 @@ def byte_documents(place, seq_len=128):
     for path in sorted((place / "data").iterdir()):
         ids = list(path.read_bytes()) + [END]
         for begin in range(0, len(ids) - 1, seq_len):
-            piece = ids[begin:begin + seq_len + 1]
+            piece = ids[begin : begin + seq_len + 1]
             pieces.append((piece[:-1], piece[1:]))
     return pieces
 
@@ -280,22 +332,37 @@ def learning_rate(kind, step, steps, warmup, decay=0, floor=0.1):
     if step < warmup:
         return (step + 1) / warmup
     if kind == "cosine":
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+        return floor + (1 - floor) * 0.5 * (
+            1 + math.cos(math.pi * (step - warmup) / (steps - warmup))
+        )
     return 1 - (1 - floor) * max(0, step - (steps - decay)) / decay
 
 
 def test_fifty_steps_equal_pytorch(place, train):
-    config = transformers.LlamaConfig(**{name: value for name, value in TINY.items() if name != "model_type"})
+    config = transformers.LlamaConfig(
+        **{name: value for name, value in TINY.items() if name != "model_type"}
+    )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
     model.save_pretrained(place / "start")
-    ours = train(config=None, model=place / "start", tokenizer=train_tokenizer_folder(train, place), steps=50,
-                 batch_tokens=2048, warmup=5, attn="full", moba_chunk_size=None)
+    ours = train(
+        config=None,
+        model=place / "start",
+        tokenizer=train_tokenizer_folder(train, place),
+        steps=50,
+        batch_tokens=2048,
+        warmup=5,
+        attn="full",
+        moba_chunk_size=None,
+    )
 
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
-    optimiser = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-                                  betas=(0.9, 0.95), weight_decay=0.1)
+    optimiser = torch.optim.AdamW(
+        [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+    )
     pieces = byte_documents(place)
     for step, line in enumerate(ours):
         for group in optimiser.param_groups:
@@ -330,7 +397,9 @@ def test_attention_schedule(train):
 
 def test_moba_flags_are_idle_with_full_attention(train):
     alone = train("alone", steps=2, attn="full", moba_chunk_size=None)
-    assert exact(train("idle", steps=2, attn="full", moba_chunk_size=32, moba_topk=2, moba_sink=1)) == exact(alone)
+    assert exact(
+        train("idle", steps=2, attn="full", moba_chunk_size=32, moba_topk=2, moba_sink=1)
+    ) == exact(alone)
 
 
 def test_every_token_is_predicted_once_an_epoch(place, train):
@@ -346,7 +415,9 @@ def test_accumulation_changes_nothing(place, train):
         path.unlink()
     for i in range(4):
         (place / "data" / f"{i}.txt").write_text(text(128, i))
-    at_once, in_parts = (train(f"run{parts}", batch_tokens=512, accumulate=parts, steps=5) for parts in (1, 2))
+    at_once, in_parts = (
+        train(f"run{parts}", batch_tokens=512, accumulate=parts, steps=5) for parts in (1, 2)
+    )
     assert [line["tokens"] for line in in_parts] == [512] * 5
     for one, other in zip(at_once, in_parts):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -367,19 +438,30 @@ def test_overfits(place, train):
 def test_repeated_and_resumed_runs_are_bit_identical(place, train):
     whole = train(save_every=5)
     assert exact(train("again", save_every=5)) == exact(whole)
-    resumed = train("parts", steps=12, save_every=5, resume=True)  # without a checkpoint: from the start
+    resumed = train(
+        "parts", steps=12, save_every=5, resume=True
+    )  # without a checkpoint: from the start
     assert exact(resumed) == exact(whole)
     for gone in ("step-00000012", "last"):
         subprocess.run(["rm", "-r", place / "parts" / gone], check=True)
     resumed = train("parts", save_every=5, resume=True)
     assert exact(resumed) == exact(whole)
     assert [line["step"] for line in resumed] == list(range(1, 13))
-    assert sorted(path.name for path in (place / "parts").glob("step-*")) == ["step-00000010", "step-00000012"]
+    assert sorted(path.name for path in (place / "parts").glob("step-*")) == [
+        "step-00000010",
+        "step-00000012",
+    ]
 
 
 def test_lora_resumes_bit_identically_and_saves_the_sum(place, train):
     train("base", steps=3)
-    flags = dict(config=None, model=place / "base", lora_rank=2, lora_targets="q_proj,down_proj", save_every=3)
+    flags = dict(
+        config=None,
+        model=place / "base",
+        lora_rank=2,
+        lora_targets="q_proj,down_proj",
+        save_every=3,
+    )
     whole = train("lora", steps=6, **flags)
     train("parts", steps=6, **flags)
     subprocess.run(["rm", "-r", place / "parts" / "step-00000006"], check=True)
@@ -434,7 +516,15 @@ def test_interrupted_run_saves_and_goes_on(place, train, build_folder, moba):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline().startswith(b"step:")
     process.send_signal(signal.SIGSTOP)
-    refuse(moba, place, 1, "--out", "expected a folder that no other run writes to", out="stopped", resume=True)
+    refuse(
+        moba,
+        place,
+        1,
+        "--out",
+        "expected a folder that no other run writes to",
+        out="stopped",
+        resume=True,
+    )
     process.send_signal(signal.SIGCONT)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -448,20 +538,35 @@ def test_interrupted_run_saves_and_goes_on(place, train, build_folder, moba):
 
 def test_checkpoint_is_a_model_to_transformers(place, train, moba):
     """The next step's loss is what transformers computes with the checkpoint."""
-    flags = dict(steps=6, batch_tokens=2048, save_every=5, keep=3, attn="full", moba_chunk_size=None)
+    flags = dict(
+        steps=6, batch_tokens=2048, save_every=5, keep=3, attn="full", moba_chunk_size=None
+    )
     log = train(**flags)
     for folder in (place / "run" / "step-00000005", place / "run"):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         if folder.name != "run":
-            assert loss_there(model, byte_documents(place)).item() == pytest.approx(log[5]["loss"], rel=1e-5)
+            assert loss_there(model, byte_documents(place)).item() == pytest.approx(
+                log[5]["loss"], rel=1e-5
+            )
         assert tokenizer.eos_token_id == END == model.config.eos_token_id
         written = "Größe 日本\n\ttab"
         assert tokenizer(written).input_ids == list(written.encode())
         assert tokenizer.decode(list(written.encode())) == written
     done = moba("tokenize", "-m", place / "run", "-p", "Größe<|endoftext|>", "--json")
     assert json.loads(done.stdout) == [*"Größe".encode(), END]
-    done = moba("generate", "-m", place / "run", "-p", "the block", "--no-chat", "-n", "4", "--ignore-eos", "--json")
+    done = moba(
+        "generate",
+        "-m",
+        place / "run",
+        "-p",
+        "the block",
+        "--no-chat",
+        "-n",
+        "4",
+        "--ignore-eos",
+        "--json",
+    )
     assert len(json.loads(done.stdout)["generated_ids"]) == 4
 
 
@@ -473,13 +578,32 @@ def test_a_model_is_read_as_it_was_trained(place, train, moba):
     transformers.AutoModelForCausalLM.from_pretrained(place / "run")
 
     def settings(*flags, model=place / "run"):
-        command = ("generate", "-m", model, "-p", "the block", "--no-chat", "-n", "1", "--attn", "moba", "--json", *flags)
+        command = (
+            "generate",
+            "-m",
+            model,
+            "-p",
+            "the block",
+            "--no-chat",
+            "-n",
+            "1",
+            "--attn",
+            "moba",
+            "--json",
+            *flags,
+        )
         done = moba(*map(str, command))
         assert done.returncode == 0, done.stderr.decode()
         return [json.loads(done.stdout)["settings"][name] for name in said]
 
     assert settings() == [16, 3, 1, 0, [1]]
-    assert settings("--moba-chunk-size", 32, "--moba-sink", 0, "--moba-full-tail", 8) == [32, 3, 0, 8, [1]]
+    assert settings("--moba-chunk-size", 32, "--moba-sink", 0, "--moba-full-tail", 8) == [
+        32,
+        3,
+        0,
+        8,
+        [1],
+    ]
     train("full", steps=1, seq_len=64, attn="full", moba_chunk_size=None)
     assert settings(model=place / "full") == [256, 4, 1, 128, []]
 
@@ -489,33 +613,58 @@ def test_context_grows_by_interpolation(place, train):
     config = json.loads((place / "short" / "config.json").read_text())
     config["max_position_embeddings"] = 64
     (place / "short" / "last" / "config.json").write_text(json.dumps(config))
-    flags = dict(config=None, model=place / "short", lr=0, weight_decay=0, batch_tokens=2048, steps=1, attn="full",
-                 moba_chunk_size=None)
+    flags = dict(
+        config=None,
+        model=place / "short",
+        lr=0,
+        weight_decay=0,
+        batch_tokens=2048,
+        steps=1,
+        attn="full",
+        moba_chunk_size=None,
+    )
     grown, given = train("grown", **flags), train("given", rope_scaling="linear:4", **flags)
     for run, log, factor in (("grown", grown, 2), ("given", given, 4)):
         model = transformers.AutoModelForCausalLM.from_pretrained(place / run)
         assert model.config.max_position_embeddings == 128
         assert model.config.rope_parameters["factor"] == factor
-        assert loss_there(model, byte_documents(place)).item() == pytest.approx(log[0]["loss"], rel=1e-5)
+        assert loss_there(model, byte_documents(place)).item() == pytest.approx(
+            log[0]["loss"], rel=1e-5
+        )
     assert grown[0]["loss"] != given[0]["loss"]
 
 
 def test_only_completions_count(place, train):
-    lines = [{"prompt": "two and two is ", "completion": "four"}, {"prompt": "x" * 200, "completion": "y" * 90},
-             {"text": "all of this"}]
+    lines = [
+        {"prompt": "two and two is ", "completion": "four"},
+        {"prompt": "x" * 200, "completion": "y" * 90},
+        {"text": "all of this"},
+    ]
     data = place / "lines.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    flags = dict(data=data, lr=0, weight_decay=0, steps=1, batch_tokens=1024, attn="full", moba_chunk_size=None)
+    flags = dict(
+        data=data,
+        lr=0,
+        weight_decay=0,
+        steps=1,
+        batch_tokens=1024,
+        attn="full",
+        moba_chunk_size=None,
+    )
     log = train(loss="completion", **flags)
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "run")
     total = count = 0
     for line in lines:
         prompt = list(line.get("prompt", "").encode())
         ids = prompt + list(line.get("completion", line.get("text", "")).encode()) + [END]
-        targets = np.array([-1 if i + 1 < len(prompt) else token for i, token in enumerate(ids[1:])])
+        targets = np.array(
+            [-1 if i + 1 < len(prompt) else token for i, token in enumerate(ids[1:])]
+        )
         for begin in range(0, len(targets), 128):
             part = slice(begin, begin + 128)
-            losses = losses_there(model, np.array(ids[:-1])[part], targets[part], [len(targets[part])])
+            losses = losses_there(
+                model, np.array(ids[:-1])[part], targets[part], [len(targets[part])]
+            )
             total, count = total + losses.sum().item(), count + (targets[part] >= 0).sum()
     assert log[0]["loss"] == pytest.approx(total / count, rel=1e-5)
     everything = train("everything", **flags)
@@ -529,13 +678,17 @@ def test_tokenizer_from_gguf(place, train, moba, smollm2):
     for written in ("Hello world  123 don't\n\n x", "Größe 日本", "\tf(x)=1;  "):
         ids = json.loads(moba("tokenize", "-m", smollm2, "-p", written, "--json").stdout)
         assert tokenizer(written).input_ids == ids
-        assert json.loads(moba("tokenize", "-m", place / "run", "-p", written, "--json").stdout) == ids
+        assert (
+            json.loads(moba("tokenize", "-m", place / "run", "-p", written, "--json").stdout) == ids
+        )
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template
 
 
 def test_bar_on_a_terminal(place, build_folder):
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([build_folder / "moba", *arguments(place)], stdout=theirs, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [build_folder / "moba", *arguments(place)], stdout=theirs, stderr=subprocess.PIPE
+    )
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # the other end is closed
@@ -613,27 +766,58 @@ BAD = {
     "no such data": (1, flags(data="nowhere"), ["--data nowhere: expected a file or a folder"]),
     "not JSON": (1, bad_lines('{"text": "a"}', "{"), ["bad.jsonl, line 2: expected JSON"]),
     "no text member": (1, bad_lines('{"prompt": "a"}'), ["bad.jsonl, line 1", "'completion'"]),
-    "heads do not divide": (1, config_with(num_attention_heads=5), ["bad.json", "divisor of hidden_size 48"]),
-    "key heads do not divide": (1, config_with(num_key_value_heads=3), ["bad.json", "divisor of 4 heads, got 3"]),
+    "heads do not divide": (
+        1,
+        config_with(num_attention_heads=5),
+        ["bad.json", "divisor of hidden_size 48"],
+    ),
+    "key heads do not divide": (
+        1,
+        config_with(num_key_value_heads=3),
+        ["bad.json", "divisor of 4 heads, got 3"],
+    ),
     "odd head size": (1, config_with(head_dim=7), ["bad.json", "an even head size, got 7"]),
-    "vocabulary too small": (1, config_with(vocab_size=200), ["bad.json", "at least 257", "got 200"]),
-    "too large": (1, config_with(hidden_size=2**30, num_hidden_layers=2**31 - 1), ["bad.json", "GiB"]),
+    "vocabulary too small": (
+        1,
+        config_with(vocab_size=200),
+        ["bad.json", "at least 257", "got 200"],
+    ),
+    "too large": (
+        1,
+        config_with(hidden_size=2**30, num_hidden_layers=2**31 - 1),
+        ["bad.json", "GiB"],
+    ),
     "too many layers": (1, config_with(num_hidden_layers=2**31 - 1), ["bad.json", "GiB"]),
     "wrong deviation": (1, config_with(initializer_range="x"), ["bad.json", "initializer_range"]),
-    "context that cannot grow": (2, lambda place: config_with(rope_scaling=YARN)(place) | {"seq_len": 512, "batch_tokens": 512},
-                                 ["--seq-len 512: expected at most 256"]),
+    "context that cannot grow": (
+        2,
+        lambda place: config_with(rope_scaling=YARN)(place) | {"seq_len": 512, "batch_tokens": 512},
+        ["--seq-len 512: expected at most 256"],
+    ),
     "file for a folder": (1, file_in_the_way, ["--out", "way/run", "cannot be made"]),
     "no room": (1, flags(keep=2**31 - 1), ["--out", "expected", "GiB free"]),
-    "shares": (2, flags(attn_schedule="moba:0.9,full:0.2"), ["--attn-schedule", "add up to 1, not to 1.1"]),
+    "shares": (
+        2,
+        flags(attn_schedule="moba:0.9,full:0.2"),
+        ["--attn-schedule", "add up to 1, not to 1.1"],
+    ),
     "share of what": (2, flags(attn_schedule="sparse:1"), ["--attn-schedule", "moba:0.9,full:0.1"]),
     "no share": (2, flags(attn_schedule="moba"), ["--attn-schedule"]),
-    "layers": (2, flags(moba_full_layers="2"), ["--moba-full-layers: expected layers from 0 to 1, got 2-2"]),
+    "layers": (
+        2,
+        flags(moba_full_layers="2"),
+        ["--moba-full-layers: expected layers from 0 to 1, got 2-2"],
+    ),
     "batch below sequence": (2, flags(batch_tokens=100), ["--batch-tokens: expected at least 128"]),
     "steps": (2, flags(steps=0), ["--steps: expected 1 to"]),
     "two models": (2, flags(model="x"), ["either --config or -m/--model, got both"]),
     "topk with full": (2, flags(attn="full", moba_topk=0), ["--moba-topk: expected 1 to"]),
     "rope": (2, flags(rope_scaling="linear:0.5"), ["--rope-scaling: expected linear:FACTOR"]),
-    "lora": (2, flags(lora_rank=2, lora_targets="w_proj"), ["--lora-targets: expected some of q_proj"]),
+    "lora": (
+        2,
+        flags(lora_rank=2, lora_targets="w_proj"),
+        ["--lora-targets: expected some of q_proj"],
+    ),
     "lora alone": (2, flags(lora_alpha=2), ["--lora-alpha: has no effect without --lora-rank"]),
 }
 
@@ -655,10 +839,19 @@ def reshape(folder):
 
 
 DAMAGE = {
-    "weights cut short": (lambda folder: cut_short(folder / "model.safetensors"), ["model.safetensors"]),
-    "optimiser cut short": (lambda folder: cut_short(folder / "optimizer.safetensors"), ["optimizer.safetensors"]),
+    "weights cut short": (
+        lambda folder: cut_short(folder / "model.safetensors"),
+        ["model.safetensors"],
+    ),
+    "optimiser cut short": (
+        lambda folder: cut_short(folder / "optimizer.safetensors"),
+        ["optimizer.safetensors"],
+    ),
     "no state": (lambda folder: (folder / "train_state.json").unlink(), ["train_state.json"]),
-    "state without a step": (lambda folder: (folder / "train_state.json").write_text('{"run": {}}'), ["--seed"]),
+    "state without a step": (
+        lambda folder: (folder / "train_state.json").write_text('{"run": {}}'),
+        ["--seed"],
+    ),
     "another shape in its config": (reshape, ["step-00000003", "embed_tokens"]),
 }
 
@@ -696,19 +889,30 @@ def test_loss_that_is_no_number(place, train, moba):
     assert log_of(place / "run")[-1]["step"] == 5
 
 
-@pytest.mark.parametrize("matrix, culprit", [
-    ("model.layers.1.mlp.down_proj.weight", "the output of layer 1's MLP"),
-    ("model.layers.0.self_attn.o_proj.weight", "the output of layer 0's attention"),
-    ("model.norm.weight", "the logits"),
-])
+@pytest.mark.parametrize(
+    "matrix, culprit",
+    [
+        ("model.layers.1.mlp.down_proj.weight", "the output of layer 1's MLP"),
+        ("model.layers.0.self_attn.o_proj.weight", "the output of layer 0's attention"),
+        ("model.norm.weight", "the logits"),
+    ],
+)
 def test_the_first_layer_that_is_not_finite_is_named(matrix, culprit, place, train, moba):
     train("start", steps=1)
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "start")
     with torch.no_grad():
         dict(model.named_parameters())[matrix].fill_(math.inf)
     model.save_pretrained(place / "start" / "last")
-    refuse(moba, place, 1, "step 1: expected a finite loss", f"{culprit} is the first that is not finite",
-           "no checkpoint was saved", config=None, model=place / "start")
+    refuse(
+        moba,
+        place,
+        1,
+        "step 1: expected a finite loss",
+        f"{culprit} is the first that is not finite",
+        "no checkpoint was saved",
+        config=None,
+        model=place / "start",
+    )
 
 
 def test_full_disk_leaves_the_last_checkpoint(place, train, build_folder):

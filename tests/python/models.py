@@ -32,7 +32,9 @@ def build(family, **changes):
     elif family == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**(SIZES | {"head_dim": 16} | changes)))
     else:
-        model = MistralForCausalLM(MistralConfig(**(SIZES | {"sliding_window": None, "head_dim": 16} | changes)))
+        model = MistralForCausalLM(
+            MistralConfig(**(SIZES | {"sliding_window": None, "head_dim": 16} | changes))
+        )
     return model.eval()
 
 
@@ -44,7 +46,9 @@ def logits(model, implementation, ids, **options):
 
 def generated(model, implementation, ids, tokens=16, **options):
     model.set_attn_implementation(implementation)
-    ids = model.generate(ids, max_new_tokens=tokens, do_sample=False, suppress_tokens=[0], **options)  # 0 is padding
+    ids = model.generate(
+        ids, max_new_tokens=tokens, do_sample=False, suppress_tokens=[0], **options
+    )  # 0 is padding
     return ids[:, -tokens:].tolist()
 
 

@@ -7,7 +7,9 @@ def offsets(lengths):
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
 
 
-def batch(lengths, q_heads=4, kv_heads=2, head_dim=16, dtype=torch.float32, seed=0, key_lengths=None):
+def batch(
+    lengths, q_heads=4, kv_heads=2, head_dim=16, dtype=torch.float32, seed=0, key_lengths=None
+):
     """q, k, v and the two cu_seqlens of sequences of these lengths."""
     generator = torch.Generator().manual_seed(seed)
     key_lengths = lengths if key_lengths is None else key_lengths
@@ -47,7 +49,9 @@ def cached(dtype, batch_size=3, tokens=60, heads=4, kv_heads=2, head_dim=64, blo
     keys, values = torch.randn(2, batch_size, tokens, kv_heads, head_dim).to(dtype)
     begin = torch.arange(batch_size, dtype=torch.int32) * 5 % 11
     end = tokens - torch.arange(batch_size, dtype=torch.int32) * 7
-    means = torch.full((batch_size, tokens // block_size, kv_heads, head_dim), torch.nan, dtype=dtype)
+    means = torch.full(
+        (batch_size, tokens // block_size, kv_heads, head_dim), torch.nan, dtype=dtype
+    )
     for row in range(batch_size):
         blocks = keys[row, begin[row] : end[row]]
         blocks = blocks[: blocks.shape[0] // block_size * block_size].unflatten(0, (-1, block_size))

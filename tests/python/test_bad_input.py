@@ -13,7 +13,15 @@ ops = moba.ops
 
 def good():
     q, k, v, cu, _ = batch([10, 6])
-    return {"q": q, "k": k, "v": v, "cu_seqlens_q": cu, "cu_seqlens_k": cu, "block_size": 4, "top_k": 2}
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "cu_seqlens_q": cu,
+        "cu_seqlens_k": cu,
+        "block_size": 4,
+        "top_k": 2,
+    }
 
 
 def ints(*values, dtype=torch.int32):
@@ -21,18 +29,34 @@ def ints(*values, dtype=torch.int32):
 
 
 WRONG = {
-    "heads that do not divide": ({"k": torch.randn(16, 3, 16), "v": torch.randn(16, 3, 16)}, "^attention: k: .*divides 4.*, got 3"),
-    "no heads": ({"k": torch.randn(16, 0, 16), "v": torch.randn(16, 0, 16)}, "k: expected at least one head"),
+    "heads that do not divide": (
+        {"k": torch.randn(16, 3, 16), "v": torch.randn(16, 3, 16)},
+        "^attention: k: .*divides 4.*, got 3",
+    ),
+    "no heads": (
+        {"k": torch.randn(16, 0, 16), "v": torch.randn(16, 0, 16)},
+        "k: expected at least one head",
+    ),
     "another head_dim": ({"k": torch.randn(16, 2, 8)}, "k: expected head_dim 16 .*, got 8"),
     "v of another length": ({"v": torch.randn(15, 2, 16)}, "v: expected the sizes of k"),
     "a batch dimension": ({"q": torch.randn(1, 16, 4, 16)}, "q: expected .*, got sizes"),
     "offsets that fall": ({"cu_seqlens_q": ints(0, 10, 6, 16)}, "cu_seqlens_k|decrease|entries"),
     "both offsets that fall": (
-        {"cu_seqlens_q": ints(0, 10, 6, 16), "cu_seqlens_k": ints(0, 10, 12, 16)}, "cu_seqlens_q: expected never to decrease, got 6 after 10",
+        {"cu_seqlens_q": ints(0, 10, 6, 16), "cu_seqlens_k": ints(0, 10, 12, 16)},
+        "cu_seqlens_q: expected never to decrease, got 6 after 10",
     ),
-    "offsets from 1": ({"cu_seqlens_q": ints(1, 10, 16)}, "^attention: cu_seqlens_q: expected to start at 0, got 1"),
-    "offsets past the end": ({"cu_seqlens_k": ints(0, 10, 17)}, "^attention: cu_seqlens_k: expected to end at 16 .*, got 17"),
-    "offsets short of the end": ({"cu_seqlens_k": ints(0, 10, 15)}, "cu_seqlens_k: expected to end at 16 .*, got 15"),
+    "offsets from 1": (
+        {"cu_seqlens_q": ints(1, 10, 16)},
+        "^attention: cu_seqlens_q: expected to start at 0, got 1",
+    ),
+    "offsets past the end": (
+        {"cu_seqlens_k": ints(0, 10, 17)},
+        "^attention: cu_seqlens_k: expected to end at 16 .*, got 17",
+    ),
+    "offsets short of the end": (
+        {"cu_seqlens_k": ints(0, 10, 15)},
+        "cu_seqlens_k: expected to end at 16 .*, got 15",
+    ),
     "no offsets": ({"cu_seqlens_q": ints(), "cu_seqlens_k": ints()}, "empty"),
     "offsets in a square": ({"cu_seqlens_q": torch.zeros(2, 2, dtype=torch.int32)}, "cu_seqlens_q"),
     "block size 0": ({"block_size": 0}, "block_size: expected at least 1, got 0"),
@@ -45,13 +69,34 @@ WRONG = {
 
 
 WRONG_TYPES = {
-    "k of another dtype": ({"k": torch.randn(16, 2, 16).bfloat16()}, r"k: expected torch.float32 \(the dtype of q\), got torch.bfloat16"),
-    "v of another dtype": ({"v": torch.randn(16, 2, 16).double()}, r"v: expected torch.float32 \(the dtype of q\), got torch.float64"),
-    "integers": ({"q": torch.ones(16, 4, 16, dtype=torch.long)}, "q: expected one of torch.float32.*, got torch.int64"),
-    "integers everywhere": ({name: torch.ones(16, 2, 16, dtype=torch.int8) for name in "qkv"}, "q: expected one of .*, got torch.int8"),
-    "complex numbers": ({"q": torch.ones(16, 4, 16, dtype=torch.complex64)}, "q: expected one of .*, got torch.complex64"),
-    "offsets of int64": ({"cu_seqlens_q": ints(0, 10, 16, dtype=torch.int64)}, "cu_seqlens_q: expected torch.int32, got torch.int64"),
-    "offsets of floats": ({"cu_seqlens_k": torch.tensor([0.0, 10, 16])}, "cu_seqlens_k: expected torch.int32, got torch.float32"),
+    "k of another dtype": (
+        {"k": torch.randn(16, 2, 16).bfloat16()},
+        r"k: expected torch.float32 \(the dtype of q\), got torch.bfloat16",
+    ),
+    "v of another dtype": (
+        {"v": torch.randn(16, 2, 16).double()},
+        r"v: expected torch.float32 \(the dtype of q\), got torch.float64",
+    ),
+    "integers": (
+        {"q": torch.ones(16, 4, 16, dtype=torch.long)},
+        "q: expected one of torch.float32.*, got torch.int64",
+    ),
+    "integers everywhere": (
+        {name: torch.ones(16, 2, 16, dtype=torch.int8) for name in "qkv"},
+        "q: expected one of .*, got torch.int8",
+    ),
+    "complex numbers": (
+        {"q": torch.ones(16, 4, 16, dtype=torch.complex64)},
+        "q: expected one of .*, got torch.complex64",
+    ),
+    "offsets of int64": (
+        {"cu_seqlens_q": ints(0, 10, 16, dtype=torch.int64)},
+        "cu_seqlens_q: expected torch.int32, got torch.int64",
+    ),
+    "offsets of floats": (
+        {"cu_seqlens_k": torch.tensor([0.0, 10, 16])},
+        "cu_seqlens_k: expected torch.int32, got torch.float32",
+    ),
 }
 
 
@@ -60,16 +105,22 @@ def modes_of_calling():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return {
-        "gradient": lambda call: ops.attention(**call | {"q": call["q"].requires_grad_(call["q"].is_floating_point())}),
+        "gradient": lambda call: ops.attention(
+            **call | {"q": call["q"].requires_grad_(call["q"].is_floating_point())}
+        ),
         "inference": torch.inference_mode()(lambda call: ops.attention(**call)),
         "fake": lambda call: fake(FakeTensorMode(), call),
-        "meta": lambda call: ops.attention(**{k: v.to("meta") if torch.is_tensor(v) else v for k, v in call.items()}),
+        "meta": lambda call: ops.attention(
+            **{k: v.to("meta") if torch.is_tensor(v) else v for k, v in call.items()}
+        ),
     }
 
 
 def fake(mode, call):
     with mode:
-        return ops.attention(**{k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in call.items()})
+        return ops.attention(
+            **{k: mode.from_tensor(v) if torch.is_tensor(v) else v for k, v in call.items()}
+        )
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -92,13 +143,28 @@ def test_wrong_types_are_type_errors_however_it_is_called(name, mode):
 def test_wrong_types_of_the_other_operators():
     q, k, v, cu, _ = batch([16])
     out, lse, selection = ops.attention(q, k, v, cu, cu, 4, 2, return_selection=True)
-    backward = dict(d_out=out, q=q, k=k, v=v, out=out, lse=lse, selection=selection, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    backward = dict(
+        d_out=out,
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        lse=lse,
+        selection=selection,
+        cu_seqlens_q=cu,
+        cu_seqlens_k=cu,
+    )
     ops.attention_backward(**backward, block_size=4, top_k=2)
     for name, given in backward.items():
         wrong = given.half() if given.is_floating_point() else given.long()
-        with pytest.raises(TypeError, match=f"^attention_backward: {'d_out' if name == 'q' else name}: expected torch"):
+        with pytest.raises(
+            TypeError,
+            match=f"^attention_backward: {'d_out' if name == 'q' else name}: expected torch",
+        ):
             ops.attention_backward(**(backward | {name: wrong}), block_size=4, top_k=2)
-    with pytest.raises(TypeError, match="^select: cu_seqlens_k: expected torch.int32, got torch.int64"):
+    with pytest.raises(
+        TypeError, match="^select: cu_seqlens_k: expected torch.int32, got torch.int64"
+    ):
         ops.select(q, k, cu, cu.long(), 4, 2)
 
 
@@ -130,7 +196,9 @@ def test_empty_batches_and_sequences_are_legal(lengths):
 def test_queries_before_the_first_key_get_nothing():
     q, k, v, cu_q, cu_k = batch([5], key_lengths=[2])
     out, lse, selection = ops.attention(q, k, v, cu_q, cu_k, 4, 2, return_selection=True)
-    assert (out[:3] == 0).all() and (lse[:, :3] == -torch.inf).all() and (selection[:, :3] == -1).all()
+    assert (
+        (out[:3] == 0).all() and (lse[:, :3] == -torch.inf).all() and (selection[:, :3] == -1).all()
+    )
 
 
 def test_nan_and_inf_do_not_spread():
@@ -144,25 +212,72 @@ def test_nan_and_inf_do_not_spread():
 
 BATCHED = {
     "not a tensor": (lambda c: c | {"q": [1.0]}, TypeError, "q: expected a tensor .*, got list"),
-    "integers": (lambda c: c | {"k": c["k"].long()}, TypeError, "k: expected a floating dtype, got torch.int64"),
-    "another dtype": (lambda c: c | {"v": c["v"].half()}, TypeError, "v: expected torch.float32 .*, got torch.float16"),
-    "another device": (lambda c: c | {"v": c["v"].to("meta")}, ValueError, "v: expected device cpu .*, got meta"),
+    "integers": (
+        lambda c: c | {"k": c["k"].long()},
+        TypeError,
+        "k: expected a floating dtype, got torch.int64",
+    ),
+    "another dtype": (
+        lambda c: c | {"v": c["v"].half()},
+        TypeError,
+        "v: expected torch.float32 .*, got torch.float16",
+    ),
+    "another device": (
+        lambda c: c | {"v": c["v"].to("meta")},
+        ValueError,
+        "v: expected device cpu .*, got meta",
+    ),
     "three dimensions": (lambda c: c | {"q": c["q"][0]}, ValueError, "q: expected .*, got sizes"),
-    "another batch": (lambda c: c | {"k": c["k"][:1]}, ValueError, "k: expected a batch of 2 .*, got 1"),
-    "v of another length": (lambda c: c | {"v": c["v"][:, :5]}, ValueError, "v: expected 9 tokens .*, got 5"),
-    "no routing": (lambda c: c | {"block_size": None}, TypeError, "block_size: expected an int, got None"),
-    "two routings": (lambda c: c | {"config": moba.MoBAConfig(4, 2)}, TypeError, "config: expected either a config or block_size and top_k, got both"),
-    "a config of another kind": (lambda c: c | {"config": {"top_k": 2}}, TypeError, "config: expected a MoBAConfig, got dict"),
-    "a scale that is text": (lambda c: c | {"scale": "1"}, TypeError, "scale: expected a number, got '1'"),
-    "a backend that is a number": (lambda c: c | {"backend": 3}, TypeError, "backend: expected .*, got 3"),
+    "another batch": (
+        lambda c: c | {"k": c["k"][:1]},
+        ValueError,
+        "k: expected a batch of 2 .*, got 1",
+    ),
+    "v of another length": (
+        lambda c: c | {"v": c["v"][:, :5]},
+        ValueError,
+        "v: expected 9 tokens .*, got 5",
+    ),
+    "no routing": (
+        lambda c: c | {"block_size": None},
+        TypeError,
+        "block_size: expected an int, got None",
+    ),
+    "two routings": (
+        lambda c: c | {"config": moba.MoBAConfig(4, 2)},
+        TypeError,
+        "config: expected either a config or block_size and top_k, got both",
+    ),
+    "a config of another kind": (
+        lambda c: c | {"config": {"top_k": 2}},
+        TypeError,
+        "config: expected a MoBAConfig, got dict",
+    ),
+    "a scale that is text": (
+        lambda c: c | {"scale": "1"},
+        TypeError,
+        "scale: expected a number, got '1'",
+    ),
+    "a backend that is a number": (
+        lambda c: c | {"backend": 3},
+        TypeError,
+        "backend: expected .*, got 3",
+    ),
     "top-k of 1.5": (lambda c: c | {"top_k": 1.5}, TypeError, "top_k: expected an int, got 1.5"),
     "top-k of 0": (lambda c: c | {"top_k": 0}, ValueError, "top_k: expected at least 1, got 0"),
-    "a float mask": (lambda c: c | {"padding_mask": torch.ones(2, 9)}, TypeError, "padding_mask: expected bool, got torch.float32"),
+    "a float mask": (
+        lambda c: c | {"padding_mask": torch.ones(2, 9)},
+        TypeError,
+        "padding_mask: expected bool, got torch.float32",
+    ),
     "a mask of another size": (
-        lambda c: c | {"padding_mask": torch.ones(2, 8, dtype=torch.bool)}, ValueError, "padding_mask: expected .*, got sizes",
+        lambda c: c | {"padding_mask": torch.ones(2, 8, dtype=torch.bool)},
+        ValueError,
+        "padding_mask: expected .*, got sizes",
     ),
     "a mask with holes": (
-        lambda c: c | {"padding_mask": torch.arange(9).remainder(3).bool().expand(2, 9)}, ValueError,
+        lambda c: c | {"padding_mask": torch.arange(9).remainder(3).bool().expand(2, 9)},
+        ValueError,
         "got padding between tokens",
     ),
 }
@@ -171,7 +286,11 @@ BATCHED = {
 @pytest.mark.parametrize("name", BATCHED)
 def test_the_batched_door(name):
     change, kind, message = BATCHED[name]
-    call = {"q": torch.randn(2, 9, 4, 8), "k": torch.randn(2, 9, 2, 8), "v": torch.randn(2, 9, 2, 8)}
+    call = {
+        "q": torch.randn(2, 9, 4, 8),
+        "k": torch.randn(2, 9, 2, 8),
+        "v": torch.randn(2, 9, 2, 8),
+    }
     with pytest.raises(kind, match=message):
         moba.attention(**change(call | {"block_size": 4, "top_k": 2}))
 
@@ -222,12 +341,19 @@ def fuzzed(rng):
     lengths = [rng.choice([0, 1, 5, 16]) for _ in range(rng.randint(0, 4))]
     q, k, v, cu_q, cu_k = batch(lengths, kv_heads * rng.randint(1, 3), kv_heads, head_dim)
     call = {
-        "q": q, "k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k,
-        "block_size": rng.choice([1, 2, 7, 64]), "top_k": rng.randint(1, 5),
+        "q": q,
+        "k": k,
+        "v": v,
+        "cu_seqlens_q": cu_q,
+        "cu_seqlens_k": cu_k,
+        "block_size": rng.choice([1, 2, 7, 64]),
+        "top_k": rng.randint(1, 5),
     }
     numbers = [-(2**63), -1, 0, 1, 3, 2**31, 2**62, 2**63 - 1]
     tensors = {
-        "dtype": lambda t: t.to(rng.choice([torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool])),
+        "dtype": lambda t: t.to(
+            rng.choice([torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.bool])
+        ),
         "device": lambda t: t.to("meta"),
         "rank": lambda t: rng.choice([t[None], t.flatten(), t.sum()]),
         "shorter": lambda t: t[:-1],
@@ -277,7 +403,9 @@ def check_traced(call, real):
     if traced is TypeError or real is TypeError or isinstance(real, list):
         assert traced == real, (call, traced, real)
     else:
-        assert isinstance(traced, list) or issubclass(traced, (ValueError, NotImplementedError, RuntimeError)), traced
+        assert isinstance(traced, list) or issubclass(
+            traced, (ValueError, NotImplementedError, RuntimeError)
+        ), traced
 
 
 def test_twenty_thousand_argument_sets():
@@ -293,7 +421,9 @@ def test_twenty_thousand_argument_sets():
             refused += 1
             assert str(error)
             continue
-        except RuntimeError as error:  # torch's own: no number for an int, a device or layout it has no kernel for
+        except (
+            RuntimeError
+        ) as error:  # torch's own: no number for an int, a device or layout it has no kernel for
             refused += 1
             text = str(error)
             assert "moba" in text or "Tensor" in text or "tensor" in text, (call, text)
@@ -301,8 +431,12 @@ def test_twenty_thousand_argument_sets():
             continue
         answered += 1
         q = call["q"]
-        assert out.shape == q.shape and out.dtype == q.dtype and lse.shape == (q.shape[1], q.shape[0])
-        right = all(torch.isfinite(call[name]).all() for name in "qkv" if call[name].device.type == "cpu")
+        assert (
+            out.shape == q.shape and out.dtype == q.dtype and lse.shape == (q.shape[1], q.shape[0])
+        )
+        right = all(
+            torch.isfinite(call[name]).all() for name in "qkv" if call[name].device.type == "cpu"
+        )
         if out.device.type == "cpu" and right and abs(call.get("scale") or 0) < 1e3:
             assert torch.isfinite(out).all(), call
             if answered % 20 == 0 and call.get("causal", True):
@@ -312,7 +446,10 @@ def test_twenty_thousand_argument_sets():
 
 def check_answer(call, out):
     options = {name: call[name] for name in ("sink_blocks", "scale") if name in call}
-    arguments = [call[name] for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "block_size", "top_k")]
+    arguments = [
+        call[name]
+        for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "block_size", "top_k")
+    ]
     expected = ops.attention(*arguments, backend="reference", **options)[0]
     tolerance = 1e-4 if out.dtype in (torch.float32, torch.float64) else 5e-2
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
@@ -322,7 +459,9 @@ def cached():
     span = ints(0, 2), ints(9, 7)
     keys, values = torch.randn(2, 2, 9, 2, 16).unbind(0)
     names = ("q", "k", "v", "means", "begin", "end", "block_size", "top_k")
-    return dict(zip(names, (torch.randn(2, 4, 16), keys, values, torch.randn(2, 2, 2, 16), *span, 4, 2)))
+    return dict(
+        zip(names, (torch.randn(2, 4, 16), keys, values, torch.randn(2, 2, 2, 16), *span, 4, 2))
+    )
 
 
 @pytest.mark.parametrize(
@@ -353,8 +492,14 @@ def test_the_door_of_decode(change, message):
     "change, message",
     [
         ({"end": ints(9, 7, dtype=torch.int64)}, "end: expected torch.int32, got torch.int64"),
-        ({"means": torch.randn(2, 2, 2, 16).half()}, "means: expected torch.float32, got torch.float16"),
-        ({"q": torch.randn(2, 4, 16).bfloat16()}, r"k: expected torch.bfloat16 \(the dtype of q\), got torch.float32"),
+        (
+            {"means": torch.randn(2, 2, 2, 16).half()},
+            "means: expected torch.float32, got torch.float16",
+        ),
+        (
+            {"q": torch.randn(2, 4, 16).bfloat16()},
+            r"k: expected torch.bfloat16 \(the dtype of q\), got torch.float32",
+        ),
     ],
 )
 def test_wrong_types_at_the_door_of_decode(change, message):

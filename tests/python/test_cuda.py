@@ -36,7 +36,9 @@ def test_forward_and_backward_against_float64(case, dtype):
     lengths, heads, kv_heads, head_dim, block_size, top_k = case
     q, k, v, cu, _ = batch(lengths, heads, kv_heads, head_dim, dtype)
     leaves = [t.requires_grad_() for t in there(q, k, v)]
-    out, lse, selection = ops.attention(*leaves, *there(cu, cu), block_size, top_k, return_selection=True)
+    out, lse, selection = ops.attention(
+        *leaves, *there(cu, cu), block_size, top_k, return_selection=True
+    )
     d_out = torch.randn(out.shape).to(dtype)
     gradients = gradients_of(out, leaves, d_out.cuda())
 
@@ -44,13 +46,19 @@ def test_forward_and_backward_against_float64(case, dtype):
     rows = torch.arange(out.shape[0])
     expected, expected_lse = dense_given(*wide, selection.cpu(), rows, cu, cu, block_size)
     right = gradients_of(expected, wide, d_out.double())
-    for name, found, wanted, times in zip("o q k v".split(), (out, *gradients), (expected, *right), (1, 3, 3, 3)):
+    for name, found, wanted, times in zip(
+        "o q k v".split(), (out, *gradients), (expected, *right), (1, 3, 3, 3)
+    ):
         error = (found.double().cpu() - wanted).abs().max()
-        assert error <= times * ROUNDING[dtype] * max(1.0, wanted.abs().max().item()), f"{name}: {error}"
+        assert error <= times * ROUNDING[dtype] * max(1.0, wanted.abs().max().item()), (
+            f"{name}: {error}"
+        )
     torch.testing.assert_close(lse.double().cpu(), expected_lse, atol=1e-3, rtol=1e-4)
 
     chosen = ops.select(q.detach(), k.detach(), cu, cu, block_size, top_k, backend="reference")
-    assert (chosen != selection.cpu()).any(-1).float().mean() <= 0.02  # scores within rounding of each other
+    assert (chosen != selection.cpu()).any(
+        -1
+    ).float().mean() <= 0.02  # scores within rounding of each other
     assert torch.equal(ops.select(*leaves[:2], *there(cu, cu), block_size, top_k), selection)
 
 
@@ -62,13 +70,19 @@ def test_dense_attention_errs_no_more_than_torch_does(dtype):
 
     def dense(*tensors):
         heads_first = [t.transpose(0, 1)[None] for t in tensors]
-        return torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True)[0].transpose(0, 1)
+        return torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=True)[
+            0
+        ].transpose(0, 1)
 
     def ours(q, k, v):
         return ops.attention(q, k, v, cu.cuda(), cu.cuda(), 512, 3)[0]
 
     results = []
-    for attend, tensors in ((dense, [t.double() for t in (q, k, v)]), (dense, there(q, k, v)), (ours, there(q, k, v))):
+    for attend, tensors in (
+        (dense, [t.double() for t in (q, k, v)]),
+        (dense, there(q, k, v)),
+        (ours, there(q, k, v)),
+    ):
         leaves = [t.requires_grad_() for t in tensors]
         out = attend(*leaves)
         results.append([t.double().cpu() for t in (out, *gradients_of(out, leaves, d_out.to(out)))])
@@ -189,7 +203,13 @@ def test_memory_that_is_not_there_is_an_error_of_the_call_and_of_no_other():
 @on_gpu
 def test_refusals_by_name():
     q, k, v, cu, _ = batch([20], 2, 2, 64)
-    call = dict(q=q.half().cuda(), k=k.half().cuda(), v=v.half().cuda(), cu_seqlens_q=cu.cuda(), cu_seqlens_k=cu.cuda())
+    call = dict(
+        q=q.half().cuda(),
+        k=k.half().cuda(),
+        v=v.half().cuda(),
+        cu_seqlens_q=cu.cuda(),
+        cu_seqlens_k=cu.cuda(),
+    )
 
     def refused(message, error=ValueError, **change):
         with pytest.raises(error, match=message):
@@ -202,7 +222,10 @@ def test_refusals_by_name():
     narrow = {name: call[name][..., :40].contiguous() for name in "qkv"}
     refused("head_dim 64, 96, 128 or 256 .*, got 40", **narrow)
     refused("empty", cu_seqlens_q=cu[:0].cuda(), cu_seqlens_k=cu[:0].cuda())
-    cache = [*call["k"][None, None].expand(2, 20, 20, 2, 64), torch.zeros(20, 5, 2, 64).half().cuda()]
+    cache = [
+        *call["k"][None, None].expand(2, 20, 20, 2, 64),
+        torch.zeros(20, 5, 2, 64).half().cuda(),
+    ]
     spans = there(cu[:1].expand(20), cu[1:].expand(20))
     ops.decode(call["q"], *cache, *spans, 4, 2)
     with pytest.raises(TypeError, match="decode: means: expected torch.float16, got torch.float32"):
@@ -219,7 +242,9 @@ def test_autocast_compile_and_opcheck():
         assert ops.attention(q, k, v, cu, cu, 8, 3)[0].dtype == torch.bfloat16
     half = [t.half().requires_grad_() for t in (q, k, v)]
     torch.library.opcheck(ops.attention, (*half, cu, cu, 8, 3))
-    compiled = torch.compile(lambda *a: ops.attention(*a, cu, cu, 8, 3)[0] * 2, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda *a: ops.attention(*a, cu, cu, 8, 3)[0] * 2, fullgraph=True, backend="aot_eager"
+    )
     assert torch.equal(compiled(*half), ops.attention(*half, cu, cu, 8, 3)[0] * 2)
 
 
@@ -234,7 +259,10 @@ def test_batches_and_the_published_function():
     torch.testing.assert_close(found.cpu(), here, atol=4e-2, rtol=2e-2)
     packed = [t[1] for t in there(q, k, v)]
     cu = offsets([150, 50]).cuda()
-    fast, slow = (attend(*packed, cu, 150, 32, 3) for attend in (moba.moba_attn_varlen, moba.moba_attn_varlen_naive))
+    fast, slow = (
+        attend(*packed, cu, 150, 32, 3)
+        for attend in (moba.moba_attn_varlen, moba.moba_attn_varlen_naive)
+    )
     torch.testing.assert_close(fast, slow, atol=4e-2, rtol=2e-2)
 
 
@@ -282,7 +310,9 @@ def test_decoding_can_be_captured_and_grows_with_its_cache():
 @on_gpu
 def test_steps_of_a_model_are_its_prefill():
     models = pytest.importorskip("models")
-    model = models.build("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=64).to("cuda", torch.bfloat16)
+    model = models.build("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=64).to(
+        "cuda", torch.bfloat16
+    )
     moba.register_moba(moba.MoBAConfig(16, 3, decode="moba"))
     model.set_attn_implementation("moba")
     ids = models.random_ids(2, 150).cuda()
@@ -291,13 +321,23 @@ def test_steps_of_a_model_are_its_prefill():
     with torch.no_grad():
         whole = model(ids, attention_mask=mask).logits
         for cache in (None, moba.MobaCache()):
-            step = model(ids[:, :100], attention_mask=mask[:, :100], past_key_values=cache, use_cache=True)
+            step = model(
+                ids[:, :100], attention_mask=mask[:, :100], past_key_values=cache, use_cache=True
+            )
             steps = []
             for i in range(100, 150):
-                step = model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=step.past_key_values)
+                step = model(
+                    ids[:, i : i + 1],
+                    attention_mask=mask[:, : i + 1],
+                    past_key_values=step.past_key_values,
+                )
                 steps.append(step.logits[:, 0])
-            error = (torch.stack(steps, 1) - whole[:, 100:]).float().norm(dim=-1) / whole[:, 100:].float().norm(dim=-1)
-            assert error.median() < 0.05 and (error > 0.3).float().mean() <= 0.1  # rounding now and then picks another block
+            error = (torch.stack(steps, 1) - whole[:, 100:]).float().norm(dim=-1) / whole[
+                :, 100:
+            ].float().norm(dim=-1)
+            assert (
+                error.median() < 0.05 and (error > 0.3).float().mean() <= 0.1
+            )  # rounding now and then picks another block
 
 
 @on_gpu
@@ -305,7 +345,11 @@ def test_steps_of_a_model_are_its_prefill():
 def test_a_model_generates(decode):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
     )
     moba.register_moba(moba.MoBAConfig(16, 3, decode=decode))
     torch.manual_seed(0)
@@ -313,10 +357,13 @@ def test_a_model_generates(decode):
     model.set_attn_implementation("moba")
     ids = torch.randint(1, 64, (2, 100), device="cuda")
     plain, kept = (
-        model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache) for cache in (None, moba.MobaCache())
+        model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=cache)
+        for cache in (None, moba.MobaCache())
     )
     assert plain.shape == kept.shape == (2, 106)
-    assert decode == "moba" or torch.equal(plain, kept)  # "moba" without means goes through attention, which rounds otherwise
+    assert decode == "moba" or torch.equal(
+        plain, kept
+    )  # "moba" without means goes through attention, which rounds otherwise
 
 
 def test_the_operators_have_kernels_for_cuda():
@@ -331,8 +378,14 @@ def test_a_build_without_cuda_says_so():
     if "is not in this build" not in str(refused.value):
         pytest.skip("this package was built with CUDA")
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    for call in (lambda: ops.attention.redispatch(keys, q, k, v, cu, cu, 4, 2), lambda: ops.select.redispatch(keys, q, k, cu, cu, 4, 2)):
-        with pytest.raises((ValueError, RuntimeError), match="q: expected a CPU tensor, got a CUDA one: this package was built without CUDA"):
+    for call in (
+        lambda: ops.attention.redispatch(keys, q, k, v, cu, cu, 4, 2),
+        lambda: ops.select.redispatch(keys, q, k, cu, cu, 4, 2),
+    ):
+        with pytest.raises(
+            (ValueError, RuntimeError),
+            match="q: expected a CPU tensor, got a CUDA one: this package was built without CUDA",
+        ):
             call()
 
 
@@ -340,7 +393,9 @@ def test_a_traced_call_on_cuda_needs_no_device():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        q, k = (torch.empty(2, 50, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
+        q, k = (
+            torch.empty(2, 50, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2)
+        )
         out, blocks = moba.attention(q, k, k, block_size=8, top_k=3, return_selection=True)
     assert out.device.type == blocks.device.type == "cuda"
     assert out.shape == q.shape and blocks.shape == (2, 4, 50, 3)

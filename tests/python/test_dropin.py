@@ -13,14 +13,25 @@ def test_names_are_where_programs_look_for_them():
     from moba.moba_efficient import moba_attn_varlen
     from moba.moba_naive import moba_attn_varlen_naive
 
-    assert moba_attn_varlen is moba.moba_attn_varlen and moba_attn_varlen_naive is moba.moba_attn_varlen_naive
+    assert (
+        moba_attn_varlen is moba.moba_attn_varlen
+        and moba_attn_varlen_naive is moba.moba_attn_varlen_naive
+    )
     assert MoBAConfig(4096, 12) == MoBAConfig(moba_chunk_size=4096, moba_topk=12)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("lengths, block_size, top_k", [
-    ([512, 256], 64, 3), ([1], 4, 1), ([0, 33, 0], 8, 2), ([100], 1, 4), ([100], 200, 3), ([129, 1, 64], 64, 9),
-])
+@pytest.mark.parametrize(
+    "lengths, block_size, top_k",
+    [
+        ([512, 256], 64, 3),
+        ([1], 4, 1),
+        ([0, 33, 0], 8, 2),
+        ([100], 1, 4),
+        ([100], 200, 3),
+        ([129, 1, 64], 64, 9),
+    ],
+)
 def test_efficient_is_naive(lengths, block_size, top_k, dtype):
     q, k, v, cu, _ = batch(lengths, 4, 2, 32, dtype)
     results = []

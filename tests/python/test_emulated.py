@@ -13,7 +13,9 @@ from packed import batch, cached, dense_given
 from models import build, random_ids
 
 ops = moba.ops
-BUILD = Path(os.environ.get("MOBA_BUILD_DIR", Path(__file__).resolve().parents[2] / "build" / "release"))
+BUILD = Path(
+    os.environ.get("MOBA_BUILD_DIR", Path(__file__).resolve().parents[2] / "build" / "release")
+)
 DTYPES = (torch.bfloat16, torch.float16)
 ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
@@ -22,13 +24,20 @@ ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 def emulated():
     library = BUILD / "tests" / "cuda" / "libmoba_torch_emulated.so"
     if not library.exists():
-        pytest.fail(f"{library} is missing: `make test-cpp` builds it, MOBA_BUILD_DIR names another folder")
+        pytest.fail(
+            f"{library} is missing: `make test-cpp` builds it, MOBA_BUILD_DIR names another folder"
+        )
     torch.ops.load_library(str(library))
     return torch.ops.moba_emulated
 
 
 def close(found, expected, dtype, times=1):
-    torch.testing.assert_close(found.double(), expected.double(), atol=times * ROUNDING[dtype], rtol=times * ROUNDING[dtype])
+    torch.testing.assert_close(
+        found.double(),
+        expected.double(),
+        atol=times * ROUNDING[dtype],
+        rtol=times * ROUNDING[dtype],
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -55,7 +64,9 @@ def test_any_strides(emulated):
     spread = torch.stack([k, k], dim=-1)[..., 0]
     heads_first = v.transpose(0, 1).contiguous().transpose(0, 1)
     apart = cu.repeat_interleave(2)[::2]
-    assert torch.equal(emulated.attention(wide, spread, heads_first, apart, apart, 16, 3)[0], expected)
+    assert torch.equal(
+        emulated.attention(wide, spread, heads_first, apart, apart, 16, 3)[0], expected
+    )
 
 
 def check_decode(emulated, call, *routing):
@@ -82,13 +93,26 @@ def test_decode_takes_caches_as_they_lie(emulated):
 
     heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (keys, values)]
     same(q, *heads_first, means, begin, end)
-    ahead = [torch.cat([t, torch.full_like(t, torch.nan)], dim=1)[:, :60] for t in (keys, values)]  # memory of a growing cache
+    ahead = [
+        torch.cat([t, torch.full_like(t, torch.nan)], dim=1)[:, :60] for t in (keys, values)
+    ]  # memory of a growing cache
     same(q, *ahead, torch.cat([means, means], dim=1)[:, :7], begin, end)
     off = torch.cat([keys, keys], dim=-1)[..., 1:65].copy_(keys)  # rows off 16 bytes
     same(q, off, values, means, begin.repeat_interleave(2)[::2], end)
     for row in range(3):  # a batch of one, whose stride is no multiple of anything
-        one = torch.as_strided(keys[row], (1, *keys.shape[1:]), (3, *keys.stride()[1:]), keys[row].storage_offset())
-        out, lse = emulated.decode(q[row][None], one, values[row][None], means[row][None], begin[row][None], end[row][None], 8, 3)
+        one = torch.as_strided(
+            keys[row], (1, *keys.shape[1:]), (3, *keys.stride()[1:]), keys[row].storage_offset()
+        )
+        out, lse = emulated.decode(
+            q[row][None],
+            one,
+            values[row][None],
+            means[row][None],
+            begin[row][None],
+            end[row][None],
+            8,
+            3,
+        )
         assert torch.equal(out[0], expected[0][row]) and torch.equal(lse[:, 0], expected[1][:, row])
 
 
@@ -104,12 +128,27 @@ def test_decoding_nothing_is_legal(emulated):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({0: torch.zeros(3, 4, 64)}, "decode: .*k: expected the dtype of q, f32, got bf16|decode: q: expected bf16 or f16"),
-        ({0: torch.zeros(2, 4, 64, dtype=torch.bfloat16)}, r"decode: k: expected \[2, tokens or blocks.*got sizes \[3, 60, 2, 64\]"),
+        (
+            {0: torch.zeros(3, 4, 64)},
+            "decode: .*k: expected the dtype of q, f32, got bf16|decode: q: expected bf16 or f16",
+        ),
+        (
+            {0: torch.zeros(2, 4, 64, dtype=torch.bfloat16)},
+            r"decode: k: expected \[2, tokens or blocks.*got sizes \[3, 60, 2, 64\]",
+        ),
         ({1: torch.zeros(3, 60, 3, 64, dtype=torch.bfloat16)}, "decode: cache.v: expected"),
-        ({3: torch.zeros(3, 6, 2, 64, dtype=torch.bfloat16)}, "decode: cache.means: expected .*7 .*got"),
-        ({3: torch.zeros(3, 7, 2, 64)}, "decode: cache.means: expected the dtype of cache.k, bf16, got f32"),
-        ({4: torch.zeros(2, dtype=torch.int32)}, "decode: begin, end: expected 3 entries .*, got 2 and 3"),
+        (
+            {3: torch.zeros(3, 6, 2, 64, dtype=torch.bfloat16)},
+            "decode: cache.means: expected .*7 .*got",
+        ),
+        (
+            {3: torch.zeros(3, 7, 2, 64)},
+            "decode: cache.means: expected the dtype of cache.k, bf16, got f32",
+        ),
+        (
+            {4: torch.zeros(2, dtype=torch.int32)},
+            "decode: begin, end: expected 3 entries .*, got 2 and 3",
+        ),
         ({5: torch.zeros(3, dtype=torch.int64)}, "decode: end: expected .*, got Long"),
         ({7: 0}, "decode: top_k: expected at least 1, got 0"),
     ],
@@ -137,7 +176,9 @@ def decode_on(emulated, monkeypatch):
 @pytest.mark.parametrize("decode", ("full", "moba"))
 def test_a_model_decodes_through_it(emulated, monkeypatch, decode):
     # One layer, lest rounding in it make the next one choose other blocks.
-    model = build("llama", num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=64).to(torch.bfloat16)
+    model = build(
+        "llama", num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=64
+    ).to(torch.bfloat16)
     ids = random_ids(2, 40)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
@@ -148,7 +189,12 @@ def test_a_model_decodes_through_it(emulated, monkeypatch, decode):
         past = moba.MobaCache()
         with torch.no_grad():
             model(ids[:, :25], attention_mask=mask[:, :25], past_key_values=past)
-            return [model(ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=past).logits for i in range(25, 40)]
+            return [
+                model(
+                    ids[:, i : i + 1], attention_mask=mask[:, : i + 1], past_key_values=past
+                ).logits
+                for i in range(25, 40)
+            ]
 
     expected = steps()
     calls = decode_on(emulated, monkeypatch)
@@ -166,7 +212,9 @@ def test_which_cuda_tensors_decode(monkeypatch):
 
     def counting(name):
         operator = getattr(ops, name)
-        monkeypatch.setattr(wrapper.ops, name, lambda *a, **k: called.append(name) or operator(*a, **k))
+        monkeypatch.setattr(
+            wrapper.ops, name, lambda *a, **k: called.append(name) or operator(*a, **k)
+        )
 
     counting("decode")
     counting("attention")

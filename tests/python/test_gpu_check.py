@@ -25,11 +25,16 @@ without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is her
 
 
 def run(script, *arguments):
-    return subprocess.run([sys.executable, ROOT / script, *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / script, *arguments], capture_output=True, text=True
+    )
 
 
 @without_gpu
-@pytest.mark.parametrize("script, says", (("tools/gpu_check.py", "gpu-check: this machine lacks"), ("benchmarks/cuda.py", "cuda: ")))
+@pytest.mark.parametrize(
+    "script, says",
+    (("tools/gpu_check.py", "gpu-check: this machine lacks"), ("benchmarks/cuda.py", "cuda: ")),
+)
 def test_without_a_gpu_one_line_says_what_is_missing(script, says):
     done = run(script)
     assert done.returncode == 1 and done.stdout == ""
@@ -39,12 +44,22 @@ def test_without_a_gpu_one_line_says_what_is_missing(script, says):
 def test_a_dry_run_names_every_phase():
     done = run("tools/gpu_check.py", "--dry-run")
     assert done.returncode == 0, done.stderr
-    for part in ("--preset cuda", "moba_cuda_device_tests", "test_cuda.py", "memcheck", "racecheck", "initcheck", "synccheck",
-                 "benchmarks/cuda.py"):
+    for part in (
+        "--preset cuda",
+        "moba_cuda_device_tests",
+        "test_cuda.py",
+        "memcheck",
+        "racecheck",
+        "initcheck",
+        "synccheck",
+        "benchmarks/cuda.py",
+    ):
         assert part in done.stdout
 
 
-@pytest.mark.parametrize("tokens, block_size, top_k", ((1, 4, 1), (37, 4, 3), (64, 16, 9), (100, 7, 2)))
+@pytest.mark.parametrize(
+    "tokens, block_size, top_k", ((1, 4, 1), (37, 4, 3), (64, 16, 9), (100, 7, 2))
+)
 def test_pairs_are_counted(tokens, block_size, top_k):
     pairs = scored = 0
     for query in range(tokens):
@@ -62,8 +77,14 @@ def test_the_report_tells_met_from_missed(tmp_path):
         bench.row("quick", 0.5, "", (0.6, 0.8), instead=(19, 20, "us")),
         bench.row("not quick", 0.9, "", (0.6, 0.95), instead=(21, 20, "us")),
     ]
-    report = {"machine": {"gpu": "Some GPU (80GB)"}, "date": "2026-01-02", "command": "python3 benchmarks/cuda.py",
-              "rows": rows, "skipped": ["decode: why"], "failed": []}
+    report = {
+        "machine": {"gpu": "Some GPU (80GB)"},
+        "date": "2026-01-02",
+        "command": "python3 benchmarks/cuda.py",
+        "rows": rows,
+        "skipped": ["decode: why"],
+        "failed": [],
+    }
     path = bench.write(report, tmp_path)
     assert path.name == "some-gpu-80gb-2026-01-02.md"
     assert json.loads(path.with_suffix(".json").read_text()) == report
@@ -72,7 +93,9 @@ def test_the_report_tells_met_from_missed(tmp_path):
     assert "| small | 81 GiB | at most 80: missed | at most 80: missed |  |" in text
     assert "| not reached | - | at least 6 | at least 11 |  |" in text
     assert "| quick | 0.5  | at least 0.6: missed | at least 0.8, or at most 20 us: met |" in text
-    assert "| not quick | 0.9  | at least 0.6: met | at least 0.95, or at most 20 us: missed |" in text
+    assert (
+        "| not quick | 0.9  | at least 0.6: met | at least 0.95, or at most 20 us: missed |" in text
+    )
     assert "## Skipped\n- decode: why" in text and "failed" not in text
 
 
@@ -107,7 +130,11 @@ def test_only_right_decoding_passes_its_check(monkeypatch, choice):
     monkeypatch.setattr(cache, "decode", lambda choice, means: right(choice, means) * 1.1)
     with pytest.raises(AssertionError, match="off by"):
         cache.verify(choice, means)
-    monkeypatch.setattr(cache, "decode", lambda choice, means: right((choice[0], choice[1] - 1 if choice[1] < 9 else 2), means))
+    monkeypatch.setattr(
+        cache,
+        "decode",
+        lambda choice, means: right((choice[0], choice[1] - 1 if choice[1] < 9 else 2), means),
+    )
     with pytest.raises(AssertionError, match="off by"):
         cache.verify(choice, means)
 
@@ -115,8 +142,12 @@ def test_only_right_decoding_passes_its_check(monkeypatch, choice):
 def test_bytes_that_decoding_has_to_read():
     cache = object.__new__(bench.Cache)
     cache.tokens, cache.heads = 1000, 2
-    assert cache.read((64, 3)) == 2 * 128 * 2 * (15 + 2 * (2 * 64 + 40))  # 15 complete blocks, 40 tokens in the last
-    assert cache.read((100, 3)) == 2 * 128 * 2 * (9 + 2 * 300)  # the last block is complete, and the query's own
+    assert cache.read((64, 3)) == 2 * 128 * 2 * (
+        15 + 2 * (2 * 64 + 40)
+    )  # 15 complete blocks, 40 tokens in the last
+    assert cache.read((100, 3)) == 2 * 128 * 2 * (
+        9 + 2 * 300
+    )  # the last block is complete, and the query's own
     assert cache.read((2000, 3)) == 2 * 128 * 2 * 2 * 1000
 
 
@@ -135,7 +166,9 @@ def test_outputs_of_two_runs_are_compared(tmp_path):
     ones = [1.0, 2.0, float("nan"), 4.0]
     here = written("a", ("A.b", 1, ones), ("A.b", 1, ones), ("A.c", 1, []), ("only.here", 2, ones))
     assert check.differences(here, here) == (4, 12, 1.0, 0.0)
-    there = written("b", ("A.b", 1, ones), ("A.b", 1, [1.0, 2.015625, float("nan"), 3.0]), ("A.c", 1, []))
+    there = written(
+        "b", ("A.b", 1, ones), ("A.b", 1, [1.0, 2.015625, float("nan"), 3.0]), ("A.c", 1, [])
+    )
     assert check.differences(here, there) == (3, 8, 6 / 8, 1 / 8)
     assert check.differences(here, written("c", ("A.b", 1, [1.0])))[3] == 1.0
 

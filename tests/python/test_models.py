@@ -31,10 +31,14 @@ def test_with_every_block_a_model_is_what_it_is_with_sdpa(family, implementation
     close(found[mask.bool()], logits(model, "sdpa", ids, attention_mask=mask)[mask.bool()])
     for options in ({}, {"num_beams": 3}, {"cache_implementation": "static"}):
         options["attention_mask"] = mask
-        assert generated(model, implementation, ids, **options) == generated(model, "sdpa", ids, **options)
+        assert generated(model, implementation, ids, **options) == generated(
+            model, "sdpa", ids, **options
+        )
 
 
-@pytest.mark.parametrize("config", (SPARSE, MoBAConfig(8, 3, full_tail=6, sink_blocks=1, full_layers=(-1,))))
+@pytest.mark.parametrize(
+    "config", (SPARSE, MoBAConfig(8, 3, full_tail=6, sink_blocks=1, full_layers=(-1,)))
+)
 def test_efficient_is_naive(config):
     model, ids = build("llama"), random_ids(2, 70)
     mask = torch.ones_like(ids)
@@ -85,7 +89,13 @@ def test_prefill_and_decode_are_one_prefill(make_cache):
     with torch.no_grad():
         step = model(ids[:, :33], use_cache=True, past_key_values=make_cache())
         pieces = [step.logits]
-        for first, last in ((33, 34), (34, 40), (40, 41), (41, 42), *((i, i + 1) for i in range(42, 64))):
+        for first, last in (
+            (33, 34),
+            (34, 40),
+            (40, 41),
+            (41, 42),
+            *((i, i + 1) for i in range(42, 64)),
+        ):
             step = model(ids[:, first:last], past_key_values=step.past_key_values)
             pieces.append(step.logits)
     close(torch.cat(pieces, 1), whole)
@@ -98,7 +108,10 @@ def test_a_cropped_cache_continues_where_it_was():
     cache = MobaCache()
     with torch.no_grad():
         for first, last in ((0, 40), *((i, i + 1) for i in range(40, 60))):
-            model(random_ids(1, 64, seed=1)[:, first:last] if first >= 40 else ids[:, :40], past_key_values=cache)
+            model(
+                random_ids(1, 64, seed=1)[:, first:last] if first >= 40 else ids[:, :40],
+                past_key_values=cache,
+            )
         for layer in cache.layers:
             layer.crop(-20)
         found = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(40, 64)]
@@ -211,7 +224,9 @@ def test_routing_is_recorded():
     first = record[0][0]
     assert first.shape == (2, 4, 60, 3)
     assert (first[0, :, :10] == -1).all()
-    assert (first[0, :, 10:18] == torch.tensor([0, -1, -1])).all()  # blocks are counted from the row's first token
+    assert (
+        first[0, :, 10:18] == torch.tensor([0, -1, -1])
+    ).all()  # blocks are counted from the row's first token
     assert (first[1, :, 40] == torch.tensor([0, 5, 5])).any(-1).all()
 
 
@@ -256,7 +271,9 @@ def test_compiled_model():
     mask[0, :9] = 0
     with torch.no_grad():
         found = compiled(ids, attention_mask=mask, use_cache=False).logits
-        close(found[mask.bool()], model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()])
+        close(
+            found[mask.bool()], model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+        )
 
 
 def test_what_cannot_be_honoured_is_refused():
@@ -274,7 +291,9 @@ def test_what_cannot_be_honoured_is_refused():
         logits(build("mistral", sliding_window=16), "moba", ids)
     with pytest.raises(NotImplementedError, match="packed"):
         logits(model, "moba", ids, position_ids=torch.arange(20).repeat(2)[None], use_cache=False)
-    with pytest.raises(NotImplementedError, match="dropout: expected an attention_dropout of 0, got 0.1"):
+    with pytest.raises(
+        NotImplementedError, match="dropout: expected an attention_dropout of 0, got 0.1"
+    ):
         logits(build("llama", attention_dropout=0.1).train(), "moba", ids)
     with pytest.raises(NotImplementedError, match="causal"):
         logits(build("llama", is_causal=False), "moba", ids)

@@ -18,7 +18,9 @@ LIBRARY = next(Path(moba.__file__).parent.glob("libmoba_torch.*"))
 
 
 def test_the_library_uses_no_cpp_symbol_of_torch():
-    listed = subprocess.run(["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True
+    )
     names = [line.split()[-1].split("@")[0] for line in listed.stdout.splitlines()]
     of_torch = [name for name in names if "torch" in name or "c10" in name or "2at" in name]
     assert len(of_torch) > 10
@@ -58,7 +60,9 @@ def name_of(case):
 
 
 def of_case(case, **options):
-    q, k, v, cu_q, cu_k = batch(case["lengths"], *case["heads"], case["head_dim"], case["dtype"], case["seed"], **options)
+    q, k, v, cu_q, cu_k = batch(
+        case["lengths"], *case["heads"], case["head_dim"], case["dtype"], case["seed"], **options
+    )
     return [t.requires_grad_() for t in (q, k, v)], (cu_q, cu_k, case["block_size"], case["top_k"])
 
 
@@ -68,7 +72,9 @@ def some_rows(rng, tokens):
     return torch.tensor(sorted(set(rows)))
 
 
-@pytest.mark.parametrize("case", grid((1, 2, 17, 63, 64, 200, 500, 1000, 1025, 2048, 3000, 4096), 1), ids=name_of)
+@pytest.mark.parametrize(
+    "case", grid((1, 2, 17, 63, 64, 200, 500, 1000, 1025, 2048, 3000, 4096), 1), ids=name_of
+)
 def test_forward_and_backward_against_float64(case):
     leaves, routing = of_case(case)
     out, lse, selection = ops.attention(*leaves, *routing, return_selection=True)
@@ -83,7 +89,9 @@ def test_forward_and_backward_against_float64(case):
     rounding = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}[out.dtype]
     if case["head_dim"] == 1:
         rounding *= 4  # the backward reads the rounded output, whose one number is all there is
-    for name, found, right in zip("o q k v".split(), (out[rows], *gradients), (expected, *expected_gradients)):
+    for name, found, right in zip(
+        "o q k v".split(), (out[rows], *gradients), (expected, *expected_gradients)
+    ):
         error = (found.double() - right).abs().max()
         assert error <= rounding * max(1.0, right.abs().max().item()), f"{name}: {error}"
     torch.testing.assert_close(lse[:, rows].double(), expected_lse, atol=2e-5, rtol=1e-5)
@@ -92,10 +100,13 @@ def test_forward_and_backward_against_float64(case):
 @pytest.mark.parametrize("case", grid((1, 5, 64, 100, 150), 2), ids=name_of)
 def test_cpu_and_reference_agree(case):
     rng = random.Random(case["seed"])
-    leaves, routing = of_case(case, key_lengths=[length + rng.choice((0, 3, 64)) for length in case["lengths"]])
+    leaves, routing = of_case(
+        case, key_lengths=[length + rng.choice((0, 3, 64)) for length in case["lengths"]]
+    )
     sinks = min(case["seed"] % 2, case["top_k"] - 1)
     fast, slow = (
-        ops.attention(*leaves, *routing, sinks, return_selection=True, backend=backend) for backend in ("cpu", "reference")
+        ops.attention(*leaves, *routing, sinks, return_selection=True, backend=backend)
+        for backend in ("cpu", "reference")
     )
     swapped = (fast[2] != slow[2]).any(-1).any(0)
     assert swapped.float().mean() <= 0.02  # scores within the rounding of a dot product
@@ -104,7 +115,9 @@ def test_cpu_and_reference_agree(case):
     torch.testing.assert_close(fast[1][:, ~swapped], slow[1][:, ~swapped], atol=1e-5, rtol=1e-5)
 
     d_out = torch.randn(fast[0].shape).to(fast[0].dtype).masked_fill(swapped[:, None, None], 0)
-    for found, expected in zip(*(torch.autograd.grad(out, leaves, d_out) for out in (fast[0], slow[0]))):
+    for found, expected in zip(
+        *(torch.autograd.grad(out, leaves, d_out) for out in (fast[0], slow[0]))
+    ):
         scale = max(1.0, expected.abs().max().item()) * (4 if case["head_dim"] == 1 else 1)
         torch.testing.assert_close(found, expected, atol=tolerance * scale, rtol=tolerance)
 
@@ -157,7 +170,11 @@ def test_strided_inputs_give_the_same_bits_without_copies():
     with torch.profiler.profile() as profile:
         found = ops.attention(*views, cu, cu, 16, 3)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
-    copied = [e.key for e in profile.key_averages() if "copy" in e.key or "clone" in e.key or "contiguous" in e.key]
+    copied = [
+        e.key
+        for e in profile.key_averages()
+        if "copy" in e.key or "clone" in e.key or "contiguous" in e.key
+    ]
     assert copied == []
     spread = torch.stack([q, q], dim=-1)[..., 0]  # a last dimension of stride 2 has to be copied
     assert torch.equal(ops.attention(spread, k, v, cu, cu, 16, 3)[0], expected[0])
@@ -198,14 +215,18 @@ def test_opcheck(dtype, return_selection):
     cache = torch.randn(2, 3, 9, 2, 16).to(dtype)
     means = torch.randn(2, 2, 2, 16)
     span = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([9, 7], dtype=torch.int32)
-    torch.library.opcheck(ops.decode, (torch.randn(2, 4, 16).to(dtype), *cache[:, :2].unbind(0), means, *span, 4, 2))
+    torch.library.opcheck(
+        ops.decode, (torch.randn(2, 4, 16).to(dtype), *cache[:, :2].unbind(0), means, *span, 4, 2)
+    )
 
 
 def test_gradcheck():
     q, k, v, cu, _ = batch([4, 3], 2, 1, 3, torch.float64)
     leaves = [t.requires_grad_() for t in (q, k, v)]
     for top_k in (1, 2, 9):
-        assert torch.autograd.gradcheck(lambda q, k, v: ops.attention(q, k, v, cu, cu, 2, top_k)[0], leaves)
+        assert torch.autograd.gradcheck(
+            lambda q, k, v: ops.attention(q, k, v, cu, cu, 2, top_k)[0], leaves
+        )
 
 
 def test_the_gradient_is_the_same_with_and_without_a_saved_selection():
@@ -227,7 +248,9 @@ def test_a_selection_is_kept_for_the_gradient_where_it_is_costly_to_repeat(token
     selections = [t for t in saved if t.dtype == torch.int32 and t.dim() == 3]
     assert [t.numel() > 0 for t in selections] == [kept]
     again = moba.attention(q, k, v, block_size=16, top_k=3, backend="reference")
-    for ours, wanted in zip(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(again.sum(), (q, k, v))):
+    for ours, wanted in zip(
+        torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(again.sum(), (q, k, v))
+    ):
         assert torch.allclose(ours, wanted, atol=1e-5)
 
 
@@ -303,8 +326,14 @@ def test_activation_checkpointing(use_reentrant):
     results = []
     for wrapped in (False, True):
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
-        out = checkpoint(doubled, *leaves, cu, use_reentrant=use_reentrant) if wrapped else doubled(*leaves, cu)
-        results.append(torch.autograd.grad(out.sum(), leaves) if not use_reentrant else backward(out, leaves))
+        out = (
+            checkpoint(doubled, *leaves, cu, use_reentrant=use_reentrant)
+            if wrapped
+            else doubled(*leaves, cu)
+        )
+        results.append(
+            torch.autograd.grad(out.sum(), leaves) if not use_reentrant else backward(out, leaves)
+        )
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
@@ -328,7 +357,9 @@ def test_vmap_is_a_loop():
     )
     assert torch.equal(selected, mapped[2])
     with pytest.raises(NotImplementedError, match="cu_seqlens"):
-        torch.func.vmap(lambda q, cu: ops.attention(q, k[0], v[0], cu, cu, 4, 3))(q, cu.repeat(3, 1))
+        torch.func.vmap(lambda q, cu: ops.attention(q, k[0], v[0], cu, cu, 4, 3))(
+            q, cu.repeat(3, 1)
+        )
 
 
 def test_torch_func_gradients_are_refused_and_gradients_through_vmap_work():
@@ -352,13 +383,19 @@ def test_decode_is_the_last_row_of_attention():
     q = torch.randn(2, 4, 16)
     means = torch.zeros(2, 6, 2, 16)
     for row in range(2):
-        blocks = keys[row, begin[row] :][: (end[row] - begin[row]) // 8 * 8].unflatten(0, (-1, 8)).mean(1)
+        blocks = (
+            keys[row, begin[row] :][: (end[row] - begin[row]) // 8 * 8]
+            .unflatten(0, (-1, 8))
+            .mean(1)
+        )
         means[row, : blocks.shape[0]] = blocks
     out, lse = ops.decode(q, keys, values, means, begin, end, 8, 3, 1)
     for row in range(2):
         part = slice(begin[row], end[row])
         cu_k = offsets([int(end[row] - begin[row])])
-        expected = ops.attention(q[row][None], keys[row, part], values[row, part], offsets([1]), cu_k, 8, 3, 1)
+        expected = ops.attention(
+            q[row][None], keys[row, part], values[row, part], offsets([1]), cu_k, 8, 3, 1
+        )
         torch.testing.assert_close(out[row], expected[0][0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(lse[:, row], expected[1][:, 0], atol=1e-5, rtol=1e-5)
 
@@ -386,7 +423,9 @@ def test_batched_padding_is_each_row_alone():
 def test_not_causal():
     q, k, v = (torch.randn(2, 30, 4, 16) for _ in range(3))
     everything = moba.attention(q, k, v, block_size=8, top_k=4, causal=False)
-    dense = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        *(t.transpose(1, 2) for t in (q, k, v))
+    ).transpose(1, 2)
     torch.testing.assert_close(everything, dense, atol=1e-5, rtol=1e-5)
 
 
@@ -397,6 +436,8 @@ def resident_megabytes():
 def test_many_small_calls_do_not_make_the_process_grow():
     q, cu = torch.randn(1, 1, 16), offsets([1])
     before, kept = resident_megabytes(), []
-    for _ in range(4_000):  # results that stay lie between what is given back, which made glibc ask for ever more
+    for _ in range(
+        4_000
+    ):  # results that stay lie between what is given back, which made glibc ask for ever more
         kept.append([ops.attention(q, q, q, cu, cu, 16, 1) for _ in range(3)][0])
     assert resident_megabytes() - before < 60

@@ -20,14 +20,26 @@ def test_the_wheel_is_for_any_python_and_asks_for_torch_alone():
 
 
 def test_stubs_are_the_schemas():
-    schemas = {name: getattr(moba.ops, name)._schema for name in ("attention", "attention_backward", "select", "decode")}
+    schemas = {
+        name: getattr(moba.ops, name)._schema
+        for name in ("attention", "attention_backward", "select", "decode")
+    }
     stubs = {node.name: node for node in STUBS.body if isinstance(node, ast.FunctionDef)}
     assert stubs.keys() == schemas.keys()
-    names = {"Tensor": "Tensor", "int": "int", "SymInt": "int", "bool": "bool", "str": "str", "Optional[float]": "float | None"}
+    names = {
+        "Tensor": "Tensor",
+        "int": "int",
+        "SymInt": "int",
+        "bool": "bool",
+        "str": "str",
+        "Optional[float]": "float | None",
+    }
     for name, schema in schemas.items():
         arguments = stubs[name].args
         assert [a.arg for a in arguments.args] == [a.name for a in schema.arguments]
-        assert [ast.unparse(a.annotation) for a in arguments.args] == [names[str(a.type)] for a in schema.arguments]
+        assert [ast.unparse(a.annotation) for a in arguments.args] == [
+            names[str(a.type)] for a in schema.arguments
+        ]
         defaults = [a.default_value for a in schema.arguments if a.has_default_value()]
         assert [ast.literal_eval(d) for d in arguments.defaults] == defaults
         assert ast.get_docstring(stubs[name])
@@ -40,8 +52,8 @@ def test_public_names_are_documented():
 
 
 def test_it_imports_without_transformers():
-    code = "import sys; sys.modules['transformers'] = None; import moba, torch; print(moba.ops.select)"
+    code = (
+        "import sys; sys.modules['transformers'] = None; import moba, torch; print(moba.ops.select)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-

@@ -33,7 +33,9 @@ def model_folder(tmp_path_factory):
     words = {word: i for i, word in enumerate("<unk> <s> How long is the letter ?".split())}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<s>").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<s>"
+    ).save_pretrained(folder)
     build("llama").save_pretrained(folder)
     return folder
 
@@ -41,20 +43,38 @@ def model_folder(tmp_path_factory):
 @pytest.mark.parametrize("implementation", ("sdpa", "moba", "moba_naive"))
 def test_the_example(model_folder, implementation):
     command = [
-        sys.executable, ROOT / "examples" / "llama.py", "--model", model_folder, "--attn", implementation,
-        "--moba-chunk-size", "4", "--moba-topk", "2", "--prompt", "How long is the letter ?", "--tokens", "4",
+        sys.executable,
+        ROOT / "examples" / "llama.py",
+        "--model",
+        model_folder,
+        "--attn",
+        implementation,
+        "--moba-chunk-size",
+        "4",
+        "--moba-topk",
+        "2",
+        "--prompt",
+        "How long is the letter ?",
+        "--tokens",
+        "4",
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--model", "x", "--moba-topk", "0"], "moba_topk: expected at least 1, got 0"), (["--model", "./no/such"], "--model ./no/such: "),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "x", "--moba-topk", "0"], "moba_topk: expected at least 1, got 0"),
+        (["--model", "./no/such"], "--model ./no/such: "),
+    ],
+)
 def test_the_example_explains_itself(arguments, message):
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "llama.py", *arguments], capture_output=True, text=True,
+        [sys.executable, ROOT / "examples" / "llama.py", *arguments],
+        capture_output=True,
+        text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

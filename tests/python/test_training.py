@@ -9,7 +9,9 @@ STEPS = 200
 
 
 def losses(implementation, steps=STEPS, full_from=None):
-    model = build("llama", num_hidden_layers=2, hidden_size=32, intermediate_size=48, initializer_range=0.02).train()
+    model = build(
+        "llama", num_hidden_layers=2, hidden_size=32, intermediate_size=48, initializer_range=0.02
+    ).train()
     model.set_attn_implementation(implementation)
     # Not Adam, whose first steps turn the rounding of a vanishing gradient into a whole step.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
