@@ -1,4 +1,4 @@
-/// Calls on a CUDA device: PyTorch's current stream, memory out of its allocator, and nothing that waits.
+/// Calls on a CUDA device: on PyTorch's current stream, with memory from its allocator, and without waiting.
 #pragma once
 
 #include <dlfcn.h>
@@ -25,8 +25,8 @@ inline void* current_stream(const std::string&, std::int32_t) {
 
 using torch::stable::accelerator::DeviceGuard;
 
-/// The current stream of a device. Of torch's stable ABI this function alone lies in the library that CUDA
-/// builds of torch have and others lack, so it is looked for once there is a tensor on such a device.
+/// Returns the current stream of a device. This function of torch's stable ABI exists in CUDA builds of torch
+/// alone, so it is looked up when the first CUDA tensor arrives.
 inline void* current_stream(const std::string& function, std::int32_t device) {
   using Ask = AOTITorchError (*)(std::int32_t, void**);
   static const Ask ask = [] {
@@ -54,7 +54,7 @@ inline Call with_cuda(Call call) {
   return call;
 }
 
-/// The starts of sequences stay on the device, unread: the host knows that none is longer than all of them.
+/// Offsets stay on the device, unread; the number of packed keys bounds the longest sequence.
 class DeviceCall : public Call {
  public:
   DeviceSequences sequences{};
@@ -81,7 +81,7 @@ class DeviceCall : public Call {
       throw Error(function + ": q: expected the CUDA device of the other tensors, got another device");
   }
 
-  /// The numbers of a one-dimensional tensor of int32, side by side for as long as the call lasts.
+  /// Elements of a one-dimensional int32 tensor, made contiguous for the duration of the call.
   const std::int32_t* list(const char* name, const TorchTensor& t) {
     check_offsets(function, name, t, place);
     lists_.push_back(t.size(0) > 1 && t.stride(0) != 1 ? torch::stable::contiguous(t) : t);

@@ -1,4 +1,4 @@
-/// Calls on the CPU: torch's threads, and memory out of its allocator.
+/// Calls on the CPU, with torch's threads and memory from its allocator.
 #pragma once
 
 #include <atomic>
@@ -19,8 +19,8 @@ inline std::vector<std::int32_t> offsets_of(const std::string& function, const c
   return offsets;
 }
 
-/// The threads of torch's pool: as many as torch.set_num_threads says. Its parallel_for hands every thread an
-/// equal share, so the threads themselves are what is shared out, and tasks are drawn one by one.
+/// Runs tasks on torch's pool of torch.get_num_threads() threads. parallel_for splits its range evenly, so
+/// the range is the threads, and each thread takes tasks one by one.
 inline Parallel torch_threads() {
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   return {threads, [threads](std::int64_t tasks, const Parallel::Body& body) {
@@ -33,9 +33,9 @@ inline Parallel torch_threads() {
           }};
 }
 
-/// Scratch memory out of torch's allocator, as tensors of bytes. What is small lies in one that each thread
-/// keeps from call to call, as a stack: glibc's aligned allocation, which torch's is, may never find again
-/// what small calls gave back, and a process that makes many of them then grows without end.
+/// Scratch memory from torch's allocator, as tensors of bytes. Small blocks come from a stack that each
+/// thread keeps between calls: glibc's aligned allocation, which torch uses, may fail to reuse small freed
+/// blocks, so that a process with many small calls would grow without bound.
 class Scratch {
  public:
   Allocator allocator() {

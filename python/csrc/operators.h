@@ -1,5 +1,5 @@
-/// The PyTorch operators: tensors in, views to libmoba, tensors out. Nothing is computed here. Only torch's
-/// stable ABI is used, so that one build serves every torch from 2.10 on.
+/// PyTorch operators: they turn tensors into views, call libmoba and return tensors. Only torch's stable ABI
+/// is used, so one build serves every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,7 +12,7 @@
 
 namespace moba::pytorch {
 
-/// The forward's selection [Hq, Tq, width], to be written by libmoba and read by torch.
+/// Selection [Hq, Tq, width] of a forward pass, written by libmoba and returned to torch.
 inline TorchTensor spread_rows(TorchTensor selection, std::int64_t written) {
   const std::int64_t rows = selection.size(0) * selection.size(1), width = selection.size(2);
   auto* blocks = static_cast<std::int32_t*>(selection.data_ptr());
@@ -35,7 +35,7 @@ inline const float* lse_of(const std::string& function, const TorchTensor& lse, 
   return static_cast<const float*>(lse.data_ptr());
 }
 
-/// The forward's selection as libmoba wants it. Null when there is none, and it is then selected again.
+/// Saved selection as libmoba reads it; null if there is none, so that the blocks are selected again.
 class SavedSelection {
  public:
   template <typename AnyCall>
@@ -209,7 +209,8 @@ inline std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const T
   return {out, lse};
 }
 
-/// Each sequence's memory is one page. Nothing checks what `begin` and `end` hold.
+/// Decodes from caches on the device; the memory of each sequence is one page. `begin` and `end` are not
+/// checked.
 inline std::tuple<TorchTensor, TorchTensor> decode_on_device(
     const TorchTensor& q, const TorchTensor& k, const TorchTensor& v, const TorchTensor& means,
     const TorchTensor& begin, const TorchTensor& end, std::int64_t block_size, std::int64_t top_k,

@@ -1,4 +1,4 @@
-/// Tensors of torch as views of libmoba, through torch's stable ABI alone.
+/// Views of torch's tensors, through its stable ABI alone.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -89,9 +89,9 @@ inline DType dtype_of(const std::string& function, const char* name, const Torch
   }
 }
 
-/// A tensor that libmoba can walk, and its view: strides are taken as they are, except that a last dimension
-/// that is not contiguous is copied, and on a CUDA device rows that do not begin on 16 bytes. [tokens, heads,
-/// head_dim], or of rank 4 what a sequence has of each.
+/// A tensor argument and its view, [tokens, heads, head_dim], or of rank 4 [sequences, tokens, heads,
+/// head_dim]. Strides are kept; a tensor is copied if its last dimension is not contiguous or, on a CUDA
+/// device, if its rows are not aligned to 16 bytes.
 class Argument {
  public:
   Argument(const std::string& function, const char* name, const TorchTensor& given, const Place& place,
@@ -137,7 +137,7 @@ class Argument {
     return aligned;
   }
 
-  /// That of a batch of one may be any number, and is of no use.
+  /// Stride of a dimension; 0 for a batch of one, whose stride is arbitrary.
   static std::int64_t stride_of(const TorchTensor& t, std::int64_t dim) {
     return dim == 0 && t.dim() == 4 && t.size(0) == 1 ? 0 : t.stride(dim);
   }
@@ -161,14 +161,14 @@ inline void check_offsets(const std::string& function, const char* name, const T
   }
 }
 
-/// What every call has, wherever its tensors are.
+/// State of every call on any device.
 struct Call {
   std::string function;
   Routing routing{};
   Place place{};
 
-  /// Entries of a row of the operator's selection. Known from shapes alone, as torch.compile needs it, and so
-  /// at least as many as libmoba writes, whose rows are only as long as the longest sequence asks for.
+  /// Width of a row of the operator's selection, from shapes alone, as torch.compile needs it: at least the
+  /// width that libmoba writes, which follows from the longest sequence.
   std::int64_t width(std::int64_t keys) const {
     if (routing.block_size < 1 || routing.top_k < 1) return 0;  // refused by the library
     return std::min(routing.top_k, keys == 0 ? 0 : (keys - 1) / routing.block_size + 1);

@@ -1,4 +1,4 @@
-"""Loads the compiled operator and tells torch the rest about it: shapes, gradients, autocast, vmap."""
+"""Load the compiled operators and register shapes, gradients, autocast and vmap for them."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def means_dtype(keys: Tensor) -> torch.dtype:
 
 
 def _check_tensors(function: str, *tensors: Tensor) -> None:
-    """Raises TypeError for a dtype and ValueError for a device; the compiled part can raise nothing but ValueError."""
+    """Raise TypeError for a dtype and ValueError for a device; the compiled part can raise ValueError alone."""
     names = _TENSORS[function]
     q = tensors[names.index("q")]
     dtype, device = q.dtype, q.device
@@ -71,7 +71,7 @@ _door = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
 
 
 def _register_door(function: str) -> None:
-    """Checks every call of the operator that is not traced, whatever its backend."""
+    """Check every call of the operator that is not traced, on every backend."""
     operator = getattr(torch.ops.moba, function).default
     count = len(_TENSORS[function])
 
@@ -90,7 +90,7 @@ for _function in _TENSORS:
 
 
 def selection_width(keys: int, block_size: int, top_k: int) -> int:
-    """Entries in a row of a selection over `keys` packed keys: known from shapes alone, sequences set aside."""
+    """Width of a row of a selection over `keys` packed keys, from shapes alone, as if they were one sequence."""
     return torch.sym_min(top_k, (keys + block_size - 1) // block_size)
 
 
@@ -199,7 +199,7 @@ _below_gradient = torch._C._after_autograd_keyset - _door
 
 
 class _Attention(torch.autograd.Function):
-    """The gradient. By hand, and not through torch.library.register_autograd, which takes ten times the time of a small call."""
+    """Gradient of `attention`. torch.library.register_autograd would take ten times the time of a small call."""
 
     @staticmethod
     def forward(
@@ -264,7 +264,7 @@ def _with_gradient(
 ):
     _check_tensors(
         "attention", q, k, v, cu_seqlens_q, cu_seqlens_k
-    )  # and past the door, which would cost once more
+    )  # instead of the check of the dispatcher, which would run twice
     keyset = keyset & _below_gradient
     arguments = (
         q,
@@ -359,7 +359,7 @@ for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
 
 def _pack(value, dim, batch, tokens_dim):
-    """The mapped dimension laid before the tokens and merged with them. What is not mapped is repeated."""
+    """Merge the mapped dimension with the tokens; repeat a tensor that is not mapped."""
     value = (
         value.movedim(dim, tokens_dim)
         if dim is not None

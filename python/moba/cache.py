@@ -16,7 +16,7 @@ _MAX_STEP = 4096  # tokens: what a grown cache holds beyond its tokens, at most
 class MobaLayer(DynamicLayer):
     """One layer: keys and values in memory that grows ahead of them, [B, capacity, Hkv, D], by a half and at most 4096
     tokens, so that a new token is written once and rarely moved with the rest. `keys` and `values` are views [B, Hkv, tokens, D], as every attention takes them.
-    The view that `update` returns knows its layer, and through it the means of its blocks."""
+    The key view that `update` returns has its layer as `moba_layer`, and so the means of its blocks."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -1,4 +1,4 @@
-"""How attention is to be sparse, as plain data."""
+"""Routing of a model's attention layers, as plain data."""
 
 from dataclasses import dataclass
 

@@ -8,11 +8,11 @@ from .config import MoBAConfig
 from .padding import cu_seqlens_of, spans_of_mask
 
 EVERYTHING = 2**63 - 1
-"""As top_k: dense attention."""
+"""Value of top_k for dense attention."""
 
 
 def check_tensors(function: str, q: Tensor, k: Tensor, v: Tensor, dims: str) -> None:
-    """Raises TypeError or ValueError unless q, k and v are tensors of shape `dims`, of one floating dtype and device."""
+    """Raise TypeError or ValueError unless q, k and v are tensors of shape `dims`, of one floating dtype and device."""
     rank = dims.count(",") + 1
     for name, t in (("q", q), ("k", k), ("v", v)):
         if not isinstance(t, Tensor):
@@ -42,7 +42,7 @@ def check_int(function: str, name: str, value: int | None) -> int:
 
 
 def flatten(t: Tensor) -> Tensor:
-    """[B, S, H, D] as packed tokens [B * S, H, D], without a copy where the strides allow it."""
+    """Pack [B, S, H, D] to tokens [B * S, H, D], without a copy where the strides allow it."""
     return t.flatten(0, 1)
 
 
@@ -60,7 +60,7 @@ def varlen(
     return_selection: bool = False,
     backend: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`ops.attention`; where a gradient will be asked for, a selection that is costly to repeat is kept for it."""
+    """Call `ops.attention`, keeping the selection for the backward pass if selecting again would be costly."""
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     keep = gradient and top_k < EVERYTHING and _costs_to_select(k.shape[0], block_size, top_k)
     return ops.attention(
@@ -80,8 +80,9 @@ def varlen(
 
 
 def _costs_to_select(keys: int, block_size: int, top_k: int) -> bool:
-    """Whether scoring a row's blocks, D operations for each of `keys / block_size` on average, is more than a hundredth of its
-    backward pass, 10 D for each of `top_k * block_size` keys. A compiled graph keeps the selection: lengths are symbols there."""
+    """Return whether scoring a row (D operations for each of `keys / block_size` blocks on average) costs over a hundredth
+    of its backward pass (10 D for each of `top_k * block_size` keys). A compiled graph, whose lengths are symbols, keeps
+    the selection."""
     return torch.compiler.is_compiling() or 10 * keys > top_k * block_size * block_size
 
 
@@ -101,7 +102,7 @@ def attention(
     return_selection: bool = False,
     backend: str = "",
 ) -> Tensor | tuple[Tensor, ...]:
-    """Mixture of Block Attention of a batch.
+    """Compute Mixture of Block Attention of a batch.
 
     `q` [B, Sq, Hq, D], `k` and `v` [B, Sk, Hkv, D], of one dtype and any strides; `Hq % Hkv == 0`; causal queries are the last
     of the keys. Every query attends to `top_k` blocks of `block_size` tokens, its own included (or to what `config` says, of
@@ -198,7 +199,7 @@ def check_varlen(
     moba_chunk_size: int,
     moba_topk: int,
 ) -> None:
-    """The door of the two functions below that the published package also has."""
+    """Check the arguments of `moba_attn_varlen` and `moba_attn_varlen_naive`."""
     check_tensors(function, q, k, v, "[tokens, heads, head_dim]")
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(

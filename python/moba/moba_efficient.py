@@ -1,4 +1,4 @@
-"""`moba_attn_varlen`, where programs written for the published package look for it."""
+"""`moba_attn_varlen` at the place that the published package has it."""
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ def moba_attn_varlen(
     moba_chunk_size: int,
     moba_topk: int,
 ) -> Tensor:
-    """Causal MoBA of a packed batch.
+    """Compute causal MoBA of a packed batch.
 
     `q` [T, Hq, D], `k` and `v` [T, Hkv, D], `Hq % Hkv == 0`; `cu_seqlens` int32 [sequences + 1]. `max_seqlen` is the
     published signature's and not needed. A query attends to `moba_topk` blocks of `moba_chunk_size` tokens, its own

@@ -1,4 +1,4 @@
-"""MoBA as a mask over dense attention, in a page of PyTorch: what the kernels are checked and measured against."""
+"""MoBA as a mask over dense attention in plain PyTorch: the baseline of tests and benchmarks."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from .functional import check_varlen
 def selection_mask(
     q: Tensor, k: Tensor, block_size: int, top_k: int, sink_blocks: int = 0
 ) -> Tensor:
-    """Which keys each query sees: bool [H, Lq, Lk], for one sequence `q` [Lq, H, D], `k` [Lk, H, D].
+    """Compute the mask of the keys that each query sees: bool [H, Lq, Lk], for one sequence `q` [Lq, H, D], `k` [Lk, H, D].
 
     Its own block up to itself, and of the complete blocks before it the `top_k - 1` whose mean key scores highest; sinks
     first; of equal scores the more recent.
@@ -58,7 +58,7 @@ def naive_varlen(
     sink_blocks: int = 0,
     scale: float | None = None,
 ) -> Tensor:
-    """Causal MoBA of a packed batch, with a mask of every query and key in memory."""
+    """Compute causal MoBA of a packed batch, with a mask of all queries and keys in memory."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -82,7 +82,7 @@ def moba_attn_varlen_naive(
     moba_chunk_size: int,
     moba_topk: int,
 ) -> Tensor:
-    """`moba_attn_varlen` in plain PyTorch, of quadratic cost; same arguments, result and errors."""
+    """Compute `moba_attn_varlen` in plain PyTorch at quadratic cost; same arguments, result and errors."""
     function = "moba_attn_varlen_naive"
     check_varlen(function, q, k, v, cu_seqlens, moba_chunk_size, moba_topk)
     offsets = cu_seqlens.tolist()

@@ -1,4 +1,4 @@
-"""What a step may override or record, without touching a model."""
+"""Overrides and records of a step that leave the model untouched."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +17,8 @@ def current_mode() -> str | None:
 
 @contextmanager
 def mode(name: str) -> Iterator[None]:
-    """Within it every layer attends fully ("full") or sparsely ("moba"), whatever its configuration says of its layer
-    or of decoding. Gradient checkpointing computes the forward again in backward, which then belongs inside too."""
+    """Make every layer attend fully ("full") or sparsely ("moba"), overriding its configuration and the decode setting.
+    Gradient checkpointing recomputes the forward pass in backward, so the backward pass belongs inside, too."""
     if name not in ("full", "moba"):
         raise ValueError(f'mode: name: expected "full" or "moba", got {name!r}')
     global _mode
@@ -30,7 +30,7 @@ def mode(name: str) -> Iterator[None]:
 
 
 class Routing:
-    """What layers selected: `record[layer]` is a list with one tensor for each call of that layer, int32 [B, Hq, S, width]
+    """Selections of layers: `record[layer]` is a list with one tensor for each call of that layer, int32 [B, Hq, S, width]
     of block numbers, ascending, counted from the row's first token, padded with -1. Full attention selects nothing, and a
     full tail's rows are all -1."""
 
@@ -49,7 +49,7 @@ class Routing:
         return len(self._selections)
 
     def layers(self) -> list[int]:
-        """Layers that have selected something, ascending."""
+        """Return the layers that have a selection, ascending."""
         return sorted(self._selections)
 
     def wants(self, module: torch.nn.Module) -> bool:
@@ -61,7 +61,7 @@ class Routing:
 
 @contextmanager
 def routing(model: torch.nn.Module) -> Iterator[Routing]:
-    """Records which blocks each sparse layer and head of `model` selects: `with moba.routing(model) as record: ...`."""
+    """Record the blocks that each sparse layer and head of `model` selects: `with moba.routing(model) as record: ...`."""
     global _records
     record = Routing(model)
     before, _records = _records, (*_records, record)

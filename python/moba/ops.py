@@ -1,4 +1,4 @@
-"""The operators themselves, on packed tensors; `ops.pyi` has their signatures and what they mean."""
+"""The operators on packed tensors; `ops.pyi` documents their signatures."""
 
 import torch
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def spans_of_mask(mask: Tensor, queries: int, offset: int | Tensor = 0) -> Tensor:
-    """Where each row's tokens are: int32 [B, 4] of q_begin, q_end, k_begin, k_end.
+    """Find the tokens of each row: int32 [B, 4] of q_begin, q_end, k_begin, k_end.
 
     `mask` [B, Sk] is true at tokens and false at padding, which may be to the left, to the right, or both. The queries
     are columns [offset, offset + queries) of it; columns after them are not there yet. Raises ValueError, or RuntimeError
@@ -31,14 +31,14 @@ def spans_of_mask(mask: Tensor, queries: int, offset: int | Tensor = 0) -> Tenso
 
 
 def whole_spans(batch: int, queries: int, keys: int, device: torch.device) -> Tensor:
-    """The spans of a batch without padding."""
+    """Return the spans of a batch without padding."""
     spans = torch.tensor([[0, queries, 0, keys]], dtype=torch.int32)
     return spans.to(device, non_blocking=True).expand(batch, 4)
 
 
 def cu_seqlens_of(spans: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor]:
-    """The offsets of `[B * queries]` and `[B * keys]` packed tokens: for every row its sequence, and around it what is
-    padding, as queries that see no keys and keys that no query sees."""
+    """Compute the offsets of `[B * queries]` and `[B * keys]` packed tokens: each row becomes its sequence, and padding
+    around it sequences of queries without keys and of keys without queries."""
     q_begin, q_end, k_begin, k_end = spans.unbind(-1)
     nothing = torch.zeros_like(q_begin)
     q_lengths = torch.stack([q_begin, nothing, q_end - q_begin, queries - q_end, nothing], dim=-1)
@@ -51,7 +51,7 @@ def _offsets(lengths: Tensor) -> Tensor:
 
 
 def split_tail(spans: Tensor, tail: int) -> tuple[Tensor, Tensor]:
-    """Each row's sequence cut before its last `tail` queries: what comes before, and the tail, which sees all."""
+    """Split each row before its last `tail` queries into a sparse part and a tail with full attention."""
     q_begin, q_end, k_begin, k_end = spans.unbind(-1)
     cut = torch.minimum(q_end - q_begin, torch.full_like(q_end, tail))
     return (

@@ -17,8 +17,8 @@ from .padding import cu_seqlens_of, spans_of_mask, split_tail, whole_spans
 
 
 def register_moba(cfg: MoBAConfig) -> None:
-    """Makes "moba" and "moba_naive" attention implementations of `transformers`, with their masks:
-    `from_pretrained(..., attn_implementation="moba")`. Calling it again replaces `cfg` for the models there are."""
+    """Register "moba" and "moba_naive" as attention implementations of `transformers`, with their masks:
+    `from_pretrained(..., attn_implementation="moba")`. Calling it again replaces `cfg` for existing models, too."""
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
@@ -40,8 +40,8 @@ def moba_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor | None:
-    """What `moba_layer` gets as its mask: None where there is neither padding nor an unfilled cache, else the spans of every
-    row's tokens, int32 [B, 1, 1, 4]. Raises for patterns that are not causal with padding."""
+    """Build the mask of `moba_layer`: None without padding and without an unfilled cache, else the spans of the rows'
+    tokens, int32 [B, 1, 1, 4]. Raises NotImplementedError for patterns that are not causal with padding."""
     from transformers.masking_utils import causal_mask_function
 
     if mask_function is not None and mask_function is not causal_mask_function:
@@ -126,7 +126,7 @@ def moba_layer(
     is_causal: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """One layer's attention: `query` [B, Hq, Sq, D], `key` and `value` [B, Hkv, Sk, D]. Returns [B, Sq, Hq, D]."""
+    """Compute one layer's attention: `query` [B, Hq, Sq, D], `key` and `value` [B, Hkv, Sk, D]. Returns [B, Sq, Hq, D]."""
     check_tensors("moba", query, key, value, "[batch, heads, tokens, head_dim]")
     _refuse(module, dropout, is_causal, options)
     queries = query.shape[2]
@@ -145,7 +145,7 @@ def moba_layer(
 
 
 def _can_decode(query: Tensor) -> bool:
-    """Whether `ops.decode` has a kernel for such queries."""
+    """Return whether `ops.decode` has a kernel for such queries."""
     if query.is_cuda:
         return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in (
             64,
@@ -203,7 +203,7 @@ def _attend(
 
 
 def _begins(mask: Tensor | None, batch: int) -> list[int]:
-    """Where each row's tokens begin, as the host knows it: a device is asked once for each mask, which all layers share."""
+    """Read the first token of each row; a device is read once for each mask, which all layers share."""
     if mask is None:
         return [0] * batch
     begins = getattr(mask, "moba_begins", None)
@@ -223,7 +223,7 @@ def _decode(
     top_k: int,
     sinks: int,
 ) -> Tensor | None:
-    """One token of each row, straight from the cache. None when that needs means of blocks and the cache keeps none."""
+    """Decode one token of each row from the cache; None if that needs means of blocks and the cache keeps none."""
     begin, end = spans.unbind(-1)[2:]
     if top_k == EVERYTHING:
         means = query.new_empty(query.shape[0], 0, *key.shape[1::2], dtype=means_dtype(query))
