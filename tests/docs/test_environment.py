@@ -53,7 +53,7 @@ def read_by_the_code():
         text = path.read_text()
         names |= names_in(text)
         # `[... os.environ[name] ... for name in ("A", "B")]`
-        for listed in re.findall(r"os\.environ\[name\].*? for name in \(([^)]*)\)", text):
+        for listed in re.findall(r"os\.environ\[name\][^\]]*?\sfor name in \(([^)]*)\)", text):
             names |= set(re.findall(f'"{NAME}"', listed))
     return names
 
