@@ -1,4 +1,5 @@
-"""Padded batches without copies: the padding becomes sequences that have no keys, or no queries."""
+"""Batches of sequences without copies: padding becomes sequences without keys or without queries, and packed documents
+become rows of a batch."""
 
 import torch
 from torch import Tensor
@@ -36,9 +37,17 @@ def whole_spans(batch: int, queries: int, keys: int, device: torch.device) -> Te
     return spans.to(device, non_blocking=True).expand(batch, 4)
 
 
-def cu_seqlens_of(spans: Tensor, queries: int, keys: int) -> tuple[Tensor, Tensor]:
-    """Compute the offsets of `[B * queries]` and `[B * keys]` packed tokens: each row becomes its sequence, and padding
-    around it sequences of queries without keys and of keys without queries."""
+def spans_of_documents(lengths: Tensor) -> Tensor:
+    """Return the spans of packed documents, one row each, of int32 `lengths` [documents]."""
+    nothing = torch.zeros_like(lengths)
+    return torch.stack([nothing, lengths, nothing, lengths], dim=-1)
+
+
+def cu_seqlens_of(
+    spans: Tensor, queries: int | Tensor, keys: int | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the offsets of packed tokens: each row becomes its sequence, and padding around it sequences of queries
+    without keys and of keys without queries. `queries` and `keys`: tokens of every row, or of each, [B]."""
     q_begin, q_end, k_begin, k_end = spans.unbind(-1)
     nothing = torch.zeros_like(q_begin)
     q_lengths = torch.stack([q_begin, nothing, q_end - q_begin, queries - q_end, nothing], dim=-1)

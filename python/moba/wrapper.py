@@ -13,7 +13,7 @@ from .config import MoBAConfig
 from .functional import EVERYTHING, check_tensors, flatten, varlen
 from .moba_naive import naive_varlen
 from .modes import current_mode, records_of
-from .padding import cu_seqlens_of, spans_of_mask, split_tail, whole_spans
+from .padding import cu_seqlens_of, spans_of_documents, spans_of_mask, split_tail, whole_spans
 
 
 def register_moba(cfg: MoBAConfig) -> None:
@@ -40,16 +40,15 @@ def moba_mask(
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Tensor | None:
-    """Build the mask of `moba_layer`: None without padding and without an unfilled cache, else the spans of the rows'
-    tokens, int32 [B, 1, 1, 4]. Raises NotImplementedError for patterns that are not causal with padding."""
+    """Build the mask of `moba_layer`: None without padding and without an unfilled cache; for packed documents the lengths
+    of all of them, int32 [documents]; else the spans of the rows' tokens, int32 [B, 1, 1, 4]. Raises NotImplementedError
+    for other patterns than causal attention within sequences."""
     from transformers.masking_utils import causal_mask_function
 
     if mask_function is not None and mask_function is not causal_mask_function:
-        raise NotImplementedError(
-            "moba: this layer's mask is not plainly causal (a sliding window, packed sequences, or a mask of its own); "
-            'sliding windows need another implementation, packed sequences "moba.moba_attn_varlen". '
-            "When compiling without a cache, pass an attention_mask, lest position_ids be taken for packed ones"
-        )
+        if attention_mask is None and q_offset == 0 and q_length == kv_length:
+            return _documents_of_mask(mask_function, batch_size, q_length, device)
+        raise NotImplementedError(_OTHER_MASK)
     if kv_offset != 0:
         raise NotImplementedError(
             f"moba: cache: expected a full one, got one that has dropped its first {kv_offset} tokens"
@@ -70,6 +69,91 @@ def moba_mask(
         ):
             return None
     return spans_of_mask(mask, q_length, q_offset)[:, None, None]
+
+
+_OTHER_MASK = (
+    "moba: attention_mask: expected causal attention within each sequence, got another pattern (a sliding window, packed "
+    "documents beside padding or in chunks, or a mask of the model's own). When compiling without a cache, pass an "
+    "attention_mask: without one, position_ids may stand for packed documents"
+)
+
+
+def _documents_of_mask(mask_function: Any, batch: int, tokens: int, device: Any) -> Tensor:
+    """Return the lengths of the documents of a mask that is causal within each, int32 [documents], of all rows."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(_OTHER_MASK)
+    row = torch.arange(batch, device=device)[:, None]
+    token = torch.arange(tokens, device=device)[None]
+    begins = ~_evaluate(mask_function, row, token, (token - 1).clamp(min=0))
+    begins[:, 0] = True
+    lengths = _lengths_between(begins)
+    first = torch.where(begins, token, 0).cummax(-1).values
+    sees_its_document = _evaluate(mask_function, row, token, first).all()
+    sees_another = _evaluate(mask_function, row, token, (first - 1).clamp(min=0)) & (first > 0)
+    sees_ahead = _evaluate(mask_function, row, token, (token + 1).clamp(max=tokens - 1))[:, :-1]
+    if not sees_its_document or sees_another.any() or sees_ahead.any():
+        raise NotImplementedError(_OTHER_MASK)
+    return lengths
+
+
+def _evaluate(mask_function: Any, row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    seen = mask_function(row, torch.zeros_like(row), query, key)
+    return torch.as_tensor(seen, device=row.device).expand(row.shape[0], query.shape[-1]).clone()
+
+
+def _lengths_between(begins: Tensor) -> Tensor:
+    """Return the lengths of the documents that begin where `begins` [B, tokens] is true, in packed order."""
+    starts = begins.flatten().nonzero()[:, 0]
+    return starts.diff(append=starts.new_tensor([begins.numel()])).to(torch.int32)
+
+
+def _documents(
+    attention_mask: Tensor | None, options: dict[str, Any], query: Tensor, key: Tensor
+) -> Tensor | None:
+    """Return the lengths of packed documents, int32 [documents], or None: from the mask, from `cu_seq_lens_q` of
+    `transformers`' DataCollatorWithFlattening, or from position_ids of one row that start again."""
+    if attention_mask is not None and attention_mask.dim() == 1:
+        return attention_mask
+    batch, _, queries, _ = query.shape
+    keys = key.shape[2]
+    offsets = options.get("cu_seq_lens_q")
+    if offsets is not None:
+        other = options.get("cu_seq_lens_k")
+        if batch != 1 or queries != keys or attention_mask is not None:
+            raise NotImplementedError(
+                "moba: cu_seq_lens_q: expected one row of whole packed documents without padding, got "
+                f"{batch} rows of {queries} queries and {keys} keys"
+                + (" and an attention_mask" if attention_mask is not None else "")
+            )
+        if other is not None and other is not offsets and other.shape != offsets.shape:
+            raise ValueError(
+                f"moba: cu_seq_lens_k: expected {list(offsets.shape)} offsets (as cu_seq_lens_q), got {list(other.shape)}"
+            )
+        return offsets.diff().to(torch.int32)
+    positions = options.get("position_ids")
+    if positions is None or attention_mask is not None or batch != 1 or queries == 1:
+        return None
+    return _documents_of_positions(positions, queries, keys)
+
+
+def _documents_of_positions(positions: Tensor, queries: int, keys: int) -> Tensor | None:
+    """Return the lengths of the documents of `positions` [1, queries], which begin where positions do not rise by one; None
+    if there is one."""
+    if positions.dim() != 2 or positions.shape != (1, queries) or torch.compiler.is_compiling():
+        return None
+    if positions.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    begins = torch.ones_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions.diff() != 1
+    lengths = _lengths_between(begins)
+    if len(lengths) == 1:
+        return None
+    if queries != keys:
+        raise NotImplementedError(
+            f"moba: position_ids: expected positions that rise by one after {keys - queries} tokens in the cache, got packed "
+            "documents"
+        )
+    return lengths
 
 
 def _spans(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
@@ -129,13 +213,17 @@ def moba_layer(
     """Compute one layer's attention: `query` [B, Hq, Sq, D], `key` and `value` [B, Hkv, Sk, D]. Returns [B, Sq, Hq, D]."""
     check_tensors("moba", query, key, value, "[batch, heads, tokens, head_dim]")
     _refuse(module, dropout, is_causal, options)
-    queries = query.shape[2]
-    spans = _spans(attention_mask, query, key)
+    queries, rows = query.shape[2], (query.shape[2], key.shape[2])
+    documents = _documents(attention_mask, options, query, key)
+    if documents is None:
+        spans = _spans(attention_mask, query, key)
+    else:
+        spans, rows, attention_mask = spans_of_documents(documents), (documents, documents), None
     top_k = EVERYTHING if _is_full(config, module, queries) else config.moba_topk
     if naive:
-        attend = partial(_attend_naive, query, key, value, config, scaling)
+        attend = partial(_attend_naive, query, key, value, config, scaling, rows)
     else:
-        attend = partial(_attend, module, query, key, value, attention_mask, config, scaling)
+        attend = partial(_attend, module, query, key, value, attention_mask, config, scaling, rows)
     if top_k == EVERYTHING or config.full_tail == 0 or queries == 1:
         return attend(spans, top_k), None
     before, tail = split_tail(spans, config.full_tail)
@@ -172,6 +260,7 @@ def _attend(
     mask: Tensor | None,
     config: MoBAConfig,
     scaling: float | None,
+    rows: tuple[int | Tensor, int | Tensor],
     spans: Tensor,
     top_k: int,
 ) -> Tensor:
@@ -184,7 +273,7 @@ def _attend(
         if out is not None:
             return out
     q, k, v = _packed(query, key, value)
-    cu_q, cu_k = cu_seqlens_of(spans, queries, key.shape[2])
+    cu_q, cu_k = cu_seqlens_of(spans, *rows)
     out, _, selection = varlen(
         q,
         k,
@@ -252,12 +341,13 @@ def _attend_naive(
     value: Tensor,
     config: MoBAConfig,
     scaling: float | None,
+    rows: tuple[int | Tensor, int | Tensor],
     spans: Tensor,
     top_k: int,
 ) -> Tensor:
     batch, _, queries, _ = query.shape
     q, k, v = _packed(query, key, value)
-    cu_q, cu_k = cu_seqlens_of(spans, queries, key.shape[2])
+    cu_q, cu_k = cu_seqlens_of(spans, *rows)
     sinks = config.sink_blocks if top_k < EVERYTHING else 0
     out = naive_varlen(q, k, v, cu_q, cu_k, config.moba_chunk_size, top_k, sinks, scaling)
     return out.unflatten(0, (batch, queries))

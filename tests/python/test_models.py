@@ -276,6 +276,39 @@ def test_compiled_model():
         )
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("told_by", ("cu_seq_lens", "position_ids", "position_ids without a cache"))
+@pytest.mark.parametrize("config", (SPARSE, MoBAConfig(8, 3, full_tail=6, sink_blocks=1)))
+def test_packed_documents_attend_to_themselves_alone(config, told_by, implementation):
+    model, ids = build("llama"), random_ids(1, 120)
+    moba.register_moba(config)
+    lengths = [1, 50, 2, 67]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    packed = {"position_ids": positions, "use_cache": told_by != "position_ids without a cache"}
+    if told_by == "cu_seq_lens":
+        packed |= {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+        packed |= {"max_length_q": 67, "max_length_k": 67}
+    found = logits(model, implementation, ids, **packed)
+    alone = [logits(model, implementation, part) for part in ids.split(lengths, dim=1)]
+    close(found, torch.cat(alone, dim=1))
+
+
+def test_packed_documents_of_several_rows():
+    model, ids = build("llama"), random_ids(2, 60)
+    moba.register_moba(SPARSE)
+    positions = torch.stack(
+        [torch.cat([torch.arange(n) for n in lengths]) for lengths in ([40, 20], [7, 53])]
+    )
+    found = logits(model, "moba", ids, position_ids=positions, use_cache=False)
+    for row, cut in ((0, 40), (1, 7)):
+        parts = [
+            logits(model, "moba", ids[row : row + 1, part])
+            for part in (slice(cut), slice(cut, None))
+        ]
+        close(found[row : row + 1], torch.cat(parts, dim=1))
+
+
 def test_what_cannot_be_honoured_is_refused():
     moba.register_moba(SPARSE)
     ids = random_ids(1, 40)
@@ -289,8 +322,17 @@ def test_what_cannot_be_honoured_is_refused():
         logits(model, "moba", ids, attention_mask=holes)
     with pytest.raises(NotImplementedError, match="sliding window"):
         logits(build("mistral", sliding_window=16), "moba", ids)
-    with pytest.raises(NotImplementedError, match="packed"):
-        logits(model, "moba", ids, position_ids=torch.arange(20).repeat(2)[None], use_cache=False)
+    positions = torch.arange(20).repeat(2)[None]
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="packed documents"):
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids, position_ids=positions, past_key_values=cache)
+    offsets = torch.tensor([0, 20, 40], dtype=torch.int32)
+    padded = torch.ones_like(ids)
+    padded[0, :3] = 0
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q: expected one row"):
+        logits(model, "moba", ids, attention_mask=padded, cu_seq_lens_q=offsets)
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q: expected one row"):
+        logits(model, "moba", ids.repeat(2, 1), cu_seq_lens_q=offsets)
     with pytest.raises(
         NotImplementedError, match="dropout: expected an attention_dropout of 0, got 0.1"
     ):
