@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 torch.ops.load_library(str(next(Path(__file__).parent.glob("libmoba_torch.*"))))
 
@@ -285,6 +286,7 @@ def _with_gradient(
         raise NotImplementedError(
             "attention: torch.func cannot differentiate it; torch.autograd.grad can"
         )
+    _check_no_tangent("attention", q, k, v)
     try:
         if gradient:
             return _Attention.apply(keyset, *arguments)
@@ -292,6 +294,17 @@ def _with_gradient(
             return _attention.redispatch(keyset, *arguments)
     except (RuntimeError, ValueError) as error:
         raise _refused("attention", error) from None
+
+
+def _check_no_tangent(function, *tensors):
+    """Raise for forward-mode derivatives, which would silently be 0."""
+    if forward_ad._current_level < 0:
+        return
+    for t in tensors:
+        if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+            raise NotImplementedError(
+                f"{function}: forward-mode derivatives (torch.func.jvp) are not supported; torch.autograd.grad is"
+            )
 
 
 class _Underived(torch.autograd.Function):
@@ -314,6 +327,7 @@ def _register_underived(function):
 
     def kernel(keyset, *arguments):
         keyset = keyset & torch._C._after_autograd_keyset
+        _check_no_tangent(function, *arguments)
         if torch.is_grad_enabled() and any(
             isinstance(t, Tensor) and t.requires_grad for t in arguments
         ):

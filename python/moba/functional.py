@@ -198,18 +198,27 @@ def check_varlen(
     cu_seqlens: Tensor,
     moba_chunk_size: int,
     moba_topk: int,
-) -> None:
-    """Check the arguments of `moba_attn_varlen` and `moba_attn_varlen_naive`."""
+) -> Tensor:
+    """Check the arguments of `moba_attn_varlen` and `moba_attn_varlen_naive`; return the offsets as int32."""
     check_tensors(function, q, k, v, "[tokens, heads, head_dim]")
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(
             f"{function}: cu_seqlens: expected an int32 tensor, got {type(cu_seqlens).__name__}"
         )
-    if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"{function}: cu_seqlens: expected torch.int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{function}: cu_seqlens: expected torch.int32 or torch.int64, got {cu_seqlens.dtype}"
+        )
     if cu_seqlens.device != q.device:
         raise ValueError(
             f"{function}: cu_seqlens: expected device {q.device} (that of q), got {cu_seqlens.device}"
         )
     check_int(function, "moba_chunk_size", moba_chunk_size)
     check_int(function, "moba_topk", moba_topk)
+    if cu_seqlens.is_cpu and cu_seqlens.dtype == torch.int64 and not torch.compiler.is_compiling():
+        beyond = cu_seqlens[(cu_seqlens < 0) | (cu_seqlens > q.shape[0])]
+        if beyond.numel() > 0:
+            raise ValueError(
+                f"{function}: cu_seqlens: expected 0 to {q.shape[0]} (the tokens of q), got {beyond[0].item()}"
+            )
+    return cu_seqlens.to(torch.int32)

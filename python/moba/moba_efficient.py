@@ -16,9 +16,9 @@ def moba_attn_varlen(
 ) -> Tensor:
     """Compute causal MoBA of a packed batch.
 
-    `q` [T, Hq, D], `k` and `v` [T, Hkv, D], `Hq % Hkv == 0`; `cu_seqlens` int32 [sequences + 1]. `max_seqlen` is the
+    `q` [T, Hq, D], `k` and `v` [T, Hkv, D], `Hq % Hkv == 0`; `cu_seqlens` int32 or int64 [sequences + 1]. `max_seqlen` is the
     published signature's and not needed. A query attends to `moba_topk` blocks of `moba_chunk_size` tokens, its own
     included. Returns [T, Hq, D]. Raises TypeError or ValueError naming the argument.
     """
-    check_varlen("moba_attn_varlen", q, k, v, cu_seqlens, moba_chunk_size, moba_topk)
-    return varlen(q, k, v, cu_seqlens, cu_seqlens, moba_chunk_size, moba_topk)[0]
+    offsets = check_varlen("moba_attn_varlen", q, k, v, cu_seqlens, moba_chunk_size, moba_topk)
+    return varlen(q, k, v, offsets, offsets, moba_chunk_size, moba_topk)[0]

@@ -1,5 +1,7 @@
 """MoBA as a mask over dense attention in plain PyTorch: the baseline of tests and benchmarks."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -59,18 +61,36 @@ def naive_varlen(
     scale: float | None = None,
 ) -> Tensor:
     """Compute causal MoBA of a packed batch, with a mask of all queries and keys in memory."""
+    v = v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    pieces = [
+        torch.einsum("hqk,khd->qhd", weights, v[keys].float()).to(q.dtype)
+        for _, keys, weights in naive_weights(
+            q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, scale
+        )
+    ]
+    return torch.cat(pieces) if pieces else torch.zeros_like(q)
+
+
+def naive_weights(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    scale: float | None = None,
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield the queries, the keys and the attention weights [Hq, Lq, Lk] (float32) of each sequence."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    pieces = []
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     q_offsets, k_offsets = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for q0, q1, k0, k1 in zip(q_offsets, q_offsets[1:], k_offsets, k_offsets[1:]):
-        queries, keys, values = q[q0:q1], k[k0:k1], v[k0:k1]
-        mask = selection_mask(queries, keys, block_size, top_k, sink_blocks)
-        logits = torch.einsum("qhd,khd->hqk", queries.float(), keys.float()) * scale
+        queries, keys = slice(q0, q1), slice(k0, k1)
+        mask = selection_mask(q[queries], k[keys], block_size, top_k, sink_blocks)
+        logits = torch.einsum("qhd,khd->hqk", q[queries].float(), k[keys].float()) * scale
         weights = logits.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0)
-        pieces.append(torch.einsum("hqk,khd->qhd", weights, values.float()).to(q.dtype))
-    return torch.cat(pieces) if pieces else torch.zeros_like(q)
+        yield queries, keys, weights
 
 
 def moba_attn_varlen_naive(
@@ -84,7 +104,7 @@ def moba_attn_varlen_naive(
 ) -> Tensor:
     """Compute `moba_attn_varlen` in plain PyTorch at quadratic cost; same arguments, result and errors."""
     function = "moba_attn_varlen_naive"
-    check_varlen(function, q, k, v, cu_seqlens, moba_chunk_size, moba_topk)
+    cu_seqlens = check_varlen(function, q, k, v, cu_seqlens, moba_chunk_size, moba_topk)
     offsets = cu_seqlens.tolist()
     if not offsets or offsets[0] != 0 or offsets[-1] != q.shape[0] or offsets != sorted(offsets):
         raise ValueError(

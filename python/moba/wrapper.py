@@ -11,7 +11,7 @@ from . import ops
 from ._operator import means_dtype
 from .config import MoBAConfig
 from .functional import EVERYTHING, check_tensors, flatten, varlen
-from .moba_naive import naive_varlen
+from .moba_naive import naive_varlen, naive_weights
 from .modes import current_mode, records_of
 from .padding import cu_seqlens_of, spans_of_documents, spans_of_mask, split_tail, whole_spans
 
@@ -209,10 +209,16 @@ def moba_layer(
     scaling: float | None = None,
     is_causal: bool | None = None,
     **options: Any,
-) -> tuple[Tensor, None]:
-    """Compute one layer's attention: `query` [B, Hq, Sq, D], `key` and `value` [B, Hkv, Sk, D]. Returns [B, Sq, Hq, D]."""
+) -> tuple[Tensor, Tensor | None]:
+    """Compute one layer's attention: `query` [B, Hq, Sq, D], `key` and `value` [B, Hkv, Sk, D]. Returns [B, Sq, Hq, D] and,
+    from the naive implementation with output_attentions, the weights [B, Hq, Sq, Sk]."""
     check_tensors("moba", query, key, value, "[batch, heads, tokens, head_dim]")
     _refuse(module, dropout, is_causal, options)
+    weights = bool(options.get("output_attentions"))
+    if weights and not naive:
+        raise NotImplementedError(
+            'moba: output_attentions: expected False, got True; attn_implementation="moba_naive" returns weights'
+        )
     queries, rows = query.shape[2], (query.shape[2], key.shape[2])
     documents = _documents(attention_mask, options, query, key)
     if documents is None:
@@ -225,11 +231,15 @@ def moba_layer(
     else:
         attend = partial(_attend, module, query, key, value, attention_mask, config, scaling, rows)
     if top_k == EVERYTHING or config.full_tail == 0 or queries == 1:
-        return attend(spans, top_k), None
-    before, tail = split_tail(spans, config.full_tail)
-    return attend(before, top_k) + attend(
-        tail, EVERYTHING
-    ), None  # each is 0 where the other attends
+        parts = [(spans, top_k)]
+    else:
+        before, tail = split_tail(spans, config.full_tail)
+        parts = [(before, top_k), (tail, EVERYTHING)]  # each is 0 where the other attends
+    outs = [attend(*part) for part in parts]
+    out = outs[0] if len(outs) == 1 else outs[0] + outs[1]
+    if not weights:
+        return out, None
+    return out, sum(_weights_naive(query, key, config, scaling, rows, *part) for part in parts)
 
 
 def _can_decode(query: Tensor) -> bool:
@@ -351,3 +361,29 @@ def _attend_naive(
     sinks = config.sink_blocks if top_k < EVERYTHING else 0
     out = naive_varlen(q, k, v, cu_q, cu_k, config.moba_chunk_size, top_k, sinks, scaling)
     return out.unflatten(0, (batch, queries))
+
+
+def _weights_naive(
+    query: Tensor,
+    key: Tensor,
+    config: MoBAConfig,
+    scaling: float | None,
+    rows: tuple[int | Tensor, int | Tensor],
+    spans: Tensor,
+    top_k: int,
+) -> Tensor:
+    """Return the attention weights of `_attend_naive`, [B, Hq, Sq, Sk], in the dtype of `query`."""
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    q, k, _ = _packed(query, key, key)
+    cu_q, cu_k = cu_seqlens_of(spans, *rows)
+    sinks = config.sink_blocks if top_k < EVERYTHING else 0
+    weights = query.new_zeros(batch, heads, queries, keys)
+    found = naive_weights(q, k, cu_q, cu_k, config.moba_chunk_size, top_k, sinks, scaling)
+    for of_queries, of_keys, part in found:
+        if part.numel() == 0:
+            continue
+        row = of_queries.start // queries
+        q0, k0 = of_queries.start - row * queries, of_keys.start - row * keys
+        weights[row, :, q0 : q0 + part.shape[1], k0 : k0 + part.shape[2]] = part.to(weights.dtype)
+    return weights

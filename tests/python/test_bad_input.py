@@ -296,10 +296,18 @@ def test_the_batched_door(name):
 
 
 @pytest.mark.parametrize("attend", (moba.moba_attn_varlen, moba.moba_attn_varlen_naive))
+def test_offsets_of_int64_are_converted(attend):
+    q, k, v, cu, _ = batch([10, 6])
+    assert torch.equal(attend(q, k, v, cu.long(), 10, 4, 2), attend(q, k, v, cu, 10, 4, 2))
+
+
+@pytest.mark.parametrize("attend", (moba.moba_attn_varlen, moba.moba_attn_varlen_naive))
 def test_the_varlen_doors(attend):
     q, k, v, cu, _ = batch([10, 6])
     for wrong, kind in (
-        ((q, k, v, cu.long(), 10, 4, 2), TypeError),
+        ((q, k, v, cu.float(), 10, 4, 2), TypeError),
+        ((q, k, v, ints(0, 2**32, 16, dtype=torch.int64), 10, 4, 2), ValueError),
+        ((q, k, v, ints(0, -1, 16, dtype=torch.int64), 10, 4, 2), ValueError),
         ((q, k, v, [0, 16], 10, 4, 2), TypeError),
         ((q, k, v, cu.to("meta"), 10, 4, 2), ValueError),
         ((q, k.half(), v, cu, 10, 4, 2), TypeError),

@@ -294,6 +294,28 @@ def test_packed_documents_attend_to_themselves_alone(config, told_by, implementa
     close(found, torch.cat(alone, dim=1))
 
 
+@pytest.mark.parametrize("config", (EVERYTHING, SPARSE, MoBAConfig(8, 3, full_tail=6)))
+def test_the_naive_implementation_returns_attention_weights(config):
+    model, ids = build("llama"), random_ids(2, 50)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    moba.register_moba(config)
+    model.set_attn_implementation("moba_naive")
+    with torch.no_grad():
+        found = model(ids, attention_mask=mask, output_attentions=True).attentions
+        model.set_attn_implementation("eager")
+        dense = model(ids, attention_mask=mask, output_attentions=True).attentions
+    sums = mask[:, None].float().expand(-1, 4, -1)
+    for layer in found:
+        close(layer.sum(-1), sums)
+    if config is EVERYTHING:
+        for ours, theirs in zip(found, dense):
+            close(ours, theirs * mask[:, None, :, None])
+    model.set_attn_implementation("moba")
+    with pytest.raises(NotImplementedError, match="output_attentions: .*moba_naive"):
+        model(ids, output_attentions=True)
+
+
 def test_packed_documents_of_several_rows():
     model, ids = build("llama"), random_ids(2, 60)
     moba.register_moba(SPARSE)

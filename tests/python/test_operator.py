@@ -362,6 +362,28 @@ def test_vmap_is_a_loop():
         )
 
 
+def test_forward_mode_derivatives_are_refused():
+    q, k, v, cu, _ = batch([20])
+    tangents = {"q": (0,), "k": (1,), "v": (2,), "all": (0, 1, 2)}
+    for which in tangents.values():
+        primals = tuple((q, k, v)[i] for i in which)
+
+        def attend(*given, which=which):
+            arguments = [q, k, v]
+            for i, t in zip(which, given):
+                arguments[i] = t
+            return ops.attention(*arguments, cu, cu, 4, 3)[0]
+
+        with pytest.raises(NotImplementedError, match="forward-mode"):
+            torch.func.jvp(attend, primals, tuple(torch.ones_like(t) for t in primals))
+        with torch.autograd.forward_ad.dual_level():
+            duals = [torch.autograd.forward_ad.make_dual(t, torch.ones_like(t)) for t in primals]
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                attend(*duals)
+    with torch.autograd.forward_ad.dual_level():
+        attend(*primals)  # without a tangent
+
+
 def test_torch_func_gradients_are_refused_and_gradients_through_vmap_work():
     q, k, v, cu, _ = batch([20])
     with pytest.raises(NotImplementedError, match="torch.autograd.grad"):
