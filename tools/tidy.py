@@ -55,7 +55,7 @@ def main() -> int:
         "paths", nargs="*", help="files or folders; the whole repository by default"
     )
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count())
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
 
     clean_folder = options.build / "tidy"
     clean_folder.mkdir(exist_ok=True)

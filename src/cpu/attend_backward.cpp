@@ -52,13 +52,13 @@ void pack(BackwardWorker& w) {
   }
 }
 
-/// weights = 2^(weights - lse), d_logits = weights (d_logits - delta)
+/// weights = 2^min(weights - lse, 0), d_logits = weights (d_logits - delta)
 void exp2_and_d_logits(float* HWY_RESTRICT weights, float* HWY_RESTRICT d_logits, std::size_t columns,
                        RowStats stats) {
   const F32 d;
   const Vec lse = hn::Set(d, stats.lse), delta = hn::Set(d, stats.delta);
   for (std::size_t i = 0; i < columns; i += kLanes) {
-    const Vec p = exp2(hn::Sub(hn::Load(d, weights + i), lse));
+    const Vec p = exp2(at_most_zero(hn::Sub(hn::Load(d, weights + i), lse)));
     hn::Store(p, d, weights + i);
     hn::Store(hn::Mul(p, hn::Sub(hn::Load(d, d_logits + i), delta)), d, d_logits + i);
   }

@@ -226,8 +226,8 @@ class AmxBackward {
     Vec left, right;  // sixteen rows each
   };
 
-  /// weights = 2^(scale logits - lse), d_logits = weights (d_weights - delta), of one key; 0 where it is not
-  /// seen.
+  /// weights = 2^min(scale logits - lse, 0), d_logits = weights (d_weights - delta), of one key; 0 where it
+  /// is not seen.
   HWY_INLINE Pair exp2_and_d_logits(std::size_t key, std::size_t block, std::size_t in_block,
                                     std::size_t tile) {
     const __m512i number = _mm512_set1_epi32(static_cast<int>(key + block + in_block));
@@ -236,8 +236,8 @@ class AmxBackward {
     for (std::size_t half = 0; half < 2; ++half) {
       const std::size_t at = tile * kSide + half * kLanes, from = (block + in_block) * kSide + half * kLanes;
       const __mmask16 seen = _mm512_cmpgt_epi32_mask(_mm512_load_si512(scratch_.seen + at), number);
-      p[half] = exp2(
-          hn::MulSub(hn::Load(F32(), scratch_.logits + from), scale, hn::Load(F32(), scratch_.lse + at)));
+      p[half] = exp2(at_most_zero(
+          hn::MulSub(hn::Load(F32(), scratch_.logits + from), scale, hn::Load(F32(), scratch_.lse + at))));
       p[half] = Vec{_mm512_maskz_mov_ps(seen, p[half].raw)};
       const Vec slope =
           hn::Sub(hn::Load(F32(), scratch_.d_weights + from), hn::Load(F32(), scratch_.delta + at));

@@ -161,6 +161,13 @@ HWY_INLINE Vec exp2(Vec x) {
 #endif
 }
 
+/// min(x, 0), NaN stays NaN. A weight recomputed from its saved LSE is at most 1; rounding of large logits
+/// would make it larger, without bound.
+HWY_INLINE Vec at_most_zero(Vec x) {
+  const Vec zero = hn::Zero(F32());
+  return HWY_TARGET == HWY_SCALAR ? hn::IfThenElse(hn::Gt(x, zero), zero, x) : hn::Min(zero, x);
+}
+
 /// Loads one row of `size` values of storage type `dtype`, times `factor`, as f32.
 HWY_INLINE void load_f32(const std::byte* from, DType dtype, std::size_t size, float factor,
                          float* HWY_RESTRICT to) {

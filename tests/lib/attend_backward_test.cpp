@@ -101,6 +101,32 @@ TEST(AttendBackward, EqualsFiniteDifferences) {
 
 using BackwardOfBackend = EveryBackend;
 
+/// Logits so large that their rounding exceeds 1: recomputed weights stay at most 1, and so dv at most the
+/// sum of d_out.
+TEST_P(BackwardOfBackend, LargeLogitsGiveWeightsOfAtMostOne) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    const double magnitude = dtype == DType::f16 ? 1e2 : 3e3;
+    for (const Routing& routing : {Routing::full(), Routing{.block_size = 16, .top_k = 3}}) {
+      Case c = plain_case(3, 100, 100, routing);
+      c.dtype = dtype;
+      c.head_dim = 64;
+      fill(c);
+      Array d_out(c.dtype, c.queries(), c.q_heads(), c.head_dim);
+      for (std::int64_t token = 0; token < c.queries(); ++token) {
+        for (std::int64_t d = 0; d < c.head_dim; ++d) {
+          c.q.set(token, 0, d, magnitude * c.q.get(token, 0, d));
+          c.k.set(token, 0, d, magnitude * c.k.get(token, 0, d));
+          d_out.set(token, 0, d, 1);
+        }
+      }
+      Result forward = run_attention(c, execution());
+      const Differentiated found = backward(c, d_out, forward, execution());
+      EXPECT_LE(largest(found.dv), 101) << describe(c);
+      EXPECT_TRUE(std::isfinite(largest(found.dq)) && std::isfinite(largest(found.dk))) << describe(c);
+    }
+  }
+}
+
 bool same(const Differentiated& a, const Differentiated& b) {
   return a.dq.bytes() == b.dq.bytes() && a.dk.bytes() == b.dk.bytes() && a.dv.bytes() == b.dv.bytes();
 }
