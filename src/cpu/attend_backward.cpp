@@ -41,8 +41,11 @@ void pack(BackwardWorker& w) {
   const auto key = row_of(keys, problem.k.dtype);
   pack_transposed(w.count(), w.depth(), key, w.batch.f32_rows, w.keys);
   pack_transposed(w.count(), w.depth(), row_of(values, problem.v.dtype), w.batch.f32_rows, w.values);
+  w.nonfinite_keys.reset();
   for (std::size_t i = 0; i < w.count(); ++i) {
     const float* from = key(i, w.batch.f32_rows);
+    w.nonfinite_keys[i] = !all_finite(from, w.depth());
+    if (w.nonfinite_keys[i]) from = w.batch.f32_rows + kMaxLanes * kMaxHeadDim;  // zeros
     float* to = w.key_rows + i * kCols;
     for (std::size_t column = 0; column < w.depth(); column += kCols, to += w.count() * kCols) {
       const std::size_t width = std::min(kCols, w.depth() - column);
@@ -62,6 +65,38 @@ void exp2_and_d_logits(float* HWY_RESTRICT weights, float* HWY_RESTRICT d_logits
     hn::Store(p, d, weights + i);
     hn::Store(hn::Mul(p, hn::Sub(hn::Load(d, d_logits + i), delta)), d, d_logits + i);
   }
+}
+
+/// Adds the non-finite keys, which are packed as zeros, to dq of the rows that see them: in a product of
+/// tiles they would reach every row, because 0 * inf is NaN.
+void add_nonfinite_keys(BackwardWorker& w, const float* d_logits, const std::size_t* seen, std::size_t rows) {
+  const Rows keys = w.g.problem.keys(w.sequence, w.backward_tile.range->head, w.key_tile.first);
+  for (std::size_t i = 0; i < w.count(); ++i) {
+    if (!w.nonfinite_keys[i]) continue;
+    const float* key =
+        row_as_f32(keys, w.g.problem.k.dtype, static_cast<std::int64_t>(i), w.depth(), w.batch.f32_rows);
+    for (std::size_t r = 0; r < rows; ++r) {
+      if (i >= seen[r]) continue;
+      for (std::size_t c = 0; c < w.depth(); ++c)
+        w.batch.dq_rows[r][c] += d_logits[r * kScoreStride + i] * key[c];
+    }
+  }
+}
+
+/// Adds a row with a non-finite query or d_out to the gradients of the keys that it sees, then clears it: in
+/// a product of tiles it would reach the other keys of the tile, too.
+void add_nonfinite_row(BackwardWorker& w, float* query, float* d_out, float* weights, float* d_logits,
+                       std::size_t seen) {
+  for (std::size_t i = 0; i < seen; ++i) {
+    for (std::size_t c = 0; c < w.depth(); ++c) {
+      w.dv[i * w.stride + c] += weights[i] * d_out[c];
+      w.dk[i * w.stride + c] += d_logits[i] * query[c];
+    }
+  }
+  std::fill_n(query, kRowStride, 0.0F);
+  std::fill_n(d_out, kRowStride, 0.0F);
+  std::fill_n(weights, kScoreStride, 0.0F);
+  std::fill_n(d_logits, kScoreStride, 0.0F);
 }
 
 /// Processes rows [first, last) of the key tile's list as rows `at` and on of the batch: computes their
@@ -106,6 +141,13 @@ void backward_row_tile(BackwardWorker& w, std::int64_t first, std::int64_t last,
     kValueTiles[rows - 1](d_logits, w.key_rows + panel * w.count() * kCols, columns, batch.ones,
                           batch.dq_rows, panel * kCols);
     prefetch_some_rows(w);
+  }
+  if (w.nonfinite_keys.any()) add_nonfinite_keys(w, d_logits, seen, rows);
+  for (std::size_t r = 0; r < rows; ++r) {
+    float *query = queries + r * kRowStride, *d_out = d_outs + r * kRowStride;
+    if (seen[r] < w.count() && !(all_finite(query, w.depth()) && all_finite(d_out, w.depth()))) {
+      add_nonfinite_row(w, query, d_out, weights + r * kScoreStride, d_logits + r * kScoreStride, seen[r]);
+    }
   }
   for (std::size_t r = 0; r < rows; ++r) {
     add_scaled(batch.dq_rows[r], w.depth(), problem.scale,

@@ -7,6 +7,8 @@
 #define MOBA_CPU_BACKWARD_INL_H_
 #endif
 
+#include <bitset>
+
 #include "cpu/backward.h"
 #include "cpu/prefetch.h"
 #include "cpu/tile-inl.h"
@@ -25,6 +27,7 @@ struct BackwardWorker {
   float* key_rows;  // [panels(D)][count][kCols]
   float *dk, *dv;   // [count, stride]
   std::size_t stride;
+  std::bitset<kKeyTileSize> nonfinite_keys{};  // packed as zeros
   KeyTile key_tile{}, next_key_tile{};
   PrefetchBudget row_budget{}, key_budget{};
 

@@ -1,6 +1,7 @@
 // Gradients against finite differences of the forward, in f64, and across storage types.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <map>
 #include <random>
@@ -140,6 +141,64 @@ double largest_difference(const Array& a, const Array& b) {
     }
   }
   return most;
+}
+
+bool row_is_finite(const Array& array, std::int64_t token, std::int64_t head) {
+  for (std::int64_t d = 0; d < array.head_dim(); ++d) {
+    if (!std::isfinite(array.get(token, head, d))) return false;
+  }
+  return true;
+}
+
+/// Causal attention of one sequence with as many queries as keys: whether a row attends to a key.
+bool attends(const Case& c, const Result& forward, std::int64_t head, std::int64_t query, std::int64_t key) {
+  if (key > query) return false;
+  if (c.routing.top_k == Routing::kEverything) return true;
+  const std::vector<std::int32_t> blocks = forward.row(head, query);
+  return std::find(blocks.begin(), blocks.end(), key / c.routing.block_size) != blocks.end();
+}
+
+TEST_P(BackwardOfBackend, NonFiniteInputsReachOnlyGradientsThatDependOnThem) {
+  constexpr std::int64_t kTokens = 150;
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    for (const Routing& routing :
+         {Routing::full(), Routing{.block_size = 32, .top_k = 3}, Routing{.block_size = 7, .top_k = 2}}) {
+      for (const int place : {0, 1, 2, 3}) {  // in q, k, v, d_out
+        for (const double bad : {std::nan(""), HUGE_VAL}) {
+          Case c = plain_case(static_cast<std::uint64_t>(place) + 5, kTokens, kTokens, routing);
+          c.dtype = dtype;
+          c.group = 2;
+          c.head_dim = 40;
+          fill(c);
+          Array d_out = gradient_for(c);
+          constexpr std::int64_t kBad = 70;
+          const std::int64_t bad_head = place == 0 || place == 3 ? 1 : 0;
+          Array& input = place == 0 ? c.q : place == 1 ? c.k : place == 2 ? c.v : d_out;
+          input.set(kBad, bad_head, 3, bad);
+
+          Result forward = run_attention(c, execution());
+          const Differentiated found = backward(c, d_out, forward, execution());
+          std::vector<bool> key_may_be(kTokens, false);
+          for (std::int64_t head = 0; head < c.q_heads(); ++head) {
+            for (std::int64_t query = 0; query < kTokens; ++query) {
+              const bool depends = place == 0 || place == 3 ? query == kBad && head == bad_head
+                                                            : attends(c, forward, head, query, kBad);
+              EXPECT_TRUE(depends || row_is_finite(found.dq, query, head))
+                  << describe(c) << " place " << place << " query " << query << " head " << head;
+              for (std::int64_t key = 0; depends && key <= query; ++key) {
+                if (attends(c, forward, head, query, key)) key_may_be[static_cast<std::size_t>(key)] = true;
+              }
+            }
+          }
+          for (std::int64_t key = 0; key < kTokens; ++key) {
+            EXPECT_TRUE(key_may_be[static_cast<std::size_t>(key)] ||
+                        (row_is_finite(found.dk, key, 0) && row_is_finite(found.dv, key, 0)))
+                << describe(c) << " place " << place << " key " << key;
+          }
+        }
+      }
+    }
+  }
 }
 
 TEST_P(BackwardOfBackend, EqualsTheReferenceInDouble) {
