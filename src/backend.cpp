@@ -38,10 +38,6 @@ const Backend& named_backend(const std::string& name, Device device) {
   refuse(argument, "expected one of this build (", known, "), got \"", wanted, "\"");
 }
 
-const DeviceFlow* device_flow(const Tensor& q, const Execution& execution) {
-  return named_backend(execution.backend, q.device).device;
-}
-
 DeviceBatch batch_of(const Sequences& sequences) {
   DeviceBatch batch{.q_starts = sequences.cu_seqlens_q.data(),
                     .k_starts = sequences.cu_seqlens_k.data(),
@@ -50,6 +46,10 @@ DeviceBatch batch_of(const Sequences& sequences) {
     batch.max_seqlen_k =
         std::max(batch.max_seqlen_k, std::int64_t{sequences.cu_seqlens_k[s + 1]} - sequences.cu_seqlens_k[s]);
   return batch;
+}
+
+DeviceBatch batch_of(const DeviceSequences& sequences) {
+  return {sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.count, sequences.max_seqlen_k, true};
 }
 
 const Backend& choose_backend(const std::string& name, const Problem& problem) {

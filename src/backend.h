@@ -90,9 +90,8 @@ constexpr std::size_t kHostWorkspace = std::size_t{256} << 20;
 /// The backend of that name, or by MOBA_BACKEND, or the default of the device. Throws ArgumentError
 /// when there is none.
 const Backend& named_backend(const std::string& name, Device device);
-/// The flow of that backend when it is one on a device.
-const DeviceFlow* device_flow(const Tensor& q, const Execution& execution);
 DeviceBatch batch_of(const Sequences& sequences);
+DeviceBatch batch_of(const DeviceSequences& sequences);
 
 /// The same for a problem on the host. Throws also when the backend refuses it.
 const Backend& choose_backend(const std::string& name, const Problem& problem);

@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "moba/cuda.h"
+
 namespace moba {
 namespace {
 
@@ -38,6 +40,11 @@ std::int64_t selection_width(const Sequences& sequences, const Routing& routing)
     longest = std::max(longest, std::int64_t{sequences.cu_seqlens_k[s + 1]} - sequences.cu_seqlens_k[s]);
   }
   return std::min(routing.top_k, longest == 0 ? 0 : (longest - 1) / routing.block_size + 1);
+}
+
+std::int64_t selection_width(const DeviceSequences& sequences, const Routing& routing) {
+  return std::min(routing.top_k,
+                  sequences.max_seqlen_k == 0 ? 0 : (sequences.max_seqlen_k - 1) / routing.block_size + 1);
 }
 
 void finish_problem(Problem& problem, const Routing& routing, std::int64_t kv_heads) {

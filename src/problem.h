@@ -111,7 +111,7 @@ struct WorkSlice {
 
   std::int64_t heads() const { return head1 - head0; }
   std::int64_t tokens() const { return token1 - token0; }
-  /// The queries [first, last) of `s` that belong to this group, counted within the sequence.
+  /// The queries [first, last) of `s` that belong to this slice, counted within the sequence.
   std::pair<std::int64_t, std::int64_t> queries_of(const SequenceView& s) const {
     const std::int64_t first = std::clamp<std::int64_t>(token0 - s.q_begin, 0, s.queries);
     const std::int64_t last = std::clamp<std::int64_t>(token1 - s.q_begin, 0, s.queries);
@@ -131,22 +131,22 @@ struct Means {
   }
 };
 
-/// What the gate picked: [heads of the group, tokens of the group, query heads of a kv head, width], block
+/// What the gate picked: [heads of the slice, tokens of the slice, query heads of a kv head, width], block
 /// numbers ascending, padded with -1. For causal routing the current block is not listed.
 struct Selection {
-  WorkSlice group{};
+  WorkSlice slice{};
   std::int64_t query_group = 1, width = 0;
   Buffer<std::int32_t> blocks{};
 
   /// The rows of `token` (packed) at kv head `head`: query_group x width.
   std::int32_t* of(std::int64_t head, std::int64_t token) const {
     return blocks.data() +
-           ((head - group.head0) * group.tokens() + token - group.token0) * query_group * width;
+           ((head - slice.head0) * slice.tokens() + token - slice.token0) * query_group * width;
   }
 };
 
 /// Consecutive queries [q0, q1) of one sequence at one kv head, owned by one worker. A row is a (query, head
-/// of the group) pair: row = (query - q0) * group + head.
+/// of the group) pair: row = (query - q0) * heads_per_kv + head.
 struct Range {
   std::int64_t sequence = 0, head = 0, q0 = 0, q1 = 0;
   std::int64_t first_offset = 0;  // into Plan::offsets: blocks of the sequence + 1 entries

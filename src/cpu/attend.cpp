@@ -179,13 +179,13 @@ template <TileArithmetic Arithmetic, typename Id>
 TileRows locate(const AttendWorker<Arithmetic>& w, std::int64_t first, std::int64_t last, Id&& id) {
   TileRows rows;
   const Tensor& q = w.problem.q;
-  const auto group = static_cast<std::uint32_t>(w.problem.heads_per_kv);
+  const auto heads_per_kv = static_cast<std::uint32_t>(w.problem.heads_per_kv);
   const auto size = static_cast<std::int64_t>(size_of(q.dtype));
   for (std::int64_t i = first; i < last; ++i, ++rows.count) {
     const std::uint32_t row = id(i);
-    const std::uint32_t token = group == 1 ? row : row / group;  // a division is worth avoiding
+    const std::uint32_t token = heads_per_kv == 1 ? row : row / heads_per_kv;  // a division is worth avoiding
     const std::int64_t query = w.range.q0 + token,
-                       head = w.range.head * w.problem.heads_per_kv + row - token * group;
+                       head = w.range.head * w.problem.heads_per_kv + row - token * heads_per_kv;
     rows.ids[rows.count] = row;
     rows.position[rows.count] = w.sequence.position(query);
     rows.query[rows.count] =

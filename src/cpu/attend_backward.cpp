@@ -368,8 +368,8 @@ struct GradientAccumulator {
   }
 };
 
-/// Returns whether q, k, v and d_out are finite at the group's heads, as the products of parts require.
-bool finite(const Problem& problem, const Backward& backward, const WorkSlice& group,
+/// Returns whether q, k, v and d_out are finite at the slice's heads, as the products of parts require.
+bool finite(const Problem& problem, const Backward& backward, const WorkSlice& slice,
             const Parallel& parallel) {
   constexpr std::int64_t kTokens = 256;
   const auto check = &HWY_DYNAMIC_DISPATCH(rows_finite);
@@ -383,32 +383,32 @@ bool finite(const Problem& problem, const Backward& backward, const WorkSlice& g
     });
   };
   for (const Tensor* t : {&problem.q, &backward.d_out}) {
-    spread(problem.tokens, group.heads() * problem.heads_per_kv,
+    spread(problem.tokens, slice.heads() * problem.heads_per_kv,
            [&](std::int64_t head, std::int64_t first, std::int64_t count) {
              const std::int64_t element =
-                 first * t->strides[0] + (group.head0 * problem.heads_per_kv + head) * t->strides[1];
+                 first * t->strides[0] + (slice.head0 * problem.heads_per_kv + head) * t->strides[1];
              const auto* from = static_cast<const std::byte*>(t->data) +
                                 element * static_cast<std::int64_t>(size_of(t->dtype));
              return check({.data = from, .stride = t->strides[0]}, t->dtype, count, size);
            });
   }
   for (const SequenceView& s : problem.sequences) {
-    spread(s.keys, group.heads(), [&](std::int64_t head, std::int64_t first, std::int64_t count) {
-      return check(problem.keys(s, group.head0 + head, first), problem.k.dtype, count, size) &&
-             check(problem.values(s, group.head0 + head, first), problem.v.dtype, count, size);
+    spread(s.keys, slice.heads(), [&](std::int64_t head, std::int64_t first, std::int64_t count) {
+      return check(problem.keys(s, slice.head0 + head, first), problem.k.dtype, count, size) &&
+             check(problem.values(s, slice.head0 + head, first), problem.v.dtype, count, size);
     });
   }
   return all;
 }
 
-Units units_for(const Problem& problem, const Backward& backward, const WorkSlice& group,
+Units units_for(const Problem& problem, const Backward& backward, const WorkSlice& slice,
                 const Parallel& parallel) {
   const bool all_bf16 = problem.q.dtype == DType::bf16 && problem.k.dtype == DType::bf16 &&
                         problem.v.dtype == DType::bf16 && backward.d_out.dtype == DType::bf16;
   const bool on_amx = all_bf16
                           ? bf16_tiles() != nullptr && bf16_tiles()->name == std::string_view("amx")
                           : bf16x6_tiles() != nullptr && problem.routing.block_size >= kMinBf16x6BlockSize;
-  if (!on_amx || !finite(problem, backward, group, parallel)) return Units::fma;
+  if (!on_amx || !finite(problem, backward, slice, parallel)) return Units::fma;
   return all_bf16 ? Units::amx_bf16 : Units::amx_bf16x6;
 }
 
@@ -461,35 +461,35 @@ std::vector<std::vector<BackwardTile>> rounds_of(const BackwardState& g, const P
 
 }  // namespace
 
-std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& group, int threads) {
-  const std::int64_t rows = group.heads() * problem.heads_per_kv * problem.tokens;
+std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& slice, int threads) {
+  const std::int64_t rows = slice.heads() * problem.heads_per_kv * problem.tokens;
   const std::int64_t sums =
-      problem.q.dtype == DType::f32 ? 0 : (rows + 2 * group.heads() * keys_of(problem)) * problem.head_dim;
+      problem.q.dtype == DType::f32 ? 0 : (rows + 2 * slice.heads() * keys_of(problem)) * problem.head_dim;
   return static_cast<std::size_t>(rows) * sizeof(RowStats) + static_cast<std::size_t>(sums) * sizeof(float) +
          static_cast<std::size_t>(threads) * worker_bytes(problem);
 }
 
 void attend_backward(const Problem& problem, const Selection& selection, const Plan& plan,
                      const Backward& backward, Context& context) {
-  const WorkSlice& group = selection.group;
+  const WorkSlice& slice = selection.slice;
   const Parallel& parallel = context.parallel;
   const Gradients& gradients = backward.gradients;
-  const GradientAccumulator dq(gradients.dq, group.head0 * problem.heads_per_kv,
-                               group.head1 * problem.heads_per_kv, context),
-      dk(gradients.dk, group.head0, group.head1, context),
-      dv(gradients.dv, group.head0, group.head1, context);
-  const Buffer<RowStats> stats(context.scratch, group.heads() * problem.heads_per_kv * problem.tokens);
+  const GradientAccumulator dq(gradients.dq, slice.head0 * problem.heads_per_kv,
+                               slice.head1 * problem.heads_per_kv, context),
+      dk(gradients.dk, slice.head0, slice.head1, context),
+      dv(gradients.dv, slice.head0, slice.head1, context);
+  const Buffer<RowStats> stats(context.scratch, slice.heads() * problem.heads_per_kv * problem.tokens);
   const BackwardState g{problem, plan,         backward,
-                        group,   dq.sums,      dk.sums,
-                        dv.sums, stats.data(), units_for(problem, backward, group, parallel)};
+                        slice,   dq.sums,      dk.sums,
+                        dv.sums, stats.data(), units_for(problem, backward, slice, parallel)};
   for (const GradientAccumulator* output : {&dq, &dk, &dv}) output->clear(parallel);
 
   constexpr std::int64_t kTokens = 256;
   const std::int64_t steps = (problem.tokens + kTokens - 1) / kTokens;
   const auto prepare = &HWY_DYNAMIC_DISPATCH(row_stats);
-  parallel.run(steps * group.heads() * problem.heads_per_kv, [&](std::int64_t task, int) {
+  parallel.run(steps * slice.heads() * problem.heads_per_kv, [&](std::int64_t task, int) {
     const std::int64_t first = task % steps * kTokens;
-    prepare(g, group.head0 * problem.heads_per_kv + task / steps, first,
+    prepare(g, slice.head0 * problem.heads_per_kv + task / steps, first,
             std::min(first + kTokens, problem.tokens));
   });
 

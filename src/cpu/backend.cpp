@@ -16,35 +16,35 @@ std::string refuses(const Problem& problem) {
   return {};
 }
 
-std::size_t means_bytes(const Problem& problem, const WorkSlice& group) {
+std::size_t means_bytes(const Problem& problem, const WorkSlice& slice) {
   std::size_t blocks = 0;
   if (problem.needs_scores()) {
     for (const SequenceView& s : problem.sequences)
       blocks += static_cast<std::size_t>(problem.candidate_blocks(s));
   }
-  return blocks * static_cast<std::size_t>(group.heads() * problem.head_dim) * sizeof(float);
+  return blocks * static_cast<std::size_t>(slice.heads() * problem.head_dim) * sizeof(float);
 }
 
-std::size_t selection_bytes(const Problem& problem, const WorkSlice& group) {
-  return static_cast<std::size_t>(group.heads() * group.tokens() * problem.heads_per_kv * problem.width()) *
+std::size_t selection_bytes(const Problem& problem, const WorkSlice& slice) {
+  return static_cast<std::size_t>(slice.heads() * slice.tokens() * problem.heads_per_kv * problem.width()) *
          sizeof(std::int32_t);
 }
 
-std::size_t workspace(const Problem& problem, const WorkSlice& group, int threads) {
+std::size_t workspace(const Problem& problem, const WorkSlice& slice, int threads) {
   const auto workers = static_cast<std::size_t>(threads);
   const std::size_t attending =
-      cpu::plan_bytes(problem, group) + workers * cpu::attend_bytes(problem, cpu::min_range_rows(problem));
-  return means_bytes(problem, group) + selection_bytes(problem, group) +
-         std::max(workers * cpu::gate_bytes(problem) + cpu::screened_bytes(problem, group.heads()),
+      cpu::plan_bytes(problem, slice) + workers * cpu::attend_bytes(problem, cpu::min_range_rows(problem));
+  return means_bytes(problem, slice) + selection_bytes(problem, slice) +
+         std::max(workers * cpu::gate_bytes(problem) + cpu::screened_bytes(problem, slice.heads()),
                   attending);
 }
 
-std::size_t workspace_backward(const Problem& problem, const WorkSlice& group, int threads) {
+std::size_t workspace_backward(const Problem& problem, const WorkSlice& slice, int threads) {
   const std::size_t selecting =
-      means_bytes(problem, group) + static_cast<std::size_t>(threads) * cpu::gate_bytes(problem);
+      means_bytes(problem, slice) + static_cast<std::size_t>(threads) * cpu::gate_bytes(problem);
   const std::size_t attending =
-      cpu::plan_backward_bytes(problem, group) + cpu::attend_backward_bytes(problem, group, threads);
-  return selection_bytes(problem, group) + std::max(selecting, attending);
+      cpu::plan_backward_bytes(problem, slice) + cpu::attend_backward_bytes(problem, slice, threads);
+  return selection_bytes(problem, slice) + std::max(selecting, attending);
 }
 
 }  // namespace

@@ -35,13 +35,13 @@ struct BackwardState {
   const Problem& problem;
   const Plan& plan;
   const Backward& backward;
-  WorkSlice group;
+  WorkSlice slice;
   AccumulatorView dq, dk, dv;
-  RowStats* stats;  // [query heads of the group, tokens]
+  RowStats* stats;  // [query heads of the slice, tokens]
   Units units;
 
   RowStats& stats_of(std::int64_t q_head, std::int64_t token) const {
-    return stats[(q_head - group.head0 * problem.heads_per_kv) * problem.tokens + token];
+    return stats[(q_head - slice.head0 * problem.heads_per_kv) * problem.tokens + token];
   }
 };
 

@@ -183,23 +183,23 @@ std::size_t gate_bytes(const Problem& problem) {
   return round_up(bytes, Scratch::kAlignment) + 16 * Scratch::kAlignment;
 }
 
-Selection gate(const Problem& problem, const Means& means, const WorkSlice& group, Context& context) {
-  Selection selection{group, problem.heads_per_kv, problem.width(), {}};
+Selection gate(const Problem& problem, const Means& means, const WorkSlice& slice, Context& context) {
+  Selection selection{slice, problem.heads_per_kv, problem.width(), {}};
   if (selection.width == 0) return selection;
   selection.blocks = Buffer<std::int32_t>(
-      context.scratch, group.heads() * group.tokens() * problem.heads_per_kv * selection.width);
+      context.scratch, slice.heads() * slice.tokens() * problem.heads_per_kv * selection.width);
 
   const Buffer<std::byte> screened_memory(context.scratch,
-                                          static_cast<std::int64_t>(screened_bytes(problem, group.heads())));
-  std::vector<ScreenedMeans> screened(problem.sequences.size() * static_cast<std::size_t>(group.heads()));
+                                          static_cast<std::int64_t>(screened_bytes(problem, slice.heads())));
+  std::vector<ScreenedMeans> screened(problem.sequences.size() * static_cast<std::size_t>(slice.heads()));
   std::vector<GateTask> tasks;
   std::byte* next = screened_memory.data();
-  for (std::int64_t head = group.head0; head < group.head1; ++head) {
+  for (std::int64_t head = slice.head0; head < slice.head1; ++head) {
     for (std::size_t s = 0; s < problem.sequences.size(); ++s) {
       const std::int64_t blocks = candidate_count(problem, problem.sequences[s]);
       ScreenedMeans* rounded = nullptr;
       if (blocks >= screen_from()) {
-        rounded = &screened[static_cast<std::size_t>(head - group.head0) * problem.sequences.size() + s];
+        rounded = &screened[static_cast<std::size_t>(head - slice.head0) * problem.sequences.size() + s];
         *rounded = ScreenedMeans::in(next, blocks, problem.head_dim);
         next += ScreenedMeans::bytes(blocks, problem.head_dim);
         const auto round = &HWY_DYNAMIC_DISPATCH(round_means);
@@ -210,7 +210,7 @@ Selection gate(const Problem& problem, const Means& means, const WorkSlice& grou
       }
       const std::int64_t step =
           std::max<std::int64_t>(rows_of_task(problem, rounded != nullptr) / problem.heads_per_kv, 1);
-      const auto [first, last] = group.queries_of(problem.sequences[s]);
+      const auto [first, last] = slice.queries_of(problem.sequences[s]);
       // Later queries have more candidates: begin with them.
       for (std::int64_t q1 = last; q1 > first; q1 -= step)
         tasks.push_back({s, head, std::max(q1 - step, first), q1, rounded});

@@ -28,11 +28,11 @@ std::int64_t range_rows(const Problem& problem, const Selection& selection, cons
   if (selection.width > 0 && !problem.is_dense)
     rows = std::max(rows, kRowsPerBlock * blocks / selection.width);
 
-  const std::int64_t all = selection.group.tokens() * selection.group.heads() * problem.heads_per_kv;
+  const std::int64_t all = selection.slice.tokens() * selection.slice.heads() * problem.heads_per_kv;
   const std::int64_t share = all / (4 * context.parallel.threads);
   rows = std::min(rows, std::max(share, kDenseRows));
 
-  const std::size_t taken = context.scratch.held() + plan_bytes(problem, selection.group);
+  const std::size_t taken = context.scratch.held() + plan_bytes(problem, selection.slice);
   const std::size_t left = context.budget > taken ? context.budget - taken : 0;
   const std::size_t fixed = attend_bytes(problem, 0);
   const std::size_t per_row = (attend_bytes(problem, kDenseRows) - fixed) / kDenseRows + 1;
@@ -68,14 +68,14 @@ std::int64_t min_range_rows(const Problem& problem) {
   return std::max(kMinRows, problem.heads_per_kv);
 }
 
-std::size_t plan_bytes(const Problem& problem, const WorkSlice& group) {
+std::size_t plan_bytes(const Problem& problem, const WorkSlice& slice) {
   const std::int64_t width = problem.width();
   if (width == 0) return 0;
   const std::int64_t blocks =
       (problem.max_seqlen_k + problem.routing.block_size - 1) / problem.routing.block_size;
-  const std::int64_t rows = group.heads() * group.tokens() * problem.heads_per_kv;
+  const std::int64_t rows = slice.heads() * slice.tokens() * problem.heads_per_kv;
   const std::int64_t max_ranges =
-      rows / kDenseRows + group.heads() * (static_cast<std::int64_t>(problem.sequences.size()) + 1);
+      rows / kDenseRows + slice.heads() * (static_cast<std::int64_t>(problem.sequences.size()) + 1);
   return static_cast<std::size_t>(rows * width + max_ranges * (blocks + 2)) * sizeof(std::uint32_t);
 }
 
@@ -111,17 +111,17 @@ Plan build_plan(const Problem& problem, const Selection& selection, PlanBuilder 
 }  // namespace
 
 Plan plan(const Problem& problem, const Selection& selection, Context& context) {
-  const WorkSlice& group = selection.group;
+  const WorkSlice& slice = selection.slice;
   const std::int64_t step =
       std::max<std::int64_t>(range_rows(problem, selection, context) / problem.heads_per_kv, 1);
   PlanBuilder builder;
   for (std::size_t s = problem.sequences.size(); s-- > 0;) {
-    const auto [first, last] = group.queries_of(problem.sequences[s]);
+    const auto [first, last] = slice.queries_of(problem.sequences[s]);
     if (first == last) continue;
     const std::int64_t ranges = (last - first + step - 1) / step;
     // Later queries see more keys and come first, so that no long range is left for the end.
     for (std::int64_t r = ranges - 1; r >= 0; --r) {
-      for (std::int64_t head = group.head0; head < group.head1; ++head) {
+      for (std::int64_t head = slice.head0; head < slice.head1; ++head) {
         builder.add(problem, selection, s, head, first + (last - first) * r / ranges,
                     first + (last - first) * (r + 1) / ranges);
       }
@@ -142,13 +142,13 @@ std::int64_t backward_parts(const Problem& problem, const SequenceView& sequence
 }
 
 Plan plan_backward(const Problem& problem, const Selection& selection, Context& context) {
-  const WorkSlice& group = selection.group;
+  const WorkSlice& slice = selection.slice;
   PlanBuilder builder;
   for (std::size_t s = 0; s < problem.sequences.size(); ++s) {
     const SequenceView& sequence = problem.sequences[s];
     if (sequence.queries == 0 || sequence.keys == 0) continue;
     const std::int64_t parts = backward_parts(problem, sequence);
-    for (std::int64_t head = group.head0; head < group.head1; ++head) {
+    for (std::int64_t head = slice.head0; head < slice.head1; ++head) {
       for (std::int64_t part = 0; part < parts; ++part) {
         builder.add(problem, selection, s, head, sequence.queries * part / parts,
                     sequence.queries * (part + 1) / parts);
@@ -158,14 +158,14 @@ Plan plan_backward(const Problem& problem, const Selection& selection, Context& 
   return build_plan(problem, selection, std::move(builder), context);
 }
 
-std::size_t plan_backward_bytes(const Problem& problem, const WorkSlice& group) {
+std::size_t plan_backward_bytes(const Problem& problem, const WorkSlice& slice) {
   const std::int64_t width = problem.width();
   if (width == 0) return 0;
   std::int64_t offsets = 0;
   for (const SequenceView& s : problem.sequences)
     offsets += backward_parts(problem, s) * (problem.blocks(s) + 1);
-  const std::int64_t rows = group.tokens() * problem.heads_per_kv * width;
-  return static_cast<std::size_t>(group.heads() * (rows + offsets)) * sizeof(std::uint32_t);
+  const std::int64_t rows = slice.tokens() * problem.heads_per_kv * width;
+  return static_cast<std::size_t>(slice.heads() * (rows + offsets)) * sizeof(std::uint32_t);
 }
 
 }  // namespace moba::cpu

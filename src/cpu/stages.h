@@ -10,7 +10,7 @@ namespace moba::cpu {
 const std::string& target_refusal();
 
 Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Context& context);
-Selection gate(const Problem& problem, const Means& means, const WorkSlice& group, Context& context);
+Selection gate(const Problem& problem, const Means& means, const WorkSlice& slice, Context& context);
 Plan plan(const Problem& problem, const Selection& selection, Context& context);
 void attend(const Problem& problem, const Selection& selection, const Plan& plan, const Outputs& outputs,
             Context& context);
@@ -27,9 +27,9 @@ std::size_t attend_bytes(const Problem& problem, std::int64_t rows);
 std::size_t gate_bytes(const Problem& problem);
 /// Scratch bytes of the rounded means of `heads` kv heads, where the gate screens in int8.
 std::size_t screened_bytes(const Problem& problem, std::int64_t heads);
-std::size_t plan_bytes(const Problem& problem, const WorkSlice& group);
-std::size_t plan_backward_bytes(const Problem& problem, const WorkSlice& group);
-std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& group, int threads);
+std::size_t plan_bytes(const Problem& problem, const WorkSlice& slice);
+std::size_t plan_backward_bytes(const Problem& problem, const WorkSlice& slice);
+std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& slice, int threads);
 std::int64_t backward_parts(const Problem& problem, const SequenceView& sequence);
 /// Rows of the smallest range that `plan` makes.
 std::int64_t min_range_rows(const Problem& problem);

@@ -65,7 +65,7 @@ void attend(const Problem& problem, const Selection& selection,
             const Plan& /*by block; rows are walked here*/, const Outputs& outputs, Context& context) {
   const std::int64_t size = worker_doubles(problem);
   const Buffer<double> memory(context.scratch, context.parallel.threads * size);
-  for_each_row(problem, selection.group, context, [&](const Row& row, int worker) {
+  for_each_row(problem, selection.slice, context, [&](const Row& row, int worker) {
     attend_row(problem, selection, row, worker_slice(memory, worker, size), outputs);
   });
 }

@@ -25,7 +25,7 @@ struct BackwardPass {
   const Buffer<RowSums>& sums;
 
   RowSums& sums_of(std::int64_t q_head, std::int64_t token) const {
-    return sums.data()[(q_head - selection.group.head0 * problem.heads_per_kv) * problem.tokens + token];
+    return sums.data()[(q_head - selection.slice.head0 * problem.heads_per_kv) * problem.tokens + token];
   }
 };
 
@@ -139,20 +139,20 @@ void backward_dk_dv(const BackwardPass& w, const Plan& plan, const Range& range,
 
 }  // namespace
 
-std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& group, int threads) {
-  const auto rows = static_cast<std::size_t>(group.heads() * problem.heads_per_kv * problem.tokens);
+std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& slice, int threads) {
+  const auto rows = static_cast<std::size_t>(slice.heads() * problem.heads_per_kv * problem.tokens);
   return rows * sizeof(RowSums) +
          static_cast<std::size_t>(threads * worker_doubles(problem)) * sizeof(double);
 }
 
 void attend_backward(const Problem& problem, const Selection& selection, const Plan& plan,
                      const Backward& backward, Context& context) {
-  const WorkSlice& group = selection.group;
+  const WorkSlice& slice = selection.slice;
   const std::int64_t size = worker_doubles(problem);
   const Buffer<double> memory(context.scratch, context.parallel.threads * size);
-  const Buffer<RowSums> sums(context.scratch, group.heads() * problem.heads_per_kv * problem.tokens);
+  const Buffer<RowSums> sums(context.scratch, slice.heads() * problem.heads_per_kv * problem.tokens);
   const BackwardPass pass{problem, selection, backward, sums};
-  for_each_row(problem, group, context, [&](const Row& row, int worker) {
+  for_each_row(problem, slice, context, [&](const Row& row, int worker) {
     backward_dq(pass, row, worker_slice(memory, worker, size));
   });
   std::vector<std::int64_t> first_token{0};  // of each sequence, among the packed keys

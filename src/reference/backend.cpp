@@ -9,23 +9,23 @@ std::string refuses(const Problem& problem) {
   return problem.q.device == Device::cpu ? "" : "expected CPU tensors, got CUDA tensors";
 }
 
-std::size_t routing_bytes(const Problem& problem, const WorkSlice& group) {
-  return reference::centroids_bytes(problem, group.heads()) + reference::selection_bytes(problem, group);
+std::size_t routing_bytes(const Problem& problem, const WorkSlice& slice) {
+  return reference::centroids_bytes(problem, slice.heads()) + reference::selection_bytes(problem, slice);
 }
 
-std::size_t workspace(const Problem& problem, const WorkSlice& group, int threads) {
+std::size_t workspace(const Problem& problem, const WorkSlice& slice, int threads) {
   const auto workers = static_cast<std::size_t>(threads);
-  return routing_bytes(problem, group) +
+  return routing_bytes(problem, slice) +
          std::max(workers * reference::gate_bytes(problem),
-                  reference::plan_bytes(problem, group) + workers * reference::attend_bytes(problem));
+                  reference::plan_bytes(problem, slice) + workers * reference::attend_bytes(problem));
 }
 
-std::size_t workspace_backward(const Problem& problem, const WorkSlice& group, int threads) {
+std::size_t workspace_backward(const Problem& problem, const WorkSlice& slice, int threads) {
   const auto workers = static_cast<std::size_t>(threads);
-  return routing_bytes(problem, group) +
+  return routing_bytes(problem, slice) +
          std::max(workers * reference::gate_bytes(problem),
-                  reference::plan_bytes(problem, group) +
-                      reference::attend_backward_bytes(problem, group, threads));
+                  reference::plan_bytes(problem, slice) +
+                      reference::attend_backward_bytes(problem, slice, threads));
 }
 
 }  // namespace

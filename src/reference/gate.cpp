@@ -62,22 +62,22 @@ std::size_t gate_bytes(const Problem& problem) {
          blocks * (sizeof(double) + sizeof(std::int32_t));
 }
 
-std::size_t selection_bytes(const Problem& problem, const WorkSlice& group) {
-  return static_cast<std::size_t>(group.heads() * group.tokens() * problem.heads_per_kv * problem.width()) *
+std::size_t selection_bytes(const Problem& problem, const WorkSlice& slice) {
+  return static_cast<std::size_t>(slice.heads() * slice.tokens() * problem.heads_per_kv * problem.width()) *
          sizeof(std::int32_t);
 }
 
-Selection gate(const Problem& problem, const Means& means, const WorkSlice& group, Context& context) {
-  Selection selection{group, problem.heads_per_kv, problem.width(), {}};
+Selection gate(const Problem& problem, const Means& means, const WorkSlice& slice, Context& context) {
+  Selection selection{slice, problem.heads_per_kv, problem.width(), {}};
   if (selection.width == 0) return selection;
   selection.blocks = Buffer<std::int32_t>(
-      context.scratch, group.heads() * group.tokens() * problem.heads_per_kv * selection.width);
+      context.scratch, slice.heads() * slice.tokens() * problem.heads_per_kv * selection.width);
 
   const std::int64_t blocks = max_blocks(problem), threads = context.parallel.threads;
   const GateScratch memory{Buffer<double>(context.scratch, threads * problem.head_dim),
                            Buffer<double>(context.scratch, threads * blocks),
                            Buffer<std::int32_t>(context.scratch, threads * blocks)};
-  for_each_row(problem, group, context, [&](const Row& row, int worker) {
+  for_each_row(problem, slice, context, [&](const Row& row, int worker) {
     select_row(problem, means, row, selection.width, worker_slice(memory.query, worker, problem.head_dim),
                worker_slice(memory.scores, worker, blocks), worker_slice(memory.ranking, worker, blocks),
                selection.of(row.kv_head, row.token()) + row.member * selection.width);

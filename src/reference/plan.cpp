@@ -24,15 +24,15 @@ void invert(const Selection& selection, const Range& range, const std::int32_t* 
   offsets[0] = 0;
 }
 
-/// One range for every (sequence, kv head) of the group, those without queries included: the gradients of
+/// One range for every (sequence, kv head) of the slice, those without queries included: the gradients of
 /// their keys are 0.
 void list_ranges(const Problem& problem, const Selection& selection, Plan& plan, std::int64_t& offsets,
                  std::int64_t& rows) {
-  const WorkSlice& group = selection.group;
+  const WorkSlice& slice = selection.slice;
   for (std::size_t index = 0; index < problem.sequences.size(); ++index) {
     const SequenceView& s = problem.sequences[index];
-    const auto [first, last] = group.queries_of(s);
-    for (std::int64_t head = group.head0; head < group.head1; ++head) {
+    const auto [first, last] = slice.queries_of(s);
+    for (std::int64_t head = slice.head0; head < slice.head1; ++head) {
       plan.ranges.push_back({static_cast<std::int64_t>(index), head, first, last, offsets, rows});
       offsets += problem.blocks(s) + 1;
       rows += (last - first) * problem.heads_per_kv * selection.width;
@@ -42,11 +42,11 @@ void list_ranges(const Problem& problem, const Selection& selection, Plan& plan,
 
 }  // namespace
 
-std::size_t plan_bytes(const Problem& problem, const WorkSlice& group) {
+std::size_t plan_bytes(const Problem& problem, const WorkSlice& slice) {
   std::int64_t blocks = 0;
   for (const SequenceView& s : problem.sequences) blocks += problem.blocks(s) + 1;
-  return selection_bytes(problem, group) +
-         static_cast<std::size_t>(blocks * group.heads()) * sizeof(std::uint32_t);
+  return selection_bytes(problem, slice) +
+         static_cast<std::size_t>(blocks * slice.heads()) * sizeof(std::uint32_t);
 }
 
 Plan plan(const Problem& problem, const Selection& selection, Context& context) {

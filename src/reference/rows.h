@@ -21,15 +21,15 @@ struct Row {
   std::int64_t token() const { return sequence.q_begin + query; }
 };
 
-/// Calls body(row, worker) for every row of the group, spread over the threads.
+/// Calls body(row, worker) for every row of the slice, spread over the threads.
 template <typename Body>
-void for_each_row(const Problem& problem, const WorkSlice& group, Context& context, Body&& body) {
+void for_each_row(const Problem& problem, const WorkSlice& slice, Context& context, Body&& body) {
   for (std::size_t index = 0; index < problem.sequences.size(); ++index) {
     const SequenceView& s = problem.sequences[index];
-    const auto [first, last] = group.queries_of(s);
+    const auto [first, last] = slice.queries_of(s);
     const std::int64_t queries = last - first, begin = first;
-    context.parallel.run(queries * group.heads() * problem.heads_per_kv, [&](std::int64_t task, int worker) {
-      const std::int64_t q_head = group.head0 * problem.heads_per_kv + task / queries;
+    context.parallel.run(queries * slice.heads() * problem.heads_per_kv, [&](std::int64_t task, int worker) {
+      const std::int64_t q_head = slice.head0 * problem.heads_per_kv + task / queries;
       body(Row{index, s, begin + task % queries, q_head / problem.heads_per_kv, q_head % problem.heads_per_kv,
                q_head},
            worker);

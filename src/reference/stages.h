@@ -7,7 +7,7 @@
 namespace moba::reference {
 
 Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Context& context);
-Selection gate(const Problem& problem, const Means& means, const WorkSlice& group, Context& context);
+Selection gate(const Problem& problem, const Means& means, const WorkSlice& slice, Context& context);
 Plan plan(const Problem& problem, const Selection& selection, Context& context);
 void attend(const Problem& problem, const Selection& selection, const Plan& plan, const Outputs& outputs,
             Context& context);
@@ -18,9 +18,9 @@ void decode(const Problem& problem, const Means& means, const Outputs& outputs, 
 /// Scratch bytes of each stage; those of one worker where a stage has workers with memory of their own.
 std::size_t centroids_bytes(const Problem& problem, std::int64_t heads);
 std::size_t gate_bytes(const Problem& problem);
-std::size_t selection_bytes(const Problem& problem, const WorkSlice& group);
-std::size_t plan_bytes(const Problem& problem, const WorkSlice& group);
+std::size_t selection_bytes(const Problem& problem, const WorkSlice& slice);
+std::size_t plan_bytes(const Problem& problem, const WorkSlice& slice);
 std::size_t attend_bytes(const Problem& problem);
-std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& group, int threads);
+std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& slice, int threads);
 
 }  // namespace moba::reference

@@ -1,4 +1,4 @@
-#include "groups.h"
+#include "selection.h"
 
 #include <algorithm>
 
@@ -7,75 +7,13 @@
 namespace moba {
 namespace {
 
-[[noreturn]] void refuse_budget(std::size_t budget, std::size_t needed) {
-  refuse("workspace_bytes", "expected at least ", needed, " for this call, got ", budget);
-}
-
-/// The largest count in [1, most] for which `bytes(count)`, which grows with it, fits; 0 when none does.
-template <typename Bytes>
-std::int64_t largest_within(std::size_t budget, std::int64_t most, Bytes&& bytes) {
-  std::int64_t low = 0, high = most;
-  while (low < high) {
-    const std::int64_t middle = low + (high - low + 1) / 2;
-    if (bytes(middle) <= budget) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
-}  // namespace
-
-std::vector<HeadGroup> groups_within(const Backend& backend, const Problem& problem, int threads,
-                                     std::size_t budget) {
-  if (problem.tokens == 0) return {};
-  const auto bytes = [&](std::int64_t heads, std::int64_t tokens) {
-    return backend.workspace(problem, {0, heads, 0, tokens}, threads);
-  };
-  std::int64_t heads =
-      largest_within(budget, problem.kv_heads, [&](auto n) { return bytes(n, problem.tokens); });
-  std::int64_t tokens = problem.tokens;
-  if (heads == 0) {
-    heads = 1;
-    tokens = largest_within(budget, problem.tokens, [&](auto n) { return bytes(1, n); });
-    if (tokens == 0) refuse_budget(budget, bytes(1, 1));
-  }
-
-  std::vector<HeadGroup> result;
-  for (std::int64_t head = 0; head < problem.kv_heads; head += heads) {
-    HeadGroup& group = result.emplace_back(HeadGroup{head, std::min(head + heads, problem.kv_heads), {}});
-    for (std::int64_t token = 0; token < problem.tokens; token += tokens) {
-      group.groups.push_back({group.head0, group.head1, token, std::min(token + tokens, problem.tokens)});
-    }
-  }
-  return result;
-}
-
-std::vector<WorkSlice> head_groups_within(const Backend& backend, const Problem& problem, int threads,
-                                          std::size_t budget) {
-  const auto bytes = [&](std::int64_t heads) {
-    return backend.workspace_backward(problem, {0, heads, 0, problem.tokens}, threads);
-  };
-  const std::int64_t heads = largest_within(budget, problem.kv_heads, bytes);
-  if (heads == 0) refuse_budget(budget, bytes(1));
-  std::vector<WorkSlice> result;
-  for (std::int64_t head = 0; head < problem.kv_heads; head += heads) {
-    result.push_back({head, std::min(head + heads, problem.kv_heads), 0, problem.tokens});
-  }
-  return result;
-}
-
-namespace {
-
-/// Calls visit(sequence, query, packed token, query head, row of the selection) for every row of a group.
+/// Calls visit(sequence, query, packed token, query head, row of the selection) for every row of a slice.
 template <typename Visit>
 void for_each_row(const Problem& problem, const Selection& selection, Visit&& visit) {
-  const WorkSlice& group = selection.group;
-  for (std::int64_t head = group.head0; head < group.head1; ++head) {
+  const WorkSlice& slice = selection.slice;
+  for (std::int64_t head = slice.head0; head < slice.head1; ++head) {
     for (const SequenceView& s : problem.sequences) {
-      const auto [first, last] = group.queries_of(s);
+      const auto [first, last] = slice.queries_of(s);
       for (std::int64_t query = first; query < last; ++query) {
         std::int32_t* rows = selection.of(head, s.q_begin + query);
         for (std::int64_t g = 0; g < problem.heads_per_kv; ++g) {
@@ -92,7 +30,7 @@ std::int64_t public_width(const Problem& problem) {
   return std::min(problem.requested.top_k, blocks);
 }
 
-/// The blocks that one query selected, own block included, ascending, padded with -1.
+/// Checks a row of a public list: ascending blocks, own block included, padded with -1.
 void check_row(const Problem& problem, const SequenceView& s, std::int64_t query, const std::int32_t* row,
                std::int64_t width) {
   const std::int64_t own = problem.routing.causal ? problem.own_block(s, query) : problem.blocks(s);
@@ -142,12 +80,12 @@ void check_saved_selection(const Problem& problem, const std::int32_t* saved) {
   }
 }
 
-Selection read_selection(const Problem& problem, const WorkSlice& group, const std::int32_t* saved,
+Selection read_selection(const Problem& problem, const WorkSlice& slice, const std::int32_t* saved,
                          Scratch& scratch) {
-  Selection selection{group, problem.heads_per_kv, problem.width(), {}};
+  Selection selection{slice, problem.heads_per_kv, problem.width(), {}};
   const std::int64_t width = public_width(problem);
   selection.blocks =
-      Buffer<std::int32_t>(scratch, group.heads() * group.tokens() * problem.heads_per_kv * selection.width);
+      Buffer<std::int32_t>(scratch, slice.heads() * slice.tokens() * problem.heads_per_kv * selection.width);
   if (selection.width == 0) return selection;
   for_each_row(problem, selection,
                [&](const SequenceView& s, std::int64_t query, std::int64_t q_head, std::int32_t* row) {
@@ -164,16 +102,6 @@ Selection read_selection(const Problem& problem, const WorkSlice& group, const s
                  std::fill(row + count, row + selection.width, -1);
                });
   return selection;
-}
-
-void add_profile(const Execution& execution, const Profile& profile, const Scratch& scratch) {
-  if (execution.profile == nullptr) return;
-  Profile& total = *execution.profile;
-  total.centroids += profile.centroids;
-  total.gate += profile.gate;
-  total.plan += profile.plan;
-  total.attend += profile.attend;
-  total.workspace_bytes = std::max(total.workspace_bytes, scratch.peak());
 }
 
 }  // namespace moba

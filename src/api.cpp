@@ -1,0 +1,157 @@
+// The public functions of moba/attention.h, moba/cache.h and moba/cuda.h: they check the arguments, choose
+// the backend and call its flow.
+#include "argument_error.h"
+#include "backend.h"
+#include "cache_state.h"
+#include "checks.h"
+#include "host/flow.h"
+
+namespace moba {
+namespace {
+
+/// Returns the operations of the device that q is on; null for a host backend.
+const DeviceFlow* device_for(const Tensor& q, const Execution& execution) {
+  check_execution(execution);
+  return named_backend(execution.backend, q.device).device;
+}
+
+/// The same for arguments that only a device can read.
+const DeviceFlow& device_required(const Tensor& q, const Execution& execution) {
+  const DeviceFlow* device = device_for(q, execution);
+  if (device == nullptr) {
+    refuse("backend", "expected one that reads sequences in device memory, got ",
+           named_backend(execution.backend, q.device).name);
+  }
+  return *device;
+}
+
+}  // namespace
+
+void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
+               const Routing& routing, const Outputs& outputs, const Execution& execution) {
+  named("attention", [&] {
+    check_attention(q, k, v, sequences, routing);
+    check_outputs(q, outputs);
+    check_apart_from_keys(outputs, k, v);
+    if (const DeviceFlow* device = device_for(q, execution))
+      return device->attention("attention", q, k, v, batch_of(sequences), routing, outputs, execution);
+    host::forward(make_problem(q, k, v, sequences, routing), nullptr, outputs, execution);
+  });
+}
+
+void select_blocks(const Tensor& q, const Tensor& k, const Sequences& sequences, const Routing& routing,
+                   std::int32_t* selection, const Execution& execution) {
+  named("select_blocks", [&] {
+    check_attention(q, k, k, sequences, routing);
+    check_selected(selection);
+    const Outputs outputs{.selection = selection};
+    if (const DeviceFlow* device = device_for(q, execution))
+      return device->attention("select_blocks", q, k, k, batch_of(sequences), routing, outputs, execution);
+    host::forward(make_problem(q, k, k, sequences, routing), nullptr, outputs, execution);
+  });
+}
+
+void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const Saved& saved, const Sequences& sequences, const Routing& routing,
+                        const Gradients& gradients, const Execution& execution) {
+  named("attention_backward", [&] {
+    check_attention(q, k, v, sequences, routing);
+    check_backward(d_out, q, k, v, saved, gradients);
+    if (const DeviceFlow* device = device_for(q, execution)) {
+      return device->attention_backward("attention_backward", d_out, q, k, v, saved, batch_of(sequences),
+                                        routing, gradients, execution);
+    }
+    host::backward(make_problem(q, k, v, sequences, routing), d_out, saved, gradients, execution);
+  });
+}
+
+void attention(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing,
+               const Outputs& outputs, const Execution& execution) {
+  named("attention", [&] {
+    check_sequence(cache, sequence);
+    check_cached(q, cache, routing);
+    check_outputs(q, outputs);
+    check_execution(execution);
+    const Means means = cached_means(cache, sequence);
+    host::forward(cached_problem(q, cache, sequence, routing), &means, outputs, execution);
+  });
+}
+
+void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const Outputs& outputs,
+            const Execution& execution) {
+  named("decode", [&] {
+    check_cached(q, cache, routing);
+    check_decode(q, cache.shape().sequences, outputs);
+    check_outputs(q, outputs);
+    check_execution(execution);
+    host::decode(decode_problem(q, cache, routing), cached_means(cache), outputs, execution);
+  });
+}
+
+void decode(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing,
+            const Outputs& outputs, const Execution& execution) {
+  named("decode", [&] {
+    check_cached(q, sequences, routing);
+    check_decode(q, static_cast<std::int64_t>(sequences.size()), outputs);
+    check_outputs(q, outputs);
+    check_execution(execution);
+    host::decode(decode_problem(q, sequences, routing), cached_means(sequences), outputs, execution);
+  });
+}
+
+void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSequences& sequences,
+               const Routing& routing, const Outputs& outputs, const Execution& execution) {
+  named("attention", [&] {
+    check_attention(q, k, v, sequences, routing);
+    check_outputs(q, outputs);
+    check_apart_from_keys(outputs, k, v);
+    device_required(q, execution)
+        .attention("attention", q, k, v, batch_of(sequences), routing, outputs, execution);
+  });
+}
+
+void select_blocks(const Tensor& q, const Tensor& k, const DeviceSequences& sequences, const Routing& routing,
+                   std::int32_t* selection, const Execution& execution) {
+  named("select_blocks", [&] {
+    check_attention(q, k, k, sequences, routing);
+    check_selected(selection);
+    device_required(q, execution)
+        .attention("select_blocks", q, k, k, batch_of(sequences), routing, {.selection = selection},
+                   execution);
+  });
+}
+
+void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const Saved& saved, const DeviceSequences& sequences, const Routing& routing,
+                        const Gradients& gradients, const Execution& execution) {
+  named("attention_backward", [&] {
+    check_attention(q, k, v, sequences, routing);
+    check_backward(d_out, q, k, v, saved, gradients);
+    device_required(q, execution)
+        .attention_backward("attention_backward", d_out, q, k, v, saved, batch_of(sequences), routing,
+                            gradients, execution);
+  });
+}
+
+void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, const Outputs& outputs,
+            const Execution& execution) {
+  named("decode", [&] {
+    check_paged(q, cache, routing);
+    check_decode(q, cache.sequences, outputs);
+    check_outputs(q, outputs);
+    device_required(q, execution).decode("decode", q, cache, routing, outputs, execution);
+  });
+}
+
+void update_means(const PagedCache& cache, std::int64_t block_size, const std::int32_t* before,
+                  std::int64_t most_added, const Execution& execution) {
+  named("update_means", [&] {
+    if (block_size < 1) refuse("block_size", "expected at least 1, got ", block_size);
+    if (most_added < 0) refuse("most_added", "expected at least 0, got ", most_added);
+    check_paged(cache, block_size);
+    device_required(cache.k, execution)
+        .update_means("update_means", cache, block_size, before, most_added, execution);
+  });
+}
+
+}  // namespace moba

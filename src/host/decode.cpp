@@ -1,0 +1,11 @@
+#include "host/flow.h"
+#include "host/run.h"
+
+namespace moba::host {
+
+/// Gate over the cached means and attention inside the selected blocks, in one operation of the backend.
+void decode(const Problem& problem, const Means& means, const Outputs& outputs, const Execution& execution) {
+  Run(problem, execution).decode(means, outputs);
+}
+
+}  // namespace moba::host

@@ -1,0 +1,45 @@
+#pragma once
+
+#include <chrono>
+
+#include "backend.h"
+
+namespace moba::host {
+
+/// One call on a host backend: its operations, bound to the call's threads, scratch memory and profile. Adds
+/// the profile to Execution::profile when the call has ended.
+class Run {
+ public:
+  Run(const Problem& problem, const Execution& execution);
+  ~Run();
+  Run(const Run&) = delete;
+  Run& operator=(const Run&) = delete;
+
+  /// Slices of the forward pass, and those of the backward pass, which hold all tokens of their heads.
+  std::vector<WorkSlice> forward_slices() const;
+  std::vector<WorkSlice> backward_slices() const;
+  Scratch& scratch() { return scratch_; }
+
+  /// No means if no query has to select.
+  Means centroids(const WorkSlice& slice);
+  Selection gate(const Means& means, const WorkSlice& slice);
+  Plan plan(const Selection& selection);
+  void attend(const Selection& selection, const Plan& plan, const Outputs& outputs);
+  Plan plan_backward(const Selection& selection);
+  void attend_backward(const Selection& selection, const Plan& plan, const Backward& backward);
+  void decode(const Means& means, const Outputs& outputs);
+
+ private:
+  template <typename Stage>
+  auto timed(double Profile::*seconds, Stage&& stage);
+
+  const Problem& problem_;
+  const Execution& execution_;
+  const Backend& backend_;
+  Parallel parallel_;
+  Scratch scratch_;
+  Context context_;
+  Profile profile_{};
+};
+
+}  // namespace moba::host
