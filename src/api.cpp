@@ -35,7 +35,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequence
     check_apart_from_keys(outputs, k, v);
     if (const DeviceFlow* device = device_for(q, execution))
       return device->attention("attention", q, k, v, batch_of(sequences), routing, outputs, execution);
-    host::forward(make_problem(q, k, v, sequences, routing), nullptr, outputs, execution);
+    host::forward(make_call(q, k, v, sequences, routing), nullptr, outputs, execution);
   });
 }
 
@@ -47,7 +47,7 @@ void select_blocks(const Tensor& q, const Tensor& k, const Sequences& sequences,
     const Outputs outputs{.selection = selection};
     if (const DeviceFlow* device = device_for(q, execution))
       return device->attention("select_blocks", q, k, k, batch_of(sequences), routing, outputs, execution);
-    host::forward(make_problem(q, k, k, sequences, routing), nullptr, outputs, execution);
+    host::forward(make_call(q, k, k, sequences, routing), nullptr, outputs, execution);
   });
 }
 
@@ -61,7 +61,7 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
       return device->attention_backward("attention_backward", d_out, q, k, v, saved, batch_of(sequences),
                                         routing, gradients, execution);
     }
-    host::backward(make_problem(q, k, v, sequences, routing), d_out, saved, gradients, execution);
+    host::backward(make_call(q, k, v, sequences, routing), d_out, saved, gradients, execution);
   });
 }
 
@@ -72,8 +72,8 @@ void attention(const Tensor& q, const KvCache& cache, std::int64_t sequence, con
     check_cached(q, cache, routing);
     check_outputs(q, outputs);
     check_execution(execution);
-    const Means means = cached_means(cache, sequence);
-    host::forward(cached_problem(q, cache, sequence, routing), &means, outputs, execution);
+    const BlockMeans means = cached_means(cache, sequence);
+    host::forward(cached_call(q, cache, sequence, routing), &means, outputs, execution);
   });
 }
 
@@ -84,7 +84,7 @@ void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const
     check_decode(q, cache.shape().sequences, outputs);
     check_outputs(q, outputs);
     check_execution(execution);
-    host::decode(decode_problem(q, cache, routing), cached_means(cache), outputs, execution);
+    host::decode(decode_call(q, cache, routing), cached_means(cache), outputs, execution);
   });
 }
 
@@ -95,7 +95,7 @@ void decode(const Tensor& q, std::span<const CachedSequence> sequences, const Ro
     check_decode(q, static_cast<std::int64_t>(sequences.size()), outputs);
     check_outputs(q, outputs);
     check_execution(execution);
-    host::decode(decode_problem(q, sequences, routing), cached_means(sequences), outputs, execution);
+    host::decode(decode_call(q, sequences, routing), cached_means(sequences), outputs, execution);
   });
 }
 
@@ -144,13 +144,13 @@ void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, co
 }
 
 void update_means(const PagedCache& cache, std::int64_t block_size, const std::int32_t* before,
-                  std::int64_t most_added, const Execution& execution) {
+                  std::int64_t max_added, const Execution& execution) {
   named("update_means", [&] {
     if (block_size < 1) refuse("block_size", "expected at least 1, got ", block_size);
-    if (most_added < 0) refuse("most_added", "expected at least 0, got ", most_added);
+    if (max_added < 0) refuse("max_added", "expected at least 0, got ", max_added);
     check_paged(cache, block_size);
     device_required(cache.k, execution)
-        .update_means("update_means", cache, block_size, before, most_added, execution);
+        .update_means("update_means", cache, block_size, before, max_added, execution);
   });
 }
 

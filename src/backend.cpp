@@ -52,9 +52,9 @@ DeviceBatch batch_of(const DeviceSequences& sequences) {
   return {sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.count, sequences.max_seqlen_k, true};
 }
 
-const Backend& choose_backend(const std::string& name, const Problem& problem) {
-  const Backend& backend = named_backend(name, problem.q.device);
-  const std::string why = backend.device != nullptr ? "works on CUDA tensors" : backend.refuses(problem);
+const Backend& choose_backend(const std::string& name, const Call& call) {
+  const Backend& backend = named_backend(name, call.q.device);
+  const std::string why = backend.device != nullptr ? "works on CUDA tensors" : backend.refuses(call);
   if (!why.empty())
     refuse("backend", "expected one that takes this call, got ", backend.name, ", which ", why);
   return backend;

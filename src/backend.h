@@ -4,8 +4,8 @@
 #include <string>
 #include <string_view>
 
+#include "call.h"
 #include "moba/cuda.h"
-#include "problem.h"
 
 namespace moba {
 
@@ -45,7 +45,7 @@ struct DeviceFlow {
   void (*decode)(std::string_view function, const Tensor& q, const PagedCache& cache, const Routing& routing,
                  const Outputs& outputs, const Execution& execution);
   void (*update_means)(std::string_view function, const PagedCache& cache, std::int64_t block_size,
-                       const std::int32_t* before, std::int64_t most_added, const Execution& execution);
+                       const std::int32_t* before, std::int64_t max_added, const Execution& execution);
 };
 
 /// One implementation of the six stages. The reference, CPU and CUDA tables are all there are;
@@ -56,27 +56,27 @@ struct Backend {
   std::string_view missing{};
   /// Set: the flow of a device, and nothing below.
   const DeviceFlow* device = nullptr;
-  /// Why this backend cannot solve the problem; empty when it can.
-  std::string (*refuses)(const Problem& problem) = nullptr;
+  /// Why this backend cannot solve the call; empty when it can.
+  std::string (*refuses)(const Call& call) = nullptr;
   /// Scratch bytes that the stages below take for a group of this shape.
-  std::size_t (*workspace)(const Problem& problem, const WorkSlice& group, int threads) = nullptr;
+  std::size_t (*workspace)(const Call& call, const WorkSlice& group, int threads) = nullptr;
 
-  Means (*centroids)(const Problem& problem, std::int64_t head0, std::int64_t head1,
-                     Context& context) = nullptr;
-  Selection (*gate)(const Problem& problem, const Means& means, const WorkSlice& group,
+  BlockMeans (*centroids)(const Call& call, std::int64_t head0, std::int64_t head1,
+                          Context& context) = nullptr;
+  Selection (*gate)(const Call& call, const BlockMeans& means, const WorkSlice& group,
                     Context& context) = nullptr;
-  Plan (*plan)(const Problem& problem, const Selection& selection, Context& context) = nullptr;
-  void (*attend)(const Problem& problem, const Selection& selection, const Plan& plan, const Outputs& outputs,
+  Plan (*plan)(const Call& call, const Selection& selection, Context& context) = nullptr;
+  void (*attend)(const Call& call, const Selection& selection, const Plan& plan, const Outputs& outputs,
                  Context& context) = nullptr;
   /// The same with the ranges that `attend_backward` wants.
-  Plan (*plan_backward)(const Problem& problem, const Selection& selection, Context& context) = nullptr;
+  Plan (*plan_backward)(const Call& call, const Selection& selection, Context& context) = nullptr;
   /// Adds nothing: writes dq of the group's queries and heads, and dk, dv of the group's heads. The group
   /// spans all tokens.
-  void (*attend_backward)(const Problem& problem, const Selection& selection, const Plan& plan,
+  void (*attend_backward)(const Call& call, const Selection& selection, const Plan& plan,
                           const Backward& backward, Context& context) = nullptr;
-  std::size_t (*workspace_backward)(const Problem& problem, const WorkSlice& group, int threads) = nullptr;
+  std::size_t (*workspace_backward)(const Call& call, const WorkSlice& group, int threads) = nullptr;
   /// One query a sequence; `means` are the cache's.
-  void (*decode)(const Problem& problem, const Means& means, const Outputs& outputs,
+  void (*decode)(const Call& call, const BlockMeans& means, const Outputs& outputs,
                  Context& context) = nullptr;
 };
 
@@ -93,7 +93,7 @@ const Backend& named_backend(const std::string& name, Device device);
 DeviceBatch batch_of(const Sequences& sequences);
 DeviceBatch batch_of(const DeviceSequences& sequences);
 
-/// The same for a problem on the host. Throws also when the backend refuses it.
-const Backend& choose_backend(const std::string& name, const Problem& problem);
+/// The same for a call on the host. Throws also when the backend refuses it.
+const Backend& choose_backend(const std::string& name, const Call& call);
 
 }  // namespace moba

@@ -196,70 +196,70 @@ SequenceView view_of(const CacheState::Sequence& s, std::int64_t q_begin, std::i
       .q_begin = q_begin, .queries = queries, .keys = s.length, .k_pages = s.k_pages, .v_pages = s.v_pages};
 }
 
-Means means_of(const CacheState& state) {
+BlockMeans means_of(const CacheState& state) {
   return {.head_stride = state.shape.head_dim, .block_stride = state.shape.kv_heads * state.shape.head_dim};
 }
 
 }  // namespace
 
-Problem cached_problem(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing) {
+Call cached_call(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing) {
   const CacheState& state = state_of(cache);
-  Problem problem{.q = q, .k = state.layout(), .v = state.layout()};
-  problem.sequences.push_back(view_of(state.sequences[static_cast<std::size_t>(sequence)], 0, q.sizes[0]));
-  finish_problem(problem, routing, state.shape.kv_heads);
-  return problem;
+  Call call{.q = q, .k = state.layout(), .v = state.layout()};
+  call.sequences.push_back(view_of(state.sequences[static_cast<std::size_t>(sequence)], 0, q.sizes[0]));
+  finish_call(call, routing, state.shape.kv_heads);
+  return call;
 }
 
-Problem decode_problem(const Tensor& q, const KvCache& cache, const Routing& routing) {
+Call decode_call(const Tensor& q, const KvCache& cache, const Routing& routing) {
   const CacheState& state = state_of(cache);
-  Problem problem{.q = q, .k = state.layout(), .v = state.layout()};
+  Call call{.q = q, .k = state.layout(), .v = state.layout()};
   for (const CacheState::Sequence& s : state.sequences) {
-    problem.sequences.push_back(view_of(s, static_cast<std::int64_t>(problem.sequences.size()), 1));
+    call.sequences.push_back(view_of(s, static_cast<std::int64_t>(call.sequences.size()), 1));
   }
-  finish_problem(problem, routing, state.shape.kv_heads);
-  return problem;
+  finish_call(call, routing, state.shape.kv_heads);
+  return call;
 }
 
-Means cached_means(const KvCache& cache, std::int64_t sequence) {
-  Means means = means_of(state_of(cache));
+BlockMeans cached_means(const KvCache& cache, std::int64_t sequence) {
+  BlockMeans means = means_of(state_of(cache));
   means.base.push_back(state_of(cache).sequences[static_cast<std::size_t>(sequence)].means.data());
   return means;
 }
 
-Means cached_means(const KvCache& cache) {
-  Means means = means_of(state_of(cache));
+BlockMeans cached_means(const KvCache& cache) {
+  BlockMeans means = means_of(state_of(cache));
   for (const CacheState::Sequence& s : state_of(cache).sequences) means.base.push_back(s.means.data());
   return means;
 }
 
-Problem decode_problem(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing) {
-  Problem problem{.q = q};
-  problem.page_storage.reserve(2 * sequences.size());
-  std::int64_t longest = 1;
+Call decode_call(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing) {
+  Call call{.q = q};
+  call.page_storage.reserve(2 * sequences.size());
+  std::int64_t max_seqlen_k = 1;
   for (const CachedSequence& s : sequences) {
-    problem.page_storage.push_back(static_cast<const std::byte*>(s.k.data));
-    problem.page_storage.push_back(static_cast<const std::byte*>(s.v.data));
-    longest = std::max(longest, s.k.sizes[0]);
+    call.page_storage.push_back(static_cast<const std::byte*>(s.k.data));
+    call.page_storage.push_back(static_cast<const std::byte*>(s.v.data));
+    max_seqlen_k = std::max(max_seqlen_k, s.k.sizes[0]);
   }
-  const std::byte* const* pages = problem.page_storage.data();
+  const std::byte* const* pages = call.page_storage.data();
   for (const CachedSequence& s : sequences) {
-    problem.sequences.push_back({.q_begin = static_cast<std::int64_t>(problem.sequences.size()),
-                                 .queries = 1,
-                                 .keys = s.k.sizes[0],
-                                 .k_pages = {pages, 1},
-                                 .v_pages = {pages + 1, 1}});
+    call.sequences.push_back({.q_begin = static_cast<std::int64_t>(call.sequences.size()),
+                              .queries = 1,
+                              .keys = s.k.sizes[0],
+                              .k_pages = {pages, 1},
+                              .v_pages = {pages + 1, 1}});
     pages += 2;
   }
   const CachedSequence none{.k = {.sizes = {0, 1, 1}}, .v{}, .means{}};
   const CachedSequence& first = sequences.empty() ? none : sequences.front();
-  problem.k = {first.k.dtype, longest, first.k.strides[0], first.k.strides[1]};
-  problem.v = {first.v.dtype, longest, first.v.strides[0], first.v.strides[1]};
-  finish_problem(problem, routing, first.k.sizes[1]);
-  return problem;
+  call.k = {first.k.dtype, max_seqlen_k, first.k.strides[0], first.k.strides[1]};
+  call.v = {first.v.dtype, max_seqlen_k, first.v.strides[0], first.v.strides[1]};
+  finish_call(call, routing, first.k.sizes[1]);
+  return call;
 }
 
-Means cached_means(std::span<const CachedSequence> sequences) {
-  Means means;
+BlockMeans cached_means(std::span<const CachedSequence> sequences) {
+  BlockMeans means;
   for (const CachedSequence& s : sequences) {
     means.base.push_back(static_cast<const float*>(s.means.data));
     means.block_stride = s.means.strides[0];

@@ -5,8 +5,8 @@
 #include <new>
 #include <vector>
 
+#include "call.h"
 #include "moba/cache.h"
-#include "problem.h"
 #include "scratch.h"
 
 namespace moba {
@@ -71,12 +71,12 @@ struct CacheState {
 
 const CacheState& state_of(const KvCache& cache);
 
-Problem cached_problem(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing);
-Problem decode_problem(const Tensor& q, const KvCache& cache, const Routing& routing);
-Problem decode_problem(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing);
+Call cached_call(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing);
+Call decode_call(const Tensor& q, const KvCache& cache, const Routing& routing);
+Call decode_call(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing);
 /// Views of the means kept in the cache: of one sequence, or of all.
-Means cached_means(const KvCache& cache, std::int64_t sequence);
-Means cached_means(const KvCache& cache);
-Means cached_means(std::span<const CachedSequence> sequences);
+BlockMeans cached_means(const KvCache& cache, std::int64_t sequence);
+BlockMeans cached_means(const KvCache& cache);
+BlockMeans cached_means(std::span<const CachedSequence> sequences);
 
 }  // namespace moba

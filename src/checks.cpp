@@ -216,9 +216,9 @@ void check_routing(const Routing& routing) {
   if (routing.top_k < 1) refuse("top_k", "expected at least 1, got ", routing.top_k);
   if (routing.own_block && routing.causal)
     refuse("own_block", "expected false for causal routing (it always includes the own block), got true");
-  const std::int64_t most_sinks = routing.top_k - (routing.causal || routing.own_block ? 1 : 0);
-  if (routing.sink_blocks < 0 || routing.sink_blocks > most_sinks)
-    refuse("sink_blocks", "expected 0 to ", most_sinks, " for top_k ", routing.top_k, ", got ",
+  const std::int64_t max_sinks = routing.top_k - (routing.causal || routing.own_block ? 1 : 0);
+  if (routing.sink_blocks < 0 || routing.sink_blocks > max_sinks)
+    refuse("sink_blocks", "expected 0 to ", max_sinks, " for top_k ", routing.top_k, ", got ",
            routing.sink_blocks);
   if (routing.scale && !std::isfinite(*routing.scale))
     refuse("scale", "expected a finite number, got ", *routing.scale);
@@ -293,9 +293,9 @@ void check_cache_shape(const KvCache::Shape& shape) {
   }
   if (shape.dtype == DType::f64 || size_of(shape.dtype) == 0)
     refuse("dtype", "expected f32, bf16, f16 or i8, got ", name_of(shape.dtype));
-  constexpr std::int64_t kMostRowElements = std::int64_t{1} << 31;
-  if (shape.kv_heads > kMostRowElements / shape.head_dim)
-    refuse("kv_heads", "expected kv_heads x head_dim of at most ", kMostRowElements, ", got ", shape.kv_heads,
+  constexpr std::int64_t kMaxRowElements = std::int64_t{1} << 31;
+  if (shape.kv_heads > kMaxRowElements / shape.head_dim)
+    refuse("kv_heads", "expected kv_heads x head_dim of at most ", kMaxRowElements, ", got ", shape.kv_heads,
            " x ", shape.head_dim);
 }
 
@@ -405,12 +405,12 @@ void check_pages(const PagedCache& cache) {
   if (cache.sequences < 0) refuse("cache.sequences", "expected at least 0, got ", cache.sequences);
   if (cache.sequences > 0 && cache.lengths == nullptr)
     refuse("cache.lengths", "expected int32 on the device, got null");
-  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-  if (cache.max_seqlen_k < 0 || cache.max_seqlen_k > kMost)
-    refuse("cache.max_seqlen_k", "expected 0 to ", kMost, ", got ", cache.max_seqlen_k);
+  constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
+  if (cache.max_seqlen_k < 0 || cache.max_seqlen_k > kMax)
+    refuse("cache.max_seqlen_k", "expected 0 to ", kMax, ", got ", cache.max_seqlen_k);
   const std::int64_t page_tokens = cache.k.sizes[1];
-  if (page_tokens < (cache.max_seqlen_k > 0 ? 1 : 0) || page_tokens > kMost)
-    refuse("cache.k", "expected pages of 1 to ", kMost, " tokens, got ", page_tokens);
+  if (page_tokens < (cache.max_seqlen_k > 0 ? 1 : 0) || page_tokens > kMax)
+    refuse("cache.k", "expected pages of 1 to ", kMax, " tokens, got ", page_tokens);
   const std::int64_t needed = cache.max_seqlen_k == 0 ? 0 : (cache.max_seqlen_k - 1) / page_tokens + 1;
   if (cache.table_stride < needed)
     refuse("cache.table_stride", "expected at least ", needed, " (", cache.max_seqlen_k,

@@ -4,7 +4,7 @@
 #include <functional>
 #include <vector>
 
-#include "problem.h"
+#include "call.h"
 
 namespace moba {
 

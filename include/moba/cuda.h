@@ -68,8 +68,8 @@ MOBA_EXPORT void decode(const Tensor& q, const PagedCache& cache, const Routing&
                         const Outputs& outputs, const Execution& execution = {});
 
 /// Computes the means of the blocks that tokens have completed since sequences held `before` [sequences] of
-/// them (null: none), at most `most_added` each.
+/// them (null: none), at most `max_added` each.
 MOBA_EXPORT void update_means(const PagedCache& cache, std::int64_t block_size, const std::int32_t* before,
-                              std::int64_t most_added, const Execution& execution = {});
+                              std::int64_t max_added, const Execution& execution = {});
 
 }  // namespace moba

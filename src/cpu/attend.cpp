@@ -41,7 +41,7 @@ struct TileRows {
 
 template <TileArithmetic Arithmetic>
 struct AttendWorker {
-  const Problem& problem;
+  const Call& call;
   const SequenceView& sequence;
   const Range& range;
   RangeState state;
@@ -51,7 +51,7 @@ struct AttendWorker {
   KeyTile key_tile{};
   KvPrefetcher kv_prefetch{};
 
-  std::size_t depth() const { return static_cast<std::size_t>(problem.head_dim); }
+  std::size_t depth() const { return static_cast<std::size_t>(call.head_dim); }
   /// Returns the number of keys of the key tile that a row may see when the tile lies in the row's own block.
   std::size_t visible(std::int64_t position) const {
     return static_cast<std::size_t>(
@@ -67,7 +67,7 @@ struct AttendWorker {
   void prefetch_next() {
     if constexpr (!Arithmetic::kPrefetchesRows) {
       constexpr std::size_t kRows = (Arithmetic::kHeight + 5) / 6;
-      const std::size_t bytes = depth() * size_of(problem.q.dtype);
+      const std::size_t bytes = depth() * size_of(call.q.dtype);
       for (std::size_t end = std::min(next_row + kRows, next.count); next_row < end; ++next_row) {
         const std::byte* query = next.query[next_row];
         const float* out = state.out + next.ids[next_row] * state.stride;
@@ -150,7 +150,7 @@ void attend_tile(AttendWorker<Arithmetic>& w, const TileRows& rows, bool own_blo
   const std::size_t columns = own_block ? w.visible(rows.position[rows.count - 1]) : all;
   const auto between = [&w]() HWY_ATTR { w.prefetch_next(); };
   for (std::size_t r = 0; r < rows.count; ++r) {
-    w.arithmetic.gather(r, rows.query[r], w.problem.q.dtype, w.sign);
+    w.arithmetic.gather(r, rows.query[r], w.call.q.dtype, w.sign);
     w.tile.out[r] = w.state.out + rows.ids[r] * w.state.stride;
     w.tile.visible[r] = own_block ? w.visible(rows.position[r]) : all;
   }
@@ -178,18 +178,18 @@ std::int64_t tiles_of(std::int64_t rows) {
 template <TileArithmetic Arithmetic, typename Id>
 TileRows locate(const AttendWorker<Arithmetic>& w, std::int64_t first, std::int64_t last, Id&& id) {
   TileRows rows;
-  const Tensor& q = w.problem.q;
-  const auto heads_per_kv = static_cast<std::uint32_t>(w.problem.heads_per_kv);
+  const Tensor& q = w.call.q;
+  const auto heads_per_kv = static_cast<std::uint32_t>(w.call.heads_per_kv);
   const auto size = static_cast<std::int64_t>(size_of(q.dtype));
   for (std::int64_t i = first; i < last; ++i, ++rows.count) {
     const std::uint32_t row = id(i);
     const std::uint32_t token = heads_per_kv == 1 ? row : row / heads_per_kv;  // a division is worth avoiding
     const std::int64_t query = w.range.q0 + token,
-                       head = w.range.head * w.problem.heads_per_kv + row - token * heads_per_kv;
+                       head = w.range.head * w.call.heads_per_kv + row - token * heads_per_kv;
     rows.ids[rows.count] = row;
     rows.position[rows.count] = w.sequence.position(query);
     rows.query[rows.count] =
-        static_cast<const std::byte*>(q.data) + Problem::offset(q, w.sequence, query, head) * size;
+        static_cast<const std::byte*>(q.data) + Call::offset(q, w.sequence, query, head) * size;
   }
   return rows;
 }
@@ -216,7 +216,7 @@ void attend_rows(AttendWorker<Arithmetic>& w, std::int64_t rows, bool own_block,
 template <TileArithmetic Arithmetic>
 void attend_key_tile(AttendWorker<Arithmetic>& w, const KeyTile& key_tile) {
   w.key_tile = key_tile;
-  w.arithmetic.pack(w.problem, w.sequence, w.range.head, key_tile.first, key_tile.count);
+  w.arithmetic.pack(w.call, w.sequence, w.range.head, key_tile.first, key_tile.count);
   const auto selected = static_cast<std::int64_t>(key_tile.selected.size());
   const std::int64_t own = std::max<std::int64_t>(key_tile.own_last - key_tile.own_first, 0);
   const std::int64_t tiles = tiles_of<Arithmetic>(selected) + tiles_of<Arithmetic>(own);
@@ -231,28 +231,28 @@ void attend_key_tile(AttendWorker<Arithmetic>& w, const KeyTile& key_tile) {
 
 template <TileArithmetic Arithmetic>
 void finish_rows(const AttendWorker<Arithmetic>& w, std::int64_t rows, const Outputs& outputs) {
-  const Problem& problem = w.problem;
+  const Call& call = w.call;
   for (std::int64_t row = 0; row < rows; ++row) {
-    const std::int64_t query = w.range.q0 + row / problem.heads_per_kv,
-                       head = w.range.head * problem.heads_per_kv + row % problem.heads_per_kv;
+    const std::int64_t query = w.range.q0 + row / call.heads_per_kv,
+                       head = w.range.head * call.heads_per_kv + row % call.heads_per_kv;
     const float sum = w.state.sum[row], inverse = sum == 0 ? 0.0F : 1 / sum;
     const float* from = w.state.out + static_cast<std::size_t>(row) * w.state.stride;
-    const std::int64_t offset = Problem::offset(outputs.out, w.sequence, query, head);
-    store_f32(from, static_cast<std::size_t>(problem.head_dim), inverse, outputs.out.dtype,
+    const std::int64_t offset = Call::offset(outputs.out, w.sequence, query, head);
+    store_f32(from, static_cast<std::size_t>(call.head_dim), inverse, outputs.out.dtype,
               static_cast<std::byte*>(outputs.out.data) +
                   offset * static_cast<std::int64_t>(size_of(outputs.out.dtype)));
     if (outputs.lse == nullptr) continue;
-    outputs.lse[head * problem.tokens + w.sequence.q_begin + query] =
+    outputs.lse[head * call.tokens + w.sequence.q_begin + query] =
         sum == 0 ? kNegInf : (w.state.max[row] + std::log2(sum)) * kLn2;
   }
 }
 
 template <TileArithmetic Arithmetic>
-void attend_with(const Problem& problem, const Plan& plan, const Range& range, RangeState state,
-                 TileScratch& tile, Arithmetic arithmetic, const Outputs& outputs) {
-  const float scale = problem.scale;
-  AttendWorker<Arithmetic> w{.problem = problem,
-                             .sequence = problem.sequences[static_cast<std::size_t>(range.sequence)],
+void attend_with(const Call& call, const Plan& plan, const Range& range, RangeState state, TileScratch& tile,
+                 Arithmetic arithmetic, const Outputs& outputs) {
+  const float scale = call.scale;
+  AttendWorker<Arithmetic> w{.call = call,
+                             .sequence = call.sequences[static_cast<std::size_t>(range.sequence)],
                              .range = range,
                              .state = state,
                              .tile = tile,
@@ -261,24 +261,24 @@ void attend_with(const Problem& problem, const Plan& plan, const Range& range, R
                                      : scale < 0 ? -1.0F
                                                  : 0.0F,
                              .scale = scale == 0 ? 1.0F : std::fabs(scale) * kLog2E};
-  KeyTileIterator key_tiles(problem, w.sequence, plan, range, Arithmetic::kMaxKeys);
+  KeyTileIterator key_tiles(call, w.sequence, plan, range, Arithmetic::kMaxKeys);
   KeyTile now, next;
   for (bool more = key_tiles.next(next); more;) {
     now = next;
     more = key_tiles.next(next);
-    if (more) w.kv_prefetch.begin(problem, w.sequence, range.head, next.first, next.count);
+    if (more) w.kv_prefetch.begin(call, w.sequence, range.head, next.first, next.count);
     attend_key_tile(w, now);
   }
-  finish_rows(w, (range.q1 - range.q0) * problem.heads_per_kv, outputs);
+  finish_rows(w, (range.q1 - range.q0) * call.heads_per_kv, outputs);
 }
 
 }  // namespace
 
 /// `memory` holds attend_bytes() bytes.
-void attend_range(const Problem& problem, const Plan& plan, const Range& range, float* memory,
+void attend_range(const Call& call, const Plan& plan, const Range& range, float* memory,
                   const Outputs& outputs) {
-  const std::int64_t rows = (range.q1 - range.q0) * problem.heads_per_kv;
-  const std::size_t stride = padded_dim(problem.head_dim);
+  const std::int64_t rows = (range.q1 - range.q0) * call.heads_per_kv;
+  const std::size_t stride = padded_dim(call.head_dim);
   auto& tile = *reinterpret_cast<TileScratch*>(memory);
   float* keys = memory + sizeof(TileScratch) / sizeof(float);
   float* values = keys + kPackedFloats * stride;
@@ -290,28 +290,28 @@ void attend_range(const Problem& problem, const Plan& plan, const Range& range, 
   std::fill(max, max + rows, kNegInf);
   std::fill(max + rows, max + 2 * rows, 0.0F);
 
-  const auto head_dim = static_cast<std::size_t>(problem.head_dim);
+  const auto head_dim = static_cast<std::size_t>(call.head_dim);
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
   const bool all_bf16 =
-      problem.q.dtype == DType::bf16 && problem.k.dtype == DType::bf16 && problem.v.dtype == DType::bf16;
+      call.q.dtype == DType::bf16 && call.k.dtype == DType::bf16 && call.v.dtype == DType::bf16;
   if (const Bf16Tiles* tiles = bf16_tiles(); tiles != nullptr && all_bf16) {
     tiles->begin();
     attend_with(
-        problem, plan, range, state, tile,
+        call, plan, range, state, tile,
         BFloat16{tile, head_dim, reinterpret_cast<bfloat16*>(keys), reinterpret_cast<bfloat16*>(values)},
         outputs);
     return tiles->end();
   }
   if (const Bf16x6Tiles* tiles = bf16x6_tiles(); tiles != nullptr) {
     tiles->begin();
-    attend_with(problem, plan, range, state, tile,
+    attend_with(call, plan, range, state, tile,
                 F32AsBf16x6{tile, head_dim, reinterpret_cast<std::uint32_t*>(keys),
                             reinterpret_cast<std::uint32_t*>(values)},
                 outputs);
     return tiles->end();
   }
 #endif
-  attend_with(problem, plan, range, state, tile, Float32{tile, head_dim, keys, values}, outputs);
+  attend_with(call, plan, range, state, tile, Float32{tile, head_dim, keys, values}, outputs);
 }
 
 }  // namespace moba::cpu::HWY_NAMESPACE
@@ -322,22 +322,22 @@ namespace moba::cpu {
 
 HWY_EXPORT(attend_range);
 
-std::size_t attend_bytes(const Problem& problem, std::int64_t rows) {
-  const std::size_t stride = padded_dim(problem.head_dim);
+std::size_t attend_bytes(const Call& call, std::int64_t rows) {
+  const std::size_t stride = padded_dim(call.head_dim);
   const std::size_t floats = 2 * kPackedFloats * stride + static_cast<std::size_t>(rows) * (stride + 2);
   return sizeof(TileScratch) + round_up(floats * sizeof(float), Scratch::kAlignment);
 }
 
-void attend(const Problem& problem, const Selection& /*selection*/, const Plan& plan, const Outputs& outputs,
+void attend(const Call& call, const Selection& /*selection*/, const Plan& plan, const Outputs& outputs,
             Context& context) {
   if (plan.ranges.empty()) return;
   std::int64_t rows = 0;
-  for (const Range& range : plan.ranges) rows = std::max(rows, (range.q1 - range.q0) * problem.heads_per_kv);
-  const std::size_t floats = attend_bytes(problem, rows) / sizeof(float);
+  for (const Range& range : plan.ranges) rows = std::max(rows, (range.q1 - range.q0) * call.heads_per_kv);
+  const std::size_t floats = attend_bytes(call, rows) / sizeof(float);
   const Buffer<float> memory(context.scratch, context.parallel.threads * static_cast<std::int64_t>(floats));
   const auto run = &HWY_DYNAMIC_DISPATCH(attend_range);
   context.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int worker) {
-    run(problem, plan, plan.ranges[static_cast<std::size_t>(task)],
+    run(call, plan, plan.ranges[static_cast<std::size_t>(task)],
         memory.data() + static_cast<std::size_t>(worker) * floats, outputs);
   });
 }

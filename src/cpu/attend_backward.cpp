@@ -1,7 +1,7 @@
 // The gradient, block by block: keys, values and their gradients stay in cache while the rows that attend to
 // them pass by. Queries are cut into as many ranges as keys are into parts, and the work is done in rounds:
 // in round t, range r is paired with part (r + t) modulo their number. No two backward tiles of a round share
-// a row or a key, so every sum is accumulated in place, in an order that depends on the problem alone.
+// a row or a key, so every sum is accumulated in place, in an order that depends on the call alone.
 #include <algorithm>
 #include <atomic>
 #include <numeric>
@@ -30,17 +30,17 @@ constexpr auto kHeight = static_cast<std::int64_t>(kTileRows);
 constexpr auto kKeyGradTiles = key_grad_tiles(std::make_index_sequence<kTileRows>());
 
 void pack(BackwardWorker& w) {
-  const Problem& problem = w.g.problem;
+  const Call& call = w.g.call;
   const auto row_of = [&](const Rows& rows, DType dtype) {
     return [&rows, dtype, &w](std::size_t i, float* scratch)
                HWY_ATTR { return row_as_f32(rows, dtype, static_cast<std::int64_t>(i), w.depth(), scratch); };
   };
   const std::int64_t head = w.backward_tile.range->head;
-  const Rows keys = problem.keys(w.sequence, head, w.key_tile.first),
-             values = problem.values(w.sequence, head, w.key_tile.first);
-  const auto key = row_of(keys, problem.k.dtype);
+  const Rows keys = call.keys(w.sequence, head, w.key_tile.first),
+             values = call.values(w.sequence, head, w.key_tile.first);
+  const auto key = row_of(keys, call.k.dtype);
   pack_transposed(w.count(), w.depth(), key, w.batch.f32_rows, w.keys);
-  pack_transposed(w.count(), w.depth(), row_of(values, problem.v.dtype), w.batch.f32_rows, w.values);
+  pack_transposed(w.count(), w.depth(), row_of(values, call.v.dtype), w.batch.f32_rows, w.values);
   w.nonfinite_keys.reset();
   for (std::size_t i = 0; i < w.count(); ++i) {
     const float* from = key(i, w.batch.f32_rows);
@@ -70,11 +70,11 @@ void exp2_and_d_logits(float* HWY_RESTRICT weights, float* HWY_RESTRICT d_logits
 /// Adds the non-finite keys, which are packed as zeros, to dq of the rows that see them: in a product of
 /// tiles they would reach every row, because 0 * inf is NaN.
 void add_nonfinite_keys(BackwardWorker& w, const float* d_logits, const std::size_t* seen, std::size_t rows) {
-  const Rows keys = w.g.problem.keys(w.sequence, w.backward_tile.range->head, w.key_tile.first);
+  const Rows keys = w.g.call.keys(w.sequence, w.backward_tile.range->head, w.key_tile.first);
   for (std::size_t i = 0; i < w.count(); ++i) {
     if (!w.nonfinite_keys[i]) continue;
     const float* key =
-        row_as_f32(keys, w.g.problem.k.dtype, static_cast<std::int64_t>(i), w.depth(), w.batch.f32_rows);
+        row_as_f32(keys, w.g.call.k.dtype, static_cast<std::int64_t>(i), w.depth(), w.batch.f32_rows);
     for (std::size_t r = 0; r < rows; ++r) {
       if (i >= seen[r]) continue;
       for (std::size_t c = 0; c < w.depth(); ++c)
@@ -102,7 +102,7 @@ void add_nonfinite_row(BackwardWorker& w, float* query, float* d_out, float* wei
 /// Processes rows [first, last) of the key tile's list as rows `at` and on of the batch: computes their
 /// weights and the gradients of their logits, and accumulates dq.
 void backward_row_tile(BackwardWorker& w, std::int64_t first, std::int64_t last, std::size_t at) {
-  const Problem& problem = w.g.problem;
+  const Call& call = w.g.call;
   BackwardScratch& batch = w.batch;
   const auto rows = static_cast<std::size_t>(last - first);
   float *queries = batch.queries + at * kRowStride, *d_outs = batch.d_outs + at * kRowStride;
@@ -111,7 +111,7 @@ void backward_row_tile(BackwardWorker& w, std::int64_t first, std::int64_t last,
   for (std::size_t r = 0; r < rows; ++r) {
     const std::int64_t index = first + static_cast<std::int64_t>(r);
     const std::uint32_t row = w.row(index);
-    gather(w, problem.q, row, problem.scale * kLog2E, queries + r * kRowStride);
+    gather(w, call.q, row, call.scale * kLog2E, queries + r * kRowStride);
     gather(w, w.g.backward.d_out, row, 1, d_outs + r * kRowStride);
     seen[r] = w.seen(index);
   }
@@ -150,8 +150,7 @@ void backward_row_tile(BackwardWorker& w, std::int64_t first, std::int64_t last,
     }
   }
   for (std::size_t r = 0; r < rows; ++r) {
-    add_scaled(batch.dq_rows[r], w.depth(), problem.scale,
-               w.dq_of(w.row(first + static_cast<std::int64_t>(r))));
+    add_scaled(batch.dq_rows[r], w.depth(), call.scale, w.dq_of(w.row(first + static_cast<std::int64_t>(r))));
   }
 }
 
@@ -206,11 +205,11 @@ void backward_key_tile(BackwardWorker& w) {
 /// Calls visit() for every key tile of the backward tile that any row attends to.
 template <typename Visit>
 void for_key_tiles(BackwardWorker& w, Visit&& visit) {
-  const Problem& problem = w.g.problem;
-  const KeyTiling tiling = key_tiling_of(problem, w.sequence);
-  const std::int64_t blocks = problem.routing.causal
-                                  ? problem.own_block(w.sequence, w.backward_tile.range->q1 - 1) + 1
-                                  : problem.blocks(w.sequence);
+  const Call& call = w.g.call;
+  const KeyTiling tiling = key_tiling_of(call, w.sequence);
+  const std::int64_t blocks = call.routing.causal
+                                  ? call.own_block(w.sequence, w.backward_tile.range->q1 - 1) + 1
+                                  : call.blocks(w.sequence);
   std::int64_t index = w.backward_tile.part;
   const auto next_seen = [&] {
     for (; index < blocks * tiling.tiles_per_block; index += w.backward_tile.parts) {
@@ -231,9 +230,9 @@ void for_key_tiles(BackwardWorker& w, Visit&& visit) {
 }  // namespace
 
 void attend_backward_tile(const BackwardState& g, const BackwardTile& backward_tile, float* memory) {
-  const Problem& problem = g.problem;
-  const SequenceView& sequence = problem.sequences[static_cast<std::size_t>(backward_tile.range->sequence)];
-  const std::size_t stride = padded_dim(problem.head_dim);
+  const Call& call = g.call;
+  const SequenceView& sequence = call.sequences[static_cast<std::size_t>(backward_tile.range->sequence)];
+  const std::size_t stride = padded_dim(call.head_dim);
   auto& batch = *reinterpret_cast<BackwardScratch*>(memory);
   float* buffers = memory + sizeof(BackwardScratch) / sizeof(float);
   const auto place = [&](std::size_t i) { return buffers + i * kKeyTileSize * stride; };
@@ -269,8 +268,8 @@ bool rows_finite(const Rows& rows, DType dtype, std::int64_t count, std::size_t 
 /// Computes the statistics of tokens [first, last) at one query head.
 void row_stats(const BackwardState& g, std::int64_t q_head, std::int64_t first, std::int64_t last) {
   const F32 d;
-  const Problem& problem = g.problem;
-  const auto depth = static_cast<std::size_t>(problem.head_dim);
+  const Call& call = g.call;
+  const auto depth = static_cast<std::size_t>(call.head_dim);
   alignas(64) float out[kMaxHeadDim], d_out[kMaxHeadDim];
   std::fill(std::begin(out), std::end(out), 0.0F);
   std::fill(std::begin(d_out), std::end(d_out), 0.0F);
@@ -285,7 +284,7 @@ void row_stats(const BackwardState& g, std::int64_t q_head, std::int64_t first, 
     Vec sum = hn::Zero(d);
     for (std::size_t i = 0; i < depth; i += kLanes)
       sum = hn::MulAdd(hn::Load(d, out + i), hn::Load(d, d_out + i), sum);
-    const float lse = g.backward.lse[q_head * problem.tokens + token];
+    const float lse = g.backward.lse[q_head * call.tokens + token];
     constexpr float kInfinity = std::numeric_limits<float>::infinity();
     g.stats_of(q_head, token) = {lse == -kInfinity ? kInfinity : lse * kLog2E,
                                  hn::GetLane(hn::SumOfLanes(d, sum))};
@@ -309,16 +308,15 @@ HWY_EXPORT(store_f32_row);
 
 namespace {
 
-std::size_t worker_bytes(const Problem& problem) {
-  const std::size_t floats =
-      std::max(5 * kKeyTileSize * padded_dim(problem.head_dim),
-               amx_bf16x6_tiles() == nullptr ? 0 : amx_backward_floats(problem.head_dim));
+std::size_t worker_bytes(const Call& call) {
+  const std::size_t floats = std::max(5 * kKeyTileSize * padded_dim(call.head_dim),
+                                      amx_bf16x6_tiles() == nullptr ? 0 : amx_backward_floats(call.head_dim));
   return sizeof(BackwardScratch) + floats * sizeof(float);
 }
 
-std::int64_t keys_of(const Problem& problem) {
+std::int64_t keys_of(const Call& call) {
   std::int64_t keys = 0;
-  for (const SequenceView& s : problem.sequences) keys += s.keys;
+  for (const SequenceView& s : call.sequences) keys += s.keys;
   return keys;
 }
 
@@ -369,11 +367,10 @@ struct GradientAccumulator {
 };
 
 /// Returns whether q, k, v and d_out are finite at the slice's heads, as the products of parts require.
-bool finite(const Problem& problem, const Backward& backward, const WorkSlice& slice,
-            const Parallel& parallel) {
+bool finite(const Call& call, const Backward& backward, const WorkSlice& slice, const Parallel& parallel) {
   constexpr std::int64_t kTokens = 256;
   const auto check = &HWY_DYNAMIC_DISPATCH(rows_finite);
-  const auto size = static_cast<std::size_t>(problem.head_dim);
+  const auto size = static_cast<std::size_t>(call.head_dim);
   std::atomic<bool> all{true};
   const auto spread = [&](std::int64_t tokens, std::int64_t heads, auto&& rows_at) {
     const std::int64_t steps = (tokens + kTokens - 1) / kTokens;
@@ -382,45 +379,44 @@ bool finite(const Problem& problem, const Backward& backward, const WorkSlice& s
       if (!rows_at(task / steps, first, std::min(kTokens, tokens - first))) all = false;
     });
   };
-  for (const Tensor* t : {&problem.q, &backward.d_out}) {
-    spread(problem.tokens, slice.heads() * problem.heads_per_kv,
+  for (const Tensor* t : {&call.q, &backward.d_out}) {
+    spread(call.tokens, slice.heads() * call.heads_per_kv,
            [&](std::int64_t head, std::int64_t first, std::int64_t count) {
              const std::int64_t element =
-                 first * t->strides[0] + (slice.head0 * problem.heads_per_kv + head) * t->strides[1];
+                 first * t->strides[0] + (slice.head0 * call.heads_per_kv + head) * t->strides[1];
              const auto* from = static_cast<const std::byte*>(t->data) +
                                 element * static_cast<std::int64_t>(size_of(t->dtype));
              return check({.data = from, .stride = t->strides[0]}, t->dtype, count, size);
            });
   }
-  for (const SequenceView& s : problem.sequences) {
+  for (const SequenceView& s : call.sequences) {
     spread(s.keys, slice.heads(), [&](std::int64_t head, std::int64_t first, std::int64_t count) {
-      return check(problem.keys(s, slice.head0 + head, first), problem.k.dtype, count, size) &&
-             check(problem.values(s, slice.head0 + head, first), problem.v.dtype, count, size);
+      return check(call.keys(s, slice.head0 + head, first), call.k.dtype, count, size) &&
+             check(call.values(s, slice.head0 + head, first), call.v.dtype, count, size);
     });
   }
   return all;
 }
 
-Units units_for(const Problem& problem, const Backward& backward, const WorkSlice& slice,
+Units units_for(const Call& call, const Backward& backward, const WorkSlice& slice,
                 const Parallel& parallel) {
-  const bool all_bf16 = problem.q.dtype == DType::bf16 && problem.k.dtype == DType::bf16 &&
-                        problem.v.dtype == DType::bf16 && backward.d_out.dtype == DType::bf16;
-  const bool on_amx = all_bf16
-                          ? bf16_tiles() != nullptr && bf16_tiles()->name == std::string_view("amx")
-                          : bf16x6_tiles() != nullptr && problem.routing.block_size >= kMinBf16x6BlockSize;
-  if (!on_amx || !finite(problem, backward, slice, parallel)) return Units::fma;
+  const bool all_bf16 = call.q.dtype == DType::bf16 && call.k.dtype == DType::bf16 &&
+                        call.v.dtype == DType::bf16 && backward.d_out.dtype == DType::bf16;
+  const bool on_amx = all_bf16 ? bf16_tiles() != nullptr && bf16_tiles()->name == std::string_view("amx")
+                               : bf16x6_tiles() != nullptr && call.routing.block_size >= kMinBf16x6BlockSize;
+  if (!on_amx || !finite(call, backward, slice, parallel)) return Units::fma;
   return all_bf16 ? Units::amx_bf16 : Units::amx_bf16x6;
 }
 
 /// Pairs a range with every part of its sequence's keys.
 std::vector<BackwardTile> backward_tiles_of(const BackwardState& g, const Range& range,
                                             std::int64_t first_key) {
-  const SequenceView& sequence = g.problem.sequences[static_cast<std::size_t>(range.sequence)];
-  const KeyTiling tiling = key_tiling_of(g.problem, sequence);
-  const std::int64_t parts = backward_parts(g.problem, sequence);
+  const SequenceView& sequence = g.call.sequences[static_cast<std::size_t>(range.sequence)];
+  const KeyTiling tiling = key_tiling_of(g.call, sequence);
+  const std::int64_t parts = backward_parts(g.call, sequence);
   std::vector<BackwardTile> tiles;
   for (std::int64_t part = 0; part < parts; ++part) tiles.push_back({&range, part, parts, first_key});
-  for (std::int64_t index = 0; index < g.problem.blocks(sequence) * tiling.tiles_per_block; ++index) {
+  for (std::int64_t index = 0; index < g.call.blocks(sequence) * tiling.tiles_per_block; ++index) {
     const KeyTile key_tile = key_tile_of(g, sequence, range, tiling, index);
     tiles[static_cast<std::size_t>(index % parts)].work +=
         key_tile.count *
@@ -433,7 +429,7 @@ std::vector<BackwardTile> backward_tiles_of(const BackwardState& g, const Range&
 /// other in the plan.
 std::vector<std::vector<BackwardTile>> rounds_of(const BackwardState& g, const Parallel& parallel) {
   std::vector<std::int64_t> first_key{0};
-  for (const SequenceView& s : g.problem.sequences) first_key.push_back(first_key.back() + s.keys);
+  for (const SequenceView& s : g.call.sequences) first_key.push_back(first_key.back() + s.keys);
   const std::vector<Range>& ranges = g.plan.ranges;
   std::vector<std::vector<BackwardTile>> tiles(ranges.size());
   parallel.run(static_cast<std::int64_t>(ranges.size()), [&](std::int64_t range, int) {
@@ -461,39 +457,38 @@ std::vector<std::vector<BackwardTile>> rounds_of(const BackwardState& g, const P
 
 }  // namespace
 
-std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& slice, int threads) {
-  const std::int64_t rows = slice.heads() * problem.heads_per_kv * problem.tokens;
+std::size_t attend_backward_bytes(const Call& call, const WorkSlice& slice, int threads) {
+  const std::int64_t rows = slice.heads() * call.heads_per_kv * call.tokens;
   const std::int64_t sums =
-      problem.q.dtype == DType::f32 ? 0 : (rows + 2 * slice.heads() * keys_of(problem)) * problem.head_dim;
+      call.q.dtype == DType::f32 ? 0 : (rows + 2 * slice.heads() * keys_of(call)) * call.head_dim;
   return static_cast<std::size_t>(rows) * sizeof(RowStats) + static_cast<std::size_t>(sums) * sizeof(float) +
-         static_cast<std::size_t>(threads) * worker_bytes(problem);
+         static_cast<std::size_t>(threads) * worker_bytes(call);
 }
 
-void attend_backward(const Problem& problem, const Selection& selection, const Plan& plan,
-                     const Backward& backward, Context& context) {
+void attend_backward(const Call& call, const Selection& selection, const Plan& plan, const Backward& backward,
+                     Context& context) {
   const WorkSlice& slice = selection.slice;
   const Parallel& parallel = context.parallel;
   const Gradients& gradients = backward.gradients;
-  const GradientAccumulator dq(gradients.dq, slice.head0 * problem.heads_per_kv,
-                               slice.head1 * problem.heads_per_kv, context),
+  const GradientAccumulator dq(gradients.dq, slice.head0 * call.heads_per_kv, slice.head1 * call.heads_per_kv,
+                               context),
       dk(gradients.dk, slice.head0, slice.head1, context),
       dv(gradients.dv, slice.head0, slice.head1, context);
-  const Buffer<RowStats> stats(context.scratch, slice.heads() * problem.heads_per_kv * problem.tokens);
-  const BackwardState g{problem, plan,         backward,
+  const Buffer<RowStats> stats(context.scratch, slice.heads() * call.heads_per_kv * call.tokens);
+  const BackwardState g{call,    plan,         backward,
                         slice,   dq.sums,      dk.sums,
-                        dv.sums, stats.data(), units_for(problem, backward, slice, parallel)};
+                        dv.sums, stats.data(), units_for(call, backward, slice, parallel)};
   for (const GradientAccumulator* output : {&dq, &dk, &dv}) output->clear(parallel);
 
   constexpr std::int64_t kTokens = 256;
-  const std::int64_t steps = (problem.tokens + kTokens - 1) / kTokens;
+  const std::int64_t steps = (call.tokens + kTokens - 1) / kTokens;
   const auto prepare = &HWY_DYNAMIC_DISPATCH(row_stats);
-  parallel.run(steps * slice.heads() * problem.heads_per_kv, [&](std::int64_t task, int) {
+  parallel.run(steps * slice.heads() * call.heads_per_kv, [&](std::int64_t task, int) {
     const std::int64_t first = task % steps * kTokens;
-    prepare(g, slice.head0 * problem.heads_per_kv + task / steps, first,
-            std::min(first + kTokens, problem.tokens));
+    prepare(g, slice.head0 * call.heads_per_kv + task / steps, first, std::min(first + kTokens, call.tokens));
   });
 
-  const std::size_t floats = worker_bytes(problem) / sizeof(float);
+  const std::size_t floats = worker_bytes(call) / sizeof(float);
   const Buffer<float> memory(context.scratch, parallel.threads * static_cast<std::int64_t>(floats));
   const auto run = &HWY_DYNAMIC_DISPATCH(attend_backward_tile);
   for (const std::vector<BackwardTile>& round : rounds_of(g, parallel)) {

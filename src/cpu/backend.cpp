@@ -4,47 +4,45 @@
 namespace moba {
 namespace {
 
-std::string refuses(const Problem& problem) {
+std::string refuses(const Call& call) {
   if (!cpu::target_refusal().empty()) return cpu::target_refusal();
-  if (problem.q.device != Device::cpu) return "expected CPU tensors, got CUDA tensors";
-  if (problem.q.dtype == DType::f64 || problem.k.dtype == DType::f64)
+  if (call.q.device != Device::cpu) return "expected CPU tensors, got CUDA tensors";
+  if (call.q.dtype == DType::f64 || call.k.dtype == DType::f64)
     return "expected q and k of f32, bf16 or f16, got f64 (which backend \"reference\" takes)";
-  if (problem.head_dim > static_cast<std::int64_t>(cpu::kMaxHeadDim)) {
+  if (call.head_dim > static_cast<std::int64_t>(cpu::kMaxHeadDim)) {
     return "expected q of head_dim up to " + std::to_string(cpu::kMaxHeadDim) + ", got " +
-           std::to_string(problem.head_dim);
+           std::to_string(call.head_dim);
   }
   return {};
 }
 
-std::size_t means_bytes(const Problem& problem, const WorkSlice& slice) {
+std::size_t means_bytes(const Call& call, const WorkSlice& slice) {
   std::size_t blocks = 0;
-  if (problem.needs_scores()) {
-    for (const SequenceView& s : problem.sequences)
-      blocks += static_cast<std::size_t>(problem.candidate_blocks(s));
+  if (call.needs_scores()) {
+    for (const SequenceView& s : call.sequences) blocks += static_cast<std::size_t>(call.candidate_blocks(s));
   }
-  return blocks * static_cast<std::size_t>(slice.heads() * problem.head_dim) * sizeof(float);
+  return blocks * static_cast<std::size_t>(slice.heads() * call.head_dim) * sizeof(float);
 }
 
-std::size_t selection_bytes(const Problem& problem, const WorkSlice& slice) {
-  return static_cast<std::size_t>(slice.heads() * slice.tokens() * problem.heads_per_kv * problem.width()) *
+std::size_t selection_bytes(const Call& call, const WorkSlice& slice) {
+  return static_cast<std::size_t>(slice.heads() * slice.tokens() * call.heads_per_kv * call.width()) *
          sizeof(std::int32_t);
 }
 
-std::size_t workspace(const Problem& problem, const WorkSlice& slice, int threads) {
+std::size_t workspace(const Call& call, const WorkSlice& slice, int threads) {
   const auto workers = static_cast<std::size_t>(threads);
   const std::size_t attending =
-      cpu::plan_bytes(problem, slice) + workers * cpu::attend_bytes(problem, cpu::min_range_rows(problem));
-  return means_bytes(problem, slice) + selection_bytes(problem, slice) +
-         std::max(workers * cpu::gate_bytes(problem) + cpu::screened_bytes(problem, slice.heads()),
-                  attending);
+      cpu::plan_bytes(call, slice) + workers * cpu::attend_bytes(call, cpu::min_range_rows(call));
+  return means_bytes(call, slice) + selection_bytes(call, slice) +
+         std::max(workers * cpu::gate_bytes(call) + cpu::screened_bytes(call, slice.heads()), attending);
 }
 
-std::size_t workspace_backward(const Problem& problem, const WorkSlice& slice, int threads) {
+std::size_t workspace_backward(const Call& call, const WorkSlice& slice, int threads) {
   const std::size_t selecting =
-      means_bytes(problem, slice) + static_cast<std::size_t>(threads) * cpu::gate_bytes(problem);
+      means_bytes(call, slice) + static_cast<std::size_t>(threads) * cpu::gate_bytes(call);
   const std::size_t attending =
-      cpu::plan_backward_bytes(problem, slice) + cpu::attend_backward_bytes(problem, slice, threads);
-  return selection_bytes(problem, slice) + std::max(selecting, attending);
+      cpu::plan_backward_bytes(call, slice) + cpu::attend_backward_bytes(call, slice, threads);
+  return selection_bytes(call, slice) + std::max(selecting, attending);
 }
 
 }  // namespace

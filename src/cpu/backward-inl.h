@@ -31,7 +31,7 @@ struct BackwardWorker {
   KeyTile key_tile{}, next_key_tile{};
   PrefetchBudget row_budget{}, key_budget{};
 
-  std::size_t depth() const { return static_cast<std::size_t>(g.problem.head_dim); }
+  std::size_t depth() const { return static_cast<std::size_t>(g.call.head_dim); }
   std::size_t count() const { return static_cast<std::size_t>(key_tile.count); }
   std::int64_t own() const { return key_tile.own_last - key_tile.own_first; }
   std::int64_t rows() const { return own() + static_cast<std::int64_t>(key_tile.selected.size()); }
@@ -48,14 +48,14 @@ struct BackwardWorker {
         std::min(sequence.position(query_of(row(index))) + 1 - key_tile.first, key_tile.count));
   }
   std::int64_t query_of(std::uint32_t row) const {
-    return backward_tile.range->q0 + row / static_cast<std::uint32_t>(g.problem.heads_per_kv);
+    return backward_tile.range->q0 + row / static_cast<std::uint32_t>(g.call.heads_per_kv);
   }
   std::int64_t head_of(std::uint32_t row) const {
-    return backward_tile.range->head * g.problem.heads_per_kv +
-           row % static_cast<std::uint32_t>(g.problem.heads_per_kv);
+    return backward_tile.range->head * g.call.heads_per_kv +
+           row % static_cast<std::uint32_t>(g.call.heads_per_kv);
   }
   const std::byte* row_of(const Tensor& t, std::uint32_t row) const {
-    return static_cast<const std::byte*>(t.data) + Problem::offset(t, sequence, query_of(row), head_of(row)) *
+    return static_cast<const std::byte*>(t.data) + Call::offset(t, sequence, query_of(row), head_of(row)) *
                                                        static_cast<std::int64_t>(size_of(t.dtype));
   }
   float* dq_of(std::uint32_t row) const { return g.dq.row(sequence.q_begin + query_of(row), head_of(row)); }
@@ -64,8 +64,8 @@ struct BackwardWorker {
 /// Prefetches one third of a row that the next tile gathers: its query, its d_out or its dq.
 HWY_INLINE void prefetch_row(const BackwardWorker& w, std::int64_t step_index) {
   const std::uint32_t row = w.row(step_index / 3);
-  const std::size_t size = w.depth() * size_of(w.g.problem.q.dtype);
-  if (step_index % 3 == 0) prefetch_l2(w.row_of(w.g.problem.q, row), size);
+  const std::size_t size = w.depth() * size_of(w.g.call.q.dtype);
+  if (step_index % 3 == 0) prefetch_l2(w.row_of(w.g.call.q, row), size);
   if (step_index % 3 == 1) prefetch_l2(w.row_of(w.g.backward.d_out, row), size);
   if (step_index % 3 == 2) prefetch_l2(w.dq_of(row), w.depth() * sizeof(float));
 }
@@ -73,13 +73,13 @@ HWY_INLINE void prefetch_row(const BackwardWorker& w, std::int64_t step_index) {
 /// Prefetches one row that the end of this key tile or the beginning of the next one touches.
 HWY_INLINE void prefetch_key(const BackwardWorker& w, std::int64_t step_index) {
   const std::int64_t key = step_index / 4, head = w.backward_tile.range->head;
-  const std::size_t size = w.depth() * size_of(w.g.problem.k.dtype);
+  const std::size_t size = w.depth() * size_of(w.g.call.k.dtype);
   const std::int64_t position = w.backward_tile.first_key + w.key_tile.first + key;
   if (step_index % 4 < 2 && key < w.key_tile.count)
     prefetch_l2((step_index % 4 == 0 ? w.g.dk : w.g.dv).row(position, head), w.depth() * sizeof(float));
   if (step_index % 4 >= 2 && key < w.next_key_tile.count) {
-    const Rows rows = step_index % 4 == 2 ? w.g.problem.keys(w.sequence, head, w.next_key_tile.first + key)
-                                          : w.g.problem.values(w.sequence, head, w.next_key_tile.first + key);
+    const Rows rows = step_index % 4 == 2 ? w.g.call.keys(w.sequence, head, w.next_key_tile.first + key)
+                                          : w.g.call.values(w.sequence, head, w.next_key_tile.first + key);
     prefetch_l2(rows.data, size);
   }
 }

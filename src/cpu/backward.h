@@ -32,7 +32,7 @@ struct RowStats {
 enum class Units { fma, amx_bf16, amx_bf16x6 };
 
 struct BackwardState {
-  const Problem& problem;
+  const Call& call;
   const Plan& plan;
   const Backward& backward;
   WorkSlice slice;
@@ -41,7 +41,7 @@ struct BackwardState {
   Units units;
 
   RowStats& stats_of(std::int64_t q_head, std::int64_t token) const {
-    return stats[(q_head - slice.head0 * problem.heads_per_kv) * problem.tokens + token];
+    return stats[(q_head - slice.head0 * call.heads_per_kv) * call.tokens + token];
   }
 };
 
@@ -100,9 +100,9 @@ inline std::size_t amx_backward_floats(std::int64_t head_dim) {
                   2 * kKeyTileSize);
 }
 
-inline KeyTiling key_tiling_of(const Problem& problem, const SequenceView& sequence) {
+inline KeyTiling key_tiling_of(const Call& call, const SequenceView& sequence) {
   constexpr auto kMaxKeys = static_cast<std::int64_t>(kKeyTileSize);
-  const std::int64_t keys = std::clamp<std::int64_t>(sequence.keys, 1, problem.routing.block_size),
+  const std::int64_t keys = std::clamp<std::int64_t>(sequence.keys, 1, call.routing.block_size),
                      key_tiles = (keys + kMaxKeys - 1) / kMaxKeys;
   return {key_tiles, static_cast<std::int64_t>(
                          round_up(static_cast<std::size_t>((keys + key_tiles - 1) / key_tiles), kMaxCols))};
@@ -112,20 +112,20 @@ inline KeyTiling key_tiling_of(const Problem& problem, const SequenceView& seque
 /// does.
 inline KeyTile key_tile_of(const BackwardState& g, const SequenceView& sequence, const Range& range,
                            const KeyTiling& tiling, std::int64_t index) {
-  const Problem& problem = g.problem;
-  const std::int64_t block = index / tiling.tiles_per_block, block_first = block * problem.routing.block_size;
-  const std::int64_t end = std::min(block_first + problem.routing.block_size, sequence.keys);
+  const Call& call = g.call;
+  const std::int64_t block = index / tiling.tiles_per_block, block_first = block * call.routing.block_size;
+  const std::int64_t end = std::min(block_first + call.routing.block_size, sequence.keys);
   KeyTile key_tile{.first = block_first + index % tiling.tiles_per_block * tiling.size};
   key_tile.count = std::clamp<std::int64_t>(end - key_tile.first, 0, tiling.size);
   if (key_tile.count == 0) return key_tile;
   if (g.plan.rows.size() > 0) key_tile.selected = g.plan.rows_of(range, block);
-  if (problem.routing.causal) {
+  if (call.routing.causal) {
     const std::int64_t zero = sequence.position(range.q0), tokens = range.q1 - range.q0;
-    key_tile.own_first = std::clamp<std::int64_t>(key_tile.first - zero, 0, tokens) * problem.heads_per_kv;
-    key_tile.own_last = std::clamp<std::int64_t>(end - zero, 0, tokens) * problem.heads_per_kv;
+    key_tile.own_first = std::clamp<std::int64_t>(key_tile.first - zero, 0, tokens) * call.heads_per_kv;
+    key_tile.own_last = std::clamp<std::int64_t>(end - zero, 0, tokens) * call.heads_per_kv;
   }
   if (key_tile.selected.empty()) {
-    const std::int64_t last = sequence.position(range.q0 + (key_tile.own_last - 1) / problem.heads_per_kv);
+    const std::int64_t last = sequence.position(range.q0 + (key_tile.own_last - 1) / call.heads_per_kv);
     key_tile.count =
         key_tile.own_first == key_tile.own_last ? 0 : std::min(key_tile.count, last + 1 - key_tile.first);
   }

@@ -52,7 +52,7 @@ class AmxBackward {
     w_.key_budget.reset(0, 4 * std::max(w_.key_tile.count, w_.next_key_tile.count), batches * products());
     for (std::int64_t i = 0; i < batches; ++i)
       backward_batch(i * kRows, std::min((i + 1) * kRows, w_.rows()));
-    accumulate_dk_dv(w_, w_.g.problem.scale);
+    accumulate_dk_dv(w_, w_.g.call.scale);
   }
 
  private:
@@ -95,13 +95,13 @@ class AmxBackward {
   }
 
   void pack() {
-    const Problem& problem = w_.g.problem;
+    const Call& call = w_.g.call;
     const std::int64_t head = w_.backward_tile.range->head;
-    const Rows keys = problem.keys(w_.sequence, head, w_.key_tile.first),
-               values = problem.values(w_.sequence, head, w_.key_tile.first);
+    const Rows keys = call.keys(w_.sequence, head, w_.key_tile.first),
+               values = call.values(w_.sequence, head, w_.key_tile.first);
     for (std::size_t first = 0; first < w_.count(); first += kSide) {
-      const auto key = rows_as_f32(keys, problem.k.dtype, first, w_.batch.queries),
-                 value = rows_as_f32(values, problem.v.dtype, first, w_.batch.d_outs);
+      const auto key = rows_as_f32(keys, call.k.dtype, first, w_.batch.queries),
+                 value = rows_as_f32(values, call.v.dtype, first, w_.batch.d_outs);
       for (std::size_t r = 0; r < kSide; ++r) {
         split_row_bf16x3<kParts>(key[r], w_.depth(), keys_ + (first + r) * dim_words(), key_part());
         split_row_bf16x3<kParts>(value[r], w_.depth(), values_ + (first + r) * dim_words(), key_part());
@@ -119,7 +119,7 @@ class AmxBackward {
 
   /// Gathers rows [first, last) of the key tile's list, in the four layouts in which they are multiplied.
   void gather_batch(std::int64_t first, std::int64_t last) {
-    const Problem& problem = w_.g.problem;
+    const Call& call = w_.g.call;
     const std::size_t row_panel = kParts * row_part();
     std::array<const float*, kSide> query, d_out;
     for (std::size_t tile = 0; tile < tiles_in(first, last); ++tile) {
@@ -138,7 +138,7 @@ class AmxBackward {
           continue;
         }
         const std::uint32_t row = w_.row(index);
-        gather(w_, problem.q, row, 1, q);
+        gather(w_, call.q, row, 1, q);
         gather(w_, w_.g.backward.d_out, row, 1, d);
         const RowStats& stats = w_.g.stats_of(w_.head_of(row), w_.sequence.q_begin + w_.query_of(row));
         scratch_.lse[at] = stats.lse;
@@ -231,7 +231,7 @@ class AmxBackward {
   HWY_INLINE Pair exp2_and_d_logits(std::size_t key, std::size_t block, std::size_t in_block,
                                     std::size_t tile) {
     const __m512i number = _mm512_set1_epi32(static_cast<int>(key + block + in_block));
-    const Vec scale = hn::Set(F32(), w_.g.problem.scale * kLog2E);
+    const Vec scale = hn::Set(F32(), w_.g.call.scale * kLog2E);
     Vec p[2], d[2];
     for (std::size_t half = 0; half < 2; ++half) {
       const std::size_t at = tile * kSide + half * kLanes, from = (block + in_block) * kSide + half * kLanes;
@@ -269,7 +269,7 @@ class AmxBackward {
       }
       const std::size_t size = std::min(kSide, w_.depth() - column);
       for (std::int64_t i = first; i < last; ++i) {
-        add_scaled(rows + static_cast<std::size_t>(i - first) * kSide, size, w_.g.problem.scale,
+        add_scaled(rows + static_cast<std::size_t>(i - first) * kSide, size, w_.g.call.scale,
                    w_.dq_of(w_.row(i)) + column);
       }
     }

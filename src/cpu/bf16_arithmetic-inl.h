@@ -37,11 +37,11 @@ struct BFloat16 {
   std::size_t depth() const { return round_up(head_dim, kBf16Depth); }
   std::size_t padded_count() const { return round_up(count, kBf16Depth); }
 
-  void pack(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
+  void pack(const Call& call, const SequenceView& sequence, std::int64_t head, std::int64_t first,
             std::int64_t keys_count) {
     count = static_cast<std::size_t>(keys_count);
-    source = {&problem, &sequence, head, first, keys_count};
-    pack_keys(problem, sequence, head, first, keys_count);
+    source = {&call, &sequence, head, first, keys_count};
+    pack_keys(call, sequence, head, first, keys_count);
     nonfinite_values.reset();
     auto* zeros = reinterpret_cast<bfloat16*>(tile.f32_rows + kMaxLanes * kMaxHeadDim);
     const bfloat16* even = nullptr;
@@ -130,7 +130,7 @@ struct BFloat16 {
   }
 
   /// Packs the keys; a pair of bf16 values is moved as one float.
-  void pack_keys(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
+  void pack_keys(const Call& call, const SequenceView& sequence, std::int64_t head, std::int64_t first,
                  std::int64_t keys_count) {
     Rows rows;
     std::int64_t begin = 0;
@@ -139,7 +139,7 @@ struct BFloat16 {
       const auto index = static_cast<std::int64_t>(i);
       if (index >= begin + rows.count || index == 0) {
         begin = index;
-        rows = problem.keys(sequence, head, first + index);
+        rows = call.keys(sequence, head, first + index);
       }
       const std::byte* from = rows.data + (index - begin) * rows.stride * 2;
       if (whole) return reinterpret_cast<const float*>(from);

@@ -48,10 +48,10 @@ struct F32AsBf16x6 {
   std::size_t key_part() const { return depth() / 2 * kMatrixCols; }  // words
   std::size_t value_part() const { return padded_count() / 2 * kMatrixCols; }
 
-  void pack(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
+  void pack(const Call& call, const SequenceView& sequence, std::int64_t head, std::int64_t first,
             std::int64_t keys_count) {
     count = static_cast<std::size_t>(keys_count);
-    source = {&problem, &sequence, head, first, keys_count};
+    source = {&call, &sequence, head, first, keys_count};
     pack_keys();
     pack_values();
   }
@@ -139,7 +139,7 @@ struct F32AsBf16x6 {
                        keys + first / kMatrixCols * kParts * key_part() + first % kMatrixCols, key_part());
     };
     source.for_keys([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
-      const float* key = row_as_f32(from, source.problem->k.dtype, i, head_dim, tile.f32_rows);
+      const float* key = row_as_f32(from, source.call->k.dtype, i, head_dim, tile.f32_rows);
       nonfinite_keys[index] = !all_finite(key, head_dim);
       split_row_bf16x3(key, head_dim, tile.words + index % kLanes * kRowWords, kLanes * kRowWords);
       if (index % kLanes == kLanes - 1) transpose(index - (kLanes - 1));
@@ -157,7 +157,7 @@ struct F32AsBf16x6 {
     };
     source.for_values([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
       const std::size_t at = index % kBf16Depth;
-      rows[at] = row_as_f32(from, source.problem->v.dtype, i, head_dim, tile.rows + at * kRowStride);
+      rows[at] = row_as_f32(from, source.call->v.dtype, i, head_dim, tile.rows + at * kRowStride);
       nonfinite_values[index] = !all_finite(rows[at], head_dim);
       if (nonfinite_values[index]) rows[at] = zeros;
       if (at == kBf16Depth - 1) zip(index - at);
@@ -171,7 +171,7 @@ struct F32AsBf16x6 {
   /// Overwrites the scores of non-finite keys and rows, which a product of parts cannot compute.
   void score_nonfinite(std::size_t rows) {
     source.for_keys([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
-      const float* key = row_as_f32(from, source.problem->k.dtype, i, head_dim, tile.f32_rows);
+      const float* key = row_as_f32(from, source.call->k.dtype, i, head_dim, tile.f32_rows);
       for (std::size_t r = 0; r < rows; ++r) {
         if (!nonfinite_keys[index] && (nonfinite_rows >> r & 1U) == 0) continue;
         float sum = 0;

@@ -26,22 +26,22 @@ void add_row(const float* HWY_RESTRICT row, std::size_t size, float* HWY_RESTRIC
 
 }  // namespace
 
-void block_mean(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t block,
+void block_mean(const Call& call, const SequenceView& sequence, std::int64_t head, std::int64_t block,
                 float* mean) {
-  const auto depth = static_cast<std::size_t>(problem.head_dim);
-  const std::int64_t begin = block * problem.routing.block_size;
-  const std::int64_t end = std::min(begin + problem.routing.block_size, sequence.keys);
+  const auto depth = static_cast<std::size_t>(call.head_dim);
+  const std::int64_t begin = block * call.routing.block_size;
+  const std::int64_t end = std::min(begin + call.routing.block_size, sequence.keys);
   alignas(64) float f32_rows[kMaxHeadDim];
   std::fill(mean, mean + depth, 0.0F);
   for (std::int64_t first = begin; first < end;) {
-    const Rows rows = problem.keys(sequence, head, first);
+    const Rows rows = call.keys(sequence, head, first);
     const std::int64_t run = std::min(rows.count, end - first);
     for (std::int64_t i = 0; i < run; ++i)
-      add_row(row_as_f32(rows, problem.k.dtype, i, depth, f32_rows), depth, mean);
+      add_row(row_as_f32(rows, call.k.dtype, i, depth, f32_rows), depth, mean);
     first += run;
   }
   const auto count = static_cast<float>(end - begin);
-  for (std::size_t i = 0; i < depth; ++i) mean[i] = rounded_to(problem.k.dtype, mean[i] / count);
+  for (std::size_t i = 0; i < depth; ++i) mean[i] = rounded_to(call.k.dtype, mean[i] / count);
 }
 
 }  // namespace moba::cpu::HWY_NAMESPACE
@@ -52,23 +52,23 @@ namespace moba::cpu {
 
 HWY_EXPORT(block_mean);
 
-Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Context& context) {
+BlockMeans centroids(const Call& call, std::int64_t head0, std::int64_t head1, Context& context) {
   std::vector<std::int64_t> first_block{0};  // of each sequence, among those of all
-  for (const SequenceView& s : problem.sequences)
-    first_block.push_back(first_block.back() + problem.candidate_blocks(s));
+  for (const SequenceView& s : call.sequences)
+    first_block.push_back(first_block.back() + call.candidate_blocks(s));
   const std::int64_t total = first_block.back();
 
-  Means means;
+  BlockMeans means;
   means.head0 = head0;
-  means.block_stride = problem.head_dim;
-  means.head_stride = total * problem.head_dim;
+  means.block_stride = call.head_dim;
+  means.head_stride = total * call.head_dim;
   means.storage = Buffer<float>(context.scratch, (head1 - head0) * means.head_stride);
   for (std::size_t s = 0; s + 1 < first_block.size(); ++s) {
     means.base.push_back(means.storage.data() + first_block[s] * means.block_stride);
   }
 
   // Enough keys a task to outweigh handing it out.
-  const std::int64_t step = std::max<std::int64_t>(1, 4096 / problem.routing.block_size);
+  const std::int64_t step = std::max<std::int64_t>(1, 4096 / call.routing.block_size);
   const std::int64_t tasks = (total + step - 1) / step;
   const auto mean = &HWY_DYNAMIC_DISPATCH(block_mean);
   context.parallel.run(tasks * (head1 - head0), [&](std::int64_t task, int) {
@@ -79,7 +79,7 @@ Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, 
     for (std::int64_t block = begin; block < end; ++block) {
       while (block >= first_block[s + 1]) ++s;
       const std::int64_t local = block - first_block[s];
-      mean(problem, problem.sequences[s], head, local,
+      mean(call, call.sequences[s], head, local,
            const_cast<float*>(means.of(s, head)) + local * means.block_stride);
     }
   });

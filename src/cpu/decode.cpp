@@ -29,7 +29,7 @@ void load_query_f32(const std::byte* from, DType dtype, std::size_t depth, float
 }
 
 /// Scores a split of the means of the candidate blocks, and lists the top-k of every query head of the unit.
-void score_means(const Problem& problem, const Means& means, const DecodeUnit& unit, std::int64_t split) {
+void score_means(const Call& call, const BlockMeans& means, const DecodeUnit& unit, std::int64_t split) {
   const F32 d;
   const std::int64_t begin = unit.candidates.first + split * kSplitMeans;
   const std::int64_t count = std::min(kSplitMeans, unit.candidates.last - begin);
@@ -44,13 +44,13 @@ void score_means(const Problem& problem, const Means& means, const DecodeUnit& u
   const std::int64_t next = unit.next_means.load(std::memory_order_relaxed);
   const Rows after = next < unit.mean_splits ? rows_from(unit.candidates.first + next * kSplitMeans) : Rows{};
 
-  for (std::int64_t g = 0; g < problem.heads_per_kv; ++g) {
-    for_row_streams(rows_from(begin), DType::f32, count, static_cast<std::size_t>(problem.head_dim), after,
+  for (std::int64_t g = 0; g < call.heads_per_kv; ++g) {
+    for_row_streams(rows_from(begin), DType::f32, count, static_cast<std::size_t>(call.head_dim), after,
                     scratch, [&](const auto& stream, std::int64_t at) HWY_ATTR {
                       dot_rows(stream, unit.queries + static_cast<std::size_t>(g) * kMaxHeadDim, scores + at);
                     });
     std::fill(scores + count, scores + kSplitMeans, kNegInf);
-    const std::int64_t list = (split * problem.heads_per_kv + g) * unit.listed;
+    const std::int64_t list = (split * call.heads_per_kv + g) * unit.listed;
     TopK topk{unit.list_scores + list, unit.lists + list, 0, unit.listed};
     for (std::int64_t i = 0; i < count; i += static_cast<std::int64_t>(kLanes)) {
       if (topk.count == topk.k && hn::AllTrue(d, hn::Lt(hn::Load(d, scores + i), hn::Set(d, topk.scores[0]))))
@@ -64,22 +64,22 @@ void score_means(const Problem& problem, const Means& means, const DecodeUnit& u
 /// Computes attention of the unit's query heads that see a split into its partials [group][stride]: the
 /// unnormalised output, the maximum (log2 units) and the sum. Heads that do not see the split keep a maximum
 /// of -inf.
-void attend_split(const Problem& problem, const DecodeUnit& unit, std::int64_t width, std::int64_t index,
+void attend_split(const Call& call, const DecodeUnit& unit, std::int64_t width, std::int64_t index,
                   std::size_t stride) {
   const F32 d;
-  const SequenceView& sequence = problem.sequences[unit.sequence];
-  const auto head_dim = static_cast<std::size_t>(problem.head_dim);
+  const SequenceView& sequence = call.sequences[unit.sequence];
+  const auto head_dim = static_cast<std::size_t>(call.head_dim);
   alignas(64) float scratch[16 * kMaxHeadDim];
   alignas(64) float weights[kMaxSplitKeys + kMaxLanes];
   alignas(64) float scaled[kMaxSplitKeys + kMaxLanes];
   const KvSplit split = unit.split(index);
   const auto padded = static_cast<std::int64_t>(round_up(static_cast<std::size_t>(split.count), kLanes));
-  const float to_log2 = problem.scale * kLog2E;
-  const auto keys = [&](std::int64_t first) { return problem.keys(sequence, unit.head, first); };
-  const auto values = [&](std::int64_t first) { return problem.values(sequence, unit.head, first); };
-  float* partial = unit.partials + static_cast<std::size_t>(index * problem.heads_per_kv) * stride;
+  const float to_log2 = call.scale * kLog2E;
+  const auto keys = [&](std::int64_t first) { return call.keys(sequence, unit.head, first); };
+  const auto values = [&](std::int64_t first) { return call.values(sequence, unit.head, first); };
+  float* partial = unit.partials + static_cast<std::size_t>(index * call.heads_per_kv) * stride;
 
-  for (std::int64_t g = 0; g < problem.heads_per_kv; ++g) {
+  for (std::int64_t g = 0; g < call.heads_per_kv; ++g) {
     float* out = partial + static_cast<std::size_t>(g) * stride;
     float &max = out[stride - 2], &sum = out[stride - 1];
     std::fill(out, out + stride, 0.0F);
@@ -88,7 +88,7 @@ void attend_split(const Problem& problem, const DecodeUnit& unit, std::int64_t w
 
     for_pages(split, values(split.first), keys, [&](const Rows& rows, std::int64_t done, const Rows& next) {
       prefetch_scales(rows);
-      for_row_streams(rows, problem.k.dtype, rows.count, head_dim, next, scratch,
+      for_row_streams(rows, call.k.dtype, rows.count, head_dim, next, scratch,
                       [&](const auto& stream, std::int64_t at) HWY_ATTR {
                         dot_rows(stream, unit.queries + static_cast<std::size_t>(g) * kMaxHeadDim,
                                  weights + done + at);
@@ -121,7 +121,7 @@ void attend_split(const Problem& problem, const DecodeUnit& unit, std::int64_t w
         for (std::int64_t i = 0; i < rows.count; ++i) scaled[i] = by[i] * rows.scales[i];
         by = scaled;
       }
-      for_row_streams(rows, problem.v.dtype, rows.count, head_dim, next, scratch,
+      for_row_streams(rows, call.v.dtype, rows.count, head_dim, next, scratch,
                       [&](const auto& stream, std::int64_t at) HWY_ATTR { add_rows(stream, by + at, out); });
     });
   }
@@ -167,13 +167,13 @@ std::int64_t divided_up(std::int64_t value, std::int64_t by) {
 /// One call: its units, and the work of the threads on them.
 class Decoding {
  public:
-  Decoding(const Problem& problem, const Means& means, const Outputs& outputs, Scratch& scratch)
-      : problem_(problem),
+  Decoding(const Call& call, const BlockMeans& means, const Outputs& outputs, Scratch& scratch)
+      : call_(call),
         means_(means),
         outputs_(outputs),
-        width_(problem.width()),
-        stride_(round_up(static_cast<std::size_t>(problem.head_dim), kMaxLanes) + kMaxLanes),
-        units_(problem.sequences.size() * static_cast<std::size_t>(problem.kv_heads)) {
+        width_(call.width()),
+        stride_(round_up(static_cast<std::size_t>(call.head_dim), kMaxLanes) + kMaxLanes),
+        units_(call.sequences.size() * static_cast<std::size_t>(call.kv_heads)) {
     std::int64_t listed = 0, splits = 0, mean_splits = 0;
     for (std::size_t u = 0; u < units_.size(); ++u) {
       plan(units_[u], u);
@@ -182,25 +182,25 @@ class Decoding {
       mean_splits += units_[u].mean_splits;
     }
     tasks_ = std::max(mean_splits, splits);
-    const std::int64_t heads = static_cast<std::int64_t>(units_.size()) * problem.heads_per_kv;
+    const std::int64_t heads = static_cast<std::int64_t>(units_.size()) * call.heads_per_kv;
     queries_ = {scratch, heads * static_cast<std::int64_t>(kMaxHeadDim)};
     topk_scores_ = {scratch, heads * width_};
     selected_ = {scratch, heads * width_};
     blocks_ = {scratch, heads * width_};
     list_scores_ = {scratch, listed};
     lists_ = {scratch, listed};
-    partials_ = {scratch, splits * problem.heads_per_kv * static_cast<std::int64_t>(stride_)};
+    partials_ = {scratch, splits * call.heads_per_kv * static_cast<std::int64_t>(stride_)};
     listed = splits = 0;
     for (std::size_t u = 0; u < units_.size(); ++u) {
       DecodeUnit& unit = units_[u];
-      const auto head = static_cast<std::int64_t>(u) * problem.heads_per_kv;
+      const auto head = static_cast<std::int64_t>(u) * call.heads_per_kv;
       unit.queries = queries_.data() + head * static_cast<std::int64_t>(kMaxHeadDim);
       unit.topk_scores = topk_scores_.data() + head * width_;
       unit.selected = selected_.data() + head * width_;
       unit.blocks = blocks_.data() + head * width_;
       unit.list_scores = list_scores_.data() + listed;
       unit.lists = lists_.data() + listed;
-      unit.partials = partials_.data() + splits * problem.heads_per_kv * static_cast<std::int64_t>(stride_);
+      unit.partials = partials_.data() + splits * call.heads_per_kv * static_cast<std::int64_t>(stride_);
       listed += list_size(unit);
       splits += max_splits(unit);
       load_queries_f32(unit);
@@ -214,13 +214,13 @@ class Decoding {
 
  private:
   void plan(DecodeUnit& unit, std::size_t index) const {
-    unit.sequence = index / static_cast<std::size_t>(problem_.kv_heads);
-    unit.head = static_cast<std::int64_t>(index) % problem_.kv_heads;
-    const SequenceView& s = problem_.sequences[unit.sequence];
+    unit.sequence = index / static_cast<std::size_t>(call_.kv_heads);
+    unit.head = static_cast<std::int64_t>(index) % call_.kv_heads;
+    const SequenceView& s = call_.sequences[unit.sequence];
     unit.keys = s.keys;
-    unit.block_size = std::min(problem_.routing.block_size, problem_.max_seqlen_k);
-    unit.own = problem_.own_block(s, 0);
-    unit.candidates = candidates_of(problem_, s, 0, width_);
+    unit.block_size = std::min(call_.routing.block_size, call_.max_seqlen_k);
+    unit.own = call_.own_block(s, 0);
+    unit.candidates = candidates_of(call_, s, 0, width_);
     const std::int64_t candidates = unit.candidates.last - unit.candidates.first;
     if (unit.candidates.k > 0 && candidates > unit.candidates.k) {
       unit.listed = std::min(unit.candidates.k, kSplitMeans);
@@ -238,21 +238,21 @@ class Decoding {
   }
 
   std::int64_t list_size(const DecodeUnit& unit) const {
-    return unit.mean_splits * problem_.heads_per_kv * unit.listed;
+    return unit.mean_splits * call_.heads_per_kv * unit.listed;
   }
   std::int64_t max_splits(const DecodeUnit& unit) const {
     return unit.own_splits +
-           std::min(problem_.heads_per_kv * width_, std::max<std::int64_t>(unit.own, 0)) * unit.block_splits;
+           std::min(call_.heads_per_kv * width_, std::max<std::int64_t>(unit.own, 0)) * unit.block_splits;
   }
 
   void load_queries_f32(DecodeUnit& unit) const {
-    const SequenceView& s = problem_.sequences[unit.sequence];
-    for (std::int64_t g = 0; g < problem_.heads_per_kv; ++g) {
-      const std::int64_t offset = Problem::offset(problem_.q, s, 0, unit.head * problem_.heads_per_kv + g);
+    const SequenceView& s = call_.sequences[unit.sequence];
+    for (std::int64_t g = 0; g < call_.heads_per_kv; ++g) {
+      const std::int64_t offset = Call::offset(call_.q, s, 0, unit.head * call_.heads_per_kv + g);
       HWY_DYNAMIC_DISPATCH(load_query_f32)
-      (static_cast<const std::byte*>(problem_.q.data) +
-           offset * static_cast<std::int64_t>(size_of(problem_.q.dtype)),
-       problem_.q.dtype, static_cast<std::size_t>(problem_.head_dim),
+      (static_cast<const std::byte*>(call_.q.data) +
+           offset * static_cast<std::int64_t>(size_of(call_.q.dtype)),
+       call_.q.dtype, static_cast<std::size_t>(call_.head_dim),
        unit.queries + g * static_cast<std::int64_t>(kMaxHeadDim));
     }
   }
@@ -263,7 +263,7 @@ class Decoding {
     const auto score = &HWY_DYNAMIC_DISPATCH(score_means);
     for (DecodeUnit& unit : units_) {
       for (std::int64_t i = unit.next_means++; i < unit.mean_splits; i = unit.next_means++) {
-        score(problem_, means_, unit, i);
+        score(call_, means_, unit, i);
         if (--unit.means_left == 0) finish_gate(unit);
       }
     }
@@ -274,7 +274,7 @@ class Decoding {
           while (!unit.gate_done) std::this_thread::yield();
           if (i >= unit.splits) break;
         }
-        attend(problem_, unit, width_, i, stride_);
+        attend(call_, unit, width_, i, stride_);
         if (--unit.splits_left == 0) combine(unit);
       }
     }
@@ -282,10 +282,9 @@ class Decoding {
 
   /// Runs when every mean is scored: computes the selection of each head and the splits that follow from it.
   void finish_gate(DecodeUnit& unit) const {
-    for (std::int64_t g = 0; g < problem_.heads_per_kv; ++g) select(unit, g);
-    std::int32_t* end =
-        std::copy_if(unit.selected, unit.selected + problem_.heads_per_kv * width_, unit.blocks,
-                     [&](std::int32_t block) { return block >= 0 && block != unit.own; });
+    for (std::int64_t g = 0; g < call_.heads_per_kv; ++g) select(unit, g);
+    std::int32_t* end = std::copy_if(unit.selected, unit.selected + call_.heads_per_kv * width_, unit.blocks,
+                                     [&](std::int32_t block) { return block >= 0 && block != unit.own; });
     std::sort(unit.blocks, end);
     const std::int64_t selected = std::unique(unit.blocks, end) - unit.blocks;
     unit.splits = unit.own_splits + selected * unit.block_splits;
@@ -302,34 +301,34 @@ class Decoding {
         topk.push(0, static_cast<std::int32_t>(block));
     }
     for (std::int64_t split = 0; split < unit.mean_splits && unit.listed > 0; ++split) {
-      const std::int64_t list = (split * problem_.heads_per_kv + g) * unit.listed;
+      const std::int64_t list = (split * call_.heads_per_kv + g) * unit.listed;
       const std::int64_t means =
           std::min(kSplitMeans, unit.candidates.last - unit.candidates.first - split * kSplitMeans);
       for (std::int64_t i = list; i < list + std::min(unit.listed, means); ++i)
         topk.push(unit.list_scores[i], unit.lists[i]);
     }
-    finish_row(problem_, unit.candidates, topk.count, width_, selected);
+    finish_row(call_, unit.candidates, topk.count, width_, selected);
   }
 
   void combine(const DecodeUnit& unit) const {
-    const SequenceView& s = problem_.sequences[unit.sequence];
+    const SequenceView& s = call_.sequences[unit.sequence];
     alignas(64) float merged[kMaxHeadDim + kMaxLanes];
-    for (std::int64_t g = 0; g < problem_.heads_per_kv; ++g) {
+    for (std::int64_t g = 0; g < call_.heads_per_kv; ++g) {
       const auto [max, sum] =
-          HWY_DYNAMIC_DISPATCH(combine_splits)(unit, problem_.heads_per_kv, g, stride_, merged);
-      const std::int64_t head = unit.head * problem_.heads_per_kv + g,
-                         offset = Problem::offset(outputs_.out, s, 0, head);
+          HWY_DYNAMIC_DISPATCH(combine_splits)(unit, call_.heads_per_kv, g, stride_, merged);
+      const std::int64_t head = unit.head * call_.heads_per_kv + g,
+                         offset = Call::offset(outputs_.out, s, 0, head);
       const float inverse = sum == 0 ? 0.0F : 1 / sum;
-      for (std::int64_t i = 0; i < problem_.head_dim; ++i)
+      for (std::int64_t i = 0; i < call_.head_dim; ++i)
         store(outputs_.out.data, outputs_.out.dtype, offset + i, merged[i] * inverse);
       if (outputs_.lse != nullptr) {
-        outputs_.lse[head * problem_.tokens + s.q_begin] = sum == 0 ? kNegInf : (max + std::log2(sum)) * kLn2;
+        outputs_.lse[head * call_.tokens + s.q_begin] = sum == 0 ? kNegInf : (max + std::log2(sum)) * kLn2;
       }
     }
   }
 
-  const Problem& problem_;
-  const Means& means_;
+  const Call& call_;
+  const BlockMeans& means_;
   const Outputs& outputs_;
   std::int64_t width_ = 0, tasks_ = 0;
   std::size_t stride_ = 0;
@@ -340,8 +339,8 @@ class Decoding {
 
 }  // namespace
 
-void decode(const Problem& problem, const Means& means, const Outputs& outputs, Context& context) {
-  Decoding(problem, means, outputs, context.scratch).run(context.parallel);
+void decode(const Call& call, const BlockMeans& means, const Outputs& outputs, Context& context) {
+  Decoding(call, means, outputs, context.scratch).run(context.parallel);
 }
 
 }  // namespace moba::cpu

@@ -24,24 +24,24 @@ struct Float32 {
   KvSource source{};
   KeySet nonfinite_values{};  // packed as zeros
 
-  void pack(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
+  void pack(const Call& call, const SequenceView& sequence, std::int64_t head, std::int64_t first,
             std::int64_t keys_count) {
     count = static_cast<std::size_t>(keys_count);
-    source = {&problem, &sequence, head, first, keys_count};
+    source = {&call, &sequence, head, first, keys_count};
     Rows rows;
     std::int64_t begin = 0;  // index in the key tile at which `rows` starts
     const auto key = [&](std::size_t i, float* scratch) HWY_ATTR {
       const auto index = static_cast<std::int64_t>(i);
       if (index >= begin + rows.count || index == 0) {
         begin = index;
-        rows = problem.keys(sequence, head, first + index);
+        rows = call.keys(sequence, head, first + index);
       }
-      return row_as_f32(rows, problem.k.dtype, index - begin, head_dim, scratch);
+      return row_as_f32(rows, call.k.dtype, index - begin, head_dim, scratch);
     };
     pack_transposed(count, head_dim, key, tile.f32_rows, keys);
     nonfinite_values.reset();
     source.for_values([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
-      const float* row = row_as_f32(from, problem.v.dtype, i, head_dim, tile.f32_rows);
+      const float* row = row_as_f32(from, call.v.dtype, i, head_dim, tile.f32_rows);
       nonfinite_values[index] = !all_finite(row, head_dim);
       pack_value(index, nonfinite_values[index] ? tile.f32_rows + kMaxLanes * kMaxHeadDim : row);
     });

@@ -34,7 +34,7 @@ void score_exactly(GateRows& rows, TileScratch& tile, float* packed) {
       const std::int64_t columns = std::min(rows.candidates[to - 1].last - begin, count);
       if (columns <= 0) return;
       for (std::int64_t row = from; row < to; ++row) {
-        load_f32(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F,
+        load_f32(rows.query(row), rows.call.q.dtype, rows.depth(), 1.0F,
                  tile.rows + static_cast<std::size_t>(row - from) * kRowStride);
         rows.prefetch_query(row + to - from);
       }
@@ -58,18 +58,18 @@ void score_exactly(GateRows& rows, TileScratch& tile, float* packed) {
 }  // namespace
 
 /// `memory` holds gate_bytes() bytes.
-void gate_rows(const Problem& problem, const Means& means, const GateTask& task, const Selection& selection,
+void gate_rows(const Call& call, const BlockMeans& means, const GateTask& task, const Selection& selection,
                std::byte* memory) {
   const auto take = [&memory](auto* /*type*/ kind, std::int64_t count) {
     auto* taken = reinterpret_cast<decltype(kind)>(memory);
     memory += round_up(static_cast<std::size_t>(count) * sizeof(*kind), Scratch::kAlignment);
     return taken;
   };
-  const SequenceView& sequence = problem.sequences[task.sequence];
-  const std::int64_t count = (task.q1 - task.q0) * problem.heads_per_kv, width = selection.width;
+  const SequenceView& sequence = call.sequences[task.sequence];
+  const std::int64_t count = (task.q1 - task.q0) * call.heads_per_kv, width = selection.width;
   TileScratch& tile = *take(static_cast<TileScratch*>(nullptr), 1);
-  float* packed = take(static_cast<float*>(nullptr), kTileBlocks * problem.head_dim);
-  GateRows rows{problem,
+  float* packed = take(static_cast<float*>(nullptr), kTileBlocks * call.head_dim);
+  GateRows rows{call,
                 means,
                 task,
                 sequence,
@@ -83,7 +83,7 @@ void gate_rows(const Problem& problem, const Means& means, const GateTask& task,
   if (task.screened == nullptr) {
     score_exactly(rows, tile, packed);
   } else {
-    const auto depth = static_cast<std::int64_t>(ScreenedMeans::depth(problem.head_dim));
+    const auto depth = static_cast<std::int64_t>(ScreenedMeans::depth(call.head_dim));
     const ScreenMemory screen{
         take(static_cast<std::uint8_t*>(nullptr), (count + static_cast<std::int64_t>(kTileCapacity)) * depth),
         take(static_cast<ScreenState*>(nullptr), count),
@@ -146,82 +146,82 @@ std::int64_t screen_from() {
   return wanted == "int8" ? 1 : kScreenFrom;
 }
 
-std::int64_t candidate_count(const Problem& problem, const SequenceView& s) {
-  return problem.needs_scores() ? problem.candidate_blocks(s) : 0;
+std::int64_t candidate_count(const Call& call, const SequenceView& s) {
+  return call.needs_scores() ? call.candidate_blocks(s) : 0;
 }
 
-std::int64_t rows_of_task(const Problem& problem, bool screened) {
-  return std::max(screened ? kScreenRows : kGateRows, problem.heads_per_kv);
+std::int64_t rows_of_task(const Call& call, bool screened) {
+  return std::max(screened ? kScreenRows : kGateRows, call.heads_per_kv);
 }
 
 }  // namespace
 
-std::size_t screened_bytes(const Problem& problem, std::int64_t heads) {
+std::size_t screened_bytes(const Call& call, std::int64_t heads) {
   std::size_t bytes = 0;
-  for (const SequenceView& s : problem.sequences) {
-    if (candidate_count(problem, s) >= screen_from())
-      bytes += ScreenedMeans::bytes(candidate_count(problem, s), problem.head_dim);
+  for (const SequenceView& s : call.sequences) {
+    if (candidate_count(call, s) >= screen_from())
+      bytes += ScreenedMeans::bytes(candidate_count(call, s), call.head_dim);
   }
   return bytes * static_cast<std::size_t>(heads);
 }
 
-std::size_t gate_bytes(const Problem& problem) {
-  if (problem.width() == 0) return 0;
-  const auto width = static_cast<std::size_t>(problem.width()),
-             head_dim = static_cast<std::size_t>(problem.head_dim);
-  const bool screened = screened_bytes(problem, 1) > 0;
+std::size_t gate_bytes(const Call& call) {
+  if (call.width() == 0) return 0;
+  const auto width = static_cast<std::size_t>(call.width()),
+             head_dim = static_cast<std::size_t>(call.head_dim);
+  const bool screened = screened_bytes(call, 1) > 0;
   // Beside screened sequences there may be others in the same batch, with more rows a task.
-  const auto rows = static_cast<std::size_t>(rows_of_task(problem, false));
+  const auto rows = static_cast<std::size_t>(rows_of_task(call, false));
   std::size_t bytes = sizeof(TileScratch) + kKeyTileSize * head_dim * sizeof(float) +
                       rows * (width * sizeof(float) + sizeof(Candidates));
   if (screened) {
-    const auto few = static_cast<std::size_t>(rows_of_task(problem, true)),
+    const auto few = static_cast<std::size_t>(rows_of_task(call, true)),
                survivors = static_cast<std::size_t>(kMaxSurvivors);
-    bytes += (few + kTileCapacity) * ScreenedMeans::depth(problem.head_dim) +
+    bytes += (few + kTileCapacity) * ScreenedMeans::depth(call.head_dim) +
              few * (64 + (width + survivors) * 2 * sizeof(float));
   }
   return round_up(bytes, Scratch::kAlignment) + 16 * Scratch::kAlignment;
 }
 
-Selection gate(const Problem& problem, const Means& means, const WorkSlice& slice, Context& context) {
-  Selection selection{slice, problem.heads_per_kv, problem.width(), {}};
+Selection gate(const Call& call, const BlockMeans& means, const WorkSlice& slice, Context& context) {
+  Selection selection{slice, call.heads_per_kv, call.width(), {}};
   if (selection.width == 0) return selection;
   selection.blocks = Buffer<std::int32_t>(
-      context.scratch, slice.heads() * slice.tokens() * problem.heads_per_kv * selection.width);
+      context.scratch, slice.heads() * slice.tokens() * call.heads_per_kv * selection.width);
 
   const Buffer<std::byte> screened_memory(context.scratch,
-                                          static_cast<std::int64_t>(screened_bytes(problem, slice.heads())));
-  std::vector<ScreenedMeans> screened(problem.sequences.size() * static_cast<std::size_t>(slice.heads()));
+                                          static_cast<std::int64_t>(screened_bytes(call, slice.heads())));
+  std::vector<ScreenedMeans> screened(call.sequences.size() * static_cast<std::size_t>(slice.heads()));
   std::vector<GateTask> tasks;
   std::byte* next = screened_memory.data();
   for (std::int64_t head = slice.head0; head < slice.head1; ++head) {
-    for (std::size_t s = 0; s < problem.sequences.size(); ++s) {
-      const std::int64_t blocks = candidate_count(problem, problem.sequences[s]);
+    for (std::size_t s = 0; s < call.sequences.size(); ++s) {
+      const std::int64_t blocks = candidate_count(call, call.sequences[s]);
       ScreenedMeans* rounded = nullptr;
       if (blocks >= screen_from()) {
-        rounded = &screened[static_cast<std::size_t>(head - slice.head0) * problem.sequences.size() + s];
-        *rounded = ScreenedMeans::in(next, blocks, problem.head_dim);
-        next += ScreenedMeans::bytes(blocks, problem.head_dim);
+        rounded = &screened[static_cast<std::size_t>(head - slice.head0) * call.sequences.size() + s];
+        *rounded = ScreenedMeans::in(next, blocks, call.head_dim);
+        next += ScreenedMeans::bytes(blocks, call.head_dim);
         const auto round = &HWY_DYNAMIC_DISPATCH(round_means);
         const auto panel_count = static_cast<std::int64_t>(ScreenedMeans::padded(blocks) / kMatrixCols);
         context.parallel.run(panel_count, [&](std::int64_t panel, int) {
-          round(means.of(s, head), means.block_stride, blocks, problem.head_dim, panel, *rounded);
+          round(means.of(s, head), means.block_stride, blocks, call.head_dim, panel, *rounded);
         });
       }
       const std::int64_t step =
-          std::max<std::int64_t>(rows_of_task(problem, rounded != nullptr) / problem.heads_per_kv, 1);
-      const auto [first, last] = slice.queries_of(problem.sequences[s]);
+          std::max<std::int64_t>(rows_of_task(call, rounded != nullptr) / call.heads_per_kv, 1);
+      const auto [first, last] = slice.queries_of(call.sequences[s]);
       // Later queries have more candidates: begin with them.
       for (std::int64_t q1 = last; q1 > first; q1 -= step)
         tasks.push_back({s, head, std::max(q1 - step, first), q1, rounded});
     }
   }
-  const std::size_t bytes = gate_bytes(problem);
+  const std::size_t bytes = gate_bytes(call);
   const Buffer<std::byte> memory(context.scratch,
                                  context.parallel.threads * static_cast<std::int64_t>(bytes));
   const auto run = &HWY_DYNAMIC_DISPATCH(gate_rows);
   context.parallel.run(static_cast<std::int64_t>(tasks.size()), [&](std::int64_t index, int worker) {
-    run(problem, means, tasks[static_cast<std::size_t>(index)], selection,
+    run(call, means, tasks[static_cast<std::size_t>(index)], selection,
         memory.data() + static_cast<std::size_t>(worker) * bytes);
   });
   return selection;

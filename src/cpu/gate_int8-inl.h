@@ -67,12 +67,12 @@ struct ScreenMemory {
 };
 
 void round_queries(const GateRows& rows, const ScreenMemory& memory, TileScratch& tile) {
-  const std::size_t depth = ScreenedMeans::depth(rows.problem.head_dim);
+  const std::size_t depth = ScreenedMeans::depth(rows.call.head_dim);
   alignas(64) std::int32_t levels[kMaxHeadDim];
   const float rounding =
       static_cast<float>(rows.depth() + 8) * 0x1p-22F;  // of the f32 score itself, generously
   for (std::int64_t row = rows.first_scored; row < rows.count; ++row) {
-    load_f32(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F, tile.rows);
+    load_f32(rows.query(row), rows.call.q.dtype, rows.depth(), 1.0F, tile.rows);
     std::uint8_t* to = memory.queries + static_cast<std::size_t>(row) * depth;
     std::fill(to, to + depth, std::uint8_t{128});
     const Rounded rounded = round_to_int8(tile.rows, rows.depth(), levels);
@@ -99,7 +99,7 @@ void rescore(GateRows& rows, const ScreenMemory& memory, std::int64_t row, TileS
   const auto mean = [&](std::size_t i, float*) { return rows.mean(survivors[i]); };
   const auto mask = static_cast<std::size_t>(kept);
   pack_transposed(mask, rows.depth(), mean, tile.f32_rows, packed, round_up(mask, kLanes));
-  load_f32(rows.query(row), rows.problem.q.dtype, rows.depth(), 1.0F, tile.rows);
+  load_f32(rows.query(row), rows.call.q.dtype, rows.depth(), 1.0F, tile.rows);
   for (std::size_t panel = 0; panel < panels(static_cast<std::size_t>(kept)); ++panel) {
     kScoreTiles[0](tile.rows, packed + panel * rows.depth() * kCols, rows.depth(),
                    tile.product + panel * kCols);
@@ -159,7 +159,7 @@ void screen_row(GateRows& rows, const ScreenMemory& memory, std::int64_t row, st
 
 void score_screened(GateRows& rows, const ScreenMemory& memory, TileScratch& tile, float* packed) {
   const Int8Tiles& tiles = *int8_tiles();
-  const std::size_t depth = ScreenedMeans::depth(rows.problem.head_dim);
+  const std::size_t depth = ScreenedMeans::depth(rows.call.head_dim);
   auto* products = reinterpret_cast<std::int32_t*>(tile.scores);
   round_queries(rows, memory, tile);
   tiles.begin();

@@ -19,8 +19,8 @@ constexpr auto kTileBlocks = static_cast<std::int64_t>(kKeyTileSize);
 
 /// The rows of a task, their candidates and their lists.
 struct GateRows {
-  const Problem& problem;
-  const Means& means;
+  const Call& call;
+  const BlockMeans& means;
   const GateTask& task;
   const SequenceView& sequence;
   std::int64_t width, count;
@@ -29,18 +29,17 @@ struct GateRows {
   Candidates* candidates;
   std::int64_t first_scored = 0;
 
-  std::size_t depth() const { return static_cast<std::size_t>(problem.head_dim); }
+  std::size_t depth() const { return static_cast<std::size_t>(call.head_dim); }
   const std::byte* query(std::int64_t row) const {
-    const std::int64_t head = task.head * problem.heads_per_kv + row % problem.heads_per_kv;
-    const std::int64_t offset =
-        Problem::offset(problem.q, sequence, task.q0 + row / problem.heads_per_kv, head);
-    return static_cast<const std::byte*>(problem.q.data) +
-           offset * static_cast<std::int64_t>(size_of(problem.q.dtype));
+    const std::int64_t head = task.head * call.heads_per_kv + row % call.heads_per_kv;
+    const std::int64_t offset = Call::offset(call.q, sequence, task.q0 + row / call.heads_per_kv, head);
+    return static_cast<const std::byte*>(call.q.data) +
+           offset * static_cast<std::int64_t>(size_of(call.q.dtype));
   }
   /// Prefetches a query that is read soon.
   HWY_INLINE void prefetch_query(std::int64_t row) const {
     if (row >= count) return;
-    prefetch_l1(query(row), depth() * size_of(problem.q.dtype));
+    prefetch_l1(query(row), depth() * size_of(call.q.dtype));
   }
   const float* mean(std::int64_t block) const {
     return means.of(task.sequence, task.head) + block * means.block_stride;
@@ -57,7 +56,7 @@ struct GateRows {
     bool selecting = false;
     for (std::int64_t row = 0; row < count; ++row) {
       Candidates& c = candidates[row] =
-          candidates_of(problem, sequence, task.q0 + row / problem.heads_per_kv, width);
+          candidates_of(call, sequence, task.q0 + row / call.heads_per_kv, width);
       selecting = selecting || c.last - c.first - (c.own >= 0 ? 1 : 0) > c.k;
       if (selecting) continue;
       first_scored = row + 1;
@@ -69,7 +68,7 @@ struct GateRows {
   void finish() {
     for (std::int64_t row = 0; row < count; ++row) {
       sort_blocks(blocks + row * width, candidates[row].count);
-      finish_row(problem, candidates[row], candidates[row].count, width, blocks + row * width);
+      finish_row(call, candidates[row], candidates[row].count, width, blocks + row * width);
     }
   }
 };

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "problem.h"
+#include "call.h"
 
 /// Software prefetching of the CPU kernels. All of them prefetch a few cache lines at a time between
 /// products.
@@ -78,9 +78,9 @@ class RowPrefetcher {
 /// while the current one is processed.
 class KvPrefetcher {
  public:
-  void begin(const Problem& problem, const SequenceView& sequence, std::int64_t head, std::int64_t first,
+  void begin(const Call& call, const SequenceView& sequence, std::int64_t head, std::int64_t first,
              std::int64_t count) {
-    problem_ = &problem;
+    call_ = &call;
     sequence_ = &sequence;
     head_ = head;
     next_ = first;
@@ -89,11 +89,11 @@ class KvPrefetcher {
   std::int64_t left() const { return end_ - next_; }
   void advance(std::int64_t rows) {
     for (rows = std::min(rows, left()); rows > 0;) {
-      const Rows keys = problem_->keys(*sequence_, head_, next_),
-                 values = problem_->values(*sequence_, head_, next_);
+      const Rows keys = call_->keys(*sequence_, head_, next_),
+                 values = call_->values(*sequence_, head_, next_);
       const std::int64_t run = std::min({rows, keys.count, values.count});
-      prefetch_rows(keys, problem_->k.dtype, run);
-      prefetch_rows(values, problem_->v.dtype, run);
+      prefetch_rows(keys, call_->k.dtype, run);
+      prefetch_rows(values, call_->v.dtype, run);
       next_ += run;
       rows -= run;
     }
@@ -103,11 +103,11 @@ class KvPrefetcher {
   void prefetch_rows(const Rows& rows, DType dtype, std::int64_t count) const {
     const auto size = static_cast<std::int64_t>(size_of(dtype));
     for (std::int64_t row = 0; row < count; ++row) {
-      prefetch_l2(rows.data + row * rows.stride * size, static_cast<std::size_t>(problem_->head_dim * size));
+      prefetch_l2(rows.data + row * rows.stride * size, static_cast<std::size_t>(call_->head_dim * size));
     }
   }
 
-  const Problem* problem_ = nullptr;
+  const Call* call_ = nullptr;
   const SequenceView* sequence_ = nullptr;
   std::int64_t head_ = 0, next_ = 0, end_ = 0;
 };

@@ -15,8 +15,8 @@
 #include <cstdint>
 #include <utility>
 
+#include "call.h"
 #include "cpu/sizes.h"
-#include "problem.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {

@@ -31,19 +31,19 @@ HWY_INLINE void for_rows(std::int64_t first, std::int64_t count, Fetch&& fetch, 
 
 /// Location of a key tile's keys and values in the call's tensors or pages.
 struct KvSource {
-  const Problem* problem = nullptr;
+  const Call* call = nullptr;
   const SequenceView* sequence = nullptr;
   std::int64_t head = 0, first = 0, count = 0;
 
   template <typename Visit>
   HWY_INLINE void for_keys(Visit&& visit) const {
     for_rows(
-        first, count, [&](std::int64_t at) { return problem->keys(*sequence, head, at); }, visit);
+        first, count, [&](std::int64_t at) { return call->keys(*sequence, head, at); }, visit);
   }
   template <typename Visit>
   HWY_INLINE void for_values(Visit&& visit) const {
     for_rows(
-        first, count, [&](std::int64_t at) { return problem->values(*sequence, head, at); }, visit);
+        first, count, [&](std::int64_t at) { return call->values(*sequence, head, at); }, visit);
   }
 };
 
@@ -57,7 +57,7 @@ void add_nonfinite_values(const KvSource& source, const KeySet& nonfinite, TileS
                           std::size_t rows, std::size_t head_dim, Weight&& weight) {
   source.for_values([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
     if (!nonfinite.test(index)) return;
-    const float* value = row_as_f32(from, source.problem->v.dtype, i, head_dim, tile.f32_rows);
+    const float* value = row_as_f32(from, source.call->v.dtype, i, head_dim, tile.f32_rows);
     for (std::size_t r = 0; r < rows; ++r) {
       const float by = index < tile.visible[r] ? weight(r, index) : 0.0F;
       for (std::size_t c = 0; c < head_dim && index < tile.visible[r]; ++c) tile.out[r][c] += by * value[c];
@@ -71,15 +71,14 @@ void add_nonfinite_values(const KvSource& source, const KeySet& nonfinite, TileS
 /// two vectors of columns), and adds the weighted values to the rows' outputs, which are multiplied by
 /// TileScratch::rescale first (`add_values`). Both products call `between` now and then, which prefetches.
 template <typename A>
-concept TileArithmetic = requires(A a, const A& constant, const Problem& problem,
-                                  const SequenceView& sequence, std::int64_t at, std::size_t index,
-                                  const std::byte* query, DType dtype, float sign, Vec weights,
-                                  void (*between)()) {
+concept TileArithmetic = requires(A a, const A& constant, const Call& call, const SequenceView& sequence,
+                                  std::int64_t at, std::size_t index, const std::byte* query, DType dtype,
+                                  float sign, Vec weights, void (*between)()) {
   { A::kHeight } -> std::convertible_to<std::size_t>;   // rows of a tile, at most
   { A::kMaxKeys } -> std::convertible_to<std::size_t>;  // keys of a key tile, at most
   { A::kEqualTiles } -> std::convertible_to<bool>;      // whether tiles of equal height are the fastest
   { A::kPrefetchesRows } -> std::convertible_to<bool>;  // whether it prefetches the next rows: begin_prefetch
-  { a.pack(problem, sequence, at, at, at) } -> std::same_as<void>;            // head, first key, keys
+  { a.pack(call, sequence, at, at, at) } -> std::same_as<void>;               // head, first key, keys
   { a.gather(index, query, dtype, sign) } -> std::same_as<void>;              // row of the tile
   { a.score(index, index, between) } -> std::same_as<void>;                   // rows, columns
   { a.store_weights(index, index, weights, weights) } -> std::same_as<void>;  // row, column

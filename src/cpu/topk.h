@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "call.h"
 #include "constants.h"
-#include "problem.h"
 
 /// Candidate blocks of a row and its running top-k list; shared by the gate and by decoding.
 namespace moba::cpu {
@@ -15,17 +15,17 @@ struct Candidates {
   std::int64_t count = 0;  // selected so far
 };
 
-inline Candidates candidates_of(const Problem& problem, const SequenceView& s, std::int64_t query,
+inline Candidates candidates_of(const Call& call, const SequenceView& s, std::int64_t query,
                                 std::int64_t width) {
-  const std::int64_t own = problem.own_block(s, query);
-  if (problem.routing.causal) {
+  const std::int64_t own = call.own_block(s, query);
+  if (call.routing.causal) {
     const std::int64_t candidates = std::max<std::int64_t>(own, 0),
-                       sinks = std::min(problem.routing.sink_blocks, candidates);
+                       sinks = std::min(call.routing.sink_blocks, candidates);
     return {sinks, candidates, std::min(width, candidates) - sinks};
   }
-  const std::int64_t candidates = problem.blocks(s),
-                     sinks = std::min({problem.routing.sink_blocks, candidates, width});
-  const bool forced = problem.routing.own_block && own >= sinks && sinks < width;
+  const std::int64_t candidates = call.blocks(s),
+                     sinks = std::min({call.routing.sink_blocks, candidates, width});
+  const bool forced = call.routing.own_block && own >= sinks && sinks < width;
   return {sinks, candidates, std::min(width, candidates) - sinks - (forced ? 1 : 0), forced ? own : -1};
 }
 
@@ -57,12 +57,12 @@ struct TopK {
 };
 
 /// Adds the forced blocks, sorts ascending and pads with -1.
-inline void finish_row(const Problem& problem, const Candidates& candidates, std::int64_t count,
-                       std::int64_t width, std::int32_t* blocks) {
+inline void finish_row(const Call& call, const Candidates& candidates, std::int64_t count, std::int64_t width,
+                       std::int32_t* blocks) {
   for (std::int64_t sink = 0; sink < std::min(candidates.first, width - count); ++sink)
     blocks[count + sink] = static_cast<std::int32_t>(sink);
   count = std::min(count + candidates.first, width);
-  if (!problem.routing.causal && candidates.own >= 0)
+  if (!call.routing.causal && candidates.own >= 0)
     blocks[count++] = static_cast<std::int32_t>(candidates.own);
   std::sort(blocks, blocks + count);
   std::fill(blocks + count, blocks + width, -1);

@@ -5,7 +5,7 @@
 /// The gradient in two walks that share nothing but two numbers a row, as the reference's does: by row for
 /// dq, then by key for dk and dv. Logits and their gradients are computed in both, which makes seven products
 /// where one walk would make five; but then no sum is ever written and read again while it grows, weights go
-/// from product to product without leaving the registers, and the order of every sum is the problem's alone.
+/// from product to product without leaving the registers, and the order of every sum is the call's alone.
 namespace moba::cuda {
 
 /// Of one row: the logarithm to base 2 of its softmax denominator, +inf where it sees nothing and weights

@@ -577,7 +577,7 @@ void decode_combine(Stream& stream, const Task& task, const WorkSlice& part, con
 }
 
 void complete_means(Stream& stream, const Task& task, const PagedCache& cache, const std::int32_t* before,
-                    std::int64_t most_added) {
+                    std::int64_t max_added) {
   with_type(task, [&]<typename T, int head_dim>() {
     const std::int64_t block_size = task.requested_block_size;
     const MeansParams<T> params{.k = pages_of<const T>(cache.k, cache),
@@ -585,7 +585,7 @@ void complete_means(Stream& stream, const Task& task, const PagedCache& cache, c
                                 .before = before,
                                 .spans = {cache.starts, cache.lengths},
                                 .block_size = block_size,
-                                .blocks = std::min(most_added, task.max_seqlen_k) / block_size + 1,
+                                .blocks = std::min(max_added, task.max_seqlen_k) / block_size + 1,
                                 .heads = task.kv_heads};
     constexpr int kRows = kMeanThreads / (head_dim / kElements);
     stream.launch("decode_means", decode_means_kernel<T, head_dim>,

@@ -31,7 +31,7 @@ void decode_combine(Stream& stream, const Task& task, const WorkSlice& part, con
 
 /// Means of blocks that were completed behind `before` tokens.
 void complete_means(Stream& stream, const Task& task, const PagedCache& cache, const std::int32_t* before,
-                    std::int64_t most_added);
+                    std::int64_t max_added);
 
 std::size_t decode_shared_bytes(std::int64_t head_dim);
 

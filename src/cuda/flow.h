@@ -17,6 +17,6 @@ void decode(std::string_view function, const Tensor& q, const PagedCache& cache,
             const Outputs& outputs, const Execution& execution);
 
 void update_means(std::string_view function, const PagedCache& cache, std::int64_t block_size,
-                  const std::int32_t* before, std::int64_t most_added, const Execution& execution);
+                  const std::int32_t* before, std::int64_t max_added, const Execution& execution);
 
 }  // namespace moba::cuda

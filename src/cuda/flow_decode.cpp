@@ -62,7 +62,7 @@ void decode(std::string_view function, const Tensor& q, const PagedCache& cache,
 }
 
 void update_means(std::string_view function, const PagedCache& cache, std::int64_t block_size,
-                  const std::int32_t* before, std::int64_t most_added, const Execution& execution) {
+                  const std::int32_t* before, std::int64_t max_added, const Execution& execution) {
   const Tensor k = device_page(function, "cache.k", cache.k);
   const DeviceBatch batch{.count = cache.sequences, .max_seqlen_k = cache.max_seqlen_k};
   const Task task = make_task(function, k, k, k, batch, {.block_size = block_size, .top_k = 1});
@@ -71,7 +71,7 @@ void update_means(std::string_view function, const PagedCache& cache, std::int64
   check_list(function, "before", before);
   if (cache.max_seqlen_k < block_size) return;
   Stream stream(function, execution);
-  complete_means(stream, task, cache, before, most_added);
+  complete_means(stream, task, cache, before, max_added);
 }
 
 }  // namespace moba::cuda

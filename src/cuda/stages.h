@@ -8,7 +8,7 @@
 /// in device memory that the flow (flow.cpp) has carved.
 namespace moba::cuda {
 
-/// One call, checked and normalised as moba::Problem is: when top_k covers every block, there is one block as
+/// One call, checked and normalised as moba::Call is: when top_k covers every block, there is one block as
 /// long as the longest sequence.
 struct Task {
   Tensor q{}, k{}, v{};

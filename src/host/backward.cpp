@@ -6,14 +6,14 @@ namespace moba::host {
 
 /// Reads the selection of the forward pass, or selects again to the same blocks, inverts it and attends
 /// backwards.
-void backward(const Problem& problem, const Tensor& d_out, const Saved& saved, const Gradients& gradients,
+void backward(const Call& call, const Tensor& d_out, const Saved& saved, const Gradients& gradients,
               const Execution& execution) {
-  check_saved_selection(problem, saved.selection);
-  Run run(problem, execution);
+  check_saved_selection(call, saved.selection);
+  Run run(call, execution);
   const Backward backward{d_out, saved.out, saved.lse, gradients};
   for (const WorkSlice& slice : run.backward_slices()) {
     const Selection selection = saved.selection != nullptr
-                                    ? read_selection(problem, slice, saved.selection, run.scratch())
+                                    ? read_selection(call, slice, saved.selection, run.scratch())
                                     : run.gate(run.centroids(slice), slice);
     const Plan plan = run.plan_backward(selection);
     run.attend_backward(selection, plan, backward);

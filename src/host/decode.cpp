@@ -4,8 +4,8 @@
 namespace moba::host {
 
 /// Gate over the cached means and attention inside the selected blocks, in one operation of the backend.
-void decode(const Problem& problem, const Means& means, const Outputs& outputs, const Execution& execution) {
-  Run(problem, execution).decode(means, outputs);
+void decode(const Call& call, const BlockMeans& means, const Outputs& outputs, const Execution& execution) {
+  Run(call, execution).decode(means, outputs);
 }
 
 }  // namespace moba::host

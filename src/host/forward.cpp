@@ -6,17 +6,16 @@ namespace moba::host {
 
 /// Average the keys of each block, score every query against those averages and keep the best, invert the
 /// selection, attend inside the selected blocks.
-void forward(const Problem& problem, const Means* cached, const Outputs& outputs,
-             const Execution& execution) {
-  Run run(problem, execution);
-  Means means;
+void forward(const Call& call, const BlockMeans* cached, const Outputs& outputs, const Execution& execution) {
+  Run run(call, execution);
+  BlockMeans means;
   for (const WorkSlice& slice : run.forward_slices()) {
     if (cached == nullptr && slice.token0 == 0) {
       means = {};  // those of the heads before
       means = run.centroids(slice);
     }
     const Selection selection = run.gate(cached == nullptr ? means : *cached, slice);
-    if (outputs.selection != nullptr) write_selection(problem, selection, outputs.selection);
+    if (outputs.selection != nullptr) write_selection(call, selection, outputs.selection);
     if (outputs.out.data == nullptr) continue;
 
     const Plan plan = run.plan(selection);

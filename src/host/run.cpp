@@ -6,10 +6,10 @@
 
 namespace moba::host {
 
-Run::Run(const Problem& problem, const Execution& execution)
-    : problem_(problem),
+Run::Run(const Call& call, const Execution& execution)
+    : call_(call),
       execution_(execution),
-      backend_(choose_backend(execution.backend, problem)),
+      backend_(choose_backend(execution.backend, call)),
       parallel_(execution.parallel.run ? execution.parallel : openmp()),
       scratch_(execution.scratch),
       context_{parallel_, scratch_, execution.workspace_bytes.value_or(kHostWorkspace)} {}
@@ -36,46 +36,46 @@ auto Run::timed(double Profile::*seconds, Stage&& stage) {
 }
 
 std::vector<WorkSlice> Run::forward_slices() const {
-  if (problem_.tokens == 0) return {};
-  return split_within(context_.budget, problem_.kv_heads, problem_.tokens, [&](const WorkSlice& slice) {
-    return backend_.workspace(problem_, slice, parallel_.threads);
+  if (call_.tokens == 0) return {};
+  return split_within(context_.budget, call_.kv_heads, call_.tokens, [&](const WorkSlice& slice) {
+    return backend_.workspace(call_, slice, parallel_.threads);
   });
 }
 
 std::vector<WorkSlice> Run::backward_slices() const {
-  return split_heads_within(context_.budget, problem_.kv_heads, problem_.tokens, [&](const WorkSlice& slice) {
-    return backend_.workspace_backward(problem_, slice, parallel_.threads);
+  return split_heads_within(context_.budget, call_.kv_heads, call_.tokens, [&](const WorkSlice& slice) {
+    return backend_.workspace_backward(call_, slice, parallel_.threads);
   });
 }
 
-Means Run::centroids(const WorkSlice& slice) {
-  if (!problem_.needs_scores()) return {};
+BlockMeans Run::centroids(const WorkSlice& slice) {
+  if (!call_.needs_scores()) return {};
   return timed(&Profile::centroids,
-               [&] { return backend_.centroids(problem_, slice.head0, slice.head1, context_); });
+               [&] { return backend_.centroids(call_, slice.head0, slice.head1, context_); });
 }
 
-Selection Run::gate(const Means& means, const WorkSlice& slice) {
-  return timed(&Profile::gate, [&] { return backend_.gate(problem_, means, slice, context_); });
+Selection Run::gate(const BlockMeans& means, const WorkSlice& slice) {
+  return timed(&Profile::gate, [&] { return backend_.gate(call_, means, slice, context_); });
 }
 
 Plan Run::plan(const Selection& selection) {
-  return timed(&Profile::plan, [&] { return backend_.plan(problem_, selection, context_); });
+  return timed(&Profile::plan, [&] { return backend_.plan(call_, selection, context_); });
 }
 
 void Run::attend(const Selection& selection, const Plan& plan, const Outputs& outputs) {
-  timed(&Profile::attend, [&] { backend_.attend(problem_, selection, plan, outputs, context_); });
+  timed(&Profile::attend, [&] { backend_.attend(call_, selection, plan, outputs, context_); });
 }
 
 Plan Run::plan_backward(const Selection& selection) {
-  return timed(&Profile::plan, [&] { return backend_.plan_backward(problem_, selection, context_); });
+  return timed(&Profile::plan, [&] { return backend_.plan_backward(call_, selection, context_); });
 }
 
 void Run::attend_backward(const Selection& selection, const Plan& plan, const Backward& backward) {
-  timed(&Profile::attend, [&] { backend_.attend_backward(problem_, selection, plan, backward, context_); });
+  timed(&Profile::attend, [&] { backend_.attend_backward(call_, selection, plan, backward, context_); });
 }
 
-void Run::decode(const Means& means, const Outputs& outputs) {
-  timed(&Profile::attend, [&] { backend_.decode(problem_, means, outputs, context_); });
+void Run::decode(const BlockMeans& means, const Outputs& outputs) {
+  timed(&Profile::attend, [&] { backend_.decode(call_, means, outputs, context_); });
 }
 
 }  // namespace moba::host

@@ -10,7 +10,7 @@ namespace moba::host {
 /// the profile to Execution::profile when the call has ended.
 class Run {
  public:
-  Run(const Problem& problem, const Execution& execution);
+  Run(const Call& call, const Execution& execution);
   ~Run();
   Run(const Run&) = delete;
   Run& operator=(const Run&) = delete;
@@ -21,19 +21,19 @@ class Run {
   Scratch& scratch() { return scratch_; }
 
   /// No means if no query has to select.
-  Means centroids(const WorkSlice& slice);
-  Selection gate(const Means& means, const WorkSlice& slice);
+  BlockMeans centroids(const WorkSlice& slice);
+  Selection gate(const BlockMeans& means, const WorkSlice& slice);
   Plan plan(const Selection& selection);
   void attend(const Selection& selection, const Plan& plan, const Outputs& outputs);
   Plan plan_backward(const Selection& selection);
   void attend_backward(const Selection& selection, const Plan& plan, const Backward& backward);
-  void decode(const Means& means, const Outputs& outputs);
+  void decode(const BlockMeans& means, const Outputs& outputs);
 
  private:
   template <typename Stage>
   auto timed(double Profile::*seconds, Stage&& stage);
 
-  const Problem& problem_;
+  const Call& call_;
   const Execution& execution_;
   const Backend& backend_;
   Parallel parallel_;

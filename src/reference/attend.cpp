@@ -9,24 +9,24 @@ namespace {
 
 constexpr double kNegInf = -std::numeric_limits<double>::infinity();
 
-std::int64_t worker_doubles(const Problem& problem) {
-  return 3 * problem.head_dim + max_attended_keys(problem);
+std::int64_t worker_doubles(const Call& call) {
+  return 3 * call.head_dim + max_attended_keys(call);
 }
 
 /// One softmax over everything that a row attends to.
-void attend_row(const Problem& problem, const Selection& selection, const Row& row, double* memory,
+void attend_row(const Call& call, const Selection& selection, const Row& row, double* memory,
                 const Outputs& outputs) {
   const SequenceView& s = row.sequence;
-  const std::int64_t depth = problem.head_dim;
+  const std::int64_t depth = call.head_dim;
   double *query = memory, *other = query + depth, *out = other + depth, *weights = out + depth;
 
-  load_f64(problem, problem.q, row, query);
+  load_f64(call, call.q, row, query);
   double largest = kNegInf;
   std::int64_t count = 0;
-  for_each_key_range(problem, selection, row, [&](std::int64_t begin, std::int64_t end) {
+  for_each_key_range(call, selection, row, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t token = begin; token < end; ++token) {
-      load_key(problem, s, row.kv_head, token, other);
-      weights[count] = problem.scale * dot(query, other, depth);
+      load_key(call, s, row.kv_head, token, other);
+      weights[count] = call.scale * dot(query, other, depth);
       largest = std::max(largest, weights[count++]);
     }
   });
@@ -37,36 +37,36 @@ void attend_row(const Problem& problem, const Selection& selection, const Row& r
 
   std::fill_n(out, depth, 0.0);
   count = 0;
-  for_each_key_range(problem, selection, row, [&](std::int64_t begin, std::int64_t end) {
+  for_each_key_range(call, selection, row, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t token = begin; token < end; ++token) {
-      load_value(problem, s, row.kv_head, token, other);
+      load_value(call, s, row.kv_head, token, other);
       const double weight = weights[count++];
       for (std::int64_t d = 0; d < depth; ++d) out[d] += weight * other[d];
     }
   });
 
-  const std::int64_t offset = Problem::offset(outputs.out, s, row.query, row.q_head);
+  const std::int64_t offset = Call::offset(outputs.out, s, row.query, row.q_head);
   for (std::int64_t d = 0; d < depth; ++d) {
     store(outputs.out.data, outputs.out.dtype, offset + d, sum == 0 ? 0 : out[d] / sum);
   }
   if (outputs.lse != nullptr) {
-    outputs.lse[row.q_head * problem.tokens + row.token()] =
+    outputs.lse[row.q_head * call.tokens + row.token()] =
         static_cast<float>(sum == 0 ? kNegInf : largest + std::log(sum));
   }
 }
 
 }  // namespace
 
-std::size_t attend_bytes(const Problem& problem) {
-  return static_cast<std::size_t>(worker_doubles(problem)) * sizeof(double);
+std::size_t attend_bytes(const Call& call) {
+  return static_cast<std::size_t>(worker_doubles(call)) * sizeof(double);
 }
 
-void attend(const Problem& problem, const Selection& selection,
-            const Plan& /*by block; rows are walked here*/, const Outputs& outputs, Context& context) {
-  const std::int64_t size = worker_doubles(problem);
+void attend(const Call& call, const Selection& selection, const Plan& /*by block; rows are walked here*/,
+            const Outputs& outputs, Context& context) {
+  const std::int64_t size = worker_doubles(call);
   const Buffer<double> memory(context.scratch, context.parallel.threads * size);
-  for_each_row(problem, selection.slice, context, [&](const Row& row, int worker) {
-    attend_row(problem, selection, row, worker_slice(memory, worker, size), outputs);
+  for_each_row(call, selection.slice, context, [&](const Row& row, int worker) {
+    attend_row(call, selection, row, worker_slice(memory, worker, size), outputs);
   });
 }
 

@@ -19,47 +19,47 @@ struct RowSums {
 };
 
 struct BackwardPass {
-  const Problem& problem;
+  const Call& call;
   const Selection& selection;
   const Backward& backward;
   const Buffer<RowSums>& sums;
 
   RowSums& sums_of(std::int64_t q_head, std::int64_t token) const {
-    return sums.data()[(q_head - selection.slice.head0 * problem.heads_per_kv) * problem.tokens + token];
+    return sums.data()[(q_head - selection.slice.head0 * call.heads_per_kv) * call.tokens + token];
   }
 };
 
-std::int64_t row_doubles(const Problem& problem) {
-  return 5 * problem.head_dim + 2 * max_attended_keys(problem);
+std::int64_t row_doubles(const Call& call) {
+  return 5 * call.head_dim + 2 * max_attended_keys(call);
 }
-std::int64_t key_doubles(const Problem& problem) {
-  return 6 * problem.head_dim;
+std::int64_t key_doubles(const Call& call) {
+  return 6 * call.head_dim;
 }
-std::int64_t worker_doubles(const Problem& problem) {
-  return std::max(row_doubles(problem), key_doubles(problem));
+std::int64_t worker_doubles(const Call& call) {
+  return std::max(row_doubles(call), key_doubles(call));
 }
 
 /// dq = scale * sum over keys of p (dp - delta) k, with p = exp(logit - lse), dp = <d_out, v>, delta = sum of
 /// p dp.
 void backward_dq(const BackwardPass& w, const Row& row, double* memory) {
-  const Problem& problem = w.problem;
-  const std::int64_t depth = problem.head_dim;
+  const Call& call = w.call;
+  const std::int64_t depth = call.head_dim;
   double *query = memory, *d_out = query + depth, *key = d_out + depth, *value = key + depth;
-  double *dq = value + depth, *logits = dq + depth, *dp = logits + max_attended_keys(problem);
+  double *dq = value + depth, *logits = dq + depth, *dp = logits + max_attended_keys(call);
 
-  load_f64(problem, problem.q, row, query);
-  load_f64(problem, w.backward.d_out, row, d_out);
+  load_f64(call, call.q, row, query);
+  load_f64(call, w.backward.d_out, row, d_out);
   const auto each_key = [&](auto&& visit) {
     std::int64_t index = 0;
-    for_each_key_range(problem, w.selection, row, [&](std::int64_t begin, std::int64_t end) {
+    for_each_key_range(call, w.selection, row, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t token = begin; token < end; ++token) visit(token, index++);
     });
   };
   double largest = -std::numeric_limits<double>::infinity();
   each_key([&](std::int64_t token, std::int64_t i) {
-    load_key(problem, row.sequence, row.kv_head, token, key);
-    load_value(problem, row.sequence, row.kv_head, token, value);
-    logits[i] = problem.scale * dot(query, key, depth);
+    load_key(call, row.sequence, row.kv_head, token, key);
+    load_value(call, row.sequence, row.kv_head, token, value);
+    logits[i] = call.scale * dot(query, key, depth);
     dp[i] = dot(d_out, value, depth);
     largest = std::max(largest, logits[i]);
   });
@@ -77,12 +77,12 @@ void backward_dq(const BackwardPass& w, const Row& row, double* memory) {
 
   std::fill_n(dq, depth, 0.0);
   each_key([&](std::int64_t token, std::int64_t i) {
-    load_key(problem, row.sequence, row.kv_head, token, key);
+    load_key(call, row.sequence, row.kv_head, token, key);
     const double d_logit = std::exp(logits[i] - sums.lse) * (dp[i] - sums.delta);
-    for (std::int64_t d = 0; d < depth; ++d) dq[d] += problem.scale * d_logit * key[d];
+    for (std::int64_t d = 0; d < depth; ++d) dq[d] += call.scale * d_logit * key[d];
   });
   const Tensor& to = w.backward.gradients.dq;
-  const std::int64_t offset = Problem::offset(to, row.sequence, row.query, row.q_head);
+  const std::int64_t offset = Call::offset(to, row.sequence, row.query, row.q_head);
   for (std::int64_t d = 0; d < depth; ++d) store(to.data, to.dtype, offset + d, dq[d]);
 }
 
@@ -91,42 +91,42 @@ void backward_dq(const BackwardPass& w, const Row& row, double* memory) {
 template <typename Visit>
 void for_each_attending_row(const BackwardPass& w, const Plan& plan, const Range& range, std::int64_t token,
                             Visit&& visit) {
-  const Problem& problem = w.problem;
-  const SequenceView& s = problem.sequences[static_cast<std::size_t>(range.sequence)];
-  const std::int64_t block_size = problem.routing.block_size, block = token / block_size;
+  const Call& call = w.call;
+  const SequenceView& s = call.sequences[static_cast<std::size_t>(range.sequence)];
+  const std::int64_t block_size = call.routing.block_size, block = token / block_size;
   for (const std::uint32_t row : plan.rows_of(range, block)) {
-    visit(range.q0 + row / problem.heads_per_kv, row % problem.heads_per_kv);
+    visit(range.q0 + row / call.heads_per_kv, row % call.heads_per_kv);
   }
-  if (!problem.routing.causal) return;
+  if (!call.routing.causal) return;
   const std::int64_t first = std::max<std::int64_t>(token - s.position(0), 0);
   const std::int64_t last = std::min((block + 1) * block_size, s.keys) - s.position(0);
   for (std::int64_t query = first; query < last; ++query) {
-    for (std::int64_t member = 0; member < problem.heads_per_kv; ++member) visit(query, member);
+    for (std::int64_t member = 0; member < call.heads_per_kv; ++member) visit(query, member);
   }
 }
 
 /// dv = sum over rows of p d_out, dk = scale * sum over rows of p (dp - delta) q.
 void backward_dk_dv(const BackwardPass& w, const Plan& plan, const Range& range, std::int64_t first_token,
                     std::int64_t token, double* memory) {
-  const Problem& problem = w.problem;
+  const Call& call = w.call;
   const auto index = static_cast<std::size_t>(range.sequence);
-  const SequenceView& s = problem.sequences[index];
-  const std::int64_t depth = problem.head_dim;
+  const SequenceView& s = call.sequences[index];
+  const std::int64_t depth = call.head_dim;
   double *key = memory, *value = key + depth, *query = value + depth, *d_out = query + depth;
   double *dk = d_out + depth, *dv = dk + depth;
 
-  load_key(problem, s, range.head, token, key);
-  load_value(problem, s, range.head, token, value);
+  load_key(call, s, range.head, token, key);
+  load_value(call, s, range.head, token, value);
   std::fill_n(dk, 2 * depth, 0.0);
   for_each_attending_row(w, plan, range, token, [&](std::int64_t q, std::int64_t member) {
-    const Row row{index, s, q, range.head, member, range.head * problem.heads_per_kv + member};
-    load_f64(problem, problem.q, row, query);
-    load_f64(problem, w.backward.d_out, row, d_out);
+    const Row row{index, s, q, range.head, member, range.head * call.heads_per_kv + member};
+    load_f64(call, call.q, row, query);
+    load_f64(call, w.backward.d_out, row, d_out);
     const RowSums& sums = w.sums_of(row.q_head, row.token());
-    const double p = std::exp(problem.scale * dot(query, key, depth) - sums.lse);
+    const double p = std::exp(call.scale * dot(query, key, depth) - sums.lse);
     const double d_logit = p * (dot(d_out, value, depth) - sums.delta);
     for (std::int64_t d = 0; d < depth; ++d) {
-      dk[d] += problem.scale * d_logit * query[d];
+      dk[d] += call.scale * d_logit * query[d];
       dv[d] += p * d_out[d];
     }
   });
@@ -139,27 +139,26 @@ void backward_dk_dv(const BackwardPass& w, const Plan& plan, const Range& range,
 
 }  // namespace
 
-std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& slice, int threads) {
-  const auto rows = static_cast<std::size_t>(slice.heads() * problem.heads_per_kv * problem.tokens);
-  return rows * sizeof(RowSums) +
-         static_cast<std::size_t>(threads * worker_doubles(problem)) * sizeof(double);
+std::size_t attend_backward_bytes(const Call& call, const WorkSlice& slice, int threads) {
+  const auto rows = static_cast<std::size_t>(slice.heads() * call.heads_per_kv * call.tokens);
+  return rows * sizeof(RowSums) + static_cast<std::size_t>(threads * worker_doubles(call)) * sizeof(double);
 }
 
-void attend_backward(const Problem& problem, const Selection& selection, const Plan& plan,
-                     const Backward& backward, Context& context) {
+void attend_backward(const Call& call, const Selection& selection, const Plan& plan, const Backward& backward,
+                     Context& context) {
   const WorkSlice& slice = selection.slice;
-  const std::int64_t size = worker_doubles(problem);
+  const std::int64_t size = worker_doubles(call);
   const Buffer<double> memory(context.scratch, context.parallel.threads * size);
-  const Buffer<RowSums> sums(context.scratch, slice.heads() * problem.heads_per_kv * problem.tokens);
-  const BackwardPass pass{problem, selection, backward, sums};
-  for_each_row(problem, slice, context, [&](const Row& row, int worker) {
+  const Buffer<RowSums> sums(context.scratch, slice.heads() * call.heads_per_kv * call.tokens);
+  const BackwardPass pass{call, selection, backward, sums};
+  for_each_row(call, slice, context, [&](const Row& row, int worker) {
     backward_dq(pass, row, worker_slice(memory, worker, size));
   });
   std::vector<std::int64_t> first_token{0};  // of each sequence, among the packed keys
-  for (const SequenceView& s : problem.sequences) first_token.push_back(first_token.back() + s.keys);
+  for (const SequenceView& s : call.sequences) first_token.push_back(first_token.back() + s.keys);
   for (const Range& range : plan.ranges) {
     const auto index = static_cast<std::size_t>(range.sequence);
-    context.parallel.run(problem.sequences[index].keys, [&](std::int64_t token, int worker) {
+    context.parallel.run(call.sequences[index].keys, [&](std::int64_t token, int worker) {
       backward_dk_dv(pass, plan, range, first_token[index], token, worker_slice(memory, worker, size));
     });
   }

@@ -5,27 +5,26 @@
 namespace moba {
 namespace {
 
-std::string refuses(const Problem& problem) {
-  return problem.q.device == Device::cpu ? "" : "expected CPU tensors, got CUDA tensors";
+std::string refuses(const Call& call) {
+  return call.q.device == Device::cpu ? "" : "expected CPU tensors, got CUDA tensors";
 }
 
-std::size_t routing_bytes(const Problem& problem, const WorkSlice& slice) {
-  return reference::centroids_bytes(problem, slice.heads()) + reference::selection_bytes(problem, slice);
+std::size_t routing_bytes(const Call& call, const WorkSlice& slice) {
+  return reference::centroids_bytes(call, slice.heads()) + reference::selection_bytes(call, slice);
 }
 
-std::size_t workspace(const Problem& problem, const WorkSlice& slice, int threads) {
+std::size_t workspace(const Call& call, const WorkSlice& slice, int threads) {
   const auto workers = static_cast<std::size_t>(threads);
-  return routing_bytes(problem, slice) +
-         std::max(workers * reference::gate_bytes(problem),
-                  reference::plan_bytes(problem, slice) + workers * reference::attend_bytes(problem));
+  return routing_bytes(call, slice) +
+         std::max(workers * reference::gate_bytes(call),
+                  reference::plan_bytes(call, slice) + workers * reference::attend_bytes(call));
 }
 
-std::size_t workspace_backward(const Problem& problem, const WorkSlice& slice, int threads) {
+std::size_t workspace_backward(const Call& call, const WorkSlice& slice, int threads) {
   const auto workers = static_cast<std::size_t>(threads);
-  return routing_bytes(problem, slice) +
-         std::max(workers * reference::gate_bytes(problem),
-                  reference::plan_bytes(problem, slice) +
-                      reference::attend_backward_bytes(problem, slice, threads));
+  return routing_bytes(call, slice) + std::max(workers * reference::gate_bytes(call),
+                                               reference::plan_bytes(call, slice) +
+                                                   reference::attend_backward_bytes(call, slice, threads));
 }
 
 }  // namespace

@@ -7,16 +7,15 @@ namespace moba::reference {
 namespace {
 
 /// Computes the mean over the keys that block `block` actually has, rounded to the dtype of k.
-void block_mean(const Problem& problem, const SequenceView& s, std::int64_t head, std::int64_t block,
-                float* mean) {
-  const std::int64_t begin = block * problem.routing.block_size;
-  const std::int64_t end = std::min(begin + problem.routing.block_size, s.keys);
-  const DType rounded_to = problem.k.dtype == DType::i8 ? DType::f32 : problem.k.dtype;
-  for (std::int64_t d = 0; d < problem.head_dim; ++d) {
+void block_mean(const Call& call, const SequenceView& s, std::int64_t head, std::int64_t block, float* mean) {
+  const std::int64_t begin = block * call.routing.block_size;
+  const std::int64_t end = std::min(begin + call.routing.block_size, s.keys);
+  const DType rounded_to = call.k.dtype == DType::i8 ? DType::f32 : call.k.dtype;
+  for (std::int64_t d = 0; d < call.head_dim; ++d) {
     double sum = 0;
     for (std::int64_t token = begin; token < end; ++token) {
-      const Rows key = problem.keys(s, head, token);
-      sum += load(key.data, problem.k.dtype, d) * (key.scales == nullptr ? 1 : *key.scales);
+      const Rows key = call.keys(s, head, token);
+      sum += load(key.data, call.k.dtype, d) * (key.scales == nullptr ? 1 : *key.scales);
     }
     double rounded = 0;
     store(&rounded, rounded_to, 0, sum / static_cast<double>(end - begin));
@@ -24,33 +23,32 @@ void block_mean(const Problem& problem, const SequenceView& s, std::int64_t head
   }
 }
 
-std::int64_t candidate_blocks(const Problem& problem) {
+std::int64_t candidate_blocks(const Call& call) {
   std::int64_t total = 0;
-  for (const SequenceView& s : problem.sequences) total += problem.candidate_blocks(s);
+  for (const SequenceView& s : call.sequences) total += call.candidate_blocks(s);
   return total;
 }
 
 }  // namespace
 
-std::size_t centroids_bytes(const Problem& problem, std::int64_t heads) {
-  if (!problem.needs_scores()) return 0;
-  return static_cast<std::size_t>(heads * candidate_blocks(problem) * problem.head_dim) * sizeof(float);
+std::size_t centroids_bytes(const Call& call, std::int64_t heads) {
+  if (!call.needs_scores()) return 0;
+  return static_cast<std::size_t>(heads * candidate_blocks(call) * call.head_dim) * sizeof(float);
 }
 
-Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Context& context) {
-  const std::int64_t heads = head1 - head0, total = candidate_blocks(problem);
-  Means means{.head0 = head0,
-              .head_stride = problem.head_dim,
-              .block_stride = heads * problem.head_dim,
-              .storage = Buffer<float>(context.scratch, total * heads * problem.head_dim)};
+BlockMeans centroids(const Call& call, std::int64_t head0, std::int64_t head1, Context& context) {
+  const std::int64_t heads = head1 - head0, total = candidate_blocks(call);
+  BlockMeans means{.head0 = head0,
+                   .head_stride = call.head_dim,
+                   .block_stride = heads * call.head_dim,
+                   .storage = Buffer<float>(context.scratch, total * heads * call.head_dim)};
   float* base = means.storage.data();
-  for (const SequenceView& s : problem.sequences) {
+  for (const SequenceView& s : call.sequences) {
     means.base.push_back(base);
-    const std::int64_t blocks = problem.candidate_blocks(s);
+    const std::int64_t blocks = call.candidate_blocks(s);
     context.parallel.run(blocks * heads, [&](std::int64_t task, int) {
       const std::int64_t block = task / heads, head = task % heads;
-      block_mean(problem, s, head0 + head, block,
-                 base + block * means.block_stride + head * means.head_stride);
+      block_mean(call, s, head0 + head, block, base + block * means.block_stride + head * means.head_stride);
     });
     base += blocks * means.block_stride;
   }

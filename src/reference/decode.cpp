@@ -4,9 +4,9 @@
 
 namespace moba::reference {
 
-void decode(const Problem& problem, const Means& means, const Outputs& outputs, Context& context) {
-  const WorkSlice all{0, problem.kv_heads, 0, problem.tokens};
-  attend(problem, gate(problem, means, all, context), {}, outputs, context);
+void decode(const Call& call, const BlockMeans& means, const Outputs& outputs, Context& context) {
+  const WorkSlice all{0, call.kv_heads, 0, call.tokens};
+  attend(call, gate(call, means, all, context), {}, outputs, context);
 }
 
 }  // namespace moba::reference

@@ -6,7 +6,7 @@
 #include "backend.h"
 #include "number.h"
 
-/// Rows of a problem as double, and the keys that a query attends to.
+/// Rows of a call as double, and the keys that a query attends to.
 namespace moba::reference {
 
 /// One query at one query head.
@@ -23,14 +23,14 @@ struct Row {
 
 /// Calls body(row, worker) for every row of the slice, spread over the threads.
 template <typename Body>
-void for_each_row(const Problem& problem, const WorkSlice& slice, Context& context, Body&& body) {
-  for (std::size_t index = 0; index < problem.sequences.size(); ++index) {
-    const SequenceView& s = problem.sequences[index];
+void for_each_row(const Call& call, const WorkSlice& slice, Context& context, Body&& body) {
+  for (std::size_t index = 0; index < call.sequences.size(); ++index) {
+    const SequenceView& s = call.sequences[index];
     const auto [first, last] = slice.queries_of(s);
     const std::int64_t queries = last - first, begin = first;
-    context.parallel.run(queries * slice.heads() * problem.heads_per_kv, [&](std::int64_t task, int worker) {
-      const std::int64_t q_head = slice.head0 * problem.heads_per_kv + task / queries;
-      body(Row{index, s, begin + task % queries, q_head / problem.heads_per_kv, q_head % problem.heads_per_kv,
+    context.parallel.run(queries * slice.heads() * call.heads_per_kv, [&](std::int64_t task, int worker) {
+      const std::int64_t q_head = slice.head0 * call.heads_per_kv + task / queries;
+      body(Row{index, s, begin + task % queries, q_head / call.heads_per_kv, q_head % call.heads_per_kv,
                q_head},
            worker);
     });
@@ -39,40 +39,40 @@ void for_each_row(const Problem& problem, const WorkSlice& slice, Context& conte
 
 /// Calls visit(begin, end) for every contiguous range of keys that a row attends to, ascending.
 template <typename Visit>
-void for_each_key_range(const Problem& problem, const Selection& selection, const Row& row, Visit&& visit) {
+void for_each_key_range(const Call& call, const Selection& selection, const Row& row, Visit&& visit) {
   const SequenceView& s = row.sequence;
-  const std::int64_t block_size = problem.routing.block_size;
+  const std::int64_t block_size = call.routing.block_size;
   const std::int32_t* selected = selection.of(row.kv_head, row.token()) + row.member * selection.width;
   for (std::int64_t i = 0; i < selection.width && selected[i] >= 0; ++i) {
     visit(selected[i] * block_size, std::min((selected[i] + 1) * block_size, s.keys));
   }
-  const std::int64_t own = problem.own_block(s, row.query);
-  if (problem.routing.causal && own >= 0) visit(own * block_size, s.position(row.query) + 1);
+  const std::int64_t own = call.own_block(s, row.query);
+  if (call.routing.causal && own >= 0) visit(own * block_size, s.position(row.query) + 1);
 }
 
 /// Returns the maximum number of keys that any row attends to.
-inline std::int64_t max_attended_keys(const Problem& problem) {
-  return std::min(problem.max_seqlen_k, (problem.width() + 1) * problem.routing.block_size);
+inline std::int64_t max_attended_keys(const Call& call) {
+  return std::min(call.max_seqlen_k, (call.width() + 1) * call.routing.block_size);
 }
 
-inline void load_f64(const Problem& problem, const Tensor& t, const Row& row, double* to) {
-  const std::int64_t offset = Problem::offset(t, row.sequence, row.query, row.q_head);
-  for (std::int64_t d = 0; d < problem.head_dim; ++d) to[d] = load(t.data, t.dtype, offset + d);
+inline void load_f64(const Call& call, const Tensor& t, const Row& row, double* to) {
+  const std::int64_t offset = Call::offset(t, row.sequence, row.query, row.q_head);
+  for (std::int64_t d = 0; d < call.head_dim; ++d) to[d] = load(t.data, t.dtype, offset + d);
 }
 
-inline void load_f64(const Problem& problem, const Rows& rows, DType dtype, double* to) {
+inline void load_f64(const Call& call, const Rows& rows, DType dtype, double* to) {
   const double scale = rows.scales == nullptr ? 1 : *rows.scales;
-  for (std::int64_t d = 0; d < problem.head_dim; ++d) to[d] = load(rows.data, dtype, d) * scale;
+  for (std::int64_t d = 0; d < call.head_dim; ++d) to[d] = load(rows.data, dtype, d) * scale;
 }
 
-inline void load_key(const Problem& problem, const SequenceView& s, std::int64_t head, std::int64_t token,
+inline void load_key(const Call& call, const SequenceView& s, std::int64_t head, std::int64_t token,
                      double* to) {
-  load_f64(problem, problem.keys(s, head, token), problem.k.dtype, to);
+  load_f64(call, call.keys(s, head, token), call.k.dtype, to);
 }
 
-inline void load_value(const Problem& problem, const SequenceView& s, std::int64_t head, std::int64_t token,
+inline void load_value(const Call& call, const SequenceView& s, std::int64_t head, std::int64_t token,
                        double* to) {
-  load_f64(problem, problem.values(s, head, token), problem.v.dtype, to);
+  load_f64(call, call.values(s, head, token), call.v.dtype, to);
 }
 
 inline double dot(const double* a, const double* b, std::int64_t size) {

@@ -6,21 +6,21 @@
 /// docs/mathematics.md.
 namespace moba::reference {
 
-Means centroids(const Problem& problem, std::int64_t head0, std::int64_t head1, Context& context);
-Selection gate(const Problem& problem, const Means& means, const WorkSlice& slice, Context& context);
-Plan plan(const Problem& problem, const Selection& selection, Context& context);
-void attend(const Problem& problem, const Selection& selection, const Plan& plan, const Outputs& outputs,
+BlockMeans centroids(const Call& call, std::int64_t head0, std::int64_t head1, Context& context);
+Selection gate(const Call& call, const BlockMeans& means, const WorkSlice& slice, Context& context);
+Plan plan(const Call& call, const Selection& selection, Context& context);
+void attend(const Call& call, const Selection& selection, const Plan& plan, const Outputs& outputs,
             Context& context);
-void attend_backward(const Problem& problem, const Selection& selection, const Plan& plan,
-                     const Backward& backward, Context& context);
-void decode(const Problem& problem, const Means& means, const Outputs& outputs, Context& context);
+void attend_backward(const Call& call, const Selection& selection, const Plan& plan, const Backward& backward,
+                     Context& context);
+void decode(const Call& call, const BlockMeans& means, const Outputs& outputs, Context& context);
 
 /// Scratch bytes of each stage; those of one worker where a stage has workers with memory of their own.
-std::size_t centroids_bytes(const Problem& problem, std::int64_t heads);
-std::size_t gate_bytes(const Problem& problem);
-std::size_t selection_bytes(const Problem& problem, const WorkSlice& slice);
-std::size_t plan_bytes(const Problem& problem, const WorkSlice& slice);
-std::size_t attend_bytes(const Problem& problem);
-std::size_t attend_backward_bytes(const Problem& problem, const WorkSlice& slice, int threads);
+std::size_t centroids_bytes(const Call& call, std::int64_t heads);
+std::size_t gate_bytes(const Call& call);
+std::size_t selection_bytes(const Call& call, const WorkSlice& slice);
+std::size_t plan_bytes(const Call& call, const WorkSlice& slice);
+std::size_t attend_bytes(const Call& call);
+std::size_t attend_backward_bytes(const Call& call, const WorkSlice& slice, int threads);
 
 }  // namespace moba::reference

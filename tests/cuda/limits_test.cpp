@@ -141,7 +141,7 @@ TEST(CudaLimits, SoDoesDecoding) {
     EXPECT_EQ(decode_pages(routing, Spread::far), decode_pages(routing, Spread::compact));
 }
 
-/// A problem of 10 million tokens, of which nothing is there but its description.
+/// A call of 10 million tokens, of which nothing is there but its description.
 Task large_task(std::int64_t kv_heads, const Routing& routing) {
   Tensor q{.dtype = DType::bf16, .device = Device::cuda, .rank = 3};
   q.data = reinterpret_cast<void*>(std::uintptr_t{1} << 20);

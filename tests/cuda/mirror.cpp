@@ -191,10 +191,10 @@ void decode(std::string_view function, const Tensor& q, const PagedCache& cache,
 }
 
 void update_means(std::string_view function, const PagedCache& cache, std::int64_t block_size,
-                  const std::int32_t* before, std::int64_t most_added, const Execution& execution) {
+                  const std::int32_t* before, std::int64_t max_added, const Execution& execution) {
   Mirror mirror;
   const PagedCache there = paged(mirror, cache);
-  cuda::update_means(function, there, block_size, mirror.read(before, cache.sequences), most_added,
+  cuda::update_means(function, there, block_size, mirror.read(before, cache.sequences), max_added,
                      mirror.context(execution));
   mirror.bring_back();
 }

@@ -42,7 +42,7 @@ struct SequenceView {
 
 /// One call. `routing` is normalised: when top_k covers every block of every sequence, block_size is the
 /// longest sequence and top_k is 1, so that dense attention is the one-block case of everything below.
-struct Problem {
+struct Call {
   Tensor q{};  // [Tq, Hq, D]
   KvLayout k{}, v{};
   std::vector<SequenceView> sequences{};
@@ -104,7 +104,7 @@ struct Problem {
   }
 };
 
-/// The share of a problem that is worked on at a time, so that scratch memory stays within its budget: kv
+/// The share of a call that is worked on at a time, so that scratch memory stays within its budget: kv
 /// heads [head0, head1) and packed queries [token0, token1).
 struct WorkSlice {
   std::int64_t head0 = 0, head1 = 0, token0 = 0, token1 = 0;
@@ -119,9 +119,9 @@ struct WorkSlice {
   }
 };
 
-/// Means of the candidate blocks, f32 (already rounded to the dtype of k): mean of block j of sequence s at
-/// kv head h is `of(s, h) + j * block_stride`, D values.
-struct Means {
+/// BlockMeans of the candidate blocks, f32 (already rounded to the dtype of k): mean of block j of sequence s
+/// at kv head h is `of(s, h) + j * block_stride`, D values.
+struct BlockMeans {
   std::vector<const float*> base{};  // by sequence, at kv head `head0`
   std::int64_t head0 = 0, head_stride = 0, block_stride = 0;
   Buffer<float> storage{};
@@ -165,11 +165,11 @@ struct Plan {
   }
 };
 
-/// Builds the problem of a checked call on plain tensors.
-Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
-                     const Routing& routing);
-/// Fills what follows from q, the sequences and the routing, and normalises the latter as `Problem::routing`
+/// Builds the call of a checked call on plain tensors.
+Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
+               const Routing& routing);
+/// Fills what follows from q, the sequences and the routing, and normalises the latter as `Call::routing`
 /// promises.
-void finish_problem(Problem& problem, const Routing& routing, std::int64_t kv_heads);
+void finish_call(Call& call, const Routing& routing, std::int64_t kv_heads);
 
 }  // namespace moba
