@@ -79,15 +79,15 @@ format: setup  ## clang-format on every C++ file, ruff on every Python file
 	$(PYTHON) -m ruff format .
 
 lint: lint-fast  ## clang-format, ruff and clang-tidy on C++, CUDA as C++, tests and Python; changes nothing
-	tools/tidy.py build/release -j$(JOBS)
+	tools/tidy.py build/lint -j$(JOBS)
 
 lint-fast: setup  ## the part of lint that takes a minute: clang-tidy only on the library's top files
 	@tools/setup.sh developer
 	$(SOURCES) | xargs clang-format --dry-run --Werror
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	@cmake --preset release --log-level=ERROR >/dev/null
-	tools/tidy.py build/release -j$(JOBS) src/*.cpp
+	@cmake --preset lint --log-level=ERROR >/dev/null
+	tools/tidy.py build/lint -j$(JOBS) src/*.cpp
 
 clean:  ## remove the builds; .venv and the model stay
 	rm -rf $(filter-out build/models,$(wildcard build/*))

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Run clang-tidy on the sources of a build, and remember those that are clean.
 
-Covers what the compilation database holds: the library, the program, its tests and, compiled for the emulated device, the CUDA
-sources. A source is looked at again when it, a header that it includes, the settings or its command has changed.
+Covers what the compilation database holds: the library, the program, the PyTorch operator, the tests and, compiled for the
+emulated device, the CUDA sources. A source is looked at again when it, a header that it includes, the settings or its
+command has changed.
 
-    tools/tidy.py build/release -j2 [PATH ...]
+    tools/tidy.py build/lint -j2 [PATH ...]
 """
 
 import argparse

@@ -52,7 +52,7 @@ double loss(const Case& c, const Array& d_out, const Execution& execution) {
 }
 
 /// The derivative along a random direction of one input, by central differences and by the gradient.
-void check_direction(Case c, Array Case::*input, const Array& gradient, const Array& d_out,
+void check_direction(const Case& c, Array Case::*input, const Array& gradient, const Array& d_out,
                      const Execution& execution, std::mt19937_64& engine) {
   constexpr double kStep = 1e-5;
   std::normal_distribution<double> normal;
