@@ -175,7 +175,7 @@ inline std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const T
                                                    const TorchTensor& begin, const TorchTensor& end,
                                                    std::int64_t block_size, std::int64_t top_k,
                                                    std::int64_t sink_blocks, std::optional<double> scale,
-                                                   std::string backend) {
+                                                   const std::string& backend) {
   const std::string function = "decode";
   const Argument queries(function, "q", q, {});
   const std::int64_t sequences = q.size(0);
@@ -214,7 +214,7 @@ inline std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const T
 inline std::tuple<TorchTensor, TorchTensor> decode_on_device(
     const TorchTensor& q, const TorchTensor& k, const TorchTensor& v, const TorchTensor& means,
     const TorchTensor& begin, const TorchTensor& end, std::int64_t block_size, std::int64_t top_k,
-    std::int64_t sink_blocks, std::optional<double> scale, std::string backend) {
+    std::int64_t sink_blocks, std::optional<double> scale, const std::string& backend) {
   DeviceCall call({"decode", routing_of(block_size, top_k, sink_blocks, true, scale)}, q);
   const std::string& function = call.function;
   const Place place = call.place;

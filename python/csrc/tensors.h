@@ -106,6 +106,7 @@ class Argument {
     view_.dtype = pytorch::dtype_of(function, name, given);
     if (!can_be_walked(given, place)) {
       std::vector<std::int64_t> sizes;
+      sizes.reserve(static_cast<std::size_t>(rank));
       for (int dim = 0; dim < rank; ++dim) sizes.push_back(given.size(dim));
       tensor_ = empty(sizes, given.scalar_type(), place);
       torch::stable::copy_(tensor_, given);

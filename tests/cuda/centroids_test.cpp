@@ -10,7 +10,6 @@
 namespace moba::cuda {
 namespace {
 
-using test::Array;
 using test::Case;
 using test::on_device;
 
