@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""Full attention, MoBA and the hybrid of both, trained on the same tokens from the same seeds, and what follows from it.
+"""Compare full attention, MoBA and the hybrid of both, trained on the same tokens from the same seeds.
 
 Real text (what set-up installs) becomes streams for training and one for evaluation. `moba train` trains a model of every
-size from nothing, on sequences so short that MoBA is full attention, and goes on with it at the long context in every way;
-`moba eval loss` reads the evaluation text. Stages, in this order:
+size from nothing, on sequences so short that MoBA is full attention, and continues at the long context with each attention;
+`moba eval loss` scores the evaluation text. Stages, in this order:
 
   speed    the short sequences and a few long ones, and from them the minutes that the rest needs
   sharing  a hybrid run that begins as a copy of the MoBA run is the hybrid run, to the last bit
   sizes    three sizes with full attention, MoBA, and MoBA for 90% of the steps, then full attention
   blocks   sizes of blocks and top-k at equal sparsity, the smallest size
   layers   fine-tuning on outlines of source code, with the last layers full
-  seeds    the smallest size with another seed, to see what chance does
+  seeds    the smallest size with another seed, to measure the variance between seeds
   longer   the smallest size with as many steps again, twice, over the same long text
   needle   the heatmap of models/needle-2m
 
-Writes benchmarks/results/fidelity-<machine>-<date>.json, .md and pictures after every stage. A run that was stopped goes
-on with --continue; --only names stages.
+Writes benchmarks/results/fidelity-<machine>-<date>.json, .md and plots after every stage. --continue resumes a run that was
+stopped; --only names stages.
 
     .venv/bin/python benchmarks/fidelity.py --threads 2
 """
@@ -62,7 +62,7 @@ class Size:
 
     @property
     def parameters(self):
-        """Embeddings, which are the head too, and layers with two norms each."""
+        """Number of parameters: embeddings (tied to the output head) and layers with two norms each."""
         layer = 4 * self.width**2 + 3 * self.width * self.inner + 2 * self.width
         return VOCABULARY * self.width + self.layers * layer + self.width
 
@@ -107,11 +107,11 @@ EVALUATED = 16  # sequences
 
 
 def relative_difference(ours, theirs, draws=1000):
-    """The difference of two models' mean losses over the second's, from the losses of the same sequences, all of one
-    length, with the 95% interval of a bootstrap over sequences."""
+    """Return the relative difference of two models' mean losses, ours to theirs, with the 95% interval of a bootstrap over
+    sequences. Both lists hold the losses of the same sequences, all of one length."""
     if len(ours) != len(theirs):
         raise ValueError(
-            f"expected losses of the same sequences; found {len(ours)} and {len(theirs)}"
+            f"relative_difference: theirs: expected {len(ours)} losses (those of the same sequences), got {len(theirs)}"
         )
     a, b = np.array(ours), np.array(theirs)
     drawn = np.random.default_rng(0).integers(0, len(a), (draws, len(a)))
@@ -120,7 +120,7 @@ def relative_difference(ours, theirs, draws=1000):
 
 
 def smoothed(values, width):
-    """The mean of every value and those before it, `width` at most, so that nothing shows before it happens."""
+    """Return the trailing mean of `values` over at most `width` of them, so that no change shows before it happens."""
     sums = np.concatenate([[0], np.cumsum(values)])
     ends = np.arange(1, len(sums))
     begins = np.maximum(0, ends - width)
@@ -128,44 +128,44 @@ def smoothed(values, width):
 
 
 def sparsity(blocks, seq_len=SEQ_LEN):
-    """The share of the blocks that the last query of a sequence does not read."""
+    """Return the share of the keys that the last query of a sequence does not attend to."""
     return 1 - blocks[0] * blocks[1] / seq_len
 
 
 def switch_at(steps):
-    """Steps of the hybrid before it turns to full attention."""
+    """Return the number of steps of the hybrid before it switches to full attention."""
     return steps * 9 // 10
 
 
 def switch_of(losses):
-    """What happens where the hybrid turns to full attention, in relative differences of training losses on the same
-    tokens: `first` of that step against the MoBA run, whose weights are still the same; `before` and `after` of the
-    tenth of the steps on either side against the run with full attention."""
+    """Return relative differences of training losses on the same tokens around the hybrid's switch to full attention:
+    `first` of that step against the MoBA run, whose weights are still the same; `before` and `after` of the tenth of the
+    steps on either side against the run with full attention."""
     steps = len(losses["full"])
     switch = switch_at(steps)
-    part = steps - switch
+    tenth = steps - switch
 
     def relative(a, b, begin, end):
         return sum(losses[a][begin:end]) / sum(losses[b][begin:end]) - 1
 
     return {
         "first": relative("hybrid", "MoBA", switch, switch + 1),
-        "before": relative("hybrid", "full", switch - part, switch),
-        "after": relative("hybrid", "full", switch, switch + part),
+        "before": relative("hybrid", "full", switch - tenth, switch),
+        "after": relative("hybrid", "full", switch, switch + tenth),
     }
 
 
-def kept(way):
-    """What is needed of a way to read in the JSON of `moba eval loss`."""
+def kept(evaluation):
+    """Return the fields that the results keep of one attention's entry in the JSON of `moba eval loss`."""
 
-    def part(of):
+    def losses(of):
         return {key: of[key] for key in ("loss", "low", "high")} | {
             "by_sequence": [s["loss"] for s in of["by_sequence"]]
         }
 
-    return part(way) | {
-        "trailing": part(way["trailing"]),
-        "positions": [bucket["loss"] for bucket in way["positions"]],
+    return losses(evaluation) | {
+        "trailing": losses(evaluation["trailing"]),
+        "positions": [bucket["loss"] for bucket in evaluation["positions"]],
     }
 
 
@@ -174,7 +174,7 @@ def name_of(blocks):
 
 
 def last_layers(full, layers):
-    """--moba-full-layers for that many of the last."""
+    """Return the value of --moba-full-layers for the last `full` of `layers` layers."""
     return f"{layers - full}-{layers - 1}"
 
 
@@ -182,7 +182,7 @@ def last_layers(full, layers):
 
 
 def neighbours(documents, size):
-    """Documents that lie side by side, joined until they are at least so long."""
+    """Join neighbouring documents to texts of at least `size` characters."""
     groups, open_group = [], []
     for text in documents:
         open_group.append(text)
@@ -193,12 +193,12 @@ def neighbours(documents, size):
 
 
 def without(text, seen):
-    """A text less the paragraphs that are in `seen`."""
+    """Return the text without the paragraphs that are in `seen`."""
     return "\n\n".join(paragraph for paragraph in text.split("\n\n") if paragraph not in seen)
 
 
 def outline(text):
-    """The lines that define functions and classes."""
+    """Return the lines that define functions and classes."""
     return [
         line.strip()
         for line in re.findall(r"^[ \t]*(?:async def|def|class) .*$", text, re.MULTILINE)
@@ -206,18 +206,18 @@ def outline(text):
 
 
 def outline_documents(groups, tokenizer, count, chance):
-    """Prompts, and their outlines, which begin just before the tokens that are scored and reach a little beyond the
-    sequence: {"prompt", "completion"}."""
+    """Return `count` of {"prompt", "completion"}: texts and their outlines, which begin just before the tokens that are scored
+    and reach a little beyond the sequence."""
     most = SEQ_LEN - TUNING_TRAILING
 
     @functools.cache
     def starts(group):
-        """Where its tokens begin."""
+        """Return the character at which each token of the group begins."""
         return [begin for begin, _ in tokenizer.encode(groups[group]).offsets]
 
     groups = [group for group in groups if len(outline(group)) > 100]
-    found = []
-    while len(found) < count:
+    documents = []
+    while len(documents) < count:
         group = chance.randrange(len(groups))
         places = starts(group)
         first = chance.randrange(max(1, len(places) - most))
@@ -232,13 +232,13 @@ def outline_documents(groups, tokenizer, count, chance):
         for line in outline(prompt):
             completion += line + "\n"
             if tokens + len(tokenizer.encode(completion).ids) > SEQ_LEN + 4:
-                found.append({"prompt": prompt, "completion": completion})
+                documents.append({"prompt": prompt, "completion": completion})
                 break
-    return found
+    return documents
 
 
 def within_sequence(document, tokenizer):
-    """The document with only as many lines of the outline as fit."""
+    """Return the document with only as many lines of the outline as fit into a sequence."""
     lines = document["completion"].splitlines(keepends=True)
     while len(tokenizer.encode(document["prompt"] + "".join(lines)).ids) >= SEQ_LEN:
         lines.pop()
@@ -269,8 +269,9 @@ def make_tokenizer(folder, groups):
 
 
 def make_data(folder):
-    """Tokenizer, short.txt, long.txt and held-out.txt of streams of neighbouring files, outlines to train on and to score."""
-    shutil.rmtree(folder, ignore_errors=True)  # what was not finished
+    """Write the tokenizer, short.txt, long.txt and held-out.txt (streams of neighbouring files), and outlines to train on and
+    to score."""
+    shutil.rmtree(folder, ignore_errors=True)  # of an unfinished run
     chance = random.Random(SEED)
     training, held_out = texts("training"), texts("held-out") + texts("tuning")
     seen = {paragraph for text in training for paragraph in text.split("\n\n")}
@@ -278,15 +279,15 @@ def make_data(folder):
     chance.shuffle(groups)
     tokenizer = make_tokenizer(folder / "tokenizer", groups[:20])
 
-    def write(name, parts, tokens):
-        """As many of these parts as have so many tokens, which are used up."""
+    def write(name, pool, tokens):
+        """Write texts of the pool that have at least `tokens` tokens together, removing them from it."""
         taken, total = [], 0
         while total < tokens:
-            if not parts:
+            if not pool:
                 sys.exit(
-                    f"the text of this machine: expected at least {tokens:.0f} tokens for {name}; found {total}"
+                    f"fidelity: {name}: expected at least {tokens:.0f} tokens of text on this machine, got {total}"
                 )
-            taken.append(parts.pop())
+            taken.append(pool.pop())
             total += len(tokenizer.encode(taken[-1]).ids)
         (folder / name).write_text("\n\n".join(taken))
 
@@ -313,7 +314,7 @@ def make_data(folder):
 
 
 class Lab:
-    """What is made and measured, and where."""
+    """Runs of the program, their folders and the results."""
 
     def __init__(self, options, results):
         self.options, self.work, self.data, self.results = (
@@ -333,7 +334,7 @@ class Lab:
         return done.stdout
 
     def train(self, out, steps, *flags):
-        """The lines of the log. A run that is done already is only read."""
+        """Return the lines of the log of `moba train`; a run that is complete is only read."""
         self.moba(
             "train",
             "--out",
@@ -350,7 +351,7 @@ class Lab:
         return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 
     def begin(self, size, seed=SEED):
-        """A model of this size, trained on short sequences."""
+        """Return the folder of a model of this size that was trained on short sequences."""
         out, config = self.work / f"short-{size}-{seed}", self.work / f"{size}.json"
         config.write_text(json.dumps(SIZES[size].config(), indent=2) + "\n")
         self.once(
@@ -385,7 +386,7 @@ class Lab:
         return out
 
     def lengthen(self, out, size, mode, steps=STEPS, blocks=BLOCKS, seed=SEED, seq_len=SEQ_LEN):
-        """Goes on at the long context."""
+        """Continue training at the long context."""
         return self.train(
             out,
             steps,
@@ -407,9 +408,9 @@ class Lab:
             *(block_flags(blocks) if mode != "full" else ()),
         )
 
-    def evaluate(self, model, *flags, blocks=BLOCKS, ways="full,moba"):
-        """By way to read, the losses."""
-        told = json.loads(
+    def evaluate(self, model, *flags, blocks=BLOCKS, attn="full,moba"):
+        """Return the losses by attention."""
+        report = json.loads(
             self.moba(
                 "eval",
                 "loss",
@@ -420,14 +421,14 @@ class Lab:
                 "-o",
                 "json",
                 "--attn",
-                ways,
-                *(block_flags(blocks) if "moba" in ways else ()),
+                attn,
+                *(block_flags(blocks) if "moba" in attn else ()),
                 "--buckets",
                 BUCKETS,
                 *flags,
             )
         )
-        return {way["attn"]: kept(way) for way in told["by_attn"]}
+        return {entry["attn"]: kept(entry) for entry in report["by_attn"]}
 
     def evaluate_text(self, model, sequences=EVALUATED, **how):
         return self.evaluate(
@@ -443,7 +444,7 @@ class Lab:
         )
 
     def once(self, place, make):
-        """What is in the results at this place, made if it is not there yet."""
+        """Return the results at this place, which `make` computes if they are missing."""
         folder = self.results
         for name in place[:-1]:
             folder = folder.setdefault(name, {})
@@ -453,15 +454,15 @@ class Lab:
             (self.work / "results.json").write_text(json.dumps(self.results))
         return folder[place[-1]]
 
-    def trained(self, place, size, mode, ways="full,moba", steps=STEPS, **how):
-        """Trained and evaluated: the training losses and the evaluation."""
+    def trained(self, place, size, mode, attn="full,moba", steps=STEPS, **how):
+        """Train and evaluate; return the training losses and the evaluation."""
 
         def make():
             out = self.work / "-".join(place)
             if mode == "hybrid":
                 begin_as(out, self.work / "-".join([*place[:-1], "MoBA"]), switch_at(steps))
             log = self.lengthen(out, size, mode, steps=steps, **how)
-            evaluation = self.evaluate_text(out, ways=ways, blocks=how.get("blocks", BLOCKS))
+            evaluation = self.evaluate_text(out, attn=attn, blocks=how.get("blocks", BLOCKS))
             return {
                 "losses": [line["loss"] for line in log],
                 "tokens": sum(line["tokens"] for line in log),
@@ -476,7 +477,7 @@ def block_flags(blocks):
 
 
 def begin_as(out, other, step):
-    """A run that has come as far as the other had at this step."""
+    """Copy a run as it was at this step."""
     if out.exists():
         return
     half_done = out.with_name(out.name + ".part")
@@ -488,7 +489,7 @@ def begin_as(out, other, step):
 
 
 def do_speed(lab):
-    """Minutes, from one short run each."""
+    """Estimate the minutes of all stages from one short run each."""
 
     def measure(size, mode):
         start = time.perf_counter()
@@ -498,7 +499,7 @@ def do_speed(lab):
             out = Path(folder) / "run"
             log = lab.lengthen(out, size, mode, steps=4)
             start = time.perf_counter()
-            lab.evaluate_text(base, sequences=2, ways=mode.lower())
+            lab.evaluate_text(base, sequences=2, attn=mode.lower())
             return {
                 "begin_seconds": begun,
                 "step_seconds": min(line["seconds"] for line in log[1:]),
@@ -516,7 +517,7 @@ def do_speed(lab):
     }
 
     def minutes(size, full, moba):
-        """For so many steps with either attention, with the evaluations that go with them."""
+        """Return the minutes of so many steps with either attention and of the evaluations that belong to them."""
         a, b = of[size]["full"], of[size]["MoBA"]
         return (
             full * a["step_seconds"]
@@ -570,7 +571,7 @@ def do_blocks(lab):
     smallest = next(iter(SIZES))
     for blocks in EQUAL_SPARSITY:
         if blocks != BLOCKS:
-            lab.trained(["blocks", name_of(blocks)], smallest, "MoBA", ways="moba", blocks=blocks)
+            lab.trained(["blocks", name_of(blocks)], smallest, "MoBA", attn="moba", blocks=blocks)
 
 
 def do_layers(lab):
@@ -606,7 +607,7 @@ def do_layers(lab):
             "--trailing",
             TUNING_TRAILING,
             *some,
-            ways="full" if is_full else "moba",
+            attn="full" if is_full else "moba",
         )
         return {"losses": [line["loss"] for line in log], "evaluation": evaluation}
 
@@ -625,7 +626,7 @@ def do_layers(lab):
 def do_seeds(lab):
     smallest = next(iter(SIZES))
     for mode in ("full", "MoBA"):
-        lab.trained(["seeds", mode], smallest, mode, ways=mode.lower(), seed=SEED + 1)
+        lab.trained(["seeds", mode], smallest, mode, attn=mode.lower(), seed=SEED + 1)
 
 
 def do_longer(lab):
@@ -635,7 +636,7 @@ def do_longer(lab):
         ["longer", name_of(OWN_BLOCK)],
         next(iter(SIZES)),
         "MoBA",
-        ways="moba",
+        attn="moba",
         steps=LONGER,
         blocks=OWN_BLOCK,
     )
@@ -644,7 +645,7 @@ def do_longer(lab):
 def do_needle(lab):
     def find():
         lengths = ",".join(f"{n}k" for n in range(4, 33, 4))
-        told = json.loads(
+        report = json.loads(
             lab.moba(
                 "eval",
                 "needle",
@@ -668,10 +669,10 @@ def do_needle(lab):
                 place_of(lab.results, lab.options, "-needle.png"),
             )
         )
-        return {key: told[key] for key in ("accuracy", "by_attn", "settings")} | {
+        return {key: report[key] for key in ("accuracy", "by_attn", "settings")} | {
             "cells": [
                 {key: cell[key] for key in ("attn", "length", "depth", "found", "tried")}
-                for cell in told["cells"]
+                for cell in report["cells"]
             ]
         }
 
@@ -699,10 +700,10 @@ def place_of(results, options, ending):
 
 
 def dumped(results):
-    """JSON with a list of numbers on one line, and of numbers six decimals."""
+    """Return JSON with each list of numbers on one line and numbers of six decimals."""
     rounded = json.loads(json.dumps(results), parse_float=lambda number: round(float(number), 6))
     text = json.dumps(rounded, indent=1)
-    return re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n"
+    return re.sub(r"\[[^\[\]{}]*\]", lambda match: " ".join(match[0].split()), text) + "\n"
 
 
 def percent(difference):
@@ -711,15 +712,15 @@ def percent(difference):
     return f"{difference['relative']:+.2%} ({difference['low']:+.2%} to {difference['high']:+.2%})"
 
 
-def own_reading(runs, mode):
-    """A model is read as it was trained, the hybrid as it was last."""
+def own_evaluation(runs, mode):
+    """Return the evaluation with the attention that the model was trained with; the hybrid's with full attention."""
     return runs[mode]["evaluation"]["moba" if mode == "MoBA" else "full"]
 
 
 def compared(ours, theirs, trailing):
-    """Relative difference of two evaluations, of everything or of the last tokens."""
-    parts = [(e["trailing"] if trailing else e)["by_sequence"] for e in (ours, theirs)]
-    return relative_difference(*parts)
+    """Return the relative difference of two evaluations, of all tokens or of the last of each sequence."""
+    losses = [(e["trailing"] if trailing else e)["by_sequence"] for e in (ours, theirs)]
+    return relative_difference(*losses)
 
 
 def table(heads, rows):
@@ -728,17 +729,17 @@ def table(heads, rows):
 
 
 def complete(results):
-    """Sizes of which all three runs are done."""
+    """Return the sizes whose three runs are complete."""
     return {
         size: runs for size, runs in results.get("sizes", {}).items() if set(runs) == set(MODES)
     }
 
 
 def tables_of(models):
-    """Of {name: {mode: run}}: the losses, the switch, and what the other way to read would give."""
-    rows, switches, ways = [], [], []
+    """Return the tables of {name: {mode: run}}: the losses, the switch, and the losses with the other attention."""
+    rows, switches, readings = [], [], []
     for name, runs in models.items():
-        full, moba, hybrid = (own_reading(runs, mode) for mode in MODES)
+        full, moba, hybrid = (own_evaluation(runs, mode) for mode in MODES)
         for trailing in (False, True):
 
             def loss(evaluation):
@@ -757,12 +758,12 @@ def tables_of(models):
             )
         happened = switch_of({mode: run["losses"] for mode, run in runs.items()})
         switches.append([name, *(percent(happened[key]) for key in ("before", "first", "after"))])
-        for way in ("full", "moba"):
-            ways.append(
+        for attn in ("full", "moba"):
+            readings.append(
                 [
                     name,
-                    "full attention" if way == "full" else "MoBA",
-                    *(f"{runs[mode]['evaluation'][way]['loss']:.4f}" for mode in MODES),
+                    "full attention" if attn == "full" else "MoBA",
+                    *(f"{runs[mode]['evaluation'][attn]['loss']:.4f}" for mode in MODES),
                 ]
             )
     lines = table(
@@ -774,8 +775,10 @@ def tables_of(models):
         "",
     ]
     lines += table(["model", "before", "first step", "after"], switches)
-    lines += ["Every model read in both ways, all tokens:", ""]
-    return lines + table(["model", "read with", *(f"trained: {mode}" for mode in MODES)], ways)
+    lines += ["Every model evaluated with both attentions, all tokens:", ""]
+    return lines + table(
+        ["model", "evaluated with", *(f"trained: {mode}" for mode in MODES)], readings
+    )
 
 
 def size_tables(results):
@@ -791,7 +794,7 @@ def longer_tables(results):
     runs = results["longer"]
     if not set(MODES) | {name_of(OWN_BLOCK)} <= set(runs):
         return []
-    own, full = runs[name_of(OWN_BLOCK)]["evaluation"]["moba"], own_reading(runs, "full")
+    own, full = runs[name_of(OWN_BLOCK)]["evaluation"]["moba"], own_evaluation(runs, "full")
     return [
         f"## {LONGER} steps of long sequences",
         "",
@@ -803,25 +806,9 @@ def longer_tables(results):
     ]
 
 
-def target_lines(results):
-    lines = []
-    for name, mode, trailing, most in (
-        ("MoBA's loss against full attention's", "MoBA", False, 0.005),
-        ("the hybrid's trailing loss against full attention's", "hybrid", True, 0.003),
-    ):
-        told = []
-        for size, runs in complete(results).items():
-            difference = compared(own_reading(runs, mode), own_reading(runs, "full"), trailing)[
-                "relative"
-            ]
-            told.append(f"{size} {difference:+.3%} ({'met' if difference <= most else 'missed'})")
-        lines.append(f"- at most {most:.1%}, {name}: {', '.join(told)}")
-    return ["## Targets", "", *lines, ""]
-
-
 def position_table(results):
     size, runs = list(complete(results).items())[-1]
-    readings = [own_reading(runs, mode)["positions"] for mode in MODES]
+    readings = [own_evaluation(runs, mode)["positions"] for mode in MODES]
     rows = [
         [
             f"{SEQ_LEN * i // BUCKETS}-{SEQ_LEN * (i + 1) // BUCKETS - 1}",
@@ -837,7 +824,7 @@ def smallest_runs(results):
 
 
 def block_rows(results):
-    """Blocks, the evaluation."""
+    """Return (blocks, evaluation) of the smallest size at equal sparsity."""
     runs = {BLOCKS: smallest_runs(results)["MoBA"]} | {
         blocks: results["blocks"][name_of(blocks)]
         for blocks in EQUAL_SPARSITY
@@ -849,10 +836,10 @@ def block_rows(results):
 
 
 def block_table(results):
-    full = own_reading(smallest_runs(results), "full")
+    full = own_evaluation(smallest_runs(results), "full")
     rows = [
         [
-            f"{blocks[0]}, {blocks[1]}" + (": nothing to choose" if blocks[1] == 1 else ""),
+            f"{blocks[0]}, {blocks[1]}" + (": nothing to select" if blocks[1] == 1 else ""),
             f"{e['loss']:.4f}",
             percent(compared(e, full, False)),
             f"{e['trailing']['loss']:.4f}",
@@ -867,7 +854,7 @@ def block_table(results):
 
 
 def layer_rows(results):
-    """Full layers, the loss of outlines, against full attention's if that is done."""
+    """Return (full layers, trailing loss of the outlines, difference from all layers full, None if that run is missing)."""
     layers, runs = SIZES[TUNED].layers, results["layers"]
     done = {
         full: next(iter(runs[str(full)]["evaluation"].values()))
@@ -889,7 +876,7 @@ def layer_table(results):
     return [
         f"## Fine-tuning with the last layers full, {TUNED} ({SIZES[TUNED].layers} layers)",
         "",
-        f"Loss of {TUNING_TRAILING} tokens of outlines; before fine-tuning {before['full']['trailing']['loss']:.4f} read with "
+        f"Loss of {TUNING_TRAILING} tokens of outlines; before fine-tuning {before['full']['trailing']['loss']:.4f} with "
         f"full attention, {before['moba']['trailing']['loss']:.4f} with MoBA.",
         "",
     ] + table(["full layers", "loss", "to all layers full"], rows)
@@ -901,7 +888,7 @@ def seed_table(results):
         [
             mode,
             *(
-                percent(compared(own_reading(runs, mode), own_reading(first, mode), trailing))
+                percent(compared(own_evaluation(runs, mode), own_evaluation(first, mode), trailing))
                 for trailing in (False, True)
             ),
         ]
@@ -911,7 +898,7 @@ def seed_table(results):
         ["attention", "loss to that of the first seed", f"last {TRAILING}"], rows
     )
     if len(runs) == 2:
-        full, moba = (own_reading(runs, mode) for mode in ("full", "MoBA"))
+        full, moba = (own_evaluation(runs, mode) for mode in ("full", "MoBA"))
         lines += [
             f"With this seed MoBA to full attention: {percent(compared(moba, full, False))}, last {TRAILING} "
             f"{percent(compared(moba, full, True))}.",
@@ -924,14 +911,14 @@ def needle_table(results):
     cells = results["needle"]["cells"]
     lengths = sorted({cell["length"] for cell in cells})
     rows = []
-    for way in results["needle"]["by_attn"]:
+    for attention in results["needle"]["by_attn"]:
         found = [
-            sum(c["found"] for c in cells if c["attn"] == way["attn"] and c["length"] == n)
+            sum(c["found"] for c in cells if c["attn"] == attention["attn"] and c["length"] == n)
             for n in lengths
         ]
-        rows.append([way["attn"], *found, f"{way['found']} of {way['tried']}"])
+        rows.append([attention["attn"], *found, f"{attention['found']} of {attention['tried']}"])
     return ["## Needles found, models/needle-2m", ""] + table(
-        ["read with", *(f"{n // 1024}K" for n in lengths), "all"], rows
+        ["attention", *(f"{n // 1024}K" for n in lengths), "all"], rows
     )
 
 
@@ -943,19 +930,19 @@ def markdown(results):
         f"{SHORT_STEPS} steps of {SHORT_BATCH} tokens in sequences of {SHORT_LEN}, the same for all, then {STEPS} steps of one "
         f"sequence of {SEQ_LEN}; blocks of {BLOCKS[0]}, top-k {BLOCKS[1]} ({sparsity(BLOCKS):.2%} sparsity at the end of a "
         f"long sequence); {EVALUATED} sequences held out; nats a token, 95% intervals by a bootstrap over sequences. "
-        f"A model is read as it was trained, the hybrid with full attention.",
+        f"A model is evaluated with the attention it was trained with, the hybrid with full attention.",
         "",
     ]
     if complete(results):
-        lines += target_lines(results) + size_tables(results) + position_table(results)
-        for stage, part in (
+        lines += size_tables(results) + position_table(results)
+        for stage, tables in (
             ("blocks", block_table),
             ("layers", layer_table),
             ("seeds", seed_table),
             ("longer", longer_tables),
         ):
             if stage in results:
-                lines += part(results)
+                lines += tables(results)
     if "needle" in results:
         lines += needle_table(results)
     return "\n".join(lines)
@@ -965,7 +952,7 @@ COLOURS = {"full": "#1f4e79", "MoBA": "#e07b00", "hybrid": "#2e8b57"}
 
 
 def draw_sizes(results, curves, positions):
-    """Training losses (means of 15 steps) and losses by position, each above its difference from full attention's."""
+    """Plot training losses (means of 15 steps) and losses by position, each above its difference from full attention's."""
     from matplotlib import pyplot
 
     done = complete(results)
@@ -989,7 +976,7 @@ def draw_sizes(results, curves, positions):
                     x = np.arange(1, len(values) + 1)
                 else:
                     values, base = (
-                        np.array(own_reading(runs, m)["positions"]) for m in (mode, "full")
+                        np.array(own_evaluation(runs, m)["positions"]) for m in (mode, "full")
                     )
                     x = (np.arange(BUCKETS) + 0.5) * SEQ_LEN / BUCKETS
                 above.plot(x, values, color=COLOURS[mode], label=mode, linewidth=1.3)
@@ -1011,13 +998,13 @@ def draw_ablations(results, path):
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    full = own_reading(smallest_runs(results), "full")
+    full = own_evaluation(smallest_runs(results), "full")
     for trailing, colour, label in (
         (False, COLOURS["MoBA"], "all tokens"),
         (True, COLOURS["full"], f"last {TRAILING}"),
     ):
-        told = [(f"{b[0]}, {b[1]}", compared(e, full, trailing)) for b, e in block_rows(results)]
-        bars(left, told, colour, label)
+        points = [(f"{b[0]}, {b[1]}", compared(e, full, trailing)) for b, e in block_rows(results)]
+        bars(left, points, colour, label)
     left.set(
         title=f"{sparsity(BLOCKS):.2%} sparsity, small",
         xlabel="blocks of, top-k",
@@ -1039,9 +1026,9 @@ def draw_ablations(results, path):
     pyplot.close(figure)
 
 
-def bars(axis, told, colour, label):
-    """Points with their intervals, in percent."""
-    names, differences = zip(*told)
+def bars(axis, points, colour, label):
+    """Plot (name, difference) with the intervals, in percent."""
+    names, differences = zip(*points)
     middle, low, high = (
         100 * np.array([d[key] for d in differences]) for key in ("relative", "low", "high")
     )
@@ -1094,12 +1081,12 @@ def main():
     stages = options.only.split(",") if options.only else list(STAGES)
     if unknown := set(stages) - set(STAGES):
         parser.error(
-            f"--only: expected some of {','.join(STAGES)}; found {','.join(sorted(unknown))}"
+            f"--only: expected some of {','.join(STAGES)}, got {','.join(sorted(unknown))}"
         )
 
     if options.work.exists() and not options.goes_on:
         parser.error(
-            f"--work {options.work}: expected a folder that is not there yet, or --continue"
+            f"--work: expected a new folder, or --continue, got the existing {options.work}"
         )
     begun = options.work / "results.json"
     results = (

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Compare a file of results with the project's goals for attention on CPUs: what was asked, what was found, is it met.
+"""Compare a file of results, of benchmarks/run.py or benchmarks/fidelity.py, with the project's goals.
 
-.venv/bin/python benchmarks/targets.py benchmarks/results/<machine>-<date>.json
+Prints a table of goals, measured values and whether each goal is met.
+
+    .venv/bin/python benchmarks/targets.py benchmarks/results/<machine>-<date>.json
 """
 
 import argparse
@@ -36,7 +38,7 @@ def times(value, extrapolated=False):
 
 
 def lowest_fraction(rows, bar):
-    """Of all lengths, the worst decides."""
+    """Return the fractions of all lengths, and whether the lowest reaches the bar."""
     if not rows:
         return "not measured", None
     fractions = [
@@ -248,7 +250,7 @@ def naive_targets(results):
     )
 
     def grown(rows):
-        """Memory that a doubling of the longest length adds, over what the doubling before added."""
+        """Return the memory that the last doubling of the length adds over the memory that the doubling before it added."""
         memory = [
             r["peak_rss_bytes"]
             for r in sorted(rows, key=lambda r: r["tokens"])
@@ -328,21 +330,48 @@ TARGETS = [
 ]
 
 
+def fidelity_targets(results):
+    """Yield (what, target, measured, met) of results of benchmarks/fidelity.py."""
+    import fidelity
+
+    for what, mode, trailing, bar in [
+        ("MoBA's loss against full attention's", "MoBA", False, 0.005),
+        ("the hybrid's trailing loss against full attention's", "hybrid", True, 0.003),
+    ]:
+        for size, runs in fidelity.complete(results).items():
+            ours, theirs = (fidelity.own_evaluation(runs, name) for name in (mode, "full"))
+            difference = fidelity.compared(ours, theirs, trailing)["relative"]
+            yield (
+                f"{what}, {size}",
+                f"<= {bar:.1%}",
+                *at_most(difference, bar, f"{difference:+.3%}"),
+            )
+
+
+def attention_targets(report, folder):
+    """Yield (what, target, measured, met) of results of benchmarks/run.py in `folder`."""
+    results = Results(report["rows"], report["peers"])
+    results.folder = folder
+    for targets in TARGETS:
+        yield from targets(results)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("results", type=Path, help="a JSON file of benchmarks/run.py")
+    parser.add_argument(
+        "results", type=Path, help="a JSON file of benchmarks/run.py or benchmarks/fidelity.py"
+    )
     options = parser.parse_args()
     report = json.loads(options.results.read_text())
-    results = Results(report["rows"], report["peers"])
-    results.folder = options.results.parent
+    found = (
+        attention_targets(report, options.results.parent)
+        if "rows" in report
+        else fidelity_targets(report)
+    )
     marks = {True: "met", False: "not met", None: ""}
-    rows = [
-        (what, target, measured, marks[met])
-        for each in TARGETS
-        for what, target, measured, met in each(results)
-    ]
+    rows = [(what, target, measured, marks[met]) for what, target, measured, met in found]
     print("\n".join(table(["what", "target", "measured", "met?"], rows)))
 
 

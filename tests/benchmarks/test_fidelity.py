@@ -1,4 +1,4 @@
-"""What benchmarks/fidelity.py computes, cuts and writes around the programs that it runs."""
+"""Tests of benchmarks/fidelity.py: its arithmetic, its data and its report, without the programs that it runs."""
 
 import json
 import subprocess
@@ -11,17 +11,20 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import fidelity  # noqa: E402
+import targets  # noqa: E402
 
 
 def test_relative_difference():
-    told = fidelity.relative_difference([2.0, 4.0, 6.0], [1.0, 4.0, 5.0])
-    assert told["relative"] == pytest.approx(0.2)
-    assert told["low"] == pytest.approx(0) and told["high"] == pytest.approx(
+    difference = fidelity.relative_difference([2.0, 4.0, 6.0], [1.0, 4.0, 5.0])
+    assert difference["relative"] == pytest.approx(0.2)
+    assert difference["low"] == pytest.approx(0) and difference["high"] == pytest.approx(
         1
     )  # only the second, only the first
     same = fidelity.relative_difference([1.5, 2.5], [1.5, 2.5])
     assert same == {"relative": 0, "low": 0, "high": 0}
-    with pytest.raises(ValueError, match="same sequences; found 1 and 2"):
+    with pytest.raises(
+        ValueError, match=r"theirs: expected 1 losses \(those of the same sequences\), got 2"
+    ):
         fidelity.relative_difference([1.0], [1.0, 2.0])
 
 
@@ -38,9 +41,10 @@ def test_switch():
         "MoBA": [5.0] * 16 + [5.0, 4.4, 2.2, 2.4],
         "hybrid": [5.0] * 16 + [5.0, 4.4, 2.1, 2.0],
     }
-    told = fidelity.switch_of(losses)
-    assert told["before"] == pytest.approx(0.4 / 9)
-    assert told["first"] == pytest.approx(2.1 / 2.2 - 1) and told["after"] == pytest.approx(0.1 / 4)
+    switch = fidelity.switch_of(losses)
+    assert switch["before"] == pytest.approx(0.4 / 9)
+    assert switch["first"] == pytest.approx(2.1 / 2.2 - 1)
+    assert switch["after"] == pytest.approx(0.1 / 4)
 
 
 def test_blocks_are_equally_sparse():
@@ -52,7 +56,7 @@ def test_last_layers():
     assert fidelity.last_layers(1, 4) == "3-3" and fidelity.last_layers(3, 4) == "1-3"
 
 
-def test_what_is_an_outline():
+def test_outline_is_definitions_of_functions_and_classes():
     text = "import a\nclass A(B):\n    def f(self): pass\n\n    async def g(self):\n        define = 1\n# def no\ndef h():\n"
     assert fidelity.outline(text) == [
         "class A(B):",
@@ -62,12 +66,12 @@ def test_what_is_an_outline():
     ]
 
 
-def test_streams():
+def test_neighbouring_documents_are_joined_without_seen_paragraphs():
     assert fidelity.neighbours(["aa", "b", "ccc", "d"], 3) == ["aa\n\nb", "ccc"]
     assert fidelity.without("one\n\ntwo\n\nthree", {"two"}) == "one\n\nthree"
 
 
-def test_json_is_short():
+def test_json_has_lists_of_numbers_on_one_line():
     results = {"a": {"b": [1.5, 2, None, 1 / 3], "c": []}, "d": [{"e": [1]}]}
     text = fidelity.dumped(results)
     assert '"b": [ 1.5, 2, null, 0.333333 ]' in text
@@ -110,18 +114,28 @@ def results():
     }
 
 
-def test_the_report(results):
+def test_targets_are_met_or_not(results):
+    found = {what: rest for what, *rest in targets.fidelity_targets(results)}
+    moba, hybrid = (
+        "MoBA's loss against full attention's, small",
+        "the hybrid's trailing loss against full attention's, small",
+    )
+    assert found[moba] == ["<= 0.5%", "+0.250%", True]
+    assert found[hybrid] == ["<= 0.3%", "+0.400%", False]
+    assert len(found) == 2 * len(fidelity.SIZES)
+
+
+def test_report_has_tables_of_every_stage(results):
     text = fidelity.markdown(results)
-    assert "small +0.250% (met)" in text  # MoBA, at most 0.5%
-    assert "small +0.400% (missed)" in text  # the hybrid's end of sequences, at most 0.3%
+    assert "target" not in text.lower()
     assert "own alone: 3.9600, to full attention -1.00%" in text
-    assert "| 512, 1: nothing to choose | 4.4000 | +10.00% (+10.00% to +10.00%) |" in text
+    assert "| 512, 1: nothing to select | 4.4000 | +10.00% (+10.00% to +10.00%) |" in text
     assert "| 0 | 3.3000 | +10.00%" in text and "| 3 | 3.0000 | +0.00%" in text
     assert "| MoBA | -0.25%" in text and "With this seed MoBA to full attention: -0.99%" in text
     assert "| full | 2 | 1 | 3 of 4 |" in text
 
 
-def test_the_report_of_a_run_that_has_just_begun(results):
+def test_report_of_an_unfinished_run_has_no_tables(results):
     begun = {key: results[key] for key in ("commands", "machine", "date", "threads")} | {
         "sizes": {"small": {"full": run(4.0)}}
     }
@@ -129,12 +143,16 @@ def test_the_report_of_a_run_that_has_just_begun(results):
 
 
 @pytest.mark.parametrize(
-    "arguments, says", ((["--only", "sizes,shapes"], "found shapes"), (["--work", "/"], "--work /"))
+    "arguments, message",
+    (
+        (["--only", "sizes,shapes"], "got shapes"),
+        (["--work", "/"], "--work: expected a new folder, or --continue, got the existing /"),
+    ),
 )
-def test_refused(arguments, says):
+def test_invalid_flags_are_refused(arguments, message):
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks/fidelity.py", *arguments],
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2 and says in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1]
