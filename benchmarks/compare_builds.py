@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time two builds of `moba` in turns, row by row: does a change cost speed?
+"""Time two builds of `moba` in turns, row by row, to see whether a change costs speed.
 
 Every row of `moba bench` runs A B A B ..., so that both builds meet the same machine; the ratio of a round compares two
 neighbouring calls. Prints and writes the medians, the median ratio after/before and the spread of the rounds' ratios; a row is

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""The PyTorch package: what a call adds to its kernel, the published function against its naive form, and a training step.
+"""Measure the PyTorch package: the overhead of a call over its kernel, `moba_attn_varlen` against its naive form, and a
+training step.
 
-What is compared is interleaved: medians of all rounds, and the least time where an addition of microseconds is asked for.
-Peaks of memory are those of processes of their own, in which freed memory goes back to the system at once. Writes
+Compared calls are interleaved; times are medians of all rounds, and minima where an overhead of microseconds is measured.
+Peak memory is measured in separate processes, in which freed memory returns to the system at once. Writes
 benchmarks/results/pytorch-<machine>-<date>.json and .md after every part.
 
     .venv/bin/python benchmarks/pytorch_operator.py --rounds 5
@@ -34,7 +35,7 @@ def seconds(function) -> float:
 
 
 def interleaved(functions: dict, rounds: int) -> dict:
-    """Seconds of every call of each, after one that does not count."""
+    """Return the seconds of every call of each function, after one warm-up call."""
     for function in functions.values():
         function()
     times = {name: [] for name in functions}
@@ -48,11 +49,11 @@ def offsets(tokens: int) -> torch.Tensor:
     return torch.tensor([0, tokens], dtype=torch.int32)
 
 
-# What a call costs
+# Overhead of a call
 
 
 def call_cost(options) -> list:
-    """Microseconds of a whole call on a problem so small that the kernel has next to nothing to do."""
+    """Return the microseconds of a whole call on a problem so small that the kernel has next to no work."""
     calls = 500
     q, cu = torch.randn(1, 1, 16), offsets(1)
     leaf = q.clone().requires_grad_()
@@ -84,7 +85,7 @@ def call_cost(options) -> list:
 
 
 def kernel_seconds(tokens: int) -> float:
-    """The least time of the kernel by itself, as the program times it."""
+    """Return the minimum time of the kernel alone, as `moba bench` measures it."""
     command = [
         PROGRAM,
         "bench",
@@ -109,7 +110,7 @@ def kernel_seconds(tokens: int) -> float:
 
 def addition_to_the_kernel(options) -> list:
     if not PROGRAM.exists():
-        sys.exit(f"pytorch_operator: expected the program at {PROGRAM} (make build); found nothing")
+        sys.exit(f"pytorch_operator: expected the program (`make build`), got no {PROGRAM}")
     tokens = 1024 if options.quick else 8192
     q, k, v = torch.randn(3, tokens, 4, 64).unbind(0)
     cu = offsets(tokens)
@@ -133,11 +134,11 @@ def addition_to_the_kernel(options) -> list:
     ]
 
 
-# Processes of their own
+# Separate processes
 
 
 def peak_bytes() -> int:
-    """Of this program; getrusage's would begin with its parent's."""
+    """Return the peak memory of this process; getrusage's would begin with its parent's."""
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
@@ -146,7 +147,7 @@ def available_bytes() -> int:
 
 
 def child(*arguments, threads: int) -> dict | None:
-    """What this script prints when it is started with these hidden arguments; None when memory did not suffice."""
+    """Return the JSON that this script prints when started with these hidden arguments; None if it ran out of memory."""
     limit = available_bytes()
     done = subprocess.run(
         [sys.executable, __file__, "--child", *map(str, arguments), str(threads)],
@@ -178,11 +179,11 @@ def step_child(implementation: str, tokens: int) -> dict:
     return {"peak": peak_bytes()}
 
 
-# The published function
+# moba_attn_varlen
 
 
 def against_naive(options) -> list:
-    """One head of 128, blocks of 2048, top-k 3."""
+    """Measure one head of head_dim 128, blocks of 2048 tokens, top-k 3."""
     q, k, v = torch.randn(3, 4096, 1, 128).unbind(0)
     fast, slow = (
         attend(q, k, v, offsets(4096), 4096, 256, 3)
@@ -231,7 +232,7 @@ def against_naive(options) -> list:
 
 
 def training_step(tokens: int):
-    """A Llama of 4 layers, 256 wide: what one step of it is, given an attention implementation."""
+    """Return a training step of a Llama of 4 layers, 256 wide, with an attention implementation."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     moba.register_moba(moba.MoBAConfig(512, 3))
@@ -258,7 +259,7 @@ def training_step(tokens: int):
 
 
 def attention_seconds(function) -> float:
-    """Of one call, in attention's forward and backward."""
+    """Return the seconds of one call in attention's forward and backward passes."""
     with torch.profiler.profile() as profile:
         function()
     names = ("moba::attention", "_Attention", "_scaled_dot_product_flash_attention_for_cpu")
@@ -273,8 +274,8 @@ def attention_seconds(function) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory. Its default maps and clears tensors above 32 MB anew every time, which takes
-    a fifth of a step with MoBA and is neither's doing."""
+    """Make glibc keep freed memory. By default it maps and clears tensors above 32 MB again every time, which takes a fifth
+    of a step with MoBA and belongs to neither implementation."""
     libc = ctypes.CDLL(None)
     trim_threshold, mmap_threshold = -1, -3
     libc.mallopt(mmap_threshold, 1 << 30)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""The standing set: attention alone against the machine's limit and against its peers, in one run with the same threads.
+"""Measure attention against the machine's ceilings and against its peers, in one run with the same threads.
 
-Every figure of ours comes from `moba bench`, which checks its answers before it times them; peers run in processes of
-their own. Results are in benchmarks/results/<machine>-<date>.json and .md after every call, plots at the end; a call that
-is made again on the same day replaces its rows.
+Rows of moba come from `moba bench`, which checks its results before it times them; each peer runs in its own process.
+Results are in benchmarks/results/<machine>-<date>.json and .md after every call, plots at the end; a call that is repeated
+on the same day replaces its rows.
 
-    .venv/bin/python benchmarks/run.py                 # everything, about 25 minutes on two cores
-    .venv/bin/python benchmarks/run.py --continue      # the calls that have no rows of today
-    .venv/bin/python benchmarks/run.py --only forward,decode   # anew; the day's other groups stay
+    .venv/bin/python benchmarks/run.py                 # all groups, about 25 minutes on two cores
+    .venv/bin/python benchmarks/run.py --continue      # only calls without rows of today
+    .venv/bin/python benchmarks/run.py --only forward,decode   # again; the day's other groups stay
     .venv/bin/python benchmarks/run.py --quick         # a minute or two
 """
 
@@ -28,7 +28,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_PEER_SECONDS = 120
-# Of the timed runs of a row: five as long as they take less than 12 s each.
+# Seconds for the timed runs of a row: five runs where each takes less than 12 s.
 BUDGET_SECONDS = 60
 KI, MI = 1 << 10, 1 << 20
 FULL = (512, 0)
@@ -51,8 +51,8 @@ def cpu_name():
 
 
 def cpu_units():
-    """The units that kernels may run on, in the order of the CPU's list."""
-    telling = {
+    """Return the instruction sets that kernels may use, in the order of the CPU's list."""
+    known = {
         "fma",
         "avx2",
         "avx512f",
@@ -64,9 +64,7 @@ def cpu_units():
         "bf16",
         "i8mm",
     }
-    return [
-        unit for unit in (cpu_field("flags") or cpu_field("Features")).split() if unit in telling
-    ]
+    return [unit for unit in (cpu_field("flags") or cpu_field("Features")).split() if unit in known]
 
 
 def machine_name():
@@ -93,12 +91,12 @@ def blocks(choice):
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One process, which makes a row or a few."""
+    """One process, which measures one or several rows."""
 
     group: str
-    expected: float  # seconds on two cores, for the time that is left
+    expected: float  # seconds on two cores, for the estimate of the remaining time
     flags: dict
-    threads: int | None = None  # as many as the whole set
+    threads: int | None = None  # None: as many as the whole set
     environment: dict = dataclasses.field(default_factory=dict)
     peer: str | None = None  # None: moba bench
     tokens: int = 0  # of a peer
@@ -111,7 +109,7 @@ class Call:
         return words
 
     def key(self, threads):
-        """What tells this call from others."""
+        """Return the text that identifies this call in the results."""
         words = [f"{name}={value}" for name, value in self.environment.items()]
         return shlex.join([self.group, *words, self.peer or "moba", *self.arguments(threads)])
 
@@ -128,7 +126,7 @@ class Call:
 def ours(
     group, expected, tokens, choices, threads=None, environment=None, budget=BUDGET_SECONDS, **flags
 ):
-    """`moba bench`; underscores in the names of flags are dashes."""
+    """Return a call of `moba bench`; underscores in the names of flags become dashes."""
     return Call(
         group,
         expected,
@@ -145,7 +143,8 @@ def ours(
 
 
 def theirs(group, name, expected_by_tokens, choice=FULL, **flags):
-    """A peer at rising lengths, a process each. One that would take too long is extrapolated from the shorter ones."""
+    """Return the calls of a peer at rising lengths, one process each. A length that would take too long is extrapolated from
+    the shorter ones."""
     return [
         Call(
             group,
@@ -165,7 +164,7 @@ def theirs(group, name, expected_by_tokens, choice=FULL, **flags):
     ]
 
 
-# ---- the groups, most telling first ----
+# ---- the groups, most important first ----
 
 
 def forward():
@@ -189,7 +188,7 @@ def forward():
 
 
 def units():
-    """What f32 attention runs on: multiply-adds, and where the CPU has it, AMX."""
+    """Measure f32 attention by multiply-adds and, where the CPU has it, by AMX."""
     forms = ["fma", "amx"] if "amx_bf16" in cpu_units() else ["fma"]
     return [
         ours("units", 12, [32 * KI], [FULL, (512, 3), (128, 8)], environment={"MOBA_CPU_F32": form})
@@ -316,13 +315,13 @@ GROUPS = {
 
 
 def growth(points):
-    """Seconds by length, a n^2 + b n, fitted to relative errors."""
+    """Return seconds as a function of the length, a n^2 + b n, fitted to relative errors."""
     import numpy as np
 
     tokens, seconds = np.array(points).T
     matrix = np.stack([tokens**2, tokens], 1) / seconds[:, None]
     a, b = np.linalg.lstsq(matrix, np.ones(len(points)), rcond=None)[0]
-    if b < 0:  # faster than quadratic growth cannot be told from noise
+    if b < 0:  # growth faster than quadratic is noise
         a, b = 1 / np.mean(tokens**2 / seconds), 0
     return lambda n: float(a * n**2 + b * n)
 
@@ -334,7 +333,7 @@ class Results:
         self.rows, self.peers = list(rows), list(peers)
 
     def find(self, choice=None, **wanted):
-        """Rows of ours, sorted by length."""
+        """Return the rows of `moba bench` with these values, sorted by length."""
         if choice:
             wanted |= (
                 {"topk": choice[1]}
@@ -356,7 +355,7 @@ class Results:
 
 
 class Bench(Results):
-    """Makes calls and keeps what came of them, in the order of the plan."""
+    """Runs calls and keeps their results in the order of the plan."""
 
     def __init__(self, options, plan):
         super().__init__()
@@ -366,7 +365,7 @@ class Bench(Results):
         self.wall_seconds = {}  # by call
 
     def keep(self, report):
-        """Takes over what an earlier run of the day found for calls of the plan."""
+        """Take over the results of an earlier run of the day for calls of the plan."""
         for name in ["rows", "peers", "failures"]:
             setattr(
                 self, name, [entry for entry in report[name] if entry.get("call") in self.order]
@@ -380,7 +379,7 @@ class Bench(Results):
         return any(entry["call"] == key for entry in [*self.rows, *self.peers])
 
     def make(self, call, show=lambda _: None):
-        """Runs a call and puts what came of it in the place of what it said before."""
+        """Run a call; its results replace those of an earlier run of it."""
         key, start = call.key(self.options.threads), time.time()
         found = self.peer(call, show) if call.peer else self.moba(call, show)
         self.wall_seconds[key] = time.time() - start
@@ -433,7 +432,7 @@ class Bench(Results):
         }
 
     def shorter(self, group, row):
-        """(tokens, seconds) of the same peer, measured at lesser lengths."""
+        """Return (tokens, seconds) of the same peer, measured at shorter lengths."""
         series = {name: value for name, value in row.items() if name != "tokens"}
         return [
             (p["tokens"], p["seconds_median"])
@@ -445,8 +444,8 @@ class Bench(Results):
         ]
 
     def run(self, call, command, timeout, show):
-        """What a command prints, or a failure. `show` is told every second how many have passed."""
-        # Huge pages for torch, as ours has them.
+        """Return the output of a command, or a failure. Calls `show` every second with the seconds that have passed."""
+        # Huge pages for torch, as moba uses them.
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(call.threads or self.options.threads),
@@ -477,12 +476,12 @@ class Bench(Results):
                     raise
         if process.returncode != 0:
             return failure(
-                (errors.strip().splitlines() or [f"ended by signal {-process.returncode}"])[-1]
+                (errors.strip().splitlines() or [f"terminated by signal {-process.returncode}"])[-1]
             )
         return output, None
 
 
-# ---- what is written ----
+# ---- report ----
 
 
 def duration(seconds):
@@ -505,7 +504,7 @@ def table(header, lines):
 
 
 def form(row):
-    """What the environment asked for, where it asked."""
+    """Return the variant that environment variables forced, for the row's label."""
     return "".join(
         f", {row[name]} {what}"
         for name, what in [("MOBA_CPU_GATE", "gate"), ("MOBA_CPU_F32", "unit")]
@@ -568,14 +567,14 @@ def ceilings(bench):
         f"{best['bf16_gflops']:.0f} of the CPU's bf16 products" if best["bf16_gflops"] else "",
         f"{best['read_gb_per_s']:.1f} GB/s read" if best["read_gb_per_s"] else "",
     ]
-    text = f"Best ceilings seen: {', '.join(filter(None, texts))}. Every fraction is of the ceiling measured around its own row."
+    text = f"Highest ceilings measured: {', '.join(filter(None, texts))}. Every fraction is of the ceiling measured around its own row."
     if "amx_bf16" not in cpu_units():
         return text
     sixth = f", {best['bf16_gflops'] / 6:.0f} GFLOP/s" if best["bf16_gflops"] else ""
     return text + (
-        " f32 attention runs on AMX here, every number in three bf16 parts and six products of theirs, so its limit "
+        " f32 attention runs on AMX here, as six products of bf16 (each float32 is the sum of three bf16), so its ceiling "
         f"is a sixth of the bf16 products{sixth}, and its fraction of the multiply-adds' peak may exceed 1; rows "
-        "with a `fma` unit were kept from it."
+        "with a `fma` unit do not use AMX."
     )
 
 
@@ -583,10 +582,10 @@ def markdown(bench, report):
     lines = [
         f"# Attention on {report['machine']}",
         "",
-        f"Units: {', '.join(report['units'])}. {report['date']}, "
+        f"Instruction sets: {', '.join(report['units'])}. {report['date']}, "
         f"{report['threads']} threads. Made with `{report['command']}`; its calls took {report['minutes']:.0f} minutes. "
         f"{ceilings(bench)} Times are medians; fewer than five runs are those that would take longer than "
-        f"{BUDGET_SECONDS} s together, and a row of one run has the time of the run whose answer was checked.",
+        f"{BUDGET_SECONDS} s together, and a row of one run has the time of the run whose result was checked.",
         "",
     ]
     lines += [
@@ -607,7 +606,7 @@ def markdown(bench, report):
                 "rate",
                 "of peak",
                 "centroids / gate / plan / attend",
-                "scratch",
+                "workspace",
                 "peak memory",
             ],
             map(row_line, bench.rows),
@@ -620,8 +619,8 @@ def markdown(bench, report):
             "torch "
             + report["torch"]
             + ". `flex` is FlexAttention, compiled, with the block mask of "
-            "MoBA's selection, whose making is not timed; `moba-naive` is MoBA with a mask over all pairs. A time "
-            f"that would exceed {LONGEST_PEER_SECONDS} s is extrapolated by the peer's own growth, a n^2 + b n.",
+            "MoBA's selection, which is computed before timing; `moba-naive` is MoBA with a mask over all pairs. A time "
+            f"that would exceed {LONGEST_PEER_SECONDS} s is extrapolated from the peer's shorter lengths, a n^2 + b n.",
             "",
             *table(
                 ["peer", "tokens", "blocks", "dtype", "time", "how", "peak memory"],
@@ -735,7 +734,7 @@ def plot_peak(bench, stem):
 
 
 def replace(path, text):
-    """Writes at once: a reader sees the old text or the new."""
+    """Write a file atomically: readers see the old text or the new."""
     unfinished = path.with_name(path.name + ".new")
     unfinished.write_text(text)
     unfinished.replace(path)
@@ -769,8 +768,8 @@ def say(text="", end="\n"):
     print(text, end=end, file=sys.stderr, flush=True)
 
 
-def told(found):
-    """A line for what a call found."""
+def summary(found):
+    """Yield a line for every result of a call."""
     for row in found.get("rows", []):
         yield (
             f"{length(row['tokens'])} {blocks((row['chunk_size'], row['topk']))} {row['dtype']}: "
@@ -783,11 +782,11 @@ def told(found):
 
 
 def run_all(bench, calls, stem):
-    """Makes the calls, writing after each."""
+    """Run the calls and write the results after each."""
     start, done = time.time(), 0
     for number, call in enumerate(calls, 1):
         passed, left = time.time() - start, sum(c.expected for c in calls[number - 1 :])
-        if done > 60:  # until then the expectation is the better guess
+        if done > 60:  # until then the expected seconds are the better estimate
             left *= passed / done
         say(
             f"[{number}/{len(calls)}, {passed / 60:.0f} min so far, about {left / 60:.0f} left] "
@@ -798,7 +797,7 @@ def run_all(bench, calls, stem):
             if sys.stderr.isatty():
                 say(f"\r    {seconds:.0f} s of about {expected:.0f}\033[K\r", end="")
 
-        for line in told(bench.make(call, show)):
+        for line in summary(bench.make(call, show)):
             say("    " + line)
         done += call.expected
         write(bench, stem)
@@ -811,15 +810,10 @@ def parse(arguments):
     parser.add_argument("--quick", action="store_true", help="a few short rows")
     parser.add_argument("--only", help=f"groups, of {','.join(GROUPS)}")
     parser.add_argument(
-        "--continue",
-        action="store_true",
-        dest="resume",
-        help="leave out calls that have rows of today",
+        "--continue", action="store_true", dest="resume", help="skip calls that have rows of today"
     )
     parser.add_argument(
-        "--list",
-        action="store_true",
-        help="print the calls and how long they should take, make none",
+        "--list", action="store_true", help="print the calls and their expected seconds, run none"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
@@ -827,14 +821,16 @@ def parse(arguments):
     )
     parser.add_argument("--moba", default=str(ROOT / "build/release/moba"), help="the program")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
-    parser.add_argument("--name", help="of the files of results [the machine and the date]")
+    parser.add_argument("--name", help="stem of the result files [the machine and the date]")
     options = parser.parse_args(arguments)
     options.groups = options.only.split(",") if options.only else list(GROUPS)
     for group in options.groups:
         if group not in GROUPS:
-            parser.error(f"--only: expected groups of {','.join(GROUPS)}; found {group}")
+            parser.error(f"--only: expected groups of {','.join(GROUPS)}, got {group}")
     if not Path(options.moba).exists():
-        parser.error(f"--moba: {options.moba} is missing; `make build` makes it")
+        parser.error(
+            f"--moba: expected the program (`make build`), got {options.moba}, which does not exist"
+        )
     return options
 
 
@@ -864,7 +860,7 @@ def main(arguments=None):
         run_all(bench, calls, stem)
         stopped = False
     except KeyboardInterrupt:
-        say("\nstopped; --continue makes the calls that are missing")
+        say("\nstopped; --continue runs the missing calls")
         stopped = True
     write(bench, stem)
     plot_time(bench, stem)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Seconds of a training step: moba train (full and MoBA) against the same Llama in PyTorch (transformers, SDPA, AdamW).
+"""Time a training step: moba train (full and MoBA) against the same Llama in PyTorch (transformers, SDPA, AdamW).
 
-The same shape, tokens a step, threads and dtype, one after the other in every round; the first step of each does not
-count. Then the peak memory of a long step with activation checkpointing, and what the trainer adds to the passes and the
-optimiser in short steps: the time from a line of the log to a later one, less what the steps between them computed. Writes
-benchmarks/results/train-<machine>-<date>.json and .md.
+The same shape, tokens a step, threads and dtype, one after the other in every round; the first step of each is a warm-up.
+Then the peak memory of a long step with activation checkpointing, and the trainer's overhead over the passes and the
+optimiser in short steps: the time from a line of the log to a later one, less the time that the steps between them
+computed. Writes benchmarks/results/train-<machine>-<date>.json and .md.
 
     .venv/bin/python benchmarks/train_step.py --rounds 3 --threads 2
 """
@@ -43,7 +43,7 @@ MODES = {"moba, MoBA (512, 3)": "moba", "moba, full": "full"}
 
 
 def run_peer(options):
-    """A process of its own: a line of JSON for each step."""
+    """Train with PyTorch, in a process of its own, and print a line of JSON for each step."""
     import torch
     import transformers
 
@@ -67,7 +67,7 @@ def run_peer(options):
 
 
 def train(options, folder, tokens, *flags, steps=None, watch=lambda out, run: None):
-    """The lines of a run's log; `watch` is called while it runs."""
+    """Return the lines of a run's log; `watch` is called while it runs."""
     out = Path(tempfile.mkdtemp(dir=folder))
     command = [
         options.moba,
@@ -153,7 +153,7 @@ def measure(options, folder):
 
 
 def overhead(options, folder, tokens=2048, first=10, last=60):
-    """Of the passes and the optimiser, what everything else takes in a step: data, log, lines told."""
+    """Measure the share that everything but the passes and the optimiser (data, log, output) adds to a step."""
     seen = []
 
     def watch(out, run):
@@ -182,7 +182,7 @@ def markdown(report):
         f"{report['machine']}, {report['date']}, {report['threads']} threads, {report['dtype']}, median of "
         f"{report['rounds']} interleaved rounds, best step of each. Made with `{report['command']}`.",
         "",
-        "| trainer, attention | step (s) | tokens/s | of it attention | against the peer | peak memory (GiB) |",
+        "| trainer, attention | step (s) | tokens/s | attention time | against the peer | peak memory (GiB) |",
         "|---|---|---|---|---|---|",
     ]
     for name, row in report["results"].items():

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time to first token on a long real document: moba (full and MoBA) against transformers with torch SDPA.
+"""Measure time to first token on a long real document: moba (full and MoBA) against transformers with torch SDPA.
 
 The same weights, token ids, threads and dtype, one after the other in every round; medians of all rounds. Loading
 is not counted. Writes benchmarks/results/ttft-<machine>-<date>.json and .md.
@@ -28,7 +28,7 @@ PEER = "transformers, SDPA"
 
 
 def document(path, depth):
-    """A real text with one fact planted at a share of its length, at the start of a line."""
+    """Return a real text with one fact planted at a share of its length, at the start of a line."""
     text = Path(path).read_text()
     place = text.rindex("\n", 0, int(len(text) * depth)) + 1
     return text[:place] + FACT + "\n" + text[place:]
@@ -40,7 +40,8 @@ def peak_rss_bytes():
 
 
 def run_peer(model, dtype, threads):
-    """A process of its own, so that its memory can be told: ids in, seconds and peak memory out, line by line."""
+    """Prefill with transformers, in a process of its own so that its peak memory can be measured: reads token ids and prints
+    seconds and peak memory, line by line."""
     import torch
     import transformers
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times one peer at one length, in a process of its own so that its memory can be told; prints one JSON object."""
+"""Time one peer at one length, in its own process so that its peak memory can be measured; print one JSON object."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ def sdpa(q, k, v, options):
 
 
 def sdpa_backward(q, k, v, options):
-    """The backward pass alone: the forward runs before the clock starts."""
+    """Return the backward pass alone and the forward pass that prepares it, which is not timed."""
     for tensor in (q, k, v):
         tensor.requires_grad_()
     d_out = torch.randn_like(q)
@@ -39,7 +39,7 @@ def sdpa_backward(q, k, v, options):
 
 
 def flex(q, k, v, options):
-    """FlexAttention, compiled, with the block mask that MoBA's selection makes. Neither the selection nor the mask is timed."""
+    """Return compiled FlexAttention with the block mask of MoBA's selection. Neither the selection nor the mask is timed."""
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     size, rows, tokens = options.chunk_size, 128, options.tokens
@@ -103,10 +103,13 @@ def main():
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument(
-        "--budget", type=float, default=60, help="seconds of all runs together; one is made anyway"
+        "--budget",
+        type=float,
+        default=60,
+        help="seconds of all runs together; there is at least one",
     )
     parser.add_argument(
-        "--check", action="store_true", help="compare with the naive form first (flex)"
+        "--check", action="store_true", help="compare with the naive implementation first (flex)"
     )
     options = parser.parse_args()
 
@@ -119,7 +122,7 @@ def main():
     if options.peer == "flex":
         call()  # compiles
     first = seconds_of(call, prepare)
-    seconds = [first] if first > 10 else []  # of a long run, what warming up takes cannot be told
+    seconds = [first] if first > 10 else []  # of a long run, the warm-up is negligible
     runs = min(options.runs, max(1, int(options.budget / first)))
     seconds += [seconds_of(call, prepare) for _ in range(runs - len(seconds))]
     print(json.dumps({"seconds": sorted(seconds), "peak_rss_bytes": peak_rss_bytes()}))
