@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""What MoBA is for, in three tables: a real model finds a fact in a long text, one attention head reads ever longer
-ones, and the model in models/ that was trained with MoBA finds a fact where full attention takes its time. `make demo`
-builds what this runs."""
+"""Show MoBA in three tables: a real model finds a fact in a long text, one attention head reads ever longer texts, and the
+model in models/, which was trained with MoBA, finds a fact at lengths at which full attention is slow. `make demo` builds the
+program and fetches the model that this needs."""
 
 import argparse
 import json
@@ -20,14 +20,11 @@ QUESTION = "What is the password of the lighthouse?"
 SECRET = "7349"
 DEPTH = 0.4
 LENGTHS = [8, 16, 32, 64, 128, 256]  # times 1024 tokens
-WHOLE = 64  # up to here all queries are timed
+WHOLE = 64  # times 1024 tokens; up to this length all queries are timed
 BLOCK, TOP_K = 512, 3
 TRAINED = ROOT / "models/needle-2m"
-TRAINED_LENGTHS = [
-    32,
-    128,
-]  # times 1024 tokens; the model has seen few texts longer than the first of them
-CHARACTERS = 2.6  # of a token, about
+TRAINED_LENGTHS = [32, 128]  # times 1024 tokens; few texts of the training were longer than 32K
+CHARACTERS = 2.6  # per token, approximately
 
 COLOURS = {"bold": "1", "green": "32", "red": "31", "dim": "2"}
 ON_TERMINAL = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -42,15 +39,15 @@ def fail(message):
 
 
 def run_moba(program, *arguments):
-    """One run of the program that reports in JSON; its progress and its errors go to the terminal."""
+    """Run the program and return its JSON; its progress and its errors go to the terminal."""
     done = subprocess.run([program, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
-        fail(f"moba {arguments[0]} ended with exit code {done.returncode}")
+        fail(f"moba {arguments[0]}: expected exit code 0, got {done.returncode}")
     return json.loads(done.stdout)
 
 
 class Table:
-    """Rows that are printed as they come, under columns as wide as given; numbers to the right."""
+    """Table whose rows are printed at once, under (title, width) columns; all but the first are aligned to the right."""
 
     def __init__(self, columns):
         self.widths = [width for _, width in columns]
@@ -67,7 +64,7 @@ class Table:
 
 
 def document(path):
-    """A real text with one fact planted in it, at the start of a line."""
+    """Return a real text with one fact planted in it, at the start of a line."""
     text = path.read_text(encoding="utf-8")
     place = text.rindex("\n", 0, int(len(text) * DEPTH)) + 1
     return text[:place] + FACT + "\n" + text[place:]
@@ -93,7 +90,7 @@ def ask(options, text_file, attention):
 
 
 def needle(options):
-    """The fact is asked for with both attentions; whether both answers hold it."""
+    """Ask for the fact with both attentions; return whether both answers contain it."""
     print(paint("\nA fact in a long document", "bold"))
     print(f"model     {options.model.name}")
     print(f"document  {options.document}, with this line at {DEPTH:.0%}: {FACT}")
@@ -109,7 +106,7 @@ def needle(options):
             ("attention", 10),
             ("prompt tokens", 13),
             ("first token", 11),
-            ("of it attention", 15),
+            ("attention time", 15),
             ("tokens/s read", 13),
             ("tokens/s written", 16),
             ("peak memory", 11),
@@ -174,7 +171,7 @@ def duration(seconds):
 
 
 def lengths(options):
-    """One head of 128 numbers over random keys, full against MoBA."""
+    """Time one head of head_dim 128 over random keys, full attention against MoBA."""
     print(
         paint(
             f"\nOne attention head reads longer and longer texts, with {TOP_K} blocks of {BLOCK} tokens a token",
@@ -182,12 +179,12 @@ def lengths(options):
         )
     )
     table = Table(
-        [("tokens", 8), ("full", 10), ("MoBA", 10), ("speed-up", 8), ("MoBA scratch", 12)]
+        [("tokens", 8), ("full", 10), ("MoBA", 10), ("speed-up", 8), ("MoBA workspace", 14)]
     )
     estimated = False
     for thousands in LENGTHS:
         tokens = thousands * 1024
-        # The work of full attention grows with the square: beyond 64K a share of the queries is timed.
+        # The work of full attention grows with the square of the length: beyond 64K only a share of the queries is timed.
         share = min(1.0, (WHOLE / thousands) ** 2)
         full = bench(options, tokens, 0, share)["seconds_median"]
         moba = bench(options, tokens, TOP_K, 1)
@@ -204,7 +201,7 @@ def lengths(options):
 
 
 def trained_prompt(tokens, chance):
-    """Real text that the model was not trained on with one fact in it, and the question; the fact's number."""
+    """Return real text that the model was not trained on, with one fact in it and the question, and the fact's number."""
     key, number = needles.listed_key(chance), str(chance.randrange(10000, 100000))
     texts = needles.texts("held-out")
     chance.shuffle(texts)
@@ -217,7 +214,7 @@ def trained_prompt(tokens, chance):
 
 
 def trained(options):
-    """The model of this repository, which learned with MoBA, is asked for a fact in texts of what is installed here."""
+    """Ask the model of this repository, which was trained with MoBA, for a fact in texts installed on this machine."""
     print(
         paint(
             f"\nA model trained with MoBA ({TRAINED.relative_to(ROOT)}) finds a number in real text",
@@ -229,9 +226,9 @@ def trained(options):
             ("tokens", 8),
             ("attention", 9),
             ("first token", 11),
-            ("of it attention", 15),
-            ("the number", 10),
-            ("the answer", 10),
+            ("attention time", 15),
+            ("number", 10),
+            ("answer", 10),
         ]
     )
     right = True
@@ -270,7 +267,7 @@ def trained(options):
                     answer,
                 )
     print(
-        f"Of texts of more than {TRAINED_LENGTHS[0]}K tokens it has seen few, of more than {TRAINED_LENGTHS[-1]}K none."
+        f"Its training had few texts of more than {TRAINED_LENGTHS[0]}K tokens, and none of more than {TRAINED_LENGTHS[-1]}K."
     )
     if not right:
         print(
@@ -294,7 +291,7 @@ def main():
         (options.document, "--document"),
     ):
         if not path.exists():
-            fail(f"{path} is missing: {how} provides it")
+            fail(f"{path}: expected a file ({how} provides it), got none")
     found = needle(options)
     lengths(options)
     trained(options)

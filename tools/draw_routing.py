@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draws docs/images/routing.svg: what full attention reads and what MoBA reads, block by block.
+"""Draw docs/images/routing.svg: the key blocks that full attention and MoBA read, for each query block.
 
 python3 tools/draw_routing.py
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 BLOCKS, TOP_K, CELL = 16, 3, 15
 SIDE = BLOCKS * CELL
 LEFT, TOP, GAP = 40, 64, 90
-INK, MUTED, OWN, CHOSEN, UNREAD = "#24292f", "#6e7781", "#0969da", "#54aeff", "#eaeef2"
+INK, MUTED, OWN, SELECTED, UNREAD = "#24292f", "#6e7781", "#0969da", "#54aeff", "#eaeef2"
 
 
 def text(x, y, words, size=13, colour=INK, anchor="start", extra=""):
@@ -18,7 +18,7 @@ def text(x, y, words, size=13, colour=INK, anchor="start", extra=""):
 
 
 def panel(x0, title, note, colour_of):
-    """A square of query blocks (down) by key blocks (across), the future left out."""
+    """Return the elements of a triangle of query blocks (down) by key blocks (across), without future keys."""
     parts = [
         text(x0, TOP - 32, title, 15, extra='font-weight="600"'),
         text(x0, TOP - 13, note, 12, MUTED),
@@ -49,7 +49,7 @@ def legend(y):
     parts, x = [], LEFT
     for colour, words in (
         (OWN, "own block, up to the query itself"),
-        (CHOSEN, "read"),
+        (SELECTED, "read"),
         (UNREAD, "not read"),
     ):
         parts.append(f'<rect x="{x}" y="{y - 10}" width="12" height="12" rx="2" fill="{colour}"/>')
@@ -60,7 +60,7 @@ def legend(y):
 
 def main():
     generator = random.Random(3)
-    chosen = [set(generator.sample(range(row), min(TOP_K - 1, row))) for row in range(BLOCKS)]
+    selected = [set(generator.sample(range(row), min(TOP_K - 1, row))) for row in range(BLOCKS)]
     second = LEFT + SIDE + GAP
     width, height = second + SIDE + 30, TOP + SIDE + 62
     parts = [
@@ -71,14 +71,14 @@ def main():
             LEFT,
             "Full attention",
             "every query reads everything before it",
-            lambda row, column: OWN if row == column else CHOSEN,
+            lambda row, column: OWN if row == column else SELECTED,
         ),
         *panel(
             second,
             f"MoBA, {TOP_K} blocks a query",
             "its own and the best by their mean key",
             lambda row, column: (
-                OWN if row == column else CHOSEN if column in chosen[row] else UNREAD
+                OWN if row == column else SELECTED if column in selected[row] else UNREAD
             ),
         ),
         *legend(height - 16),

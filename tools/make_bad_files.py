@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Writes a corpus of broken weights files, one kind of damage each, and a manifest of what must be said.
+"""Write a corpus of broken weights files, one kind of damage each, and a manifest of the errors that they must cause.
 
     tools/make_bad_files.py FOLDER
 
-FOLDER/manifest.json lists [{"kind", "path", "names", "message"}]: give `path` to a program as a model; it has to
-refuse with one line that holds the file name `names` and the text `message`. The files are made from nothing, so
-the corpus needs only Python.
+FOLDER/manifest.json lists [{"kind", "path", "names", "message"}]: a program that is given `path` as a model must refuse it
+with one line that contains the file name `names` and the text `message`. The corpus needs nothing but Python.
 """
 
 import json
@@ -108,11 +107,11 @@ def gguf(
     entries=None,
     tensors=None,
 ):
-    """A GGUF file of a one-layer Llama, all zeros, with something wrong.
+    """Return a GGUF file of a one-layer Llama, all zeros, with one kind of damage.
 
-    metadata, shapes: replace or add (None: leave out) single ones. extra_entries, extra_tensors: bytes put behind the
-    others. change_tensor: {name: (shape, type, offset)} written instead of the true ones. entries, tensors: counts
-    written instead of the true ones.
+    metadata, shapes: replace, add or (None) omit single entries. extra_entries, extra_tensors: bytes appended to the others.
+    change_tensor: {name: (shape, type, offset)} written instead of the true ones. entries, tensors: counts written instead of
+    the true ones.
     """
     metadata = {k: v for k, v in (METADATA | (metadata or {})).items() if v is not None}
     shapes = {k: v for k, v in (SHAPES | (shapes or {})).items() if v is not None}
@@ -133,7 +132,7 @@ def changed(name, shape=None, kind=0, offset=0):
 
 
 def bad_ggufs():
-    """kind: (bytes, what the message must hold)"""
+    """Return {kind: (bytes, text that the message must contain)}."""
     good = gguf()
     q = "blk.0.attn_q.weight"
     return {
@@ -339,8 +338,8 @@ def header_of(shapes):
 
 
 def safetensors(shapes=None, changes=None, header=None, length=None, data=None):
-    """A safetensors file of the small model. changes: {tensor: {member: value}}; header, length: in place of the true
-    ones; data: bytes of it."""
+    """Return a safetensors file of the small model. changes: {tensor: {member: value}}; header, length: written instead of
+    the true ones; data: its number of bytes."""
     shapes = {k: v for k, v in (HF_SHAPES | (shapes or {})).items() if v is not None}
     entries, size = header_of(shapes)
     for name, members in (changes or {}).items():
@@ -361,7 +360,7 @@ def data_range(name):
 
 
 def bad_safetensors():
-    """kind: (bytes, what the message must hold)"""
+    """Return {kind: (bytes, text that the message must contain)}."""
     begin, end = data_range(NORM)
     good = safetensors()
     norm = lambda **members: safetensors(changes={NORM: members})
@@ -419,7 +418,7 @@ def bad_safetensors():
 
 
 def bad_configs():
-    """kind: (bytes of config.json, what the message must hold)"""
+    """Return {kind: (bytes of config.json, text that the message must contain)}."""
     config = lambda **members: json.dumps(
         {k: v for k, v in (CONFIG | members).items() if v != "absent"}
     ).encode()
@@ -493,8 +492,8 @@ def bad_configs():
 
 
 def bad_indexes():
-    """kind: (bytes of model.safetensors.index.json, the file it complains about, what the message must hold). The
-    tensors are all in model-1.safetensors."""
+    """Return {kind: (bytes of model.safetensors.index.json, file that the message names, text that it must contain)}. All
+    tensors are in model-1.safetensors."""
     shard, index = "model-1.safetensors", "model.safetensors.index.json"
     true_map = {name: shard for name in HF_SHAPES}
     index_of = lambda **changes: json.dumps({"weight_map": true_map | changes}).encode()
@@ -556,7 +555,7 @@ def write_corpus(folder):
     for kind, (content, message) in bad_ggufs().items():
         corpus.add_file(f"gguf_{kind}", content, message)
     for kind, (content, message) in bad_safetensors().items():
-        # what the whole model lacks is said of the folder, what one file has wrong of the file
+        # errors of the whole model name the folder, errors of one file name the file
         names = f"safetensors_{kind}"
         corpus.add_folder(
             names, {"config.json": config, "model.safetensors": content}, names, message
@@ -579,7 +578,7 @@ def write_corpus(folder):
     corpus.add_folder("no_weights", {"config.json": config}, "no_weights", "model.safetensors")
     corpus.add("missing", folder / "missing.gguf", "missing.gguf", "No such file")
     (folder / "manifest.json").write_text(json.dumps(corpus.manifest, indent=1))
-    # two that are right, so that the damage and not the pattern is what is refused
+    # two valid models, so that the damage and not the pattern is refused
     (folder / "good.gguf").write_bytes(gguf())
     (folder / "good").mkdir()
     (folder / "good" / "config.json").write_bytes(config)

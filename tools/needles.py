@@ -1,6 +1,6 @@
-"""Facts to be found in real text: what tools/train_needle_model.py trains on and tools/demo.py asks.
+"""Facts that are planted in real text, for tools/train_needle_model.py and tools/demo.py.
 
-The text is what set-up installs: Python's standard library, C++ headers, licences and package documentation.
+The text is installed with the set-up: Python's standard library, C++ headers, licences and package documentation.
 """
 
 import gzip
@@ -14,12 +14,12 @@ def fact(key, number):
 
 
 def question(key):
-    """Asks for a fact and begins the answer."""
+    """Return a question for a fact, with the beginning of the answer."""
     return f"What is the magic number of {key}?\nThe magic number of {key} is"
 
 
 def answer(written):
-    """What the model wrote for a number."""
+    """Return the number in the text that the model wrote."""
     return written.split("\n")[0].strip(" .")
 
 
@@ -28,7 +28,7 @@ def listed_key(chance):
 
 
 def sources():
-    """Files of real text, in an order that is the same everywhere."""
+    """Yield the files of real text, in an order that is the same on every machine."""
     library = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     yield from sorted(
@@ -45,8 +45,8 @@ def sources():
         )
 
 
-def part(path):
-    """Nine files in ten are for training; of the rest one half is to choose settings on, the other for scores alone."""
+def split_of(path):
+    """Return the split of a file: nine files in ten are for training, the rest in equal shares for tuning and held out."""
     chance = hashlib.sha256(path.name.encode()).digest()[0]
     return "tuning" if chance < 13 else "held-out" if chance < 26 else "training"
 
@@ -58,11 +58,11 @@ def read(path):
     return data[:200_000].decode("utf-8", "ignore")
 
 
-def texts(wanted, most=24_000_000):
-    """Texts of the files of one part, each paragraph once, so that licences do not drown the rest."""
+def texts(split, most=24_000_000):
+    """Return the texts of a split, about `most` characters, each paragraph once, so that licences do not dominate."""
     seen, size, out = set(), 0, []
     for path in sources():
-        if part(path) != wanted or size > most:
+        if split_of(path) != split or size > most:
             continue
         kept = []
         for paragraph in read(path).split("\n\n"):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Trains models/needle-2m with `moba train`: a small decoder that finds facts in real text.
+"""Train models/needle-2m with `moba train`: a small decoder that finds facts in real text.
 
-The text is what set-up installs: Python's standard library, C++ headers, licences and package documentation.
-Facts are planted in it and asked for at its end. Short documents first, then longer ones; every stage goes on where the
-last one stopped, and a run that was killed goes on where it was when started again. Text that is kept from training is
-left for `moba eval needle --data`: tuning.txt to choose settings on, held-out.txt for scores.
+The text is installed with the set-up: Python's standard library, C++ headers, licences and package documentation. Facts are
+planted in it, and questions for them follow at its end. Stages go from short documents to longer ones, each continuing from
+the last; a run that was killed resumes when started again. Text that is kept from training is written for
+`moba eval needle --data`: tuning.txt to choose settings, held-out.txt for scores.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CONFIG = {
     "num_key_value_heads": 2,
     "head_dim": 64,
     "max_position_embeddings": LONGEST,
-    # So slow are the slowest rotations that some of a head's numbers hardly turn over the longest context.
+    # The slowest rotations hardly turn over the longest context.
     "rope_theta": 1e8,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
@@ -48,23 +48,23 @@ CONFIG = {
     "eos_token_id": 0,
 }
 
-# For the longest stages turns of more than 8192 tokens are made this factor slower.
+# In the longest stages, rotations with periods of more than 8192 tokens are slowed by a factor.
 STRETCHED = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# How far queries and keys that compare contents begin aligned.
+# Initial alignment of the queries and keys that compare contents.
 ALIGNED = 0.6
 
 
 def first_weights(folder, seed):
-    """Random weights that lean towards recall, as mimetic initialisation (arXiv 2305.09828) leans them: heads of the first
-    layer look 0 to 3 tokens back, two of the second 4 and 5, by biases of queries and keys that their positions turn;
-    the other heads' queries and keys begin aligned, so that a token whose predecessors are those of the token to come
-    scores a little higher, and their values and outputs begin as each other's transpose. Small models find such
-    heads by themselves, but spend most of their training on it."""
+    """Write random weights that favour recall, after mimetic initialisation (arXiv 2305.09828): heads of the first layer
+    attend 0 to 3 tokens back, two of the second 4 and 5, by biases of queries and keys that RoPE rotates; queries and keys
+    of the other heads begin aligned, so that a token whose predecessors are those of the next token scores slightly higher,
+    and their values and outputs begin as each other's transpose. Small models learn such heads by themselves, but spend
+    most of their training on it."""
     draws = np.random.default_rng(seed)
     width, inner, size = CONFIG["hidden_size"], CONFIG["intermediate_size"], CONFIG["head_dim"]
     heads, groups, layers = (
@@ -79,10 +79,12 @@ def first_weights(folder, seed):
 
     frequency = CONFIG["rope_theta"] ** (-np.arange(size // 2) / (size // 2))
     strength = np.where(frequency > 0.15, 8.0, 4.0)
-    slow = np.tile(frequency < 2e-4, 2)[:, None]  # what turns so slowly compares contents
+    slow = np.tile(frequency < 2e-4, 2)[
+        :, None
+    ]  # these dimensions hardly rotate, so they compare contents
 
     def looking(distance):
-        """The bias of a query whose score is highest that far back, against that of a key at distance 0."""
+        """Return the bias of a query whose score is highest that many tokens back, against that of a key at distance 0."""
         angle = -distance * frequency
         return np.concatenate([strength * np.cos(angle), strength * np.sin(angle)])
 
@@ -199,7 +201,7 @@ def make_tokenizer(folder, corpus, chance):
 
 
 class Haystack:
-    """Lines of real text, read on from a random place."""
+    """Lines of real text, taken consecutively from a random line on."""
 
     def __init__(self, tokenizer, corpus):
         self.lines, self.sizes, self.words = [], [], set()
@@ -215,7 +217,7 @@ class Haystack:
         self.words = sorted({w.lower() for w in self.words})
 
     def take(self, tokens, chance):
-        """About this many tokens of consecutive lines."""
+        """Return consecutive lines of at most `tokens` tokens."""
         at, taken = chance.randrange(len(self.lines)), []
         while True:
             tokens -= self.sizes[at]
@@ -225,7 +227,7 @@ class Haystack:
             at = (at + 1) % len(self.lines)
 
     def key(self, chance, listed=0.7):
-        """This share of keys come from the lists, the others are words of the text."""
+        """Return a key: from the lists with probability `listed`, else of words of the text."""
         if chance.random() < listed:
             return listed_key(chance)
         return f"{chance.choice(self.words)}-{chance.choice(self.words)}"
@@ -240,13 +242,13 @@ class Stage:
     lr: float
     chunk: int
     top_k: int
-    facts: tuple  # how many are planted: from, to
-    questions: int  # at most
+    facts: tuple  # minimum and maximum number of facts planted
+    questions: int  # maximum
     plain: float  # share of documents that are plain text
-    dense: float = 0  # share of the others that are nothing but recall
-    shortest: int = 0  # documents of all lengths from here on, where given
-    slower: int = 0  # the stage begins with slow rotations this factor slower than in the config,
-    sharper: float = 1.0  # and with queries of the heads that compare contents this factor longer
+    dense: float = 0  # share of the others that are recall alone
+    shortest: int = 0  # tokens of the shortest document; 0: all have the length of the stage
+    slower: int = 0  # factor that slows the slow rotations when the stage begins
+    sharper: float = 1.0  # factor that lengthens the queries of heads that compare contents then
     options: tuple = ()
 
 
@@ -255,14 +257,14 @@ def random_number(chance):
 
 
 def recall_document(stage, haystack, chance):
-    """Text with facts planted in it, and questions with answers."""
+    """Return text with facts planted in it, and questions with answers."""
     count = chance.randint(*stage.facts)
     asked = min(count, stage.questions)
     facts = {}
     while len(facts) < count:
         facts[haystack.key(chance)] = random_number(chance)
     budget = stage.seq_len * 0.96 - 18 * count - 36 * asked
-    if stage.seq_len > 4096 and chance.random() < 0.5:  # so that not all answers are as far away
+    if stage.seq_len > 4096 and chance.random() < 0.5:  # so that the distances of the answers vary
         budget *= chance.uniform(0.3, 1)
     lines = haystack.take(budget * (chance.random() if stage.seq_len <= 512 else 1), chance)
     for key, number in facts.items():
@@ -272,8 +274,8 @@ def recall_document(stage, haystack, chance):
 
 
 def mixed_document(stage, haystack, chance):
-    """Text of any length from the stage's shortest on, shorter ones more often, with facts planted in it, some of them
-    at its very ends, and questions with answers."""
+    """Return text of any length from the stage's shortest on, shorter ones more often, with facts planted in it, some of
+    them near its ends, and questions with answers."""
     size = math.exp(chance.uniform(math.log(stage.shortest), math.log(stage.seq_len * 0.96)))
     count = chance.randint(stage.facts[0], min(stage.facts[1], int(size / 100)))
     asked = min(count, stage.questions)
@@ -292,7 +294,7 @@ def mixed_document(stage, haystack, chance):
 
 
 def dense_document(stage, haystack, chance):
-    """Lines, and the same lines again and again in any order: nothing but recall, many times a document."""
+    """Return a document of recall alone: lines, and the same lines repeated in random order."""
     if chance.random() < 0.5:
         keys = [haystack.key(chance) for _ in range(chance.randint(2, 5))]
         lines = [fact(key, random_number(chance)) for key in keys]
@@ -311,7 +313,7 @@ def dense_document(stage, haystack, chance):
 
 
 def write_data(stage, path, tokenizer, haystack, seed):
-    """Documents enough for every step, each within the length."""
+    """Write enough documents for every step, each within the stage's length."""
     chance = random.Random(f"{seed} {stage.name}")
     wanted, tokens = stage.steps * stage.batch_tokens * 1.02, 0
     with path.open("w", encoding="utf-8") as file:
@@ -349,8 +351,8 @@ STAGES = [
 
 
 def stretch(last, folder, slower, sharper):
-    """The model made ready for contexts beyond those it has learned: slow rotations slower (as Llama 3.1 does it), and
-    queries of the heads that compare contents longer, so that the right token stands out among more of them."""
+    """Prepare the model for contexts longer than those it was trained on: slow down the slow rotations (as Llama 3.1), and
+    lengthen the queries of the heads that compare contents, so that the right token stands out among more of them."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = load_file(last / "model.safetensors")
     size, heads = CONFIG["head_dim"], CONFIG["num_attention_heads"]
@@ -367,7 +369,7 @@ def stretch(last, folder, slower, sharper):
 
 
 def publish(last, folder):
-    """The weights in bf16, the tokenizer, and the config, which says how the model reads."""
+    """Write the weights in bf16, the tokenizer, and the config with the model's routing."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor.bfloat16() for name, tensor in load_file(last / "model.safetensors").items()
