@@ -1,4 +1,5 @@
-/// Calls on a CUDA device: on PyTorch's current stream, with memory from its allocator, and without waiting.
+/// Calls on a CUDA device: on PyTorch's current stream, with memory from its allocator, without
+/// synchronising.
 #pragma once
 
 #include <dlfcn.h>
@@ -28,22 +29,24 @@ using torch::stable::accelerator::DeviceGuard;
 /// Returns the current stream of a device. This function of torch's stable ABI exists in CUDA builds of torch
 /// alone, so it is looked up when the first CUDA tensor arrives.
 inline void* current_stream(const std::string& function, std::int32_t device) {
-  using Ask = AOTITorchError (*)(std::int32_t, void**);
-  static const Ask ask = [] {
+  using GetStream = AOTITorchError (*)(std::int32_t, void**);
+  static const GetStream get_stream = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library == nullptr ? nullptr
-                              : reinterpret_cast<Ask>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+    return library == nullptr
+               ? nullptr
+               : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
-  if (ask == nullptr)
-    throw Error(function + ": q: expected a CUDA device, got another one (torch has no libtorch_cuda.so)");
+  if (get_stream == nullptr)
+    throw Error(function + ": q: expected a torch built with CUDA, got one without libtorch_cuda.so");
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(ask(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
   return stream;
 }
 
 #endif
 
-inline Call with_cuda(Call call) {
+/// Returns `call`; throws Error unless libmoba was built with its CUDA backend.
+inline Call require_cuda_build(Call call) {
   const std::vector<std::string> built = backends();
   if (std::find(built.begin(), built.end(), "cuda") == built.end()) {
     throw Error(
@@ -54,7 +57,8 @@ inline Call with_cuda(Call call) {
   return call;
 }
 
-/// Offsets stay on the device, unread; the number of packed keys bounds the longest sequence.
+/// A call on a CUDA device. Offsets stay on the device, unread; the number of packed keys bounds the longest
+/// sequence.
 class DeviceCall : public Call {
  public:
   DeviceSequences sequences{};
@@ -75,15 +79,15 @@ class DeviceCall : public Call {
                  .count = cu_seqlens_q.size(0) - 1,
                  .max_seqlen_k = k.dim() > 0 ? k.size(0) : 0};
   }
-  DeviceCall(Call call, const TorchTensor& q) : Call(with_cuda(std::move(call))), guard_(place_of(q).index) {
-    place = place_of(q);
-    if (!place.is_cuda())
-      throw Error(function + ": q: expected the CUDA device of the other tensors, got another device");
+  DeviceCall(Call call, const TorchTensor& q)
+      : Call(require_cuda_build(std::move(call))), guard_(device_of(q).index) {
+    device = device_of(q);
+    if (!device.is_cuda()) throw Error(function + ": q: expected a CUDA tensor, got one on " + device.text());
   }
 
-  /// Elements of a one-dimensional int32 tensor, made contiguous for the duration of the call.
+  /// Returns the elements of a one-dimensional int32 tensor, made contiguous for the duration of the call.
   const std::int32_t* list(const char* name, const TorchTensor& t) {
-    check_offsets(function, name, t, place);
+    check_offsets(function, name, t, device);
     lists_.push_back(t.size(0) > 1 && t.stride(0) != 1 ? torch::stable::contiguous(t) : t);
     return static_cast<const std::int32_t*>(lists_.back().data_ptr());
   }
@@ -91,9 +95,9 @@ class DeviceCall : public Call {
   Execution execution(const std::string& backend, DType) {
     Execution execution;
     execution.backend = backend;
-    execution.stream = current_stream(function, place.index);
+    execution.stream = current_stream(function, device.index);
     execution.scratch = {
-        [this](std::size_t bytes) { return held_.emplace_back(bytes_of(bytes, place)).data_ptr(); },
+        [this](std::size_t bytes) { return held_.emplace_back(bytes_of(bytes, device)).data_ptr(); },
         [this](void* memory, std::size_t) {
           std::erase_if(held_, [&](const TorchTensor& t) { return t.data_ptr() == memory; });
         }};

@@ -9,6 +9,7 @@
 
 namespace moba::pytorch {
 
+/// Returns the elements of an int32 tensor [sequences + 1]; throws Error for another dtype, rank or device.
 inline std::vector<std::int32_t> offsets_of(const std::string& function, const char* name,
                                             const TorchTensor& t) {
   check_offsets(function, name, t, {});
@@ -20,22 +21,22 @@ inline std::vector<std::int32_t> offsets_of(const std::string& function, const c
 }
 
 /// Runs tasks on torch's pool of torch.get_num_threads() threads. parallel_for splits its range evenly, so
-/// the range is the threads, and each thread takes tasks one by one.
+/// its range is the workers, and each worker draws tasks one by one.
 inline Parallel torch_threads() {
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   return {threads, [threads](std::int64_t tasks, const Parallel::Body& body) {
             std::atomic<std::int64_t> next{0};
-            const auto draw = [&](std::int64_t worker, std::int64_t) {
+            const auto work = [&](std::int64_t worker, std::int64_t) {
               for (std::int64_t task = next++; task < tasks; task = next++)
                 body(task, static_cast<int>(worker));
             };
-            torch::stable::parallel_for(0, std::min<std::int64_t>(threads, tasks), 1, draw);
+            torch::stable::parallel_for(0, std::min<std::int64_t>(threads, tasks), 1, work);
           }};
 }
 
-/// Scratch memory from torch's allocator, as tensors of bytes. Small blocks come from a stack that each
+/// Scratch memory from torch's allocator, as tensors of bytes. Small allocations come from a stack that each
 /// thread keeps between calls: glibc's aligned allocation, which torch uses, may fail to reuse small freed
-/// blocks, so that a process with many small calls would grow without bound.
+/// allocations, so that a process with many small calls would grow without bound.
 class Scratch {
  public:
   Allocator allocator() {
@@ -44,18 +45,18 @@ class Scratch {
   }
 
  private:
-  static constexpr std::size_t kKept = std::size_t{1} << 20, kAlignment = 64;
+  static constexpr std::size_t kStackBytes = std::size_t{1} << 20, kAlignment = 64;
 
-  static std::byte* kept() {
-    thread_local const TorchTensor bytes = bytes_of(kKept, {});
+  static std::byte* stack() {
+    thread_local const TorchTensor bytes = bytes_of(kStackBytes, {});
     return static_cast<std::byte*>(bytes.data_ptr());
   }
 
   static std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
   void* allocate(std::size_t bytes) {
-    if (aligned(bytes) <= kKept - top_) {
-      void* memory = kept() + top_;
+    if (aligned(bytes) <= kStackBytes - top_) {
+      void* memory = stack() + top_;
       top_ += aligned(bytes);
       return memory;
     }
@@ -64,9 +65,9 @@ class Scratch {
   }
 
   void release(std::byte* memory, std::size_t bytes) {
-    if (memory >= kept() && memory < kept() + kKept) {
-      if (memory + aligned(bytes) == kept() + top_)
-        top_ -= aligned(bytes);  // what is not on top waits for the call's end
+    if (memory >= stack() && memory < stack() + kStackBytes) {
+      if (memory + aligned(bytes) == stack() + top_)
+        top_ -= aligned(bytes);  // memory below the top is released with the call
       return;
     }
     const auto found = std::find_if(held_.rbegin(), held_.rend(),
@@ -78,6 +79,7 @@ class Scratch {
   std::vector<TorchTensor> held_;
 };
 
+/// A call on the CPU, whose offsets are copied.
 class HostCall : public Call {
  public:
   Sequences sequences{};
@@ -85,14 +87,14 @@ class HostCall : public Call {
   HostCall(Call call, const TorchTensor& q, const TorchTensor& k, const TorchTensor& cu_seqlens_q,
            const TorchTensor& cu_seqlens_k)
       : HostCall(std::move(call)) {
-    require_place(function, "q", q, place);
-    require_place(function, "k", k, place);
+    require_device(function, "q", q, device);
+    require_device(function, "k", k, device);
     sequences.cu_seqlens_q = offsets_of(function, "cu_seqlens_q", cu_seqlens_q);
     sequences.cu_seqlens_k = offsets_of(function, "cu_seqlens_k", cu_seqlens_k);
   }
   explicit HostCall(Call call) : Call(std::move(call)) {}
 
-  /// float64 is for the reference alone, so it need not be asked for.
+  /// Returns the execution on torch's threads; float64 without a backend runs on the reference, its only one.
   Execution execution(const std::string& backend, DType dtype) {
     Execution execution;
     execution.backend = backend.empty() && dtype == DType::f64 ? "reference" : backend;

@@ -1,5 +1,5 @@
-/// PyTorch operators: they turn tensors into views, call libmoba and return tensors. Only torch's stable ABI
-/// is used, so one build serves every torch from 2.10 on.
+/// PyTorch operators, which turn tensors into views, call libmoba and return tensors. They use torch's stable
+/// ABI alone, so one build serves every torch from 2.10 on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -12,21 +12,23 @@
 
 namespace moba::pytorch {
 
-/// Selection [Hq, Tq, width] of a forward pass, written by libmoba and returned to torch.
-inline TorchTensor spread_rows(TorchTensor selection, std::int64_t written) {
+/// Pads the rows of a selection [Hq, Tq, width] in place with -1: libmoba has written rows of `written` <=
+/// width entries, one after the other.
+inline TorchTensor pad_rows(TorchTensor selection, std::int64_t written) {
   const std::int64_t rows = selection.size(0) * selection.size(1), width = selection.size(2);
   auto* blocks = static_cast<std::int32_t*>(selection.data_ptr());
   if (written == width) return selection;
-  for (std::int64_t row = rows; row-- > 0;) {  // from the last, for each row moves towards the end
+  for (std::int64_t row = rows; row-- > 0;) {  // from the last row on: each moves towards the end
     std::copy_backward(blocks + row * written, blocks + (row + 1) * written, blocks + row * width + written);
     std::fill(blocks + row * width + written, blocks + (row + 1) * width, -1);
   }
   return selection;
 }
 
+/// Returns the elements of a contiguous lse [Hq, Tq]; throws Error for other sizes, dtypes or devices.
 inline const float* lse_of(const std::string& function, const TorchTensor& lse, const Tensor& q,
-                           const Place& place) {
-  require_place(function, "lse", lse, place);
+                           const TorchDevice& device) {
+  require_device(function, "lse", lse, device);
   if (lse.dim() != 2 || lse.size(0) != q.sizes[1] || lse.size(1) != q.sizes[0] ||
       lse.scalar_type() != ScalarType::Float || !lse.is_contiguous()) {
     throw Error(function + ": lse: expected contiguous [q heads, q tokens] of float32, got sizes " +
@@ -35,12 +37,13 @@ inline const float* lse_of(const std::string& function, const TorchTensor& lse, 
   return static_cast<const float*>(lse.data_ptr());
 }
 
-/// Saved selection as libmoba reads it; null if there is none, so that the blocks are selected again.
+/// A saved selection in rows as narrow as libmoba reads them (the inverse of `pad_rows`); null without one,
+/// so that the blocks are selected again.
 class SavedSelection {
  public:
   template <typename AnyCall>
   SavedSelection(const AnyCall& call, const Tensor& q, std::int64_t keys, const TorchTensor& given) {
-    require_place(call.function, "selection", given, call.place);
+    require_device(call.function, "selection", given, call.device);
     const std::int64_t width = call.width(keys);
     if (given.dim() != 3 || given.size(0) != q.sizes[1] || given.size(1) != q.sizes[0] ||
         (given.size(2) != width && given.size(2) != 0) || given.scalar_type() != ScalarType::Int ||
@@ -51,10 +54,10 @@ class SavedSelection {
     }
     if (given.numel() == 0) return;
     blocks_ = static_cast<const std::int32_t*>(given.data_ptr());
-    const std::int64_t wanted = selection_width(call.sequences, call.routing);
-    if (wanted >= width) return;  // as on a device, always
+    const std::int64_t read = selection_width(call.sequences, call.routing);
+    if (read >= width) return;  // always so on a device
     for (std::int64_t row = 0; row < q.sizes[0] * q.sizes[1]; ++row)
-      narrow_.insert(narrow_.end(), blocks_ + row * width, blocks_ + row * width + wanted);
+      narrow_.insert(narrow_.end(), blocks_ + row * width, blocks_ + row * width + read);
     blocks_ = narrow_.data();
   }
 
@@ -79,21 +82,20 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor> attention(
     bool causal, std::optional<double> scale, bool return_selection, std::string backend) {
   AnyCall call({"attention", routing_of(block_size, top_k, sink_blocks, causal, scale)}, q, k, cu_seqlens_q,
                cu_seqlens_k);
-  const Place place = call.place;
-  const Argument queries(call.function, "q", q, place), keys(call.function, "k", k, place),
-      values(call.function, "v", v, place);
-  TorchTensor out = empty_like(queries, place);
-  TorchTensor lse = empty({q.size(1), q.size(0)}, ScalarType::Float, place);
+  const TorchDevice device = call.device;
+  const Argument queries(call.function, "q", q, device), keys(call.function, "k", k, device),
+      values(call.function, "v", v, device);
+  TorchTensor out = empty_like(queries, device);
+  TorchTensor lse = empty({q.size(1), q.size(0)}, ScalarType::Float, device);
   TorchTensor selection =
-      empty({q.size(1), q.size(0), return_selection ? call.width(k.size(0)) : 0}, ScalarType::Int, place);
+      empty({q.size(1), q.size(0), return_selection ? call.width(k.size(0)) : 0}, ScalarType::Int, device);
   moba::attention(
       queries.view(), keys.view(), values.view(), call.sequences, call.routing,
-      {.out = Argument(call.function, "out", out, place).view(),
+      {.out = Argument(call.function, "out", out, device).view(),
        .lse = static_cast<float*>(lse.data_ptr()),
        .selection = selection.numel() > 0 ? static_cast<std::int32_t*>(selection.data_ptr()) : nullptr},
       call.execution(backend, queries.view().dtype));
-  if (selection.numel() > 0)
-    selection = spread_rows(selection, selection_width(call.sequences, call.routing));
+  if (selection.numel() > 0) selection = pad_rows(selection, selection_width(call.sequences, call.routing));
   return {out, lse, selection};
 }
 
@@ -106,20 +108,21 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor> attention_backward(
     std::string backend) {
   AnyCall call({"attention_backward", routing_of(block_size, top_k, sink_blocks, causal, scale)}, q, k,
                cu_seqlens_q, cu_seqlens_k);
-  const Place place = call.place;
-  const Argument gradient(call.function, "d_out", d_out, place), queries(call.function, "q", q, place),
-      keys(call.function, "k", k, place), values(call.function, "v", v, place),
-      forward(call.function, "out", out, place);
+  const TorchDevice device = call.device;
+  const Argument gradient(call.function, "d_out", d_out, device), queries(call.function, "q", q, device),
+      keys(call.function, "k", k, device), values(call.function, "v", v, device),
+      forward(call.function, "out", out, device);
   const SavedSelection saved(call, queries.view(), k.size(0), selection);
-  TorchTensor dq = empty_like(queries, place), dk = empty_like(keys, place), dv = empty_like(values, place);
+  TorchTensor dq = empty_like(queries, device), dk = empty_like(keys, device),
+              dv = empty_like(values, device);
   moba::attention_backward(gradient.view(), queries.view(), keys.view(), values.view(),
                            {.out = forward.view(),
-                            .lse = lse_of(call.function, lse, queries.view(), place),
+                            .lse = lse_of(call.function, lse, queries.view(), device),
                             .selection = saved.blocks()},
                            call.sequences, call.routing,
-                           {.dq = Argument(call.function, "dq", dq, place).view(),
-                            .dk = Argument(call.function, "dk", dk, place).view(),
-                            .dv = Argument(call.function, "dv", dv, place).view()},
+                           {.dq = Argument(call.function, "dq", dq, device).view(),
+                            .dk = Argument(call.function, "dk", dk, device).view(),
+                            .dv = Argument(call.function, "dv", dv, device).view()},
                            call.execution(backend, queries.view().dtype));
   return {dq, dk, dv};
 }
@@ -130,21 +133,21 @@ TorchTensor select_blocks(const TorchTensor& q, const TorchTensor& k, const Torc
                           std::int64_t sink_blocks, bool causal, std::string backend) {
   AnyCall call({"select_blocks", routing_of(block_size, top_k, sink_blocks, causal, {})}, q, k, cu_seqlens_q,
                cu_seqlens_k);
-  const Argument queries(call.function, "q", q, call.place), keys(call.function, "k", k, call.place);
-  TorchTensor selection = empty({q.size(1), q.size(0), call.width(k.size(0))}, ScalarType::Int, call.place);
+  const Argument queries(call.function, "q", q, call.device), keys(call.function, "k", k, call.device);
+  TorchTensor selection = empty({q.size(1), q.size(0), call.width(k.size(0))}, ScalarType::Int, call.device);
   // An empty tensor has no memory of its own.
-  const TorchTensor written = selection.numel() > 0 ? selection : empty({1}, ScalarType::Int, call.place);
+  const TorchTensor written = selection.numel() > 0 ? selection : empty({1}, ScalarType::Int, call.device);
   moba::select_blocks(queries.view(), keys.view(), call.sequences, call.routing,
                       static_cast<std::int32_t*>(written.data_ptr()),
                       call.execution(backend, queries.view().dtype));
-  if (selection.numel() > 0)
-    selection = spread_rows(selection, selection_width(call.sequences, call.routing));
+  if (selection.numel() > 0) selection = pad_rows(selection, selection_width(call.sequences, call.routing));
   return selection;
 }
 
-/// Rows [begin, end) of sequence `index` of a [sequences, tokens, heads, head_dim] tensor.
-inline moba::Tensor row_of(const TorchTensor& t, moba::DType dtype, std::int64_t index, std::int64_t begin,
-                           std::int64_t end) {
+/// Returns a view of tokens [begin, end) of sequence `index` of a [sequences, tokens, heads, head_dim]
+/// tensor.
+inline moba::Tensor sequence_of(const TorchTensor& t, moba::DType dtype, std::int64_t index,
+                                std::int64_t begin, std::int64_t end) {
   const auto offset = static_cast<std::size_t>(index * t.stride(0) + begin * t.stride(1));
   return {.data = static_cast<std::byte*>(t.data_ptr()) + offset * moba::size_of(dtype),
           .dtype = dtype,
@@ -153,15 +156,17 @@ inline moba::Tensor row_of(const TorchTensor& t, moba::DType dtype, std::int64_t
           .strides = {t.stride(1), t.stride(2), t.stride(3)}};
 }
 
-inline void require_rows(const std::string& function, const char* name, const TorchTensor& t,
-                         std::int64_t sequences, const Place& place) {
-  require_place(function, name, t, place);
+/// Throws Error unless `t` is [sequences, tokens or blocks, heads, head_dim] on that device.
+inline void require_cached(const std::string& function, const char* name, const TorchTensor& t,
+                           std::int64_t sequences, const TorchDevice& device) {
+  require_device(function, name, t, device);
   if (t.dim() != 4 || t.size(0) != sequences) {
     throw Error(function + ": " + name + ": expected [" + std::to_string(sequences) +
                 ", tokens or blocks, heads, head_dim], got sizes " + sizes_text(t));
   }
 }
 
+/// Throws Error unless `begin` and `end` have one entry for each sequence.
 inline void require_spans(const std::string& function, std::int64_t begins, std::int64_t ends,
                           std::int64_t sequences) {
   if (begins == sequences && ends == sequences) return;
@@ -170,6 +175,7 @@ inline void require_spans(const std::string& function, std::int64_t begins, std:
               std::to_string(ends));
 }
 
+/// Decodes one token for each sequence from caches on the CPU.
 inline std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const TorchTensor& k,
                                                    const TorchTensor& v, const TorchTensor& means,
                                                    const TorchTensor& begin, const TorchTensor& end,
@@ -179,9 +185,9 @@ inline std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const T
   const std::string function = "decode";
   const Argument queries(function, "q", q, {});
   const std::int64_t sequences = q.size(0);
-  require_rows(function, "k", k, sequences, {});
-  require_rows(function, "v", v, sequences, {});
-  require_rows(function, "means", means, sequences, {});
+  require_cached(function, "k", k, sequences, {});
+  require_cached(function, "v", v, sequences, {});
+  require_cached(function, "means", means, sequences, {});
   const DType k_dtype = pytorch::dtype_of(function, "k", k), v_dtype = pytorch::dtype_of(function, "v", v),
               means_dtype = pytorch::dtype_of(function, "means", means);
   const std::vector<std::int32_t> from = offsets_of(function, "begin", begin),
@@ -197,8 +203,8 @@ inline std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const T
                   ") and v (" + std::to_string(v.size(1)) + ") in sequence " + std::to_string(s) + ", got " +
                   std::to_string(first) + " and " + std::to_string(last));
     }
-    cached.push_back({row_of(k, k_dtype, s, first, last), row_of(v, v_dtype, s, first, last),
-                      row_of(means, means_dtype, s, 0, means.size(1))});
+    cached.push_back({sequence_of(k, k_dtype, s, first, last), sequence_of(v, v_dtype, s, first, last),
+                      sequence_of(means, means_dtype, s, 0, means.size(1))});
   }
 
   TorchTensor out = empty_like(queries, {}), lse = empty({q.size(1), sequences}, ScalarType::Float, {});
@@ -217,18 +223,19 @@ inline std::tuple<TorchTensor, TorchTensor> decode_on_device(
     std::int64_t sink_blocks, std::optional<double> scale, const std::string& backend) {
   DeviceCall call({"decode", routing_of(block_size, top_k, sink_blocks, true, scale)}, q);
   const std::string& function = call.function;
-  const Place place = call.place;
-  const Argument queries(function, "q", q, place);
+  const TorchDevice device = call.device;
+  const Argument queries(function, "q", q, device);
   const std::int64_t sequences = q.size(0);
-  require_rows(function, "k", k, sequences, place);
-  require_rows(function, "v", v, sequences, place);
-  require_rows(function, "means", means, sequences, place);
-  const Argument keys(function, "k", k, place, 4), values(function, "v", v, place, 4),
-      averages(function, "means", means, place, 4);
+  require_cached(function, "k", k, sequences, device);
+  require_cached(function, "v", v, sequences, device);
+  require_cached(function, "means", means, sequences, device);
+  const Argument keys(function, "k", k, device, 4), values(function, "v", v, device, 4),
+      averages(function, "means", means, device, 4);
   const std::int32_t *starts = call.list("begin", begin), *lengths = call.list("end", end);
   require_spans(function, begin.size(0), end.size(0), sequences);
 
-  TorchTensor out = empty_like(queries, place), lse = empty({q.size(1), sequences}, ScalarType::Float, place);
+  TorchTensor out = empty_like(queries, device),
+              lse = empty({q.size(1), sequences}, ScalarType::Float, device);
   moba::decode(
       queries.view(),
       {.k = keys.view(),
@@ -240,7 +247,7 @@ inline std::tuple<TorchTensor, TorchTensor> decode_on_device(
        .sequences = sequences,
        .max_seqlen_k = k.size(1)},
       call.routing,
-      {.out = Argument(function, "out", out, place).view(), .lse = static_cast<float*>(lse.data_ptr())},
+      {.out = Argument(function, "out", out, device).view(), .lse = static_cast<float*>(lse.data_ptr())},
       call.execution(backend, queries.view().dtype));
   return {out, lse};
 }

@@ -19,8 +19,9 @@ namespace moba::pytorch {
 using TorchTensor = torch::stable::Tensor;
 using torch::headeronly::ScalarType;
 
-/// A device, in the numbers of torch's stable ABI. With the emulated one, torch's tensors on the CPU are its.
-struct Place {
+/// A device, in the numbers of torch's stable ABI. In the build for the emulated device, CPU tensors count as
+/// its tensors.
+struct TorchDevice {
   std::int32_t type = aoti_torch_device_type_cpu();
   std::int32_t index = 0;
 
@@ -33,36 +34,48 @@ struct Place {
     return type == aoti_torch_device_type_cuda();
   }
 #endif
-  bool operator==(const Place&) const = default;
+  bool operator==(const TorchDevice&) const = default;
+
+  /// Returns "cpu", "cuda:1" or, for other types, "device 10:0" in the numbers of torch's stable ABI.
+  std::string text() const {
+    if (type == aoti_torch_device_type_cpu()) return "cpu";
+    const std::string name =
+        type == aoti_torch_device_type_cuda() ? "cuda" : "device " + std::to_string(type);
+    return name + ":" + std::to_string(index);
+  }
 };
 
-inline Place place_of(const TorchTensor& t) {
+inline TorchDevice device_of(const TorchTensor& t) {
   if (t.is_cpu()) return {};
-  Place place;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &place.type));
-  place.index = t.get_device_index();
-  return place;
+  TorchDevice device;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device.type));
+  device.index = t.get_device_index();
+  return device;
 }
 
-inline void require_place(const std::string& function, const char* name, const TorchTensor& t,
-                          const Place& place) {
-  if (place_of(t) != place)
-    throw Error(function + ": " + name + ": expected the device of q, got another one");
+inline void require_device(const std::string& function, const char* name, const TorchTensor& t,
+                           const TorchDevice& device) {
+  if (device_of(t) != device)
+    throw Error(function + ": " + name + ": expected device " + device.text() + " (that of q), got " +
+                device_of(t).text());
 }
 
-inline TorchTensor empty(const std::vector<std::int64_t>& sizes, ScalarType dtype, const Place& place) {
+/// Returns a new contiguous tensor, uninitialised.
+inline TorchTensor empty(const std::vector<std::int64_t>& sizes, ScalarType dtype,
+                         const TorchDevice& device) {
   std::vector<std::int64_t> strides(sizes.size(), 1);
   for (std::size_t dim = sizes.size(); dim-- > 1;)
     strides[dim - 1] = strides[dim] * std::max<std::int64_t>(sizes[dim], 1);
   AtenTensorHandle handle = nullptr;
   const auto number = torch::stable::detail::to<std::int32_t>(torch::stable::detail::from(dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<std::int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), number, place.type, place.index, &handle));
+                                                  strides.data(), number, device.type, device.index,
+                                                  &handle));
   return TorchTensor(handle);
 }
 
-inline TorchTensor bytes_of(std::size_t bytes, const Place& place) {
-  return empty({static_cast<std::int64_t>(bytes)}, ScalarType::Byte, place);
+inline TorchTensor bytes_of(std::size_t bytes, const TorchDevice& device) {
+  return empty({static_cast<std::int64_t>(bytes)}, ScalarType::Byte, device);
 }
 
 inline std::string sizes_text(const TorchTensor& t) {
@@ -94,47 +107,47 @@ inline DType dtype_of(const std::string& function, const char* name, const Torch
 /// device, if its rows are not aligned to 16 bytes.
 class Argument {
  public:
-  Argument(const std::string& function, const char* name, const TorchTensor& given, const Place& place,
+  Argument(const std::string& function, const char* name, const TorchTensor& given, const TorchDevice& device,
            int rank = 3)
       : tensor_(given) {
-    require_place(function, name, given, place);
+    require_device(function, name, given, device);
     if (given.dim() != rank) {
       throw Error(function + ": " + name + ": expected " +
                   (rank == 3 ? "[tokens" : "[sequences, tokens or blocks") +
                   ", heads, head_dim], got sizes " + sizes_text(given));
     }
     view_.dtype = pytorch::dtype_of(function, name, given);
-    if (!can_be_walked(given, place)) {
+    if (!has_usable_strides(given, device)) {
       std::vector<std::int64_t> sizes;
       sizes.reserve(static_cast<std::size_t>(rank));
       for (int dim = 0; dim < rank; ++dim) sizes.push_back(given.size(dim));
-      tensor_ = empty(sizes, given.scalar_type(), place);
+      tensor_ = empty(sizes, given.scalar_type(), device);
       torch::stable::copy_(tensor_, given);
     }
     view_.data = tensor_.data_ptr();
-    view_.device = place.is_cuda() ? Device::cuda : Device::cpu;
+    view_.device = device.is_cuda() ? Device::cuda : Device::cpu;
     view_.rank = rank;
     for (int dim = 0; dim < rank; ++dim) {
       const auto at = static_cast<std::size_t>(dim);
       view_.sizes[at] = tensor_.size(dim);
       view_.strides[at] = stride_of(tensor_, dim);
     }
-    view_.strides[static_cast<std::size_t>(rank) - 1] =
-        1;  // what an empty tensor says of itself means nothing
+    view_.strides[static_cast<std::size_t>(rank) - 1] = 1;  // an empty tensor's own stride is arbitrary
   }
 
   const Tensor& view() const { return view_; }
   const TorchTensor& tensor() const { return tensor_; }
 
  private:
-  bool can_be_walked(const TorchTensor& t, const Place& place) const {
+  bool has_usable_strides(const TorchTensor& t, const TorchDevice& device) const {
     const std::int64_t last = t.dim() - 1;
     if (t.size(last) > 1 && t.stride(last) != 1) return false;
-    if (!place.is_cuda()) return true;
-    constexpr std::int64_t kRow = 16;
+    if (!device.is_cuda()) return true;
+    constexpr std::int64_t kRowAlignment = 16;
     const auto bytes = static_cast<std::int64_t>(size_of(view_.dtype));
-    bool aligned = reinterpret_cast<std::uintptr_t>(t.data_ptr()) % kRow == 0;
-    for (std::int64_t dim = 0; dim < last; ++dim) aligned = aligned && stride_of(t, dim) * bytes % kRow == 0;
+    bool aligned = reinterpret_cast<std::uintptr_t>(t.data_ptr()) % kRowAlignment == 0;
+    for (std::int64_t dim = 0; dim < last; ++dim)
+      aligned = aligned && stride_of(t, dim) * bytes % kRowAlignment == 0;
     return aligned;
   }
 
@@ -147,29 +160,30 @@ class Argument {
   Tensor view_{};
 };
 
-inline TorchTensor empty_like(const Argument& model, const Place& place) {
+/// Returns a new contiguous tensor of the sizes and dtype of an argument of rank 3.
+inline TorchTensor empty_like(const Argument& model, const TorchDevice& device) {
   const auto& sizes = model.view().sizes;
-  return empty({sizes[0], sizes[1], sizes[2]}, model.tensor().scalar_type(), place);
+  return empty({sizes[0], sizes[1], sizes[2]}, model.tensor().scalar_type(), device);
 }
 
-/// Throws unless `t` is int32 [sequences + 1] on that device.
+/// Throws Error unless `t` is int32 [sequences + 1] on that device.
 inline void check_offsets(const std::string& function, const char* name, const TorchTensor& t,
-                          const Place& place) {
-  require_place(function, name, t, place);
+                          const TorchDevice& device) {
+  require_device(function, name, t, device);
   if (t.dim() != 1 || t.scalar_type() != ScalarType::Int) {
     throw Error(function + ": " + name + ": expected int32 [sequences + 1], got " +
                 torch::headeronly::toString(t.scalar_type()) + " " + sizes_text(t));
   }
 }
 
-/// State of every call on any device.
+/// State of a call, common to all devices.
 struct Call {
   std::string function;
   Routing routing{};
-  Place place{};
+  TorchDevice device{};
 
-  /// Width of a row of the operator's selection, from shapes alone, as torch.compile needs it: at least the
-  /// width that libmoba writes, which follows from the longest sequence.
+  /// Returns the width of a row of the operator's selection, from shapes alone, as torch.compile needs it: at
+  /// least the width that libmoba writes, which follows from the longest sequence.
   std::int64_t width(std::int64_t keys) const {
     if (routing.block_size < 1 || routing.top_k < 1) return 0;  // refused by the library
     return std::min(routing.top_k, keys == 0 ? 0 : (keys - 1) / routing.block_size + 1);
