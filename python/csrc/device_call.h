@@ -2,48 +2,14 @@
 /// synchronising.
 #pragma once
 
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
-
+#include <memory>
 #include <utility>
 
+#include "device.h"
 #include "moba/cuda.h"
 #include "tensors.h"
 
 namespace moba::pytorch {
-
-#if defined(MOBA_CUDA_EMULATION)
-
-struct DeviceGuard {
-  explicit DeviceGuard(std::int32_t) {}
-};
-
-inline void* current_stream(const std::string&, std::int32_t) {
-  return nullptr;
-}
-
-#else
-
-using torch::stable::accelerator::DeviceGuard;
-
-/// Returns the current stream of a device. This function of torch's stable ABI exists in CUDA builds of torch
-/// alone, so it is looked up when the first CUDA tensor arrives.
-inline void* current_stream(const std::string& function, std::int32_t device) {
-  using GetStream = AOTITorchError (*)(std::int32_t, void**);
-  static const GetStream get_stream = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library == nullptr
-               ? nullptr
-               : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
-  }();
-  if (get_stream == nullptr)
-    throw Error(function + ": q: expected a torch built with CUDA, got one without libtorch_cuda.so");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
-  return stream;
-}
-
-#endif
 
 /// Returns `call`; throws Error unless libmoba was built with its CUDA backend.
 inline Call require_cuda_build(Call call) {
@@ -80,7 +46,7 @@ class DeviceCall : public Call {
                  .max_seqlen_k = k.dim() > 0 ? k.size(0) : 0};
   }
   DeviceCall(Call call, const TorchTensor& q)
-      : Call(require_cuda_build(std::move(call))), guard_(device_of(q).index) {
+      : Call(require_cuda_build(std::move(call))), guard_(guard_device(device_of(q).index)) {
     device = device_of(q);
     if (!device.is_cuda()) throw Error(function + ": q: expected a CUDA tensor, got one on " + device.text());
   }
@@ -105,7 +71,7 @@ class DeviceCall : public Call {
   }
 
  private:
-  DeviceGuard guard_;
+  std::shared_ptr<void> guard_;
   std::vector<TorchTensor> lists_{}, held_{};
 };
 

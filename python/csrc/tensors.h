@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "device.h"
 #include "moba/attention.h"
 
 namespace moba::pytorch {
@@ -19,21 +20,12 @@ namespace moba::pytorch {
 using TorchTensor = torch::stable::Tensor;
 using torch::headeronly::ScalarType;
 
-/// A device, in the numbers of torch's stable ABI. In the build for the emulated device, CPU tensors count as
-/// its tensors.
+/// A device, in the numbers of torch's stable ABI.
 struct TorchDevice {
   std::int32_t type = aoti_torch_device_type_cpu();
   std::int32_t index = 0;
 
-#if defined(MOBA_CUDA_EMULATION)
-  bool is_cuda() const {
-    return true;
-  }
-#else
-  bool is_cuda() const {
-    return type == aoti_torch_device_type_cuda();
-  }
-#endif
+  bool is_cuda() const { return is_cuda_type(type); }
   bool operator==(const TorchDevice&) const = default;
 
   /// Returns "cpu", "cuda:1" or, for other types, "device 10:0" in the numbers of torch's stable ABI.

@@ -78,19 +78,20 @@ TensorMap tensor_map(std::string_view function, const Tensor& t, int rows) {
   return std::bit_cast<TensorMap>(map);
 }
 
-void Stream::launch_on_stream(const char* name, const void* kernel, Grid grid, int threads,
-                              std::size_t shared, void** arguments) {
+void launch_kernel(const Launch& launch, const void* kernel, void** arguments) {
   constexpr std::size_t kWithoutAsking = 48 << 10;
-  if (shared > kWithoutAsking) {
-    require(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
-        function_,
-        std::string("kernel ") + name + " cannot have " + std::to_string(shared) + " bytes of shared memory");
+  if (launch.shared > kWithoutAsking) {
+    require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(launch.shared)),
+            launch.function,
+            std::string("kernel ") + launch.name + " cannot have " + std::to_string(launch.shared) +
+                " bytes of shared memory");
   }
-  require(cudaLaunchKernel(kernel, {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)},
-                           {static_cast<unsigned>(threads)}, arguments, shared,
-                           static_cast<cudaStream_t>(stream_)),
-          function_, std::string("kernel ") + name + " cannot be launched");
+  require(
+      cudaLaunchKernel(kernel, {static_cast<unsigned>(launch.grid.x), static_cast<unsigned>(launch.grid.y)},
+                       {static_cast<unsigned>(launch.threads)}, arguments, launch.shared,
+                       static_cast<cudaStream_t>(launch.stream)),
+      launch.function, std::string("kernel ") + launch.name + " cannot be launched");
 }
 
 void Stream::fill(void* to, int value, std::size_t bytes) {

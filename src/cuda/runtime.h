@@ -5,14 +5,11 @@
 #include <string>
 #include <string_view>
 
+#include "cuda/launch.h"
 #include "cuda/ptx/device.h"
 #include "cuda/tensor_map.h"
 #include "moba/error.h"
 #include "moba/execution.h"
-
-#if defined(MOBA_CUDA_EMULATION)
-#include "cuda/emulation/block.h"
-#endif
 
 /// The seam to CUDA's runtime: what is asked of a device, its memory, and launches, all in the order of one
 /// stream and without waiting for it, so that a call can be captured into a graph. Every failure is thrown as
@@ -34,10 +31,6 @@ bool is_on_device(const void* pointer);
 /// For boxes of `rows` tokens.
 TensorMap tensor_map(std::string_view function, const Tensor& t, int rows);
 
-struct Grid {
-  std::int64_t x = 1, y = 1;
-};
-
 /// Work of one call, in order.
 class Stream {
  public:
@@ -54,16 +47,7 @@ class Stream {
               const Params& params) {
     if (grid.x <= 0 || grid.y <= 0) return;
     check_grid(name, grid);
-#if defined(MOBA_CUDA_EMULATION)
-    if (emulation::launch_fails())
-      throw DeviceError(function_ + ": kernel " + name + " cannot be launched: a test wants it so");
-    emulation::run(name, {static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y)}, threads, shared,
-                   [&] { kernel(params); });
-#else
-    Params copy = params;
-    void* arguments[] = {&copy};
-    launch_on_stream(name, reinterpret_cast<const void*>(kernel), grid, threads, shared, arguments);
-#endif
+    launch_kernel({function_, stream_, name, grid, threads, shared}, kernel, params);
   }
 
   /// Sets bytes.
@@ -79,8 +63,6 @@ class Stream {
                         std::to_string(grid.y) + " blocks");
     }
   }
-  void launch_on_stream(const char* name, const void* kernel, Grid grid, int threads, std::size_t shared,
-                        void** arguments);
   std::byte* allocate(std::size_t bytes);
   void release(std::byte* memory, std::size_t bytes) noexcept;
 

@@ -12,13 +12,7 @@ namespace moba::cuda {
 /// 128 bytes with their 16-byte pieces permuted (CU_TENSOR_MAP_SWIZZLE_128B). Only the driver can make one.
 struct TensorMap {
   static constexpr int kColumns = 64;
-#if defined(MOBA_CUDA_EMULATION)
-  const std::byte* data = nullptr;
-  std::int64_t sizes[3]{}, strides[2]{};  // strides in bytes
-  int rows = 0;
-#else
   alignas(64) std::byte opaque[128]{};
-#endif
 };
 
 }  // namespace moba::cuda

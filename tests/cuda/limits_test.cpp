@@ -8,9 +8,9 @@
 #include <functional>
 #include <random>
 
-#include "cuda/emulation/block.h"
 #include "cuda/flow.h"
 #include "cuda/parts.h"
+#include "emulation/block.h"
 
 namespace moba::cuda {
 namespace {

@@ -7,7 +7,7 @@
 #include <string>
 
 #ifdef MOBA_CUDA_EMULATION
-#include "cuda/emulation/block.h"
+#include "emulation/block.h"
 #else
 #include <cuda_runtime_api.h>
 #endif

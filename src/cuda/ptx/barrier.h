@@ -5,23 +5,6 @@
 /// Where threads of a block wait for each other. Memory written before is seen behind.
 namespace moba::cuda::ptx {
 
-#if defined(MOBA_CUDA_EMULATION)
-
-/// All threads of the block.
-MOBA_DEVICE void barrier() {
-  emulation::barrier_sync(0, emulation::here().threads);
-}
-/// `threads` threads, in whole warps, at barrier `id` in 1 to 15.
-MOBA_DEVICE void named_barrier(int id, int threads) {
-  emulation::barrier_sync(id, threads);
-}
-/// Counts as having come to it, without waiting.
-MOBA_DEVICE void named_barrier_arrive(int id, int threads) {
-  emulation::barrier_arrive(id, threads);
-}
-
-#else
-
 /// All threads of the block.
 MOBA_DEVICE void barrier() {
   __syncthreads();
@@ -34,7 +17,5 @@ MOBA_DEVICE void named_barrier(int id, int threads) {
 MOBA_DEVICE void named_barrier_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-
-#endif
 
 }  // namespace moba::cuda::ptx

@@ -2,61 +2,10 @@
 
 #include "cuda/ptx/device.h"
 
-#if defined(MOBA_CUDA_EMULATION)
-#include <bit>
-#include <cmath>
-
-#include "number.h"
-#endif
-
 /// Numbers: conversions between f32 and pairs of 16-bit ones, powers and logarithms to base 2.
 namespace moba::cuda::ptx {
 
 constexpr float kLog2E = 1.44269504088896341F, kLn2 = 0.693147180559945309F;
-
-#if defined(MOBA_CUDA_EMULATION)
-
-MOBA_DEVICE std::uint32_t bits_of(float value) {
-  return std::bit_cast<std::uint32_t>(value);
-}
-MOBA_DEVICE float float_from(std::uint32_t bits) {
-  return std::bit_cast<float>(bits);
-}
-MOBA_DEVICE std::uint16_t rounded_bits(bfloat16, float value) {
-  return to_bfloat16(value).bits;
-}
-MOBA_DEVICE std::uint16_t rounded_bits(float16, float value) {
-  return to_float16(value).bits;
-}
-/// Two values rounded to T, the first in the low half.
-template <typename T>
-MOBA_DEVICE std::uint32_t pack(float low, float high) {
-  return rounded_bits(T{}, low) | static_cast<std::uint32_t>(rounded_bits(T{}, high)) << 16;
-}
-template <typename T>
-MOBA_DEVICE float unpack_low(std::uint32_t pair) {
-  return float_of(T{static_cast<std::uint16_t>(pair)});
-}
-template <typename T>
-MOBA_DEVICE float unpack_high(std::uint32_t pair) {
-  return float_of(T{static_cast<std::uint16_t>(pair >> 16)});
-}
-MOBA_DEVICE float exp2(float x) {
-  return std::exp2(x);
-}
-MOBA_DEVICE float log2(float x) {
-  return std::log2(x);
-}
-/// a * b + c, rounded once.
-MOBA_DEVICE float multiply_add(float a, float b, float c) {
-  return std::fma(a, b, c);
-}
-/// The larger; of a number and a NaN, the number.
-MOBA_DEVICE float larger(float a, float b) {
-  return std::fmax(a, b);
-}
-
-#else
 
 MOBA_DEVICE std::uint32_t bits_of(float value) {
   return __float_as_uint(value);
@@ -108,8 +57,6 @@ MOBA_DEVICE float multiply_add(float a, float b, float c) {
 MOBA_DEVICE float larger(float a, float b) {
   return fmaxf(a, b);
 }
-
-#endif
 
 MOBA_DEVICE float infinity() {
   return float_from(0x7F800000U);

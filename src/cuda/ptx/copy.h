@@ -10,28 +10,6 @@ struct alignas(16) Vector {
   std::uint32_t x, y, z, w;
 };
 
-#if defined(MOBA_CUDA_EMULATION)
-
-/// To `offset` bytes behind `shared`; zeros instead where not `valid`, and then `from` is not read.
-MOBA_DEVICE void cp_async_16(void* shared, std::uint32_t offset, const void* from, bool valid) {
-  emulation::copy_async(static_cast<std::byte*>(shared) + offset, from, valid ? 16 : 0);
-}
-/// Closes a group of the copies issued since the last.
-MOBA_DEVICE void cp_async_commit() {
-  emulation::copy_async_commit();
-}
-/// Waits until at most the newest `pending` groups of this thread are under way.
-template <int pending>
-MOBA_DEVICE void cp_async_wait() {
-  emulation::copy_async_wait(pending);
-}
-/// From global memory that is read once.
-MOBA_DEVICE Vector load_streaming(const void* from) {
-  return *static_cast<const Vector*>(from);
-}
-
-#else
-
 /// To `offset` bytes behind `shared`; zeros instead where not `valid`, and then `from` is not read.
 MOBA_DEVICE void cp_async_16(void* shared, std::uint32_t offset, const void* from, bool valid) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)) + offset;
@@ -56,7 +34,5 @@ MOBA_DEVICE Vector load_streaming(const void* from) {
                : "l"(from));
   return v;
 }
-
-#endif
 
 }  // namespace moba::cuda::ptx

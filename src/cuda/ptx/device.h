@@ -6,15 +6,9 @@
 
 #include "moba/tensor.h"
 
-/// What a kernel is written in. The same source is compiled by nvcc for the device and, with
-/// MOBA_CUDA_EMULATION, by the host's compiler for the tests; nothing above `ptx/` knows which.
-#if defined(MOBA_CUDA_EMULATION)
-#include "cuda/emulation/block.h"
-#define MOBA_DEVICE inline
-#define MOBA_KERNEL(threads, blocks_per_multiprocessor) void
-#define MOBA_GRID_CONSTANT const
-#define MOBA_UNROLL
-#elif defined(__CUDACC__)
+/// The vocabulary of kernels. The tests replace the headers of `ptx/` by tests/cuda/emulation/cuda/ptx and
+/// compile the same kernels for the host.
+#if defined(__CUDACC__)
 #define MOBA_DEVICE __device__ __forceinline__
 /// A kernel of at most `threads` threads, compiled so that as many blocks fit on a multiprocessor.
 #define MOBA_KERNEL(threads, blocks_per_multiprocessor) \
@@ -36,27 +30,6 @@ namespace moba::cuda::ptx {
 
 constexpr int kLanes = 32;
 
-#if defined(MOBA_CUDA_EMULATION)
-
-MOBA_DEVICE int thread() {
-  return emulation::here().thread;
-}
-MOBA_DEVICE unsigned block_x() {
-  return emulation::here().block.x;
-}
-MOBA_DEVICE unsigned block_y() {
-  return emulation::here().block.y;
-}
-MOBA_DEVICE unsigned blocks_x() {
-  return emulation::here().grid.x;
-}
-/// The block's dynamic shared memory, aligned to 1024 bytes.
-MOBA_DEVICE std::byte* shared() {
-  return emulation::here().shared;
-}
-
-#else
-
 MOBA_DEVICE int thread() {
   return static_cast<int>(threadIdx.x);
 }
@@ -74,14 +47,10 @@ MOBA_DEVICE std::byte* shared() {
   return memory;
 }
 
-#endif
-
 /// The same number, of which the compiler knows nothing any more: what follows from it is computed again
 /// instead of held in registers from one turn of a loop to the next.
 MOBA_DEVICE int forgotten(int number) {
-#if !defined(MOBA_CUDA_EMULATION)
   asm volatile("" : "+r"(number));
-#endif
   return number;
 }
 

@@ -3,10 +3,6 @@
 #include "cuda/ptx/copy.h"
 #include "cuda/tensor_map.h"
 
-#if defined(MOBA_CUDA_EMULATION)
-#include <cstring>
-#endif
-
 /// Bulk copies of sm_90 and the barriers in shared memory that they complete on. A barrier's phase ends when
 /// its arrivals have come and the bytes that they announced have landed; phases alternate in parity from 0,
 /// and what was written before an arrival is seen behind a wait.
@@ -16,54 +12,6 @@ namespace moba::cuda::ptx {
 struct alignas(8) Mbarrier {
   std::uint64_t state;
 };
-
-#if defined(MOBA_CUDA_EMULATION)
-
-/// By one thread, which must then `fence_async` before all meet at a barrier.
-MOBA_DEVICE void mbarrier_init(Mbarrier* barrier, int arrivals) {
-  emulation::mbarrier_init(barrier, arrivals);
-}
-MOBA_DEVICE void mbarrier_arrive(Mbarrier* barrier) {
-  emulation::mbarrier_arrive(barrier, 0);
-}
-/// Arrives, and announces `bytes` that copies will bring.
-MOBA_DEVICE void mbarrier_arrive_expect_tx(Mbarrier* barrier, std::uint32_t bytes) {
-  emulation::mbarrier_arrive(barrier, bytes);
-}
-/// Waits until the phase of that parity has ended. Before the first has, that of parity 1 counts as ended.
-MOBA_DEVICE void mbarrier_wait(Mbarrier* barrier, unsigned parity) {
-  emulation::mbarrier_wait(barrier, parity);
-}
-/// Makes what this thread has written to shared memory visible to bulk copies and products of warpgroups.
-MOBA_DEVICE void fence_async() {
-  emulation::fence_async();
-}
-/// Begins to load the map's box whose first element is [token, head, column], zeros where the tensor has
-/// none, to 1024-byte aligned shared memory. All of its bytes count for `barrier`.
-MOBA_DEVICE void tma_load_3d(std::byte* to, const TensorMap& map, int column, int head, int token,
-                             Mbarrier* barrier) {
-  constexpr int kPieces = TensorMap::kColumns / 8;
-  const auto land = [=, &map] {
-    for (int i = 0; i < map.rows * kPieces; ++i) {
-      const int row = i / kPieces, piece = i % kPieces;
-      std::byte* at = to + row * 128 + (piece ^ row % 8) * 16;
-      if (!emulation::check_fenced(at)) return;
-      const bool exists = token + row < map.sizes[0];
-      const std::byte* from =
-          map.data + (token + row) * map.strides[0] + head * map.strides[1] + 2 * (column + 8 * piece);
-      std::memset(at, 0, 16);
-      if (exists) std::memcpy(at, from, 16);
-    }
-  };
-  emulation::copy_bulk(land, barrier, map.rows * 128);
-}
-/// Zeros to `offset` bytes behind `shared`.
-MOBA_DEVICE void clear_piece(std::byte* shared, std::uint32_t offset) {
-  std::memset(shared + offset, 0, 16);
-  emulation::wrote(shared + offset);
-}
-
-#else
 
 MOBA_DEVICE std::uint32_t address_of(const void* shared) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
@@ -113,7 +61,5 @@ MOBA_DEVICE void tma_load_3d(std::byte* to, const TensorMap& map, int column, in
 MOBA_DEVICE void clear_piece(std::byte* shared, std::uint32_t offset) {
   *reinterpret_cast<Vector*>(shared + offset) = {0, 0, 0, 0};
 }
-
-#endif
 
 }  // namespace moba::cuda::ptx

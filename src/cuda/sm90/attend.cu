@@ -173,7 +173,7 @@ attend_kernel(MOBA_GRID_CONSTANT Params<T> p) {
 namespace {
 
 /// Whether the library holds the kernel's code, which only a build for sm_90a does.
-#if defined(MOBA_CUDA_EMULATION) || defined(MOBA_CUDA_HOPPER)
+#if defined(MOBA_CUDA_SM90)
 constexpr bool kIsBuilt = true;
 #else
 constexpr bool kIsBuilt = false;

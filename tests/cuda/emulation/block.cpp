@@ -1,4 +1,4 @@
-#include "cuda/emulation/block.h"
+#include "emulation/block.h"
 
 #include <algorithm>
 #include <array>
@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/emulation/fiber.h"
+#include "emulation/fiber.h"
 
 namespace moba::cuda::emulation {
 namespace {

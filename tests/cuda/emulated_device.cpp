@@ -1,0 +1,18 @@
+// The emulated device in the place of torch's CUDA devices: torch's tensors on the CPU are its tensors.
+#include "device.h"
+
+namespace moba::pytorch {
+
+bool is_cuda_type(std::int32_t) {
+  return true;
+}
+
+std::shared_ptr<void> guard_device(std::int32_t) {
+  return nullptr;
+}
+
+void* current_stream(const std::string&, std::int32_t) {
+  return nullptr;
+}
+
+}  // namespace moba::pytorch

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstring>
+
+#include "cuda/ptx/copy.h"
+#include "cuda/tensor_map.h"
+
+/// Replaces src/cuda/ptx/transfer.h: mbarriers and TMA of the emulated block.
+namespace moba::cuda::ptx {
+
+struct alignas(8) Mbarrier {
+  std::uint64_t state;
+};
+
+MOBA_DEVICE void mbarrier_init(Mbarrier* barrier, int arrivals) {
+  emulation::mbarrier_init(barrier, arrivals);
+}
+MOBA_DEVICE void mbarrier_arrive(Mbarrier* barrier) {
+  emulation::mbarrier_arrive(barrier, 0);
+}
+MOBA_DEVICE void mbarrier_arrive_expect_tx(Mbarrier* barrier, std::uint32_t bytes) {
+  emulation::mbarrier_arrive(barrier, bytes);
+}
+MOBA_DEVICE void mbarrier_wait(Mbarrier* barrier, unsigned parity) {
+  emulation::mbarrier_wait(barrier, parity);
+}
+MOBA_DEVICE void fence_async() {
+  emulation::fence_async();
+}
+MOBA_DEVICE void tma_load_3d(std::byte* to, const TensorMap& map, int column, int head, int token,
+                             Mbarrier* barrier) {
+  constexpr int kPieces = TensorMap::kColumns / 8;
+  const auto land = [=, &map] {
+    for (int i = 0; i < map.rows * kPieces; ++i) {
+      const int row = i / kPieces, piece = i % kPieces;
+      std::byte* at = to + row * 128 + (piece ^ row % 8) * 16;
+      if (!emulation::check_fenced(at)) return;
+      const bool exists = token + row < map.sizes[0];
+      const std::byte* from =
+          map.data + (token + row) * map.strides[0] + head * map.strides[1] + 2 * (column + 8 * piece);
+      std::memset(at, 0, 16);
+      if (exists) std::memcpy(at, from, 16);
+    }
+  };
+  emulation::copy_bulk(land, barrier, map.rows * 128);
+}
+MOBA_DEVICE void clear_piece(std::byte* shared, std::uint32_t offset) {
+  std::memset(shared + offset, 0, 16);
+  emulation::wrote(shared + offset);
+}
+
+}  // namespace moba::cuda::ptx
