@@ -30,7 +30,7 @@ SANITIZED = (
     "CudaAttend.BlocksOfManyKeys:"
     "CudaAttendBackward.AnyOrderOfBlocksAndWarpsGivesTheSameBits:CudaAttendBackward.SelectsAgainToTheSameBlocks:"
     "CudaDecode.AnyOrderAndWorkspaceGiveTheSameBits:"
-    "CudaHopperBackward.AnyOrderAndAnyWorkspaceGiveTheSameBits"
+    "CudaSm90Backward.AnyOrderAndAnyWorkspaceGiveTheSameBits"
 )
 # The tests whose calls have other kernels on Hopper.
 CHOOSING = "CudaAttend*:All/*"

@@ -22,10 +22,10 @@ void attend(Stream& stream, const Task& task, const WorkSlice& part, const Batch
 
 /// Whether the kernel for Hopper takes over: where it can and a tile of its 128 keys would not be half empty,
 /// unless the environment's MOBA_CUDA_ARCH says "sm80" or "sm90". An Error where it cannot, but must.
-bool attends_on_hopper(std::string_view function, const Task& task);
+bool uses_sm90(std::string_view function, const Task& task);
 /// What `attend` does.
-void attend_on_hopper(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
-                      const Plan& plan, const Partials& partials, const Outputs& outputs);
+void attend_sm90(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+                 const Plan& plan, const Partials& partials, const Outputs& outputs);
 
 /// Merges each row's slots in the order of their ranks, and writes the outputs.
 void combine(Stream& stream, const Task& task, const WorkSlice& part, const std::int32_t* selection,

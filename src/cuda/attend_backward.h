@@ -10,13 +10,13 @@ namespace moba::cuda {
 
 /// Of one row: the logarithm to base 2 of its softmax denominator, +inf where it sees nothing and weights
 /// shall come out as 0; and the sum over its keys of weight x gradient of the weight.
-struct RowSums {
+struct LseDelta {
   float lse = 0, delta = 0;
 };
 
 /// Sums of all rows of a part, [heads, rows].
-void sum_rows(Stream& stream, const Task& task, const WorkSlice& part, const Backward& backward,
-              RowSums* sums);
+void compute_delta(Stream& stream, const Task& task, const WorkSlice& part, const Backward& backward,
+                   LseDelta* sums);
 
 /// Rows that chose one block, beyond the first so many: what the gradient of a block that everybody chooses
 /// is cut into.
@@ -42,31 +42,30 @@ void plan_key_walk(Stream& stream, const Task& task, const WorkSlice& part, cons
                    const Plan& plan, const KeyWalk& walk);
 
 /// dk and dv of the part's heads.
-void attend_backward_keys(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
-                          const Plan& plan, const RowSums* sums, const Backward& backward,
-                          const KeyWalk& walk);
-/// The same where `attends_on_hopper`.
-void attend_backward_keys_on_hopper(Stream& stream, const Task& task, const WorkSlice& part,
-                                    const Batch& batch, const Plan& plan, const RowSums* sums,
-                                    const Backward& backward, const KeyWalk& walk);
+void attend_backward_dkv(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+                         const Plan& plan, const LseDelta* sums, const Backward& backward,
+                         const KeyWalk& walk);
+/// The same where `uses_sm90`.
+void attend_backward_dkv_sm90(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+                              const Plan& plan, const LseDelta* sums, const Backward& backward,
+                              const KeyWalk& walk);
 
 /// Gradients of rows through parts of their keys, [heads, rows * ranks, D] in the dtype of q.
 void* carve_dq_slots(ArenaLayout& layout, const Task& task, const WorkSlice& part);
 
 /// Fills the slots, or writes dq where rows have near keys alone.
-void attend_backward_rows(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
-                          const Plan& plan, const RowSums* sums, const Backward& backward, void* slots);
-/// The same where `attends_on_hopper`.
-void attend_backward_rows_on_hopper(Stream& stream, const Task& task, const WorkSlice& part,
-                                    const Batch& batch, const Plan& plan, const RowSums* sums,
-                                    const Backward& backward, void* slots);
+void attend_backward_dq(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+                        const Plan& plan, const LseDelta* sums, const Backward& backward, void* slots);
+/// The same where `uses_sm90`.
+void attend_backward_dq_sm90(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+                             const Plan& plan, const LseDelta* sums, const Backward& backward, void* slots);
 
 /// dq of the part's rows, where there are slots.
-void add_dq_slots(Stream& stream, const Task& task, const WorkSlice& part, const std::int32_t* selection,
+void sum_dq_slots(Stream& stream, const Task& task, const WorkSlice& part, const std::int32_t* selection,
                   const void* slots, const Backward& backward);
 
 /// Shared memory that a thread block of either walk takes, at most.
 std::size_t attend_backward_shared_bytes(std::int64_t head_dim);
-std::size_t attend_backward_keys_shared_bytes(std::int64_t head_dim);
+std::size_t attend_backward_dkv_shared_bytes(std::int64_t head_dim);
 
 }  // namespace moba::cuda

@@ -6,7 +6,7 @@
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
 #include "cuda/ptx/warp.h"
-#include "cuda/tile/rows.h"
+#include "cuda/tile/swizzled_tile.h"
 
 /// What the kernels of the walk by key have in common: which chunks of keys there are, what rows see each,
 /// and where its gradients go.
@@ -43,7 +43,7 @@ struct KeysParams {
   KeyWalk walk;
   const std::uint32_t* entries;  // [heads, rows * width]
   const std::uint32_t* offsets;  // [heads, most_blocks + 1]
-  const RowSums* sums;           // [heads, rows]
+  const LseDelta* sums;          // [heads, rows]
   std::int64_t block_size, chunks, most_blocks, segment;
   std::int64_t head0, rows, width;
   std::uint32_t group, ranks;
@@ -57,7 +57,7 @@ struct KeysParams {
 /// What the host tells them.
 template <typename T>
 KeysParams<T> keys_params(const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
-                          const RowSums* sums, const Backward& backward, const KeyWalk& walk) {
+                          const LseDelta* sums, const Backward& backward, const KeyWalk& walk) {
   return {.q = view_of<const T>(task.q),
           .k = view_of<const T>(task.k),
           .v = view_of<const T>(task.v),
@@ -195,7 +195,7 @@ MOBA_DEVICE Source source_of(const KeysParams<T>& p, const Chunk& chunk, std::ui
 }
 
 template <typename T>
-MOBA_DEVICE RowSums sums_of(const KeysParams<T>& p, const Chunk& chunk, const Source& source) {
+MOBA_DEVICE LseDelta sums_of(const KeysParams<T>& p, const Chunk& chunk, const Source& source) {
   if (source.row == kNoEntry) return {ptx::infinity(), 0};
   return p.sums[chunk.head * p.rows + source.row];
 }
@@ -211,13 +211,13 @@ MOBA_DEVICE bool is_whole(const KeysParams<T>& p, const Chunk& chunk, std::uint3
 
 /// Products of keys and queries, one column a row of the tile, become weights.
 template <int tiles>
-MOBA_DEVICE void to_weights(float (&products)[tiles][4], const RowSums* sums, float log2_scale) {
+MOBA_DEVICE void to_weights(float (&products)[tiles][4], const LseDelta* sums, float log2_scale) {
   MOBA_UNROLL
   for (int j = 0; j < tiles; ++j) {
     MOBA_UNROLL
     for (int e = 0; e < 4; ++e) {
       const float lse = sums[8 * j + ptx::lane() % 4 * 2 + e % 2].lse;
-      products[j][e] = ptx::exp2(ptx::multiply_add(products[j][e], log2_scale, -lse));
+      products[j][e] = ptx::exp2(ptx::fma(products[j][e], log2_scale, -lse));
     }
   }
 }
@@ -225,7 +225,7 @@ MOBA_DEVICE void to_weights(float (&products)[tiles][4], const RowSums* sums, fl
 /// Gradients of weights become gradients of logits.
 template <int tiles>
 MOBA_DEVICE void to_d_logits(float (&d_weights)[tiles][4], const float (&weights)[tiles][4],
-                             const RowSums* sums) {
+                             const LseDelta* sums) {
   MOBA_UNROLL
   for (int j = 0; j < tiles; ++j) {
     MOBA_UNROLL
@@ -284,26 +284,25 @@ MOBA_DEVICE void add_segments(const KeysParams<T>& p, const Chunk& chunk, int gr
 }
 
 /// Writes this warp's columns of the gradients of its keys, through `rows` of shared memory so that whole
-/// pieces go out.
+/// vecs go out.
 template <typename T, typename Rows, int tiles>
 MOBA_DEVICE void write_gradient(const View<T>& to, const Rows& rows, const Chunk& chunk, std::int64_t kv_head,
-                                int warp_key, int first_piece, float scale, const float (&from)[tiles][4]) {
-  const int lane = ptx::forgotten(ptx::lane());
+                                int warp_key, int first_vec, float scale, const float (&from)[tiles][4]) {
+  const int lane = ptx::opaque(ptx::lane());
   MOBA_UNROLL
   for (int j = 0; j < tiles; ++j) {
     MOBA_UNROLL
     for (int half = 0; half < 2; ++half) {
-      auto* at =
-          reinterpret_cast<std::uint32_t*>(rows.piece(warp_key + 8 * half + lane / 4, first_piece + j));
+      auto* at = reinterpret_cast<std::uint32_t*>(rows.vec(warp_key + 8 * half + lane / 4, first_vec + j));
       at[lane % 4] = ptx::pack<T>(from[j][2 * half] * scale, from[j][2 * half + 1] * scale);
     }
   }
-  ptx::warp_barrier();
+  ptx::syncwarp();
   for (int i = lane; i < 16 * tiles; i += ptx::kLanes) {
-    const int key = warp_key + i / tiles, piece = first_piece + i % tiles;
+    const int key = warp_key + i / tiles, vec = first_vec + i % tiles;
     if (key >= chunk.count) break;
-    *reinterpret_cast<ptx::Vector*>(to.row(chunk.first_key + key, kv_head) + piece * tile::kPiece) =
-        *reinterpret_cast<const ptx::Vector*>(rows.piece(key, piece));
+    *reinterpret_cast<ptx::Vec16*>(to.row(chunk.first_key + key, kv_head) + vec * tile::kVecElements) =
+        *reinterpret_cast<const ptx::Vec16*>(rows.vec(key, vec));
   }
 }
 

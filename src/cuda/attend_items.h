@@ -169,22 +169,21 @@ MOBA_DEVICE void apply_mask(float (&logits)[row_tiles][key_tiles][4], const KeyR
 /// Writes the rows of this warp, which lie in shared memory, to the output or, where there is one, their
 /// slot.
 template <typename T, int row_tiles, int out_tiles, typename Rows>
-MOBA_DEVICE void write_pieces(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
-                              const Work& work, int warp_row) {
-  ptx::warp_barrier();
+MOBA_DEVICE void store_rows(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
+                            const Work& work, int warp_row) {
+  ptx::syncwarp();
   for (int i = ptx::lane(); i < 16 * row_tiles * out_tiles; i += ptx::kLanes) {
-    const int row = warp_row + i / out_tiles, piece = i % out_tiles;
+    const int row = warp_row + i / out_tiles, vec = i % out_tiles;
     if (row >= work.count) break;
     const std::uint32_t slot = slots[row];
     T* to = p.width == 0
                 ? p.out.row(p.token0 + slot / p.group, (p.head0 + work.head) * p.group + slot % p.group)
                 : p.partials + slot_at(work.head, p.rows, p.ranks, slot) * (8 * out_tiles);
-    *reinterpret_cast<ptx::Vector*>(to + piece * 8) =
-        *reinterpret_cast<const ptx::Vector*>(rows.piece(row, piece));
+    *reinterpret_cast<ptx::Vec16*>(to + vec * 8) = *reinterpret_cast<const ptx::Vec16*>(rows.vec(row, vec));
   }
 }
 
-/// Writes the answers of this warp's rows, through its own rows of q's shared memory so that whole pieces go
+/// Writes the answers of this warp's rows, through its own rows of q's shared memory so that whole vecs go
 /// out.
 template <typename T, typename Rows, int row_tiles, int out_tiles>
 MOBA_DEVICE void write(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
@@ -202,7 +201,7 @@ MOBA_DEVICE void write(const AttendParams<T>& p, const Rows& rows, const std::ui
       const float share = total == 0 ? 0 : 1 / total;
       MOBA_UNROLL
       for (int j = 0; j < out_tiles; ++j) {
-        auto* to = reinterpret_cast<std::uint32_t*>(rows.piece(row, j)) + lane % 4;
+        auto* to = reinterpret_cast<std::uint32_t*>(rows.vec(row, j)) + lane % 4;
         *to = ptx::pack<T>(out[i][j][2 * half] * share, out[i][j][2 * half + 1] * share);
       }
       if (lane % 4 != 0 || row >= work.count) continue;
@@ -215,7 +214,7 @@ MOBA_DEVICE void write(const AttendParams<T>& p, const Rows& rows, const std::ui
       }
     }
   }
-  write_pieces<T, row_tiles, out_tiles>(p, rows, slots, work, warp_row);
+  store_rows<T, row_tiles, out_tiles>(p, rows, slots, work, warp_row);
 }
 
 /// What the host tells them.

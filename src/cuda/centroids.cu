@@ -20,7 +20,7 @@ struct CentroidsParams {
 };
 
 template <typename T>
-MOBA_DEVICE void add(float (&sum)[kElements], const ptx::Vector& v) {
+MOBA_DEVICE void add(float (&sum)[kElements], const ptx::Vec16& v) {
   const std::uint32_t pairs[] = {v.x, v.y, v.z, v.w};
   MOBA_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -49,7 +49,7 @@ centroids_kernel(MOBA_GRID_CONSTANT CentroidsParams<T> p) {
     const T* from = p.k.row(first_key, p.head0 + head) + column * kElements;
     std::int32_t key = keys.begin + row;
     for (; key + (kUnroll - 1) * kRows < keys.end; key += kUnroll * kRows) {
-      ptx::Vector loaded[kUnroll];
+      ptx::Vec16 loaded[kUnroll];
       MOBA_UNROLL
       for (int i = 0; i < kUnroll; ++i)
         loaded[i] = ptx::load_streaming(from + (key + i * kRows) * p.k.token_stride);
@@ -65,7 +65,7 @@ centroids_kernel(MOBA_GRID_CONSTANT CentroidsParams<T> p) {
     MOBA_UNROLL
     for (int i = 0; i < kElements; ++i) sums[row * head_dim + column * kElements + i] = sum[i];
   }
-  ptx::barrier();
+  ptx::syncthreads();
   const float count = static_cast<float>(keys.end - keys.begin);
   auto* mean = reinterpret_cast<std::uint32_t*>(p.means + mean_offset(head, p.most_blocks, packed, head_dim));
   for (int pair = ptx::thread(); pair < head_dim / 2; pair += kThreads) {

@@ -36,7 +36,7 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
   const auto is_filled = [&](std::int64_t rank) { return rank == p.width || chosen[rank] >= 0; };
   float most = -ptx::infinity();
   for (std::int64_t rank = 0; rank < p.ranks; ++rank) {
-    if (is_filled(rank)) most = ptx::larger(most, p.partial_lse[first + rank]);
+    if (is_filled(rank)) most = ptx::fmax(most, p.partial_lse[first + rank]);
   }
   const float base = most == -ptx::infinity() ? 0 : most;
 
@@ -45,18 +45,18 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
     if (!is_filled(rank)) continue;
     const float weight = ptx::exp2((p.partial_lse[first + rank] - base) * ptx::kLog2E);
     sum += weight;
-    const ptx::Vector v = ptx::load_streaming(p.partials + (first + rank) * head_dim + column * kElements);
+    const ptx::Vec16 v = ptx::load_streaming(p.partials + (first + rank) * head_dim + column * kElements);
     const std::uint32_t pairs[] = {v.x, v.y, v.z, v.w};
     MOBA_UNROLL
     for (int i = 0; i < 4; ++i) {
-      out[2 * i] = ptx::multiply_add(weight, ptx::unpack_low<T>(pairs[i]), out[2 * i]);
-      out[2 * i + 1] = ptx::multiply_add(weight, ptx::unpack_high<T>(pairs[i]), out[2 * i + 1]);
+      out[2 * i] = ptx::fma(weight, ptx::unpack_low<T>(pairs[i]), out[2 * i]);
+      out[2 * i + 1] = ptx::fma(weight, ptx::unpack_high<T>(pairs[i]), out[2 * i + 1]);
     }
   }
 
   const float share = sum == 0 ? 0 : 1 / sum;
   const std::int64_t token = p.token0 + row / p.group, q_head = (p.head0 + head) * p.group + row % p.group;
-  auto* to = reinterpret_cast<ptx::Vector*>(p.out.row(token, q_head) + column * kElements);
+  auto* to = reinterpret_cast<ptx::Vec16*>(p.out.row(token, q_head) + column * kElements);
   *to = {ptx::pack<T>(out[0] * share, out[1] * share), ptx::pack<T>(out[2] * share, out[3] * share),
          ptx::pack<T>(out[4] * share, out[5] * share), ptx::pack<T>(out[6] * share, out[7] * share)};
   if (column == 0 && p.lse != nullptr) p.lse[q_head * p.tokens + token] = base + ptx::kLn2 * ptx::log2(sum);

@@ -1,5 +1,5 @@
 // One new token for every sequence of a paged cache, bound by how fast memory can be read: means of the
-// candidates, then the keys and values of the chosen blocks, cut into pieces so that the whole device reads.
+// candidates, then the keys and values of the chosen blocks, cut into splits so that the whole device reads.
 // The query heads of a kv head, up to 16 of them, are the rows of a tile: they share all that is read, and
 // the tensor cores have time to spare.
 #include "cuda/decode.h"
@@ -8,9 +8,9 @@
 
 #include "cuda/ptx/barrier.h"
 #include "cuda/tile/order.h"
-#include "cuda/tile/rows.h"
 #include "cuda/tile/scan.h"
 #include "cuda/tile/softmax.h"
+#include "cuda/tile/swizzled_tile.h"
 
 namespace moba::cuda {
 namespace {
@@ -21,17 +21,17 @@ constexpr int kElements = 8;
 /// A warp takes 16 keys or means of a tile. At D 256 more threads are needed to load than to compute.
 template <int head_dim>
 struct TileShape {
-  static constexpr int kComputing = 4, kKeys = 16 * kComputing;
-  static constexpr int kThreads = (head_dim > 128 ? 8 : kComputing) * ptx::kLanes;
+  static constexpr int kMmaWarps = 4, kKeys = 16 * kMmaWarps;
+  static constexpr int kThreads = (head_dim > 128 ? 8 : kMmaWarps) * ptx::kLanes;
 };
 
-/// Keys of a piece: no fewer than make its own merging cheap, and no more than 64 pieces of a block.
-std::int64_t piece_of(const Task& task) {
+/// Keys of a split: no fewer than make its own merging cheap, and no more than 64 splits of a block.
+std::int64_t split_size_of(const Task& task) {
   constexpr std::int64_t kLeast = 256, kMost = 64, kStep = 64;
   return std::max(kLeast, divide_up(divide_up(task.routing.block_size, kMost), kStep) * kStep);
 }
-std::int64_t pieces_of_block(const Task& task) {
-  return divide_up(task.routing.block_size, piece_of(task));
+std::int64_t splits_per_block(const Task& task) {
+  return divide_up(task.routing.block_size, split_size_of(task));
 }
 std::int64_t tiles_of_group(const Task& task) {
   return divide_up(task.group, kTile);
@@ -62,7 +62,7 @@ struct DecodeParams {
   std::int64_t group, head0, heads, sequence0;
   std::int64_t tiles;  // of a group
   std::int32_t width, ranks, sinks;
-  std::int32_t piece, pieces;
+  std::int32_t split_size, splits;
   tile::Scale scale;
 
   MOBA_DEVICE std::int64_t q_heads() const { return heads * group; }
@@ -128,10 +128,10 @@ decode_score_kernel(MOBA_GRID_CONSTANT DecodeParams<T> p) {
   });
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
-  ptx::barrier();
-  if (ptx::warp() >= C::kComputing) return;
+  ptx::syncthreads();
+  if (ptx::warp() >= C::kMmaWarps) return;
   float scores[1][2][4] = {};
-  tile::multiply_rows(scores, q, 0, of_warp(means));
+  tile::gemm_nt(scores, q, 0, of_warp(means));
   MOBA_UNROLL
   for (int j = 0; j < 2; ++j) {
     MOBA_UNROLL
@@ -231,23 +231,25 @@ struct Shared {
   MOBA_DEVICE tile::SwizzledTile<T, head_dim> v(int buffer) const {
     return {keys + (2 * buffer + 1) * kKeyElements};
   }
-  MOBA_DEVICE float* answers() const { return reinterpret_cast<float*>(keys); }  // [warps, kTile, D]
-  MOBA_DEVICE float* lses() const { return answers() + C::kComputing * kTile * head_dim; }  // [warps, kTile]
-  static_assert(C::kComputing * kTile * (head_dim + 1) * sizeof(float) <= 4 * kKeyElements * sizeof(T));
+  MOBA_DEVICE float* outputs() const { return reinterpret_cast<float*>(keys); }  // [warps, kTile, D]
+  MOBA_DEVICE float* warp_lse() const {
+    return outputs() + C::kMmaWarps * kTile * head_dim;
+  }  // [warps, kTile]
+  static_assert(C::kMmaWarps * kTile * (head_dim + 1) * sizeof(float) <= 4 * kKeyElements * sizeof(T));
 };
 
-/// The place of a query head's answer through one piece of the block that is its `rank`th.
+/// The place of a query head's acc through one split of the block that is its `rank`th.
 template <typename T>
 MOBA_DEVICE std::int64_t slot_of(const DecodeParams<T>& p, std::int64_t row, std::int32_t rank,
-                                 std::int32_t piece) {
-  return (row * p.ranks + rank) * p.pieces + piece;
+                                 std::int32_t split) {
+  return (row * p.ranks + rank) * p.splits + split;
 }
 
 /// Which query heads attend to a block; false when another thread block takes this one, that of the first of
 /// them.
 template <typename T, int head_dim>
-MOBA_DEVICE bool find_readers(const DecodeParams<T>& p, const Shared<T, head_dim>& shared, const Unit& unit,
-                              std::int32_t block, int first_reader) {
+MOBA_DEVICE bool find_query_heads(const DecodeParams<T>& p, const Shared<T, head_dim>& shared,
+                                  const Unit& unit, std::int32_t block, int first_head) {
   const int row = ptx::thread();
   if (row < kTile) {
     std::int32_t rank = -1;
@@ -260,55 +262,55 @@ MOBA_DEVICE bool find_readers(const DecodeParams<T>& p, const Shared<T, head_dim
     }
     shared.ranks[row] = rank;
   }
-  ptx::barrier();
-  for (int before = 0; before < first_reader; ++before) {
+  ptx::syncthreads();
+  for (int before = 0; before < first_head; ++before) {
     if (shared.ranks[before] >= 0) return false;
   }
   return true;
 }
 
-/// Leaves each warp's answers, normalised, and merges them in the order of the warps.
+/// Leaves each warp's outputs, normalised, and merges them in the order of the warps.
 template <typename T, int head_dim>
 MOBA_DEVICE void merge_warps(const DecodeParams<T>& p, const Shared<T, head_dim>& shared, const Unit& unit,
-                             std::int32_t piece, const float (&out)[1][head_dim / 8][4],
+                             std::int32_t split, const float (&out)[1][head_dim / 8][4],
                              const tile::Softmax<1>& softmax) {
   using C = TileShape<head_dim>;
-  ptx::barrier();  // keys and values have been used
+  ptx::syncthreads();  // keys and values have been used
   const int lane = ptx::lane(), warp = ptx::warp();
-  if (warp < C::kComputing) {
+  if (warp < C::kMmaWarps) {
     MOBA_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = 8 * half + lane / 4;
       float total = 0;
       const float lse = softmax.log2_sum(0, half, p.scale.scale, total);
       const float share = total == 0 ? 0 : 1 / total;
-      float* to = shared.answers() + (warp * kTile + row) * head_dim + lane % 4 * 2;
+      float* to = shared.outputs() + (warp * kTile + row) * head_dim + lane % 4 * 2;
       MOBA_UNROLL
       for (int j = 0; j < head_dim / 8; ++j) {
         to[8 * j] = out[0][j][2 * half] * share;
         to[8 * j + 1] = out[0][j][2 * half + 1] * share;
       }
-      if (lane % 4 == 0) shared.lses()[warp * kTile + row] = lse;
+      if (lane % 4 == 0) shared.warp_lse()[warp * kTile + row] = lse;
     }
   }
-  ptx::barrier();
+  ptx::syncthreads();
   for (int i = ptx::thread(); i < unit.count * head_dim; i += C::kThreads) {
     const int row = i / head_dim, column = i % head_dim;
     const std::int32_t rank = shared.ranks[row];
     if (rank < 0) continue;
     float most = -ptx::infinity();
     MOBA_UNROLL
-    for (int w = 0; w < C::kComputing; ++w) most = ptx::larger(most, shared.lses()[w * kTile + row]);
+    for (int w = 0; w < C::kMmaWarps; ++w) most = ptx::fmax(most, shared.warp_lse()[w * kTile + row]);
     const float base = most == -ptx::infinity() ? 0 : most;
-    float sum = 0, answer = 0;
+    float sum = 0, acc = 0;
     MOBA_UNROLL
-    for (int w = 0; w < C::kComputing; ++w) {
-      const float weight = ptx::exp2(shared.lses()[w * kTile + row] - base);
+    for (int w = 0; w < C::kMmaWarps; ++w) {
+      const float weight = ptx::exp2(shared.warp_lse()[w * kTile + row] - base);
       sum += weight;
-      answer = ptx::multiply_add(weight, shared.answers()[(w * kTile + row) * head_dim + column], answer);
+      acc = ptx::fma(weight, shared.outputs()[(w * kTile + row) * head_dim + column], acc);
     }
-    const std::int64_t slot = slot_of(p, unit.row + row, rank, piece);
-    p.decoding.partials[slot * head_dim + column] = sum == 0 ? 0 : answer / sum;
+    const std::int64_t slot = slot_of(p, unit.row + row, rank, split);
+    p.decoding.partials[slot * head_dim + column] = sum == 0 ? 0 : acc / sum;
     if (column == 0) p.decoding.partial_lse[slot] = base + ptx::log2(sum);
   }
 }
@@ -319,22 +321,22 @@ decode_attend_kernel(MOBA_GRID_CONSTANT DecodeParams<T> p) {
   using C = TileShape<head_dim>;
   const Shared<T, head_dim> shared(ptx::shared());
   const int heads = static_cast<int>(p.group < kTile ? p.group : kTile);
-  const std::int64_t works = (std::int64_t{heads} * p.width + 1) * p.pieces;
-  const Unit unit = unit_at(p, ptx::block_x() / works);
-  const auto work = static_cast<std::int32_t>(ptx::block_x() % works);
-  const std::int32_t piece = work % p.pieces, choice = work / p.pieces - 1;  // -1: the own block
-  const int reader = choice < 0 ? 0 : choice / p.width;
-  if (reader >= unit.count || unit.length == 0) return;
+  const std::int64_t work_items = (std::int64_t{heads} * p.width + 1) * p.splits;
+  const Unit unit = unit_at(p, ptx::block_x() / work_items);
+  const auto work = static_cast<std::int32_t>(ptx::block_x() % work_items);
+  const std::int32_t split = work % p.splits, choice = work / p.splits - 1;  // -1: the own block
+  const int q_head_index = choice < 0 ? 0 : choice / p.width;
+  if (q_head_index >= unit.count || unit.length == 0) return;
   const std::int32_t chosen =
-      choice < 0 ? -1 : p.decoding.selection[(unit.row + reader) * p.width + choice % p.width];
+      choice < 0 ? -1 : p.decoding.selection[(unit.row + q_head_index) * p.width + choice % p.width];
   if (choice >= 0 && chosen < 0) return;
   const std::int64_t begin = (chosen < 0 ? own_block(p, unit.length) : chosen) * p.block_size;
-  const std::int64_t first = begin + std::int64_t{piece} * p.piece;
-  std::int64_t end = first + p.piece;
+  const std::int64_t first = begin + std::int64_t{split} * p.split_size;
+  std::int64_t end = first + p.split_size;
   end = end < begin + p.block_size ? end : begin + p.block_size;
   end = end < unit.length ? end : unit.length;
   if (first >= end) return;
-  if (!find_readers(p, shared, unit, chosen, reader)) return;
+  if (!find_query_heads(p, shared, unit, chosen, q_head_index)) return;
 
   const auto last = static_cast<std::int32_t>(end);
   const auto load = [&](std::int32_t key, int buffer) {
@@ -352,16 +354,16 @@ decode_attend_kernel(MOBA_GRID_CONSTANT DecodeParams<T> p) {
 
   float out[1][head_dim / 8][4] = {};
   tile::Softmax<1> softmax;
-  softmax.clear();
+  softmax.init();
   int buffer = 0;
   for (auto key = static_cast<std::int32_t>(first); key < last; key += C::kKeys, buffer ^= 1) {
     ptx::cp_async_wait<0>();
-    ptx::barrier();  // this buffer is filled, and the other has been used
+    ptx::syncthreads();  // this buffer is filled, and the other has been used
     if (key + C::kKeys < last) load(key + C::kKeys, buffer ^ 1);
     const std::int32_t warp_key = key + ptx::warp() * 16;
-    if (ptx::warp() >= C::kComputing || warp_key >= last) continue;
+    if (ptx::warp() >= C::kMmaWarps || warp_key >= last) continue;
     float logits[1][2][4] = {};
-    tile::multiply_rows(logits, shared.q, 0, of_warp(shared.k(buffer)));
+    tile::gemm_nt(logits, shared.q, 0, of_warp(shared.k(buffer)));
     MOBA_UNROLL
     for (int j = 0; j < 2; ++j) {
       MOBA_UNROLL
@@ -371,10 +373,10 @@ decode_attend_kernel(MOBA_GRID_CONSTANT DecodeParams<T> p) {
         logit = is_hidden ? -ptx::infinity() : p.scale.negate ? -logit : logit;
       }
     }
-    softmax.add(logits, out, p.scale.scale);
-    tile::add_weighted(out, logits, of_warp(shared.v(buffer)));
+    softmax.update(logits, out, p.scale.scale);
+    tile::gemm_rs(out, logits, of_warp(shared.v(buffer)));
   }
-  merge_warps(p, shared, unit, piece, out, softmax);
+  merge_warps(p, shared, unit, split, out, softmax);
 }
 
 constexpr int kCombineThreads = 128;
@@ -397,28 +399,28 @@ decode_combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> c) {
   const std::int32_t length = p.spans.of(sequence).size();
   const std::int32_t own = static_cast<std::int32_t>(length - std::int64_t{own_block(p, length)} *
                                                                   p.block_size);  // keys of the own block
-  const auto pieces_at = [&](std::int32_t rank) -> std::int32_t {
-    if (rank == p.width) return static_cast<std::int32_t>(divide_up(own, p.piece));
-    return p.decoding.selection[row * p.width + rank] < 0 ? 0 : p.pieces;
+  const auto splits_at = [&](std::int32_t rank) -> std::int32_t {
+    if (rank == p.width) return static_cast<std::int32_t>(divide_up(own, p.split_size));
+    return p.decoding.selection[row * p.width + rank] < 0 ? 0 : p.splits;
   };
   float most = -ptx::infinity();
   for (std::int32_t rank = 0; rank < p.ranks; ++rank) {
-    const std::int32_t pieces = pieces_at(rank);
-    for (std::int32_t i = 0; i < pieces; ++i)
-      most = ptx::larger(most, p.decoding.partial_lse[slot_of(p, row, rank, i)]);
+    const std::int32_t splits = splits_at(rank);
+    for (std::int32_t i = 0; i < splits; ++i)
+      most = ptx::fmax(most, p.decoding.partial_lse[slot_of(p, row, rank, i)]);
   }
   const float base = most == -ptx::infinity() ? 0 : most;
   for (int pair = ptx::thread(); pair < head_dim / 2; pair += kCombineThreads) {
     float sum = 0, low = 0, high = 0;
     for (std::int32_t rank = 0; rank < p.ranks; ++rank) {
-      const std::int32_t pieces = pieces_at(rank);
-      for (std::int32_t i = 0; i < pieces; ++i) {
+      const std::int32_t splits = splits_at(rank);
+      for (std::int32_t i = 0; i < splits; ++i) {
         const std::int64_t slot = slot_of(p, row, rank, i);
         const float weight = ptx::exp2(p.decoding.partial_lse[slot] - base);
         const float* from = p.decoding.partials + slot * head_dim + 2 * pair;
         sum += weight;
-        low = ptx::multiply_add(weight, from[0], low);
-        high = ptx::multiply_add(weight, from[1], high);
+        low = ptx::fma(weight, from[0], low);
+        high = ptx::fma(weight, from[1], high);
       }
     }
     const float share = sum == 0 ? 0 : 1 / sum;
@@ -457,7 +459,7 @@ decode_means_kernel(MOBA_GRID_CONSTANT MeansParams<T> p) {
   if (row < kRows) {
     float sum[kElements] = {};
     for (std::int64_t key = begin + row; key < end; key += kRows) {
-      const ptx::Vector v = ptx::load_streaming(
+      const ptx::Vec16 v = ptx::load_streaming(
           p.k.row(sequence, static_cast<std::int32_t>(span.begin + key), head) + column * kElements);
       const std::uint32_t pairs[] = {v.x, v.y, v.z, v.w};
       MOBA_UNROLL
@@ -469,7 +471,7 @@ decode_means_kernel(MOBA_GRID_CONSTANT MeansParams<T> p) {
     MOBA_UNROLL
     for (int i = 0; i < kElements; ++i) sums[row * head_dim + column * kElements + i] = sum[i];
   }
-  ptx::barrier();
+  ptx::syncthreads();
   const auto count = static_cast<float>(p.block_size);
   auto* mean = reinterpret_cast<std::uint32_t*>(
       p.means.mean(sequence, static_cast<std::int32_t>(block), p.block_size, head));
@@ -502,8 +504,8 @@ DecodeParams<T> params_of(const Task& task, const WorkSlice& part, const PagedCa
           .width = static_cast<std::int32_t>(task.width),
           .ranks = static_cast<std::int32_t>(task.ranks()),
           .sinks = static_cast<std::int32_t>(task.routing.sink_blocks),
-          .piece = static_cast<std::int32_t>(piece_of(task)),
-          .pieces = static_cast<std::int32_t>(pieces_of_block(task)),
+          .split_size = static_cast<std::int32_t>(split_size_of(task)),
+          .splits = static_cast<std::int32_t>(splits_per_block(task)),
           .scale = tile::scale_of(task.scale)};
 }
 
@@ -524,7 +526,7 @@ Decoding carve_decoding(ArenaLayout& layout, const Task& task, const WorkSlice& 
     decoding.orders = layout.take<std::uint32_t>(rows * candidates_of(task));
     decoding.selection = layout.take<std::int32_t>(rows * task.width);
   }
-  const std::int64_t slots = rows * task.ranks() * pieces_of_block(task);
+  const std::int64_t slots = rows * task.ranks() * splits_per_block(task);
   decoding.partials = layout.take<float>(slots * task.head_dim);
   decoding.partial_lse = layout.take<float>(slots);
   return decoding;
@@ -556,9 +558,9 @@ void decode_select(Stream& stream, const Task& task, const WorkSlice& part, cons
 void decode_attend(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
                    const Decoding& decoding) {
   with_type(task, [&]<typename T, int head_dim>() {
-    const std::int64_t works =
-        (std::min<std::int64_t>(task.group, kTile) * task.width + 1) * pieces_of_block(task);
-    stream.launch("decode_attend", decode_attend_kernel<T, head_dim>, {units_of(task, part) * works},
+    const std::int64_t work_items =
+        (std::min<std::int64_t>(task.group, kTile) * task.width + 1) * splits_per_block(task);
+    stream.launch("decode_attend", decode_attend_kernel<T, head_dim>, {units_of(task, part) * work_items},
                   TileShape<head_dim>::kThreads, Shared<T, head_dim>::kBytes,
                   params_of<T>(task, part, cache, decoding));
   });

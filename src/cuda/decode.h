@@ -9,7 +9,7 @@ namespace moba::cuda {
 struct Decoding {
   std::uint32_t* orders = nullptr;    // [sequences, query heads, most_blocks], scores as tile::order_of says
   std::int32_t* selection = nullptr;  // [sequences, query heads, width], ascending, padded with -1
-  // Answers through pieces of blocks: [sequences, query heads, ranks, pieces of a block].
+  // Answers through splits of blocks: [sequences, query heads, ranks, splits of a block].
   float* partials = nullptr;     // [.., D]
   float* partial_lse = nullptr;  // to base 2
 };
@@ -22,10 +22,10 @@ void decode_score(Stream& stream, const Task& task, const WorkSlice& part, const
 /// Keeps the best.
 void decode_select(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
                    const Decoding& decoding);
-/// Attends to pieces of the chosen blocks and of the own one.
+/// Attends to splits of the chosen blocks and of the own one.
 void decode_attend(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
                    const Decoding& decoding);
-/// Merges the pieces of each query in the order of their keys.
+/// Merges the splits of each query in the order of their keys.
 void decode_combine(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
                     const Decoding& decoding, const Outputs& outputs);
 

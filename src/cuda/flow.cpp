@@ -44,7 +44,7 @@ void attention(std::string_view function, const Tensor& q, const Tensor& k, cons
   if (attends) check_view(function, "out", outputs.out);
   check_list(function, "lse", outputs.lse);
   check_list(function, "selection", outputs.selection);
-  const bool on_hopper = attends && attends_on_hopper(function, task);
+  const bool on_sm90 = attends && uses_sm90(function, task);
   if (task.tokens == 0 || task.sequences == 0) return;
 
   const auto bytes = [&](const WorkSlice& part) {
@@ -67,8 +67,7 @@ void attention(std::string_view function, const Tensor& q, const Tensor& k, cons
       write_selection(stream, task, part, on_device, memory.selection, outputs.selection);
     if (!attends) continue;  // the routing alone was asked for
     plan(stream, task, part, on_device, memory.selection, memory.plan);
-    (on_hopper ? attend_on_hopper : attend)(stream, task, part, on_device, memory.plan, memory.partials,
-                                            outputs);
+    (on_sm90 ? attend_sm90 : attend)(stream, task, part, on_device, memory.plan, memory.partials, outputs);
     combine(stream, task, part, memory.selection, memory.partials, outputs);
   }
   if (execution.profile != nullptr)

@@ -13,7 +13,7 @@ namespace {
 /// walk by key and the walk by row take turns in the rest.
 struct Memory {
   Starts starts{};
-  RowSums* sums = nullptr;            // [heads, rows of all tokens]
+  LseDelta* sums = nullptr;           // [heads, rows of all tokens]
   std::int32_t* selection = nullptr;  // [heads, rows of all tokens, width]
 
   void* means = nullptr;
@@ -37,7 +37,7 @@ Memory carve(std::byte* arena, const Task& task, const DeviceBatch& batch, const
   const WorkSlice all = all_tokens_of(task, part);
   ArenaLayout layout(arena);
   Memory memory{.starts = carve_starts(layout, task, batch)};
-  memory.sums = layout.take<RowSums>(all.heads() * task.rows(all));
+  memory.sums = layout.take<LseDelta>(all.heads() * task.rows(all));
   memory.selection = layout.take<std::int32_t>(all.heads() * task.rows(all) * task.width);
   ArenaLayout routing = layout, by_key = layout, by_row = layout;
   if (selects) {
@@ -75,7 +75,7 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
   check_view(function, "dv", gradients.dv);
   check_list(function, "saved.lse", saved.lse);
   check_list(function, "saved.selection", saved.selection);
-  const bool on_hopper = attends_on_hopper(function, task);
+  const bool on_sm90 = uses_sm90(function, task);
   if (task.sequences == 0 || (task.tokens == 0 && task.keys == 0)) return;
 
   const Backward backward{d_out, saved.out, saved.lse, gradients};
@@ -92,7 +92,7 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
     const bool whole = part.tokens() == task.tokens;
     if (part.token0 == 0) {
       const Batch on_device = lay_out(stream, task, batch, all, memory.starts);
-      sum_rows(stream, task, all, backward, memory.sums);
+      compute_delta(stream, task, all, backward, memory.sums);
       if (selects) {
         centroids(stream, task, all, on_device, memory.means);
         gate(stream, task, all, on_device, memory.means, memory.best, memory.selection);
@@ -101,16 +101,16 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
       }
       plan(stream, task, all, on_device, memory.selection, memory.plan);
       plan_key_walk(stream, task, all, on_device, memory.plan, memory.keys);
-      (on_hopper ? attend_backward_keys_on_hopper : attend_backward_keys)(
-          stream, task, all, on_device, memory.plan, memory.sums, backward, memory.keys);
+      (on_sm90 ? attend_backward_dkv_sm90 : attend_backward_dkv)(stream, task, all, on_device, memory.plan,
+                                                                 memory.sums, backward, memory.keys);
     }
     const Batch on_device = lay_out(stream, task, batch, part, memory.starts);
     const std::int32_t* selection = memory.selection + part.token0 * task.group * task.width;
     if (!whole) plan(stream, task, part, on_device, selection, memory.part_plan);
-    (on_hopper ? attend_backward_rows_on_hopper : attend_backward_rows)(
-        stream, task, part, on_device, memory.part_plan, memory.sums + part.token0 * task.group, backward,
-        memory.slots);
-    add_dq_slots(stream, task, part, selection, memory.slots, backward);
+    (on_sm90 ? attend_backward_dq_sm90 : attend_backward_dq)(stream, task, part, on_device, memory.part_plan,
+                                                             memory.sums + part.token0 * task.group, backward,
+                                                             memory.slots);
+    sum_dq_slots(stream, task, part, selection, memory.slots, backward);
   }
   if (execution.profile != nullptr)
     execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(parts.front()));

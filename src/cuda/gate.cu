@@ -6,7 +6,7 @@
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/warp.h"
 #include "cuda/tile/order.h"
-#include "cuda/tile/rows.h"
+#include "cuda/tile/swizzled_tile.h"
 
 namespace moba::cuda {
 namespace {
@@ -52,7 +52,7 @@ MOBA_DEVICE float threshold_of(Key root) {
   const auto order = static_cast<std::uint32_t>(root >> 32);
   if (order == 0) return -ptx::infinity();
   if (order == tile::kForced) return ptx::infinity();
-  return ptx::float_from(order >> 31 != 0 ? order & 0x7FFFFFFFU : ~order);
+  return ptx::uint_as_float(order >> 31 != 0 ? order & 0x7FFFFFFFU : ~order);
 }
 
 /// Puts `key` at place `i` of a heap whose least entry is its first, or below, wherever it belongs.
@@ -108,10 +108,10 @@ MOBA_DEVICE void offer(Key* heap, std::int32_t width, const float (&scores)[colu
           key_of(is_forced(block) ? tile::kForced : tile::order_of(scores[j][2 * half + e]), block);
       for (int turn = 0; turn < 4; ++turn) {
         if (enters && own_lane == turn && key > heap[0]) sift(heap, width, 0, key);
-        ptx::warp_barrier();
+        ptx::syncwarp();
       }
       threshold = threshold_of(heap[0]);
-      ptx::warp_barrier();
+      ptx::syncwarp();
     }
   }
 }
@@ -165,11 +165,11 @@ gate_kernel(MOBA_GRID_CONSTANT GateParams<T> p) {
   const int warp_row = ptx::warp() * 16 * kRowTiles;
   for (std::int32_t first = 0; first < most; first += C::kMeans) {
     ptx::cp_async_wait<0>();
-    ptx::barrier();  // these means are there, and the others have been used
+    ptx::syncthreads();  // these means are there, and the others have been used
     if (first + C::kMeans < most) load(first + C::kMeans);
     if (warp_row >= tile.count) continue;
     float scores[kRowTiles][kMeanTiles][4] = {};
-    tile::multiply_rows(scores, q, warp_row, buffer(first / C::kMeans % 2));
+    tile::gemm_nt(scores, q, warp_row, buffer(first / C::kMeans % 2));
     MOBA_UNROLL
     for (int i = 0; i < kRowTiles; ++i) {
       MOBA_UNROLL
@@ -182,7 +182,7 @@ gate_kernel(MOBA_GRID_CONSTANT GateParams<T> p) {
     }
   }
   ptx::cp_async_wait<0>();
-  ptx::barrier();
+  ptx::syncthreads();
   for (int row = ptx::thread(); row < tile.count; row += C::kThreads) {
     write_row(heaps + static_cast<std::int64_t>(row) * p.width, p.width,
               p.selection + (head * p.rows + tile.first_row + row) * p.width);

@@ -47,7 +47,7 @@ MOBA_KERNEL(kThreads, 4) count_kernel(MOBA_GRID_CONSTANT PlanParams p) {
     ptx::atomic_add(p.plan.counts + (head * p.chunks + index / p.chunk) * p.most_blocks + block, 1);
 }
 
-/// StageBarriers the counts of a block in every chunk into what lies before the chunk, and gives the sum.
+/// Turns the counts of a block in every chunk into what lies before the chunk, and gives the sum.
 MOBA_DEVICE std::uint32_t scan_chunks(const PlanParams& p, std::int64_t head, std::int64_t block) {
   constexpr int kUnroll = 8;  // loads under way
   std::uint32_t* counts = p.plan.counts + head * p.chunks * p.most_blocks + block;
@@ -114,17 +114,17 @@ MOBA_KERNEL(kThreads, 4) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   for (std::int64_t first = begin; first < end; first += ptx::kLanes) {
     const std::int64_t index = first + ptx::lane();
     const std::int32_t block = index < end ? chosen(p, head, index) : -1;
-    const unsigned alike = ptx::match(block < 0 ? kNone : static_cast<std::uint32_t>(block));
+    const unsigned alike = ptx::match_any(block < 0 ? kNone : static_cast<std::uint32_t>(block));
     std::uint32_t cursor = 0;
     if (block >= 0) cursor = cursors[block];
-    ptx::warp_barrier();  // all have read before the first of each writes
+    ptx::syncwarp();  // all have read before the first of each writes
     if (block >= 0) {
-      const unsigned rank = static_cast<unsigned>(ptx::count_bits(alike & below));
-      if (rank == 0) cursors[block] = cursor + static_cast<unsigned>(ptx::count_bits(alike));
+      const unsigned rank = static_cast<unsigned>(ptx::popc(alike & below));
+      if (rank == 0) cursors[block] = cursor + static_cast<unsigned>(ptx::popc(alike));
       entries[offsets[block] + cursor + rank] =
           static_cast<std::uint32_t>(index / p.width * p.ranks + index % p.width);
     }
-    ptx::warp_barrier();
+    ptx::syncwarp();
   }
 }
 

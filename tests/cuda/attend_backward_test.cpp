@@ -4,7 +4,7 @@
 #include <string>
 
 #include "device_case.h"
-#include "on_hopper.h"
+#include "on_sm90.h"
 
 namespace moba::test {
 namespace {
@@ -338,16 +338,16 @@ TEST(CudaAttendBackward, NamesWhatItRefuses) {
 }
 
 /// The kernels for Hopper, which are chosen for blocks of more than 64 keys unless told otherwise.
-class CudaHopperBackward : public OnHopper {
+class CudaSm90Backward : public OnSm90 {
  protected:
-  CudaHopperBackward() { choose("sm90"); }
+  CudaSm90Backward() { choose("sm90"); }
 };
 
-Case hopper_case(std::uint64_t seed, const Routing& routing, std::int64_t queries) {
+Case sm90_case(std::uint64_t seed, const Routing& routing, std::int64_t queries) {
   return case_of(seed, seed % 4 < 2 ? 64 : 128, routing, queries, 210);
 }
 
-TEST_F(CudaHopperBackward, EqualsTheReferenceOnRandomCases) {
+TEST_F(CudaSm90Backward, EqualsTheReferenceOnRandomCases) {
   constexpr std::uint64_t kCases = 16;
   for (std::uint64_t seed = 7000; seed < 7000 + kCases && !HasFailure(); ++seed) {
     Case c = random_backward_case(seed);
@@ -359,7 +359,7 @@ TEST_F(CudaHopperBackward, EqualsTheReferenceOnRandomCases) {
   }
 }
 
-TEST_F(CudaHopperBackward, WorksThroughManyTiles) {
+TEST_F(CudaSm90Backward, WorksThroughManyTiles) {
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},
       {.block_size = 3, .top_k = 20, .sink_blocks = 1},
@@ -371,11 +371,11 @@ TEST_F(CudaHopperBackward, WorksThroughManyTiles) {
   };
   std::uint64_t seed = 500;
   for (const Routing& routing : routings) {
-    for (const std::int64_t queries : {210, 37}) check_backward(hopper_case(++seed, routing, queries));
+    for (const std::int64_t queries : {210, 37}) check_backward(sm90_case(++seed, routing, queries));
   }
 }
 
-TEST_F(CudaHopperBackward, ABlockThatEverybodyChooses) {
+TEST_F(CudaSm90Backward, ABlockThatEverybodyChooses) {
   Case c{.seed = 3, .dtype = DType::f16, .group = 8, .head_dim = 64};
   c.sequences = {{0, 20, 580}, {0, 20, 580}};
   c.routing = {.block_size = 16, .top_k = 2, .sink_blocks = 1};
@@ -383,7 +383,7 @@ TEST_F(CudaHopperBackward, ABlockThatEverybodyChooses) {
   check_backward(c);
 }
 
-TEST_F(CudaHopperBackward, AnyOrderAndAnyWorkspaceGiveTheSameBits) {
+TEST_F(CudaSm90Backward, AnyOrderAndAnyWorkspaceGiveTheSameBits) {
   Case c{.seed = 11, .dtype = DType::bf16, .kv_heads = 2, .group = 3, .head_dim = 128};
   c.sequences = {{0, 5, 5, 90}, {0, 9, 20, 110}};
   c.routing = {.block_size = 40, .top_k = 2};
@@ -396,7 +396,7 @@ TEST_F(CudaHopperBackward, AnyOrderAndAnyWorkspaceGiveTheSameBits) {
 }
 
 /// What lies behind a block's last key came with the same copy.
-TEST_F(CudaHopperBackward, WhatOtherSequencesHoldDoesNotShow) {
+TEST_F(CudaSm90Backward, WhatOtherSequencesHoldDoesNotShow) {
   Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 50, .top_k = 2}};
   c.sequences = {{0, 40, 80}, {0, 75, 150}};
   fill(c);
@@ -419,7 +419,7 @@ TEST_F(CudaHopperBackward, WhatOtherSequencesHoldDoesNotShow) {
   is_same(found.dv, expected.dv, 75);
 }
 
-TEST_F(CudaHopperBackward, KeysThatNobodySeesHaveNoGradient) {
+TEST_F(CudaSm90Backward, KeysThatNobodySeesHaveNoGradient) {
   Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 70, .top_k = 2}};
   c.sequences = {{0, 0, 0}, {0, 7, 130}};
   fill(c);
@@ -430,13 +430,13 @@ TEST_F(CudaHopperBackward, KeysThatNobodySeesHaveNoGradient) {
 }
 
 #ifdef MOBA_CUDA_EMULATION
-TEST_F(CudaHopperBackward, IsChosenAsTheForwardIs) {
+TEST_F(CudaSm90Backward, IsChosenAsTheForwardIs) {
   const auto launches = [](const char* choice, std::int64_t block_size) {
     choose(choice);
-    Backpropagation b(hopper_case(1, {.block_size = block_size, .top_k = 2}, 10));
+    Backpropagation b(sm90_case(1, {.block_size = block_size, .top_k = 2}, 10));
     const auto count = [] {
-      return cuda::emulation::launches("attend_backward_keys on hopper") +
-             cuda::emulation::launches("attend_backward_rows on hopper");
+      return cuda::emulation::launches("attend_backward_dkv_sm90") +
+             cuda::emulation::launches("attend_backward_dq_sm90");
     };
     const int before = count();
     backward(b);

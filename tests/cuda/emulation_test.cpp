@@ -9,12 +9,12 @@
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
-#include "cuda/ptx/matrix.h"
-#include "cuda/ptx/transfer.h"
+#include "cuda/ptx/mma.h"
+#include "cuda/ptx/tma.h"
 #include "cuda/ptx/warp.h"
-#include "cuda/ptx/warpgroup.h"
-#include "cuda/tile/panels.h"
+#include "cuda/ptx/wgmma.h"
 #include "cuda/tile/scan.h"
+#include "cuda/tile/swizzled_tile_128b.h"
 
 namespace moba::cuda {
 namespace {
@@ -53,11 +53,11 @@ TEST(Emulation, ScanAddsUpInOrder) {
 TEST(Emulation, WarpsExchangeValues) {
   emulation::run("exchange", {}, 64, 0, [] {
     const int lane = ptx::lane();
-    EXPECT_EQ(ptx::shuffle(lane, 5), 5);
-    EXPECT_EQ(ptx::shuffle_xor(lane, 8), lane ^ 8);
-    EXPECT_EQ(ptx::shuffle_up(lane, 2), lane < 2 ? lane : lane - 2);
+    EXPECT_EQ(ptx::shfl(lane, 5), 5);
+    EXPECT_EQ(ptx::shfl_xor(lane, 8), lane ^ 8);
+    EXPECT_EQ(ptx::shfl_up(lane, 2), lane < 2 ? lane : lane - 2);
     EXPECT_EQ(ptx::ballot(lane % 2 == 0), 0x55555555U);
-    EXPECT_EQ(ptx::match(static_cast<std::uint32_t>(lane / 16)), lane < 16 ? 0xFFFFU : 0xFFFF0000U);
+    EXPECT_EQ(ptx::match_any(static_cast<std::uint32_t>(lane / 16)), lane < 16 ? 0xFFFFU : 0xFFFF0000U);
   });
 }
 
@@ -73,7 +73,7 @@ void check_product(bool transposed) {
       left[i].bits = ptx::rounded_bits(T{}, static_cast<float>(i / 16 - i % 16));
       right[i].bits = ptx::rounded_bits(T{}, static_cast<float>(i / 16 * 2 + i % 16));
     }
-    ptx::warp_barrier();
+    ptx::syncwarp();
     const auto bytes = [](int elements) { return static_cast<std::uint32_t>(2 * elements); };
     std::uint32_t a[4], b[4];
     ptx::ldmatrix_x4(a, left, bytes(lane % 16 * 16 + lane / 16 * 8));
@@ -139,9 +139,9 @@ TEST(Emulation, AMissingWaitShows) {
 TEST(Emulation, DivergenceIsAnError) {
   const std::string error = error_of(32, [] {
     if (ptx::lane() == 7) {
-      ptx::warp_barrier();
+      ptx::syncwarp();
     } else {
-      ptx::shuffle(1, 0);
+      ptx::shfl(1, 0);
     }
   });
   EXPECT_NE(
@@ -153,7 +153,7 @@ TEST(Emulation, DivergenceIsAnError) {
 
 TEST(Emulation, ABarrierThatNotAllReachIsAnError) {
   const std::string error = error_of(64, [] {
-    if (ptx::warp() == 0) ptx::barrier();
+    if (ptx::warp() == 0) ptx::syncthreads();
   });
   EXPECT_NE(error.find("no thread can go on; warp 0 waits at barrier 0; warp 1 has ended"), std::string::npos)
       << error;
@@ -167,7 +167,7 @@ TEST(Emulation, AnEarlyReturnBeforeACollectiveIsAnError) {
 }
 
 TEST(Emulation, ABarrierForTwoCountsIsAnError) {
-  const std::string error = error_of(64, [] { ptx::named_barrier(1, ptx::warp() == 0 ? 64 : 96); });
+  const std::string error = error_of(64, [] { ptx::bar_sync(1, ptx::warp() == 0 ? 64 : 96); });
   EXPECT_NE(error.find("barrier 1 is for"), std::string::npos) << error;
 }
 
@@ -184,10 +184,10 @@ TEST(Emulation, NamedBarriersHoldBackSomeWarpsAlone) {
   emulation::run("pair", {}, 64, 0, [&] {
     if (ptx::warp() == 0) {
       if (ptx::lane() == 0) first = ++order;
-      ptx::warp_barrier();
-      ptx::named_barrier_arrive(2, 64);
+      ptx::syncwarp();
+      ptx::bar_arrive(2, 64);
     } else {
-      ptx::named_barrier(2, 64);
+      ptx::bar_sync(2, 64);
       if (ptx::lane() == 0) second = ++order;
     }
   });
@@ -203,10 +203,10 @@ float number_at(int row, int column) {
 /// A tile of such numbers, written by all of a warpgroup.
 template <typename T, int rows, int head_dim>
 void write_numbers(const tile::SwizzledTile128B<T, rows, head_dim>& to) {
-  for (int i = ptx::thread(); i < rows * head_dim; i += ptx::kGroupThreads) {
+  for (int i = ptx::thread(); i < rows * head_dim; i += ptx::kWarpgroupThreads) {
     const int row = i / head_dim, column = i % head_dim;
-    to.piece(row, column / 8)[column % 8].bits = ptx::rounded_bits(T{}, number_at(row, column));
-    emulation::wrote(to.piece(row, column / 8));
+    to.vec(row, column / 8)[column % 8].bits = ptx::rounded_bits(T{}, number_at(row, column));
+    emulation::wrote(to.vec(row, column / 8));
   }
 }
 
@@ -215,18 +215,18 @@ template <typename T, int head_dim>
 void check_group_products() {
   using Tile = tile::SwizzledTile128B<T, 128, head_dim>;
   std::vector<float> logits(64 * 128), half(64 * 64), sums(64 * head_dim);
-  emulation::run("group", {}, ptx::kGroupThreads, Tile::kBytes, [&] {
+  emulation::run("group", {}, ptx::kWarpgroupThreads, Tile::kBytes, [&] {
     const Tile tile{ptx::shared()};
     write_numbers(tile);
-    ptx::fence_async();
-    ptx::barrier();
+    ptx::fence_proxy_async();
+    ptx::syncthreads();
     float d[16][4], d_half[8][4], out[head_dim / 8][4] = {};
     ptx::wgmma_fence();
     for (int k = 0; k < head_dim / 16; ++k)
-      ptx::wgmma_ss<T>(d, tile.along_rows(64, k), tile.along_rows(0, k), k > 0);
+      ptx::wgmma_ss<T>(d, tile.k_major_descriptor(64, k), tile.k_major_descriptor(0, k), k > 0);
     ptx::wgmma_commit();
     for (int k = 0; k < head_dim / 16; ++k)
-      ptx::wgmma_ss<T>(d_half, tile.along_rows(64, k), tile.along_rows(64, k), k > 0);
+      ptx::wgmma_ss<T>(d_half, tile.k_major_descriptor(64, k), tile.k_major_descriptor(64, k), k > 0);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>(d);
     // A's first step is of columns 0 to 15 of the product, made small; B's is rows 16 to 31.
@@ -235,7 +235,7 @@ void check_group_products() {
     for (int r = 0; r < 4; ++r)
       a[r] = ptx::pack<T>(small(d[r / 2][r % 2 * 2]), small(d[r / 2][r % 2 * 2 + 1]));
     ptx::wgmma_fence();
-    ptx::wgmma_rs<T>(out, a, tile.across_rows(16));
+    ptx::wgmma_rs<T>(out, a, tile.mn_major_descriptor(16));
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>(d_half);
     ptx::wgmma_wait(out);
@@ -276,7 +276,7 @@ TEST(Emulation, ProductsOfAWarpgroupHaveTheHardwaresLayout) {
 
 /// The manual's 128-byte swizzle and descriptor, spelled out.
 TEST(Emulation, OperandsAreDescribedAsTheManualSays) {
-  EXPECT_EQ(ptx::describe_operand(0x12340, 0x4000, 1024), 0x4000004004001234U);
+  EXPECT_EQ(ptx::matrix_descriptor(0x12340, 0x4000, 1024), 0x4000004004001234U);
   using Tile = tile::SwizzledTile128B<bfloat16, 128, 128>;
   EXPECT_EQ(Tile::start(0, 3), 3U * 16);
   EXPECT_EQ(Tile::start(9, 3), 9U * 128 + 2 * 16);
@@ -298,9 +298,9 @@ TEST(Emulation, BoxesLandInPanelsWithZerosBehindTheTensor) {
     auto* barrier = reinterpret_cast<ptx::Mbarrier*>(tile.data + Tile::kBytes);
     if (ptx::lane() == 0) {
       ptx::mbarrier_init(barrier, 1);
-      ptx::fence_async();
+      ptx::fence_proxy_async();
     }
-    ptx::barrier();
+    ptx::syncthreads();
     if (ptx::lane() == 5) {
       ptx::mbarrier_arrive_expect_tx(barrier, Tile::kBytes);
       ptx::tma_load_3d(tile.data, map, 0, 1, 10, barrier);
@@ -309,7 +309,7 @@ TEST(Emulation, BoxesLandInPanelsWithZerosBehindTheTensor) {
     ptx::mbarrier_wait(barrier, 0);
     for (int i = ptx::lane(); i < kRows * 64; i += 32) {
       const int row = i / 64, column = i % 64, expected = ((10 + row) * kHeads + 1) * 64 + column + 1;
-      EXPECT_EQ(tile.piece(row, column / 8)[column % 8].bits, row < 10 ? expected : 0) << row;
+      EXPECT_EQ(tile.vec(row, column / 8)[column % 8].bits, row < 10 ? expected : 0) << row;
     }
   });
 }
@@ -317,10 +317,10 @@ TEST(Emulation, BoxesLandInPanelsWithZerosBehindTheTensor) {
 TEST(Emulation, ProductsThatNobodyWaitsForAreAnError) {
   std::string found;
   for (int i = 0; i < 20 && found.empty(); ++i) {  // some run at once
-    found = error_of(ptx::kGroupThreads, [] {
+    found = error_of(ptx::kWarpgroupThreads, [] {
       float d[8][4] = {};
       const std::uint32_t a[4] = {};
-      ptx::wgmma_rs<bfloat16>(d, a, ptx::describe_operand(1024, 16, 1024));
+      ptx::wgmma_rs<bfloat16>(d, a, ptx::matrix_descriptor(1024, 16, 1024));
     });
   }
   EXPECT_NE(found.find("products that were never waited for"), std::string::npos) << found;
@@ -329,15 +329,15 @@ TEST(Emulation, ProductsThatNobodyWaitsForAreAnError) {
 TEST(Emulation, AProductOfWhatWasNotFencedIsAnError) {
   const std::vector<std::uint32_t> from(4, 7);
   for (const bool fences : {false, true}) {
-    const std::string error = error_of(ptx::kGroupThreads, [&] {
+    const std::string error = error_of(ptx::kWarpgroupThreads, [&] {
       ptx::cp_async_16(ptx::shared(), 0, from.data(), true);
       ptx::cp_async_commit();
       ptx::cp_async_wait<0>();
-      if (fences) ptx::fence_async();
-      ptx::barrier();
+      if (fences) ptx::fence_proxy_async();
+      ptx::syncthreads();
       float d[8][4] = {};
       const std::uint32_t a[4] = {};
-      ptx::wgmma_rs<bfloat16>(d, a, ptx::describe_operand(1024, 16, 1024));
+      ptx::wgmma_rs<bfloat16>(d, a, ptx::matrix_descriptor(1024, 16, 1024));
       ptx::wgmma_commit();
       ptx::wgmma_wait(d);
     });
@@ -350,7 +350,7 @@ TEST(Emulation, APhaseThatLacksAnArrivalOrBytesIsAnError) {
     const std::string error = error_of(32, [&] {
       auto* barrier = reinterpret_cast<ptx::Mbarrier*>(ptx::shared());
       if (ptx::lane() == 0) ptx::mbarrier_init(barrier, bytes == 0 ? 2 : 1);
-      ptx::barrier();
+      ptx::syncthreads();
       if (ptx::lane() == 0) ptx::mbarrier_arrive_expect_tx(barrier, bytes);
       ptx::mbarrier_wait(barrier, 0);
     });
@@ -365,7 +365,7 @@ TEST(Emulation, AnMbarrierMustBeInitialised) {
 }
 
 TEST(Emulation, AWarpgroupMustMeet) {
-  const std::string error = error_of(ptx::kGroupThreads, [] {
+  const std::string error = error_of(ptx::kWarpgroupThreads, [] {
     if (ptx::warp() != 2) ptx::wgmma_fence();
   });
   EXPECT_NE(error.find("warp 0 waits at wgmma.fence; warp 1 waits at wgmma.fence; warp 2 has ended"),

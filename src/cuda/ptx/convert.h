@@ -7,10 +7,10 @@ namespace moba::cuda::ptx {
 
 constexpr float kLog2E = 1.44269504088896341F, kLn2 = 0.693147180559945309F;
 
-MOBA_DEVICE std::uint32_t bits_of(float value) {
+MOBA_DEVICE std::uint32_t float_as_uint(float value) {
   return __float_as_uint(value);
 }
-MOBA_DEVICE float float_from(std::uint32_t bits) {
+MOBA_DEVICE float uint_as_float(std::uint32_t bits) {
   return __uint_as_float(bits);
 }
 /// Two values rounded to T, the first in the low half.
@@ -50,16 +50,16 @@ MOBA_DEVICE float log2(float x) {
   return result;
 }
 /// a * b + c, rounded once.
-MOBA_DEVICE float multiply_add(float a, float b, float c) {
+MOBA_DEVICE float fma(float a, float b, float c) {
   return __fmaf_rn(a, b, c);
 }
 /// The larger; of a number and a NaN, the number.
-MOBA_DEVICE float larger(float a, float b) {
+MOBA_DEVICE float fmax(float a, float b) {
   return fmaxf(a, b);
 }
 
 MOBA_DEVICE float infinity() {
-  return float_from(0x7F800000U);
+  return uint_as_float(0x7F800000U);
 }
 
 }  // namespace moba::cuda::ptx

@@ -6,7 +6,7 @@
 /// sees its own after `cp_async_wait`, other threads' after a barrier behind that.
 namespace moba::cuda::ptx {
 
-struct alignas(16) Vector {
+struct alignas(16) Vec16 {
   std::uint32_t x, y, z, w;
 };
 
@@ -27,8 +27,8 @@ MOBA_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 /// From global memory that is read once.
-MOBA_DEVICE Vector load_streaming(const void* from) {
-  Vector v;
+MOBA_DEVICE Vec16 load_streaming(const void* from) {
+  Vec16 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(from));

@@ -7,8 +7,8 @@ namespace moba::cuda::ptx {
 /// Encodes where an operand of wgmma lies (PTX ISA, "Matrix Descriptor Format"). Rows along K: 8-row cores
 /// are `stride` bytes apart. Rows that are summed over: so are the cores of 8 steps of K, and every 64
 /// columns lie `leading` bytes after the previous 64.
-MOBA_DEVICE std::uint64_t describe_operand(std::uint32_t address, std::uint32_t leading,
-                                           std::uint32_t stride) {
+MOBA_DEVICE std::uint64_t matrix_descriptor(std::uint32_t address, std::uint32_t leading,
+                                            std::uint32_t stride) {
   constexpr std::uint64_t kSwizzle128 = 1;
   return std::uint64_t{(address & 0x3FFFFU) >> 4} | std::uint64_t{leading >> 4} << 16 |
          std::uint64_t{stride >> 4} << 32 | kSwizzle128 << 62;

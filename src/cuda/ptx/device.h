@@ -49,7 +49,7 @@ MOBA_DEVICE std::byte* shared() {
 
 /// The same number, of which the compiler knows nothing any more: what follows from it is computed again
 /// instead of held in registers from one turn of a loop to the next.
-MOBA_DEVICE int forgotten(int number) {
+MOBA_DEVICE int opaque(int number) {
   asm volatile("" : "+r"(number));
   return number;
 }

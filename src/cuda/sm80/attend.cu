@@ -7,7 +7,7 @@
 // of small blocks, and rounding them costs no more than rounding the answer does.
 #include "cuda/attend_items.h"
 #include "cuda/ptx/barrier.h"
-#include "cuda/tile/rows.h"
+#include "cuda/tile/swizzled_tile.h"
 
 namespace moba::cuda {
 namespace {
@@ -89,23 +89,23 @@ MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>
 
   float out[kRowTiles][head_dim / 8][4] = {};
   tile::Softmax<kRowTiles> softmax;
-  softmax.clear();
+  softmax.init();
   int buffer = 0;
   for (std::int32_t key = work.begin; key < work.end; key += C::kKeys, buffer ^= 1) {
     ptx::cp_async_wait<0>();
-    ptx::barrier();  // this buffer is filled, and the other has been used
+    ptx::syncthreads();  // this buffer is filled, and the other has been used
     if (key + C::kKeys < work.end) load(key + C::kKeys, buffer ^ 1);
     if (!has_rows) continue;
     float logits[kRowTiles][kKeyTiles][4] = {};
-    tile::multiply_rows(logits, shared.q, warp_row, shared.k(buffer));
+    tile::gemm_nt(logits, shared.q, warp_row, shared.k(buffer));
     if (p.scale.negate) negate(logits);
     if (key < work.all_begin || key + C::kKeys > work.all_end)
       apply_mask(logits, shared.bounds, work, key, warp_row);
-    softmax.add(logits, out, p.scale.scale);
-    tile::add_weighted(out, logits, shared.v(buffer));
+    softmax.update(logits, out, p.scale.scale);
+    tile::gemm_rs(out, logits, shared.v(buffer));
   }
   ptx::cp_async_wait<0>();
-  ptx::barrier();  // with no keys at all, for the rows: they lie where the answers will
+  ptx::syncthreads();  // with no keys at all, for the rows: they lie where the answers will
   if (has_rows) write(p, shared.q, shared.slots, work, out, softmax, warp_row);
 }
 
@@ -120,7 +120,7 @@ attend_kernel(MOBA_GRID_CONSTANT AttendParams<T> p) {
     work = found;
     place_rows(shared, place_of);
   });
-  ptx::barrier();
+  ptx::syncthreads();
   attend_tile(p, shared, work);
 }
 

@@ -76,12 +76,12 @@ struct Shared {
   static constexpr int kKeyElements = C::kKeys * head_dim, kRowElements = C::kRows * head_dim;
   static constexpr std::size_t kBytes =
       (2 * kKeyElements + 4 * kRowElements) * sizeof(T) +
-      2 * C::kRows * (sizeof(RowSums) + sizeof(Source) + sizeof(std::int32_t)) + sizeof(Chunk);
+      2 * C::kRows * (sizeof(LseDelta) + sizeof(Source) + sizeof(std::int32_t)) + sizeof(Chunk);
 
   tile::SwizzledTile<T, head_dim> k, v;
   // Two buffers each.
   T* rows;  // queries, with the gradients of their answers behind each buffer
-  RowSums* row_sums;
+  LseDelta* row_sums;
   Source* row_sources;
   std::int32_t* row_seen;
   Chunk* chunk;  // for when all rows have passed: its numbers need not stay in registers until then
@@ -90,7 +90,7 @@ struct Shared {
     k.data = reinterpret_cast<T*>(memory);
     v.data = k.data + kKeyElements;
     rows = v.data + kKeyElements;
-    row_sums = reinterpret_cast<RowSums*>(rows + 4 * kRowElements);
+    row_sums = reinterpret_cast<LseDelta*>(rows + 4 * kRowElements);
     row_sources = reinterpret_cast<Source*>(row_sums + 2 * C::kRows);
     row_seen = reinterpret_cast<std::int32_t*>(row_sources + 2 * C::kRows);
     chunk = reinterpret_cast<Chunk*>(row_seen + 2 * C::kRows);
@@ -101,7 +101,7 @@ struct Shared {
   MOBA_DEVICE tile::SwizzledTile<T, head_dim> d_out(int buffer) const {
     return {rows + (2 * buffer + 1) * kRowElements};
   }
-  MOBA_DEVICE RowSums* sums(int buffer) const { return row_sums + buffer * C::kRows; }
+  MOBA_DEVICE LseDelta* sums(int buffer) const { return row_sums + buffer * C::kRows; }
   MOBA_DEVICE Source* sources(int buffer) const { return row_sources + buffer * C::kRows; }
   MOBA_DEVICE std::int32_t* seen(int buffer) const { return row_seen + buffer * C::kRows; }
 };
@@ -109,27 +109,27 @@ struct Shared {
 /// The rows of a tile add to the gradients of this warp's keys.
 template <typename T, int head_dim>
 MOBA_DEVICE void add_tile(const KeysParams<T>& p, const Shared<T, head_dim>& shared, int buffer, bool whole,
-                          int warp_key, int first_piece, float (&dk)[1][TileShape<head_dim>::kColumns / 8][4],
+                          int warp_key, int first_vec, float (&dk)[1][TileShape<head_dim>::kColumns / 8][4],
                           float (&dv)[1][TileShape<head_dim>::kColumns / 8][4]) {
   constexpr int kTiles = TileShape<head_dim>::kRows / 8;
   float weights[1][kTiles][4] = {}, d_logits[1][kTiles][4] = {};
-  tile::multiply_rows(weights, shared.k, warp_key, shared.q(buffer));
-  tile::multiply_rows(d_logits, shared.v, warp_key, shared.d_out(buffer));
+  tile::gemm_nt(weights, shared.k, warp_key, shared.q(buffer));
+  tile::gemm_nt(d_logits, shared.v, warp_key, shared.d_out(buffer));
   to_weights(weights[0], shared.sums(buffer), p.log2_scale);
   to_d_logits(d_logits[0], weights[0], shared.sums(buffer));
   if (!whole) {
     hide_unseen(weights[0], shared.seen(buffer), warp_key);
     hide_unseen(d_logits[0], shared.seen(buffer), warp_key);
   }
-  tile::add_weighted(dv, weights, shared.d_out(buffer), first_piece);
-  tile::add_weighted(dk, d_logits, shared.q(buffer), first_piece);
+  tile::gemm_rs(dv, weights, shared.d_out(buffer), first_vec);
+  tile::gemm_rs(dk, d_logits, shared.q(buffer), first_vec);
 }
 
 /// All rows of the chunk add to the gradients. Every tile is announced two steps ahead: its rows are looked
 /// up while the tile before the last is worked on, and copied while the last is.
 template <typename T, int head_dim>
 MOBA_DEVICE void add_rows(const KeysParams<T>& p, const Shared<T, head_dim>& shared, const Chunk& chunk,
-                          int warp_key, int first_piece, float (&dk)[1][TileShape<head_dim>::kColumns / 8][4],
+                          int warp_key, int first_vec, float (&dk)[1][TileShape<head_dim>::kColumns / 8][4],
                           float (&dv)[1][TileShape<head_dim>::kColumns / 8][4]) {
   using C = TileShape<head_dim>;
   const int mine = ptx::thread();
@@ -153,22 +153,22 @@ MOBA_DEVICE void add_rows(const KeysParams<T>& p, const Shared<T, head_dim>& sha
     shared.sums(0)[mine] = sums_of(p, chunk, shared.sources(0)[mine]);
     shared.seen(0)[mine] = shared.sources(0)[mine].seen;
   }
-  ptx::barrier();
+  ptx::syncthreads();
   gather(0);
   int buffer = 0;
   for (std::uint32_t first = 0; first < chunk.rows(); first += C::kRows, buffer ^= 1) {
     ptx::cp_async_wait<0>();
-    ptx::barrier();  // this buffer is filled, and the other has been used
+    ptx::syncthreads();  // this buffer is filled, and the other has been used
     if (first + C::kRows < chunk.rows()) gather(buffer ^ 1);
     const std::uint32_t ahead = first + 2 * C::kRows + static_cast<std::uint32_t>(mine);
     std::uint32_t entry = kNoEntry;
-    RowSums next;
+    LseDelta next;
     if (looks_up) {
       entry = entry_at(chunk, ahead);
       next = sums_of(p, chunk, shared.sources(buffer ^ 1)[mine]);
     }
     if (warp_key < chunk.count)
-      add_tile(p, shared, buffer, is_whole<C::kRows>(p, chunk, first), warp_key, first_piece, dk, dv);
+      add_tile(p, shared, buffer, is_whole<C::kRows>(p, chunk, first), warp_key, first_vec, dk, dv);
     if (looks_up) {
       shared.sums(buffer ^ 1)[mine] = next;
       shared.seen(buffer ^ 1)[mine] = shared.sources(buffer ^ 1)[mine].seen;
@@ -179,7 +179,7 @@ MOBA_DEVICE void add_rows(const KeysParams<T>& p, const Shared<T, head_dim>& sha
 
 template <typename T, int head_dim>
 MOBA_KERNEL(kChunkThreads, 1)
-attend_backward_keys_kernel(MOBA_GRID_CONSTANT KeysParams<T> p) {
+attend_backward_dkv_kernel(MOBA_GRID_CONSTANT KeysParams<T> p) {
   using C = TileShape<head_dim>;
   const Chunk chunk = p.segments
                           ? chunk_of_segment<head_dim>(p, ptx::block_x())
@@ -192,11 +192,11 @@ attend_backward_keys_kernel(MOBA_GRID_CONSTANT KeysParams<T> p) {
   tile::load_rows<C::kKeys, C::kThreads>(shared.v, p.v.row(chunk.first_key, p.head0 + chunk.head),
                                          p.v.token_stride, chunk.count);
   const int warp_key = ptx::warp() / C::kShares * 16;
-  const int first_piece = ptx::warp() % C::kShares * (C::kColumns / tile::kPiece);
+  const int first_vec = ptx::warp() % C::kShares * (C::kColumns / tile::kVecElements);
   float dk[1][C::kColumns / 8][4] = {}, dv[1][C::kColumns / 8][4] = {};
-  add_rows(p, shared, chunk, warp_key, first_piece, dk, dv);
+  add_rows(p, shared, chunk, warp_key, first_vec, dk, dv);
   ptx::cp_async_wait<0>();
-  ptx::barrier();  // keys and values have been used: their gradients will lie there
+  ptx::syncthreads();  // keys and values have been used: their gradients will lie there
   const Chunk& done = *shared.chunk;
   if (warp_key >= done.count) return;
   if (p.segments) {
@@ -207,13 +207,13 @@ attend_backward_keys_kernel(MOBA_GRID_CONSTANT KeysParams<T> p) {
   add_segments(p, done, 0, ptx::thread(), dk[0]);
   add_segments(p, done, 1, ptx::thread(), dv[0]);
   const std::int64_t kv_head = p.head0 + done.head;
-  write_gradient(p.dk, shared.k, done, kv_head, warp_key, first_piece, p.scale, dk[0]);
-  write_gradient(p.dv, shared.v, done, kv_head, warp_key, first_piece, 1, dv[0]);
+  write_gradient(p.dk, shared.k, done, kv_head, warp_key, first_vec, p.scale, dk[0]);
+  write_gradient(p.dv, shared.v, done, kv_head, warp_key, first_vec, 1, dv[0]);
 }
 
 }  // namespace
 
-std::size_t attend_backward_keys_shared_bytes(std::int64_t head_dim) {
+std::size_t attend_backward_dkv_shared_bytes(std::int64_t head_dim) {
   return head_dim > 128 ? Shared<float16, 256>::kBytes : Shared<float16, 128>::kBytes;
 }
 
@@ -246,14 +246,14 @@ void plan_key_walk(Stream& stream, const Task& task, const WorkSlice& part, cons
                 kPlanThreads, 0, params);
 }
 
-void attend_backward_keys(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
-                          const Plan& plan, const RowSums* sums, const Backward& backward,
-                          const KeyWalk& walk) {
+void attend_backward_dkv(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+                         const Plan& plan, const LseDelta* sums, const Backward& backward,
+                         const KeyWalk& walk) {
   with_type(task, [&]<typename T, int head_dim>() {
     KeysParams<T> params = keys_params<T>(task, part, batch, plan, sums, backward, walk);
     const auto launch = [&](bool segments, Grid grid) {
       params.segments = segments;
-      stream.launch("attend_backward_keys", attend_backward_keys_kernel<T, head_dim>, grid, kChunkThreads,
+      stream.launch("attend_backward_dkv", attend_backward_dkv_kernel<T, head_dim>, grid, kChunkThreads,
                     Shared<T, head_dim>::kBytes, params);
     };
     launch(true, {most_segments(task, part) * params.chunks});

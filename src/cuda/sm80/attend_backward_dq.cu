@@ -9,7 +9,7 @@
 #include "cuda/attend_backward.h"
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/warp.h"
-#include "cuda/tile/rows.h"
+#include "cuda/tile/swizzled_tile.h"
 
 namespace moba::cuda {
 namespace {
@@ -31,21 +31,21 @@ constexpr int kSumThreads = 128;
 constexpr int kElements = 8;
 
 template <typename T>
-struct SumParams {
+struct DeltaParams {
   View<const T> out, d_out;
   const float* lse;  // [Hq, Tq]
-  RowSums* sums;     // [heads, rows]
+  LseDelta* sums;    // [heads, rows]
   std::int64_t rows, group, head0, tokens;
 };
 
 template <typename T>
-MOBA_DEVICE float dot(const ptx::Vector& a, const ptx::Vector& b) {
+MOBA_DEVICE float dot(const ptx::Vec16& a, const ptx::Vec16& b) {
   const std::uint32_t left[] = {a.x, a.y, a.z, a.w}, right[] = {b.x, b.y, b.z, b.w};
   float sum = 0;
   MOBA_UNROLL
   for (int i = 0; i < 4; ++i) {
-    sum = ptx::multiply_add(ptx::unpack_low<T>(left[i]), ptx::unpack_low<T>(right[i]), sum);
-    sum = ptx::multiply_add(ptx::unpack_high<T>(left[i]), ptx::unpack_high<T>(right[i]), sum);
+    sum = ptx::fma(ptx::unpack_low<T>(left[i]), ptx::unpack_low<T>(right[i]), sum);
+    sum = ptx::fma(ptx::unpack_high<T>(left[i]), ptx::unpack_high<T>(right[i]), sum);
   }
   return sum;
 }
@@ -54,7 +54,7 @@ MOBA_DEVICE float dot(const ptx::Vector& a, const ptx::Vector& b) {
 /// share a row.
 template <typename T, int head_dim>
 MOBA_KERNEL(kSumThreads, 8)
-sum_rows_kernel(MOBA_GRID_CONSTANT SumParams<T> p) {
+compute_delta_kernel(MOBA_GRID_CONSTANT DeltaParams<T> p) {
   constexpr int kColumns = head_dim / kElements, kRows = kSumThreads / kColumns;
   auto* products = reinterpret_cast<float*>(ptx::shared());  // [kRows, kColumns]
   const int in_block = ptx::thread() / kColumns, column = ptx::thread() % kColumns;
@@ -65,7 +65,7 @@ sum_rows_kernel(MOBA_GRID_CONSTANT SumParams<T> p) {
     products[ptx::thread()] = dot<T>(ptx::load_streaming(p.out.row(token, q_head) + column * kElements),
                                      ptx::load_streaming(p.d_out.row(token, q_head) + column * kElements));
   }
-  ptx::barrier();
+  ptx::syncthreads();
   if (!exists || column != 0) return;
   const float lse = p.lse[q_head * p.tokens + token];
   float delta = 0;
@@ -79,7 +79,7 @@ struct RowsParams {
   View<const T> q, k, v, d_out;
   Batch batch;
   Plan plan;
-  const RowSums* sums;  // [heads, sums_rows], of rows from the part's first on
+  const LseDelta* sums;  // [heads, sums_rows], of rows from the part's first on
   std::int64_t sums_rows;
   std::int64_t block_size, group, head0, heads;
   std::int64_t rows, width, ranks;  // of a head
@@ -106,13 +106,13 @@ struct Shared {
   static constexpr int kRowElements = C::kRows * head_dim, kKeyElements = C::kKeys * head_dim;
   static constexpr std::size_t kBytes =
       (2 * kRowElements + 4 * kKeyElements) * sizeof(T) + sizeof(Work) +
-      C::kRows * (2 * sizeof(std::int64_t) + sizeof(RowSums) + sizeof(KeyRange) + sizeof(std::uint32_t));
+      C::kRows * (2 * sizeof(std::int64_t) + sizeof(LseDelta) + sizeof(KeyRange) + sizeof(std::uint32_t));
 
   tile::SwizzledTile<T, head_dim> q, d_out;
   T* keys;                              // two buffers of keys, with their values behind each
   Work* work;                           // here, for there are no registers to spare
   std::int64_t *q_offsets, *d_offsets;  // [kRows], kNoRow behind the last
-  RowSums* sums;                        // [kRows]
+  LseDelta* sums;                       // [kRows]
   KeyRange* bounds;                     // [kRows], keys that a row sees
   std::uint32_t* slots;                 // [kRows]
 
@@ -123,7 +123,7 @@ struct Shared {
     work = reinterpret_cast<Work*>(keys + 4 * kKeyElements);
     q_offsets = reinterpret_cast<std::int64_t*>(work + 1);
     d_offsets = q_offsets + C::kRows;
-    sums = reinterpret_cast<RowSums*>(d_offsets + C::kRows);
+    sums = reinterpret_cast<LseDelta*>(d_offsets + C::kRows);
     bounds = reinterpret_cast<KeyRange*>(sums + C::kRows);
     slots = reinterpret_cast<std::uint32_t*>(bounds + C::kRows);
   }
@@ -233,12 +233,12 @@ MOBA_DEVICE void to_d_logits(float (&d_logits)[row_tiles][key_tiles][4],
   for (int i = 0; i < row_tiles; ++i) {
     MOBA_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const RowSums sums = shared.sums[warp_row + 16 * i + 8 * half + ptx::lane() / 4];
+      const LseDelta sums = shared.sums[warp_row + 16 * i + 8 * half + ptx::lane() / 4];
       MOBA_UNROLL
       for (int j = 0; j < key_tiles; ++j) {
         MOBA_UNROLL
         for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          const float weight = ptx::exp2(ptx::multiply_add(logits[i][j][e], scale, -sums.lse));
+          const float weight = ptx::exp2(ptx::fma(logits[i][j][e], scale, -sums.lse));
           d_logits[i][j][e] = weight * (d_logits[i][j][e] - sums.delta);
         }
       }
@@ -267,11 +267,11 @@ MOBA_DEVICE void apply_mask(float (&d_logits)[row_tiles][key_tiles][4], const Sh
   }
 }
 
-/// Writes the rows of this warp, through its own rows of q's shared memory so that whole pieces go out.
+/// Writes the rows of this warp, through its own rows of q's shared memory so that whole vecs go out.
 template <typename T, int head_dim, int row_tiles>
 MOBA_DEVICE void write(const RowsParams<T>& p, const Shared<T, head_dim>& shared, const Work& work,
                        const float (&dq)[row_tiles][TileShape<head_dim>::kColumns / 8][4], int warp_row,
-                       int first_piece) {
+                       int first_vec) {
   const int lane = ptx::lane();
   MOBA_UNROLL
   for (int i = 0; i < row_tiles; ++i) {
@@ -280,22 +280,22 @@ MOBA_DEVICE void write(const RowsParams<T>& p, const Shared<T, head_dim>& shared
       const int row = warp_row + 16 * i + 8 * half + lane / 4;
       MOBA_UNROLL
       for (int j = 0; j < TileShape<head_dim>::kColumns / 8; ++j) {
-        auto* to = reinterpret_cast<std::uint32_t*>(shared.q.piece(row, first_piece + j)) + lane % 4;
+        auto* to = reinterpret_cast<std::uint32_t*>(shared.q.vec(row, first_vec + j)) + lane % 4;
         *to = ptx::pack<T>(dq[i][j][2 * half] * p.scale, dq[i][j][2 * half + 1] * p.scale);
       }
     }
   }
-  ptx::warp_barrier();
-  constexpr int kPieces = TileShape<head_dim>::kColumns / tile::kPiece;
-  for (int i = lane; i < 16 * row_tiles * kPieces; i += ptx::kLanes) {
-    const int row = warp_row + i / kPieces, piece = first_piece + i % kPieces;
+  ptx::syncwarp();
+  constexpr int kVecs = TileShape<head_dim>::kColumns / tile::kVecElements;
+  for (int i = lane; i < 16 * row_tiles * kVecs; i += ptx::kLanes) {
+    const int row = warp_row + i / kVecs, vec = first_vec + i % kVecs;
     if (row >= work.count) break;
     const std::uint32_t slot = shared.slots[row];
     T* to = p.width == 0
                 ? p.dq.row(p.token0 + slot / p.group, (p.head0 + work.head) * p.group + slot % p.group)
                 : p.slots + slot_at(work.head, p.rows, p.ranks, slot) * head_dim;
-    *reinterpret_cast<ptx::Vector*>(to + piece * tile::kPiece) =
-        *reinterpret_cast<const ptx::Vector*>(shared.q.piece(row, piece));
+    *reinterpret_cast<ptx::Vec16*>(to + vec * tile::kVecElements) =
+        *reinterpret_cast<const ptx::Vec16*>(shared.q.vec(row, vec));
   }
 }
 
@@ -305,7 +305,7 @@ MOBA_DEVICE void add_keys(const RowsParams<T>& p, const Shared<T, head_dim>& sha
   using C = TileShape<head_dim>;
   constexpr int kRowTiles = C::kRowTiles, kKeyTiles = C::kKeys / 8;
   const int warp_row = ptx::warp() / C::kShares * 16 * kRowTiles;
-  const int first_piece = ptx::warp() % C::kShares * (C::kColumns / tile::kPiece);
+  const int first_vec = ptx::warp() % C::kShares * (C::kColumns / tile::kVecElements);
   const bool has_rows = warp_row < work.count;  // others only help to load
   const std::int64_t kv_head = p.head0 + work.head;
   const auto load = [&](std::int32_t key, int buffer) {
@@ -331,25 +331,25 @@ MOBA_DEVICE void add_keys(const RowsParams<T>& p, const Shared<T, head_dim>& sha
   int buffer = 0;
   for (std::int32_t key = work.begin; key < work.end; key += C::kKeys, buffer ^= 1) {
     ptx::cp_async_wait<0>();
-    ptx::barrier();  // this buffer is filled, and the other has been used
+    ptx::syncthreads();  // this buffer is filled, and the other has been used
     if (key + C::kKeys < work.end) load(key + C::kKeys, buffer ^ 1);
     if (!has_rows) continue;
     float logits[kRowTiles][kKeyTiles][4] = {}, d_logits[kRowTiles][kKeyTiles][4] = {};
-    tile::multiply_rows(logits, shared.q, warp_row, shared.k(buffer));
-    tile::multiply_rows(d_logits, shared.d_out, warp_row, shared.v(buffer));
+    tile::gemm_nt(logits, shared.q, warp_row, shared.k(buffer));
+    tile::gemm_nt(d_logits, shared.d_out, warp_row, shared.v(buffer));
     to_d_logits(d_logits, logits, shared, p.log2_scale, warp_row);
     if (key < work.all_begin || key + C::kKeys > work.all_end) apply_mask(d_logits, shared, key, warp_row);
-    tile::add_weighted(dq, d_logits, shared.k(buffer), first_piece);
+    tile::gemm_rs(dq, d_logits, shared.k(buffer), first_vec);
   }
   ptx::cp_async_wait<0>();
-  ptx::barrier();  // q has been used, and its rows are there even with no keys: their gradients will lie
-                   // there
-  if (has_rows) write(p, shared, work, dq, warp_row, first_piece);
+  ptx::syncthreads();  // q has been used, and its rows are there even with no keys: their gradients will lie
+                       // there
+  if (has_rows) write(p, shared, work, dq, warp_row, first_vec);
 }
 
 template <typename T, int head_dim>
 MOBA_KERNEL(TileShape<head_dim>::kThreads, TileShape<head_dim>::kBlocksPerMultiprocessor)
-attend_backward_rows_kernel(MOBA_GRID_CONSTANT RowsParams<T> p) {
+attend_backward_dq_kernel(MOBA_GRID_CONSTANT RowsParams<T> p) {
   using C = TileShape<head_dim>;
   const Shared<T, head_dim> shared(ptx::shared());
   const std::uint32_t full = p.plan.totals[Plan::kFull], rest = p.plan.totals[Plan::kPartial];
@@ -364,7 +364,7 @@ attend_backward_rows_kernel(MOBA_GRID_CONSTANT RowsParams<T> p) {
           : routed_work(p, shared, index < full ? p.plan.full[index] : p.plan.partial[index - full], first);
   if (work.count == 0) return;
   if (ptx::thread() == 0) *shared.work = work;
-  ptx::barrier();
+  ptx::syncthreads();
   add_keys(p, shared, *shared.work);
 }
 
@@ -379,7 +379,7 @@ struct AddParams {
 /// head_dim / kElements threads share a row.
 template <typename T, int head_dim>
 MOBA_KERNEL(kSumThreads, 8)
-add_slots_kernel(MOBA_GRID_CONSTANT AddParams<T> p) {
+sum_dq_slots_kernel(MOBA_GRID_CONSTANT AddParams<T> p) {
   constexpr int kColumns = head_dim / kElements, kRows = kSumThreads / kColumns;
   const std::int64_t head = ptx::block_y();
   const std::int64_t row = std::int64_t{ptx::block_x()} * kRows + ptx::thread() / kColumns;
@@ -392,7 +392,7 @@ add_slots_kernel(MOBA_GRID_CONSTANT AddParams<T> p) {
   float sum[kElements] = {};
   for (std::int64_t rank = 0; rank < p.ranks; ++rank, slot += head_dim) {
     if (rank < p.width && chosen[rank] < 0) continue;
-    const ptx::Vector v = ptx::load_streaming(slot);
+    const ptx::Vec16 v = ptx::load_streaming(slot);
     const std::uint32_t pairs[] = {v.x, v.y, v.z, v.w};
     MOBA_UNROLL
     for (int i = 0; i < 4; ++i) {
@@ -401,7 +401,7 @@ add_slots_kernel(MOBA_GRID_CONSTANT AddParams<T> p) {
     }
   }
   T* to = p.dq.row(p.token0 + row / p.group, (p.head0 + head) * p.group + row % p.group);
-  *reinterpret_cast<ptx::Vector*>(to + column * kElements) = {
+  *reinterpret_cast<ptx::Vec16*>(to + column * kElements) = {
       ptx::pack<T>(sum[0], sum[1]), ptx::pack<T>(sum[2], sum[3]), ptx::pack<T>(sum[4], sum[5]),
       ptx::pack<T>(sum[6], sum[7])};
 }
@@ -410,23 +410,24 @@ add_slots_kernel(MOBA_GRID_CONSTANT AddParams<T> p) {
 
 std::size_t attend_backward_shared_bytes(std::int64_t head_dim) {
   const std::size_t rows = head_dim > 128 ? Shared<float16, 256>::kBytes : Shared<float16, 128>::kBytes;
-  return std::max(rows, attend_backward_keys_shared_bytes(head_dim));
+  return std::max(rows, attend_backward_dkv_shared_bytes(head_dim));
 }
 
-void sum_rows(Stream& stream, const Task& task, const WorkSlice& part, const Backward& backward,
-              RowSums* sums) {
+void compute_delta(Stream& stream, const Task& task, const WorkSlice& part, const Backward& backward,
+                   LseDelta* sums) {
   with_type(task, [&]<typename T, int head_dim>() {
     constexpr int kRows = kSumThreads / (head_dim / kElements);
-    const SumParams<T> params{.out = view_of<const T>(backward.out),
-                              .d_out = view_of<const T>(backward.d_out),
-                              .lse = backward.lse,
-                              .sums = sums,
-                              .rows = task.rows(part),
-                              .group = task.group,
-                              .head0 = part.head0,
-                              .tokens = task.tokens};
-    stream.launch("sum_rows", sum_rows_kernel<T, head_dim>, {divide_up(task.rows(part), kRows), part.heads()},
-                  kSumThreads, kSumThreads * sizeof(float), params);
+    const DeltaParams<T> params{.out = view_of<const T>(backward.out),
+                                .d_out = view_of<const T>(backward.d_out),
+                                .lse = backward.lse,
+                                .sums = sums,
+                                .rows = task.rows(part),
+                                .group = task.group,
+                                .head0 = part.head0,
+                                .tokens = task.tokens};
+    stream.launch("compute_delta", compute_delta_kernel<T, head_dim>,
+                  {divide_up(task.rows(part), kRows), part.heads()}, kSumThreads, kSumThreads * sizeof(float),
+                  params);
   });
 }
 
@@ -435,8 +436,8 @@ void* carve_dq_slots(ArenaLayout& layout, const Task& task, const WorkSlice& par
   return layout.take<std::uint16_t>(part.heads() * task.rows(part) * task.ranks() * task.head_dim);
 }
 
-void attend_backward_rows(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
-                          const Plan& plan, const RowSums* sums, const Backward& backward, void* slots) {
+void attend_backward_dq(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+                        const Plan& plan, const LseDelta* sums, const Backward& backward, void* slots) {
   with_type(task, [&]<typename T, int head_dim>() {
     using C = TileShape<head_dim>;
     const RowsParams<T> params{.q = view_of<const T>(task.q),
@@ -465,12 +466,12 @@ void attend_backward_rows(Stream& stream, const Task& task, const WorkSlice& par
     const std::int64_t most_items =
         part.heads() * (task.rows(part) * task.width / kTileRows + (task.width > 0 ? task.most_blocks() : 0) +
                         task.most_tiles(part));
-    stream.launch("attend_backward_rows", attend_backward_rows_kernel<T, head_dim>, {most_items * C::kShares},
+    stream.launch("attend_backward_dq", attend_backward_dq_kernel<T, head_dim>, {most_items * C::kShares},
                   C::kThreads, Shared<T, head_dim>::kBytes, params);
   });
 }
 
-void add_dq_slots(Stream& stream, const Task& task, const WorkSlice& part, const std::int32_t* selection,
+void sum_dq_slots(Stream& stream, const Task& task, const WorkSlice& part, const std::int32_t* selection,
                   const void* slots, const Backward& backward) {
   if (task.width == 0) return;
   with_type(task, [&]<typename T, int head_dim>() {
@@ -484,8 +485,8 @@ void add_dq_slots(Stream& stream, const Task& task, const WorkSlice& part, const
                               .token0 = part.token0,
                               .dq = view_of<T>(backward.gradients.dq)};
     constexpr int kRows = kSumThreads / (head_dim / kElements);
-    stream.launch("add_slots", add_slots_kernel<T, head_dim>, {divide_up(params.rows, kRows), part.heads()},
-                  kSumThreads, 0, params);
+    stream.launch("sum_dq_slots", sum_dq_slots_kernel<T, head_dim>,
+                  {divide_up(params.rows, kRows), part.heads()}, kSumThreads, 0, params);
   });
 }
 

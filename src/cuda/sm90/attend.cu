@@ -1,5 +1,5 @@
 // attend.cu's items on Hopper. The two warpgroups that multiply hold 64 rows each and begin their products of
-// a tile by turns, so that one's softmax runs while the other multiplies.
+// a tile by barriers, so that one's softmax runs while the other multiplies.
 #include <algorithm>
 #include <cstdlib>
 #include <string>
@@ -8,7 +8,7 @@
 #include "moba/error.h"
 
 namespace moba::cuda {
-namespace hopper {
+namespace sm90 {
 
 inline constexpr int kKeys = 128;  // of a tile
 inline constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
@@ -33,113 +33,113 @@ struct Shared {
   using Rows = tile::SwizzledTile128B<T, kTileRows, head_dim>;
   using Keys = tile::SwizzledTile128B<T, kKeys, head_dim>;
 
-  struct Rest {
-    RowTable places[2];
+  struct Control {
+    RowTable tables[2];
     StageBarriers q[2], k[kStages], v[kStages];
   };
-  static constexpr std::size_t kBytes = 2 * Rows::kBytes + 2 * kStages * Keys::kBytes + sizeof(Rest);
+  static constexpr std::size_t kBytes = 2 * Rows::kBytes + 2 * kStages * Keys::kBytes + sizeof(Control);
 
   std::byte* memory;
 
   MOBA_DEVICE Rows q(int buffer) const { return {memory + buffer * Rows::kBytes}; }
   MOBA_DEVICE Keys k(int stage) const { return {memory + 2 * Rows::kBytes + 2 * stage * Keys::kBytes}; }
   MOBA_DEVICE Keys v(int stage) const { return {k(stage).data + Keys::kBytes}; }
-  MOBA_DEVICE Rest& rest() const { return *reinterpret_cast<Rest*>(k(kStages).data); }
+  MOBA_DEVICE Control& control() const { return *reinterpret_cast<Control*>(k(kStages).data); }
 };
 
-/// By kRowThreads threads; `thread` is the number among them.
+/// By kGatherThreads threads; `thread` is the number among them.
 template <typename T, int head_dim>
 MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
                         int thread) {
   PipelineState<2> buffer;
   for_own_items(items, [&](std::int64_t index) {
-    auto& turns = shared.rest().q[buffer.at];
-    RowTable& places = shared.rest().places[buffer.at];
-    ptx::mbarrier_wait(&turns.empty, buffer.parity ^ 1U);
+    auto& barriers = shared.control().q[buffer.index];
+    RowTable& table = shared.control().tables[buffer.index];
+    ptx::mbarrier_wait(&barriers.empty, buffer.phase ^ 1U);
     with_item(p.items, index, [&](const Work& work, auto&& place_of) {
-      for (int r = thread; r < kTileRows; r += kRowThreads) {
+      for (int r = thread; r < kTileRows; r += kGatherThreads) {
         const Place place = place_of(r);
-        places.q_offsets[r] = place.q_offset;
-        places.bounds[r] = place.sees;
-        places.slots[r] = place.slot;
+        table.q_offsets[r] = place.q_offset;
+        table.bounds[r] = place.sees;
+        table.slots[r] = place.slot;
       }
-      if (thread == 0) places.work = work;
+      if (thread == 0) table.work = work;
     });
-    ptx::named_barrier(kRowsPlaced, kRowThreads);
-    gather_rows(shared.q(buffer.at), p.items.q.data, places.q_offsets, thread);
+    ptx::bar_sync(kRowTableReady, kGatherThreads);
+    gather_rows(shared.q(buffer.index), p.items.q.data, table.q_offsets, thread);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
-    ptx::fence_async();
-    ptx::mbarrier_arrive(&turns.full);
+    ptx::fence_proxy_async();
+    ptx::mbarrier_arrive(&barriers.full);
     buffer.advance();
   });
 }
 
-/// Waits for the group's turn to multiply; `pingpong_arrive` gives it to the other.
-MOBA_DEVICE void pingpong_wait(int group) {
-  ptx::named_barrier(kTurn + group, kGroups * ptx::kGroupThreads);
+/// Waits for the warpgroup's turn to multiply; `pingpong_arrive` gives it to the other.
+MOBA_DEVICE void pingpong_wait(int warpgroup) {
+  ptx::bar_sync(kPingpong + warpgroup, kConsumerWarpgroups * ptx::kWarpgroupThreads);
 }
-MOBA_DEVICE void pingpong_arrive(int group) {
-  ptx::named_barrier_arrive(kTurn + 1 - group, kGroups * ptx::kGroupThreads);
+MOBA_DEVICE void pingpong_arrive(int warpgroup) {
+  ptx::bar_arrive(kPingpong + 1 - warpgroup, kConsumerWarpgroups * ptx::kWarpgroupThreads);
 }
 
-/// By the two groups that multiply: what the others bring.
+/// By the two groups that multiply: what the others load.
 template <typename T, int head_dim>
 MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
-                         int group) {
+                         int warpgroup) {
   using S = Shared<T, head_dim>;
-  typename S::Rest& rest = shared.rest();
-  const int first_row = group * kGroupRows;
+  typename S::Control& control = shared.control();
+  const int first_row = warpgroup * kWarpgroupRows;
   const int warp_row = first_row + ptx::warp() % 4 * 16;
   PipelineState<2> buffer;
   PipelineState<S::kStages> stage;
-  if (group == 1) pingpong_arrive(group);
+  if (warpgroup == 1) pingpong_arrive(warpgroup);
   for_own_items(items, [&](std::int64_t) {
-    ptx::mbarrier_wait(&rest.q[buffer.at].full, buffer.parity);
-    const RowTable& places = rest.places[buffer.at];
-    const Work work = uniform(places.work);
-    const auto q = shared.q(buffer.at);
-    const bool has_rows = first_row < work.count;  // the other group has some
+    ptx::mbarrier_wait(&control.q[buffer.index].full, buffer.phase);
+    const RowTable& table = control.tables[buffer.index];
+    const Work work = warp_uniform(table.work);
+    const auto q = shared.q(buffer.index);
+    const bool has_rows = first_row < work.count;  // the other warpgroup has some
     float out[1][head_dim / 8][4] = {};
     tile::Softmax<1> softmax;
-    softmax.clear();
+    softmax.init();
     for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
-      const auto k = shared.k(stage.at), v = shared.v(stage.at);
+      const auto k = shared.k(stage.index), v = shared.v(stage.index);
       float logits[1][kKeys / 8][4];
-      ptx::mbarrier_wait(&rest.k[stage.at].full, stage.parity);
-      pingpong_wait(group);
+      ptx::mbarrier_wait(&control.k[stage.index].full, stage.phase);
+      pingpong_wait(warpgroup);
       if (has_rows) {
         ptx::wgmma_fence();
         issue_qk(logits[0], q, first_row, k);
-        pingpong_arrive(group);
+        pingpong_arrive(warpgroup);
         ptx::wgmma_wait(logits[0]);
         if (p.items.scale.negate) negate(logits);
         if (key < work.all_begin || key + kKeys > work.all_end)
-          apply_mask(logits, places.bounds, work, key, warp_row);
-        softmax.add(logits, out, p.items.scale.scale);
+          apply_mask(logits, table.bounds, work, key, warp_row);
+        softmax.update(logits, out, p.items.scale.scale);
       } else {
-        pingpong_arrive(group);
+        pingpong_arrive(warpgroup);
       }
-      release(rest.k[stage.at].empty);
-      ptx::mbarrier_wait(&rest.v[stage.at].full, stage.parity);
+      consumer_release(control.k[stage.index].empty);
+      ptx::mbarrier_wait(&control.v[stage.index].full, stage.phase);
       if (has_rows) {
-        if (key + kKeys > work.end) clear_behind(v, work.end - key, group);
+        if (key + kKeys > work.end) zero_rows_from(v, work.end - key, warpgroup);
         std::uint32_t weights[kKeys / 16][4];
         pack_p_as_a_operand<T>(weights, logits[0]);
         ptx::wgmma_fence();
         issue_pv(out[0], weights, v);
         ptx::wgmma_wait(out[0]);
       }
-      release(rest.v[stage.at].empty);
+      consumer_release(control.v[stage.index].empty);
     }
     if (has_rows) {
-      warpgroup_sync(group);  // q has been read: answers go there
-      write(p.items, q, places.slots, work, out, softmax, warp_row);
+      warpgroup_sync(warpgroup);  // q has been read: answers go there
+      write(p.items, q, table.slots, work, out, softmax, warp_row);
     }
-    release(rest.q[buffer.at].empty);
+    consumer_release(control.q[buffer.index].empty);
     buffer.advance();
   });
-  if (group == 0) pingpong_wait(group);  // the one that is left over
+  if (warpgroup == 0) pingpong_wait(warpgroup);  // the one that is left over
 }
 
 template <typename T, int head_dim>
@@ -147,28 +147,28 @@ MOBA_KERNEL(kThreads, 1)
 attend_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
     const Shared<T, head_dim> shared{ptx::shared()};
-    const std::int64_t items = uniform(p.items.items());
+    const std::int64_t items = warp_uniform(p.items.items());
     if (ptx::thread() == 0) {
-      auto& rest = shared.rest();
-      for (StageBarriers& turns : rest.q) turns.begin(kRowThreads);
-      for (StageBarriers& turns : rest.k) turns.begin(1);
-      for (StageBarriers& turns : rest.v) turns.begin(1);
-      ptx::fence_async();
+      auto& control = shared.control();
+      for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
+      for (StageBarriers& barriers : control.k) barriers.init(1);
+      for (StageBarriers& barriers : control.v) barriers.init(1);
+      ptx::fence_proxy_async();
     }
-    ptx::barrier();
-    const int group = uniform(ptx::thread() / ptx::kGroupThreads);
-    if (group == 0) {
+    ptx::syncthreads();
+    const int warpgroup = warp_uniform(ptx::thread() / ptx::kWarpgroupThreads);
+    if (warpgroup == 0) {
       ptx::warpgroup_reg_dealloc<kProducerRegisters>();
       if (ptx::thread() == 0) load_kv(p.k, p.v, p.items, shared, items);
       if (ptx::warp() > 0) load_q(p, shared, items, ptx::thread() - ptx::kLanes);
     } else {
       ptx::warpgroup_reg_alloc<kConsumerRegisters>();
-      consume(p, shared, items, group - 1);
+      consume(p, shared, items, warpgroup - 1);
     }
   }
 }
 
-}  // namespace hopper
+}  // namespace sm90
 
 namespace {
 
@@ -188,7 +188,7 @@ bool has_map(const Tensor& t) {
 
 }  // namespace
 
-bool attends_on_hopper(std::string_view function, const Task& task) {
+bool uses_sm90(std::string_view function, const Task& task) {
   const char* asked = std::getenv("MOBA_CUDA_ARCH");
   const std::string_view choice = asked == nullptr ? "" : asked;
   const auto refuse = [&](const std::string& why) {
@@ -201,20 +201,20 @@ bool attends_on_hopper(std::string_view function, const Task& task) {
     refuse(
         "needs a build for sm_90a, compute capability 9.0, head_dim 64 or 128, and positive strides of k and "
         "v");
-  return choice == "sm90" || (choice.empty() && can && task.routing.block_size > hopper::kKeys / 2);
+  return choice == "sm90" || (choice.empty() && can && task.routing.block_size > sm90::kKeys / 2);
 }
 
-void attend_on_hopper(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
-                      const Plan& plan, const Partials& partials, const Outputs& outputs) {
+void attend_sm90(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+                 const Plan& plan, const Partials& partials, const Outputs& outputs) {
   with_type(task, [&]<typename T, int head_dim>() {
     if constexpr (head_dim == 64 || head_dim == 128) {
-      const hopper::Params<T> params{.k = tensor_map(stream.function(), task.k, hopper::kKeys),
-                                     .v = tensor_map(stream.function(), task.v, hopper::kKeys),
-                                     .items = attend_params<T>(task, part, batch, plan, partials, outputs)};
+      const sm90::Params<T> params{.k = tensor_map(stream.function(), task.k, sm90::kKeys),
+                                   .v = tensor_map(stream.function(), task.v, sm90::kKeys),
+                                   .items = attend_params<T>(task, part, batch, plan, partials, outputs)};
       const std::int64_t blocks = current_hardware(stream.function()).multiprocessors;
-      stream.launch("attend on hopper", hopper::attend_kernel<T, head_dim>,
-                    {std::min(blocks, most_items(task, part))}, hopper::kThreads,
-                    hopper::Shared<T, head_dim>::kBytes, params);
+      stream.launch("attend_sm90", sm90::attend_kernel<T, head_dim>,
+                    {std::min(blocks, most_items(task, part))}, sm90::kThreads,
+                    sm90::Shared<T, head_dim>::kBytes, params);
     }
   });
 }

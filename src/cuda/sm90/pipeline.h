@@ -5,34 +5,34 @@
 #include "cuda/geometry.h"
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/convert.h"
-#include "cuda/ptx/transfer.h"
+#include "cuda/ptx/tma.h"
 #include "cuda/ptx/warp.h"
-#include "cuda/tile/panels.h"
+#include "cuda/tile/swizzled_tile_128b.h"
 
 /// What the kernels for Hopper have in common. A thread block stays on its multiprocessor and takes every
 /// so-many-th item. Its first warpgroup only brings things: one thread the keys and values, in bulk copies
-/// that land permuted as products want them, and three warps the rows, which come from anywhere. The other
+/// that land swizzled as products want them, and three warps the rows, which come from anywhere. The other
 /// two warpgroups multiply.
 ///
 /// All of it is named and not hidden: where a compilation is for another device, it uses nothing of this.
-namespace moba::cuda::hopper {
+namespace moba::cuda::sm90 {
 
-inline constexpr int kGroups = 2;  // that multiply
-inline constexpr int kGroupRows = 64;
-inline constexpr int kThreads = (1 + kGroups) * ptx::kGroupThreads;
-inline constexpr int kRowThreads = ptx::kGroupThreads - ptx::kLanes;               // that bring rows
-inline constexpr int kConsumerWarps = kGroups * ptx::kGroupThreads / ptx::kLanes;  // warps
+inline constexpr int kConsumerWarpgroups = 2;  // that multiply
+inline constexpr int kWarpgroupRows = 64;
+inline constexpr int kThreads = (1 + kConsumerWarpgroups) * ptx::kWarpgroupThreads;
+inline constexpr int kGatherThreads = ptx::kWarpgroupThreads - ptx::kLanes;  // that load rows
+inline constexpr int kConsumerWarps = kConsumerWarpgroups * ptx::kWarpgroupThreads / ptx::kLanes;  // warps
 
-/// Named barriers; of kTurn and kRead, each group has its own.
-inline constexpr int kRowsPlaced = 1, kTurn = 2, kRead = 4;
+/// Named barriers; of kPingpong and kWarpgroupSync, each warpgroup has its own.
+inline constexpr int kRowTableReady = 1, kPingpong = 2, kWarpgroupSync = 4;
 
 /// Who brings waits until what was there `empty`; who reads, until it `full`.
 struct StageBarriers {
   ptx::Mbarrier full, empty;
 
   /// By one thread, which fences.
-  MOBA_DEVICE void begin(int bringers) {
-    ptx::mbarrier_init(&full, bringers);
+  MOBA_DEVICE void init(int producers) {
+    ptx::mbarrier_init(&full, producers);
     ptx::mbarrier_init(&empty, kConsumerWarps);
   }
 };
@@ -40,13 +40,13 @@ struct StageBarriers {
 /// Which of some buffers comes next, and how often it was used before.
 template <int count>
 struct PipelineState {
-  int at = 0;
-  unsigned parity = 0;
+  int index = 0;
+  unsigned phase = 0;
 
   MOBA_DEVICE void advance() {
-    if (++at < count) return;
-    at = 0;
-    parity ^= 1U;
+    if (++index < count) return;
+    index = 0;
+    phase ^= 1U;
   }
 };
 
@@ -57,8 +57,8 @@ MOBA_DEVICE void for_own_items(std::int64_t items, Run&& run) {
 
 /// Begins to load tokens from `token` on, by one thread. All bytes count for `barrier`.
 template <typename T, int rows, int head_dim>
-MOBA_DEVICE void copy_tokens(const tile::SwizzledTile128B<T, rows, head_dim>& to, const TensorMap& map,
-                             std::int64_t head, std::int64_t token, ptx::Mbarrier* barrier) {
+MOBA_DEVICE void tma_load_tile(const tile::SwizzledTile128B<T, rows, head_dim>& to, const TensorMap& map,
+                               std::int64_t head, std::int64_t token, ptx::Mbarrier* barrier) {
   using To = tile::SwizzledTile128B<T, rows, head_dim>;
   MOBA_UNROLL
   for (int panel = 0; panel < To::kPanels; ++panel) {
@@ -67,51 +67,53 @@ MOBA_DEVICE void copy_tokens(const tile::SwizzledTile128B<T, rows, head_dim>& to
   }
 }
 
-/// Begins to load rows that begin at `offsets` behind `from`, zeros for kNoRow. By kRowThreads threads;
+/// Begins to load rows that begin at `offsets` behind `from`, zeros for kNoRow. By kGatherThreads threads;
 /// `thread` is the number among them. Eight share the 128 bytes of a row in a panel.
 template <typename T, int rows, int head_dim>
 MOBA_DEVICE void gather_rows(const tile::SwizzledTile128B<T, rows, head_dim>& to, const T* from,
                              const std::int64_t* offsets, int thread) {
-  const int piece = thread % 8;
-  for (int r = thread / 8; r < rows; r += kRowThreads / 8) {
+  const int vec = thread % 8;
+  for (int r = thread / 8; r < rows; r += kGatherThreads / 8) {
     const std::int64_t offset = offsets[r];
     MOBA_UNROLL
     for (int panel = 0; panel < head_dim / 64; ++panel) {
-      const int index = 8 * panel + piece;
+      const int index = 8 * panel + vec;
       ptx::cp_async_16(to.data, to.start(r, index),
-                       offset == kNoRow ? nullptr : from + offset + index * tile::kPiece, offset != kNoRow);
+                       offset == kNoRow ? nullptr : from + offset + index * tile::kVecElements,
+                       offset != kNoRow);
     }
   }
 }
 
 /// Once for each warp, when all of its lanes have read.
-MOBA_DEVICE void release(ptx::Mbarrier& empty) {
-  ptx::warp_barrier();
+MOBA_DEVICE void consumer_release(ptx::Mbarrier& empty) {
+  ptx::syncwarp();
   if (ptx::lane() == 0) ptx::mbarrier_arrive(&empty);
 }
 
-/// All warps of a group that multiplies have come.
-MOBA_DEVICE void warpgroup_sync(int group) {
-  ptx::named_barrier(kRead + group, ptx::kGroupThreads);
+/// All warps of a warpgroup that multiplies have come.
+MOBA_DEVICE void warpgroup_sync(int warpgroup) {
+  ptx::bar_sync(kWarpgroupSync + warpgroup, ptx::kWarpgroupThreads);
 }
 
 /// What lies behind the first so many rows of a tile belongs to other rows, and times a weight of 0 need not
-/// be 0. Each group clears it for itself.
+/// be 0. Each warpgroup clears it for itself.
 template <typename T, int rows, int head_dim>
-MOBA_DEVICE void clear_behind(const tile::SwizzledTile128B<T, rows, head_dim>& tile, int valid, int group) {
-  constexpr int kPieces = head_dim / tile::kPiece;
-  for (int i = valid * kPieces + ptx::thread() % ptx::kGroupThreads; i < rows * kPieces;
-       i += ptx::kGroupThreads)
-    ptx::clear_piece(tile.data, tile.start(i / kPieces, i % kPieces));
-  ptx::fence_async();
-  warpgroup_sync(group);
+MOBA_DEVICE void zero_rows_from(const tile::SwizzledTile128B<T, rows, head_dim>& tile, int valid,
+                                int warpgroup) {
+  constexpr int kVecs = head_dim / tile::kVecElements;
+  for (int i = valid * kVecs + ptx::thread() % ptx::kWarpgroupThreads; i < rows * kVecs;
+       i += ptx::kWarpgroupThreads)
+    ptx::zero_vec(tile.data, tile.start(i / kVecs, i % kVecs));
+  ptx::fence_proxy_async();
+  warpgroup_sync(warpgroup);
 }
 
 /// Tells the compiler that all lanes have the same value: it does not let products under way at a branch that
 /// might divide a warp.
 template <std::integral N>
-MOBA_DEVICE N uniform(N value) {
-  return ptx::shuffle(value, 0);
+MOBA_DEVICE N warp_uniform(N value) {
+  return ptx::shfl(value, 0);
 }
 
 /// Begins products = left right^T, of the 64 rows of `left` from `row` on and all of `right`'s.
@@ -121,7 +123,8 @@ MOBA_DEVICE void issue_qk(float (&products)[rows / 8][4],
                           const tile::SwizzledTile128B<T, rows, head_dim>& right) {
   MOBA_UNROLL
   for (int step = 0; step < head_dim / 16; ++step)
-    ptx::wgmma_ss<T>(products, left.along_rows(row, step), right.along_rows(0, step), step > 0);
+    ptx::wgmma_ss<T>(products, left.k_major_descriptor(row, step), right.k_major_descriptor(0, step),
+                     step > 0);
   ptx::wgmma_commit();
 }
 
@@ -143,8 +146,8 @@ template <typename T, int head_dim, int rows>
 MOBA_DEVICE void issue_pv(float (&sums)[head_dim / 8][4], const std::uint32_t (&left)[rows / 16][4],
                           const tile::SwizzledTile128B<T, rows, head_dim>& of) {
   MOBA_UNROLL
-  for (int k = 0; k < rows / 16; ++k) ptx::wgmma_rs<T>(sums, left[k], of.across_rows(16 * k));
+  for (int k = 0; k < rows / 16; ++k) ptx::wgmma_rs<T>(sums, left[k], of.mn_major_descriptor(16 * k));
   ptx::wgmma_commit();
 }
 
-}  // namespace moba::cuda::hopper
+}  // namespace moba::cuda::sm90

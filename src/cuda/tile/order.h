@@ -8,7 +8,7 @@ namespace moba::cuda::tile {
 constexpr std::uint32_t kForced = 0xFFFFFFFFU;
 
 MOBA_DEVICE std::uint32_t order_of(float score) {
-  const std::uint32_t bits = ptx::bits_of(score == score ? score : -ptx::infinity());
+  const std::uint32_t bits = ptx::float_as_uint(score == score ? score : -ptx::infinity());
   return bits >> 31 != 0 ? ~bits : bits | 0x80000000U;
 }
 

@@ -18,17 +18,17 @@ MOBA_DEVICE Scanned<T> scan(T value, T* shared) {
   T sum = value;
   MOBA_UNROLL
   for (int distance = 1; distance < ptx::kLanes; distance *= 2) {
-    const T below = ptx::shuffle_up(sum, distance);
+    const T below = ptx::shfl_up(sum, distance);
     if (ptx::lane() >= distance) sum += below;
   }
   if (ptx::lane() == ptx::kLanes - 1) shared[ptx::warp()] = sum;
-  ptx::barrier();
+  ptx::syncthreads();
   Scanned<T> result{sum - value, T{}};
   for (int warp = 0; warp < kWarps; ++warp) {
     if (warp == ptx::warp()) result.before += result.total;
     result.total += shared[warp];
   }
-  ptx::barrier();
+  ptx::syncthreads();
   return result;
 }
 

@@ -58,7 +58,7 @@ struct Product {
   std::vector<std::vector<std::byte>> operands;
 
   void run() {
-    std::array<void*, kGroupThreads> pointers{};
+    std::array<void*, kWarpgroupThreads> pointers{};
     for (std::size_t i = 0; i < pointers.size(); ++i) pointers[i] = operands[i].data();
     body(pointers.data());
   }
@@ -82,7 +82,7 @@ struct Mbarrier {
   unsigned phase = 0;
 };
 
-struct BulkCopy {
+struct TmaLoad {
   std::function<void()> land;
   const void* barrier;
   std::int64_t bytes;
@@ -121,7 +121,7 @@ class Machine {
   void fail_later(const std::string& why) { failure_ = why; }
   const std::function<void()>* kernel = nullptr;
   std::unordered_map<const void*, Mbarrier> mbarriers;
-  std::vector<BulkCopy> bulk_copies;
+  std::vector<TmaLoad> tma_loads;
   std::map<std::string, int> launches;
 
  private:
@@ -134,7 +134,7 @@ class Machine {
   void run_collective(int first, int count);
   bool have_met(int warp) const;
   void check_alike(int first, int count) const;
-  bool land_bulk_copies(bool all);
+  bool land_tma_loads(bool all);
   void check_nothing_pends();
   [[noreturn]] void fail(const std::string& why) const;
   [[noreturn]] void fail_stuck() const;
@@ -235,9 +235,9 @@ void Machine::check_alike(int first, int count) const {
 
 void Machine::run_collective(int first, int count) {
   check_alike(first, count);
-  std::array<void*, kGroupThreads> operands{};
+  std::array<void*, kWarpgroupThreads> operands{};
   for (int i = 0; i < count; ++i) operands[static_cast<std::size_t>(i)] = thread(first + i).operands;
-  running_group_ = first / kGroupThreads;
+  running_group_ = first / kWarpgroupThreads;
   thread(first).body(operands.data());
   if (!failure_.empty()) fail(std::exchange(failure_, {}));
   for (int i = 0; i < count; ++i) thread(first + i).state = State::ready;
@@ -253,7 +253,7 @@ bool Machine::have_met(int warp) const {
 void Machine::begin_product(void* const* threads) {
   const auto* first = static_cast<const Begun*>(threads[0]);
   Product product{.body = first->body, .operands = {}};
-  for (int i = 0; i < kGroupThreads; ++i) {
+  for (int i = 0; i < kWarpgroupThreads; ++i) {
     const auto* each = static_cast<const Begun*>(threads[i]);
     if (each->body != first->body) fail("the threads of a warpgroup begin different products");
     product.operands.emplace_back(each->operands, each->operands + each->bytes);
@@ -300,9 +300,9 @@ void Machine::settle(const void* address, Mbarrier& barrier) {
   }
 }
 
-bool Machine::land_bulk_copies(bool all) {
+bool Machine::land_tma_loads(bool all) {
   bool landed = false;
-  std::erase_if(bulk_copies, [&](const BulkCopy& copy) {
+  std::erase_if(tma_loads, [&](const TmaLoad& copy) {
     if (!all && chance()) return false;
     copy.land();
     Mbarrier* barrier = mbarrier(copy.barrier);
@@ -337,14 +337,14 @@ bool Machine::step(int warp) {
     return true;
   }
   check_alike(warp * kLanes, kLanes);
-  constexpr int kWarps = kGroupThreads / kLanes;
+  constexpr int kWarps = kWarpgroupThreads / kLanes;
   const int first = warp / kWarps * kWarps;
   for (int other = first; other < first + kWarps; ++other) {
     if (other * kLanes >= place.threads || !have_met(other) ||
-        thread(other * kLanes).together != kGroupThreads)
+        thread(other * kLanes).together != kWarpgroupThreads)
       return moved;
   }
-  run_collective(first * kLanes, kGroupThreads);
+  run_collective(first * kLanes, kWarpgroupThreads);
   return true;
 }
 
@@ -361,7 +361,7 @@ void Machine::run_block() {
   }
   barriers_ = {};
   mbarriers.clear();
-  groups_.assign(static_cast<std::size_t>(place.threads / kGroupThreads + 1), {});
+  groups_.assign(static_cast<std::size_t>(place.threads / kWarpgroupThreads + 1), {});
   std::fill(marks_.begin(), marks_.end(), Mark{});
   while (!running.empty()) {
     std::shuffle(running.begin(), running.end(), random_);
@@ -373,14 +373,14 @@ void Machine::run_block() {
       }
       return true;
     });
-    moved = land_bulk_copies(!moved) || moved;
+    moved = land_tma_loads(!moved) || moved;
     if (!moved && !running.empty()) fail_stuck();
   }
   check_nothing_pends();
 }
 
 void Machine::check_nothing_pends() {
-  if (!bulk_copies.empty()) fail("ends with copies that were never waited for");
+  if (!tma_loads.empty()) fail("ends with copies that were never waited for");
   for (const Warpgroup& group : groups_) {
     if (!group.open.empty() || !group.groups.empty()) fail("ends with products that were never waited for");
   }
@@ -395,7 +395,7 @@ void Machine::run(const char* name, Dim grid, int threads, std::size_t shared_by
                   const std::function<void()>& body) {
   name_ = name;
   ++launches[name];
-  bulk_copies.clear();
+  tma_loads.clear();
   kernel = &body;
   while (threads_.size() < static_cast<std::size_t>(threads)) threads_.push_back(std::make_unique<Thread>());
   // Exactly as large as asked for, so that AddressSanitizer sees what lies beside it.
@@ -433,28 +433,29 @@ void collective(const char* name, void* operands, void (*body)(void* const* lane
   wait(self);
 }
 
-void group_collective(const char* name, void* operands, void (*body)(void* const* threads)) {
+void warpgroup_collective(const char* name, void* operands, void (*body)(void* const* threads)) {
   Thread& self = machine().current();
   self.name = name;
   self.operands = operands;
   self.body = body;
-  self.together = kGroupThreads;
+  self.together = kWarpgroupThreads;
   self.state = State::at_collective;
   wait(self);
 }
 
-void group_product(const void* operands, std::size_t bytes, void (*body)(void* const* threads)) {
+void wgmma_async(const void* operands, std::size_t bytes, void (*body)(void* const* threads)) {
   Begun own{static_cast<const std::byte*>(operands), bytes, body};
-  group_collective("wgmma", &own, [](void* const* threads) { machine().begin_product(threads); });
+  warpgroup_collective("wgmma", &own, [](void* const* threads) { machine().begin_product(threads); });
 }
 
-void group_commit() {
-  group_collective("wgmma.commit_group", nullptr, [](void* const*) { machine().commit_products(); });
+void wgmma_commit() {
+  warpgroup_collective("wgmma.commit_group", nullptr, [](void* const*) { machine().commit_products(); });
 }
 
-void group_wait(int pending) {
-  group_collective("wgmma.wait_group", &pending,
-                   [](void* const* threads) { machine().finish_products(*static_cast<int*>(threads[0])); });
+void wgmma_wait(int pending) {
+  warpgroup_collective("wgmma.wait_group", &pending, [](void* const* threads) {
+    machine().finish_products(*static_cast<int*>(threads[0]));
+  });
 }
 
 void barrier_sync(int id, int threads) {
@@ -470,7 +471,7 @@ void barrier_arrive(int id, int threads) {
   machine().arrive(id, threads);
 }
 
-void copy_async(void* to, const void* from, int bytes) {
+void cp_async(void* to, const void* from, int bytes) {
   Machine& m = machine();
   const Copy copy{to, from, bytes};
   if (m.chance()) {
@@ -481,13 +482,13 @@ void copy_async(void* to, const void* from, int bytes) {
   }
 }
 
-void copy_async_commit() {
+void cp_async_commit() {
   Thread& self = machine().current();
   self.groups.push_back(std::move(self.open));
   self.open.clear();
 }
 
-void copy_async_wait(int pending) {
+void cp_async_wait(int pending) {
   Thread& self = machine().current();
   while (static_cast<int>(self.groups.size()) > pending) {
     for (const Copy& copy : self.groups.front()) {
@@ -521,8 +522,8 @@ void mbarrier_wait(const void* address, unsigned parity) {
   }
 }
 
-void copy_bulk(std::function<void()> land, const void* barrier, std::int64_t bytes) {
-  machine().bulk_copies.push_back({std::move(land), barrier, bytes});
+void tma_load(std::function<void()> land, const void* barrier, std::int64_t bytes) {
+  machine().tma_loads.push_back({std::move(land), barrier, bytes});
 }
 
 void wrote(const void* shared) {
@@ -531,7 +532,7 @@ void wrote(const void* shared) {
   if (mark != nullptr) *mark = {m.place.thread, m.current().fences};
 }
 
-void fence_async() {
+void fence_proxy_async() {
   ++machine().current().fences;
 }
 

@@ -32,24 +32,24 @@ const Place& here();
 void collective(const char* name, void* operands, void (*body)(void* const* lanes));
 
 /// The same of a warpgroup: the four warps whose first is a multiple of four.
-constexpr int kGroupThreads = 128;
-void group_collective(const char* name, void* operands, void (*body)(void* const* threads));
+constexpr int kWarpgroupThreads = 128;
+void warpgroup_collective(const char* name, void* operands, void (*body)(void* const* threads));
 
 /// wgmma.mma_async: a product that a warpgroup begins. `body` runs over its threads' operands, which are
 /// copied, at once or when the product's group is waited for, at random; products of a warpgroup in order.
-void group_product(const void* operands, std::size_t bytes, void (*body)(void* const* threads));
-void group_commit();
-void group_wait(int pending);
+void wgmma_async(const void* operands, std::size_t bytes, void (*body)(void* const* threads));
+void wgmma_commit();
+void wgmma_wait(int pending);
 
 /// bar.sync and bar.arrive: passed when `threads` threads have come to barrier `id`.
 void barrier_sync(int id, int threads);
 void barrier_arrive(int id, int threads);
 
 /// cp.async: 16 bytes, the first `bytes` of them from `from` and zeros behind.
-void copy_async(void* to, const void* from, int bytes);
-void copy_async_commit();
+void cp_async(void* to, const void* from, int bytes);
+void cp_async_commit();
 /// Returns when all but the newest `pending` committed groups of this thread have landed.
-void copy_async_wait(int pending);
+void cp_async_wait(int pending);
 
 /// mbarrier: a phase ends when `arrivals` threads have arrived and all bytes that were announced have landed.
 void mbarrier_init(const void* barrier, int arrivals);
@@ -57,12 +57,12 @@ void mbarrier_arrive(const void* barrier, std::int64_t announced_bytes);
 /// Returns once the phase of that parity has ended; the first phase's is 0.
 void mbarrier_wait(const void* barrier, unsigned parity);
 /// cp.async.bulk: `land` runs some time later, and then `barrier` counts the bytes.
-void copy_bulk(std::function<void()> land, const void* barrier, std::int64_t bytes);
+void tma_load(std::function<void()> land, const void* barrier, std::int64_t bytes);
 
 /// Bulk copies and products of warpgroups reach shared memory by another way than threads do, the async
 /// proxy. What a thread has written there (in pieces of 16 bytes) it must fence before others pass it on.
 void wrote(const void* shared);
-void fence_async();
+void fence_proxy_async();
 /// Whether `shared` is shared memory that was not written without a fence behind; an error of the block if
 /// not.
 bool check_fenced(const void* shared);

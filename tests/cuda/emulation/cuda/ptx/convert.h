@@ -11,10 +11,10 @@ namespace moba::cuda::ptx {
 
 constexpr float kLog2E = 1.44269504088896341F, kLn2 = 0.693147180559945309F;
 
-MOBA_DEVICE std::uint32_t bits_of(float value) {
+MOBA_DEVICE std::uint32_t float_as_uint(float value) {
   return std::bit_cast<std::uint32_t>(value);
 }
-MOBA_DEVICE float float_from(std::uint32_t bits) {
+MOBA_DEVICE float uint_as_float(std::uint32_t bits) {
   return std::bit_cast<float>(bits);
 }
 MOBA_DEVICE std::uint16_t rounded_bits(bfloat16, float value) {
@@ -41,15 +41,15 @@ MOBA_DEVICE float exp2(float x) {
 MOBA_DEVICE float log2(float x) {
   return std::log2(x);
 }
-MOBA_DEVICE float multiply_add(float a, float b, float c) {
+MOBA_DEVICE float fma(float a, float b, float c) {
   return std::fma(a, b, c);
 }
-MOBA_DEVICE float larger(float a, float b) {
+MOBA_DEVICE float fmax(float a, float b) {
   return std::fmax(a, b);
 }
 
 MOBA_DEVICE float infinity() {
-  return float_from(0x7F800000U);
+  return uint_as_float(0x7F800000U);
 }
 
 }  // namespace moba::cuda::ptx

@@ -5,22 +5,22 @@
 /// Replaces src/cuda/ptx/copy.h: asynchronous copies land when they are issued or when they are waited for.
 namespace moba::cuda::ptx {
 
-struct alignas(16) Vector {
+struct alignas(16) Vec16 {
   std::uint32_t x, y, z, w;
 };
 
 MOBA_DEVICE void cp_async_16(void* shared, std::uint32_t offset, const void* from, bool valid) {
-  emulation::copy_async(static_cast<std::byte*>(shared) + offset, from, valid ? 16 : 0);
+  emulation::cp_async(static_cast<std::byte*>(shared) + offset, from, valid ? 16 : 0);
 }
 MOBA_DEVICE void cp_async_commit() {
-  emulation::copy_async_commit();
+  emulation::cp_async_commit();
 }
 template <int pending>
 MOBA_DEVICE void cp_async_wait() {
-  emulation::copy_async_wait(pending);
+  emulation::cp_async_wait(pending);
 }
-MOBA_DEVICE Vector load_streaming(const void* from) {
-  return *static_cast<const Vector*>(from);
+MOBA_DEVICE Vec16 load_streaming(const void* from) {
+  return *static_cast<const Vec16*>(from);
 }
 
 }  // namespace moba::cuda::ptx

@@ -35,7 +35,7 @@ MOBA_DEVICE std::byte* shared() {
   return emulation::here().shared;
 }
 
-MOBA_DEVICE int forgotten(int number) {
+MOBA_DEVICE int opaque(int number) {
   return number;
 }
 

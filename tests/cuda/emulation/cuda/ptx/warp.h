@@ -8,7 +8,7 @@ namespace moba::cuda::ptx {
 constexpr unsigned kAllLanes = 0xFFFFFFFFU;
 
 template <typename T>
-MOBA_DEVICE T shuffle(T value, int from) {
+MOBA_DEVICE T shfl(T value, int from) {
   struct Operands {
     T value, result;
     int from;
@@ -22,12 +22,12 @@ MOBA_DEVICE T shuffle(T value, int from) {
   return own.result;
 }
 template <typename T>
-MOBA_DEVICE T shuffle_xor(T value, int mask) {
-  return shuffle(value, lane() ^ mask);
+MOBA_DEVICE T shfl_xor(T value, int mask) {
+  return shfl(value, lane() ^ mask);
 }
 template <typename T>
-MOBA_DEVICE T shuffle_up(T value, int distance) {
-  return shuffle(value, lane() < distance ? lane() : lane() - distance);
+MOBA_DEVICE T shfl_up(T value, int distance) {
+  return shfl(value, lane() < distance ? lane() : lane() - distance);
 }
 MOBA_DEVICE unsigned ballot(bool predicate) {
   struct Operands {
@@ -42,7 +42,7 @@ MOBA_DEVICE unsigned ballot(bool predicate) {
   });
   return own.result;
 }
-MOBA_DEVICE unsigned match(std::uint32_t value) {
+MOBA_DEVICE unsigned match_any(std::uint32_t value) {
   struct Operands {
     std::uint32_t value;
     unsigned result;
@@ -56,15 +56,15 @@ MOBA_DEVICE unsigned match(std::uint32_t value) {
   });
   return own.result;
 }
-MOBA_DEVICE void warp_barrier() {
+MOBA_DEVICE void syncwarp() {
   int none = 0;
   emulation::collective("warp barrier", &none, [](void* const*) {});
 }
 
-MOBA_DEVICE int count_bits(unsigned bits) {
+MOBA_DEVICE int popc(unsigned bits) {
   return __builtin_popcount(bits);
 }
-MOBA_DEVICE int lowest_bit(unsigned bits) {
+MOBA_DEVICE int lowest_set_bit(unsigned bits) {
   return __builtin_ctz(bits);
 }
 

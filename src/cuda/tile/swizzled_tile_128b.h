@@ -1,18 +1,18 @@
 #pragma once
 
-#include "cuda/ptx/warpgroup.h"
-#include "cuda/tile/rows.h"
+#include "cuda/ptx/wgmma.h"
+#include "cuda/tile/swizzled_tile.h"
 
 namespace moba::cuda::tile {
 
 /// Rows of `head_dim` 16-bit elements in shared memory, in panels of 64 columns: each row of a panel is 128
-/// bytes, permuted as bulk copies write it and products of warpgroups read it. Aligned to 1024 bytes.
+/// bytes, swizzled as bulk copies write it and products of warpgroups read it. Aligned to 1024 bytes.
 template <typename T, int rows, int head_dim>
 struct SwizzledTile128B {
   static constexpr int kRows = rows;
   static constexpr int kRowBytes = 128, kColumns = kRowBytes / 2, kPanels = head_dim / kColumns;
   static constexpr std::uint32_t kPanelBytes = rows * kRowBytes, kBytes = kPanels * kPanelBytes;
-  static constexpr std::uint32_t kEight = 8 * kRowBytes;
+  static constexpr std::uint32_t kCoreBytes = 8 * kRowBytes;
 
   std::byte* data;
 
@@ -20,19 +20,19 @@ struct SwizzledTile128B {
     return static_cast<std::uint32_t>(index / 8) * kPanelBytes +
            static_cast<std::uint32_t>(row * kRowBytes + ((index ^ row) & 7) * 16);
   }
-  MOBA_DEVICE T* piece(int row, int index) const { return reinterpret_cast<T*>(data + start(row, index)); }
+  MOBA_DEVICE T* vec(int row, int index) const { return reinterpret_cast<T*>(data + start(row, index)); }
 
   /// An operand of rows from `row`, a multiple of 8, at step `k` of 16 elements.
-  MOBA_DEVICE std::uint64_t along_rows(int row, int k) const {
+  MOBA_DEVICE std::uint64_t k_major_descriptor(int row, int k) const {
     const std::uint32_t panel = static_cast<std::uint32_t>(k / 4) * kPanelBytes;
-    return ptx::describe_operand(
+    return ptx::matrix_descriptor(
         ptx::shared_address(data) + panel + static_cast<std::uint32_t>(row * kRowBytes + k % 4 * 32), 16,
-        kEight);
+        kCoreBytes);
   }
   /// An operand of all columns, for sums over rows [row, row + 16), a multiple of 16.
-  MOBA_DEVICE std::uint64_t across_rows(int row) const {
-    return ptx::describe_operand(ptx::shared_address(data) + static_cast<std::uint32_t>(row * kRowBytes),
-                                 kPanelBytes, kEight);
+  MOBA_DEVICE std::uint64_t mn_major_descriptor(int row) const {
+    return ptx::matrix_descriptor(ptx::shared_address(data) + static_cast<std::uint32_t>(row * kRowBytes),
+                                  kPanelBytes, kCoreBytes);
   }
 };
 

@@ -2,15 +2,15 @@
 #include <string>
 
 #include "device_case.h"
-#include "on_hopper.h"
+#include "on_sm90.h"
 #include "oracle.h"
 
 namespace moba::test {
 namespace {
 
-class CudaHopper : public OnHopper {};
+class CudaSm90 : public OnSm90 {};
 
-TEST_F(CudaHopper, AgreesWithTheOracleOnRandomCases) {
+TEST_F(CudaSm90, AgreesWithTheOracleOnRandomCases) {
   constexpr std::uint64_t kCases = 30;
   std::int64_t swaps = 0, listed = 0;
   for (std::uint64_t seed = 9000; seed < 9000 + kCases && !HasFailure(); ++seed) {
@@ -28,7 +28,7 @@ TEST_F(CudaHopper, AgreesWithTheOracleOnRandomCases) {
 }
 
 /// Several tiles of keys in an item, more items than buffers, items with fewer rows than a warpgroup, tails.
-TEST_F(CudaHopper, WorksThroughManyTiles) {
+TEST_F(CudaSm90, WorksThroughManyTiles) {
   choose("sm90");
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},
@@ -48,7 +48,7 @@ TEST_F(CudaHopper, WorksThroughManyTiles) {
   }
 }
 
-TEST_F(CudaHopper, AnyOrderOfWarpsAndLandingsGivesTheSameBits) {
+TEST_F(CudaSm90, AnyOrderOfWarpsAndLandingsGivesTheSameBits) {
   choose("sm90");
   const Case c = case_of(7, 64, {.block_size = 96, .top_k = 2}, 200, 300);
   const Result expected = run_on_device(c);
@@ -56,7 +56,7 @@ TEST_F(CudaHopper, AnyOrderOfWarpsAndLandingsGivesTheSameBits) {
 }
 
 /// What lies behind a block's last key came with the same copy.
-TEST_F(CudaHopper, WhatOtherSequencesHoldDoesNotShow) {
+TEST_F(CudaSm90, WhatOtherSequencesHoldDoesNotShow) {
   choose("sm90");
   Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 100, .top_k = 2}};
   c.sequences = {{0, 40, 80}, {0, 150, 300}};
@@ -74,13 +74,13 @@ TEST_F(CudaHopper, WhatOtherSequencesHoldDoesNotShow) {
 
 #ifdef MOBA_CUDA_EMULATION
 bool was_used(const Case& c) {
-  constexpr const char* kKernel = "attend on hopper";
+  constexpr const char* kKernel = "attend_sm90";
   const int before = cuda::emulation::launches(kKernel);
   run_on_device(c);
   return cuda::emulation::launches(kKernel) > before;
 }
 
-TEST_F(CudaHopper, IsChosenWhereItFits) {
+TEST_F(CudaSm90, IsChosenWhereItFits) {
   const Case large = case_of(1, 64, {.block_size = 128, .top_k = 2}, 20, 300);
   EXPECT_TRUE(was_used(large));
   EXPECT_FALSE(was_used(case_of(1, 64, {.block_size = 64, .top_k = 2}, 20, 300)));
@@ -96,7 +96,7 @@ TEST_F(CudaHopper, IsChosenWhereItFits) {
 }
 #endif
 
-TEST_F(CudaHopper, IsRefusedByNameWhereItCannot) {
+TEST_F(CudaSm90, IsRefusedByNameWhereItCannot) {
   const auto error_of = [](const Case& c) -> std::string {
     try {
       run_on_device(c);

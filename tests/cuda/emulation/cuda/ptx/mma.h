@@ -5,7 +5,7 @@
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/device.h"
 
-/// Replaces src/cuda/ptx/matrix.h: the tensor cores' instructions, over the operands of all lanes.
+/// Replaces src/cuda/ptx/mma.h: the tensor cores' instructions, over the operands of all lanes.
 namespace moba::cuda::ptx {
 
 MOBA_DEVICE void ldmatrix_x4(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
@@ -41,9 +41,9 @@ MOBA_DEVICE void ldmatrix_x4_trans(std::uint32_t (&to)[4], const void* shared, s
 }
 
 /// sum += left right. Most of a test's time is spent here, and its indices are constants: not instrumented.
-__attribute__((no_sanitize("address", "undefined"))) inline void multiply_tiles(const float (&left)[16][16],
-                                                                                const float (&right)[16][8],
-                                                                                float (&sum)[16][8]) {
+__attribute__((no_sanitize("address", "undefined"))) inline void multiply_m16k16(const float (&left)[16][16],
+                                                                                 const float (&right)[16][8],
+                                                                                 float (&sum)[16][8]) {
   for (int row = 0; row < 16; ++row) {
     for (int k = 0; k < 16; ++k) {
       for (int column = 0; column < 8; ++column) sum[row][column] += left[row][k] * right[k][column];
@@ -74,7 +74,7 @@ MOBA_DEVICE void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], std::u
       }
       for (int r = 0; r < 4; ++r) sum[g + r / 2 * 8][c + r % 2] = lane->d[r];
     }
-    multiply_tiles(left, right, sum);
+    multiply_m16k16(left, right, sum);
     for (int i = 0; i < kLanes; ++i) {
       for (int r = 0; r < 4; ++r)
         static_cast<Operands*>(lanes[i])->d[r] = sum[i / 4 + r / 2 * 8][2 * (i % 4) + r % 2];

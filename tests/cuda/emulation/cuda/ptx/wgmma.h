@@ -5,12 +5,12 @@
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/descriptor.h"
 
-/// Replaces src/cuda/ptx/warpgroup.h: asynchronous products run when they are issued or when they are waited
+/// Replaces src/cuda/ptx/wgmma.h: asynchronous products run when they are issued or when they are waited
 /// for.
 namespace moba::cuda::ptx {
 
 inline constexpr bool kHasWarpgroups = true;
-constexpr int kGroupThreads = 128;
+constexpr int kWarpgroupThreads = 128;
 
 constexpr std::uint32_t kSharedBegin = 1024;  // what the system keeps of it
 
@@ -35,11 +35,11 @@ float operand_at(std::uint64_t descriptor, bool along_k, int index, int k) {
   return unpack_low<T>(bits);
 }
 
-/// sum += left right; not instrumented, as multiply_tiles.
+/// sum += left right; not instrumented, as multiply_m16k16.
 template <int columns>
-__attribute__((no_sanitize("address", "undefined"))) void multiply_group(const float (&left)[64][16],
-                                                                         const float (&right)[16][columns],
-                                                                         float (&sum)[64][columns]) {
+__attribute__((no_sanitize("address", "undefined"))) void multiply_m64k16(const float (&left)[64][16],
+                                                                          const float (&right)[16][columns],
+                                                                          float (&sum)[64][columns]) {
   for (int row = 0; row < 64; ++row) {
     for (int k = 0; k < 16; ++k) {
       for (int column = 0; column < columns; ++column) sum[row][column] += left[row][k] * right[k][column];
@@ -47,7 +47,7 @@ __attribute__((no_sanitize("address", "undefined"))) void multiply_group(const f
   }
 }
 
-struct GroupOperands {
+struct WgmmaOperands {
   float* d;                // [tiles][4]
   const std::uint32_t* a;  // [4], null where A is in shared memory
   std::uint64_t a_shared, b;
@@ -56,15 +56,15 @@ struct GroupOperands {
 
 /// B's rows lie along K where A is in shared memory, and are summed over where it is not.
 template <typename T, int tiles>
-void run_group_product(void* const* threads) {
+void run_wgmma(void* const* threads) {
   float left[64][16], right[16][8 * tiles], sum[64][8 * tiles];
-  const auto operands = [&](int thread) { return static_cast<const GroupOperands*>(threads[thread]); };
-  const GroupOperands first = *operands(0);
+  const auto operands = [&](int thread) { return static_cast<const WgmmaOperands*>(threads[thread]); };
+  const WgmmaOperands first = *operands(0);
   const auto place = [](int thread, int r) {
     return std::pair{thread / 32 * 16 + thread % 32 / 4 + r % 2 * 8, thread % 4 * 2 + r / 2 * 8};
   };
-  for (int i = 0; i < kGroupThreads; ++i) {
-    const GroupOperands* own = operands(i);
+  for (int i = 0; i < kWarpgroupThreads; ++i) {
+    const WgmmaOperands* own = operands(i);
     for (int j = 0; j < tiles; ++j) {
       for (int e = 0; e < 4; ++e) {
         const auto [row, column] = place(i, e / 2);
@@ -83,8 +83,8 @@ void run_group_product(void* const* threads) {
     for (int column = 0; column < 8 * tiles; ++column)
       right[k][column] = operand_at<T>(first.b, first.a == nullptr, column, k);
   }
-  multiply_group(left, right, sum);
-  for (int i = 0; i < kGroupThreads; ++i) {
+  multiply_m64k16(left, right, sum);
+  for (int i = 0; i < kWarpgroupThreads; ++i) {
     for (int j = 0; j < tiles; ++j) {
       for (int e = 0; e < 4; ++e) {
         const auto [row, column] = place(i, e / 2);
@@ -95,33 +95,33 @@ void run_group_product(void* const* threads) {
 }
 
 MOBA_DEVICE void wgmma_fence() {
-  emulation::group_collective("wgmma.fence", nullptr, [](void* const*) {});
+  emulation::warpgroup_collective("wgmma.fence", nullptr, [](void* const*) {});
 }
 template <typename T, int tiles>
 MOBA_DEVICE void wgmma_ss(float (&d)[tiles][4], std::uint64_t a, std::uint64_t b, bool add) {
-  const GroupOperands own{&d[0][0], nullptr, a, b, add};
-  emulation::group_product(&own, sizeof(own), run_group_product<T, tiles>);
+  const WgmmaOperands own{&d[0][0], nullptr, a, b, add};
+  emulation::wgmma_async(&own, sizeof(own), run_wgmma<T, tiles>);
 }
 template <typename T, int tiles>
 MOBA_DEVICE void wgmma_rs(float (&d)[tiles][4], const std::uint32_t (&a)[4], std::uint64_t b) {
-  const GroupOperands own{&d[0][0], a, 0, b, true};
-  emulation::group_product(&own, sizeof(own), run_group_product<T, tiles>);
+  const WgmmaOperands own{&d[0][0], a, 0, b, true};
+  emulation::wgmma_async(&own, sizeof(own), run_wgmma<T, tiles>);
 }
 MOBA_DEVICE void wgmma_commit() {
-  emulation::group_commit();
+  emulation::wgmma_commit();
 }
 /// of those that have ended.
 template <int pending = 0, int tiles>
 MOBA_DEVICE void wgmma_wait(float (&)[tiles][4]) {
-  emulation::group_wait(pending);
+  emulation::wgmma_wait(pending);
 }
 template <int registers>
 MOBA_DEVICE void warpgroup_reg_dealloc() {
-  emulation::group_collective("setmaxnreg.dec", nullptr, [](void* const*) {});
+  emulation::warpgroup_collective("setmaxnreg.dec", nullptr, [](void* const*) {});
 }
 template <int registers>
 MOBA_DEVICE void warpgroup_reg_alloc() {
-  emulation::group_collective("setmaxnreg.inc", nullptr, [](void* const*) {});
+  emulation::warpgroup_collective("setmaxnreg.inc", nullptr, [](void* const*) {});
 }
 
 }  // namespace moba::cuda::ptx

@@ -16,9 +16,9 @@ namespace moba::test {
 
 /// A device of capability 9.0 for as long as a test takes, whose kernels the test chooses. On a real one of
 /// another capability the test is skipped.
-class OnHopper : public testing::Test {
+class OnSm90 : public testing::Test {
  protected:
-  OnHopper() {
+  OnSm90() {
     const char* before = std::getenv(kChoice);
     if (before != nullptr) before_ = before;
     unsetenv(kChoice);
@@ -26,7 +26,7 @@ class OnHopper : public testing::Test {
     cuda::emulation::capability() = 90;
 #endif
   }
-  ~OnHopper() override {
+  ~OnSm90() override {
 #ifdef MOBA_CUDA_EMULATION
     cuda::emulation::capability() = 80;
 #endif

@@ -5,7 +5,7 @@
 #include "cuda/ptx/copy.h"
 #include "cuda/tensor_map.h"
 
-/// Replaces src/cuda/ptx/transfer.h: mbarriers and TMA of the emulated block.
+/// Replaces src/cuda/ptx/tma.h: mbarriers and TMA of the emulated block.
 namespace moba::cuda::ptx {
 
 struct alignas(8) Mbarrier {
@@ -24,8 +24,8 @@ MOBA_DEVICE void mbarrier_arrive_expect_tx(Mbarrier* barrier, std::uint32_t byte
 MOBA_DEVICE void mbarrier_wait(Mbarrier* barrier, unsigned parity) {
   emulation::mbarrier_wait(barrier, parity);
 }
-MOBA_DEVICE void fence_async() {
-  emulation::fence_async();
+MOBA_DEVICE void fence_proxy_async() {
+  emulation::fence_proxy_async();
 }
 MOBA_DEVICE void tma_load_3d(std::byte* to, const TensorMap& map, int column, int head, int token,
                              Mbarrier* barrier) {
@@ -42,9 +42,9 @@ MOBA_DEVICE void tma_load_3d(std::byte* to, const TensorMap& map, int column, in
       if (exists) std::memcpy(at, from, 16);
     }
   };
-  emulation::copy_bulk(land, barrier, map.rows * 128);
+  emulation::tma_load(land, barrier, map.rows * 128);
 }
-MOBA_DEVICE void clear_piece(std::byte* shared, std::uint32_t offset) {
+MOBA_DEVICE void zero_vec(std::byte* shared, std::uint32_t offset) {
   std::memset(shared + offset, 0, 16);
   emulation::wrote(shared + offset);
 }

@@ -8,8 +8,8 @@
 /// j
 /// + 7.
 ///
-/// In shared memory operands lie as rows of 128 bytes, eight of which are a piece of 1024 bytes and aligned;
-/// the 16-byte pieces of row r of the eight are permuted by XOR with r (PTX ISA, "128-Byte swizzle mode").
+/// In shared memory operands lie as rows of 128 bytes, eight of which are a vec of 1024 bytes and aligned;
+/// the 16-byte vecs of row r of the eight are swizzled by XOR with r (PTX ISA, "128-Byte swizzle mode").
 namespace moba::cuda::ptx {
 
 /// Whether this compilation has them: kernels that need them are empty elsewhere.
@@ -18,7 +18,7 @@ inline constexpr bool kHasWarpgroups = true;
 #else
 inline constexpr bool kHasWarpgroups = false;
 #endif
-constexpr int kGroupThreads = 128;
+constexpr int kWarpgroupThreads = 128;
 
 MOBA_DEVICE std::uint32_t shared_address(const void* shared) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));

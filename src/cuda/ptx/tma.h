@@ -16,7 +16,7 @@ struct alignas(8) Mbarrier {
 MOBA_DEVICE std::uint32_t address_of(const void* shared) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
 }
-/// By one thread, which must then `fence_async` before all meet at a barrier.
+/// By one thread, which must then `fence_proxy_async` before all meet at a barrier.
 MOBA_DEVICE void mbarrier_init(Mbarrier* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address_of(barrier)), "r"(arrivals)
                : "memory");
@@ -44,7 +44,7 @@ MOBA_DEVICE void mbarrier_wait(Mbarrier* barrier, unsigned parity) {
       : "memory");
 }
 /// Makes what this thread has written to shared memory visible to bulk copies and products of warpgroups.
-MOBA_DEVICE void fence_async() {
+MOBA_DEVICE void fence_proxy_async() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 /// Begins to load the map's box whose first element is [token, head, column], zeros where the tensor has
@@ -58,8 +58,8 @@ MOBA_DEVICE void tma_load_3d(std::byte* to, const TensorMap& map, int column, in
       : "memory");
 }
 /// Zeros to `offset` bytes behind `shared`.
-MOBA_DEVICE void clear_piece(std::byte* shared, std::uint32_t offset) {
-  *reinterpret_cast<Vector*>(shared + offset) = {0, 0, 0, 0};
+MOBA_DEVICE void zero_vec(std::byte* shared, std::uint32_t offset) {
+  *reinterpret_cast<Vec16*>(shared + offset) = {0, 0, 0, 0};
 }
 
 }  // namespace moba::cuda::ptx
