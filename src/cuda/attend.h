@@ -15,8 +15,8 @@ Partials carve_partials(ArenaLayout& layout, const Task& task, const WorkSlice& 
 /// Shared memory that a thread block takes, at most.
 std::size_t attend_shared_bytes(std::int64_t head_dim);
 
-/// Fills the slots that the plan names and those of near keys; where a row has near keys alone, writes the
-/// outputs instead.
+/// Fills the slots that the plan names and those of diagonal keys; where a row has diagonal keys alone,
+/// writes the outputs instead.
 void attend(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
             const Partials& partials, const Outputs& outputs);
 

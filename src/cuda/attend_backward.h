@@ -25,35 +25,35 @@ struct Segment {
   std::uint32_t first = 0, count = 0;  // entries of the head's list
 };
 
-/// Memory of the walk by key.
-struct KeyWalk {
-  std::int32_t* chunk_starts = nullptr;    // [sequences + 1], chunks of keys before each sequence
-  Segment* segments = nullptr;             // [most_segments], those of a block side by side
-  std::uint32_t* first_segment = nullptr;  // [heads, most_blocks], of blocks that have any
-  std::uint32_t* count = nullptr;          // of segments
-  float* sums = nullptr;                   // [most_segments, chunks of a block], dk and dv of a chunk, f32
+/// Memory of the dk/dv pass.
+struct DkvPlan {
+  std::int32_t* key_tile_starts = nullptr;  // [sequences + 1], key tiles before each sequence
+  Segment* segments = nullptr;              // [max_segments], those of a block side by side
+  std::uint32_t* first_segment = nullptr;   // [heads, most_blocks], of blocks that have any
+  std::uint32_t* count = nullptr;           // of segments
+  float* sums = nullptr;  // [max_segments, key tiles of a block], dk and dv of a key tile, f32
 };
 
 /// `part` spans all tokens.
-KeyWalk carve_key_walk(ArenaLayout& layout, const Task& task, const WorkSlice& part);
+DkvPlan carve_dkv_plan(ArenaLayout& layout, const Task& task, const WorkSlice& part);
 
-/// Counts chunks, and cuts what very many rows chose.
-void plan_key_walk(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
-                   const Plan& plan, const KeyWalk& walk);
+/// Counts key tiles, and cuts what very many rows chose.
+void plan_dkv(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
+              const DkvPlan& dkv_plan);
 
 /// dk and dv of the part's heads.
 void attend_backward_dkv(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
                          const Plan& plan, const LseDelta* sums, const Backward& backward,
-                         const KeyWalk& walk);
+                         const DkvPlan& dkv_plan);
 /// The same where `uses_sm90`.
 void attend_backward_dkv_sm90(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
                               const Plan& plan, const LseDelta* sums, const Backward& backward,
-                              const KeyWalk& walk);
+                              const DkvPlan& dkv_plan);
 
 /// Gradients of rows through parts of their keys, [heads, rows * ranks, D] in the dtype of q.
 void* carve_dq_slots(ArenaLayout& layout, const Task& task, const WorkSlice& part);
 
-/// Fills the slots, or writes dq where rows have near keys alone.
+/// Fills the slots, or writes dq where rows have diagonal keys alone.
 void attend_backward_dq(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
                         const Plan& plan, const LseDelta* sums, const Backward& backward, void* slots);
 /// The same where `uses_sm90`.

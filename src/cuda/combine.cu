@@ -30,7 +30,7 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
   const int column = ptx::thread() % kColumns;
   if (ptx::thread() >= kRows * kColumns || row >= p.rows) return;
 
-  // The places behind the last choice hold nothing; the near keys' is always filled.
+  // The places behind the last choice hold nothing; the diagonal keys' is always filled.
   const std::int32_t* chosen = p.selection + (head * p.rows + row) * p.width;
   const std::int64_t first = (head * p.rows + row) * p.ranks;
   const auto is_filled = [&](std::int64_t rank) { return rank == p.width || chosen[rank] >= 0; };

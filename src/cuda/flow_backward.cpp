@@ -10,7 +10,7 @@ namespace moba::cuda {
 namespace {
 
 /// Device memory of a part. What a head needs for all of its tokens is kept from part to part; routing, the
-/// walk by key and the walk by row take turns in the rest.
+/// dk/dv pass and the dq pass take turns in the rest.
 struct Memory {
   Starts starts{};
   LseDelta* sums = nullptr;           // [heads, rows of all tokens]
@@ -20,7 +20,7 @@ struct Memory {
   std::uint64_t* best = nullptr;
 
   Plan plan{};
-  KeyWalk keys{};
+  DkvPlan keys{};
 
   Plan part_plan{};  // `plan` again where the part is all there is
   void* slots = nullptr;
@@ -45,7 +45,7 @@ Memory carve(std::byte* arena, const Task& task, const DeviceBatch& batch, const
     memory.best = carve_gate(routing, task, all);
   }
   memory.plan = carve_plan(by_key, task, all);
-  memory.keys = carve_key_walk(by_key, task, all);
+  memory.keys = carve_dkv_plan(by_key, task, all);
   memory.part_plan = carve_plan(by_row, task, part);
   memory.slots = carve_dq_slots(by_row, task, part);
   memory.bytes = std::max({routing.used(), by_key.used(), by_row.used()});
@@ -100,7 +100,7 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
         read_selection(stream, task, all, on_device, saved.selection, memory.selection);
       }
       plan(stream, task, all, on_device, memory.selection, memory.plan);
-      plan_key_walk(stream, task, all, on_device, memory.plan, memory.keys);
+      plan_dkv(stream, task, all, on_device, memory.plan, memory.keys);
       (on_sm90 ? attend_backward_dkv_sm90 : attend_backward_dkv)(stream, task, all, on_device, memory.plan,
                                                                  memory.sums, backward, memory.keys);
     }

@@ -91,8 +91,8 @@ MOBA_KERNEL(kThreads, 1) list_kernel(MOBA_GRID_CONSTANT PlanParams p) {
     if (block >= blocks) continue;
     offsets[block + 1] = begin + size;
     const std::uint32_t full = size / kTileRows, left = size % kTileRows;
-    Item* items = p.plan.full + ptx::atomic_add(p.plan.totals + Plan::kFull, full);
-    for (std::uint32_t i = 0; i < full; ++i) items[i] = {head, block, begin + i * kTileRows, kTileRows};
+    RoutedTile* tiles = p.plan.full + ptx::atomic_add(p.plan.totals + Plan::kFull, full);
+    for (std::uint32_t i = 0; i < full; ++i) tiles[i] = {head, block, begin + i * kTileRows, kTileRows};
     if (left > 0)
       p.plan.partial[ptx::atomic_add(p.plan.totals + Plan::kPartial, 1)] = {head, block,
                                                                             begin + full * kTileRows, left};
@@ -138,8 +138,8 @@ Plan carve_plan(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
   plan.entries = layout.take<std::uint32_t>(heads * choices);
   plan.offsets = layout.take<std::uint32_t>(heads * (blocks + 1));
   plan.counts = layout.take<std::uint32_t>(heads * chunks_of(task, part) * blocks);
-  plan.full = layout.take<Item>(heads * (choices / kTileRows));
-  plan.partial = layout.take<Item>(heads * blocks);
+  plan.full = layout.take<RoutedTile>(heads * (choices / kTileRows));
+  plan.partial = layout.take<RoutedTile>(heads * blocks);
   return plan;
 }
 

@@ -5,7 +5,7 @@
 namespace moba::cuda {
 
 /// Up to kTileRows rows of one head that chose one block: entries [first, first + count) of the head's list.
-struct Item {
+struct RoutedTile {
   std::int32_t head = 0;   // of the part
   std::int32_t block = 0;  // packed
   std::uint32_t first = 0, count = 0;
@@ -19,7 +19,7 @@ struct Plan {
   std::uint32_t* counts = nullptr;   // [heads, chunks, most_blocks]; then what of a block lies before a chunk
   /// Items of kTileRows rows, and what remains of every block: in no particular order, for each is worked on
   /// by itself.
-  Item *full = nullptr, *partial = nullptr;
+  RoutedTile *full = nullptr, *partial = nullptr;
   /// Numbers of both.
   std::uint32_t* totals = nullptr;  // [kTotals]
 

@@ -26,9 +26,9 @@ struct Task {
 
   bool needs_scores() const { return width > 0; }
   /// Whether rows attend to keys that the gate has no say in: their own block's, or all.
-  bool has_near_keys() const { return routing.causal || is_dense; }
+  bool has_diagonal() const { return routing.causal || is_dense; }
   /// Partial answers of a row: one for each picked block, then the near keys'.
-  std::int64_t ranks() const { return width + (has_near_keys() ? 1 : 0); }
+  std::int64_t ranks() const { return width + (has_diagonal() ? 1 : 0); }
   /// No fewer than the sequences have together; how many those are, only the device knows.
   std::int64_t most_blocks() const { return keys / routing.block_size + sequences; }
   std::int64_t rows(const WorkSlice& part) const { return part.tokens() * group; }

@@ -14,14 +14,14 @@ using test::Case;
 using test::on_device;
 
 /// Whole tiles and what remains of every block: together each entry once.
-std::vector<std::uint32_t> listed(const Plan& plan, const Item* items, int total, std::int64_t head,
+std::vector<std::uint32_t> listed(const Plan& plan, const RoutedTile* tiles, int total, std::int64_t head,
                                   std::int64_t choices) {
   std::vector<std::uint32_t> entries;
   for (std::uint32_t i = 0; i < plan.totals[total]; ++i) {
-    EXPECT_LE(items[i].count, static_cast<std::uint32_t>(kTileRows));
-    if (items[i].head != head) continue;
-    const std::uint32_t* first = plan.entries + head * choices + items[i].first;
-    entries.insert(entries.end(), first, first + items[i].count);
+    EXPECT_LE(tiles[i].count, static_cast<std::uint32_t>(kTileRows));
+    if (tiles[i].head != head) continue;
+    const std::uint32_t* first = plan.entries + head * choices + tiles[i].first;
+    entries.insert(entries.end(), first, first + tiles[i].count);
   }
   return entries;
 }

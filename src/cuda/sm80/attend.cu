@@ -1,11 +1,11 @@
-// Attention by blocks of keys. A thread block takes one item: a tile of rows that chose the same block of
-// keys or, "near", a tile of neighbouring rows with the keys of their own block (in dense attention, with all
-// they may see). Whole tiles come first. Each item leaves its rows' partial answers in slots of their own,
-// and `combine` merges them; rows with near keys alone are done.
+// Attention by blocks of keys. A thread block takes one tile: a tile of rows that chose the same block of
+// keys or, "diagonal", a tile of neighbouring rows with the keys of their own block (in dense attention, with
+// all they may see). Whole tiles come first. Each tile leaves its rows' partial answers in slots of their
+// own, and `combine` merges them; rows with diagonal keys alone are done.
 //
 // Partial answers are kept in 16 bits and normalised: writing and reading them is most of the memory traffic
 // of small blocks, and rounding them costs no more than rounding the answer does.
-#include "cuda/attend_items.h"
+#include "cuda/attend_work_tiles.h"
 #include "cuda/ptx/barrier.h"
 #include "cuda/tile/swizzled_tile.h"
 
@@ -35,7 +35,7 @@ struct Shared {
   tile::SwizzledTile<T, head_dim> q;
   T* keys;                  // two buffers of keys, with their values behind each
   std::int64_t* q_offsets;  // [kTileRows], kNoRow behind the last
-  KeyRange* bounds;         // [kTileRows], keys that a near row sees
+  KeyRange* bounds;         // [kTileRows], keys that a diagonal row sees
   std::uint32_t* slots;     // [kTileRows]
 
   MOBA_DEVICE explicit Shared(std::byte* memory) {
@@ -53,20 +53,21 @@ struct Shared {
   }
 };
 
-/// Puts an item's rows where all threads find them.
+/// Puts a work tile's rows where all threads find them.
 template <typename T, int head_dim, typename PlaceOf>
-MOBA_DEVICE void place_rows(const Shared<T, head_dim>& shared, PlaceOf&& place_of) {
+MOBA_DEVICE void store_row_table(const Shared<T, head_dim>& shared, PlaceOf&& row_of) {
   for (int r = ptx::thread(); r < kTileRows; r += TileShape<head_dim>::kThreads) {
-    const Place place = place_of(r);
-    shared.q_offsets[r] = place.q_offset;
-    shared.slots[r] = place.slot;
-    shared.bounds[r] = place.sees;
+    const WorkRow row = row_of(r);
+    shared.q_offsets[r] = row.q_offset;
+    shared.slots[r] = row.slot;
+    shared.bounds[r] = row.visible;
   }
 }
 
 /// Attention of the work's rows over its keys.
 template <typename T, int head_dim>
-MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>& shared, const Work& work) {
+MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>& shared,
+                             const WorkTile& work) {
   using C = TileShape<head_dim>;
   constexpr int kRowTiles = C::kRowTiles, kKeyTiles = C::kKeys / 8;
   const int warp_row = ptx::warp() * 16 * kRowTiles;
@@ -106,7 +107,7 @@ MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>
   }
   ptx::cp_async_wait<0>();
   ptx::syncthreads();  // with no keys at all, for the rows: they lie where the answers will
-  if (has_rows) write(p, shared.q, shared.slots, work, out, softmax, warp_row);
+  if (has_rows) store_out(p, shared.q, shared.slots, work, out, softmax, warp_row);
 }
 
 template <typename T, int head_dim>
@@ -114,11 +115,11 @@ MOBA_KERNEL(TileShape<head_dim>::kThreads, TileShape<head_dim>::kBlocksPerMultip
 attend_kernel(MOBA_GRID_CONSTANT AttendParams<T> p) {
   const Shared<T, head_dim> shared(ptx::shared());
   const std::int64_t index = ptx::block_x();
-  if (index >= p.items()) return;
-  Work work;
-  with_item(p, index, [&](const Work& found, auto&& place_of) {
+  if (index >= p.work_tiles()) return;
+  WorkTile work;
+  with_work_tile(p, index, [&](const WorkTile& found, auto&& row_of) {
     work = found;
-    place_rows(shared, place_of);
+    store_row_table(shared, row_of);
   });
   ptx::syncthreads();
   attend_tile(p, shared, work);
@@ -134,7 +135,7 @@ void attend(Stream& stream, const Task& task, const WorkSlice& part, const Batch
             const Partials& partials, const Outputs& outputs) {
   with_type(task, [&]<typename T, int head_dim>() {
     using C = TileShape<head_dim>;
-    stream.launch("attend", attend_kernel<T, head_dim>, {most_items(task, part)}, C::kThreads,
+    stream.launch("attend", attend_kernel<T, head_dim>, {max_work_tiles(task, part)}, C::kThreads,
                   Shared<T, head_dim>::kBytes, attend_params<T>(task, part, batch, plan, partials, outputs));
   });
 }

@@ -1,6 +1,6 @@
-// Gradients of queries. As in `attend`, a thread block takes one item, rows that chose the same block of keys
+// Gradients of queries. As in `attend`, a thread block takes one tile, rows that chose the same block of keys
 // or neighbouring rows with the keys of their own, and leaves their gradients through these keys in slots,
-// which are added up in the order of their ranks. Rows with near keys alone are done.
+// which are added up in the order of their ranks. Rows with diagonal keys alone are done.
 //
 // Slots hold 16 bits: a row's slots are most of the memory traffic of small blocks, and each is a sum of
 // products that were rounded to 16 bits before; rounding it once more costs what rounding dq does.
@@ -14,8 +14,8 @@
 namespace moba::cuda {
 namespace {
 
-/// As attend's. At D 256 a thread block takes half of an item, and two warps share their rows, each with half
-/// of the columns to sum: more would fit neither shared memory nor the registers.
+/// As attend's. At D 256 a thread block takes half of a work tile, and two warps share their rows, each with
+/// half of the columns to sum: more would fit neither shared memory nor the registers.
 template <int head_dim>
 struct TileShape {
   static constexpr int kShares = head_dim > 128 ? 2 : 1;
@@ -84,7 +84,7 @@ struct RowsParams {
   std::int64_t block_size, group, head0, heads;
   std::int64_t rows, width, ranks;  // of a head
   std::int32_t token0, token1;
-  bool near, causal;
+  bool diagonal, causal;
   float scale, log2_scale;  // the latter for powers of 2
   View<T> dq;               // written where width is 0
   T* slots;                 // elsewhere: [heads, rows * ranks, D]
@@ -92,7 +92,7 @@ struct RowsParams {
 
 /// What a thread block works on: rows whose places are in shared memory, and keys [begin, end) of a sequence.
 /// All rows see keys in [all_begin, all_end).
-struct Work {
+struct WorkTile {
   std::int64_t head = 0;  // of the part
   std::int32_t count = 0;
   std::int64_t first_key = 0;  // of the sequence, packed
@@ -105,12 +105,12 @@ struct Shared {
   using C = TileShape<head_dim>;
   static constexpr int kRowElements = C::kRows * head_dim, kKeyElements = C::kKeys * head_dim;
   static constexpr std::size_t kBytes =
-      (2 * kRowElements + 4 * kKeyElements) * sizeof(T) + sizeof(Work) +
+      (2 * kRowElements + 4 * kKeyElements) * sizeof(T) + sizeof(WorkTile) +
       C::kRows * (2 * sizeof(std::int64_t) + sizeof(LseDelta) + sizeof(KeyRange) + sizeof(std::uint32_t));
 
   tile::SwizzledTile<T, head_dim> q, d_out;
   T* keys;                              // two buffers of keys, with their values behind each
-  Work* work;                           // here, for there are no registers to spare
+  WorkTile* work;                       // here, for there are no registers to spare
   std::int64_t *q_offsets, *d_offsets;  // [kRows], kNoRow behind the last
   LseDelta* sums;                       // [kRows]
   KeyRange* bounds;                     // [kRows], keys that a row sees
@@ -120,7 +120,7 @@ struct Shared {
     q.data = reinterpret_cast<T*>(memory);
     d_out.data = q.data + kRowElements;
     keys = d_out.data + kRowElements;
-    work = reinterpret_cast<Work*>(keys + 4 * kKeyElements);
+    work = reinterpret_cast<WorkTile*>(keys + 4 * kKeyElements);
     q_offsets = reinterpret_cast<std::int64_t*>(work + 1);
     d_offsets = q_offsets + C::kRows;
     sums = reinterpret_cast<LseDelta*>(d_offsets + C::kRows);
@@ -137,18 +137,18 @@ struct Shared {
 
 /// Notes where row r of the tile is, and what it sees.
 template <typename T, int head_dim>
-MOBA_DEVICE void place_row(const RowsParams<T>& p, const Shared<T, head_dim>& shared, std::int64_t head,
-                           int r, std::int64_t row, std::uint32_t slot, const KeyRange& sees) {
+MOBA_DEVICE void store_row(const RowsParams<T>& p, const Shared<T, head_dim>& shared, std::int64_t head,
+                           int r, std::int64_t row, std::uint32_t slot, const KeyRange& visible) {
   const std::int64_t token = p.token0 + row / p.group, q_head = (p.head0 + head) * p.group + row % p.group;
   shared.q_offsets[r] = token * p.q.token_stride + q_head * p.q.head_stride;
   shared.d_offsets[r] = token * p.d_out.token_stride + q_head * p.d_out.head_stride;
   shared.sums[r] = p.sums[head * p.sums_rows + row];
   shared.slots[r] = slot;
-  shared.bounds[r] = sees;
+  shared.bounds[r] = visible;
 }
 
 template <typename T, int head_dim>
-MOBA_DEVICE void place_nothing(const Shared<T, head_dim>& shared, int r) {
+MOBA_DEVICE void store_no_row(const Shared<T, head_dim>& shared, int r) {
   shared.q_offsets[r] = shared.d_offsets[r] = kNoRow;
   shared.sums[r] = {ptx::infinity(), 0};
   shared.slots[r] = 0;
@@ -157,7 +157,7 @@ MOBA_DEVICE void place_nothing(const Shared<T, head_dim>& shared, int r) {
 
 /// The keys of its own block that the query at `position` sees, or of all when nothing is causal.
 template <typename T>
-MOBA_DEVICE KeyRange near_keys(const RowsParams<T>& p, std::int32_t position, std::int32_t keys) {
+MOBA_DEVICE KeyRange diagonal_keys(const RowsParams<T>& p, std::int32_t position, std::int32_t keys) {
   if (!p.causal) return {0, keys};
   if (position < 0) return {0, 0};
   return {static_cast<std::int32_t>(position / p.block_size * p.block_size), position + 1};
@@ -167,55 +167,58 @@ MOBA_DEVICE KeyRange near_keys(const RowsParams<T>& p, std::int32_t position, st
 /// queries first, which see most. Keys are cut as for the whole tile, so that a row meets them alike whatever
 /// else is in its part.
 template <typename T, int head_dim>
-MOBA_DEVICE Work diagonal_work(const RowsParams<T>& p, const Shared<T, head_dim>& shared, std::int64_t index,
-                               int first) {
+MOBA_DEVICE WorkTile diagonal_work(const RowsParams<T>& p, const Shared<T, head_dim>& shared,
+                                   std::int64_t index, int first) {
   const Tile tile = tile_at(
       p.batch, static_cast<std::int32_t>(p.batch.tile_starts[p.batch.sequences] - 1 - index / p.heads),
       p.token0, p.token1, p.group);
-  const auto sees = [&](int r) { return near_keys(p, tile.position_of(first + r, p.group), tile.keys); };
+  const auto visible = [&](int r) {
+    return diagonal_keys(p, tile.position_of(first + r, p.group), tile.keys);
+  };
   const std::int32_t left = tile.count - first,
                      count = left < TileShape<head_dim>::kRows ? left : TileShape<head_dim>::kRows;
   if (count <= 0) return {};
-  const KeyRange first_sees = sees(0), last_sees = sees(count - 1);
-  const Work work{.head = index % p.heads,
-                  .count = count,
-                  .first_key = tile.first_key,
-                  .begin = near_keys(p, tile.position_at(tile.cut, p.group), tile.keys).begin,
-                  .end = last_sees.end,
-                  .all_begin = last_sees.begin,
-                  .all_end = first_sees.end};
+  const KeyRange first_visible = visible(0), last_visible = visible(count - 1);
+  const WorkTile work{.head = index % p.heads,
+                      .count = count,
+                      .first_key = tile.first_key,
+                      .begin = diagonal_keys(p, tile.position_at(tile.cut, p.group), tile.keys).begin,
+                      .end = last_visible.end,
+                      .all_begin = last_visible.begin,
+                      .all_end = first_visible.end};
   for (int r = ptx::thread(); r < TileShape<head_dim>::kRows; r += TileShape<head_dim>::kThreads) {
     const std::int64_t row = tile.first_row + first + r;
     if (r < count) {
-      place_row(p, shared, work.head, r, row, static_cast<std::uint32_t>(row * p.ranks + p.width), sees(r));
+      store_row(p, shared, work.head, r, row, static_cast<std::uint32_t>(row * p.ranks + p.width),
+                visible(r));
     } else {
-      place_nothing(shared, r);
+      store_no_row(shared, r);
     }
   }
   return work;
 }
 
-/// Rows that chose a block, from row `first` of the item on.
+/// Rows that chose a block, from row `first` of the tile on.
 template <typename T, int head_dim>
-MOBA_DEVICE Work routed_work(const RowsParams<T>& p, const Shared<T, head_dim>& shared, const Item& item,
-                             int first) {
-  const std::int32_t sequence = sequence_of(p.batch.block_starts, p.batch.sequences, item.block);
+MOBA_DEVICE WorkTile routed_work(const RowsParams<T>& p, const Shared<T, head_dim>& shared,
+                                 const RoutedTile& tile, int first) {
+  const std::int32_t sequence = sequence_of(p.batch.block_starts, p.batch.sequences, tile.block);
   const std::int32_t k_begin = p.batch.k_starts[sequence];
-  const KeyRange keys = keys_of(item.block - p.batch.block_starts[sequence], p.block_size,
+  const KeyRange keys = keys_of(tile.block - p.batch.block_starts[sequence], p.block_size,
                                 p.batch.k_starts[sequence + 1] - k_begin);
-  const std::int32_t left = static_cast<std::int32_t>(item.count) - first,
+  const std::int32_t left = static_cast<std::int32_t>(tile.count) - first,
                      count = left < TileShape<head_dim>::kRows ? left : TileShape<head_dim>::kRows;
   if (count <= 0) return {};
-  const std::uint32_t* entries = p.plan.entries + item.head * p.rows * p.width + item.first;
+  const std::uint32_t* entries = p.plan.entries + tile.head * p.rows * p.width + tile.first;
   for (int r = ptx::thread(); r < TileShape<head_dim>::kRows; r += TileShape<head_dim>::kThreads) {
     if (r < count) {
       const std::uint32_t slot = entries[first + r];
-      place_row(p, shared, item.head, r, slot / static_cast<std::uint32_t>(p.ranks), slot, keys);
+      store_row(p, shared, tile.head, r, slot / static_cast<std::uint32_t>(p.ranks), slot, keys);
     } else {
-      place_nothing(shared, r);
+      store_no_row(shared, r);
     }
   }
-  return {.head = item.head,
+  return {.head = tile.head,
           .count = count,
           .first_key = k_begin,
           .begin = keys.begin,
@@ -254,24 +257,24 @@ MOBA_DEVICE void apply_mask(float (&d_logits)[row_tiles][key_tiles][4], const Sh
   for (int i = 0; i < row_tiles; ++i) {
     MOBA_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const KeyRange sees = shared.bounds[warp_row + 16 * i + 8 * half + ptx::lane() / 4];
+      const KeyRange visible = shared.bounds[warp_row + 16 * i + 8 * half + ptx::lane() / 4];
       MOBA_UNROLL
       for (int j = 0; j < key_tiles; ++j) {
         MOBA_UNROLL
         for (int e = 0; e < 2; ++e) {
           const std::int32_t column = key + 8 * j + ptx::lane() % 4 * 2 + e;
-          if (column < sees.begin || column >= sees.end) d_logits[i][j][2 * half + e] = 0;
+          if (column < visible.begin || column >= visible.end) d_logits[i][j][2 * half + e] = 0;
         }
       }
     }
   }
 }
 
-/// Writes the rows of this warp, through its own rows of q's shared memory so that whole vecs go out.
+/// Writes the rows of this warp, through its own rows of q's shared memory so that 16-byte vectors go out.
 template <typename T, int head_dim, int row_tiles>
-MOBA_DEVICE void write(const RowsParams<T>& p, const Shared<T, head_dim>& shared, const Work& work,
-                       const float (&dq)[row_tiles][TileShape<head_dim>::kColumns / 8][4], int warp_row,
-                       int first_vec) {
+MOBA_DEVICE void store_out(const RowsParams<T>& p, const Shared<T, head_dim>& shared, const WorkTile& work,
+                           const float (&dq)[row_tiles][TileShape<head_dim>::kColumns / 8][4], int warp_row,
+                           int first_vec) {
   const int lane = ptx::lane();
   MOBA_UNROLL
   for (int i = 0; i < row_tiles; ++i) {
@@ -301,7 +304,7 @@ MOBA_DEVICE void write(const RowsParams<T>& p, const Shared<T, head_dim>& shared
 
 /// dq of the work's rows through its keys.
 template <typename T, int head_dim>
-MOBA_DEVICE void add_keys(const RowsParams<T>& p, const Shared<T, head_dim>& shared, const Work& work) {
+MOBA_DEVICE void add_keys(const RowsParams<T>& p, const Shared<T, head_dim>& shared, const WorkTile& work) {
   using C = TileShape<head_dim>;
   constexpr int kRowTiles = C::kRowTiles, kKeyTiles = C::kKeys / 8;
   const int warp_row = ptx::warp() / C::kShares * 16 * kRowTiles;
@@ -344,7 +347,7 @@ MOBA_DEVICE void add_keys(const RowsParams<T>& p, const Shared<T, head_dim>& sha
   ptx::cp_async_wait<0>();
   ptx::syncthreads();  // q has been used, and its rows are there even with no keys: their gradients will lie
                        // there
-  if (has_rows) write(p, shared, work, dq, warp_row, first_vec);
+  if (has_rows) store_out(p, shared, work, dq, warp_row, first_vec);
 }
 
 template <typename T, int head_dim>
@@ -353,14 +356,14 @@ attend_backward_dq_kernel(MOBA_GRID_CONSTANT RowsParams<T> p) {
   using C = TileShape<head_dim>;
   const Shared<T, head_dim> shared(ptx::shared());
   const std::uint32_t full = p.plan.totals[Plan::kFull], rest = p.plan.totals[Plan::kPartial];
-  const std::uint32_t listed = full + rest;
-  const std::int64_t near = p.near ? p.batch.tile_starts[p.batch.sequences] * p.heads : 0;
+  const std::uint32_t routed = full + rest;
+  const std::int64_t diagonal = p.diagonal ? p.batch.tile_starts[p.batch.sequences] * p.heads : 0;
   const std::uint32_t index = ptx::block_x() / C::kShares;
   const int first = static_cast<int>(ptx::block_x() % C::kShares) * C::kRows;
-  if (index >= listed + near) return;
-  const Work work =
-      index >= listed
-          ? diagonal_work(p, shared, std::int64_t{index} - listed, first)
+  if (index >= routed + diagonal) return;
+  const WorkTile work =
+      index >= routed
+          ? diagonal_work(p, shared, std::int64_t{index} - routed, first)
           : routed_work(p, shared, index < full ? p.plan.full[index] : p.plan.partial[index - full], first);
   if (work.count == 0) return;
   if (ptx::thread() == 0) *shared.work = work;
@@ -386,7 +389,7 @@ sum_dq_slots_kernel(MOBA_GRID_CONSTANT AddParams<T> p) {
   const int column = ptx::thread() % kColumns;
   if (ptx::thread() >= kRows * kColumns || row >= p.rows) return;
 
-  // The places behind the last choice hold nothing; the near keys' is always filled.
+  // The places behind the last choice hold nothing; the diagonal keys' is always filled.
   const std::int32_t* chosen = p.selection + (head * p.rows + row) * p.width;
   const T* slot = p.slots + (head * p.rows + row) * p.ranks * head_dim + column * kElements;
   float sum[kElements] = {};
@@ -457,16 +460,16 @@ void attend_backward_dq(Stream& stream, const Task& task, const WorkSlice& part,
                                .ranks = task.ranks(),
                                .token0 = static_cast<std::int32_t>(part.token0),
                                .token1 = static_cast<std::int32_t>(part.token1),
-                               .near = task.has_near_keys(),
+                               .diagonal = task.has_diagonal(),
                                .causal = task.routing.causal,
                                .scale = task.scale,
                                .log2_scale = task.scale * ptx::kLog2E,
                                .dq = view_of<T>(backward.gradients.dq),
                                .slots = static_cast<T*>(slots)};
-    const std::int64_t most_items =
+    const std::int64_t max_work_tiles =
         part.heads() * (task.rows(part) * task.width / kTileRows + (task.width > 0 ? task.most_blocks() : 0) +
                         task.most_tiles(part));
-    stream.launch("attend_backward_dq", attend_backward_dq_kernel<T, head_dim>, {most_items * C::kShares},
+    stream.launch("attend_backward_dq", attend_backward_dq_kernel<T, head_dim>, {max_work_tiles * C::kShares},
                   C::kThreads, Shared<T, head_dim>::kBytes, params);
   });
 }

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "cuda/sm90/attend_items.h"
+#include "cuda/sm90/attend_work_tiles.h"
 #include "moba/error.h"
 
 namespace moba::cuda {
@@ -16,15 +16,15 @@ inline constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 template <typename T>
 struct Params {
   TensorMap k, v;
-  AttendParams<T> items;
+  AttendParams<T> attend;
 };
 
-/// What is known of an item's rows.
+/// What is known of a work tile's rows.
 struct RowTable {
   std::int64_t q_offsets[kTileRows];
   KeyRange bounds[kTileRows];
   std::uint32_t slots[kTileRows];
-  Work work;
+  WorkTile work;
 };
 
 template <typename T, int head_dim>
@@ -49,24 +49,24 @@ struct Shared {
 
 /// By kGatherThreads threads; `thread` is the number among them.
 template <typename T, int head_dim>
-MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
+MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
                         int thread) {
   PipelineState<2> buffer;
-  for_own_items(items, [&](std::int64_t index) {
+  for_own_tiles(work_tiles, [&](std::int64_t index) {
     auto& barriers = shared.control().q[buffer.index];
     RowTable& table = shared.control().tables[buffer.index];
     ptx::mbarrier_wait(&barriers.empty, buffer.phase ^ 1U);
-    with_item(p.items, index, [&](const Work& work, auto&& place_of) {
+    with_work_tile(p.attend, index, [&](const WorkTile& work, auto&& row_of) {
       for (int r = thread; r < kTileRows; r += kGatherThreads) {
-        const Place place = place_of(r);
-        table.q_offsets[r] = place.q_offset;
-        table.bounds[r] = place.sees;
-        table.slots[r] = place.slot;
+        const WorkRow row = row_of(r);
+        table.q_offsets[r] = row.q_offset;
+        table.bounds[r] = row.visible;
+        table.slots[r] = row.slot;
       }
       if (thread == 0) table.work = work;
     });
     ptx::bar_sync(kRowTableReady, kGatherThreads);
-    gather_rows(shared.q(buffer.index), p.items.q.data, table.q_offsets, thread);
+    gather_rows(shared.q(buffer.index), p.attend.q.data, table.q_offsets, thread);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     ptx::fence_proxy_async();
@@ -85,7 +85,7 @@ MOBA_DEVICE void pingpong_arrive(int warpgroup) {
 
 /// By the two groups that multiply: what the others load.
 template <typename T, int head_dim>
-MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
+MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
                          int warpgroup) {
   using S = Shared<T, head_dim>;
   typename S::Control& control = shared.control();
@@ -94,10 +94,10 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
   PipelineState<2> buffer;
   PipelineState<S::kStages> stage;
   if (warpgroup == 1) pingpong_arrive(warpgroup);
-  for_own_items(items, [&](std::int64_t) {
+  for_own_tiles(work_tiles, [&](std::int64_t) {
     ptx::mbarrier_wait(&control.q[buffer.index].full, buffer.phase);
     const RowTable& table = control.tables[buffer.index];
-    const Work work = warp_uniform(table.work);
+    const WorkTile work = warp_uniform(table.work);
     const auto q = shared.q(buffer.index);
     const bool has_rows = first_row < work.count;  // the other warpgroup has some
     float out[1][head_dim / 8][4] = {};
@@ -113,10 +113,10 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
         issue_qk(logits[0], q, first_row, k);
         pingpong_arrive(warpgroup);
         ptx::wgmma_wait(logits[0]);
-        if (p.items.scale.negate) negate(logits);
+        if (p.attend.scale.negate) negate(logits);
         if (key < work.all_begin || key + kKeys > work.all_end)
           apply_mask(logits, table.bounds, work, key, warp_row);
-        softmax.update(logits, out, p.items.scale.scale);
+        softmax.update(logits, out, p.attend.scale.scale);
       } else {
         pingpong_arrive(warpgroup);
       }
@@ -124,17 +124,17 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
       ptx::mbarrier_wait(&control.v[stage.index].full, stage.phase);
       if (has_rows) {
         if (key + kKeys > work.end) zero_rows_from(v, work.end - key, warpgroup);
-        std::uint32_t weights[kKeys / 16][4];
-        pack_p_as_a_operand<T>(weights, logits[0]);
+        std::uint32_t probs[kKeys / 16][4];
+        pack_p_as_a_operand<T>(probs, logits[0]);
         ptx::wgmma_fence();
-        issue_pv(out[0], weights, v);
+        issue_pv(out[0], probs, v);
         ptx::wgmma_wait(out[0]);
       }
       consumer_release(control.v[stage.index].empty);
     }
     if (has_rows) {
       warpgroup_sync(warpgroup);  // q has been read: answers go there
-      write(p.items, q, table.slots, work, out, softmax, warp_row);
+      store_out(p.attend, q, table.slots, work, out, softmax, warp_row);
     }
     consumer_release(control.q[buffer.index].empty);
     buffer.advance();
@@ -147,7 +147,7 @@ MOBA_KERNEL(kThreads, 1)
 attend_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
     const Shared<T, head_dim> shared{ptx::shared()};
-    const std::int64_t items = warp_uniform(p.items.items());
+    const std::int64_t work_tiles = warp_uniform(p.attend.work_tiles());
     if (ptx::thread() == 0) {
       auto& control = shared.control();
       for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
@@ -159,11 +159,11 @@ attend_kernel(MOBA_GRID_CONSTANT Params<T> p) {
     const int warpgroup = warp_uniform(ptx::thread() / ptx::kWarpgroupThreads);
     if (warpgroup == 0) {
       ptx::warpgroup_reg_dealloc<kProducerRegisters>();
-      if (ptx::thread() == 0) load_kv(p.k, p.v, p.items, shared, items);
-      if (ptx::warp() > 0) load_q(p, shared, items, ptx::thread() - ptx::kLanes);
+      if (ptx::thread() == 0) load_kv(p.k, p.v, p.attend, shared, work_tiles);
+      if (ptx::warp() > 0) load_q(p, shared, work_tiles, ptx::thread() - ptx::kLanes);
     } else {
       ptx::warpgroup_reg_alloc<kConsumerRegisters>();
-      consume(p, shared, items, warpgroup - 1);
+      consume(p, shared, work_tiles, warpgroup - 1);
     }
   }
 }
@@ -210,10 +210,10 @@ void attend_sm90(Stream& stream, const Task& task, const WorkSlice& part, const 
     if constexpr (head_dim == 64 || head_dim == 128) {
       const sm90::Params<T> params{.k = tensor_map(stream.function(), task.k, sm90::kKeys),
                                    .v = tensor_map(stream.function(), task.v, sm90::kKeys),
-                                   .items = attend_params<T>(task, part, batch, plan, partials, outputs)};
+                                   .attend = attend_params<T>(task, part, batch, plan, partials, outputs)};
       const std::int64_t blocks = current_hardware(stream.function()).multiprocessors;
       stream.launch("attend_sm90", sm90::attend_kernel<T, head_dim>,
-                    {std::min(blocks, most_items(task, part))}, sm90::kThreads,
+                    {std::min(blocks, max_work_tiles(task, part))}, sm90::kThreads,
                     sm90::Shared<T, head_dim>::kBytes, params);
     }
   });

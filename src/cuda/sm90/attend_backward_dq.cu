@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "cuda/attend_backward.h"
-#include "cuda/sm90/attend_items.h"
+#include "cuda/sm90/attend_work_tiles.h"
 
 namespace moba::cuda {
 namespace sm90::dq {
@@ -15,20 +15,20 @@ static_assert(kConsumerWarpgroups * kWarpgroupRows == kTileRows);
 template <typename T>
 struct Params {
   TensorMap k_map, v_map;
-  AttendParams<T> items;
+  AttendParams<T> attend;
   View<const T> d_out;
   const LseDelta* sums;  // [heads, sums_rows], of rows from the part's first on
   std::int64_t sums_rows;
   float scale, log2_scale;  // the latter for powers of 2
 };
 
-/// What is known of an item's rows.
+/// What is known of a work tile's rows.
 struct RowTable {
   std::int64_t q_offsets[kTileRows], d_out_offsets[kTileRows];
-  LseDelta sums[kTileRows];
+  LseDelta lse_delta[kTileRows];
   KeyRange bounds[kTileRows];
   std::uint32_t slots[kTileRows];
-  Work work;
+  WorkTile work;
 };
 
 template <typename T, int head_dim>
@@ -38,7 +38,7 @@ struct Shared {
   using Keys = tile::SwizzledTile128B<T, kKeys, head_dim>;
   struct Control {
     RowTable tables[2];
-    StageBarriers rows[2], k[kStages], v[kStages];
+    StageBarriers q[2], k[kStages], v[kStages];
   };
   static constexpr std::size_t kBytes = 4 * Rows::kBytes + 2 * kStages * Keys::kBytes + sizeof(Control);
 
@@ -53,28 +53,28 @@ struct Shared {
 
 /// By kGatherThreads threads; `thread` is the number among them.
 template <typename T, int head_dim>
-MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
+MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
                         int thread) {
   PipelineState<2> buffer;
-  for_own_items(items, [&](std::int64_t index) {
-    StageBarriers& barriers = shared.control().rows[buffer.index];
+  for_own_tiles(work_tiles, [&](std::int64_t index) {
+    StageBarriers& barriers = shared.control().q[buffer.index];
     RowTable& table = shared.control().tables[buffer.index];
     ptx::mbarrier_wait(&barriers.empty, buffer.phase ^ 1U);
-    with_item(p.items, index, [&](const Work& work, auto&& place_of) {
+    with_work_tile(p.attend, index, [&](const WorkTile& work, auto&& row_of) {
       for (int r = thread; r < kTileRows; r += kGatherThreads) {
-        const Place place = place_of(r);
-        const std::uint32_t row = place.slot / static_cast<std::uint32_t>(p.items.ranks);
-        const bool exists = place.q_offset != kNoRow;
-        table.q_offsets[r] = place.q_offset;
-        table.d_out_offsets[r] = exists ? row_offset(p.items, p.d_out, work.head, row) : kNoRow;
-        table.sums[r] = exists ? p.sums[work.head * p.sums_rows + row] : LseDelta{ptx::infinity(), 0};
-        table.bounds[r] = work.near ? place.sees : KeyRange{work.begin, work.end};
-        table.slots[r] = place.slot;
+        const WorkRow row = row_of(r);
+        const std::uint32_t q_row = row.slot / static_cast<std::uint32_t>(p.attend.ranks);
+        const bool exists = row.q_offset != kNoRow;
+        table.q_offsets[r] = row.q_offset;
+        table.d_out_offsets[r] = exists ? row_offset(p.attend, p.d_out, work.head, q_row) : kNoRow;
+        table.lse_delta[r] = exists ? p.sums[work.head * p.sums_rows + q_row] : LseDelta{ptx::infinity(), 0};
+        table.bounds[r] = work.diagonal ? row.visible : KeyRange{work.begin, work.end};
+        table.slots[r] = row.slot;
       }
       if (thread == 0) table.work = work;
     });
     ptx::bar_sync(kRowTableReady, kGatherThreads);
-    gather_rows(shared.q(buffer.index), p.items.q.data, table.q_offsets, thread);
+    gather_rows(shared.q(buffer.index), p.attend.q.data, table.q_offsets, thread);
     gather_rows(shared.d_out(buffer.index), p.d_out.data, table.d_out_offsets, thread);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
@@ -85,57 +85,57 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
 }
 
 /// What a lane knows of its two rows.
-struct OwnRows {
-  LseDelta sums[2];
-  KeyRange sees[2];
+struct ThreadRows {
+  LseDelta lse_delta[2];
+  KeyRange visible[2];
 
-  MOBA_DEVICE OwnRows(const RowTable& table, int warp_row) {
+  MOBA_DEVICE ThreadRows(const RowTable& table, int warp_row) {
     MOBA_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + 8 * half + ptx::lane() / 4;
-      sums[half] = table.sums[row];
-      sees[half] = table.bounds[row];
+      lse_delta[half] = table.lse_delta[row];
+      visible[half] = table.bounds[row];
     }
   }
 };
 
-/// Products with keys become weights.
-MOBA_DEVICE void to_weights(float (&products)[kKeys / 8][4], const OwnRows& rows, float log2_scale) {
+/// Products with keys become probs.
+MOBA_DEVICE void recompute_p(float (&products)[kKeys / 8][4], const ThreadRows& rows, float log2_scale) {
   MOBA_UNROLL
   for (int j = 0; j < kKeys / 8; ++j) {
     MOBA_UNROLL
     for (int e = 0; e < 4; ++e)
-      products[j][e] = ptx::exp2(ptx::fma(products[j][e], log2_scale, -rows.sums[e / 2].lse));
+      products[j][e] = ptx::exp2(ptx::fma(products[j][e], log2_scale, -rows.lse_delta[e / 2].lse));
   }
 }
 
-/// Gradients of weights become gradients of logits.
-MOBA_DEVICE void to_d_logits(float (&d_weights)[kKeys / 8][4], const float (&weights)[kKeys / 8][4],
-                             const OwnRows& rows) {
+/// Gradients of probs become gradients of logits.
+MOBA_DEVICE void compute_ds(float (&ds)[kKeys / 8][4], const float (&probs)[kKeys / 8][4],
+                            const ThreadRows& rows) {
   MOBA_UNROLL
   for (int j = 0; j < kKeys / 8; ++j) {
     MOBA_UNROLL
-    for (int e = 0; e < 4; ++e) d_weights[j][e] = weights[j][e] * (d_weights[j][e] - rows.sums[e / 2].delta);
+    for (int e = 0; e < 4; ++e) ds[j][e] = probs[j][e] * (ds[j][e] - rows.lse_delta[e / 2].delta);
   }
 }
 
 /// 0 where a row does not see a key. `key` is that of the first column.
-MOBA_DEVICE void apply_mask(float (&d_logits)[kKeys / 8][4], const OwnRows& rows, std::int32_t key) {
+MOBA_DEVICE void apply_mask(float (&ds)[kKeys / 8][4], const ThreadRows& rows, std::int32_t key) {
   MOBA_UNROLL
   for (int j = 0; j < kKeys / 8; ++j) {
     MOBA_UNROLL
     for (int e = 0; e < 4; ++e) {
       const std::int32_t column = key + 8 * j + ptx::lane() % 4 * 2 + e % 2;
-      const KeyRange& sees = rows.sees[e / 2];
-      if (column < sees.begin || column >= sees.end) d_logits[j][e] = 0;
+      const KeyRange& visible = rows.visible[e / 2];
+      if (column < visible.begin || column >= visible.end) ds[j][e] = 0;
     }
   }
 }
 
-/// Writes this warp's rows, through its own rows of q's shared memory so that whole vecs go out.
+/// Writes this warp's rows, through its own rows of q's shared memory so that 16-byte vectors go out.
 template <typename T, int head_dim, typename Rows>
-MOBA_DEVICE void write(const Params<T>& p, const Rows& q, const RowTable& table, const Work& work,
-                       const float (&dq)[head_dim / 8][4], int warp_row) {
+MOBA_DEVICE void store_out(const Params<T>& p, const Rows& q, const RowTable& table, const WorkTile& work,
+                           const float (&dq)[head_dim / 8][4], int warp_row) {
   MOBA_UNROLL
   for (int j = 0; j < head_dim / 8; ++j) {
     MOBA_UNROLL
@@ -144,12 +144,12 @@ MOBA_DEVICE void write(const Params<T>& p, const Rows& q, const RowTable& table,
       to[ptx::lane() % 4] = ptx::pack<T>(dq[j][2 * half] * p.scale, dq[j][2 * half + 1] * p.scale);
     }
   }
-  store_rows<T, 1, head_dim / 8>(p.items, q, table.slots, work, warp_row);
+  store_rows<T, 1, head_dim / 8>(p.attend, q, table.slots, work, warp_row);
 }
 
 /// By the two groups that multiply: what the others load.
 template <typename T, int head_dim>
-MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t items,
+MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
                          int warpgroup) {
   using S = Shared<T, head_dim>;
   typename S::Control& control = shared.control();
@@ -157,45 +157,45 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
   const int warp_row = first_row + ptx::warp() % 4 * 16;
   PipelineState<2> buffer;
   PipelineState<S::kStages> stage;
-  for_own_items(items, [&](std::int64_t) {
-    ptx::mbarrier_wait(&control.rows[buffer.index].full, buffer.phase);
+  for_own_tiles(work_tiles, [&](std::int64_t) {
+    ptx::mbarrier_wait(&control.q[buffer.index].full, buffer.phase);
     const RowTable& table = control.tables[buffer.index];
-    const Work work = warp_uniform(table.work);
+    const WorkTile work = warp_uniform(table.work);
     const auto q = shared.q(buffer.index), d_out = shared.d_out(buffer.index);
     const bool has_rows = first_row < work.count;  // the other warpgroup has some
-    const OwnRows rows(table, warp_row);
+    const ThreadRows rows(table, warp_row);
     float dq[head_dim / 8][4] = {};
     for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
       const auto k = shared.k(stage.index), v = shared.v(stage.index);
-      float weights[kKeys / 8][4], d_logits[kKeys / 8][4];
+      float probs[kKeys / 8][4], ds[kKeys / 8][4];
       ptx::mbarrier_wait(&control.k[stage.index].full, stage.phase);
       ptx::mbarrier_wait(&control.v[stage.index].full, stage.phase);
       if (has_rows) {
         ptx::wgmma_fence();
-        issue_qk(weights, q, first_row, k);
-        issue_qk(d_logits, d_out, first_row, v);
-        ptx::wgmma_wait<1>(weights);
-        to_weights(weights, rows, p.log2_scale);
-        ptx::wgmma_wait(d_logits);
+        issue_qk(probs, q, first_row, k);
+        issue_qk(ds, d_out, first_row, v);
+        ptx::wgmma_wait<1>(probs);
+        recompute_p(probs, rows, p.log2_scale);
+        ptx::wgmma_wait(ds);
       }
       consumer_release(control.v[stage.index].empty);
       if (has_rows) {
-        to_d_logits(d_logits, weights, rows);
-        if (key < work.all_begin || key + kKeys > work.all_end) apply_mask(d_logits, rows, key);
+        compute_ds(ds, probs, rows);
+        if (key < work.all_begin || key + kKeys > work.all_end) apply_mask(ds, rows, key);
         if (key + kKeys > work.end) zero_rows_from(k, work.end - key, warpgroup);
-        std::uint32_t left[kKeys / 16][4];
-        pack_p_as_a_operand<T>(left, d_logits);
+        std::uint32_t ds_operand[kKeys / 16][4];
+        pack_p_as_a_operand<T>(ds_operand, ds);
         ptx::wgmma_fence();
-        issue_pv(dq, left, k);
+        issue_pv(dq, ds_operand, k);
         ptx::wgmma_wait(dq);
       }
       consumer_release(control.k[stage.index].empty);
     }
     if (has_rows) {
       warpgroup_sync(warpgroup);  // q has been read: gradients go there
-      write<T, head_dim>(p, q, table, work, dq, warp_row);
+      store_out<T, head_dim>(p, q, table, work, dq, warp_row);
     }
-    consumer_release(control.rows[buffer.index].empty);
+    consumer_release(control.q[buffer.index].empty);
     buffer.advance();
   });
 }
@@ -205,10 +205,10 @@ MOBA_KERNEL(kThreads, 1)
 attend_backward_dq_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
     const Shared<T, head_dim> shared{ptx::shared()};
-    const std::int64_t items = warp_uniform(p.items.items());
+    const std::int64_t work_tiles = warp_uniform(p.attend.work_tiles());
     if (ptx::thread() == 0) {
       auto& control = shared.control();
-      for (StageBarriers& barriers : control.rows) barriers.init(kGatherThreads);
+      for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
       for (StageBarriers& barriers : control.k) barriers.init(1);
       for (StageBarriers& barriers : control.v) barriers.init(1);
       ptx::fence_proxy_async();
@@ -217,11 +217,11 @@ attend_backward_dq_kernel(MOBA_GRID_CONSTANT Params<T> p) {
     const int warpgroup = warp_uniform(ptx::thread() / ptx::kWarpgroupThreads);
     if (warpgroup == 0) {
       ptx::warpgroup_reg_dealloc<kProducerRegisters>();
-      if (ptx::thread() == 0) load_kv(p.k_map, p.v_map, p.items, shared, items);
-      if (ptx::warp() > 0) load_q(p, shared, items, ptx::thread() - ptx::kLanes);
+      if (ptx::thread() == 0) load_kv(p.k_map, p.v_map, p.attend, shared, work_tiles);
+      if (ptx::warp() > 0) load_q(p, shared, work_tiles, ptx::thread() - ptx::kLanes);
     } else {
       ptx::warpgroup_reg_alloc<kConsumerRegisters>();
-      consume(p, shared, items, warpgroup - 1);
+      consume(p, shared, work_tiles, warpgroup - 1);
     }
   }
 }
@@ -235,7 +235,7 @@ void attend_backward_dq_sm90(Stream& stream, const Task& task, const WorkSlice& 
       const sm90::dq::Params<T> params{
           .k_map = tensor_map(stream.function(), task.k, sm90::dq::kKeys),
           .v_map = tensor_map(stream.function(), task.v, sm90::dq::kKeys),
-          .items = attend_params<T>(task, part, batch, plan, {.out = slots}, {.out = backward.gradients.dq}),
+          .attend = attend_params<T>(task, part, batch, plan, {.out = slots}, {.out = backward.gradients.dq}),
           .d_out = view_of<const T>(backward.d_out),
           .sums = sums,
           .sums_rows = task.tokens * task.group,
@@ -243,7 +243,7 @@ void attend_backward_dq_sm90(Stream& stream, const Task& task, const WorkSlice& 
           .log2_scale = task.scale * ptx::kLog2E};
       const std::int64_t blocks = current_hardware(stream.function()).multiprocessors;
       stream.launch("attend_backward_dq_sm90", sm90::dq::attend_backward_dq_kernel<T, head_dim>,
-                    {std::min(blocks, most_items(task, part))}, sm90::kThreads,
+                    {std::min(blocks, max_work_tiles(task, part))}, sm90::kThreads,
                     sm90::dq::Shared<T, head_dim>::kBytes, params);
     }
   });

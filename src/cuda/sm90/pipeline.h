@@ -10,7 +10,7 @@
 #include "cuda/tile/swizzled_tile_128b.h"
 
 /// What the kernels for Hopper have in common. A thread block stays on its multiprocessor and takes every
-/// so-many-th item. Its first warpgroup only brings things: one thread the keys and values, in bulk copies
+/// so-many-th tile. Its first warpgroup only brings things: one thread the keys and values, in bulk copies
 /// that land swizzled as products want them, and three warps the rows, which come from anywhere. The other
 /// two warpgroups multiply.
 ///
@@ -51,8 +51,8 @@ struct PipelineState {
 };
 
 template <typename Run>
-MOBA_DEVICE void for_own_items(std::int64_t items, Run&& run) {
-  for (std::int64_t index = ptx::block_x(); index < items; index += ptx::blocks_x()) run(index);
+MOBA_DEVICE void for_own_tiles(std::int64_t work_tiles, Run&& run) {
+  for (std::int64_t index = ptx::block_x(); index < work_tiles; index += ptx::blocks_x()) run(index);
 }
 
 /// Begins to load tokens from `token` on, by one thread. All bytes count for `barrier`.
@@ -130,12 +130,12 @@ MOBA_DEVICE void issue_qk(float (&products)[rows / 8][4],
 
 /// Weights, as products come, on the left side of another.
 template <typename T, int tiles>
-MOBA_DEVICE void pack_p_as_a_operand(std::uint32_t (&left)[tiles / 2][4], const float (&weights)[tiles][4]) {
+MOBA_DEVICE void pack_p_as_a_operand(std::uint32_t (&left)[tiles / 2][4], const float (&probs)[tiles][4]) {
   MOBA_UNROLL
   for (int k = 0; k < tiles / 2; ++k) {
     MOBA_UNROLL
     for (int r = 0; r < 4; ++r) {
-      const float(&w)[4] = weights[2 * k + r / 2];
+      const float(&w)[4] = probs[2 * k + r / 2];
       left[k][r] = ptx::pack<T>(w[r % 2 * 2], w[r % 2 * 2 + 1]);
     }
   }

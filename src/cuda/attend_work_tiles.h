@@ -9,7 +9,7 @@
 #include "cuda/tile/softmax.h"
 
 /// What the kernels of attention have in common: which items there are, what each works on, and where its
-/// answers go. The listed items come first, whole ones before the rest; then tiles of neighbouring rows with
+/// answers go. The routed tiles come first, whole ones before the rest; then tiles of neighbouring rows with
 /// the keys of their own block, or, in dense attention, with all that they may see.
 namespace moba::cuda {
 
@@ -22,7 +22,7 @@ struct AttendParams {
   std::int64_t block_size, group, head0, heads;
   std::int64_t rows, width, ranks;  // of a head
   std::int32_t token0, token1;
-  bool near, causal;
+  bool diagonal, causal;
   tile::Scale scale;
   // Where width is 0, the answer.
   View<T> out;
@@ -32,32 +32,34 @@ struct AttendParams {
   T* partials;         // [heads, rows * ranks, D]
   float* partial_lse;  // [heads, rows * ranks]
 
-  MOBA_DEVICE std::uint32_t listed() const { return plan.totals[Plan::kFull] + plan.totals[Plan::kPartial]; }
-  MOBA_DEVICE std::int64_t items() const {
-    return listed() + (near ? batch.tile_starts[batch.sequences] * heads : 0);
+  MOBA_DEVICE std::uint32_t routed_tiles() const {
+    return plan.totals[Plan::kFull] + plan.totals[Plan::kPartial];
+  }
+  MOBA_DEVICE std::int64_t work_tiles() const {
+    return routed_tiles() + (diagonal ? batch.tile_starts[batch.sequences] * heads : 0);
   }
 };
 
-/// An item: up to kTileRows rows, and keys [begin, end) of a sequence. All rows see keys in
+/// A work tile: up to kTileRows rows, and keys [begin, end) of a sequence. All rows see keys in
 /// [all_begin, all_end).
-struct Work {
-  bool near = false;
+struct WorkTile {
+  bool diagonal = false;
   std::int64_t head = 0;  // of the part
   std::int32_t count = 0;
   std::int32_t first_key = 0;  // of the sequence, packed
   std::int32_t begin = 0, end = 0, all_begin = 0, all_end = 0;
 };
 
-/// A row of an item.
-struct Place {
+/// A row of a work tile.
+struct WorkRow {
   std::int64_t q_offset = kNoRow;  // of its query's elements
   std::uint32_t slot = 0;
-  KeyRange sees{};  // keys, where the item is near
+  KeyRange visible{};  // keys, where the tile is diagonal
 };
 
 /// The keys of its own block that the query at `position` sees, or of all when nothing is causal.
 template <typename T>
-MOBA_DEVICE KeyRange near_keys(const AttendParams<T>& p, std::int32_t position, std::int32_t keys) {
+MOBA_DEVICE KeyRange diagonal_keys(const AttendParams<T>& p, std::int32_t position, std::int32_t keys) {
   if (!p.causal) return {0, keys};
   if (position < 0) return {0, 0};
   return {static_cast<std::int32_t>(position / p.block_size * p.block_size), position + 1};
@@ -74,60 +76,60 @@ MOBA_DEVICE std::int64_t row_offset(const AttendParams<T>& p, const View<const T
 
 /// Tile `index` of all heads, those of the last queries first, which see most.
 template <typename T, typename Run>
-MOBA_DEVICE void with_near_item(const AttendParams<T>& p, std::int64_t index, Run&& run) {
+MOBA_DEVICE void with_diagonal_tile(const AttendParams<T>& p, std::int64_t index, Run&& run) {
   const Tile tile = tile_at(
       p.batch, static_cast<std::int32_t>(p.batch.tile_starts[p.batch.sequences] - 1 - index / p.heads),
       p.token0, p.token1, p.group);
-  const auto sees = [&](int r) { return near_keys(p, tile.position_of(r, p.group), tile.keys); };
-  const KeyRange first_sees = sees(0), last_sees = sees(tile.count - 1);
-  const KeyRange cut_sees = near_keys(p, tile.position_at(tile.cut, p.group), tile.keys);
-  const Work work{.near = true,
-                  .head = index % p.heads,
-                  .count = tile.count,
-                  .first_key = tile.first_key,
-                  .begin = cut_sees.begin,
-                  .end = last_sees.end,
-                  .all_begin = last_sees.begin,
-                  .all_end = first_sees.end};
-  run(work, [&](int r) -> Place {
+  const auto visible = [&](int r) { return diagonal_keys(p, tile.position_of(r, p.group), tile.keys); };
+  const KeyRange first_visible = visible(0), last_visible = visible(tile.count - 1);
+  const KeyRange cut_visible = diagonal_keys(p, tile.position_at(tile.cut, p.group), tile.keys);
+  const WorkTile work{.diagonal = true,
+                      .head = index % p.heads,
+                      .count = tile.count,
+                      .first_key = tile.first_key,
+                      .begin = cut_visible.begin,
+                      .end = last_visible.end,
+                      .all_begin = last_visible.begin,
+                      .all_end = first_visible.end};
+  run(work, [&](int r) -> WorkRow {
     if (r >= work.count) return {};
     const auto row = static_cast<std::uint32_t>(tile.first_row + r);
     return {row_offset(p, p.q, work.head, row),
-            row * static_cast<std::uint32_t>(p.ranks) + static_cast<std::uint32_t>(p.width), sees(r)};
+            row * static_cast<std::uint32_t>(p.ranks) + static_cast<std::uint32_t>(p.width), visible(r)};
   });
 }
 
 /// Rows that chose a block.
 template <typename T, typename Run>
-MOBA_DEVICE void with_listed_item(const AttendParams<T>& p, std::uint32_t index, Run&& run) {
+MOBA_DEVICE void with_routed_tile(const AttendParams<T>& p, std::uint32_t index, Run&& run) {
   const std::uint32_t full = p.plan.totals[Plan::kFull];
-  const Item item = index < full ? p.plan.full[index] : p.plan.partial[index - full];
-  const std::int32_t sequence = sequence_of(p.batch.block_starts, p.batch.sequences, item.block);
+  const RoutedTile tile = index < full ? p.plan.full[index] : p.plan.partial[index - full];
+  const std::int32_t sequence = sequence_of(p.batch.block_starts, p.batch.sequences, tile.block);
   const std::int32_t k_begin = p.batch.k_starts[sequence];
-  const KeyRange keys = keys_of(item.block - p.batch.block_starts[sequence], p.block_size,
+  const KeyRange keys = keys_of(tile.block - p.batch.block_starts[sequence], p.block_size,
                                 p.batch.k_starts[sequence + 1] - k_begin);
-  const std::uint32_t* entries = p.entries + item.head * p.rows * p.width + item.first;
-  const Work work{.head = item.head,
-                  .count = static_cast<std::int32_t>(item.count),
-                  .first_key = k_begin,
-                  .begin = keys.begin,
-                  .end = keys.end,
-                  .all_begin = keys.begin,
-                  .all_end = keys.end};
-  run(work, [&](int r) -> Place {
+  const std::uint32_t* entries = p.entries + tile.head * p.rows * p.width + tile.first;
+  const WorkTile work{.head = tile.head,
+                      .count = static_cast<std::int32_t>(tile.count),
+                      .first_key = k_begin,
+                      .begin = keys.begin,
+                      .end = keys.end,
+                      .all_begin = keys.begin,
+                      .all_end = keys.end};
+  run(work, [&](int r) -> WorkRow {
     if (r >= work.count) return {};
     return {row_offset(p, p.q, work.head, entries[r] / static_cast<std::uint32_t>(p.ranks)), entries[r], {}};
   });
 }
 
-/// Calls run(work, place) for an item, place(r) being the Place of its row r.
+/// Calls run(work, place) for a work tile, place(r) being the WorkRow of its row r.
 template <typename T, typename Run>
-MOBA_DEVICE void with_item(const AttendParams<T>& p, std::int64_t index, Run&& run) {
-  const std::uint32_t listed = p.listed();
-  if (index < listed) {
-    with_listed_item(p, static_cast<std::uint32_t>(index), run);
+MOBA_DEVICE void with_work_tile(const AttendParams<T>& p, std::int64_t index, Run&& run) {
+  const std::uint32_t routed = p.routed_tiles();
+  if (index < routed) {
+    with_routed_tile(p, static_cast<std::uint32_t>(index), run);
   } else {
-    with_near_item(p, index - listed, run);
+    with_diagonal_tile(p, index - routed, run);
   }
 }
 
@@ -143,23 +145,23 @@ MOBA_DEVICE void negate(float (&logits)[row_tiles][key_tiles][4]) {
   }
 }
 
-/// Hides logits of keys that a row does not see: those outside of the item's or, where it is near, of the
+/// Hides logits of keys that a row does not see: those outside of the tile's or, where it is diagonal, of the
 /// row's `bounds`. `key` is that of the first column.
 template <int row_tiles, int key_tiles>
 MOBA_DEVICE void apply_mask(float (&logits)[row_tiles][key_tiles][4], const KeyRange* bounds,
-                            const Work& work, std::int32_t key, int warp_row) {
+                            const WorkTile& work, std::int32_t key, int warp_row) {
   MOBA_UNROLL
   for (int i = 0; i < row_tiles; ++i) {
     MOBA_UNROLL
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + 16 * i + 8 * half + ptx::lane() / 4;
-      const KeyRange sees = work.near ? bounds[row] : KeyRange{work.begin, work.end};
+      const KeyRange visible = work.diagonal ? bounds[row] : KeyRange{work.begin, work.end};
       MOBA_UNROLL
       for (int j = 0; j < key_tiles; ++j) {
         MOBA_UNROLL
         for (int e = 0; e < 2; ++e) {
           const std::int32_t column = key + 8 * j + ptx::lane() % 4 * 2 + e;
-          if (column < sees.begin || column >= sees.end) logits[i][j][2 * half + e] = -ptx::infinity();
+          if (column < visible.begin || column >= visible.end) logits[i][j][2 * half + e] = -ptx::infinity();
         }
       }
     }
@@ -170,7 +172,7 @@ MOBA_DEVICE void apply_mask(float (&logits)[row_tiles][key_tiles][4], const KeyR
 /// slot.
 template <typename T, int row_tiles, int out_tiles, typename Rows>
 MOBA_DEVICE void store_rows(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
-                            const Work& work, int warp_row) {
+                            const WorkTile& work, int warp_row) {
   ptx::syncwarp();
   for (int i = ptx::lane(); i < 16 * row_tiles * out_tiles; i += ptx::kLanes) {
     const int row = warp_row + i / out_tiles, vec = i % out_tiles;
@@ -183,12 +185,12 @@ MOBA_DEVICE void store_rows(const AttendParams<T>& p, const Rows& rows, const st
   }
 }
 
-/// Writes the answers of this warp's rows, through its own rows of q's shared memory so that whole vecs go
-/// out.
+/// Writes the answers of this warp's rows, through its own rows of q's shared memory so that 16-byte vectors
+/// go out.
 template <typename T, typename Rows, int row_tiles, int out_tiles>
-MOBA_DEVICE void write(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
-                       const Work& work, const float (&out)[row_tiles][out_tiles][4],
-                       const tile::Softmax<row_tiles>& softmax, int warp_row) {
+MOBA_DEVICE void store_out(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
+                           const WorkTile& work, const float (&out)[row_tiles][out_tiles][4],
+                           const tile::Softmax<row_tiles>& softmax, int warp_row) {
   const int lane = ptx::lane();
   const bool last_word = p.width == 0;
   MOBA_UNROLL
@@ -236,7 +238,7 @@ AttendParams<T> attend_params(const Task& task, const WorkSlice& part, const Bat
           .ranks = task.ranks(),
           .token0 = static_cast<std::int32_t>(part.token0),
           .token1 = static_cast<std::int32_t>(part.token1),
-          .near = task.has_near_keys(),
+          .diagonal = task.has_diagonal(),
           .causal = task.routing.causal,
           .scale = tile::scale_of(task.scale),
           .out = view_of<T>(outputs.out),
@@ -247,7 +249,7 @@ AttendParams<T> attend_params(const Task& task, const WorkSlice& part, const Bat
 }
 
 /// No fewer than there are.
-inline std::int64_t most_items(const Task& task, const WorkSlice& part) {
+inline std::int64_t max_work_tiles(const Task& task, const WorkSlice& part) {
   return part.heads() * (task.rows(part) * task.width / kTileRows +
                          (task.width > 0 ? task.most_blocks() : 0) + task.most_tiles(part));
 }

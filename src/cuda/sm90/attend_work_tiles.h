@@ -1,13 +1,13 @@
 #pragma once
 
-#include "cuda/attend_items.h"
+#include "cuda/attend_work_tiles.h"
 #include "cuda/sm90/pipeline.h"
 
 /// What the kernels for Hopper that work on attend_items.h's items have in common.
 namespace moba::cuda::sm90 {
 
-MOBA_DEVICE Work warp_uniform(const Work& work) {
-  return {.near = warp_uniform(static_cast<int>(work.near)) != 0,
+MOBA_DEVICE WorkTile warp_uniform(const WorkTile& work) {
+  return {.diagonal = warp_uniform(static_cast<int>(work.diagonal)) != 0,
           .head = warp_uniform(work.head),
           .count = warp_uniform(work.count),
           .begin = warp_uniform(work.begin),
@@ -20,12 +20,12 @@ MOBA_DEVICE Work warp_uniform(const Work& work) {
 /// Keys, and the StageBarriers control().k[stage] and control().v[stage].
 template <typename Shared, typename T>
 MOBA_DEVICE void load_kv(const TensorMap& k, const TensorMap& v, const AttendParams<T>& p,
-                         const Shared& shared, std::int64_t items) {
+                         const Shared& shared, std::int64_t work_tiles) {
   using Keys = typename Shared::Keys;
   auto& control = shared.control();
   PipelineState<Shared::kStages> stage;
-  for_own_items(items, [&](std::int64_t index) {
-    with_item(p, index, [&](const Work& work, auto&&) {
+  for_own_tiles(work_tiles, [&](std::int64_t index) {
+    with_work_tile(p, index, [&](const WorkTile& work, auto&&) {
       const auto load = [&](const TensorMap& map, const Keys& to, StageBarriers& barriers, std::int32_t key) {
         ptx::mbarrier_wait(&barriers.empty, stage.phase ^ 1U);
         ptx::mbarrier_arrive_expect_tx(&barriers.full, Keys::kBytes);

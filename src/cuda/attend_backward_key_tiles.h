@@ -1,0 +1,309 @@
+#pragma once
+
+#include <algorithm>
+
+#include "cuda/attend_backward.h"
+#include "cuda/ptx/convert.h"
+#include "cuda/ptx/copy.h"
+#include "cuda/ptx/warp.h"
+#include "cuda/tile/swizzled_tile.h"
+
+/// What the kernels of the dk/dv pass have in common: which key tiles there are, what rows see each,
+/// and where its gradients go.
+namespace moba::cuda {
+
+/// Threads that hold the gradients of a key tile between them, numbered from 0.
+constexpr int kDkvThreads = 256;
+constexpr std::uint32_t kNoEntry = 0xFFFFFFFFU;
+
+constexpr int keys_per_tile(std::int64_t head_dim) {
+  return head_dim > 128 ? 64 : 128;
+}
+inline std::int64_t key_tiles_per_block(const Task& task) {
+  return divide_up(task.routing.block_size, keys_per_tile(task.head_dim));
+}
+
+/// Rows of a segment: many times what a block receives on average, so that segments are few.
+inline std::int64_t segment_of(const Task& task) {
+  constexpr std::int64_t kMin = 4096, kTimesMean = 16;
+  return std::max(kMin, kTimesMean * task.tokens * task.group * task.width / task.most_blocks());
+}
+inline std::int64_t max_segments(const Task& task, const WorkSlice& part) {
+  return part.heads() * (task.rows(part) * task.width / segment_of(task));
+}
+/// No fewer than a head has.
+inline std::int64_t max_key_tiles(const Task& task) {
+  return task.keys / keys_per_tile(task.head_dim) + task.most_blocks();
+}
+
+template <typename T>
+struct DkvParams {
+  View<const T> q, k, v, d_out;
+  Batch batch;
+  DkvPlan plan;
+  const std::uint32_t* entries;  // [heads, rows * width]
+  const std::uint32_t* offsets;  // [heads, most_blocks + 1]
+  const LseDelta* sums;          // [heads, rows]
+  std::int64_t block_size, key_tiles, most_blocks, segment;
+  std::int64_t head0, rows, width;
+  std::uint32_t group, ranks;
+  bool diagonal, causal;
+  /// The segments are summed, not the rest.
+  bool segments;
+  float scale, log2_scale;  // the latter for powers of 2
+  View<T> dk, dv;
+};
+
+/// What the host tells them.
+template <typename T>
+DkvParams<T> dkv_params(const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
+                        const LseDelta* sums, const Backward& backward, const DkvPlan& dkv_plan) {
+  return {.q = view_of<const T>(task.q),
+          .k = view_of<const T>(task.k),
+          .v = view_of<const T>(task.v),
+          .d_out = view_of<const T>(backward.d_out),
+          .batch = batch,
+          .plan = dkv_plan,
+          .entries = plan.entries,
+          .offsets = plan.offsets,
+          .sums = sums,
+          .block_size = task.routing.block_size,
+          .key_tiles = key_tiles_per_block(task),
+          .most_blocks = task.most_blocks(),
+          .segment = segment_of(task),
+          .head0 = part.head0,
+          .rows = task.rows(part),
+          .width = task.width,
+          .group = static_cast<std::uint32_t>(task.group),
+          .ranks = static_cast<std::uint32_t>(task.ranks()),
+          .diagonal = task.has_diagonal(),
+          .causal = task.routing.causal,
+          .segments = false,
+          .scale = task.scale,
+          .log2_scale = task.scale * ptx::kLog2E,
+          .dk = view_of<T>(backward.gradients.dk),
+          .dv = view_of<T>(backward.gradients.dv)};
+}
+
+/// A key tile and the rows that see it: `routed` entries, then `diagonal` neighbouring rows.
+struct KeyTile {
+  std::int64_t head = 0;       // of the part
+  std::int64_t first_key = 0;  // packed
+  std::int32_t count = 0;      // keys; 0 for no work
+  std::int32_t shift = 0;      // a diagonal row sees keys of the key tile up to its token + shift
+  const std::uint32_t* entries = nullptr;
+  std::uint32_t routed = 0, diagonal = 0, diagonal_row = 0;
+  /// Segments that another thread block has summed, or where to leave the sums of one.
+  std::uint32_t segments = 0;
+  std::int64_t sums = 0;
+
+  MOBA_DEVICE std::uint32_t rows() const { return routed + diagonal; }
+};
+
+/// Key tile `index_in_block` of a block, as far as the keys go.
+template <int head_dim, typename T>
+MOBA_DEVICE KeyTile key_tile_of(const DkvParams<T>& p, std::int64_t head, std::int32_t sequence,
+                                std::int32_t block, std::int64_t index_in_block) {
+  constexpr int kKeys = keys_per_tile(head_dim);
+  const std::int32_t k_begin = p.batch.k_starts[sequence], keys = p.batch.k_starts[sequence + 1] - k_begin;
+  const KeyRange range = keys_of(block, p.block_size, keys);
+  const std::int64_t begin = range.begin + index_in_block * kKeys, left = range.end - begin;
+  if (left <= 0) return {};
+  KeyTile key_tile{.head = head,
+                   .first_key = k_begin + begin,
+                   .count = static_cast<std::int32_t>(left < kKeys ? left : kKeys)};
+  if (!p.diagonal || p.segments) return key_tile;
+  const std::int32_t q_begin = p.batch.q_starts[sequence], queries = p.batch.q_starts[sequence + 1] - q_begin,
+                     before = keys - queries;
+  std::int64_t first = 0, last = queries;
+  if (p.causal) {
+    first = begin > before ? begin - before : 0;
+    last = range.end - before;
+    key_tile.shift = static_cast<std::int32_t>(before - q_begin - begin);
+  }
+  if (last <= first) return key_tile;
+  key_tile.diagonal_row = static_cast<std::uint32_t>(q_begin + first) * p.group;
+  key_tile.diagonal = static_cast<std::uint32_t>(last - first) * p.group;
+  return key_tile;
+}
+
+/// Key tile `index` of all blocks that have segments, with the rows of one of these.
+template <int head_dim, typename T>
+MOBA_DEVICE KeyTile key_tile_of_segment(const DkvParams<T>& p, std::int64_t index) {
+  if (index / p.key_tiles >= *p.plan.count) return {};
+  const Segment segment = p.plan.segments[index / p.key_tiles];
+  const std::int32_t sequence = sequence_of(p.batch.block_starts, p.batch.sequences, segment.block);
+  KeyTile key_tile = key_tile_of<head_dim>(
+      p, segment.head, sequence, segment.block - p.batch.block_starts[sequence], index % p.key_tiles);
+  if (key_tile.count == 0) return key_tile;
+  key_tile.entries = p.entries + segment.head * p.rows * p.width + segment.first;
+  key_tile.routed = segment.count;
+  key_tile.sums = index;
+  return key_tile;
+}
+
+/// Key tile `index` of all sequences, with all rows but those of segments.
+template <int head_dim, typename T>
+MOBA_DEVICE KeyTile key_tile_at(const DkvParams<T>& p, std::int64_t head, std::int32_t index) {
+  const std::int32_t* starts = p.plan.key_tile_starts;
+  if (index >= starts[p.batch.sequences]) return {};
+  const std::int32_t sequence = sequence_of(starts, p.batch.sequences, index);
+  const auto block = static_cast<std::int32_t>((index - starts[sequence]) / p.key_tiles);
+  const std::int64_t index_in_block = (index - starts[sequence]) % p.key_tiles;
+  KeyTile key_tile = key_tile_of<head_dim>(p, head, sequence, block, index_in_block);
+  if (p.width == 0) return key_tile;
+  const std::int64_t packed = p.batch.block_starts[sequence] + block;
+  const std::uint32_t* offsets = p.offsets + head * (p.most_blocks + 1) + packed;
+  const std::uint32_t size = offsets[1] - offsets[0], most = static_cast<std::uint32_t>(p.segment);
+  key_tile.entries = p.entries + head * p.rows * p.width + offsets[0];
+  key_tile.routed = size < most ? size : most;
+  if (size > most) {
+    key_tile.segments = (size - 1) / most;
+    key_tile.sums = p.plan.first_segment[head * p.most_blocks + packed] * p.key_tiles + index_in_block;
+  }
+  return key_tile;
+}
+
+/// What is known of row `index` of a key tile before it is divided into token and head.
+MOBA_DEVICE std::uint32_t entry_at(const KeyTile& key_tile, std::uint32_t index) {
+  if (index < key_tile.routed) return key_tile.entries[index];
+  return index < key_tile.rows() ? key_tile.diagonal_row + (index - key_tile.routed) : kNoEntry;
+}
+
+/// A row of a key tile.
+struct RowInfo {
+  std::int64_t q = 0, d_out = 0;  // elements
+  std::uint32_t row = kNoEntry;
+  std::int32_t visible_keys = 0;  // keys of the key tile, the first so many
+};
+
+template <typename T>
+MOBA_DEVICE RowInfo row_info_of(const DkvParams<T>& p, const KeyTile& key_tile, std::uint32_t index,
+                                std::uint32_t entry) {
+  if (entry == kNoEntry) return {};
+  const bool is_routed = index < key_tile.routed;
+  const std::uint32_t row = is_routed ? entry / p.ranks : entry;
+  const std::int64_t token = row / p.group, head = (p.head0 + key_tile.head) * p.group + row % p.group;
+  RowInfo row_info{.q = token * p.q.token_stride + head * p.q.head_stride,
+                   .d_out = token * p.d_out.token_stride + head * p.d_out.head_stride,
+                   .row = row,
+                   .visible_keys = key_tile.count};
+  if (is_routed || !p.causal) return row_info;
+  const std::int64_t visible = token + key_tile.shift + 1;
+  row_info.visible_keys = visible < key_tile.count ? static_cast<std::int32_t>(visible) : key_tile.count;
+  return row_info;
+}
+
+template <typename T>
+MOBA_DEVICE LseDelta lse_delta_of(const DkvParams<T>& p, const KeyTile& key_tile, const RowInfo& row_info) {
+  if (row_info.row == kNoEntry) return {ptx::infinity(), 0};
+  return p.sums[key_tile.head * p.rows + row_info.row];
+}
+
+/// Whether every row of the tile that begins at row `first` exists and sees the whole key tile.
+template <int rows, typename T>
+MOBA_DEVICE bool is_unmasked(const DkvParams<T>& p, const KeyTile& key_tile, std::uint32_t first) {
+  if (first + rows > key_tile.rows()) return false;
+  if (!p.causal || first + rows <= key_tile.routed) return true;
+  const std::uint32_t diagonal = first > key_tile.routed ? first - key_tile.routed : 0;
+  return std::int64_t{(key_tile.diagonal_row + diagonal) / p.group} + key_tile.shift + 1 >= key_tile.count;
+}
+
+/// Products of keys and queries, one column a row of the tile, become probs.
+template <int tiles>
+MOBA_DEVICE void recompute_p(float (&products)[tiles][4], const LseDelta* sums, float log2_scale) {
+  MOBA_UNROLL
+  for (int j = 0; j < tiles; ++j) {
+    MOBA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const float lse = sums[8 * j + ptx::lane() % 4 * 2 + e % 2].lse;
+      products[j][e] = ptx::exp2(ptx::fma(products[j][e], log2_scale, -lse));
+    }
+  }
+}
+
+/// Gradients of probs become gradients of logits.
+template <int tiles>
+MOBA_DEVICE void compute_ds(float (&ds)[tiles][4], const float (&probs)[tiles][4], const LseDelta* sums) {
+  MOBA_UNROLL
+  for (int j = 0; j < tiles; ++j) {
+    MOBA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      const float delta = sums[8 * j + ptx::lane() % 4 * 2 + e % 2].delta;
+      ds[j][e] = probs[j][e] * (ds[j][e] - delta);
+    }
+  }
+}
+
+/// 0 where a row does not see a key. The warp's keys begin with `warp_key`.
+template <int tiles>
+MOBA_DEVICE void apply_mask(float (&probs)[tiles][4], const std::int32_t* visible_keys, int warp_key) {
+  MOBA_UNROLL
+  for (int j = 0; j < tiles; ++j) {
+    MOBA_UNROLL
+    for (int e = 0; e < 4; ++e) {
+      if (warp_key + ptx::lane() / 4 + e / 2 * 8 >= visible_keys[8 * j + ptx::lane() % 4 * 2 + e % 2])
+        probs[j][e] = 0;
+    }
+  }
+}
+
+struct alignas(16) Vec4F32 {
+  float v[4];
+};
+
+/// Where a thread's sums of one gradient lie among a key tile's, kDkvThreads apart.
+template <int tiles, typename T>
+MOBA_DEVICE Vec4F32* partial_sums_of(const DkvParams<T>& p, std::int64_t sums, int gradient, int thread) {
+  return reinterpret_cast<Vec4F32*>(p.plan.sums) + (2 * sums + gradient) * tiles * kDkvThreads + thread;
+}
+
+/// Leaves what a segment adds to a gradient, 0 being dk and 1 dv.
+template <typename T, int tiles>
+MOBA_DEVICE void store_partial_sums(const DkvParams<T>& p, std::int64_t sums, int gradient, int thread,
+                                    const float (&from)[tiles][4]) {
+  Vec4F32* to = partial_sums_of<tiles>(p, sums, gradient, thread);
+  MOBA_UNROLL
+  for (int j = 0; j < tiles; ++j) to[j * kDkvThreads] = {from[j][0], from[j][1], from[j][2], from[j][3]};
+}
+
+/// Adds what the key tile's segments have left, in their order.
+template <typename T, int tiles>
+MOBA_DEVICE void add_partial_sums(const DkvParams<T>& p, const KeyTile& key_tile, int gradient, int thread,
+                                  float (&to)[tiles][4]) {
+  for (std::uint32_t i = 0; i < key_tile.segments; ++i) {
+    const Vec4F32* from = partial_sums_of<tiles>(p, key_tile.sums + i * p.key_tiles, gradient, thread);
+    MOBA_UNROLL
+    for (int j = 0; j < tiles; ++j) {
+      const Vec4F32 quad = from[j * kDkvThreads];
+      MOBA_UNROLL
+      for (int e = 0; e < 4; ++e) to[j][e] += quad.v[e];
+    }
+  }
+}
+
+/// Writes this warp's columns of the gradients of its keys, through `rows` of shared memory so that whole
+/// 16-byte vectors go out.
+template <typename T, typename Rows, int tiles>
+MOBA_DEVICE void store_gradient(const View<T>& to, const Rows& rows, const KeyTile& key_tile,
+                                std::int64_t kv_head, int warp_key, int first_vec, float scale,
+                                const float (&from)[tiles][4]) {
+  const int lane = ptx::opaque(ptx::lane());
+  MOBA_UNROLL
+  for (int j = 0; j < tiles; ++j) {
+    MOBA_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      auto* at = reinterpret_cast<std::uint32_t*>(rows.vec(warp_key + 8 * half + lane / 4, first_vec + j));
+      at[lane % 4] = ptx::pack<T>(from[j][2 * half] * scale, from[j][2 * half + 1] * scale);
+    }
+  }
+  ptx::syncwarp();
+  for (int i = lane; i < 16 * tiles; i += ptx::kLanes) {
+    const int key = warp_key + i / tiles, vec = first_vec + i % tiles;
+    if (key >= key_tile.count) break;
+    *reinterpret_cast<ptx::Vec16*>(to.row(key_tile.first_key + key, kv_head) + vec * tile::kVecElements) =
+        *reinterpret_cast<const ptx::Vec16*>(rows.vec(key, vec));
+  }
+}
+
+}  // namespace moba::cuda
