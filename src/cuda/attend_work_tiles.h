@@ -74,18 +74,31 @@ MOBA_DEVICE std::int64_t row_offset(const AttendParams<T>& p, const View<const T
          ((p.head0 + head) * p.group + row % group) * view.head_stride;
 }
 
-/// Tile `index` of all heads, those of the last queries first, which see most.
-template <typename T, typename Run>
-MOBA_DEVICE void with_diagonal_tile(const AttendParams<T>& p, std::int64_t index, Run&& run) {
+/// Rows [first, first + max_rows) of a tile of `count` rows, or what there is of them.
+template <int max_rows>
+MOBA_DEVICE std::int32_t rows_from(int first, std::int32_t count) {
+  if constexpr (max_rows == kTileRows) return count;
+  const std::int32_t left = count - first;
+  return left < max_rows ? left : max_rows;
+}
+
+/// Tile `index` of all heads, those of the last queries first, which see most. Keys are cut as for the whole
+/// tile, so that a row meets them in the same order whatever else is in its part.
+template <int max_rows, typename T, typename Run>
+MOBA_DEVICE void with_diagonal_tile(const AttendParams<T>& p, std::int64_t index, int first, Run&& run) {
   const Tile tile = tile_at(
       p.batch, static_cast<std::int32_t>(p.batch.tile_starts[p.batch.sequences] - 1 - index / p.heads),
       p.token0, p.token1, p.group);
-  const auto visible = [&](int r) { return diagonal_keys(p, tile.position_of(r, p.group), tile.keys); };
-  const KeyRange first_visible = visible(0), last_visible = visible(tile.count - 1);
+  const auto visible = [&](int r) {
+    return diagonal_keys(p, tile.position_of(first + r, p.group), tile.keys);
+  };
+  const std::int32_t count = rows_from<max_rows>(first, tile.count);
+  if (count <= 0) return;
+  const KeyRange first_visible = visible(0), last_visible = visible(count - 1);
   const KeyRange cut_visible = diagonal_keys(p, tile.position_at(tile.cut, p.group), tile.keys);
   const WorkTile work{.diagonal = true,
                       .head = index % p.heads,
-                      .count = tile.count,
+                      .count = count,
                       .first_key = tile.first_key,
                       .begin = cut_visible.begin,
                       .end = last_visible.end,
@@ -93,24 +106,26 @@ MOBA_DEVICE void with_diagonal_tile(const AttendParams<T>& p, std::int64_t index
                       .all_end = first_visible.end};
   run(work, [&](int r) -> WorkRow {
     if (r >= work.count) return {};
-    const auto row = static_cast<std::uint32_t>(tile.first_row + r);
+    const auto row = static_cast<std::uint32_t>(tile.first_row + first + r);
     return {row_offset(p, p.q, work.head, row),
             row * static_cast<std::uint32_t>(p.ranks) + static_cast<std::uint32_t>(p.width), visible(r)};
   });
 }
 
 /// Rows that chose a block.
-template <typename T, typename Run>
-MOBA_DEVICE void with_routed_tile(const AttendParams<T>& p, std::uint32_t index, Run&& run) {
+template <int max_rows, typename T, typename Run>
+MOBA_DEVICE void with_routed_tile(const AttendParams<T>& p, std::uint32_t index, int first, Run&& run) {
   const std::uint32_t full = p.plan.totals[Plan::kFull];
   const RoutedTile tile = index < full ? p.plan.full[index] : p.plan.partial[index - full];
   const std::int32_t sequence = sequence_of(p.batch.block_starts, p.batch.sequences, tile.block);
   const std::int32_t k_begin = p.batch.k_starts[sequence];
   const KeyRange keys = keys_of(tile.block - p.batch.block_starts[sequence], p.block_size,
                                 p.batch.k_starts[sequence + 1] - k_begin);
-  const std::uint32_t* entries = p.entries + tile.head * p.rows * p.width + tile.first;
+  const std::int32_t count = rows_from<max_rows>(first, static_cast<std::int32_t>(tile.count));
+  if (count <= 0) return;
+  const std::uint32_t* entries = p.entries + tile.head * p.rows * p.width + tile.first + first;
   const WorkTile work{.head = tile.head,
-                      .count = static_cast<std::int32_t>(tile.count),
+                      .count = count,
                       .first_key = k_begin,
                       .begin = keys.begin,
                       .end = keys.end,
@@ -122,14 +137,15 @@ MOBA_DEVICE void with_routed_tile(const AttendParams<T>& p, std::uint32_t index,
   });
 }
 
-/// Calls run(work, place) for a work tile, place(r) being the WorkRow of its row r.
-template <typename T, typename Run>
-MOBA_DEVICE void with_work_tile(const AttendParams<T>& p, std::int64_t index, Run&& run) {
+/// Calls run(work, row_of) for `max_rows` rows of a work tile from row `first` on, row_of(r) being the
+/// WorkRow of the r-th. Does not call it where the tile has no such rows.
+template <int max_rows = kTileRows, typename T, typename Run>
+MOBA_DEVICE void with_work_tile(const AttendParams<T>& p, std::int64_t index, int first, Run&& run) {
   const std::uint32_t routed = p.routed_tiles();
   if (index < routed) {
-    with_routed_tile(p, static_cast<std::uint32_t>(index), run);
+    with_routed_tile<max_rows>(p, static_cast<std::uint32_t>(index), first, run);
   } else {
-    with_diagonal_tile(p, index - routed, run);
+    with_diagonal_tile<max_rows>(p, index - routed, first, run);
   }
 }
 
@@ -170,17 +186,17 @@ MOBA_DEVICE void apply_mask(float (&logits)[row_tiles][key_tiles][4], const KeyR
 
 /// Writes the rows of this warp, which lie in shared memory, to the output or, where there is one, their
 /// slot.
-template <typename T, int row_tiles, int out_tiles, typename Rows>
+template <int head_dim, int row_tiles, int out_tiles, typename T, typename Rows>
 MOBA_DEVICE void store_rows(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
-                            const WorkTile& work, int warp_row) {
+                            const WorkTile& work, int warp_row, int first_vec = 0) {
   ptx::syncwarp();
   for (int i = ptx::lane(); i < 16 * row_tiles * out_tiles; i += ptx::kLanes) {
-    const int row = warp_row + i / out_tiles, vec = i % out_tiles;
+    const int row = warp_row + i / out_tiles, vec = first_vec + i % out_tiles;
     if (row >= work.count) break;
     const std::uint32_t slot = slots[row];
     T* to = p.width == 0
                 ? p.out.row(p.token0 + slot / p.group, (p.head0 + work.head) * p.group + slot % p.group)
-                : p.partials + slot_at(work.head, p.rows, p.ranks, slot) * (8 * out_tiles);
+                : p.partials + slot_at(work.head, p.rows, p.ranks, slot) * head_dim;
     *reinterpret_cast<ptx::Vec16*>(to + vec * 8) = *reinterpret_cast<const ptx::Vec16*>(rows.vec(row, vec));
   }
 }
@@ -216,7 +232,7 @@ MOBA_DEVICE void store_out(const AttendParams<T>& p, const Rows& rows, const std
       }
     }
   }
-  store_rows<T, row_tiles, out_tiles>(p, rows, slots, work, warp_row);
+  store_rows<8 * out_tiles, row_tiles, out_tiles>(p, rows, slots, work, warp_row);
 }
 
 /// What the host tells them.

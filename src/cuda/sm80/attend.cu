@@ -117,7 +117,7 @@ attend_kernel(MOBA_GRID_CONSTANT AttendParams<T> p) {
   const std::int64_t index = ptx::block_x();
   if (index >= p.work_tiles()) return;
   WorkTile work;
-  with_work_tile(p, index, [&](const WorkTile& found, auto&& row_of) {
+  with_work_tile(p, index, 0, [&](const WorkTile& found, auto&& row_of) {
     work = found;
     store_row_table(shared, row_of);
   });

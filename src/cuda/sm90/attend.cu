@@ -56,7 +56,7 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
     auto& barriers = shared.control().q[buffer.index];
     RowTable& table = shared.control().tables[buffer.index];
     ptx::mbarrier_wait(&barriers.empty, buffer.phase ^ 1U);
-    with_work_tile(p.attend, index, [&](const WorkTile& work, auto&& row_of) {
+    with_work_tile(p.attend, index, 0, [&](const WorkTile& work, auto&& row_of) {
       for (int r = thread; r < kTileRows; r += kGatherThreads) {
         const WorkRow row = row_of(r);
         table.q_offsets[r] = row.q_offset;

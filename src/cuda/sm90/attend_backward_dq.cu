@@ -2,7 +2,7 @@
 // each and their gradients, and keys stream past both.
 #include <algorithm>
 
-#include "cuda/attend_backward.h"
+#include "cuda/attend_backward_dq.h"
 #include "cuda/sm90/attend_work_tiles.h"
 
 namespace moba::cuda {
@@ -15,11 +15,7 @@ static_assert(kConsumerWarpgroups * kWarpgroupRows == kTileRows);
 template <typename T>
 struct Params {
   TensorMap k_map, v_map;
-  AttendParams<T> attend;
-  View<const T> d_out;
-  const LseDelta* sums;  // [heads, sums_rows], of rows from the part's first on
-  std::int64_t sums_rows;
-  float scale, log2_scale;  // the latter for powers of 2
+  DqParams<T> dq;
 };
 
 /// What is known of a work tile's rows.
@@ -60,22 +56,13 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
     StageBarriers& barriers = shared.control().q[buffer.index];
     RowTable& table = shared.control().tables[buffer.index];
     ptx::mbarrier_wait(&barriers.empty, buffer.phase ^ 1U);
-    with_work_tile(p.attend, index, [&](const WorkTile& work, auto&& row_of) {
-      for (int r = thread; r < kTileRows; r += kGatherThreads) {
-        const WorkRow row = row_of(r);
-        const std::uint32_t q_row = row.slot / static_cast<std::uint32_t>(p.attend.ranks);
-        const bool exists = row.q_offset != kNoRow;
-        table.q_offsets[r] = row.q_offset;
-        table.d_out_offsets[r] = exists ? row_offset(p.attend, p.d_out, work.head, q_row) : kNoRow;
-        table.lse_delta[r] = exists ? p.sums[work.head * p.sums_rows + q_row] : LseDelta{ptx::infinity(), 0};
-        table.bounds[r] = work.diagonal ? row.visible : KeyRange{work.begin, work.end};
-        table.slots[r] = row.slot;
-      }
+    with_work_tile(p.dq.attend, index, 0, [&](const WorkTile& work, auto&& row_of) {
+      store_row_table<kTileRows, kGatherThreads>(p.dq, work, row_of, table, thread);
       if (thread == 0) table.work = work;
     });
     ptx::bar_sync(kRowTableReady, kGatherThreads);
-    gather_rows(shared.q(buffer.index), p.attend.q.data, table.q_offsets, thread);
-    gather_rows(shared.d_out(buffer.index), p.d_out.data, table.d_out_offsets, thread);
+    gather_rows(shared.q(buffer.index), p.dq.attend.q.data, table.q_offsets, thread);
+    gather_rows(shared.d_out(buffer.index), p.dq.d_out.data, table.d_out_offsets, thread);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
     ptx::fence_proxy_async();
@@ -132,21 +119,6 @@ MOBA_DEVICE void apply_mask(float (&ds)[kKeys / 8][4], const ThreadRows& rows, s
   }
 }
 
-/// Writes this warp's rows, through its own rows of q's shared memory so that 16-byte vectors go out.
-template <typename T, int head_dim, typename Rows>
-MOBA_DEVICE void store_out(const Params<T>& p, const Rows& q, const RowTable& table, const WorkTile& work,
-                           const float (&dq)[head_dim / 8][4], int warp_row) {
-  MOBA_UNROLL
-  for (int j = 0; j < head_dim / 8; ++j) {
-    MOBA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      auto* to = reinterpret_cast<std::uint32_t*>(q.vec(warp_row + 8 * half + ptx::lane() / 4, j));
-      to[ptx::lane() % 4] = ptx::pack<T>(dq[j][2 * half] * p.scale, dq[j][2 * half + 1] * p.scale);
-    }
-  }
-  store_rows<T, 1, head_dim / 8>(p.attend, q, table.slots, work, warp_row);
-}
-
 /// By the two groups that multiply: what the others load.
 template <typename T, int head_dim>
 MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
@@ -164,7 +136,7 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
     const auto q = shared.q(buffer.index), d_out = shared.d_out(buffer.index);
     const bool has_rows = first_row < work.count;  // the other warpgroup has some
     const ThreadRows rows(table, warp_row);
-    float dq[head_dim / 8][4] = {};
+    float dq[1][head_dim / 8][4] = {};
     for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
       const auto k = shared.k(stage.index), v = shared.v(stage.index);
       float probs[kKeys / 8][4], ds[kKeys / 8][4];
@@ -175,7 +147,7 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
         issue_qk(probs, q, first_row, k);
         issue_qk(ds, d_out, first_row, v);
         ptx::wgmma_wait<1>(probs);
-        recompute_p(probs, rows, p.log2_scale);
+        recompute_p(probs, rows, p.dq.log2_scale);
         ptx::wgmma_wait(ds);
       }
       consumer_release(control.v[stage.index].empty);
@@ -186,14 +158,14 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
         std::uint32_t ds_operand[kKeys / 16][4];
         pack_p_as_a_operand<T>(ds_operand, ds);
         ptx::wgmma_fence();
-        issue_pv(dq, ds_operand, k);
-        ptx::wgmma_wait(dq);
+        issue_pv(dq[0], ds_operand, k);
+        ptx::wgmma_wait(dq[0]);
       }
       consumer_release(control.k[stage.index].empty);
     }
     if (has_rows) {
       warpgroup_sync(warpgroup);  // q has been read: gradients go there
-      store_out<T, head_dim>(p, q, table, work, dq, warp_row);
+      store_dq<head_dim>(p.dq, q, table.slots, work, dq, warp_row);
     }
     consumer_release(control.q[buffer.index].empty);
     buffer.advance();
@@ -205,7 +177,7 @@ MOBA_KERNEL(kThreads, 1)
 attend_backward_dq_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
     const Shared<T, head_dim> shared{ptx::shared()};
-    const std::int64_t work_tiles = warp_uniform(p.attend.work_tiles());
+    const std::int64_t work_tiles = warp_uniform(p.dq.attend.work_tiles());
     if (ptx::thread() == 0) {
       auto& control = shared.control();
       for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
@@ -217,7 +189,7 @@ attend_backward_dq_kernel(MOBA_GRID_CONSTANT Params<T> p) {
     const int warpgroup = warp_uniform(ptx::thread() / ptx::kWarpgroupThreads);
     if (warpgroup == 0) {
       ptx::warpgroup_reg_dealloc<kProducerRegisters>();
-      if (ptx::thread() == 0) load_kv(p.k_map, p.v_map, p.attend, shared, work_tiles);
+      if (ptx::thread() == 0) load_kv(p.k_map, p.v_map, p.dq.attend, shared, work_tiles);
       if (ptx::warp() > 0) load_q(p, shared, work_tiles, ptx::thread() - ptx::kLanes);
     } else {
       ptx::warpgroup_reg_alloc<kConsumerRegisters>();
@@ -229,18 +201,14 @@ attend_backward_dq_kernel(MOBA_GRID_CONSTANT Params<T> p) {
 }  // namespace sm90::dq
 
 void attend_backward_dq_sm90(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
-                             const Plan& plan, const LseDelta* sums, const Backward& backward, void* slots) {
+                             const Plan& plan, const LseDelta* lse_delta, const Backward& backward,
+                             void* slots) {
   with_type(task, [&]<typename T, int head_dim>() {
     if constexpr (head_dim == 64 || head_dim == 128) {
       const sm90::dq::Params<T> params{
           .k_map = tensor_map(stream.function(), task.k, sm90::dq::kKeys),
           .v_map = tensor_map(stream.function(), task.v, sm90::dq::kKeys),
-          .attend = attend_params<T>(task, part, batch, plan, {.out = slots}, {.out = backward.gradients.dq}),
-          .d_out = view_of<const T>(backward.d_out),
-          .sums = sums,
-          .sums_rows = task.tokens * task.group,
-          .scale = task.scale,
-          .log2_scale = task.scale * ptx::kLog2E};
+          .dq = dq_params<T>(task, part, batch, plan, lse_delta, backward, slots)};
       const std::int64_t blocks = current_hardware(stream.function()).multiprocessors;
       stream.launch("attend_backward_dq_sm90", sm90::dq::attend_backward_dq_kernel<T, head_dim>,
                     {std::min(blocks, max_work_tiles(task, part))}, sm90::kThreads,

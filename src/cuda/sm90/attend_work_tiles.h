@@ -25,7 +25,7 @@ MOBA_DEVICE void load_kv(const TensorMap& k, const TensorMap& v, const AttendPar
   auto& control = shared.control();
   PipelineState<Shared::kStages> stage;
   for_own_tiles(work_tiles, [&](std::int64_t index) {
-    with_work_tile(p, index, [&](const WorkTile& work, auto&&) {
+    with_work_tile(p, index, 0, [&](const WorkTile& work, auto&&) {
       const auto load = [&](const TensorMap& map, const Keys& to, StageBarriers& barriers, std::int32_t key) {
         ptx::mbarrier_wait(&barriers.empty, stage.phase ^ 1U);
         ptx::mbarrier_arrive_expect_tx(&barriers.full, Keys::kBytes);
