@@ -8,18 +8,17 @@ namespace moba::cuda {
 
 template <typename T>
 struct DqParams {
-  AttendParams<T> attend;     // `out` and `partials` receive dq
+  AttendParams<T> attend;  // `out` and `partials` receive dq
   View<const T> d_out;
   const LseDelta* lse_delta;  // [heads, lse_delta_rows], of rows from the part's first on
   std::int64_t lse_delta_rows;
-  float scale, log2_scale;    // the latter for powers of 2
+  float scale, log2_scale;  // the latter for powers of 2
 };
 
 template <typename T>
 DqParams<T> dq_params(const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
                       const LseDelta* lse_delta, const Backward& backward, void* slots) {
-  return {.attend =
-              attend_params<T>(task, part, batch, plan, {.out = slots}, {.out = backward.gradients.dq}),
+  return {.attend = attend_params<T>(task, part, batch, plan, {.out = slots}, {.out = backward.gradients.dq}),
           .d_out = view_of<const T>(backward.d_out),
           .lse_delta = lse_delta,
           .lse_delta_rows = task.tokens * task.group,

@@ -8,11 +8,10 @@
 #include "cuda/ptx/warp.h"
 #include "cuda/tile/swizzled_tile.h"
 
-/// What the kernels of the dk/dv pass have in common: which key tiles there are, what rows see each,
-/// and where its gradients go.
+/// Key tiles of the dk/dv pass: their rows, and the epilogue that writes their gradients.
 namespace moba::cuda {
 
-/// Threads that hold the gradients of a key tile between them, numbered from 0.
+/// Threads that hold dk and dv of a key tile, numbered from 0.
 constexpr int kDkvThreads = 256;
 constexpr std::uint32_t kNoEntry = 0xFFFFFFFFU;
 
@@ -31,7 +30,7 @@ inline std::int64_t segment_of(const Task& task) {
 inline std::int64_t max_segments(const Task& task, const WorkSlice& part) {
   return part.heads() * (task.rows(part) * task.width / segment_of(task));
 }
-/// No fewer than a head has.
+/// Upper bound on the key tiles of a head.
 inline std::int64_t max_key_tiles(const Task& task) {
   return task.keys / keys_per_tile(task.head_dim) + task.most_blocks();
 }
@@ -48,13 +47,13 @@ struct DkvParams {
   std::int64_t head0, rows, width;
   std::uint32_t group, ranks;
   bool diagonal, causal;
-  /// The segments are summed, not the rest.
+  /// True in the launch that sums segments.
   bool segments;
   float scale, log2_scale;  // the latter for powers of 2
   View<T> dk, dv;
 };
 
-/// What the host tells them.
+/// Parameters of one launch.
 template <typename T>
 DkvParams<T> dkv_params(const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
                         const LseDelta* sums, const Backward& backward, const DkvPlan& dkv_plan) {
@@ -85,22 +84,22 @@ DkvParams<T> dkv_params(const Task& task, const WorkSlice& part, const Batch& ba
           .dv = view_of<T>(backward.gradients.dv)};
 }
 
-/// A key tile and the rows that see it: `routed` entries, then `diagonal` neighbouring rows.
+/// Key tile and the rows that see it: `routed` entries, then `diagonal` consecutive rows.
 struct KeyTile {
   std::int64_t head = 0;       // of the part
   std::int64_t first_key = 0;  // packed
   std::int32_t count = 0;      // keys; 0 for no work
-  std::int32_t shift = 0;      // a diagonal row sees keys of the key tile up to its token + shift
+  std::int32_t shift = 0;      // a diagonal row sees the keys up to its token + shift
   const std::uint32_t* entries = nullptr;
   std::uint32_t routed = 0, diagonal = 0, diagonal_row = 0;
-  /// Segments that another thread block has summed, or where to leave the sums of one.
+  /// Segments summed by other thread blocks; in a segment, `sums` is where its own sums go.
   std::uint32_t segments = 0;
   std::int64_t sums = 0;
 
   MOBA_DEVICE std::uint32_t rows() const { return routed + diagonal; }
 };
 
-/// Key tile `index_in_block` of a block, as far as the keys go.
+/// Returns key tile `index_in_block` of a block; its count is 0 past the last key.
 template <int head_dim, typename T>
 MOBA_DEVICE KeyTile key_tile_of(const DkvParams<T>& p, std::int64_t head, std::int32_t sequence,
                                 std::int32_t block, std::int64_t index_in_block) {
@@ -127,7 +126,7 @@ MOBA_DEVICE KeyTile key_tile_of(const DkvParams<T>& p, std::int64_t head, std::i
   return key_tile;
 }
 
-/// Key tile `index` of all blocks that have segments, with the rows of one of these.
+/// Returns key tile `index` among those of all segments, with the rows of its segment.
 template <int head_dim, typename T>
 MOBA_DEVICE KeyTile key_tile_of_segment(const DkvParams<T>& p, std::int64_t index) {
   if (index / p.key_tiles >= *p.plan.count) return {};
@@ -142,7 +141,7 @@ MOBA_DEVICE KeyTile key_tile_of_segment(const DkvParams<T>& p, std::int64_t inde
   return key_tile;
 }
 
-/// Key tile `index` of all sequences, with all rows but those of segments.
+/// Returns key tile `index` of a head, with all rows except those of segments.
 template <int head_dim, typename T>
 MOBA_DEVICE KeyTile key_tile_at(const DkvParams<T>& p, std::int64_t head, std::int32_t index) {
   const std::int32_t* starts = p.plan.key_tile_starts;
@@ -164,13 +163,13 @@ MOBA_DEVICE KeyTile key_tile_at(const DkvParams<T>& p, std::int64_t head, std::i
   return key_tile;
 }
 
-/// What is known of row `index` of a key tile before it is divided into token and head.
+/// Returns the entry of row `index` of a key tile, from which row_info_of computes token and head.
 MOBA_DEVICE std::uint32_t entry_at(const KeyTile& key_tile, std::uint32_t index) {
   if (index < key_tile.routed) return key_tile.entries[index];
   return index < key_tile.rows() ? key_tile.diagonal_row + (index - key_tile.routed) : kNoEntry;
 }
 
-/// A row of a key tile.
+/// Row of a key tile.
 struct RowInfo {
   std::int64_t q = 0, d_out = 0;  // elements
   std::uint32_t row = kNoEntry;
@@ -200,7 +199,7 @@ MOBA_DEVICE LseDelta lse_delta_of(const DkvParams<T>& p, const KeyTile& key_tile
   return p.sums[key_tile.head * p.rows + row_info.row];
 }
 
-/// Whether every row of the tile that begins at row `first` exists and sees the whole key tile.
+/// Tests that every row of the tile from row `first` on exists and sees the whole key tile.
 template <int rows, typename T>
 MOBA_DEVICE bool is_unmasked(const DkvParams<T>& p, const KeyTile& key_tile, std::uint32_t first) {
   if (first + rows > key_tile.rows()) return false;
@@ -209,7 +208,7 @@ MOBA_DEVICE bool is_unmasked(const DkvParams<T>& p, const KeyTile& key_tile, std
   return std::int64_t{(key_tile.diagonal_row + diagonal) / p.group} + key_tile.shift + 1 >= key_tile.count;
 }
 
-/// Products of keys and queries, one column a row of the tile, become probs.
+/// Recomputes P = exp2(log2_scale * S - lse) in place; columns are rows of q.
 template <int tiles>
 MOBA_DEVICE void recompute_p(float (&products)[tiles][4], const LseDelta* sums, float log2_scale) {
   MOBA_UNROLL
@@ -222,7 +221,7 @@ MOBA_DEVICE void recompute_p(float (&products)[tiles][4], const LseDelta* sums, 
   }
 }
 
-/// Gradients of probs become gradients of logits.
+/// Computes dS = P * (dP - delta); `ds` holds dP on entry.
 template <int tiles>
 MOBA_DEVICE void compute_ds(float (&ds)[tiles][4], const float (&probs)[tiles][4], const LseDelta* sums) {
   MOBA_UNROLL
@@ -235,7 +234,7 @@ MOBA_DEVICE void compute_ds(float (&ds)[tiles][4], const float (&probs)[tiles][4
   }
 }
 
-/// 0 where a row does not see a key. The warp's keys begin with `warp_key`.
+/// Zeroes entries of keys that a row does not see. The keys of the warp begin at `warp_key`.
 template <int tiles>
 MOBA_DEVICE void apply_mask(float (&probs)[tiles][4], const std::int32_t* visible_keys, int warp_key) {
   MOBA_UNROLL
@@ -252,13 +251,13 @@ struct alignas(16) Vec4F32 {
   float v[4];
 };
 
-/// Where a thread's sums of one gradient lie among a key tile's, kDkvThreads apart.
+/// Address of the partial sums of one gradient and thread; consecutive vectors are kDkvThreads apart.
 template <int tiles, typename T>
 MOBA_DEVICE Vec4F32* partial_sums_of(const DkvParams<T>& p, std::int64_t sums, int gradient, int thread) {
   return reinterpret_cast<Vec4F32*>(p.plan.sums) + (2 * sums + gradient) * tiles * kDkvThreads + thread;
 }
 
-/// Leaves what a segment adds to a gradient, 0 being dk and 1 dv.
+/// Stores the partial sums of a segment; gradient 0 is dk and 1 dv.
 template <typename T, int tiles>
 MOBA_DEVICE void store_partial_sums(const DkvParams<T>& p, std::int64_t sums, int gradient, int thread,
                                     const float (&from)[tiles][4]) {
@@ -267,7 +266,7 @@ MOBA_DEVICE void store_partial_sums(const DkvParams<T>& p, std::int64_t sums, in
   for (int j = 0; j < tiles; ++j) to[j * kDkvThreads] = {from[j][0], from[j][1], from[j][2], from[j][3]};
 }
 
-/// Adds what the key tile's segments have left, in their order.
+/// Adds the partial sums of the segments in order.
 template <typename T, int tiles>
 MOBA_DEVICE void add_partial_sums(const DkvParams<T>& p, const KeyTile& key_tile, int gradient, int thread,
                                   float (&to)[tiles][4]) {
@@ -282,8 +281,7 @@ MOBA_DEVICE void add_partial_sums(const DkvParams<T>& p, const KeyTile& key_tile
   }
 }
 
-/// Writes this warp's columns of the gradients of its keys, through `rows` of shared memory so that whole
-/// 16-byte vectors go out.
+/// Stores this warp's columns of a gradient through shared memory, in 16-byte vectors.
 template <typename T, typename Rows, int tiles>
 MOBA_DEVICE void store_gradient(const View<T>& to, const Rows& rows, const KeyTile& key_tile,
                                 std::int64_t kv_head, int warp_key, int first_vec, float scale,

@@ -8,9 +8,8 @@
 #include "cuda/ptx/warp.h"
 #include "cuda/tile/softmax.h"
 
-/// What the kernels of attention have in common: which items there are, what each works on, and where its
-/// answers go. The routed tiles come first, whole ones before the rest; then tiles of neighbouring rows with
-/// the keys of their own block, or, in dense attention, with all that they may see.
+/// Work tiles of attention and of dq, and the epilogue that writes their rows. Routed tiles come first, full
+/// ones before partial ones; diagonal tiles follow.
 namespace moba::cuda {
 
 template <typename T>
@@ -24,11 +23,11 @@ struct AttendParams {
   std::int32_t token0, token1;
   bool diagonal, causal;
   tile::Scale scale;
-  // Where width is 0, the answer.
+  // The output where width is 0.
   View<T> out;
   float* lse;  // [Hq, Tq], may be null
   std::int64_t tokens;
-  // Elsewhere, slots.
+  // Slots elsewhere.
   T* partials;         // [heads, rows * ranks, D]
   float* partial_lse;  // [heads, rows * ranks]
 
@@ -40,8 +39,8 @@ struct AttendParams {
   }
 };
 
-/// A work tile: up to kTileRows rows, and keys [begin, end) of a sequence. All rows see keys in
-/// [all_begin, all_end).
+/// Work tile: up to kTileRows rows, and keys [begin, end) of a sequence. All rows see the keys [all_begin,
+/// all_end).
 struct WorkTile {
   bool diagonal = false;
   std::int64_t head = 0;  // of the part
@@ -50,14 +49,14 @@ struct WorkTile {
   std::int32_t begin = 0, end = 0, all_begin = 0, all_end = 0;
 };
 
-/// A row of a work tile.
+/// Row of a work tile.
 struct WorkRow {
   std::int64_t q_offset = kNoRow;  // of its query's elements
   std::uint32_t slot = 0;
   KeyRange visible{};  // keys, where the tile is diagonal
 };
 
-/// The keys of its own block that the query at `position` sees, or of all when nothing is causal.
+/// Keys of its own block that the query at `position` sees; all keys without a causal mask.
 template <typename T>
 MOBA_DEVICE KeyRange diagonal_keys(const AttendParams<T>& p, std::int32_t position, std::int32_t keys) {
   if (!p.causal) return {0, keys};
@@ -65,7 +64,7 @@ MOBA_DEVICE KeyRange diagonal_keys(const AttendParams<T>& p, std::int32_t positi
   return {static_cast<std::int32_t>(position / p.block_size * p.block_size), position + 1};
 }
 
-/// Where the elements of a row begin in `view`, which is p.q or laid out for the same tokens and heads.
+/// Element offset of a row in `view`, which is p.q or has the same tokens and heads.
 template <typename T>
 MOBA_DEVICE std::int64_t row_offset(const AttendParams<T>& p, const View<const T>& view, std::int64_t head,
                                     std::uint32_t row) {
@@ -74,7 +73,7 @@ MOBA_DEVICE std::int64_t row_offset(const AttendParams<T>& p, const View<const T
          ((p.head0 + head) * p.group + row % group) * view.head_stride;
 }
 
-/// Rows [first, first + max_rows) of a tile of `count` rows, or what there is of them.
+/// Counts the rows [first, first + max_rows) of a tile of `count` rows.
 template <int max_rows>
 MOBA_DEVICE std::int32_t rows_from(int first, std::int32_t count) {
   if constexpr (max_rows == kTileRows) return count;
@@ -82,8 +81,8 @@ MOBA_DEVICE std::int32_t rows_from(int first, std::int32_t count) {
   return left < max_rows ? left : max_rows;
 }
 
-/// Tile `index` of all heads, those of the last queries first, which see most. Keys are cut as for the whole
-/// tile, so that a row meets them in the same order whatever else is in its part.
+/// Calls run for diagonal tile `index`; tiles of the last queries, which see most keys, come first. Keys
+/// begin as for the full tile, so that a row sees them in the same order whatever its part is.
 template <int max_rows, typename T, typename Run>
 MOBA_DEVICE void with_diagonal_tile(const AttendParams<T>& p, std::int64_t index, int first, Run&& run) {
   const Tile tile = tile_at(
@@ -93,7 +92,7 @@ MOBA_DEVICE void with_diagonal_tile(const AttendParams<T>& p, std::int64_t index
     return diagonal_keys(p, tile.position_of(first + r, p.group), tile.keys);
   };
   const std::int32_t count = rows_from<max_rows>(first, tile.count);
-  if (count <= 0) return;
+  if (max_rows < kTileRows && count <= 0) return;
   const KeyRange first_visible = visible(0), last_visible = visible(count - 1);
   const KeyRange cut_visible = diagonal_keys(p, tile.position_at(tile.cut, p.group), tile.keys);
   const WorkTile work{.diagonal = true,
@@ -112,7 +111,7 @@ MOBA_DEVICE void with_diagonal_tile(const AttendParams<T>& p, std::int64_t index
   });
 }
 
-/// Rows that chose a block.
+/// Calls run for routed tile `index`: rows that selected one block.
 template <int max_rows, typename T, typename Run>
 MOBA_DEVICE void with_routed_tile(const AttendParams<T>& p, std::uint32_t index, int first, Run&& run) {
   const std::uint32_t full = p.plan.totals[Plan::kFull];
@@ -122,7 +121,7 @@ MOBA_DEVICE void with_routed_tile(const AttendParams<T>& p, std::uint32_t index,
   const KeyRange keys = keys_of(tile.block - p.batch.block_starts[sequence], p.block_size,
                                 p.batch.k_starts[sequence + 1] - k_begin);
   const std::int32_t count = rows_from<max_rows>(first, static_cast<std::int32_t>(tile.count));
-  if (count <= 0) return;
+  if (max_rows < kTileRows && count <= 0) return;
   const std::uint32_t* entries = p.entries + tile.head * p.rows * p.width + tile.first + first;
   const WorkTile work{.head = tile.head,
                       .count = count,
@@ -137,7 +136,7 @@ MOBA_DEVICE void with_routed_tile(const AttendParams<T>& p, std::uint32_t index,
   });
 }
 
-/// Calls run(work, row_of) for `max_rows` rows of a work tile from row `first` on, row_of(r) being the
+/// Calls run(work, row_of) for up to `max_rows` rows of a work tile from row `first` on; row_of(r) is the
 /// WorkRow of the r-th. Does not call it where the tile has no such rows.
 template <int max_rows = kTileRows, typename T, typename Run>
 MOBA_DEVICE void with_work_tile(const AttendParams<T>& p, std::int64_t index, int first, Run&& run) {
@@ -161,8 +160,8 @@ MOBA_DEVICE void negate(float (&logits)[row_tiles][key_tiles][4]) {
   }
 }
 
-/// Hides logits of keys that a row does not see: those outside of the tile's or, where it is diagonal, of the
-/// row's `bounds`. `key` is that of the first column.
+/// Masks logits of keys outside the range of the tile or, in a diagonal tile, of the row. `key` is the key
+/// of the first column.
 template <int row_tiles, int key_tiles>
 MOBA_DEVICE void apply_mask(float (&logits)[row_tiles][key_tiles][4], const KeyRange* bounds,
                             const WorkTile& work, std::int32_t key, int warp_row) {
@@ -184,8 +183,7 @@ MOBA_DEVICE void apply_mask(float (&logits)[row_tiles][key_tiles][4], const KeyR
   }
 }
 
-/// Writes the rows of this warp, which lie in shared memory, to the output or, where there is one, their
-/// slot.
+/// Copies the rows of this warp from shared memory to the output or to their slots.
 template <int head_dim, int row_tiles, int out_tiles, typename T, typename Rows>
 MOBA_DEVICE void store_rows(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
                             const WorkTile& work, int warp_row, int first_vec = 0) {
@@ -201,8 +199,8 @@ MOBA_DEVICE void store_rows(const AttendParams<T>& p, const Rows& rows, const st
   }
 }
 
-/// Writes the answers of this warp's rows, through its own rows of q's shared memory so that 16-byte vectors
-/// go out.
+/// Epilogue: normalises and stores the rows of this warp through its rows of q's shared memory, in 16-byte
+/// vectors.
 template <typename T, typename Rows, int row_tiles, int out_tiles>
 MOBA_DEVICE void store_out(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
                            const WorkTile& work, const float (&out)[row_tiles][out_tiles][4],
@@ -235,7 +233,7 @@ MOBA_DEVICE void store_out(const AttendParams<T>& p, const Rows& rows, const std
   store_rows<8 * out_tiles, row_tiles, out_tiles>(p, rows, slots, work, warp_row);
 }
 
-/// What the host tells them.
+/// Parameters of one launch.
 template <typename T>
 AttendParams<T> attend_params(const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
                               const Partials& partials, const Outputs& outputs) {
@@ -264,7 +262,7 @@ AttendParams<T> attend_params(const Task& task, const WorkSlice& part, const Bat
           .partial_lse = partials.lse};
 }
 
-/// No fewer than there are.
+/// Upper bound on the work tiles, which only the device counts.
 inline std::int64_t max_work_tiles(const Task& task, const WorkSlice& part) {
   return part.heads() * (task.rows(part) * task.width / kTileRows +
                          (task.width > 0 ? task.most_blocks() : 0) + task.most_tiles(part));

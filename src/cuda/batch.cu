@@ -1,4 +1,4 @@
-// What kernels need to know of the sequences beside where they start.
+// Prefix sums over the sequences, and their upload.
 #include <algorithm>
 
 #include "cuda/stages.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 256;
 
-/// A launch may carry 4 KiB.
+/// Words per launch: kernel parameters are limited to 4 KiB.
 constexpr int kWordsOfALaunch = 960;
 
 struct UploadParams {

@@ -1,4 +1,4 @@
-// Block means, in one pass over the keys: a block of threads for every block and head.
+// Block means in one pass over the keys: one thread block per block and head.
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
@@ -8,7 +8,7 @@ namespace moba::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-/// Elements that a thread adds up side by side: 16 bytes.
+/// Elements per thread: 16 bytes.
 constexpr int kElements = 8;
 
 template <typename T>
@@ -59,7 +59,7 @@ centroids_kernel(MOBA_GRID_CONSTANT CentroidsParams<T> p) {
     for (; key < keys.end; key += kRows) add<T>(sum, ptx::load_streaming(from + key * p.k.token_stride));
   }
 
-  // The threads' sums meet in the order of their rows.
+  // Sums of the threads are added in the order of their rows.
   auto* sums = reinterpret_cast<float*>(ptx::shared());  // [kRows, D]
   if (row < kRows) {
     MOBA_UNROLL

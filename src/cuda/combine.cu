@@ -1,4 +1,4 @@
-// Partial answers merge, in the order of their ranks: out = sum of 2^(lse_i - lse) out_i.
+// Merges partial outputs in the order of their ranks: out = sum of 2^(lse_i - lse) out_i.
 #include "cuda/attend.h"
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
@@ -20,7 +20,7 @@ struct CombineParams {
   float* lse;  // [Hq, Tq], may be null
 };
 
-/// head_dim / kElements threads share a row.
+/// Merges the slots of a row. head_dim / kElements threads share a row.
 template <typename T, int head_dim>
 MOBA_KERNEL(kThreads, 8)
 combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
@@ -30,7 +30,7 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
   const int column = ptx::thread() % kColumns;
   if (ptx::thread() >= kRows * kColumns || row >= p.rows) return;
 
-  // The places behind the last choice hold nothing; the diagonal keys' is always filled.
+  // Slots after the last selected block are empty; the diagonal slot is always filled.
   const std::int32_t* chosen = p.selection + (head * p.rows + row) * p.width;
   const std::int64_t first = (head * p.rows + row) * p.ranks;
   const auto is_filled = [&](std::int64_t rank) { return rank == p.width || chosen[rank] >= 0; };

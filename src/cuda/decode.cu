@@ -1,7 +1,6 @@
-// One new token for every sequence of a paged cache, bound by how fast memory can be read: means of the
-// candidates, then the keys and values of the chosen blocks, cut into splits so that the whole device reads.
-// The query heads of a kv head, up to 16 of them, are the rows of a tile: they share all that is read, and
-// the tensor cores have time to spare.
+// Decoding: one query per sequence over a paged cache, bound by memory bandwidth. Reads the means of the
+// candidates, then k and v of the selected blocks, which are divided into splits so that all multiprocessors
+// read. Up to 16 query heads of a kv head are the rows of a tile and share all that is read.
 #include "cuda/decode.h"
 
 #include <algorithm>
@@ -18,14 +17,15 @@ namespace {
 constexpr int kTile = 16;  // query heads
 constexpr int kElements = 8;
 
-/// A warp takes 16 keys or means of a tile. At D 256 more threads are needed to load than to compute.
+/// Tile shape. A warp takes 16 keys or means of a tile; at head_dim 256 loading takes more threads than
+/// computing.
 template <int head_dim>
 struct TileShape {
   static constexpr int kMmaWarps = 4, kKeys = 16 * kMmaWarps;
   static constexpr int kThreads = (head_dim > 128 ? 8 : kMmaWarps) * ptx::kLanes;
 };
 
-/// Keys of a split: no fewer than make its own merging cheap, and no more than 64 splits of a block.
+/// Keys of a split: at least kLeast, so that merging is cheap, and at most 64 splits of a block.
 std::int64_t split_size_of(const Task& task) {
   constexpr std::int64_t kLeast = 256, kMost = 64, kStep = 64;
   return std::max(kLeast, divide_up(divide_up(task.routing.block_size, kMost), kStep) * kStep);
@@ -51,7 +51,7 @@ Pages<T> pages_of(const Tensor& t, const PagedCache& cache) {
           .table_stride = cache.table_stride};
 }
 
-/// What all stages know. A unit is a sequence and a tile of the query heads of one kv head.
+/// Parameters of all stages. A unit is a sequence and a tile of the query heads of one kv head.
 template <typename T>
 struct DecodeParams {
   View<const T> q;
@@ -91,7 +91,7 @@ MOBA_DEVICE Unit unit_at(const DecodeParams<T>& p, std::int64_t index) {
           .length = span.size()};
 }
 
-/// Complete blocks before the last token's own.
+/// Number of complete blocks before the block of the last token.
 template <typename T>
 MOBA_DEVICE std::int32_t own_block(const DecodeParams<T>& p, std::int32_t length) {
   return length == 0 ? 0 : static_cast<std::int32_t>((length - 1) / p.block_size);
@@ -104,7 +104,7 @@ MOBA_DEVICE void load_queries(const DecodeParams<T>& p, const Unit& unit,
       to, [&](int row) { return row < unit.count ? p.q.row(unit.sequence, unit.q_head + row) : nullptr; });
 }
 
-/// Rows [16 warp, ...) of a tile.
+/// Rows of this warp, from 16 * warp on.
 template <typename T, int head_dim>
 MOBA_DEVICE tile::SwizzledTile<T, head_dim> of_warp(const tile::SwizzledTile<T, head_dim>& rows) {
   return {rows.data + ptx::warp() * 16 * head_dim};
@@ -154,7 +154,7 @@ struct SelectParams {
   std::int32_t width;
 };
 
-/// How many of `orders` are at least `least`.
+/// Counts `orders` that are at least `least`.
 MOBA_DEVICE std::int32_t count_from(const std::uint32_t* orders, std::int32_t count, std::uint32_t least,
                                     std::int32_t* shared) {
   constexpr int kUnroll = 8;  // loads under way
@@ -169,8 +169,8 @@ MOBA_DEVICE std::int32_t count_from(const std::uint32_t* orders, std::int32_t co
   return tile::scan<kSelectThreads>(own, shared).total;
 }
 
-/// A query head of a sequence: the order of the worst that is kept is found bit by bit; of those that share
-/// it the most recent are kept.
+/// Selects the top-k of a query head: finds the order of the lowest kept score bit by bit; of equal scores
+/// keeps the most recent blocks.
 MOBA_KERNEL(kSelectThreads, 2) decode_select_kernel(MOBA_GRID_CONSTANT SelectParams p) {
   auto* sums = reinterpret_cast<std::int32_t*>(ptx::shared());
   const std::int64_t row = ptx::block_x();
@@ -208,7 +208,7 @@ MOBA_KERNEL(kSelectThreads, 2) decode_select_kernel(MOBA_GRID_CONSTANT SelectPar
   for (std::int32_t i = kept + ptx::thread(); i < p.width; i += kSelectThreads) to[i] = -1;
 }
 
-/// Shared memory of a block of decode_attend. Answers of the warps lie where keys and values have been.
+/// Shared memory of decode_attend. Outputs of the warps overwrite k and v.
 template <typename T, int head_dim>
 struct Shared {
   using C = TileShape<head_dim>;
@@ -217,7 +217,7 @@ struct Shared {
       (kTile * head_dim + 4 * kKeyElements) * sizeof(T) + kTile * sizeof(std::int32_t);
 
   tile::SwizzledTile<T, head_dim> q;
-  T* keys;              // two buffers of keys, with their values behind each
+  T* keys;              // two buffers of k, each followed by v
   std::int32_t* ranks;  // [kTile], of the block among a query head's; -1 where it is none
 
   MOBA_DEVICE explicit Shared(std::byte* memory) {
@@ -238,15 +238,15 @@ struct Shared {
   static_assert(C::kMmaWarps * kTile * (head_dim + 1) * sizeof(float) <= 4 * kKeyElements * sizeof(T));
 };
 
-/// The place of a query head's acc through one split of the block that is its `rank`th.
+/// Slot of the partial output of a query head over one split of the block of rank `rank`.
 template <typename T>
 MOBA_DEVICE std::int64_t slot_of(const DecodeParams<T>& p, std::int64_t row, std::int32_t rank,
                                  std::int32_t split) {
   return (row * p.ranks + rank) * p.splits + split;
 }
 
-/// Which query heads attend to a block; false when another thread block takes this one, that of the first of
-/// them.
+/// Finds the query heads that attend to a block. Returns false when the thread block of an earlier head
+/// takes the block.
 template <typename T, int head_dim>
 MOBA_DEVICE bool find_query_heads(const DecodeParams<T>& p, const Shared<T, head_dim>& shared,
                                   const Unit& unit, std::int32_t block, int first_head) {
@@ -269,13 +269,13 @@ MOBA_DEVICE bool find_query_heads(const DecodeParams<T>& p, const Shared<T, head
   return true;
 }
 
-/// Leaves each warp's outputs, normalised, and merges them in the order of the warps.
+/// Normalises the output of each warp and merges them in the order of the warps.
 template <typename T, int head_dim>
 MOBA_DEVICE void merge_warps(const DecodeParams<T>& p, const Shared<T, head_dim>& shared, const Unit& unit,
                              std::int32_t split, const float (&out)[1][head_dim / 8][4],
                              const tile::Softmax<1>& softmax) {
   using C = TileShape<head_dim>;
-  ptx::syncthreads();  // keys and values have been used
+  ptx::syncthreads();  // k and v are no longer read
   const int lane = ptx::lane(), warp = ptx::warp();
   if (warp < C::kMmaWarps) {
     MOBA_UNROLL
@@ -358,7 +358,7 @@ decode_attend_kernel(MOBA_GRID_CONSTANT DecodeParams<T> p) {
   int buffer = 0;
   for (auto key = static_cast<std::int32_t>(first); key < last; key += C::kKeys, buffer ^= 1) {
     ptx::cp_async_wait<0>();
-    ptx::syncthreads();  // this buffer is filled, and the other has been used
+    ptx::syncthreads();  // this buffer is full, the other one is no longer read
     if (key + C::kKeys < last) load(key + C::kKeys, buffer ^ 1);
     const std::int32_t warp_key = key + ptx::warp() * 16;
     if (ptx::warp() >= C::kMmaWarps || warp_key >= last) continue;
@@ -389,7 +389,7 @@ struct CombineParams {
   std::int64_t tokens;
 };
 
-/// A thread block a query head of a sequence.
+/// Merges the splits of a query head, one thread block each.
 template <typename T, int head_dim>
 MOBA_KERNEL(kCombineThreads, 8)
 decode_combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> c) {
@@ -442,7 +442,8 @@ struct MeansParams {
   std::int64_t block_size, blocks, heads;
 };
 
-/// A thread block a completed block and head. As `centroids`, whose keys are not in pages.
+/// Averages the keys of a completed block, one thread block per block and head. Like `centroids`, but from
+/// pages.
 template <typename T, int head_dim>
 MOBA_KERNEL(kMeanThreads, 8)
 decode_means_kernel(MOBA_GRID_CONSTANT MeansParams<T> p) {

@@ -1,5 +1,5 @@
-// Scores and picks in one pass: a thread block holds a tile of rows, products of them with 64 means at a time
-// come out of the tensor cores, and what beats the worst of a row's best so far goes into that row's heap.
+// Scores and selects in one pass: a thread block holds a tile of rows, the tensor cores compute its products
+// with 64 means at a time, and scores above the minimum of a row's top-k heap enter that heap.
 #include "cuda/gate.h"
 
 #include "cuda/ptx/barrier.h"
@@ -11,7 +11,7 @@
 namespace moba::cuda {
 namespace {
 
-/// As attend's: 32 rows a warp, but for the registers.
+/// Tile shape, as in sm80/attend.cu.
 template <int head_dim>
 struct TileShape {
   static constexpr int kWarps = head_dim > 128 ? 8 : 4;
@@ -21,7 +21,7 @@ struct TileShape {
   static constexpr int kBlocksPerMultiprocessor = head_dim > 128 ? 1 : 2;
 };
 
-/// Whether the heaps fit beside the tiles.
+/// Tests that the heaps fit into shared memory beside the tiles.
 bool heaps_are_shared(const Task& task) {
   return task.head_dim <= 128 && task.width <= 16;
 }
@@ -40,14 +40,14 @@ struct GateParams {
   std::int32_t* selection;  // [heads, rows, width]
 };
 
-/// A score and its block as one number, so that the better candidate is the larger: of equal scores the more
-/// recent block; a NaN as -inf; nothing at all as 0.
+/// Score and block as one number, so that the better candidate is the larger: of equal scores the more
+/// recent block; a NaN counts as -inf; 0 is an empty entry.
 using Key = std::uint64_t;
 
 MOBA_DEVICE Key key_of(std::uint32_t order, std::int32_t block) {
   return static_cast<Key>(order) << 32 | static_cast<std::uint32_t>(block);
 }
-/// No score below this can enter a heap with that root.
+/// Returns the lowest score that can enter a heap with that root.
 MOBA_DEVICE float threshold_of(Key root) {
   const auto order = static_cast<std::uint32_t>(root >> 32);
   if (order == 0) return -ptx::infinity();
@@ -55,7 +55,7 @@ MOBA_DEVICE float threshold_of(Key root) {
   return ptx::uint_as_float(order >> 31 != 0 ? order & 0x7FFFFFFFU : ~order);
 }
 
-/// Puts `key` at place `i` of a heap whose least entry is its first, or below, wherever it belongs.
+/// Places `key` at position `i` of a min-heap and sifts it down.
 MOBA_DEVICE void sift(Key* heap, std::int32_t width, std::int32_t i, Key key) {
   for (std::int32_t child = 2 * i + 1; child < width; child = 2 * i + 1) {
     if (child + 1 < width && heap[child + 1] < heap[child]) ++child;
@@ -66,7 +66,7 @@ MOBA_DEVICE void sift(Key* heap, std::int32_t width, std::int32_t i, Key key) {
   heap[i] = key;
 }
 
-/// Blocks that a row may pick from: [0, candidates). Its own among them only when not causal.
+/// Candidate blocks of a row: [0, count), and its own block where it is not causal.
 struct Candidates {
   std::int32_t count = 0, own = -1;
 };
@@ -79,8 +79,8 @@ MOBA_DEVICE Candidates candidates_of(const GateParams<T>& p, const Tile& tile, i
   return {static_cast<std::int32_t>(divide_up(tile.keys, p.block_size)), p.own_block ? own : -1};
 }
 
-/// Offers a row's scores against means [first, first + columns) to its heap. The four lanes that share the
-/// row take turns.
+/// Pushes the scores of a row against means [first, first + columns) to its heap. The four lanes that share
+/// the row take turns.
 template <int column_tiles>
 MOBA_DEVICE void offer(Key* heap, std::int32_t width, const float (&scores)[column_tiles][4], int half,
                        const Candidates& candidates, std::int32_t sinks, std::int32_t first) {
@@ -116,7 +116,7 @@ MOBA_DEVICE void offer(Key* heap, std::int32_t width, const float (&scores)[colu
   }
 }
 
-/// Writes the blocks of a heap, ascending.
+/// Writes the blocks of a heap in ascending order.
 MOBA_DEVICE void write_row(Key* heap, std::int32_t width, std::int32_t* to) {
   constexpr Key kNone = ~Key{0};
   for (std::int32_t i = 0; i < width; ++i) heap[i] = heap[i] == 0 ? kNone : heap[i] & 0xFFFFFFFFU;
@@ -199,7 +199,7 @@ struct ListParams {
   bool causal, is_dense;
 };
 
-/// A thread a row.
+/// Uses one thread per row.
 MOBA_KERNEL(kListThreads, 8) list_selection_kernel(MOBA_GRID_CONSTANT ListParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int64_t row = std::int64_t{ptx::block_x()} * kListThreads + ptx::thread();
@@ -231,7 +231,7 @@ struct ReadParams {
   bool causal;
 };
 
-/// A thread a row.
+/// Uses one thread per row.
 MOBA_KERNEL(kListThreads, 8) read_selection_kernel(MOBA_GRID_CONSTANT ReadParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int64_t row = std::int64_t{ptx::block_x()} * kListThreads + ptx::thread();

@@ -1,5 +1,6 @@
-// The routing inverted: count, scan, stable scatter. A head's choices are cut into chunks of consecutive
-// rows, and a warp scatters its chunk in order, so that a block's entries come out ascending without a sort.
+// Inverts the selection: count, scan, stable scatter. The selections of a head are split into partitions of
+// consecutive rows, and a warp scatters its partition in order, so that the entries of a block ascend
+// without a sort.
 #include <algorithm>
 
 #include "cuda/plan.h"
@@ -10,15 +11,15 @@ namespace moba::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr std::int64_t kLeastChunk = 2048;
+constexpr std::int64_t kMinPartition = 2048;
 
-/// Choices that a warp scatters: no fewer than there are blocks, so that the counts take no more memory than
-/// the choices.
-std::int64_t chunk_of(const Task& task) {
-  return std::max(kLeastChunk, divide_up(task.most_blocks(), ptx::kLanes) * ptx::kLanes);
+/// Selections that a warp scatters: at least as many as there are blocks, so that the counts take no more
+/// memory than the selections.
+std::int64_t partition_size(const Task& task) {
+  return std::max(kMinPartition, divide_up(task.most_blocks(), ptx::kLanes) * ptx::kLanes);
 }
-std::int64_t chunks_of(const Task& task, const WorkSlice& part) {
-  return divide_up(task.rows(part) * task.width, chunk_of(task));
+std::int64_t partitions_of(const Task& task, const WorkSlice& part) {
+  return divide_up(task.rows(part) * task.width, partition_size(task));
 }
 
 struct PlanParams {
@@ -26,11 +27,11 @@ struct PlanParams {
   Batch batch;
   const std::int32_t* selection;  // [heads, rows, width]
   std::int64_t rows, width, ranks, group;
-  std::int64_t most_blocks, chunks, chunk;
+  std::int64_t most_blocks, partitions, partition_size;
   std::int32_t token0;
 };
 
-/// The packed block of choice `index` of a head, -1 for none.
+/// Returns the packed block of selection `index` of a head, -1 for none.
 MOBA_DEVICE std::int32_t chosen(const PlanParams& p, std::int64_t head, std::int64_t index) {
   const std::int32_t block = p.selection[head * p.rows * p.width + index];
   if (block < 0) return -1;
@@ -44,29 +45,30 @@ MOBA_KERNEL(kThreads, 4) count_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   if (index >= p.rows * p.width) return;
   const std::int32_t block = chosen(p, head, index);
   if (block >= 0)
-    ptx::atomic_add(p.plan.counts + (head * p.chunks + index / p.chunk) * p.most_blocks + block, 1);
+    ptx::atomic_add(p.plan.counts + (head * p.partitions + index / p.partition_size) * p.most_blocks + block,
+                    1);
 }
 
-/// Turns the counts of a block in every chunk into what lies before the chunk, and gives the sum.
+/// Replaces the counts of a block in every partition by exclusive prefix sums; returns the total.
 MOBA_DEVICE std::uint32_t scan_chunks(const PlanParams& p, std::int64_t head, std::int64_t block) {
   constexpr int kUnroll = 8;  // loads under way
-  std::uint32_t* counts = p.plan.counts + head * p.chunks * p.most_blocks + block;
+  std::uint32_t* counts = p.plan.counts + head * p.partitions * p.most_blocks + block;
   std::uint32_t sum = 0;
-  for (std::int64_t first = 0; first < p.chunks; first += kUnroll) {
+  for (std::int64_t first = 0; first < p.partitions; first += kUnroll) {
     std::uint32_t loaded[kUnroll];
     MOBA_UNROLL
     for (int i = 0; i < kUnroll; ++i)
-      loaded[i] = first + i < p.chunks ? counts[(first + i) * p.most_blocks] : 0;
+      loaded[i] = first + i < p.partitions ? counts[(first + i) * p.most_blocks] : 0;
     MOBA_UNROLL
     for (int i = 0; i < kUnroll; ++i) {
-      if (first + i < p.chunks) counts[(first + i) * p.most_blocks] = sum;
+      if (first + i < p.partitions) counts[(first + i) * p.most_blocks] = sum;
       sum += loaded[i];
     }
   }
   return sum;
 }
 
-/// The sizes of blocks: offsets[block + 1], to be summed.
+/// Writes the sizes of blocks to offsets[block + 1], to be summed.
 MOBA_KERNEL(kThreads, 4) size_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int64_t block = std::int64_t{ptx::block_x()} * kThreads + ptx::thread();
@@ -74,7 +76,7 @@ MOBA_KERNEL(kThreads, 4) size_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   p.plan.offsets[head * (p.most_blocks + 1) + block + 1] = scan_chunks(p, head, block);
 }
 
-/// Sums the sizes of a head's blocks and lists its items.
+/// Sums the sizes of the blocks of a head and lists its routed tiles.
 MOBA_KERNEL(kThreads, 1) list_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   auto* sums = reinterpret_cast<std::uint32_t*>(ptx::shared());
   const auto head = static_cast<std::int32_t>(ptx::block_y());
@@ -99,17 +101,17 @@ MOBA_KERNEL(kThreads, 1) list_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   }
 }
 
-/// A warp writes the choices of one chunk, 32 at a time: those of one block side by side, in order.
+/// Scatters the selections of one partition per warp, 32 at a time, stably by block.
 MOBA_KERNEL(kThreads, 4) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   constexpr std::uint32_t kNone = 0xFFFFFFFFU;
   const std::int64_t head = ptx::block_y();
-  const std::int64_t chunk = std::int64_t{ptx::block_x()} * (kThreads / ptx::kLanes) + ptx::warp();
-  if (chunk >= p.chunks) return;
+  const std::int64_t partition = std::int64_t{ptx::block_x()} * (kThreads / ptx::kLanes) + ptx::warp();
+  if (partition >= p.partitions) return;
   const std::uint32_t* offsets = p.plan.offsets + head * (p.most_blocks + 1);
-  std::uint32_t* cursors = p.plan.counts + (head * p.chunks + chunk) * p.most_blocks;
+  std::uint32_t* cursors = p.plan.counts + (head * p.partitions + partition) * p.most_blocks;
   std::uint32_t* entries = p.plan.entries + head * p.rows * p.width;
-  const std::int64_t begin = chunk * p.chunk, all = p.rows * p.width;
-  const std::int64_t end = begin + p.chunk < all ? begin + p.chunk : all;
+  const std::int64_t begin = partition * p.partition_size, all = p.rows * p.width;
+  const std::int64_t end = begin + p.partition_size < all ? begin + p.partition_size : all;
   const unsigned below = (1U << ptx::lane()) - 1;
   for (std::int64_t first = begin; first < end; first += ptx::kLanes) {
     const std::int64_t index = first + ptx::lane();
@@ -137,7 +139,7 @@ Plan carve_plan(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
                      blocks = task.most_blocks();
   plan.entries = layout.take<std::uint32_t>(heads * choices);
   plan.offsets = layout.take<std::uint32_t>(heads * (blocks + 1));
-  plan.counts = layout.take<std::uint32_t>(heads * chunks_of(task, part) * blocks);
+  plan.counts = layout.take<std::uint32_t>(heads * partitions_of(task, part) * blocks);
   plan.full = layout.take<RoutedTile>(heads * (choices / kTileRows));
   plan.partial = layout.take<RoutedTile>(heads * blocks);
   return plan;
@@ -155,18 +157,19 @@ void plan(Stream& stream, const Task& task, const WorkSlice& part, const Batch& 
                           .ranks = task.ranks(),
                           .group = task.group,
                           .most_blocks = task.most_blocks(),
-                          .chunks = chunks_of(task, part),
-                          .chunk = chunk_of(task),
+                          .partitions = partitions_of(task, part),
+                          .partition_size = partition_size(task),
                           .token0 = static_cast<std::int32_t>(part.token0)};
   const std::int64_t heads = part.heads();
-  stream.fill(plan.counts, 0,
-              static_cast<std::size_t>(heads * params.chunks * params.most_blocks) * sizeof(std::uint32_t));
+  stream.fill(
+      plan.counts, 0,
+      static_cast<std::size_t>(heads * params.partitions * params.most_blocks) * sizeof(std::uint32_t));
   stream.launch("count", count_kernel, {divide_up(params.rows * params.width, kThreads), heads}, kThreads, 0,
                 params);
   stream.launch("size", size_kernel, {divide_up(params.most_blocks, kThreads), heads}, kThreads, 0, params);
   stream.launch("list", list_kernel, {1, heads}, kThreads, kThreads / ptx::kLanes * sizeof(std::uint32_t),
                 params);
-  stream.launch("scatter", scatter_kernel, {divide_up(params.chunks, kThreads / ptx::kLanes), heads},
+  stream.launch("scatter", scatter_kernel, {divide_up(params.partitions, kThreads / ptx::kLanes), heads},
                 kThreads, 0, params);
 }
 

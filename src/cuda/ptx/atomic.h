@@ -2,10 +2,11 @@
 
 #include "cuda/ptx/device.h"
 
-/// Atomic additions of integers, whose order cannot show in a result. There are none of floats.
+/// Integer atomics, where the order of additions cannot change a result. Floating-point atomics are not
+/// used.
 namespace moba::cuda::ptx {
 
-/// Adds to global or shared memory and gives what was there before.
+/// Adds to global or shared memory and returns the previous value.
 MOBA_DEVICE std::uint32_t atomic_add(std::uint32_t* to, std::uint32_t value) {
   return atomicAdd(to, value);
 }

@@ -2,7 +2,7 @@
 
 #include "cuda/ptx/device.h"
 
-/// Numbers: conversions between f32 and pairs of 16-bit ones, powers and logarithms to base 2.
+/// Conversions between f32 and pairs of 16-bit numbers, exp2 and log2.
 namespace moba::cuda::ptx {
 
 constexpr float kLog2E = 1.44269504088896341F, kLn2 = 0.693147180559945309F;
@@ -13,7 +13,7 @@ MOBA_DEVICE std::uint32_t float_as_uint(float value) {
 MOBA_DEVICE float uint_as_float(std::uint32_t bits) {
   return __uint_as_float(bits);
 }
-/// Two values rounded to T, the first in the low half.
+/// Rounds two values to T, the first in the low half.
 template <typename T>
 MOBA_DEVICE std::uint32_t pack(float low, float high) {
   std::uint32_t pair;
@@ -49,11 +49,11 @@ MOBA_DEVICE float log2(float x) {
   asm("lg2.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
-/// a * b + c, rounded once.
+/// Fused multiply-add: a * b + c, rounded once.
 MOBA_DEVICE float fma(float a, float b, float c) {
   return __fmaf_rn(a, b, c);
 }
-/// The larger; of a number and a NaN, the number.
+/// Maximum; of a number and a NaN, the number.
 MOBA_DEVICE float fmax(float a, float b) {
   return fmaxf(a, b);
 }

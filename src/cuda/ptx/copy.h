@@ -2,31 +2,31 @@
 
 #include "cuda/ptx/device.h"
 
-/// Copies of 16 bytes. The asynchronous ones go from global to shared memory past the registers; a thread
-/// sees its own after `cp_async_wait`, other threads' after a barrier behind that.
+/// Copies of 16 bytes. cp.async copies from global to shared memory; a thread sees its own copies after
+/// `cp_async_wait`, those of other threads after a barrier that follows it.
 namespace moba::cuda::ptx {
 
 struct alignas(16) Vec16 {
   std::uint32_t x, y, z, w;
 };
 
-/// To `offset` bytes behind `shared`; zeros instead where not `valid`, and then `from` is not read.
+/// Copies 16 bytes to shared + offset; writes zeros and does not read `from` unless `valid`.
 MOBA_DEVICE void cp_async_16(void* shared, std::uint32_t offset, const void* from, bool valid) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)) + offset;
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes)
                : "memory");
 }
-/// Closes a group of the copies issued since the last.
+/// Closes the current group of copies.
 MOBA_DEVICE void cp_async_commit() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
-/// Waits until at most the newest `pending` groups of this thread are under way.
+/// Waits until at most the newest `pending` groups of this thread are in flight.
 template <int pending>
 MOBA_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
-/// From global memory that is read once.
+/// Loads from global memory that is read once (no L1 allocation).
 MOBA_DEVICE Vec16 load_streaming(const void* from) {
   Vec16 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

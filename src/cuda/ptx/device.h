@@ -10,15 +10,16 @@
 /// compile the same kernels for the host.
 #if defined(__CUDACC__)
 #define MOBA_DEVICE __device__ __forceinline__
-/// A kernel of at most `threads` threads, compiled so that as many blocks fit on a multiprocessor.
+/// Declares a kernel of at most `threads` threads that fits `blocks_per_multiprocessor` blocks on a
+/// multiprocessor.
 #define MOBA_KERNEL(threads, blocks_per_multiprocessor) \
   __global__ void __launch_bounds__(threads, blocks_per_multiprocessor)
-/// Before the one parameter of a kernel, a plain struct.
+/// Qualifies the single parameter of a kernel, a plain struct.
 #define MOBA_GRID_CONSTANT const __grid_constant__
 #define MOBA_UNROLL _Pragma("unroll")
 #endif
 
-/// For what host and device compute alike.
+/// Qualifies functions of host and device.
 #if defined(__CUDACC__)
 #define MOBA_HOST_DEVICE __host__ __device__ __forceinline__
 #else
@@ -47,8 +48,8 @@ MOBA_DEVICE std::byte* shared() {
   return memory;
 }
 
-/// The same number, of which the compiler knows nothing any more: what follows from it is computed again
-/// instead of held in registers from one turn of a loop to the next.
+/// Hides the value from the optimiser: what depends on it is recomputed instead of kept in registers across
+/// loop iterations.
 MOBA_DEVICE int opaque(int number) {
   asm volatile("" : "+r"(number));
   return number;

@@ -2,16 +2,16 @@
 
 #include "cuda/ptx/device.h"
 
-/// The tensor cores' instructions of sm_80: 8 x 8 tiles of 16-bit elements from shared memory into registers,
-/// and D[16 x 8] += A[16 x 16] B[16 x 8]. Who holds what, with g = lane / 4 and c = lane % 4 (PTX ISA,
-/// "Matrix Fragments for mma.m16n8k16"):
+/// ldmatrix and mma.sync of sm_80. Fragment layout of D[16 x 8] += A[16 x 16] B[16 x 8], with g = lane / 4
+/// and c = lane % 4 (PTX ISA, "Matrix Fragments for mma.m16n8k16"):
 ///   a[0] = A[g][2c, 2c + 1]   a[1] = A[g + 8][..]   a[2] = A[g][2c + 8, 2c + 9]   a[3] = A[g + 8][2c + 8 ..]
 ///   b[0] = B[2c, 2c + 1][g]   b[1] = B[2c + 8, 2c + 9][g]
 ///   d[0], d[1] = D[g][2c, 2c + 1]   d[2], d[3] = D[g + 8][2c, 2c + 1]
 namespace moba::cuda::ptx {
 
-/// Four 8 x 8 tiles: lanes 8 i to 8 i + 7 give the rows of tile i, in bytes from `shared`, and result i of a
-/// lane is elements [g][2c, 2c + 1] of it. (32-bit offsets: whole addresses would take twice the registers.)
+/// Loads four 8 x 8 tiles: lanes 8 i to 8 i + 7 give the byte offsets of the rows of tile i from `shared`,
+/// and result i of a lane is elements [g][2c, 2c + 1]. (Offsets take 32 bits; addresses would take twice the
+/// registers.)
 MOBA_DEVICE void ldmatrix_x4(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)) + row;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -20,7 +20,7 @@ MOBA_DEVICE void ldmatrix_x4(std::uint32_t (&to)[4], const void* shared, std::ui
                : "memory");
 }
 
-/// The same with every tile transposed: result i of a lane is elements [2c, 2c + 1][g] of tile i.
+/// Loads four 8 x 8 tiles transposed: result i of a lane is elements [2c, 2c + 1][g] of tile i.
 MOBA_DEVICE void ldmatrix_x4_trans(std::uint32_t (&to)[4], const void* shared, std::uint32_t row) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared)) + row;
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -29,7 +29,7 @@ MOBA_DEVICE void ldmatrix_x4_trans(std::uint32_t (&to)[4], const void* shared, s
                : "memory");
 }
 
-/// d += a b.
+/// Computes d += a b.
 template <typename T>
 MOBA_DEVICE void mma_m16n8k16(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                               std::uint32_t b1) {

@@ -2,17 +2,15 @@
 
 #include "cuda/ptx/descriptor.h"
 
-/// Products of sm_90a (wgmma): the four warps of a warpgroup, whose first is a multiple of four, multiply
-/// A[64 x 16] and B[16 x N] straight out of shared memory, while they go on. Warp w holds rows 16 w to
-/// 16 w + 15 of A and of the sums D[64 x N] in the layouts of ptx::mma_m16n8k16; d[j] is of columns 8 j to 8
-/// j
-/// + 7.
+/// wgmma of sm_90a: the four warps of a warpgroup asynchronously multiply A[64 x 16] and B[16 x N] from
+/// shared memory. Warp w holds rows 16 w to 16 w + 15 of A and of the accumulator D[64 x N] in the layouts
+/// of ptx::mma_m16n8k16; d[j] holds columns 8 j to 8 j + 7.
 ///
-/// In shared memory operands lie as rows of 128 bytes, eight of which are a vec of 1024 bytes and aligned;
-/// the 16-byte vecs of row r of the eight are swizzled by XOR with r (PTX ISA, "128-Byte swizzle mode").
+/// Operands in shared memory are rows of 128 bytes; eight rows are a core of 1024 aligned bytes, in which
+/// the 16-byte vectors of row r are swizzled by XOR with r (PTX ISA, "128-Byte swizzle mode").
 namespace moba::cuda::ptx {
 
-/// Whether this compilation has them: kernels that need them are empty elsewhere.
+/// True in a compilation for sm_90a; kernels that need wgmma are empty elsewhere.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 inline constexpr bool kHasWarpgroups = true;
 #else
@@ -24,7 +22,8 @@ MOBA_DEVICE std::uint32_t shared_address(const void* shared) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-/// Before the first product, and whenever the warpgroup's registers were written by other means.
+/// Orders register accesses before wgmma: called before the first product and after other writes to its
+/// registers.
 MOBA_DEVICE void wgmma_fence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -44,7 +43,7 @@ MOBA_DEVICE void wgmma_fence() {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
   "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-/// d = A B^T or d += A B^T, both with rows along K.
+/// Issues d = A B^T or d += A B^T, both operands K-major in shared memory.
 template <typename T, int tiles>
 MOBA_DEVICE void wgmma_ss(float (&d)[tiles][4], std::uint64_t a, std::uint64_t b, bool add) {
   static_assert(tiles == 8 || tiles == 16);
@@ -79,7 +78,7 @@ MOBA_DEVICE void wgmma_ss(float (&d)[tiles][4], std::uint64_t a, std::uint64_t b
 #undef MOBA_MULTIPLY_128
 }
 
-/// d += A B, with A in registers and sums over B's rows.
+/// Issues d += A B with A in registers and B MN-major in shared memory.
 template <typename T, int tiles>
 MOBA_DEVICE void wgmma_rs(float (&d)[tiles][4], const std::uint32_t (&a)[4], std::uint64_t b) {
   static_assert(tiles == 8 || tiles == 16);
@@ -112,8 +111,8 @@ MOBA_DEVICE void wgmma_rs(float (&d)[tiles][4], const std::uint32_t (&a)[4], std
 MOBA_DEVICE void wgmma_commit() {
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-/// Waits until at most the newest `pending` groups of this warpgroup's products are under way; `d` are sums
-/// of those that have ended: operands, so that nothing that reads them comes before.
+/// Waits until at most the newest `pending` groups are in flight. `d` are accumulators of completed groups:
+/// operands, so that no read of them moves before the wait.
 template <int pending = 0, int tiles>
 MOBA_DEVICE void wgmma_wait(float (&d)[tiles][4]) {
   static_assert(tiles == 8 || tiles == 16);
@@ -129,7 +128,7 @@ MOBA_DEVICE void wgmma_wait(float (&d)[tiles][4]) {
 #undef MOBA_NAMES_64
 #undef MOBA_NAMES_128
 
-/// The registers of each thread of this warpgroup, from here on.
+/// Sets the number of registers of each thread of this warpgroup (setmaxnreg).
 template <int registers>
 MOBA_DEVICE void warpgroup_reg_dealloc() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));

@@ -1,10 +1,10 @@
-// Attention by blocks of keys. A thread block takes one tile: a tile of rows that chose the same block of
-// keys or, "diagonal", a tile of neighbouring rows with the keys of their own block (in dense attention, with
-// all they may see). Whole tiles come first. Each tile leaves its rows' partial answers in slots of their
-// own, and `combine` merges them; rows with diagonal keys alone are done.
+// Forward attention over work tiles. A routed work tile holds rows that selected the same block of keys; a
+// diagonal work tile holds consecutive rows and the keys of their own block (all visible keys in dense
+// attention). A thread block takes one work tile, full ones first, and writes partial outputs to slots,
+// which `combine` merges. Rows with diagonal keys alone are written to the output at once.
 //
-// Partial answers are kept in 16 bits and normalised: writing and reading them is most of the memory traffic
-// of small blocks, and rounding them costs no more than rounding the answer does.
+// Partial outputs are normalised and kept in 16 bits: they are most of the memory traffic of small blocks,
+// and rounding them costs no more than rounding the output does.
 #include "cuda/attend_work_tiles.h"
 #include "cuda/ptx/barrier.h"
 #include "cuda/tile/swizzled_tile.h"
@@ -12,9 +12,9 @@
 namespace moba::cuda {
 namespace {
 
-/// How the work on a tile is cut. A warp of 32 rows reads every key and value out of shared memory half as
-/// often as one of 16, but at D 256 its sums would not fit the registers. Nor would products with 64 keys
-/// beside the sums of D 96.
+/// Tile shape. A warp of 32 rows reads k and v from shared memory half as often as one of 16, but at
+/// head_dim 256 its accumulators would not fit the registers; nor would S of 64 keys beside the accumulators
+/// of head_dim 96.
 template <int head_dim>
 struct TileShape {
   static constexpr int kWarps = head_dim > 128 ? 8 : 4;
@@ -33,8 +33,8 @@ struct Shared {
       kTileRows * (sizeof(std::int64_t) + sizeof(KeyRange) + sizeof(std::uint32_t));
 
   tile::SwizzledTile<T, head_dim> q;
-  T* keys;                  // two buffers of keys, with their values behind each
-  std::int64_t* q_offsets;  // [kTileRows], kNoRow behind the last
+  T* keys;                  // two buffers of k, each followed by v
+  std::int64_t* q_offsets;  // [kTileRows], kNoRow from `count` on
   KeyRange* bounds;         // [kTileRows], keys that a diagonal row sees
   std::uint32_t* slots;     // [kTileRows]
 
@@ -53,7 +53,7 @@ struct Shared {
   }
 };
 
-/// Puts a work tile's rows where all threads find them.
+/// Writes the row table of a work tile to shared memory.
 template <typename T, int head_dim, typename PlaceOf>
 MOBA_DEVICE void store_row_table(const Shared<T, head_dim>& shared, PlaceOf&& row_of) {
   for (int r = ptx::thread(); r < kTileRows; r += TileShape<head_dim>::kThreads) {
@@ -64,14 +64,14 @@ MOBA_DEVICE void store_row_table(const Shared<T, head_dim>& shared, PlaceOf&& ro
   }
 }
 
-/// Attention of the work's rows over its keys.
+/// Main loop and epilogue of one work tile.
 template <typename T, int head_dim>
 MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>& shared,
                              const WorkTile& work) {
   using C = TileShape<head_dim>;
   constexpr int kRowTiles = C::kRowTiles, kKeyTiles = C::kKeys / 8;
   const int warp_row = ptx::warp() * 16 * kRowTiles;
-  const bool has_rows = warp_row < work.count;  // others only help to load
+  const bool has_rows = warp_row < work.count;  // other warps only load
   const std::int64_t kv_head = p.head0 + work.head;
   const auto load = [&](std::int32_t key, int buffer) {
     const std::int64_t first = std::int64_t{work.first_key} + key;
@@ -94,7 +94,7 @@ MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>
   int buffer = 0;
   for (std::int32_t key = work.begin; key < work.end; key += C::kKeys, buffer ^= 1) {
     ptx::cp_async_wait<0>();
-    ptx::syncthreads();  // this buffer is filled, and the other has been used
+    ptx::syncthreads();  // this buffer is full, the other one is no longer read
     if (key + C::kKeys < work.end) load(key + C::kKeys, buffer ^ 1);
     if (!has_rows) continue;
     float logits[kRowTiles][kKeyTiles][4] = {};
@@ -106,7 +106,7 @@ MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>
     tile::gemm_rs(out, logits, shared.v(buffer));
   }
   ptx::cp_async_wait<0>();
-  ptx::syncthreads();  // with no keys at all, for the rows: they lie where the answers will
+  ptx::syncthreads();  // q is complete even without keys: the epilogue overwrites it
   if (has_rows) store_out(p, shared.q, shared.slots, work, out, softmax, warp_row);
 }
 

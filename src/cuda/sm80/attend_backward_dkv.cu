@@ -1,9 +1,9 @@
-// Gradients of keys and values. A thread block holds a tile of the keys of one block and their gradients,
-// and the rows that see them stream past: those that chose the block, then those whose own block it is.
-// Products are formed with keys as rows, so that probs leave one product as the left side of the next.
+// dk and dv. A thread block holds a key tile of one block and its gradients; the rows that see it stream
+// past, first those that selected the block, then the diagonal ones. S and dP are computed with keys as
+// rows, so that P and dS leave one product as the A operand of the next.
 //
-// A block that very many rows chose is cut into segments of rows. All but the first are summed on their own,
-// before; the thread block of the first adds them up in order.
+// A block that very many rows selected (an attention sink) is split into segments of rows. Segments after
+// the first are summed by thread blocks of their own; the thread block of the first adds them in order.
 #include "cuda/attend_backward_key_tiles.h"
 #include "cuda/ptx/atomic.h"
 #include "cuda/ptx/barrier.h"
@@ -14,7 +14,8 @@ namespace {
 
 template <int head_dim>
 struct TileShape {
-  /// Warps that share 16 keys: at D 256 each sums half of the columns, for all would not fit the registers.
+  /// Warps that share 16 keys: at head_dim 256 each accumulates half of the columns, since all would not fit
+  /// the registers.
   static constexpr int kShares = head_dim > 128 ? 2 : 1;
   static constexpr int kThreads = kDkvThreads, kWarps = kThreads / ptx::kLanes;
   static constexpr int kKeys = kWarps / kShares * 16;
@@ -32,7 +33,7 @@ struct DkvPlanParams {
   std::int64_t block_size, key_tile, most_blocks, segment;
 };
 
-/// Chunks before each sequence.
+/// Counts the key tiles before each sequence.
 MOBA_KERNEL(kPlanThreads, 1) key_tile_starts_kernel(MOBA_GRID_CONSTANT DkvPlanParams p) {
   auto* sums = reinterpret_cast<std::int32_t*>(ptx::shared());
   std::int32_t before = 0;
@@ -80,11 +81,11 @@ struct Shared {
 
   tile::SwizzledTile<T, head_dim> k, v;
   // Two buffers each.
-  T* rows;  // queries, with the gradients of their answers behind each buffer
+  T* rows;  // buffers of q, each followed by d_out
   LseDelta* lse_delta_data;
   RowInfo* row_infos_data;
   std::int32_t* visible_keys_data;
-  KeyTile* key_tile;  // for when all rows have passed: its numbers need not stay in registers until then
+  KeyTile* key_tile;  // read again by the epilogue, which saves registers
 
   MOBA_DEVICE explicit Shared(std::byte* memory) {
     k.data = reinterpret_cast<T*>(memory);
@@ -106,7 +107,7 @@ struct Shared {
   MOBA_DEVICE std::int32_t* visible_keys(int buffer) const { return visible_keys_data + buffer * C::kRows; }
 };
 
-/// The rows of a tile add to the gradients of this warp's keys.
+/// Accumulates dk and dv of this warp's keys over one tile of rows.
 template <typename T, int head_dim>
 MOBA_DEVICE void accumulate_dk_dv(const DkvParams<T>& p, const Shared<T, head_dim>& shared, int buffer,
                                   bool unmasked, int warp_key, int first_vec,
@@ -126,8 +127,8 @@ MOBA_DEVICE void accumulate_dk_dv(const DkvParams<T>& p, const Shared<T, head_di
   tile::gemm_rs(dk, ds, shared.q(buffer), first_vec);
 }
 
-/// All rows of the key tile add to the gradients. Every tile is announced two steps ahead: its rows are
-/// looked up while the tile before the last is worked on, and copied while the last is.
+/// Main loop over the rows of a key tile. Row metadata is fetched two tiles ahead, q and d_out one tile
+/// ahead.
 template <typename T, int head_dim>
 MOBA_DEVICE void mainloop(const DkvParams<T>& p, const Shared<T, head_dim>& shared, const KeyTile& key_tile,
                           int warp_key, int first_vec, float (&dk)[1][TileShape<head_dim>::kColumns / 8][4],
@@ -159,7 +160,7 @@ MOBA_DEVICE void mainloop(const DkvParams<T>& p, const Shared<T, head_dim>& shar
   int buffer = 0;
   for (std::uint32_t first = 0; first < key_tile.rows(); first += C::kRows, buffer ^= 1) {
     ptx::cp_async_wait<0>();
-    ptx::syncthreads();  // this buffer is filled, and the other has been used
+    ptx::syncthreads();  // this buffer is full, the other one is no longer read
     if (first + C::kRows < key_tile.rows()) gather(buffer ^ 1);
     const std::uint32_t ahead = first + 2 * C::kRows + static_cast<std::uint32_t>(mine);
     std::uint32_t entry = kNoEntry;
@@ -198,7 +199,7 @@ attend_backward_dkv_kernel(MOBA_GRID_CONSTANT DkvParams<T> p) {
   float dk[1][C::kColumns / 8][4] = {}, dv[1][C::kColumns / 8][4] = {};
   mainloop(p, shared, key_tile, warp_key, first_vec, dk, dv);
   ptx::cp_async_wait<0>();
-  ptx::syncthreads();  // keys and values have been used: their gradients will lie there
+  ptx::syncthreads();  // k and v are no longer read: the epilogue overwrites them
   const KeyTile& done = *shared.key_tile;
   if (warp_key >= done.count) return;
   if (p.segments) {

@@ -1,9 +1,9 @@
-// Gradients of queries. As in `attend`, a thread block takes one tile, rows that chose the same block of keys
-// or neighbouring rows with the keys of their own, and leaves their gradients through these keys in slots,
-// which are added up in the order of their ranks. Rows with diagonal keys alone are done.
+// delta and dq. As in `attend`, a thread block takes one work tile and writes the dq of its rows through
+// these keys to slots, which are summed in the order of their ranks. Rows with diagonal keys alone are
+// written to dq at once.
 //
-// Slots hold 16 bits: a row's slots are most of the memory traffic of small blocks, and each is a sum of
-// products that were rounded to 16 bits before; rounding it once more costs what rounding dq does.
+// Slots hold 16 bits: they are most of the memory traffic of small blocks, and each is a sum of products
+// that were rounded to 16 bits before, so one more rounding costs what rounding dq does.
 #include <algorithm>
 
 #include "cuda/attend_backward_dq.h"
@@ -14,8 +14,9 @@
 namespace moba::cuda {
 namespace {
 
-/// As attend's. At D 256 a thread block takes half of a work tile, and two warps share their rows, each with
-/// half of the columns to sum: more would fit neither shared memory nor the registers.
+/// Tile shape, as in sm80/attend.cu. At head_dim 256 a thread block takes half of a work tile, and two warps
+/// share their rows, each with half of the columns of dq: more would fit neither shared memory nor the
+/// registers.
 template <int head_dim>
 struct TileShape {
   static constexpr int kShares = head_dim > 128 ? 2 : 1;
@@ -50,8 +51,8 @@ MOBA_DEVICE float dot(const ptx::Vec16& a, const ptx::Vec16& b) {
   return sum;
 }
 
-/// delta = <d_out, out>, which is the sum over keys of weight x <d_out, v>. head_dim / kElements threads
-/// share a row.
+/// Computes delta = <d_out, out>, which equals the sum over keys of P * dP, and the base-2 LSE. head_dim /
+/// kElements threads share a row.
 template <typename T, int head_dim>
 MOBA_KERNEL(kSumThreads, 8)
 compute_delta_kernel(MOBA_GRID_CONSTANT DeltaParams<T> p) {
@@ -84,9 +85,9 @@ struct Shared {
       C::kRows * (2 * sizeof(std::int64_t) + sizeof(LseDelta) + sizeof(KeyRange) + sizeof(std::uint32_t));
 
   tile::SwizzledTile<T, head_dim> q, d_out;
-  T* keys;                                  // two buffers of keys, with their values behind each
-  WorkTile* work;                           // here, for there are no registers to spare
-  std::int64_t *q_offsets, *d_out_offsets;  // [kRows], kNoRow behind the last
+  T* keys;                                  // two buffers of k, each followed by v
+  WorkTile* work;                           // in shared memory, which saves registers
+  std::int64_t *q_offsets, *d_out_offsets;  // [kRows], kNoRow from `count` on
   LseDelta* lse_delta;                      // [kRows]
   KeyRange* bounds;                         // [kRows], keys that a row sees
   std::uint32_t* slots;                     // [kRows]
@@ -110,7 +111,7 @@ struct Shared {
   }
 };
 
-/// ds, until now gradients of weights, become gradients of logits.
+/// Recomputes P and computes dS = P * (dP - delta); `ds` holds dP on entry.
 template <typename T, int head_dim, int row_tiles, int key_tiles>
 MOBA_DEVICE void compute_ds(float (&ds)[row_tiles][key_tiles][4],
                             const float (&logits)[row_tiles][key_tiles][4], const Shared<T, head_dim>& shared,
@@ -132,7 +133,7 @@ MOBA_DEVICE void compute_ds(float (&ds)[row_tiles][key_tiles][4],
   }
 }
 
-/// 0 where a row does not see a key. `key` is that of the first column.
+/// Zeroes dS of keys outside the range of a row. `key` is the key of the first column.
 template <typename T, int head_dim, int row_tiles, int key_tiles>
 MOBA_DEVICE void apply_mask(float (&ds)[row_tiles][key_tiles][4], const Shared<T, head_dim>& shared,
                             std::int32_t key, int warp_row) {
@@ -153,14 +154,14 @@ MOBA_DEVICE void apply_mask(float (&ds)[row_tiles][key_tiles][4], const Shared<T
   }
 }
 
-/// dq of the work's rows through its keys.
+/// Main loop and epilogue of one work tile.
 template <typename T, int head_dim>
 MOBA_DEVICE void mainloop(const DqParams<T>& p, const Shared<T, head_dim>& shared, const WorkTile& work) {
   using C = TileShape<head_dim>;
   constexpr int kRowTiles = C::kRowTiles, kKeyTiles = C::kKeys / 8;
   const int warp_row = ptx::warp() / C::kShares * 16 * kRowTiles;
   const int first_vec = ptx::warp() % C::kShares * (C::kColumns / tile::kVecElements);
-  const bool has_rows = warp_row < work.count;  // others only help to load
+  const bool has_rows = warp_row < work.count;  // other warps only load
   const auto load = [&](std::int32_t key, int buffer) {
     const std::int64_t first = std::int64_t{work.first_key} + key;
     const std::int64_t kv_head = p.attend.head0 + work.head;  // read again here: saves registers
@@ -185,7 +186,7 @@ MOBA_DEVICE void mainloop(const DqParams<T>& p, const Shared<T, head_dim>& share
   int buffer = 0;
   for (std::int32_t key = work.begin; key < work.end; key += C::kKeys, buffer ^= 1) {
     ptx::cp_async_wait<0>();
-    ptx::syncthreads();  // this buffer is filled, and the other has been used
+    ptx::syncthreads();  // this buffer is full, the other one is no longer read
     if (key + C::kKeys < work.end) load(key + C::kKeys, buffer ^ 1);
     if (!has_rows) continue;
     float logits[kRowTiles][kKeyTiles][4] = {}, ds[kRowTiles][kKeyTiles][4] = {};
@@ -196,8 +197,7 @@ MOBA_DEVICE void mainloop(const DqParams<T>& p, const Shared<T, head_dim>& share
     tile::gemm_rs(dq, ds, shared.k(buffer), first_vec);
   }
   ptx::cp_async_wait<0>();
-  ptx::syncthreads();  // q has been used, and its rows are there even with no keys: their gradients will lie
-                       // there
+  ptx::syncthreads();  // q is complete even without keys: the epilogue overwrites it
   if (has_rows) store_dq<head_dim>(p, shared.q, shared.slots, work, dq, warp_row, first_vec);
 }
 
@@ -228,7 +228,7 @@ struct AddParams {
   View<T> dq;
 };
 
-/// head_dim / kElements threads share a row.
+/// Sums the slots of a row in the order of their ranks. head_dim / kElements threads share a row.
 template <typename T, int head_dim>
 MOBA_KERNEL(kSumThreads, 8)
 sum_dq_slots_kernel(MOBA_GRID_CONSTANT AddParams<T> p) {
@@ -238,7 +238,7 @@ sum_dq_slots_kernel(MOBA_GRID_CONSTANT AddParams<T> p) {
   const int column = ptx::thread() % kColumns;
   if (ptx::thread() >= kRows * kColumns || row >= p.rows) return;
 
-  // The places behind the last choice hold nothing; the diagonal keys' is always filled.
+  // Slots after the last selected block are empty; the diagonal slot is always filled.
   const std::int32_t* chosen = p.selection + (head * p.rows + row) * p.width;
   const T* slot = p.slots + (head * p.rows + row) * p.ranks * head_dim + column * kElements;
   float sum[kElements] = {};

@@ -1,5 +1,6 @@
-// attend.cu's items on Hopper. The two warpgroups that multiply hold 64 rows each and begin their products of
-// a tile by barriers, so that one's softmax runs while the other multiplies.
+// Forward attention on sm_90a, over the work tiles of sm80/attend.cu. Warpgroup 0 is the producer; the two
+// consumer warpgroups hold 64 rows each and take turns to issue Q K^T, so that the softmax of one overlaps
+// the products of the other (ping-pong scheduling of FlashAttention-3).
 #include <algorithm>
 #include <cstdlib>
 #include <string>
@@ -19,7 +20,7 @@ struct Params {
   AttendParams<T> attend;
 };
 
-/// What is known of a work tile's rows.
+/// Table of the rows of a work tile, which the producer writes.
 struct RowTable {
   std::int64_t q_offsets[kTileRows];
   KeyRange bounds[kTileRows];
@@ -47,7 +48,8 @@ struct Shared {
   MOBA_DEVICE Control& control() const { return *reinterpret_cast<Control*>(k(kStages).data); }
 };
 
-/// By kGatherThreads threads; `thread` is the number among them.
+/// Producer of q: gathers the rows of each work tile. Called by kGatherThreads threads, numbered by
+/// `thread`.
 template <typename T, int head_dim>
 MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
                         int thread) {
@@ -75,7 +77,7 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
   });
 }
 
-/// Waits for the warpgroup's turn to multiply; `pingpong_arrive` gives it to the other.
+/// Waits until this warpgroup may issue products; `pingpong_arrive` lets the other one issue.
 MOBA_DEVICE void pingpong_wait(int warpgroup) {
   ptx::bar_sync(kPingpong + warpgroup, kConsumerWarpgroups * ptx::kWarpgroupThreads);
 }
@@ -83,7 +85,7 @@ MOBA_DEVICE void pingpong_arrive(int warpgroup) {
   ptx::bar_arrive(kPingpong + 1 - warpgroup, kConsumerWarpgroups * ptx::kWarpgroupThreads);
 }
 
-/// By the two groups that multiply: what the others load.
+/// Main loop of the consumer warpgroups.
 template <typename T, int head_dim>
 MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
                          int warpgroup) {
@@ -99,7 +101,7 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
     const RowTable& table = control.tables[buffer.index];
     const WorkTile work = warp_uniform(table.work);
     const auto q = shared.q(buffer.index);
-    const bool has_rows = first_row < work.count;  // the other warpgroup has some
+    const bool has_rows = first_row < work.count;  // warpgroup-uniform
     float out[1][head_dim / 8][4] = {};
     tile::Softmax<1> softmax;
     softmax.init();
@@ -133,13 +135,13 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
       consumer_release(control.v[stage.index].empty);
     }
     if (has_rows) {
-      warpgroup_sync(warpgroup);  // q has been read: answers go there
+      warpgroup_sync(warpgroup);  // q is no longer read: the epilogue overwrites it
       store_out(p.attend, q, table.slots, work, out, softmax, warp_row);
     }
     consumer_release(control.q[buffer.index].empty);
     buffer.advance();
   });
-  if (warpgroup == 0) pingpong_wait(warpgroup);  // the one that is left over
+  if (warpgroup == 0) pingpong_wait(warpgroup);  // matches the last arrive of warpgroup 1
 }
 
 template <typename T, int head_dim>
@@ -172,14 +174,14 @@ attend_kernel(MOBA_GRID_CONSTANT Params<T> p) {
 
 namespace {
 
-/// Whether the library holds the kernel's code, which only a build for sm_90a does.
+/// True in a build for sm_90a, which alone contains the kernels.
 #if defined(MOBA_CUDA_SM90)
 constexpr bool kIsBuilt = true;
 #else
 constexpr bool kIsBuilt = false;
 #endif
 
-/// Whether bulk copies can take tiles of `t` as it lies.
+/// Tests that a tensor map can describe `t`.
 bool has_map(const Tensor& t) {
   constexpr std::int64_t kMostBytes = std::int64_t{1} << 40;
   const auto fits = [](std::int64_t stride) { return stride > 0 && stride < kMostBytes / 2; };

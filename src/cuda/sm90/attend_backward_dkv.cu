@@ -1,5 +1,5 @@
-// The walk by key on Hopper, with the key tiles, segments and orders of attend_backward_dkv.cu: two
-// warpgroups hold 64 keys each and their gradients, and rows stream past both.
+// dk and dv on sm_90a, with the key tiles, segments and summation order of sm80/attend_backward_dkv.cu. Each
+// consumer warpgroup holds 64 keys and their gradients; tiles of q and d_out stream past both.
 #include <algorithm>
 
 #include "cuda/attend_backward_key_tiles.h"
@@ -25,7 +25,8 @@ struct Params {
   }
 };
 
-/// The key tiles of a head are neighbours, so that blocks which work on them at a time read the same rows.
+/// Maps a work index to a key tile. The key tiles of a head are consecutive, so that concurrent thread
+/// blocks read the same rows from L2.
 template <int head_dim, typename T>
 MOBA_DEVICE KeyTile key_tile_of_work(const Params<T>& p, std::int64_t index) {
   if (p.dkv.segments) return key_tile_of_segment<head_dim>(p.dkv, index);
@@ -33,7 +34,7 @@ MOBA_DEVICE KeyTile key_tile_of_work(const Params<T>& p, std::int64_t index) {
                                static_cast<std::int32_t>(index % p.key_tiles()));
 }
 
-/// What is known of a tile's rows.
+/// Table of the rows of a tile of q, which the producer writes.
 struct RowTable {
   LseDelta lse_delta[kRows];
   std::int64_t q_offsets[kRows], d_out_offsets[kRows];
@@ -63,7 +64,7 @@ struct Shared {
   MOBA_DEVICE Control& control() const { return *reinterpret_cast<Control*>(q(kStages).data); }
 };
 
-/// By one thread.
+/// Producer of k and v: one thread loads a key tile by TMA.
 template <typename T, int head_dim>
 MOBA_DEVICE void load_kv(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles) {
   auto& control = shared.control();
@@ -80,8 +81,8 @@ MOBA_DEVICE void load_kv(const Params<T>& p, const Shared<T, head_dim>& shared, 
   });
 }
 
-/// By kGatherThreads threads; `thread` is the number among them. The first kRows look after a row each: it is
-/// looked up while the tile before is copied.
+/// Producer of q and d_out. Called by kGatherThreads threads, numbered by `thread`. Each of the first kRows
+/// threads fetches the metadata of one row, one tile ahead of the gather.
 template <typename T, int head_dim>
 MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
                         int thread) {
@@ -137,8 +138,8 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
   });
 }
 
-/// The rows of a tile add to the gradients of a warpgroup's keys, which begin with `warpgroup_key`, and
-/// `warp_key` those of this warp.
+/// Accumulates dk and dv of this warpgroup over one tile of rows. The keys of the warpgroup begin at
+/// `warpgroup_key`, those of the warp at `warp_key`.
 template <typename T, int head_dim>
 MOBA_DEVICE void accumulate_dk_dv(const Params<T>& p, const Shared<T, head_dim>& shared, int stage,
                                   int warpgroup_key, int warp_key, float (&dk)[head_dim / 8][4],
@@ -167,7 +168,8 @@ MOBA_DEVICE void accumulate_dk_dv(const Params<T>& p, const Shared<T, head_dim>&
   ptx::wgmma_wait(dk);
 }
 
-/// What the warp has summed goes to where it belongs, through the shared memory of the keys that it is of.
+/// Epilogue: stores partial sums of a segment, or adds those of the other segments and stores dk and dv
+/// through the shared memory of k and v.
 template <typename T, int head_dim>
 MOBA_DEVICE void store_dk_dv(const Params<T>& p, const Shared<T, head_dim>& shared, const KeyTile& key_tile,
                              int warp_key, float (&dk)[head_dim / 8][4], float (&dv)[head_dim / 8][4]) {
@@ -182,10 +184,10 @@ MOBA_DEVICE void store_dk_dv(const Params<T>& p, const Shared<T, head_dim>& shar
   const std::int64_t kv_head = p.dkv.head0 + key_tile.head;
   store_gradient(p.dkv.dk, shared.k(), key_tile, kv_head, warp_key, 0, p.dkv.scale, dk);
   store_gradient(p.dkv.dv, shared.v(), key_tile, kv_head, warp_key, 0, 1, dv);
-  ptx::fence_proxy_async();  // bulk copies will load others
+  ptx::fence_proxy_async();  // the next TMA load overwrites k and v
 }
 
-/// By the two groups that multiply: what the others load.
+/// Main loop of the consumer warpgroups.
 template <typename T, int head_dim>
 MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
                          int warpgroup) {
@@ -206,7 +208,7 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
       consumer_release(control.q[stage.index].empty);
     }
     if (has_keys) {
-      warpgroup_sync(warpgroup);  // keys and values have been used: their gradients will lie there
+      warpgroup_sync(warpgroup);  // k and v are no longer read: the epilogue overwrites them
       store_dk_dv(p, shared, control.key_tile, warp_key, dk, dv);
     }
     consumer_release(control.kv.empty);

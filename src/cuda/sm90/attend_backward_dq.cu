@@ -1,5 +1,5 @@
-// The walk by row on Hopper, with the items and slots of attend_backward_dq.cu: two warpgroups hold 64 rows
-// each and their gradients, and keys stream past both.
+// dq on sm_90a, over the work tiles and slots of sm80/attend_backward_dq.cu. Each consumer warpgroup holds
+// 64 rows of q, d_out and dq; tiles of k and v stream past both.
 #include <algorithm>
 
 #include "cuda/attend_backward_dq.h"
@@ -18,7 +18,7 @@ struct Params {
   DqParams<T> dq;
 };
 
-/// What is known of a work tile's rows.
+/// Table of the rows of a work tile, which the producer writes.
 struct RowTable {
   std::int64_t q_offsets[kTileRows], d_out_offsets[kTileRows];
   LseDelta lse_delta[kTileRows];
@@ -47,7 +47,7 @@ struct Shared {
   MOBA_DEVICE Control& control() const { return *reinterpret_cast<Control*>(k(kStages).data); }
 };
 
-/// By kGatherThreads threads; `thread` is the number among them.
+/// Producer of q and d_out. Called by kGatherThreads threads, numbered by `thread`.
 template <typename T, int head_dim>
 MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
                         int thread) {
@@ -71,7 +71,7 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
   });
 }
 
-/// What a lane knows of its two rows.
+/// LSE, delta and key range of the two rows that a thread holds.
 struct ThreadRows {
   LseDelta lse_delta[2];
   KeyRange visible[2];
@@ -86,7 +86,7 @@ struct ThreadRows {
   }
 };
 
-/// Products with keys become probs.
+/// Recomputes P = exp2(log2_scale * S - lse) in place.
 MOBA_DEVICE void recompute_p(float (&products)[kKeys / 8][4], const ThreadRows& rows, float log2_scale) {
   MOBA_UNROLL
   for (int j = 0; j < kKeys / 8; ++j) {
@@ -96,7 +96,7 @@ MOBA_DEVICE void recompute_p(float (&products)[kKeys / 8][4], const ThreadRows& 
   }
 }
 
-/// Gradients of probs become gradients of logits.
+/// Computes dS = P * (dP - delta); `ds` holds dP on entry.
 MOBA_DEVICE void compute_ds(float (&ds)[kKeys / 8][4], const float (&probs)[kKeys / 8][4],
                             const ThreadRows& rows) {
   MOBA_UNROLL
@@ -106,7 +106,7 @@ MOBA_DEVICE void compute_ds(float (&ds)[kKeys / 8][4], const float (&probs)[kKey
   }
 }
 
-/// 0 where a row does not see a key. `key` is that of the first column.
+/// Zeroes dS of keys outside the range of a row. `key` is the key of the first column.
 MOBA_DEVICE void apply_mask(float (&ds)[kKeys / 8][4], const ThreadRows& rows, std::int32_t key) {
   MOBA_UNROLL
   for (int j = 0; j < kKeys / 8; ++j) {
@@ -119,7 +119,7 @@ MOBA_DEVICE void apply_mask(float (&ds)[kKeys / 8][4], const ThreadRows& rows, s
   }
 }
 
-/// By the two groups that multiply: what the others load.
+/// Main loop of the consumer warpgroups.
 template <typename T, int head_dim>
 MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
                          int warpgroup) {
@@ -134,7 +134,7 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
     const RowTable& table = control.tables[buffer.index];
     const WorkTile work = warp_uniform(table.work);
     const auto q = shared.q(buffer.index), d_out = shared.d_out(buffer.index);
-    const bool has_rows = first_row < work.count;  // the other warpgroup has some
+    const bool has_rows = first_row < work.count;  // warpgroup-uniform
     const ThreadRows rows(table, warp_row);
     float dq[1][head_dim / 8][4] = {};
     for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
@@ -164,7 +164,7 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
       consumer_release(control.k[stage.index].empty);
     }
     if (has_rows) {
-      warpgroup_sync(warpgroup);  // q has been read: gradients go there
+      warpgroup_sync(warpgroup);  // q is no longer read: the epilogue overwrites it
       store_dq<head_dim>(p.dq, q, table.slots, work, dq, warp_row);
     }
     consumer_release(control.q[buffer.index].empty);

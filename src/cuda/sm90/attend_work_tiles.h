@@ -3,7 +3,7 @@
 #include "cuda/attend_work_tiles.h"
 #include "cuda/sm90/pipeline.h"
 
-/// What the kernels for Hopper that work on attend_items.h's items have in common.
+/// Work tiles of attend_work_tiles.h in the sm_90a kernels.
 namespace moba::cuda::sm90 {
 
 MOBA_DEVICE WorkTile warp_uniform(const WorkTile& work) {
@@ -16,8 +16,8 @@ MOBA_DEVICE WorkTile warp_uniform(const WorkTile& work) {
           .all_end = warp_uniform(work.all_end)};
 }
 
-/// Tiles of the items' keys and values, by one thread. `shared` has kStages buffers k(stage) and v(stage) of
-/// Keys, and the StageBarriers control().k[stage] and control().v[stage].
+/// Producer of k and v: one thread loads the key tiles of every work tile by TMA. `shared` has kStages
+/// buffers k(stage) and v(stage) of type Keys, and StageBarriers control().k[stage] and control().v[stage].
 template <typename Shared, typename T>
 MOBA_DEVICE void load_kv(const TensorMap& k, const TensorMap& v, const AttendParams<T>& p,
                          const Shared& shared, std::int64_t work_tiles) {

@@ -9,35 +9,35 @@
 #include "cuda/ptx/warp.h"
 #include "cuda/tile/swizzled_tile_128b.h"
 
-/// What the kernels for Hopper have in common. A thread block stays on its multiprocessor and takes every
-/// so-many-th tile. Its first warpgroup only brings things: one thread the keys and values, in bulk copies
-/// that land swizzled as products want them, and three warps the rows, which come from anywhere. The other
-/// two warpgroups multiply.
+/// Pipeline of the warp-specialised sm_90a kernels. A thread block is persistent and takes every n-th work
+/// tile. Warpgroup 0 is the producer: one thread loads k and v by TMA in the 128-byte swizzle that wgmma
+/// reads, and three warps gather rows of q with cp.async. Warpgroups 1 and 2 are the consumers.
 ///
-/// All of it is named and not hidden: where a compilation is for another device, it uses nothing of this.
+/// The namespace is named, not anonymous: a compilation for another architecture leaves its functions
+/// unused.
 namespace moba::cuda::sm90 {
 
-inline constexpr int kConsumerWarpgroups = 2;  // that multiply
+inline constexpr int kConsumerWarpgroups = 2;
 inline constexpr int kWarpgroupRows = 64;
 inline constexpr int kThreads = (1 + kConsumerWarpgroups) * ptx::kWarpgroupThreads;
 inline constexpr int kGatherThreads = ptx::kWarpgroupThreads - ptx::kLanes;  // that load rows
 inline constexpr int kConsumerWarps = kConsumerWarpgroups * ptx::kWarpgroupThreads / ptx::kLanes;  // warps
 
-/// Named barriers; of kPingpong and kWarpgroupSync, each warpgroup has its own.
+/// Named barriers; kPingpong and kWarpgroupSync are the first of one each per consumer warpgroup.
 inline constexpr int kRowTableReady = 1, kPingpong = 2, kWarpgroupSync = 4;
 
-/// Who brings waits until what was there `empty`; who reads, until it `full`.
+/// mbarriers of a stage: the producer waits for `empty`, consumers wait for `full`.
 struct StageBarriers {
   ptx::Mbarrier full, empty;
 
-  /// By one thread, which fences.
+  /// Initialises both. Called by one thread, which fences afterwards.
   MOBA_DEVICE void init(int producers) {
     ptx::mbarrier_init(&full, producers);
     ptx::mbarrier_init(&empty, kConsumerWarps);
   }
 };
 
-/// Which of some buffers comes next, and how often it was used before.
+/// Index and phase of the next stage in a circular buffer of `count` stages.
 template <int count>
 struct PipelineState {
   int index = 0;
@@ -55,7 +55,8 @@ MOBA_DEVICE void for_own_tiles(std::int64_t work_tiles, Run&& run) {
   for (std::int64_t index = ptx::block_x(); index < work_tiles; index += ptx::blocks_x()) run(index);
 }
 
-/// Begins to load tokens from `token` on, by one thread. All bytes count for `barrier`.
+/// Issues the TMA loads of a tile of tokens from `token` on. Called by one thread; all bytes complete on
+/// `barrier`.
 template <typename T, int rows, int head_dim>
 MOBA_DEVICE void tma_load_tile(const tile::SwizzledTile128B<T, rows, head_dim>& to, const TensorMap& map,
                                std::int64_t head, std::int64_t token, ptx::Mbarrier* barrier) {
@@ -67,8 +68,8 @@ MOBA_DEVICE void tma_load_tile(const tile::SwizzledTile128B<T, rows, head_dim>& 
   }
 }
 
-/// Begins to load rows that begin at `offsets` behind `from`, zeros for kNoRow. By kGatherThreads threads;
-/// `thread` is the number among them. Eight share the 128 bytes of a row in a panel.
+/// Issues cp.async copies of rows at element offsets `offsets` from `from`; kNoRow is a row of zeros. Called
+/// by kGatherThreads threads, numbered by `thread`; eight of them copy the 128 bytes of a row of a panel.
 template <typename T, int rows, int head_dim>
 MOBA_DEVICE void gather_rows(const tile::SwizzledTile128B<T, rows, head_dim>& to, const T* from,
                              const std::int64_t* offsets, int thread) {
@@ -85,19 +86,19 @@ MOBA_DEVICE void gather_rows(const tile::SwizzledTile128B<T, rows, head_dim>& to
   }
 }
 
-/// Once for each warp, when all of its lanes have read.
+/// Arrives once per warp after all of its lanes have read the stage.
 MOBA_DEVICE void consumer_release(ptx::Mbarrier& empty) {
   ptx::syncwarp();
   if (ptx::lane() == 0) ptx::mbarrier_arrive(&empty);
 }
 
-/// All warps of a warpgroup that multiplies have come.
+/// Barrier of one consumer warpgroup.
 MOBA_DEVICE void warpgroup_sync(int warpgroup) {
   ptx::bar_sync(kWarpgroupSync + warpgroup, ptx::kWarpgroupThreads);
 }
 
-/// What lies behind the first so many rows of a tile belongs to other rows, and times a weight of 0 need not
-/// be 0. Each warpgroup clears it for itself.
+/// Zeroes the rows from `valid` on, which belong to other blocks: 0 * inf is not 0. Each warpgroup writes
+/// them for itself.
 template <typename T, int rows, int head_dim>
 MOBA_DEVICE void zero_rows_from(const tile::SwizzledTile128B<T, rows, head_dim>& tile, int valid,
                                 int warpgroup) {
@@ -109,14 +110,14 @@ MOBA_DEVICE void zero_rows_from(const tile::SwizzledTile128B<T, rows, head_dim>&
   warpgroup_sync(warpgroup);
 }
 
-/// Tells the compiler that all lanes have the same value: it does not let products under way at a branch that
-/// might divide a warp.
+/// Marks a value as warp-uniform: the compiler serialises wgmma around branches that it believes may
+/// diverge.
 template <std::integral N>
 MOBA_DEVICE N warp_uniform(N value) {
   return ptx::shfl(value, 0);
 }
 
-/// Begins products = left right^T, of the 64 rows of `left` from `row` on and all of `right`'s.
+/// Issues S = A B^T of the 64 rows of `left` from `row` on with all rows of `right`.
 template <typename T, int head_dim, int left_rows, int rows>
 MOBA_DEVICE void issue_qk(float (&products)[rows / 8][4],
                           const tile::SwizzledTile128B<T, left_rows, head_dim>& left, int row,
@@ -128,7 +129,7 @@ MOBA_DEVICE void issue_qk(float (&products)[rows / 8][4],
   ptx::wgmma_commit();
 }
 
-/// Weights, as products come, on the left side of another.
+/// Converts P from the accumulator layout to the register A operand of wgmma.
 template <typename T, int tiles>
 MOBA_DEVICE void pack_p_as_a_operand(std::uint32_t (&left)[tiles / 2][4], const float (&probs)[tiles][4]) {
   MOBA_UNROLL
@@ -141,7 +142,7 @@ MOBA_DEVICE void pack_p_as_a_operand(std::uint32_t (&left)[tiles / 2][4], const 
   }
 }
 
-/// Begins sums += left rows. `left` must stay until that was waited for.
+/// Issues sums += P V, with P in registers. `left` must stay unchanged until wgmma_wait.
 template <typename T, int head_dim, int rows>
 MOBA_DEVICE void issue_pv(float (&sums)[head_dim / 8][4], const std::uint32_t (&left)[rows / 16][4],
                           const tile::SwizzledTile128B<T, rows, head_dim>& of) {

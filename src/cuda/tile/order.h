@@ -4,7 +4,8 @@
 
 namespace moba::cuda::tile {
 
-/// Scores as integers that compare alike; a NaN is the least score, -inf. Above all: kForced; below all: 0.
+/// Maps scores to integers of the same order; a NaN is the lowest score, -inf. kForced is above all, 0 below
+/// all.
 constexpr std::uint32_t kForced = 0xFFFFFFFFU;
 
 MOBA_DEVICE std::uint32_t order_of(float score) {

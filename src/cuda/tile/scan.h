@@ -10,8 +10,8 @@ struct Scanned {
   T before{}, total{};
 };
 
-/// The sum of the values of the threads before this one, and of all. `shared` has room for a T a warp; every
-/// thread of the block comes, and it may be used again at once.
+/// Exclusive prefix sum over the threads of a block, and the total. `shared` has room for one T per warp;
+/// all threads of the block call it, and `shared` may be reused at once.
 template <int threads, typename T>
 MOBA_DEVICE Scanned<T> scan(T value, T* shared) {
   constexpr int kWarps = threads / ptx::kLanes;

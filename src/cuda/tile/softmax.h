@@ -9,7 +9,7 @@
 
 namespace moba::cuda::tile {
 
-/// Over the four lanes that share a row of a product.
+/// Reductions over the four lanes that hold a row of an accumulator.
 MOBA_DEVICE float row_max_of(float value) {
   value = ptx::fmax(value, ptx::shfl_xor(value, 1));
   return ptx::fmax(value, ptx::shfl_xor(value, 2));
@@ -19,23 +19,24 @@ MOBA_DEVICE float row_sum_of(float value) {
   return value + ptx::shfl_xor(value, 2);
 }
 
-/// How logits come from products: logit = sign * product, weight = 2^(scale * logit - ...). scale is never 0,
-/// so that -inf stays what it is.
+/// Scale of the softmax: logit = sign * product, weight = 2^(scale * logit - max). `scale` is never 0, so
+/// that -inf stays -inf.
 struct Scale {
   float scale = 1;
   bool negate = false;
 };
 
-/// The scale in powers of 2. One of 0 becomes the smallest that keeps -inf, which is where the hidden are.
+/// Converts a softmax scale to base 2. A scale of 0 becomes the smallest positive one, which keeps masked
+/// logits at -inf.
 inline Scale scale_of(float scale) {
   return {.scale = std::max(std::fabs(scale) * ptx::kLog2E, FLT_MIN), .negate = scale < 0};
 }
 
-/// The running softmax of the rows of `row_tiles` tiles: rows lane / 4 and lane / 4 + 8 of each.
+/// Online softmax of the rows of `row_tiles` tiles: rows lane / 4 and lane / 4 + 8 of each.
 template <int row_tiles>
 struct Softmax {
-  float row_max[row_tiles][2];  // largest logit yet, unscaled
-  float row_sum[row_tiles][2];  // of this lane's weights
+  float row_max[row_tiles][2];  // running maximum of the unscaled logits
+  float row_sum[row_tiles][2];  // partial, of this lane's columns
 
   MOBA_DEVICE void init() {
     MOBA_UNROLL
@@ -48,7 +49,7 @@ struct Softmax {
     }
   }
 
-  /// Turns logits into weights relative to the largest so far, and scales down what `out` has summed.
+  /// Turns logits into weights relative to the running maximum, and rescales `out`.
   template <int column_tiles, int out_tiles>
   MOBA_DEVICE void update(float (&logits)[row_tiles][column_tiles][4], float (&out)[row_tiles][out_tiles][4],
                           float scale) {
@@ -83,8 +84,8 @@ struct Softmax {
     }
   }
 
-  /// log2 of the whole row's sum of 2^(scale * logit); -inf where nothing was above -inf. `total` becomes the
-  /// row's sum of weights.
+  /// Returns log2 of the sum of 2^(scale * logit) over a row; -inf where all logits are -inf. `total`
+  /// becomes the sum of its weights.
   MOBA_DEVICE float log2_sum(int i, int half, float scale, float& total) const {
     total = row_sum_of(row_sum[i][half]);
     const float base = row_max[i][half] == -ptx::infinity() ? 0 : row_max[i][half] * scale;

@@ -6,11 +6,11 @@
 
 namespace moba::cuda::tile {
 
-/// Elements of a vec, which is what one thread copies and one row of a hardware tile holds: 16 bytes.
+/// Elements of a 16-byte vector, the unit of copies and of ldmatrix rows.
 constexpr int kVecElements = 8;
 
-/// Rows of `head_dim` 16-bit elements in shared memory. The vecs of a row are swizzled so that the same
-/// vec of eight rows in succession, as a hardware tile wants it, lies in all 32 banks.
+/// Tile of rows of `head_dim` 16-bit elements in shared memory. The 16-byte vectors of a row are swizzled by
+/// XOR, so that the same vector of eight consecutive rows, as ldmatrix reads it, covers all 32 banks.
 template <typename T, int head_dim>
 struct SwizzledTile {
   static constexpr int kVecs = head_dim / kVecElements;
@@ -19,15 +19,15 @@ struct SwizzledTile {
 
   T* data;
 
-  /// Bytes from `data` to vec `known` + `index` of a row, `known` being known to the compiler and a
-  /// multiple of the least power of 2 above `index`: then one of few offsets of the lane's own and a
+  /// Byte offset of vector `known` + `index` of a row, where `known` is a compile-time constant and a
+  /// multiple of the smallest power of 2 above `index`: the result is one of few offsets per lane plus a
   /// constant.
   MOBA_DEVICE static std::uint32_t offset(int row, int known, int index) {
     const int mask = kSwizzle == 8 ? row & 7 : row >> 1 & 3;
     const int swizzled = index ^ mask ^ (known & (kSwizzle - 1));
     return static_cast<std::uint32_t>(row * head_dim * 2 + swizzled * 16 + known / kSwizzle * kSwizzle * 16);
   }
-  /// Bytes from `data` to a vec of a row.
+  /// Byte offset of a vector of a row.
   MOBA_DEVICE static std::uint32_t start(int row, int index) {
     const int mask = kSwizzle == 8 ? row & 7 : row >> 1 & 3;
     return static_cast<std::uint32_t>(row * head_dim * 2 + (index ^ mask) * 16);
@@ -35,8 +35,8 @@ struct SwizzledTile {
   MOBA_DEVICE T* vec(int row, int index) const { return data + start(row, index) / 2; }
 };
 
-/// Which vecs a thread copies: always the same one of every so many rows, a multiple of 8 so that the
-/// permutation is the same too, and no address has to be kept for each.
+/// Vectors that a thread copies: the same column of every kStep-th row. kStep is a multiple of 8, so that
+/// the swizzle is the same too and needs no address per row.
 template <int rows, int threads, int head_dim>
 struct Share {
   static constexpr int kVecs = head_dim / kVecElements;
@@ -49,7 +49,8 @@ struct Share {
   MOBA_DEVICE static bool is_mine(int row) { return ptx::thread() < kStep * kVecs && row < rows; }
 };
 
-/// Begins to load rows that lie `stride` elements apart, the first at `from`; zeros from row `valid` on.
+/// Issues cp.async copies of rows that lie `stride` elements apart, the first at `from`; zeros from row
+/// `valid` on.
 template <int rows, int threads, typename T, int head_dim>
 MOBA_DEVICE void load_rows(const SwizzledTile<T, head_dim>& to, const T* from, std::int64_t stride,
                            std::int32_t valid) {
@@ -63,7 +64,8 @@ MOBA_DEVICE void load_rows(const SwizzledTile<T, head_dim>& to, const T* from, s
   }
 }
 
-/// The same of rows from anywhere: `source(row)` is where row's elements are, null for a row of zeros.
+/// Issues cp.async copies of scattered rows: `source(row)` points to the elements of a row, null is a row of
+/// zeros.
 template <int rows, int threads, typename T, int head_dim, typename Source>
 MOBA_DEVICE void gather_rows(const SwizzledTile<T, head_dim>& to, Source&& source) {
   using S = Share<rows, threads, head_dim>;
@@ -77,30 +79,29 @@ MOBA_DEVICE void gather_rows(const SwizzledTile<T, head_dim>& to, Source&& sourc
   }
 }
 
-/// Operands of ptx::mma_m16n8k16 out of shared memory, at step `k` of 16 elements.
-/// Left: rows [row, row + 16).
+/// A operand of mma_m16n8k16 from rows [row, row + 16), at step `k` of 16 elements.
 template <typename T, int head_dim>
 MOBA_DEVICE void load_a(std::uint32_t (&a)[4], const SwizzledTile<T, head_dim>& from, int row, int k,
                         int lane) {
   ptx::ldmatrix_x4(a, from.data, from.offset(row + lane % 16, 2 * k, lane / 16));
 }
 
-/// Right, for products with rows: rows [row, row + 16) are two tiles' columns, b[0..1] and b[2..3].
+/// B operand for A B^T: rows [row, row + 16) are the columns of two tiles, b[0..1] and b[2..3].
 template <typename T, int head_dim>
 MOBA_DEVICE void load_b(std::uint32_t (&b)[4], const SwizzledTile<T, head_dim>& from, int row, int k,
                         int lane) {
   ptx::ldmatrix_x4(b, from.data, from.offset(row + lane % 8 + lane / 16 * 8, 2 * k, lane / 8 % 2));
 }
 
-/// Right, for sums over rows [row, row + 16): vecs `vec` and `vec` + 1 are two tiles' columns.
+/// B operand for A B over rows [row, row + 16): vectors `vec` and `vec` + 1 are the columns of two tiles.
 template <typename T, int head_dim>
 MOBA_DEVICE void load_b_trans(std::uint32_t (&b)[4], const SwizzledTile<T, head_dim>& from, int row, int vec,
                               int lane) {
   ptx::ldmatrix_x4_trans(b, from.data, from.offset(row + lane % 16, vec, lane / 16));
 }
 
-/// sums[tiles of 16 rows][tiles of 8 columns] += left right^T: products of rows [left_row, ...) with rows
-/// [0, columns). Element r of a tile is of row lane / 4 + r / 2 * 8 and column lane % 4 * 2 + r % 2.
+/// Computes sums += A B^T of rows [left_row, ...) of `left` with rows [0, columns) of `right`. Element r of
+/// a tile is in row lane / 4 + r / 2 * 8 and column lane % 4 * 2 + r % 2.
 template <typename T, int head_dim, int row_tiles, int column_tiles>
 MOBA_DEVICE void gemm_nt(float (&sums)[row_tiles][column_tiles][4], const SwizzledTile<T, head_dim>& left,
                          int left_row, const SwizzledTile<T, head_dim>& right) {
@@ -123,8 +124,8 @@ MOBA_DEVICE void gemm_nt(float (&sums)[row_tiles][column_tiles][4], const Swizzl
   }
 }
 
-/// sums[tiles of 16 rows][tiles of 8 columns] += weights rows, for as many columns as there are sums, from
-/// vec `first_vec` on. `weights`, one for each of the sums' rows and of `rows`, are as products come.
+/// Computes sums += A B with A in registers (`weights`, in the accumulator layout) and B the columns of
+/// `rows` from vector `first_vec` on.
 template <typename T, int head_dim, int row_tiles, int weight_tiles, int column_tiles>
 MOBA_DEVICE void gemm_rs(float (&sums)[row_tiles][column_tiles][4],
                          const float (&weights)[row_tiles][weight_tiles][4],

@@ -5,8 +5,8 @@
 
 namespace moba::cuda::tile {
 
-/// Rows of `head_dim` 16-bit elements in shared memory, in panels of 64 columns: each row of a panel is 128
-/// bytes, swizzled as bulk copies write it and products of warpgroups read it. Aligned to 1024 bytes.
+/// Tile of rows of `head_dim` 16-bit elements in shared memory, in panels of 64 columns with the 128-byte
+/// swizzle of TMA and wgmma. Aligned to 1024 bytes.
 template <typename T, int rows, int head_dim>
 struct SwizzledTile128B {
   static constexpr int kRows = rows;
@@ -22,14 +22,14 @@ struct SwizzledTile128B {
   }
   MOBA_DEVICE T* vec(int row, int index) const { return reinterpret_cast<T*>(data + start(row, index)); }
 
-  /// An operand of rows from `row`, a multiple of 8, at step `k` of 16 elements.
+  /// K-major operand of the rows from `row` (a multiple of 8) on, at step `k` of 16 elements.
   MOBA_DEVICE std::uint64_t k_major_descriptor(int row, int k) const {
     const std::uint32_t panel = static_cast<std::uint32_t>(k / 4) * kPanelBytes;
     return ptx::matrix_descriptor(
         ptx::shared_address(data) + panel + static_cast<std::uint32_t>(row * kRowBytes + k % 4 * 32), 16,
         kCoreBytes);
   }
-  /// An operand of all columns, for sums over rows [row, row + 16), a multiple of 16.
+  /// MN-major operand of all columns, for sums over rows [row, row + 16); `row` is a multiple of 16.
   MOBA_DEVICE std::uint64_t mn_major_descriptor(int row) const {
     return ptx::matrix_descriptor(ptx::shared_address(data) + static_cast<std::uint32_t>(row * kRowBytes),
                                   kPanelBytes, kCoreBytes);
