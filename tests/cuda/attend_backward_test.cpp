@@ -82,8 +82,8 @@ Differentiated truth_of(Backpropagation& b) {
   return d;
 }
 
-/// What frameworks compute: f32 sums, weights and gradients of logits rounded to the storage type before they
-/// meet the inputs.
+/// Gradients as frameworks compute them: f32 sums; weights and gradients of logits are rounded to the
+/// storage type before they are multiplied by the inputs.
 struct Plain {
   Differentiated gradients;
   double largest_slot = 0;  // of dq, through one block
@@ -191,7 +191,7 @@ void check_backward(const Case& c) {
   const Plain plain(b);
   // Several slots of a row, each rounded.
   const double slots = unit_of(c.dtype) * 2 * plain.largest_slot;
-  // What f32 leaves where gradients of weights cancel.
+  // Remainder of f32 where gradients of weights cancel.
   const double residue = 0x1p-24 * static_cast<double>(c.head_dim) * largest(b.d_out) * largest(c.v);
   check_gradient("dq", found.dq, truth.dq, plain.gradients.dq, slots + residue * largest(c.k));
   check_gradient("dk", found.dk, truth.dk, plain.gradients.dk, residue * largest(c.q));
@@ -215,7 +215,7 @@ TEST_P(CudaBackward, EqualsTheReferenceOnRandomCases) {
 
 INSTANTIATE_TEST_SUITE_P(All, CudaBackward, testing::Range<std::uint64_t>(0, 3));
 
-/// Several tiles of rows, and blocks of several chunks of keys.
+/// Several tiles of rows, and blocks of several key tiles.
 TEST(CudaAttendBackward, WorksThroughManyTiles) {
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},
@@ -239,7 +239,7 @@ TEST(CudaAttendBackward, WideRowsThroughManyTiles) {
   }
 }
 
-/// So many rows choose the first block that its gradients are summed in segments.
+/// Enough rows select the first block that its gradients are summed in segments.
 TEST(CudaAttendBackward, ABlockThatEverybodyChooses) {
   Case c{.seed = 3, .dtype = DType::f16, .group = 8, .head_dim = 64};
   c.sequences = {{0, 20, 1180}, {0, 20, 1180}};
@@ -310,7 +310,7 @@ TEST(CudaAttendBackward, KeysThatNobodySeesHaveNoGradient) {
   EXPECT_EQ(largest(d.dv), 0);
 }
 
-/// The device cannot throw: what is no choice of a row is as if it were not there.
+/// Entries that a row cannot have selected are ignored, since the device cannot throw.
 TEST(CudaAttendBackward, ASelectionThatIsNoneIsPassedOver) {
   Backpropagation b(case_of(8, 64, {.block_size = 4, .top_k = 3}, 40, 210));
   Backpropagation less = b;
@@ -337,7 +337,7 @@ TEST(CudaAttendBackward, NamesWhatItRefuses) {
   }
 }
 
-/// The kernels for Hopper, which are chosen for blocks of more than 64 keys unless told otherwise.
+/// The sm_90a kernels, which are used for block sizes above 64 unless told otherwise.
 class CudaSm90Backward : public OnSm90 {
  protected:
   CudaSm90Backward() { choose("sm90"); }
@@ -395,7 +395,7 @@ TEST_F(CudaSm90Backward, AnyOrderAndAnyWorkspaceGiveTheSameBits) {
   EXPECT_TRUE(backward(b, {.workspace_bytes = roomy.workspace_bytes * 2 / 3}) == expected);
 }
 
-/// What lies behind a block's last key came with the same copy.
+/// Keys after the last of a block are in the same TMA box and must not show.
 TEST_F(CudaSm90Backward, WhatOtherSequencesHoldDoesNotShow) {
   Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 50, .top_k = 2}};
   c.sequences = {{0, 40, 80}, {0, 75, 150}};

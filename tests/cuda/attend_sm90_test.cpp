@@ -1,4 +1,4 @@
-// The kernel for Hopper, against the oracle and as the door chooses it.
+// The sm_90a forward kernel, against the oracle, and its choice.
 #include <string>
 
 #include "device_case.h"
@@ -27,7 +27,8 @@ TEST_F(CudaSm90, AgreesWithTheOracleOnRandomCases) {
   EXPECT_LE(swaps, listed / 1000);
 }
 
-/// Several tiles of keys in an item, more items than buffers, items with fewer rows than a warpgroup, tails.
+/// Several key tiles in a work tile, more work tiles than buffers, work tiles with fewer rows than a
+/// warpgroup, tails.
 TEST_F(CudaSm90, WorksThroughManyTiles) {
   choose("sm90");
   const std::vector<Routing> routings = {
@@ -55,7 +56,7 @@ TEST_F(CudaSm90, AnyOrderOfWarpsAndLandingsGivesTheSameBits) {
   for (int i = 0; i < 2; ++i) EXPECT_TRUE(run_on_device(c) == expected);
 }
 
-/// What lies behind a block's last key came with the same copy.
+/// Keys after the last of a block are in the same TMA box and must not show.
 TEST_F(CudaSm90, WhatOtherSequencesHoldDoesNotShow) {
   choose("sm90");
   Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 100, .top_k = 2}};

@@ -27,8 +27,8 @@ TEST_P(CudaAgreement, WithTheOracleOnRandomCases) {
 
 INSTANTIATE_TEST_SUITE_P(All, CudaAgreement, testing::Range<std::uint64_t>(0, 4));
 
-/// Several tiles of rows, keys and means; blocks that more rows chose than a tile holds; lists of choices too
-/// long for shared memory, and of several chunks.
+/// Several tiles of rows, keys and means; blocks that more rows selected than a tile holds; selections too
+/// long for shared memory, and of several partitions.
 TEST(CudaAttend, WorksThroughManyTiles) {
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},
@@ -50,7 +50,7 @@ TEST(CudaAttend, WorksThroughManyTiles) {
   }
 }
 
-/// Blocks that a device of capability 9.0 gives to its own kernel.
+/// Block sizes for which a device of capability 9.0 has its own kernel.
 TEST(CudaAttend, BlocksOfManyKeys) {
   for (const std::int64_t head_dim : {64, 128}) {
     Case c{.seed = 20 + static_cast<std::uint64_t>(head_dim),

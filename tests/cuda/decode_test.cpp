@@ -1,4 +1,4 @@
-// Decoding against pages on the emulated device, against the reference on the same keys in one piece.
+// Decoding over pages on the emulated device, against the reference on contiguous keys.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -239,8 +239,8 @@ TEST(CudaDecode, EqualsTheReference) {
   }
 }
 
-/// Blocks of several pieces, more candidates than a thread block selects from at a time, the whole of a long
-/// sequence.
+/// Blocks of several splits, more candidates than a thread block selects from at a time, and full attention
+/// over a long sequence.
 TEST(CudaDecode, LongSequences) {
   check_decode(Paged(1, {.group = 2, .page_tokens = 50}, {.block_size = 350, .top_k = 2}, {1210, 300}));
   check_decode(Paged(2, {.group = 2, .page_tokens = 2}, {.block_size = 2, .top_k = 9}, {1210, 300}));
@@ -293,7 +293,7 @@ TEST(CudaDecode, AnyOrderAndWorkspaceGiveTheSameBits) {
   EXPECT_TRUE(refused);
 }
 
-/// A query that is no number selects the sinks and the most recent blocks, as everywhere.
+/// A query of NaN selects the sinks and the most recent blocks, as in all backends.
 TEST(CudaDecode, NotANumberStaysInItsRow) {
   Paged p(6, {.group = 2, .page_tokens = 4}, {.block_size = 4, .top_k = 3, .sink_blocks = 1}, {50, 30});
   update_means(p.cache, 4, nullptr, 50);

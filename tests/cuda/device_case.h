@@ -11,7 +11,7 @@ inline Tensor on_device(Tensor t) {
   return t;
 }
 
-/// What run_attention does, on CUDA tensors.
+/// Runs run_attention on CUDA tensors.
 Result run_on_device(const Case& c, Execution execution = {});
 
 /// One sequence, two query heads on one kv head; bf16 where the seed is even, else f16.

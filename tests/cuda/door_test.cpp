@@ -1,4 +1,4 @@
-// What the CUDA backend refuses, before it launches anything.
+// Calls that the CUDA backend refuses before it launches anything.
 #include <gtest/gtest.h>
 
 #include <functional>

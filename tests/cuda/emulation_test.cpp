@@ -1,4 +1,4 @@
-// The emulated device itself: what it computes, and that it sees the mistakes it is there to see.
+// The emulated device: its results, and the mistakes that it detects.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -19,7 +19,7 @@
 namespace moba::cuda {
 namespace {
 
-/// What a kernel's mistake is answered with.
+/// Message of the error that a kernel throws.
 std::string error_of(int threads, const std::function<void()>& kernel) {
   try {
     emulation::run("wrong", {}, threads, 4096, kernel);
@@ -61,7 +61,7 @@ TEST(Emulation, WarpsExchangeValues) {
   });
 }
 
-/// [16 x 16] times [16 x 8] out of shared memory, the right side either way round.
+/// Product of [16 x 16] and [16 x 8] out of shared memory, with B in either layout.
 template <typename T>
 void check_product(bool transposed) {
   float product[16][8];
@@ -283,7 +283,7 @@ TEST(Emulation, OperandsAreDescribedAsTheManualSays) {
   EXPECT_EQ(Tile::start(9, 11), 128U * 128 + 9 * 128 + 2 * 16);
 }
 
-/// A box of two heads' tensor, in part behind its end, lands where panels look for it.
+/// A TMA box of a tensor with two heads, partly past its end, arrives where SwizzledTile128B reads it.
 TEST(Emulation, BoxesLandInPanelsWithZerosBehindTheTensor) {
   constexpr int kTokens = 20, kHeads = 2, kRows = 16;
   std::vector<std::uint16_t> values(kTokens * kHeads * 64);

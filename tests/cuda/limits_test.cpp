@@ -81,7 +81,7 @@ class Field {
   std::size_t bytes_ = 0;
 };
 
-/// Everything that calls wrote.
+/// All outputs of the calls.
 using Written = std::vector<std::vector<std::uint16_t>>;
 
 /// Two sequences forward and backward.
@@ -177,7 +177,7 @@ TEST(CudaLimits, LargeProblemsAreCutUntil32BitsDo) {
   }
 }
 
-/// What cannot be cut is refused: the gradient lists all rows of a kv head at once.
+/// Refuses a slice that cannot be cut: the gradient lists all rows of a kv head at once.
 TEST(CudaLimits, ChoicesThat31BitsCannotCountAreRefused) {
   const Task task = large_task(1, {.block_size = 128, .top_k = 8});
   const DeviceBatch batch{.count = 1, .max_seqlen_k = kTokens};

@@ -51,18 +51,18 @@ void transfer(void* to, const void* from, std::size_t bytes) {
 
 constexpr std::uintptr_t kRow = 16;
 
-/// A stretch of host memory on the device, as far past a multiple of 16 bytes as it is here.
-struct Piece {
-  Piece(std::byte* on_host, std::size_t count)
+/// Copy of host memory on the device, at the same offset from a multiple of 16 bytes.
+struct Buffer {
+  Buffer(std::byte* on_host, std::size_t count)
       : host(on_host),
         bytes(count),
         shift(reinterpret_cast<std::uintptr_t>(on_host) % kRow),
         memory(static_cast<std::byte*>(allocate(shift + count))) {
     transfer(device(), host, bytes);
   }
-  ~Piece() { release(memory); }
-  Piece(const Piece&) = delete;
-  Piece& operator=(const Piece&) = delete;
+  ~Buffer() { release(memory); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
 
   std::byte* device() const { return memory + shift; }
 
@@ -84,8 +84,8 @@ class Mirror {
     }
     if (t.data == nullptr) return t;
     auto* const first = static_cast<std::byte*>(t.data) + low * static_cast<std::int64_t>(bytes);
-    const Piece& piece = pieces_.emplace_back(first, static_cast<std::size_t>(high - low) * bytes);
-    t.data = piece.device() - low * static_cast<std::int64_t>(bytes);
+    const Buffer& buffer = buffers_.emplace_back(first, static_cast<std::size_t>(high - low) * bytes);
+    t.data = buffer.device() - low * static_cast<std::int64_t>(bytes);
     return t;
   }
 
@@ -94,14 +94,14 @@ class Mirror {
     if (list == nullptr || count == 0) return list;
     auto* const first = reinterpret_cast<std::byte*>(const_cast<std::remove_const_t<T>*>(list));
     return reinterpret_cast<T*>(
-        pieces_.emplace_back(first, static_cast<std::size_t>(count) * sizeof(T)).device());
+        buffers_.emplace_back(first, static_cast<std::size_t>(count) * sizeof(T)).device());
   }
 
   template <typename... What>
   auto write(What... what) {
-    const std::size_t before = pieces_.size();
+    const std::size_t before = buffers_.size();
     const auto there = read(what...);
-    if (pieces_.size() > before) pieces_.back().written = true;
+    if (buffers_.size() > before) buffers_.back().written = true;
     return there;
   }
 
@@ -112,7 +112,7 @@ class Mirror {
     return batch;
   }
 
-  /// The caller's allocator is asked and told, and the memory is the device's.
+  /// Notifies the caller's allocator; the memory is the device's.
   Execution context(Execution execution) {
     if (!execution.scratch.allocate) return execution;
     execution.scratch = {[this, ask = execution.scratch.allocate](std::size_t bytes) -> void* {
@@ -129,14 +129,14 @@ class Mirror {
     return execution;
   }
 
-  void bring_back() const {
-    for (const Piece& piece : pieces_) {
-      if (piece.written) transfer(piece.host, piece.device(), piece.bytes);
+  void copy_back() const {
+    for (const Buffer& buffer : buffers_) {
+      if (buffer.written) transfer(buffer.host, buffer.device(), buffer.bytes);
     }
   }
 
  private:
-  std::deque<Piece> pieces_;
+  std::deque<Buffer> buffers_;
   std::map<void*, void*> theirs_;
 };
 
@@ -154,7 +154,7 @@ void attention(std::string_view function, const Tensor& q, const Tensor& k, cons
                       .selection = mirror.write(outputs.selection, listed(batch, routing, q))};
   cuda::attention(function, mirror.read(q), mirror.read(k), mirror.read(v), mirror.starts(batch), routing,
                   there, mirror.context(execution));
-  mirror.bring_back();
+  mirror.copy_back();
 }
 
 void attention_backward(std::string_view function, const Tensor& d_out, const Tensor& q, const Tensor& k,
@@ -167,7 +167,7 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
   const Gradients there{mirror.write(gradients.dq), mirror.write(gradients.dk), mirror.write(gradients.dv)};
   cuda::attention_backward(function, mirror.read(d_out), mirror.read(q), mirror.read(k), mirror.read(v),
                            forward, mirror.starts(batch), routing, there, mirror.context(execution));
-  mirror.bring_back();
+  mirror.copy_back();
 }
 
 PagedCache paged(Mirror& mirror, PagedCache cache) {
@@ -187,7 +187,7 @@ void decode(std::string_view function, const Tensor& q, const PagedCache& cache,
   cuda::decode(function, mirror.read(q), there, routing,
                {.out = mirror.write(outputs.out), .lse = mirror.write(outputs.lse, q.sizes[0] * q.sizes[1])},
                mirror.context(execution));
-  mirror.bring_back();
+  mirror.copy_back();
 }
 
 void update_means(std::string_view function, const PagedCache& cache, std::int64_t block_size,
@@ -196,7 +196,7 @@ void update_means(std::string_view function, const PagedCache& cache, std::int64
   const PagedCache there = paged(mirror, cache);
   cuda::update_means(function, there, block_size, mirror.read(before, cache.sequences), max_added,
                      mirror.context(execution));
-  mirror.bring_back();
+  mirror.copy_back();
 }
 
 constexpr DeviceFlow kFlow{.attention = attention,

@@ -13,7 +13,7 @@ namespace {
 using test::Case;
 using test::on_device;
 
-/// Whole tiles and what remains of every block: together each entry once.
+/// Full tiles and the remainder of every block: together each entry once.
 std::vector<std::uint32_t> listed(const Plan& plan, const RoutedTile* tiles, int total, std::int64_t head,
                                   std::int64_t choices) {
   std::vector<std::uint32_t> entries;
@@ -26,8 +26,8 @@ std::vector<std::uint32_t> listed(const Plan& plan, const RoutedTile* tiles, int
   return entries;
 }
 
-/// Several chunks, a block that every row chose, blocks that none did, and rows with fewer choices than
-/// others.
+/// Several partitions, a block that every row selected, blocks that none did, and rows with fewer selections
+/// than others.
 TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
   Case c{.dtype = DType::f16, .kv_heads = 2, .group = 2, .head_dim = 64};
   c.sequences = {{0, 3, 703}, {0, 40, 740}};

@@ -52,7 +52,7 @@ void land(const Copy& copy) {
   wrote(copy.to);
 }
 
-/// A product that a warpgroup has begun, with its threads' operands.
+/// wgmma that was issued, with the operands of its threads.
 struct Product {
   void (*body)(void* const*) = nullptr;
   std::vector<std::vector<std::byte>> operands;
@@ -64,7 +64,7 @@ struct Product {
   }
 };
 
-/// What a thread brings to the beginning of a product.
+/// Operands of one thread of an issued wgmma.
 struct Begun {
   const std::byte* operands;
   std::size_t bytes;
@@ -88,13 +88,13 @@ struct TmaLoad {
   std::int64_t bytes;
 };
 
-/// Who wrote 16 bytes of shared memory last, and how often it had fenced before.
+/// Last writer of 16 bytes of shared memory, and the number of its fences before.
 struct Mark {
   int thread = -1;
   unsigned fences = 0;
 };
 
-/// One block of threads at a time; its fibers and their stacks serve all blocks of all launches.
+/// Runs one block of threads at a time; its fibers and their stacks serve all blocks of all launches.
 class Machine {
  public:
   Machine() {
@@ -114,10 +114,10 @@ class Machine {
   void finish_products(int pending);
   Mbarrier* mbarrier(const void* address);
   void settle(const void* address, Mbarrier& barrier);
-  /// The mark of an address, if it is in shared memory.
+  /// Returns the mark of an address in shared memory, else null.
   Mark* mark(const void* address);
   bool has_fenced(const Mark& mark) const { return thread(mark.thread).fences > mark.fences; }
-  /// On a fiber, where what is thrown would not be caught.
+  /// Records a failure on a fiber, where an exception would not be caught.
   void fail_later(const std::string& why) { failure_ = why; }
   const std::function<void()>* kernel = nullptr;
   std::unordered_map<const void*, Mbarrier> mbarriers;
@@ -289,7 +289,7 @@ Mbarrier* Machine::mbarrier(const void* address) {
   return nullptr;
 }
 
-/// Begins the next phase if this one has seen all, and wakes who waits.
+/// Begins the next phase if this one is complete, and wakes its waiters.
 void Machine::settle(const void* address, Mbarrier& barrier) {
   if (barrier.missing > 0 || barrier.missing_bytes != 0) return;
   barrier.missing = barrier.arrivals;
@@ -398,7 +398,7 @@ void Machine::run(const char* name, Dim grid, int threads, std::size_t shared_by
   tma_loads.clear();
   kernel = &body;
   while (threads_.size() < static_cast<std::size_t>(threads)) threads_.push_back(std::make_unique<Thread>());
-  // Exactly as large as asked for, so that AddressSanitizer sees what lies beside it.
+  // Exactly as large as requested, so that AddressSanitizer sees accesses beside it.
   const std::unique_ptr<std::byte, void (*)(std::byte*)> shared(
       static_cast<std::byte*>(::operator new (shared_bytes, std::align_val_t{1024})),
       [](std::byte* memory) { ::operator delete (memory, std::align_val_t{1024}); });

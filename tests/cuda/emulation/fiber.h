@@ -4,8 +4,8 @@
 
 namespace moba::cuda::emulation {
 
-/// A stack of its own and a place in the code: what a thread of the device is while its kernel runs on the
-/// host. AddressSanitizer is told of every switch.
+/// Fiber: a stack and a position in the code, as which a device thread runs on the host. Announces every
+/// switch to AddressSanitizer.
 class Fiber {
  public:
   Fiber();
@@ -13,11 +13,12 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  /// The next `resume` calls `entry`, which must not return: its last act is to `leave`.
+  /// Makes the next `resume` call `entry`, which must not return: its last call is `leave`.
   void start(void (*entry)());
   /// Runs the fiber until it leaves.
   void resume();
-  /// Called on the fiber: goes back to the code that resumed it. `for_good`: it will not be resumed.
+  /// Returns to the code that resumed the fiber, on which it is called. `for_good`: the fiber will not be
+  /// resumed.
   void leave(bool for_good);
 
  private:

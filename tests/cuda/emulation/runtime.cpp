@@ -1,4 +1,4 @@
-// The runtime of a device that is not there: memory is the host's, and a launch has ended when it returns.
+// Runtime of the emulated device: memory is the host's, and a launch returns after the kernel has ended.
 #include "cuda/runtime.h"
 
 #include <cstring>
