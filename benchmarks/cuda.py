@@ -3,7 +3,7 @@
 
 Each problem is checked on sampled rows in float64 before it is timed. What is compared takes turns; times are medians of
 CUDA events and include the gate and the index. Rows are in benchmarks/results/<gpu>-<date>.json and .md after every part;
-parts that the time given does not allow are named there. Ends with 1 when an answer was wrong.
+parts that the time given does not allow are named there. Ends with 1 when a result was wrong.
 
     python3 benchmarks/cuda.py --seconds 200
 """

@@ -56,7 +56,7 @@ MOBA_DEVICE float threshold_of(Key root) {
 }
 
 /// Places `key` at position `i` of a min-heap and sifts it down.
-MOBA_DEVICE void sift(Key* heap, std::int32_t width, std::int32_t i, Key key) {
+MOBA_DEVICE void sift_down(Key* heap, std::int32_t width, std::int32_t i, Key key) {
   for (std::int32_t child = 2 * i + 1; child < width; child = 2 * i + 1) {
     if (child + 1 < width && heap[child + 1] < heap[child]) ++child;
     if (heap[child] >= key) break;
@@ -82,8 +82,8 @@ MOBA_DEVICE Candidates candidates_of(const GateParams<T>& p, const Tile& tile, i
 /// Pushes the scores of a row against means [first, first + columns) to its heap. The four lanes that share
 /// the row take turns.
 template <int column_tiles>
-MOBA_DEVICE void offer(Key* heap, std::int32_t width, const float (&scores)[column_tiles][4], int half,
-                       const Candidates& candidates, std::int32_t sinks, std::int32_t first) {
+MOBA_DEVICE void push_scores(Key* heap, std::int32_t width, const float (&scores)[column_tiles][4], int half,
+                             const Candidates& candidates, std::int32_t sinks, std::int32_t first) {
   const int own_lane = ptx::lane() % 4;
   const auto block_at = [&](int j, int e) { return first + 8 * j + own_lane * 2 + e; };
   const auto is_forced = [&](std::int32_t block) { return block < sinks || block == candidates.own; };
@@ -107,7 +107,7 @@ MOBA_DEVICE void offer(Key* heap, std::int32_t width, const float (&scores)[colu
       const Key key =
           key_of(is_forced(block) ? tile::kForced : tile::order_of(scores[j][2 * half + e]), block);
       for (int turn = 0; turn < 4; ++turn) {
-        if (enters && own_lane == turn && key > heap[0]) sift(heap, width, 0, key);
+        if (enters && own_lane == turn && key > heap[0]) sift_down(heap, width, 0, key);
         ptx::syncwarp();
       }
       threshold = threshold_of(heap[0]);
@@ -120,10 +120,10 @@ MOBA_DEVICE void offer(Key* heap, std::int32_t width, const float (&scores)[colu
 MOBA_DEVICE void write_row(Key* heap, std::int32_t width, std::int32_t* to) {
   constexpr Key kNone = ~Key{0};
   for (std::int32_t i = 0; i < width; ++i) heap[i] = heap[i] == 0 ? kNone : heap[i] & 0xFFFFFFFFU;
-  for (std::int32_t i = width / 2 - 1; i >= 0; --i) sift(heap, width, i, heap[i]);
+  for (std::int32_t i = width / 2 - 1; i >= 0; --i) sift_down(heap, width, i, heap[i]);
   for (std::int32_t i = 0; i < width; ++i) {
     to[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(heap[0]));  // kNone reads as -1
-    sift(heap, width, 0, kNone);
+    sift_down(heap, width, 0, kNone);
   }
 }
 
@@ -176,8 +176,8 @@ gate_kernel(MOBA_GRID_CONSTANT GateParams<T> p) {
       for (int half = 0; half < 2; ++half) {
         const int row = warp_row + 16 * i + 8 * half + ptx::lane() / 4;
         const Candidates candidates = row < tile.count ? candidates_of(p, tile, row) : Candidates{};
-        offer(heaps + static_cast<std::int64_t>(row) * p.width, p.width, scores[i], half, candidates, p.sinks,
-              first);
+        push_scores(heaps + static_cast<std::int64_t>(row) * p.width, p.width, scores[i], half, candidates,
+                    p.sinks, first);
       }
     }
   }

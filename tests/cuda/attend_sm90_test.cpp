@@ -12,7 +12,7 @@ class CudaSm90 : public OnSm90 {};
 
 TEST_F(CudaSm90, AgreesWithTheOracleOnRandomCases) {
   constexpr std::uint64_t kCases = 30;
-  std::int64_t swaps = 0, listed = 0;
+  std::int64_t swaps = 0, selected = 0;
   for (std::uint64_t seed = 9000; seed < 9000 + kCases && !HasFailure(); ++seed) {
     Case c = random_device_case(seed);
     c.head_dim = seed % 2 == 0 ? 64 : 128;
@@ -22,9 +22,9 @@ TEST_F(CudaSm90, AgreesWithTheOracleOnRandomCases) {
     choose(fits ? "sm90" : "sm80");
     const Result result = run_on_device(c);
     swaps += check_result(c, result, Rounding::partial);
-    listed += static_cast<std::int64_t>(result.selection.size());
+    selected += static_cast<std::int64_t>(result.selection.size());
   }
-  EXPECT_LE(swaps, listed / 1000);
+  EXPECT_LE(swaps, selected / 1000);
 }
 
 /// Several key tiles in a work tile, more work tiles than buffers, work tiles with fewer rows than a

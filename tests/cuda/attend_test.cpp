@@ -14,15 +14,15 @@ class CudaAgreement : public testing::TestWithParam<std::uint64_t> {};
 /// Swaps of blocks whose scores rounding cannot tell apart are counted, and must stay rare.
 TEST_P(CudaAgreement, WithTheOracleOnRandomCases) {
   constexpr std::uint64_t kCases = 40;
-  std::int64_t swaps = 0, listed = 0;
+  std::int64_t swaps = 0, selected = 0;
   for (std::uint64_t i = 0; i < kCases && !HasFailure(); ++i) {
     const Case c = random_device_case(GetParam() * kCases + i);
     const Result result = run_on_device(c);
     swaps += check_result(c, result, Rounding::partial);
-    listed += static_cast<std::int64_t>(result.selection.size());
+    selected += static_cast<std::int64_t>(result.selection.size());
   }
   RecordProperty("swaps", std::to_string(swaps));
-  EXPECT_LE(swaps, listed / 1000);
+  EXPECT_LE(swaps, selected / 1000);
 }
 
 INSTANTIATE_TEST_SUITE_P(All, CudaAgreement, testing::Range<std::uint64_t>(0, 4));

@@ -140,7 +140,7 @@ class Mirror {
   std::map<void*, void*> theirs_;
 };
 
-std::int64_t listed(const DeviceBatch& batch, const Routing& routing, const Tensor& q) {
+std::int64_t max_selected(const DeviceBatch& batch, const Routing& routing, const Tensor& q) {
   const std::int64_t blocks = batch.max_seqlen_k == 0 ? 0 : (batch.max_seqlen_k - 1) / routing.block_size + 1;
   return q.sizes[0] * q.sizes[1] * std::min(routing.top_k, blocks);
 }
@@ -151,7 +151,7 @@ void attention(std::string_view function, const Tensor& q, const Tensor& k, cons
   Mirror mirror;
   const Outputs there{.out = mirror.write(outputs.out),
                       .lse = mirror.write(outputs.lse, q.sizes[0] * q.sizes[1]),
-                      .selection = mirror.write(outputs.selection, listed(batch, routing, q))};
+                      .selection = mirror.write(outputs.selection, max_selected(batch, routing, q))};
   cuda::attention(function, mirror.read(q), mirror.read(k), mirror.read(v), mirror.starts(batch), routing,
                   there, mirror.context(execution));
   mirror.copy_back();
@@ -163,7 +163,7 @@ void attention_backward(std::string_view function, const Tensor& d_out, const Te
   Mirror mirror;
   const Saved forward{.out = mirror.read(saved.out),
                       .lse = mirror.read(saved.lse, q.sizes[0] * q.sizes[1]),
-                      .selection = mirror.read(saved.selection, listed(batch, routing, q))};
+                      .selection = mirror.read(saved.selection, max_selected(batch, routing, q))};
   const Gradients there{mirror.write(gradients.dq), mirror.write(gradients.dk), mirror.write(gradients.dv)};
   cuda::attention_backward(function, mirror.read(d_out), mirror.read(q), mirror.read(k), mirror.read(v),
                            forward, mirror.starts(batch), routing, there, mirror.context(execution));

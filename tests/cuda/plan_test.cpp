@@ -14,8 +14,8 @@ using test::Case;
 using test::on_device;
 
 /// Full tiles and the remainder of every block: together each entry once.
-std::vector<std::uint32_t> listed(const Plan& plan, const RoutedTile* tiles, int total, std::int64_t head,
-                                  std::int64_t choices) {
+std::vector<std::uint32_t> entries_of(const Plan& plan, const RoutedTile* tiles, int total, std::int64_t head,
+                                      std::int64_t choices) {
   std::vector<std::uint32_t> entries;
   for (std::uint32_t i = 0; i < plan.totals[total]; ++i) {
     EXPECT_LE(tiles[i].count, static_cast<std::uint32_t>(kTileRows));
@@ -76,9 +76,9 @@ TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
       ASSERT_EQ(found, wanted) << "head " << head << ", block " << block;
       all.insert(all.end(), found.begin(), found.end());
     }
-    std::vector<std::uint32_t> worked = listed(plan, plan.full, Plan::kFull, head, choices);
+    std::vector<std::uint32_t> worked = entries_of(plan, plan.full, Plan::kFull, head, choices);
     EXPECT_EQ(worked.size() % kTileRows, 0U);
-    const std::vector<std::uint32_t> rest = listed(plan, plan.partial, Plan::kPartial, head, choices);
+    const std::vector<std::uint32_t> rest = entries_of(plan, plan.partial, Plan::kPartial, head, choices);
     worked.insert(worked.end(), rest.begin(), rest.end());
     std::sort(worked.begin(), worked.end());
     std::sort(all.begin(), all.end());

@@ -29,15 +29,15 @@ MOBA_DEVICE void fence_proxy_async() {
 }
 MOBA_DEVICE void tma_load_3d(std::byte* to, const TensorMap& map, int column, int head, int token,
                              Mbarrier* barrier) {
-  constexpr int kPieces = TensorMap::kColumns / 8;
+  constexpr int kVecs = TensorMap::kColumns / 8;
   const auto land = [=, &map] {
-    for (int i = 0; i < map.rows * kPieces; ++i) {
-      const int row = i / kPieces, piece = i % kPieces;
-      std::byte* at = to + row * 128 + (piece ^ row % 8) * 16;
+    for (int i = 0; i < map.rows * kVecs; ++i) {
+      const int row = i / kVecs, vec = i % kVecs;
+      std::byte* at = to + row * 128 + (vec ^ row % 8) * 16;
       if (!emulation::check_fenced(at)) return;
       const bool exists = token + row < map.sizes[0];
       const std::byte* from =
-          map.data + (token + row) * map.strides[0] + head * map.strides[1] + 2 * (column + 8 * piece);
+          map.data + (token + row) * map.strides[0] + head * map.strides[1] + 2 * (column + 8 * vec);
       std::memset(at, 0, 16);
       if (exists) std::memcpy(at, from, 16);
     }
