@@ -16,8 +16,8 @@ std::shared_ptr<void> guard_device(std::int32_t device) {
   return std::make_shared<torch::stable::accelerator::DeviceGuard>(device);
 }
 
-/// This function of torch's stable ABI exists in CUDA builds of torch alone, so it is looked up when the first
-/// CUDA tensor arrives.
+/// This function of torch's stable ABI exists in CUDA builds of torch alone, so it is looked up when the
+/// first CUDA tensor arrives.
 void* current_stream(const std::string& function, std::int32_t device) {
   using GetStream = AOTITorchError (*)(std::int32_t, void**);
   static const GetStream get_stream = [] {
