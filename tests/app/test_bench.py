@@ -60,7 +60,7 @@ def module(name, path):
 
 
 def pairs(tokens, block_size, top_k):
-    """How many (query, key) pairs causal MoBA computes."""
+    """Counts the (query, key) pairs that causal MoBA computes."""
     own = [p // block_size for p in range(tokens)]
     return sum(min(top_k - 1, c) * block_size + p + 1 - c * block_size for p, c in enumerate(own))
 
@@ -334,7 +334,7 @@ def tiny_row():
 
 
 @pytest.fixture
-def stand(tmp_path, monkeypatch, tiny_row):
+def bench_run(tmp_path, monkeypatch, tiny_row):
     """The standing set over two groups of one call each, by a program that prints a row and keeps a list of its calls."""
     run = module("run", ROOT / "benchmarks" / "run.py")
     monkeypatch.setattr(
@@ -348,7 +348,7 @@ def stand(tmp_path, monkeypatch, tiny_row):
     monkeypatch.setattr(run, "plot_time", lambda *_: None)
     monkeypatch.setattr(run, "plot_peak", lambda *_: None)
 
-    class Stand:
+    class BenchRun:
         path, log, refused = tmp_path / "day.json", tmp_path / "log", tmp_path / "refused"
 
         def __call__(self, *flags):
@@ -367,7 +367,7 @@ def stand(tmp_path, monkeypatch, tiny_row):
             )
 
         def calls(self):
-            """Whether each call so far was for two heads, then forgets them."""
+            """Returns whether each call so far was for two heads, and forgets them."""
             found = (
                 [json.loads(line) for line in self.log.read_text().splitlines()]
                 if self.log.exists()
@@ -379,7 +379,7 @@ def stand(tmp_path, monkeypatch, tiny_row):
         def report(self):
             return json.loads(self.path.read_text())
 
-    result = Stand()
+    result = BenchRun()
     (tmp_path / "moba").write_text(f"""#!{sys.executable}
 import json, os, sys
 with open({str(result.log)!r}, "a") as log:
@@ -394,13 +394,13 @@ print(json.dumps([{tiny_row!r}]))
     return result
 
 
-def test_results_are_written_after_every_call(stand):
-    assert stand() == 0 and stand.calls() == [False, True]
-    report = stand.report()
+def test_results_are_written_after_every_call(bench_run):
+    assert bench_run() == 0 and bench_run.calls() == [False, True]
+    report = bench_run.report()
     assert [row["group"] for row in report["rows"]] == ["forward", "heads"]
-    assert not report["failures"] and "| 256 |" in stand.path.with_suffix(".md").read_text()
+    assert not report["failures"] and "| 256 |" in bench_run.path.with_suffix(".md").read_text()
     goals = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "targets.py", stand.path],
+        [sys.executable, ROOT / "benchmarks" / "targets.py", bench_run.path],
         capture_output=True,
         text=True,
         check=True,
@@ -408,31 +408,31 @@ def test_results_are_written_after_every_call(stand):
     assert goals.count("\n") > 40 and "not measured" in goals
 
 
-def test_a_call_made_again_replaces_its_rows(stand):
-    assert stand() == stand("--only", "heads") == 0
-    assert stand.calls() == [False, True, True]
-    assert [row["group"] for row in stand.report()["rows"]] == ["forward", "heads"]
+def test_a_call_made_again_replaces_its_rows(bench_run):
+    assert bench_run() == bench_run("--only", "heads") == 0
+    assert bench_run.calls() == [False, True, True]
+    assert [row["group"] for row in bench_run.report()["rows"]] == ["forward", "heads"]
 
 
-def test_continuing_makes_what_is_missing(stand):
-    assert stand("--only", "forward") == 0 and stand.calls() == [False]
-    assert stand("--continue") == 0 and stand.calls() == [True]
-    assert stand("--continue") == 0 and stand.calls() == []
-    assert stand("--threads", "1", "--continue") == 0 and stand.calls() == [
+def test_continuing_makes_what_is_missing(bench_run):
+    assert bench_run("--only", "forward") == 0 and bench_run.calls() == [False]
+    assert bench_run("--continue") == 0 and bench_run.calls() == [True]
+    assert bench_run("--continue") == 0 and bench_run.calls() == []
+    assert bench_run("--threads", "1", "--continue") == 0 and bench_run.calls() == [
         False,
         True,
     ]  # other rows than those of two
-    assert len(stand.report()["rows"]) == 2
+    assert len(bench_run.report()["rows"]) == 2
 
 
-def test_what_failed_is_said_and_made_again(stand):
-    stand.refused.touch()
-    assert stand() == 1 and stand.calls() == [False, True]
-    assert [f["message"] for f in stand.report()["failures"]] == ["out of memory"] * 2
-    assert "out of memory" in stand.path.with_suffix(".md").read_text()
-    stand.refused.unlink()
-    assert stand("--continue") == 0 and stand.calls() == [False, True]
-    assert not stand.report()["failures"]
+def test_failed_calls_are_reported_and_repeated(bench_run):
+    bench_run.refused.touch()
+    assert bench_run() == 1 and bench_run.calls() == [False, True]
+    assert [f["message"] for f in bench_run.report()["failures"]] == ["out of memory"] * 2
+    assert "out of memory" in bench_run.path.with_suffix(".md").read_text()
+    bench_run.refused.unlink()
+    assert bench_run("--continue") == 0 and bench_run.calls() == [False, True]
+    assert not bench_run.report()["failures"]
 
 
 def test_a_slow_peer_is_extrapolated_from_its_own_shorter_runs(tmp_path):

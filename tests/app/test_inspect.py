@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 ROOT = Path(__file__).resolve().parents[2]
 MOBA = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")).resolve() / "moba"
 LAYERS, HEADS, KV_HEADS, BLOCK, TOP_K = 2, 4, 2, 16, 4
-# What would end the script it is put into, and characters of more than one byte.
+# Text that would end the script it is put into, and characters of more than one byte.
 TEXT = "".join(
     f"Line {i}: </script><b>&amp; caf\N{LATIN SMALL LETTER E WITH ACUTE} {i * i}\n"
     for i in range(11)
@@ -103,7 +103,7 @@ def chosen(page, data):
 
 @pytest.fixture(scope="module")
 def there(model):
-    """What the package selects, [layer, head, query, block], and the gate's margins [layer, head, query]."""
+    """Returns the selection of the package, [layer, head, query, block], and the gate's margins [layer, head, query]."""
     moba_package.register_moba(moba_package.MoBAConfig(moba_chunk_size=BLOCK, moba_topk=TOP_K))
     attend, seen = ALL_ATTENTION_FUNCTIONS["moba"], []
 

@@ -1,4 +1,4 @@
-"""Where the tests of the model runner find what they run and read."""
+"""The programs and files that the tests of the model runner use."""
 
 import os
 import subprocess

@@ -41,7 +41,7 @@ def byte_model(tmp_path_factory):
 
 
 def byte_characters():
-    """What stands for byte i in a byte-level vocabulary."""
+    """Returns the character of byte i in a byte-level vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
@@ -139,9 +139,11 @@ def check_losses(report, losses):
     assert report["trailing"]["loss"] == pytest.approx(tails.double().mean().item(), rel=1e-5)
     assert report["trailing"]["tokens"] == 72
     for part, of_sequences in ((report, losses), (report["trailing"], tails.split(24))):
-        told = sorted((sequence["loss"], sequence["tokens"]) for sequence in part["by_sequence"])
+        reported = sorted(
+            (sequence["loss"], sequence["tokens"]) for sequence in part["by_sequence"]
+        )
         expected = sorted((s.double().mean().item(), len(s)) for s in of_sequences)
-        assert told == [(pytest.approx(loss, rel=1e-5), tokens) for loss, tokens in expected]
+        assert reported == [(pytest.approx(loss, rel=1e-5), tokens) for loss, tokens in expected]
     for i, bucket in enumerate(report["positions"]):
         assert [bucket["from"], bucket["to"]] == [24 * i, 24 * i + 24]
         inside = torch.cat([sequence[max(24 * i - 1, 0) : 24 * i + 23] for sequence in losses])
@@ -374,7 +376,7 @@ def test_needle_repeats(moba, byte_model, haystack):
 
 
 def test_what_is_read_again_in_part_gives_the_same_answers(moba, byte_model, haystack):
-    """Of three depths the later ones begin as the ones before; alone each is read as a whole."""
+    """Checks that depths that share a prefix give the results of each depth alone."""
 
     def answers(depths):
         report = needle(

@@ -445,7 +445,7 @@ LIMIT = 1 << 30
 
 
 def limit_memory():
-    """Of what a process allocates; what it maps from files does not count."""
+    """Limits the memory that a process allocates; mapped files do not count."""
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
 
 

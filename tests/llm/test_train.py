@@ -307,7 +307,7 @@ def log_of(folder):
 
 
 def exact(log):
-    """What may not differ by a bit."""
+    """Returns the fields that must be bit-identical."""
     return [(line["step"], line["loss"], line["grad_norm"]) for line in log]
 
 
