@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "llm/formats/layer.h"
+
 namespace moba::llm {
 namespace {
 
@@ -12,9 +14,9 @@ constexpr std::string_view kLayers = "model.layers.";
 
 /// Names without ".weight" or ".bias"; those of layers without their number.
 constexpr std::pair<std::string_view, std::string_view> kNames[] = {
-    {"model.embed_tokens", "token_embd"},
-    {"model.norm", "output_norm"},
-    {"lm_head", "output"},
+    {kEmbeddingName, "token_embd"},
+    {kFinalNormName, "output_norm"},
+    {kHeadName, "output"},
     {"input_layernorm", "attn_norm"},
     {"post_attention_layernorm", "ffn_norm"},
     {"self_attn.q_proj", "attn_q"},
@@ -28,36 +30,31 @@ constexpr std::pair<std::string_view, std::string_view> kNames[] = {
     {"mlp.down_proj", "ffn_down"},
 };
 
-void visit_layer(const ModelConfig& config, const std::string& layer, const VisitTensor& visit) {
-  const std::int64_t hidden = config.hidden, intermediate = config.intermediate;
-  const std::int64_t q = config.heads * config.head_dim, kv = config.kv_heads * config.head_dim;
-  const auto linear = [&](const char* name, std::int64_t outputs, std::int64_t inputs, bool has_bias) {
-    visit(layer + name + ".weight", {outputs, inputs});
-    if (has_bias) visit(layer + name + ".bias", {outputs});
+void visit_layer(const ModelConfig& config, const std::string& prefix, const VisitTensor& visit) {
+  const LayerShape layer = layer_shape(config);
+  const auto norm = [&](const NormShape& shape) { visit(prefix + shape.name + ".weight", {shape.size}); };
+  const auto linears = [&](const std::vector<LinearShape>& group) {
+    for (const LinearShape& linear : group) {
+      visit(prefix + linear.name + ".weight", {linear.outputs, linear.inputs});
+      if (linear.has_bias) visit(prefix + linear.name + ".bias", {linear.outputs});
+    }
   };
-  visit(layer + "input_layernorm.weight", {hidden});
-  linear("self_attn.q_proj", q, hidden, config.qkv_bias);
-  linear("self_attn.k_proj", kv, hidden, config.qkv_bias);
-  linear("self_attn.v_proj", kv, hidden, config.qkv_bias);
-  linear("self_attn.o_proj", hidden, q, config.output_bias);
-  if (config.qk_norm) {
-    visit(layer + "self_attn.q_norm.weight", {config.head_dim});
-    visit(layer + "self_attn.k_norm.weight", {config.head_dim});
-  }
-  visit(layer + "post_attention_layernorm.weight", {hidden});
-  linear("mlp.gate_proj", intermediate, hidden, config.mlp_bias);
-  linear("mlp.up_proj", intermediate, hidden, config.mlp_bias);
-  linear("mlp.down_proj", hidden, intermediate, config.mlp_bias);
+  norm(layer.attention_norm);
+  linears(layer.qkv);
+  linears(layer.output);
+  for (const NormShape& shape : layer.qk_norms) norm(shape);
+  norm(layer.mlp_norm);
+  linears(layer.gate_up);
+  linears(layer.down);
 }
 
 }  // namespace
 
 void for_each_tensor(const ModelConfig& config, const VisitTensor& visit) {
-  visit("model.embed_tokens.weight", {config.vocab, config.hidden});
-  for (std::int64_t i = 0; i < config.layers; ++i)
-    visit_layer(config, fmt::format("{}{}.", kLayers, i), visit);
-  visit("model.norm.weight", {config.hidden});
-  if (!config.tied_embeddings) visit("lm_head.weight", {config.vocab, config.hidden});
+  visit(fmt::format("{}.weight", kEmbeddingName), {config.vocab, config.hidden});
+  for (std::int64_t i = 0; i < config.layers; ++i) visit_layer(config, layer_prefix(i), visit);
+  visit(fmt::format("{}.weight", kFinalNormName), {config.hidden});
+  if (!config.tied_embeddings) visit(fmt::format("{}.weight", kHeadName), {config.vocab, config.hidden});
 }
 
 std::string gguf_name(std::string_view name) {

@@ -9,7 +9,7 @@ namespace moba::llm {
 /// out = x / rms(x) * weight, row by row: `x` and `out` [n, H] in the working dtype, `weight` [H] in f32.
 void rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, const at::Tensor& out);
 
-/// How the heads of one layer are made ready for attention.
+/// The shape of the heads of one layer, and the epsilon of their norms.
 struct HeadsShape {
   std::int64_t q_heads, kv_heads, head_dim;
   double eps;

@@ -23,7 +23,7 @@ void release_pages(const StoredTensor& tensor) {
   madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 }
 
-std::int64_t rows_of(std::initializer_list<Loader::Part> parts) {
+std::int64_t rows_of(const std::vector<Loader::Part>& parts) {
   std::int64_t rows = 0;
   for (const Loader::Part& part : parts) rows += part.rows;
   return rows;
@@ -51,7 +51,7 @@ void Loader::read_rows(const std::string& name, const at::Tensor& rows) const {
   release_pages(tensor);
 }
 
-at::Tensor Loader::matrix(std::initializer_list<Part> parts, std::int64_t columns) const {
+at::Tensor Loader::matrix(const std::vector<Part>& parts, std::int64_t columns) const {
   at::Tensor matrix = at::empty({rows_of(parts), columns}, dtype_);
   std::int64_t row = 0;
   for (const Part& part : parts) {
@@ -70,7 +70,7 @@ void Loader::read_vector(const std::string& name, const at::Tensor& out) const {
   out.copy_(at::from_blob(ordered.data(), {out.size(0)}, at::kFloat));
 }
 
-at::Tensor Loader::bias(std::initializer_list<Part> parts) const {
+at::Tensor Loader::bias(const std::vector<Part>& parts) const {
   at::Tensor bias = at::empty({rows_of(parts)}, dtype_);
   std::int64_t row = 0;
   for (const Part& part : parts) {

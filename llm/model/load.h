@@ -2,8 +2,8 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <initializer_list>
 #include <string>
+#include <vector>
 
 #include "llm/formats/weights.h"
 
@@ -20,9 +20,9 @@ class Loader {
     std::int64_t rows;
   };
   /// Matrices below one another, [sum of rows, columns]: one product instead of several.
-  at::Tensor matrix(std::initializer_list<Part> parts, std::int64_t columns) const;
+  at::Tensor matrix(const std::vector<Part>& parts, std::int64_t columns) const;
   /// Vectors after one another, in the working dtype.
-  at::Tensor bias(std::initializer_list<Part> parts) const;
+  at::Tensor bias(const std::vector<Part>& parts) const;
   /// A vector in f32.
   at::Tensor norm(const std::string& name, std::int64_t size) const;
 

@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "llm/error.h"
+#include "llm/formats/layer.h"
 #include "llm/model/elementwise.h"
 #include "llm/model/load.h"
 #include "llm/model/rope.h"
@@ -61,36 +62,32 @@ struct Layer {
   Linear down;                          // intermediate -> hidden
 };
 
-Layer load_layer(const Loader& load, const ModelConfig& config, std::int64_t index) {
-  const std::string prefix = fmt::format("model.layers.{}.", index);
-  const std::string attention = prefix + "self_attn.", mlp = prefix + "mlp.";
-  const std::int64_t q = config.heads * config.head_dim, kv = config.kv_heads * config.head_dim;
-  const std::int64_t hidden = config.hidden, intermediate = config.intermediate;
+Linear load_linear(const Loader& load, const std::string& prefix, const std::vector<LinearShape>& group) {
+  std::vector<Loader::Part> weights, biases;
+  for (const LinearShape& linear : group) {
+    weights.push_back({prefix + linear.name + ".weight", linear.outputs});
+    if (linear.has_bias) biases.push_back({prefix + linear.name + ".bias", linear.outputs});
+  }
+  return {load.matrix(weights, group.front().inputs), biases.empty() ? at::Tensor() : load.bias(biases)};
+}
 
+at::Tensor load_norm(const Loader& load, const std::string& prefix, const NormShape& norm) {
+  return load.norm(prefix + norm.name + ".weight", norm.size);
+}
+
+Layer load_layer(const Loader& load, const ModelConfig& config, std::int64_t index) {
+  const std::string prefix = layer_prefix(index);
+  const LayerShape shape = layer_shape(config);
   Layer layer;
-  layer.attention_norm = load.norm(prefix + "input_layernorm.weight", hidden);
-  layer.mlp_norm = load.norm(prefix + "post_attention_layernorm.weight", hidden);
-  layer.qkv.weight = load.matrix({{attention + "q_proj.weight", q},
-                                  {attention + "k_proj.weight", kv},
-                                  {attention + "v_proj.weight", kv}},
-                                 hidden);
-  layer.output.weight = load.matrix({{attention + "o_proj.weight", hidden}}, q);
-  layer.gate_up.weight =
-      load.matrix({{mlp + "gate_proj.weight", intermediate}, {mlp + "up_proj.weight", intermediate}}, hidden);
-  layer.down.weight = load.matrix({{mlp + "down_proj.weight", hidden}}, intermediate);
-  if (config.qkv_bias) {
-    layer.qkv.bias = load.bias(
-        {{attention + "q_proj.bias", q}, {attention + "k_proj.bias", kv}, {attention + "v_proj.bias", kv}});
-  }
-  if (config.output_bias) layer.output.bias = load.bias({{attention + "o_proj.bias", hidden}});
-  if (config.mlp_bias) {
-    layer.gate_up.bias =
-        load.bias({{mlp + "gate_proj.bias", intermediate}, {mlp + "up_proj.bias", intermediate}});
-    layer.down.bias = load.bias({{mlp + "down_proj.bias", hidden}});
-  }
-  if (config.qk_norm) {
-    layer.q_norm = load.norm(attention + "q_norm.weight", config.head_dim);
-    layer.k_norm = load.norm(attention + "k_norm.weight", config.head_dim);
+  layer.attention_norm = load_norm(load, prefix, shape.attention_norm);
+  layer.mlp_norm = load_norm(load, prefix, shape.mlp_norm);
+  layer.qkv = load_linear(load, prefix, shape.qkv);
+  layer.output = load_linear(load, prefix, shape.output);
+  layer.gate_up = load_linear(load, prefix, shape.gate_up);
+  layer.down = load_linear(load, prefix, shape.down);
+  if (!shape.qk_norms.empty()) {
+    layer.q_norm = load_norm(load, prefix, shape.qk_norms[0]);
+    layer.k_norm = load_norm(load, prefix, shape.qk_norms[1]);
   }
   return layer;
 }
@@ -132,11 +129,12 @@ Model Model::load(const Weights& weights, DType dtype) {
   impl->config = config;
   impl->dtype = dtype;
   impl->rope = make_rope(config);
-  impl->embedding = load.matrix({{"model.embed_tokens.weight", config.vocab}}, config.hidden);
+  const LinearShape embedding{std::string(kEmbeddingName), config.vocab, config.hidden};
+  impl->embedding = load_linear(load, "", {embedding}).weight;
   for (std::int64_t i = 0; i < config.layers; ++i) impl->layers.push_back(load_layer(load, config, i));
-  impl->norm = load.norm("model.norm.weight", config.hidden);
-  impl->head.weight = config.tied_embeddings ? impl->embedding
-                                             : load.matrix({{"lm_head.weight", config.vocab}}, config.hidden);
+  impl->norm = load_norm(load, "", {std::string(kFinalNormName), config.hidden});
+  const LinearShape head{std::string(kHeadName), config.vocab, config.hidden};
+  impl->head.weight = config.tied_embeddings ? impl->embedding : load_linear(load, "", {head}).weight;
   Model model;
   model.impl_ = std::move(impl);
   return model;

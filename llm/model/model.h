@@ -19,7 +19,7 @@ namespace moba::llm {
 using AttentionFn = std::function<void(std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v,
                                        const Tensor& out)>;
 
-/// Which of the tokens just read should be answered with logits.
+/// The tokens of a forward pass whose logits are returned.
 enum class Logits : std::uint8_t { none, last, all };
 
 /// The weights of a Llama-family decoder in one working dtype, and the walk through its layers. Knows nothing

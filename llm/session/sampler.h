@@ -6,8 +6,8 @@
 
 namespace moba::llm {
 
-/// How the next token is drawn. The filters are applied in this order, before the temperature, as llama.cpp
-/// does.
+/// The settings by which the next token is drawn. The filters are applied in this order, before the
+/// temperature, as llama.cpp does.
 struct Sampling {
   /// 0: the likeliest token, always.
   double temperature = 0;

@@ -3,28 +3,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <utility>
 
 #include "llm/error.h"
+#include "llm/stopwatch.h"
 
 namespace moba::llm {
-namespace {
-
-class Stopwatch {
- public:
-  explicit Stopwatch(double& seconds) : seconds_(seconds) {}
-  ~Stopwatch() { seconds_ += std::chrono::duration<double>(Clock::now() - start_).count(); }
-  Stopwatch(const Stopwatch&) = delete;
-  Stopwatch& operator=(const Stopwatch&) = delete;
-
- private:
-  using Clock = std::chrono::steady_clock;
-  double& seconds_;
-  Clock::time_point start_ = Clock::now();
-};
-
-}  // namespace
 
 std::string_view name_of(AttentionMode mode) {
   switch (mode) {
@@ -77,7 +61,7 @@ std::vector<float> Session::read(std::span<const std::int32_t> tokens, const Ste
   const auto attend = [&](std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v,
                           const Tensor& out) {
     {
-      const Stopwatch stopwatch(step.attention_seconds);
+      const ScopedTimer timer(step.attention_seconds);
       KvCache& cache = caches_[static_cast<std::size_t>(layer)];
       cache.append(k, v);
       const Routing layer_routing = routing(step.mode, layer);

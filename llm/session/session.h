@@ -19,7 +19,7 @@ enum class AttentionMode : std::uint8_t {
 };
 std::string_view name_of(AttentionMode mode);
 
-/// How a session reads a prompt and what it writes after it.
+/// The attention of a session in prefill and decode.
 struct SessionSettings {
   AttentionMode prefill = AttentionMode::full;
   /// full or moba.

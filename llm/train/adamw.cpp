@@ -40,11 +40,11 @@ void AdamW::update(std::int64_t step, double learning_rate) {
   update_part(matrices, parameters_.values.size() - matrices, 0);
 }
 
-double clip(const Parameters& parameters, double most) {
+double clip(const Parameters& parameters, double max_norm) {
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
   at::Tensor gradients = tensor_of(parameters.gradients);
   const double norm = at::linalg_vector_norm(gradients, 2).item<double>();
-  if (most > 0 && norm > most) gradients.mul_(most / (norm + 1e-6));  // PyTorch's guard
+  if (max_norm > 0 && norm > max_norm) gradients.mul_(max_norm / (norm + 1e-6));  // PyTorch's guard
   return norm;
 }
 

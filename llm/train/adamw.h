@@ -30,8 +30,9 @@ class AdamW {
   std::vector<float> means_, squares_;
 };
 
-/// Euclidean norm of all gradients; where it is above `most`, they are scaled down to that. 0: any norm goes.
-double clip(const Parameters& parameters, double most);
+/// Euclidean norm of all gradients; where it is above `max_norm`, they are scaled down to that. 0: any norm
+/// goes.
+double clip(const Parameters& parameters, double max_norm);
 
 void clear_gradients(const Parameters& parameters);
 

@@ -139,11 +139,11 @@ void build(const std::vector<TextFile>& sources, const nlohmann::json& key, cons
   fs::remove_all(half_done);
   fs::create_directories(half_done);
   ShardWriter writer(half_done, tokens);
-  std::int64_t left_out = 0, told = 0;
+  std::int64_t left_out = 0, logged = 0;
   for (const TextFile& source : sources) {
     if (!add_file(source, writer)) ++left_out;
-    if (writer.total() - told >= kLogBytes) {
-      told = writer.total();
+    if (writer.total() - logged >= kLogBytes) {
+      logged = writer.total();
       log(fmt::format("tokenised {} Mi tokens", told >> 20));
     }
   }

@@ -120,17 +120,17 @@ MOBA_CLONES void sum_rows(const float* x, const float* y, std::int64_t width, fl
 }
 
 MOBA_CLONES float largest(const float* x, std::int64_t width) {
-  float most = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : most)
-  for (std::int64_t i = 0; i < width; ++i) most = x[i] > most ? x[i] : most;
-  return most;
+  float max_logit = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : max_logit)
+  for (std::int64_t i = 0; i < width; ++i) max_logit = x[i] > max_logit ? x[i] : max_logit;
+  return max_logit;
 }
 
-MOBA_CLONES float exponentials(float* x, std::int64_t width, float most) {
+MOBA_CLONES float exponentials(float* x, std::int64_t width, float max_logit) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (std::int64_t i = 0; i < width; ++i) {
-    x[i] = exponential(x[i] - most);
+    x[i] = exponential(x[i] - max_logit);
     sum += x[i];
   }
   return sum;
@@ -361,9 +361,9 @@ void cross_entropy(const at::Tensor& logits, std::span<const std::int32_t> targe
           loss = 0;
           std::fill_n(x, width, 0.0f);
         } else {
-          const float most = largest(x, width), wanted = x[target];
-          const float sum = exponentials(x, width, most);
-          loss = std::log(sum) - (wanted - most);
+          const float max_logit = largest(x, width), wanted = x[target];
+          const float sum = exponentials(x, width, max_logit);
+          loss = std::log(sum) - (wanted - max_logit);
           scale_row(x, width, scale / sum);
           x[target] -= scale;
         }

@@ -5,10 +5,11 @@
 #include <cstdint>
 #include <span>
 
-// What a training step does between its matrix products, forward and backward, each in one pass over memory.
-// `n` tokens, `H` hidden, `I` intermediate, `V` vocabulary. The residual stream, its gradient, norms' weights
-// and all gradients of parameters are f32; what matrix products read and write is in the working dtype, f32
-// or bf16. Sums over tokens are taken in an order that does not depend on the number of threads.
+// The element-wise part of a training step between its matrix products, forward and backward, each in one
+// pass over memory. `n` tokens, `H` hidden, `I` intermediate, `V` vocabulary. The residual stream, its
+// gradient, norms' weights and all gradients of parameters are f32; what matrix products read and write is in
+// the working dtype, f32 or bf16. Sums over tokens are taken in an order that does not depend on the number
+// of threads.
 namespace moba::llm::train {
 
 /// out = x / rms(x) * weight: `x` [n, H] f32, `out` [n, H] in the working dtype.

@@ -30,15 +30,4 @@ Layout layout_of(const ModelConfig& config) {
   return layout;
 }
 
-std::vector<LinearShape> linears_of(const ModelConfig& config) {
-  const std::int64_t q = config.heads * config.head_dim, kv = config.kv_heads * config.head_dim;
-  return {{"self_attn.q_proj", q, config.hidden},
-          {"self_attn.k_proj", kv, config.hidden},
-          {"self_attn.v_proj", kv, config.hidden},
-          {"self_attn.o_proj", config.hidden, q},
-          {"mlp.gate_proj", config.intermediate, config.hidden},
-          {"mlp.up_proj", config.intermediate, config.hidden},
-          {"mlp.down_proj", config.hidden, config.intermediate}};
-}
-
 }  // namespace moba::llm::train

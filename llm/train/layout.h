@@ -38,11 +38,4 @@ class Layout {
 /// Every tensor of a model of this shape, under its Hugging Face name.
 Layout layout_of(const ModelConfig& config);
 
-/// One of the linear layers of a decoder layer, as PEFT names it ("self_attn.q_proj").
-struct LinearShape {
-  std::string name;
-  std::int64_t outputs, inputs;
-};
-std::vector<LinearShape> linears_of(const ModelConfig& config);
-
 }  // namespace moba::llm::train

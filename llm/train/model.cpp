@@ -11,14 +11,15 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <initializer_list>
 #include <random>
 #include <utility>
 
+#include "llm/formats/layer.h"
 #include "llm/model/elementwise.h"
 #include "llm/model/rope.h"
+#include "llm/stopwatch.h"
 #include "llm/train/elementwise.h"
 
 namespace moba::llm::train {
@@ -130,7 +131,7 @@ double bytes_needed(const ModelConfig& config, const ModelSettings& settings) {
       (settings.recompute ? 1 : number(config.layers)) *
       (wide * number(static_cast<std::int64_t>(size_of(settings.dtype))) + 4 * number(config.hidden));
   const double streams = 4 * number(config.layers) * number(config.hidden);
-  return (settings.lora ? 4 : 16) * parameters + number(settings.most_tokens) * (kept + streams);
+  return (settings.lora ? 4 : 16) * parameters + number(settings.max_tokens) * (kept + streams);
 }
 
 struct Model::Impl {
@@ -162,8 +163,8 @@ struct Model::Impl {
   bool trains_all() const { return !settings.lora; }
 
   static at::Tensor part(const at::Tensor& flat, const Layout& of, const std::string& name);
-  Norm norm_of(const std::string& name) const;
-  Linear linear_of(const std::string& prefix, std::initializer_list<const char*> names, bool has_bias);
+  Norm norm_of(const std::string& prefix, const NormShape& shape) const;
+  Linear linear_of(const std::string& prefix, const std::vector<LinearShape>& group);
   void bind();
   void allocate();
   void refresh();
@@ -199,7 +200,7 @@ Model::Impl::Impl(const ModelConfig& shape, const ModelSettings& with)
         const std::string last = linear.name.substr(linear.name.find('.') + 1);
         const auto& targets = settings.lora->targets;
         if (std::find(targets.begin(), targets.end(), last) == targets.end()) continue;
-        const std::string name = fmt::format("model.layers.{}.{}", l, linear.name);
+        const std::string name = layer_prefix(l) + linear.name;
         adapter_layout.add(name + ".lora_A.weight", {settings.lora->rank, linear.inputs});
         adapter_layout.add(name + ".lora_B.weight", {linear.outputs, settings.lora->rank});
       }
@@ -216,12 +217,12 @@ at::Tensor Model::Impl::part(const at::Tensor& flat, const Layout& of, const std
   return flat.narrow(0, entry.offset, entry.count).view(entry.shape);
 }
 
-Norm Model::Impl::norm_of(const std::string& name) const {
+Norm Model::Impl::norm_of(const std::string& prefix, const NormShape& shape) const {
+  const std::string name = prefix + shape.name + ".weight";
   return {part(values, layout, name), trains_all() ? part(gradients, layout, name) : at::Tensor()};
 }
 
-Linear Model::Impl::linear_of(const std::string& prefix, std::initializer_list<const char*> names,
-                              bool has_bias) {
+Linear Model::Impl::linear_of(const std::string& prefix, const std::vector<LinearShape>& group) {
   Linear linear;
   std::int64_t row = 0;
   const auto merge = [](const at::Tensor& above, const at::Tensor& below) {
@@ -231,15 +232,16 @@ Linear Model::Impl::linear_of(const std::string& prefix, std::initializer_list<c
     sizes[0] += above.size(0);
     return above.as_strided(sizes, above.strides());
   };
-  for (const char* name : names) {
-    const std::string weight = prefix + name + ".weight", bias = prefix + name + ".bias";
+  for (const LinearShape& shape : group) {
+    const std::string name = prefix + shape.name;
+    const std::string weight = name + ".weight", bias = name + ".bias";
     linear.weight = merge(linear.weight, part(working, layout, weight));
     if (trains_all()) linear.d_weight = merge(linear.d_weight, part(gradients, layout, weight));
-    if (has_bias) {
+    if (shape.has_bias) {
       linear.bias = merge(linear.bias, part(working, layout, bias));
       if (trains_all()) linear.d_bias = merge(linear.d_bias, part(gradients, layout, bias));
     }
-    const std::string a = prefix + name + ".lora_A.weight", b = prefix + name + ".lora_B.weight";
+    const std::string a = name + ".lora_A.weight", b = name + ".lora_B.weight";
     const auto& entries = adapter_layout.entries();
     if (std::any_of(entries.begin(), entries.end(), [&](const auto& entry) { return entry.name == a; })) {
       linear.adapters.push_back({row, settings.lora->scale(), part(working_adapters, adapter_layout, a),
@@ -247,7 +249,7 @@ Linear Model::Impl::linear_of(const std::string& prefix, std::initializer_list<c
                                  part(adapter_gradients, adapter_layout, a),
                                  part(adapter_gradients, adapter_layout, b)});
     }
-    row += layout.at(weight).shape[0];
+    row += shape.outputs;
   }
   return linear;
 }
@@ -259,29 +261,32 @@ void Model::Impl::bind() {
   if (settings.lora)
     working_adapters = is_f32 ? adapters : at::empty({adapter_layout.size()}, working_type());
 
-  embedding = part(values, layout, "model.embed_tokens.weight");
-  if (trains_all()) d_embedding = part(gradients, layout, "model.embed_tokens.weight");
+  const LinearShape token_embedding{std::string(kEmbeddingName), config.vocab, config.hidden};
+  const std::string embedding_name = token_embedding.name + ".weight";
+  embedding = part(values, layout, embedding_name);
+  if (trains_all()) d_embedding = part(gradients, layout, embedding_name);
+  const LayerShape shape = layer_shape(config);
   for (std::int64_t l = 0; l < config.layers; ++l) {
-    const std::string prefix = fmt::format("model.layers.{}.", l);
+    const std::string prefix = layer_prefix(l);
     Layer& layer = layers.emplace_back();
-    layer.attention_norm = norm_of(prefix + "input_layernorm.weight");
-    layer.mlp_norm = norm_of(prefix + "post_attention_layernorm.weight");
-    if (config.qk_norm) {
-      layer.q_norm = norm_of(prefix + "self_attn.q_norm.weight");
-      layer.k_norm = norm_of(prefix + "self_attn.k_norm.weight");
+    layer.attention_norm = norm_of(prefix, shape.attention_norm);
+    layer.mlp_norm = norm_of(prefix, shape.mlp_norm);
+    if (!shape.qk_norms.empty()) {
+      layer.q_norm = norm_of(prefix, shape.qk_norms[0]);
+      layer.k_norm = norm_of(prefix, shape.qk_norms[1]);
     }
-    layer.qkv =
-        linear_of(prefix, {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, config.qkv_bias);
-    layer.output = linear_of(prefix, {"self_attn.o_proj"}, config.output_bias);
-    layer.gate_up = linear_of(prefix, {"mlp.gate_proj", "mlp.up_proj"}, config.mlp_bias);
-    layer.down = linear_of(prefix, {"mlp.down_proj"}, config.mlp_bias);
+    layer.qkv = linear_of(prefix, shape.qkv);
+    layer.output = linear_of(prefix, shape.output);
+    layer.gate_up = linear_of(prefix, shape.gate_up);
+    layer.down = linear_of(prefix, shape.down);
   }
-  norm = norm_of("model.norm.weight");
-  head = linear_of("", {config.tied_embeddings ? "model.embed_tokens" : "lm_head"}, false);
+  norm = norm_of("", {std::string(kFinalNormName), config.hidden});
+  const LinearShape untied_head{std::string(kHeadName), config.vocab, config.hidden};
+  head = linear_of("", {config.tied_embeddings ? token_embedding : untied_head});
 }
 
 void Model::Impl::allocate() {
-  const std::int64_t n = settings.most_tokens, width = config.hidden;
+  const std::int64_t n = settings.max_tokens, width = config.hidden;
   const std::int64_t q = config.heads * config.head_dim, kv = config.kv_heads * config.head_dim;
   const auto f32 = [](std::initializer_list<std::int64_t> sizes) { return at::empty(sizes, at::kFloat); };
   const auto work = [&](std::initializer_list<std::int64_t> sizes) {
@@ -347,7 +352,7 @@ void Model::Impl::start(const Batch& batch) {
 }
 
 void Model::Impl::attend(const Batch& batch, const Routing& routing, Saved& kept) {
-  const auto begin = std::chrono::steady_clock::now();
+  const ScopedTimer timer(attention_seconds);
   const Sequences sequences{batch.cu_seqlens, batch.cu_seqlens};
   if (!is_dense(routing)) {
     const std::int64_t chosen = config.heads * batch.size() * selection_width(sequences, routing);
@@ -363,11 +368,10 @@ void Model::Impl::attend(const Batch& batch, const Routing& routing, Saved& kept
              .lse = kept.lse.mutable_data_ptr<float>(),
              .selection = is_dense(routing) ? nullptr : kept.selection.mutable_data_ptr<std::int32_t>()},
             execution);
-  attention_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
 void Model::Impl::attend_backward(const Batch& batch, const Routing& routing, const Saved& kept) {
-  const auto begin = std::chrono::steady_clock::now();
+  const ScopedTimer timer(attention_seconds);
   const Sequences sequences{batch.cu_seqlens, batch.cu_seqlens};
   Execution execution;
   execution.parallel = parallel;
@@ -383,7 +387,6 @@ void Model::Impl::attend_backward(const Batch& batch, const Routing& routing, co
       {heads_of(gradient, 0, config.heads), heads_of(gradient, k, config.kv_heads),
        heads_of(gradient, v, config.kv_heads)},
       execution);
-  attention_seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
 }
 
 /// out = x + linear(input).

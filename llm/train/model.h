@@ -35,7 +35,7 @@ struct ModelSettings {
   bool recompute = false;
   int threads = 1;
   /// Most tokens of a batch; memory is taken for them once.
-  std::int64_t most_tokens = 0;
+  std::int64_t max_tokens = 0;
   std::optional<LoraSettings> lora;
 };
 
@@ -74,8 +74,8 @@ class Model {
   /// `routings[l]` says. Returns the loss of every token, 0 where its target is -1.
   std::vector<float> forward_backward(const Batch& batch, std::span<const Routing> routings, float scale);
 
-  /// Where in the forward pass of `batch` a number that is not finite turns up first ("the output of layer
-  /// 3's MLP"); empty where all are.
+  /// Finds the place in the forward pass of `batch` where a number that is not finite turns up first ("the
+  /// output of layer 3's MLP"); empty where all are.
   std::string first_non_finite(const Batch& batch, std::span<const Routing> routings);
 
   /// Spent inside attention so far, forward and backward.

@@ -19,7 +19,7 @@ struct PackingSettings {
   std::uint64_t seed = 0;
 };
 
-/// How far through the data a run has come.
+/// The position of a run in its data.
 struct DataPosition {
   std::int64_t epoch = 0, batch = 0;
 };

@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -22,6 +21,7 @@
 #include "llm/formats/write_config.h"
 #include "llm/formats/write_safetensors.h"
 #include "llm/memory.h"
+#include "llm/stopwatch.h"
 #include "llm/train/checkpoint.h"
 #include "llm/train/corpus.h"
 #include "llm/train/packing.h"
@@ -236,7 +236,7 @@ ModelConfig Run::Impl::config_of_run(const Log& log) const {
 
 ModelSettings Run::Impl::model_settings() const {
   ModelSettings computing = settings.computing;
-  computing.most_tokens = packing_settings().batch_tokens;
+  computing.max_tokens = packing_settings().batch_tokens;
   return computing;
 }
 
@@ -405,11 +405,7 @@ void Run::Impl::fail_at_step(double loss, const std::vector<Batch>& batches,
 }
 
 StepRecord Run::Impl::do_step() {
-  using Clock = std::chrono::steady_clock;
-  const Clock::time_point begin = Clock::now();
-  const auto seconds_since = [](Clock::time_point start) {
-    return std::chrono::duration<double>(Clock::now() - start).count();
-  };
+  const Stopwatch whole;
   const double attention_before = model.attention_seconds();
   StepRecord record;
   record.epoch = position.epoch;
@@ -422,7 +418,7 @@ StepRecord Run::Impl::do_step() {
   }
   const AttentionMode attend = settings.schedule.at(step, settings.steps);
   const std::vector<Routing> routes = routings(attend);
-  const Clock::time_point computing = Clock::now();
+  const Stopwatch computing;
   const Parameters trained = model.trained();
   clear_gradients(trained);
   double loss = 0;
@@ -439,11 +435,11 @@ StepRecord Run::Impl::do_step() {
   ++step;
   optimiser.update(step, record.learning_rate);
   model.values_changed();
-  record.compute_seconds = seconds_since(computing);
+  record.compute_seconds = computing.seconds();
 
   record.step = step;
   record.attention = attend == AttentionMode::full ? "full" : "moba";
-  record.seconds = seconds_since(begin);
+  record.seconds = whole.seconds();
   record.tokens_per_second = static_cast<double>(record.tokens) / record.seconds;
   record.attention_share = (model.attention_seconds() - attention_before) / record.seconds;
   record.memory_gib = static_cast<double>(peak_rss_bytes()) / (1 << 30);

@@ -22,7 +22,7 @@ struct LearningRate {
 
 enum class AttentionMode : std::uint8_t { full, moba };
 
-/// Which attention is trained with when: shares of the run, one after the other.
+/// The attention mode of each part of a run: shares of the run, one after the other.
 class AttentionSchedule {
  public:
   struct Part {

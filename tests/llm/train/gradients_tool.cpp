@@ -45,7 +45,7 @@ int run(Flags& flags) {
       routings[static_cast<std::size_t>(layer)] = moba::Routing::full();
   }
   if (flags.lora_rank > 0) flags.computing.lora = {.rank = flags.lora_rank, .alpha = 2.0};
-  flags.computing.most_tokens = batch.size();
+  flags.computing.max_tokens = batch.size();
   train::Model model(weights.config(), flags.computing);
   model.load(weights);
   const train::Parameters trained = model.trained();
