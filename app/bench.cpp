@@ -29,7 +29,7 @@ using bench::Pass;
 using bench::Pattern;
 using llm::UsageError;
 
-constexpr std::int64_t kMostTokens = std::int64_t{1} << 30, kMostHeads = 1024, kMostDim = 256;
+constexpr std::int64_t kMaxTokens = std::int64_t{1} << 30, kMaxHeads = 1024, kMaxDim = 256;
 
 struct BenchFlags {
   std::vector<std::string> tokens{"8k"}, chunk_sizes{"512"};
@@ -40,11 +40,6 @@ struct BenchFlags {
   std::uint64_t seed = 1;
   std::string output = "table", workspace = "256m";
 };
-
-std::int64_t in_range(const char* flag, std::int64_t value, std::int64_t low, std::int64_t high) {
-  if (value >= low && value <= high) return value;
-  throw UsageError(fmt::format("{}: expected {} to {}, got {}", flag, low, high, value));
-}
 
 template <typename T>
 T word_from(const char* flag, const std::string& word, const std::vector<T>& choices) {
@@ -60,8 +55,8 @@ T word_from(const char* flag, const std::string& word, const std::vector<T>& cho
 std::vector<Choice> choices_from(const BenchFlags& flags) {
   std::vector<std::int64_t> sizes;
   for (const std::string& text : flags.chunk_sizes)
-    sizes.push_back(size_from("--chunk-size", text, kMostTokens));
-  for (const std::int64_t topk : flags.topks) in_range("--topk", topk, 0, kMostTokens);
+    sizes.push_back(size_from("--chunk-size", text, kMaxTokens));
+  for (const std::int64_t topk : flags.topks) in_range("--topk", topk, 0, kMaxTokens);
   std::vector<Choice> choices;
   const bool pairs = sizes.size() == flags.topks.size();
   for (std::size_t i = 0; i < sizes.size(); ++i) {
@@ -98,9 +93,9 @@ void check_possible(const bench::Setting& setting, const std::vector<Choice>& ch
 
 std::vector<bench::Setting> settings_from(const BenchFlags& flags) {
   bench::Setting base{.share = flags.sample};
-  base.heads = in_range("--heads", flags.heads, 1, kMostHeads);
-  base.kv_heads = in_range("--kv-heads", flags.kv_heads == 0 ? flags.heads : flags.kv_heads, 1, kMostHeads);
-  base.head_dim = in_range("--head-dim", flags.head_dim, 1, kMostDim);
+  base.heads = in_range("--heads", flags.heads, 1, kMaxHeads);
+  base.kv_heads = in_range("--kv-heads", flags.kv_heads == 0 ? flags.heads : flags.kv_heads, 1, kMaxHeads);
+  base.head_dim = in_range("--head-dim", flags.head_dim, 1, kMaxDim);
   if (base.heads % base.kv_heads != 0)
     throw UsageError(
         fmt::format("--kv-heads: expected a divisor of {} heads, got {}", base.heads, base.kv_heads));
@@ -119,7 +114,7 @@ std::vector<bench::Setting> settings_from(const BenchFlags& flags) {
               word_from<DType>("--dtype", dtype, {DType::f32, DType::bf16, DType::f16, DType::i8});
           setting.pattern = word_from<Pattern>("--routing", routing,
                                                {Pattern::independent, Pattern::clustered, Pattern::sink});
-          setting.tokens = size_from("--tokens", tokens, kMostTokens);
+          setting.tokens = size_from("--tokens", tokens, kMaxTokens);
           settings.push_back(setting);
         }
       }

@@ -46,7 +46,7 @@ void add_flags(CLI::App& command, EvalFlags& flags, const std::string& data_help
 }
 
 Subject open_subject(const EvalFlags& flags) {
-  in_range("--seed", flags.seed, std::int64_t{0}, std::numeric_limits<std::int64_t>::max());
+  in_range("--seed", flags.seed, 0, std::numeric_limits<std::int64_t>::max());
   std::vector<Variant> variants;
   for (const llm::SessionSettings& session : sessions_from(flags.session, modes_from(flags.attention)))
     variants.push_back({std::string(name_of(session.prefill)), session});

@@ -16,7 +16,7 @@
 #include "llm/model/model.h"
 #include "llm/tokenizer/tokenizer.h"
 
-// What the evaluations have in common.
+// The flags, output and set-up that the evaluations share.
 namespace moba::app {
 
 struct EvalFlags {

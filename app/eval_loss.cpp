@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <memory>
 
@@ -13,6 +12,7 @@
 #include "app/program.h"
 #include "app/progress.h"
 #include "llm/error.h"
+#include "llm/stopwatch.h"
 
 namespace moba::app {
 namespace {
@@ -26,7 +26,7 @@ using Json = nlohmann::ordered_json;
 struct LossFlags {
   EvalFlags common;
   std::string seq_len = "2k";
-  std::optional<std::string> trailing, most_tokens;
+  std::optional<std::string> trailing, max_tokens;
   std::int64_t buckets = 16;
   bool join = false;
 };
@@ -82,11 +82,10 @@ void predict(const Subject& subject, const llm::Model& model, const Sequences& s
     std::vector<std::vector<double>> losses;
     for (std::size_t w = 0; w < sessions.size(); ++w) {
       progress.name(subject.variants[w].name + ":");
-      const auto start = std::chrono::steady_clock::now();
+      const llm::Stopwatch stopwatch;
       losses.push_back(llm::eval::token_losses(sessions[w], sequence, parallel,
                                                [&](double read) { progress(done + read); }));
-      predictions[w].seconds +=
-          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      predictions[w].seconds += stopwatch.seconds();
       done += static_cast<double>(sequence.size());
     }
     for (std::size_t w = 0; w < sessions.size(); ++w) add(predictions[w].losses, positions, losses[w]);
@@ -235,11 +234,11 @@ int loss(const LossFlags& flags) {
   if (cut.seq_len < 2) throw llm::UsageError("--seq-len: expected at least 2, got 1");
   cut.join = flags.join;
   cut.seed = flags.common.seed;
-  if (flags.most_tokens)
-    cut.most_tokens =
-        size_from("--max-tokens", *flags.most_tokens, std::numeric_limits<std::int64_t>::max() / 2);
+  if (flags.max_tokens)
+    cut.max_tokens =
+        size_from("--max-tokens", *flags.max_tokens, std::numeric_limits<std::int64_t>::max() / 2);
   const Positions positions{cut.seq_len, trailing_from(flags.trailing, cut.seq_len),
-                            in_range("--buckets", flags.buckets, std::int64_t{1}, cut.seq_len)};
+                            in_range("--buckets", flags.buckets, 1, cut.seq_len)};
 
   Subject subject = open_subject(flags.common);
   for (Variant& variant : subject.variants)
@@ -274,7 +273,7 @@ CLI::App* add_eval_loss(CLI::App& parent, std::function<int()>& action) {
   command->add_option("--seq-len", flags->seq_len, "Most tokens of a sequence; 8k is 8192")
       ->capture_default_str();
   command->add_flag("--join", flags->join, "Join the documents, so that sequences are full");
-  command->add_option("--max-tokens", flags->most_tokens, "Stop after this many, such as 1m [all]");
+  command->add_option("--max-tokens", flags->max_tokens, "Stop after this many, such as 1m [all]");
   command->add_option(
       "--trailing", flags->trailing,
       "Tokens at the end of full sequences whose loss is told apart, or their share such as 0.1 "

@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <memory>
 
@@ -13,7 +12,8 @@
 #include "app/program.h"
 #include "app/progress.h"
 #include "llm/error.h"
-#include "llm/eval/reader.h"
+#include "llm/eval/greedy_generator.h"
+#include "llm/stopwatch.h"
 
 namespace moba::app {
 namespace {
@@ -102,8 +102,8 @@ NeedleSettings settings_from(const NeedleFlags& flags, const Subject& subject) {
   settings.needle = unescaped(flags.needle);
   settings.question =
       unescaped(flags.question.value_or(settings.chat ? llm::eval::kChatQuestion : llm::eval::kBareQuestion));
-  settings.digits = in_range("--digits", flags.digits, std::int64_t{1}, std::int64_t{18});
-  settings.answer_tokens = in_range("-n/--predict", flags.predict, std::int64_t{1}, std::int64_t{4096});
+  settings.digits = in_range("--digits", flags.digits, 1, 18);
+  settings.answer_tokens = in_range("-n/--predict", flags.predict, 1, 4096);
   settings.seed = flags.common.seed;
   for (const auto& [flag, text, mark] : {std::tuple("--needle-template", settings.needle, "{value}"),
                                          std::tuple("--needle-template", settings.needle, "{key}"),
@@ -129,16 +129,15 @@ void find_needles(const Subject& subject, const llm::Model& model, const Grid& g
       std::vector<NeedleCase> cases;
       for (const double depth : grid.depths) cases.push_back(maker.make(grid.lengths[l], depth, sample));
       for (std::size_t w = 0; w < subject.variants.size(); ++w) {
-        llm::eval::Reader reader(model, subject.tokenizer, subject.variants[w].session);
+        llm::eval::GreedyGenerator generator(model, subject.tokenizer, subject.variants[w].session);
         for (std::size_t d = 0; d < cases.size(); ++d) {
           progress.name(fmt::format("{}, {} at {:.0f}%:", subject.variants[w].name,
                                     size_text(grid.lengths[l]), 100 * grid.depths[d]));
-          const auto start = std::chrono::steady_clock::now();
-          const std::string answer = reader.answer(
+          const llm::Stopwatch stopwatch;
+          const std::string answer = generator.generate(
               cases[d].prompt, predict, [&](double read) { progress(done + read); },
               llm::eval::has_whole_number);
-          findings[w].seconds +=
-              std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+          findings[w].seconds += stopwatch.seconds();
           findings[w].cells[l * grid.depths.size() + d].samples.push_back(
               {cases[d].key, cases[d].value, answer, cases[d].prompt.size(),
                llm::eval::first_number(answer) == cases[d].value});
@@ -249,10 +248,9 @@ void draw(const std::string& png, const Subject& subject, const Grid& grid,
 }
 
 int needle(const NeedleFlags& flags) {
-  const Grid grid_of_flags{
-      {},
-      depths_from(in_range("--depths", flags.depths, std::int64_t{1}, std::int64_t{1000})),
-      in_range("--per-cell", flags.per_cell, std::int64_t{1}, std::int64_t{100000})};
+  const Grid grid_of_flags{{},
+                           depths_from(in_range("--depths", flags.depths, 1, 1000)),
+                           in_range("--per-cell", flags.per_cell, 1, 100000)};
   const Subject subject = open_subject(flags.common);
   const NeedleSettings settings = settings_from(flags, subject);
   Grid grid = grid_of_flags;

@@ -12,8 +12,8 @@
 #include "app/program.h"
 #include "app/progress.h"
 #include "llm/error.h"
+#include "llm/eval/greedy_generator.h"
 #include "llm/eval/prompt.h"
-#include "llm/eval/reader.h"
 
 namespace moba::app {
 namespace {
@@ -79,12 +79,12 @@ void answer_all(const Subject& subject, const llm::Model& model, const RulerMake
   ProgressLine progress("", total);
   for (Cell& cell : cells) {
     const Variant& variant = subject.variants[cell.variant];
-    llm::eval::Reader reader(model, subject.tokenizer, variant.session);
+    llm::eval::GreedyGenerator generator(model, subject.tokenizer, variant.session);
     for (std::int64_t sample = 0; sample < samples; ++sample) {
       progress.name(fmt::format("{}, {}, {}:", variant.name, cell.task, size_text(cell.length)));
       const RulerCase made = maker.make(cell.task, cell.length, sample);
-      const std::string answer = reader.answer(made.prompt, llm::eval::ruler_answer_tokens(cell.task),
-                                               [&](double read) { progress(done + read); });
+      const std::string answer = generator.generate(made.prompt, llm::eval::ruler_answer_tokens(cell.task),
+                                                    [&](double read) { progress(done + read); });
       cell.samples.push_back(
           {made.expected, answer, made.prompt.size(), llm::eval::ruler_score(answer, made.expected)});
       done += static_cast<double>(cell.length);
@@ -182,7 +182,7 @@ void draw(const std::string& png, const Subject& subject, const std::vector<std:
 }
 
 int ruler(const RulerFlags& flags) {
-  const std::int64_t samples = in_range("--samples", flags.samples, std::int64_t{1}, std::int64_t{100000});
+  const std::int64_t samples = in_range("--samples", flags.samples, 1, 100000);
   for (auto task = flags.tasks.begin(); task != flags.tasks.end(); ++task) {
     llm::eval::ruler_answer_tokens(*task);  // throws where there is no such task
     if (std::find(flags.tasks.begin(), task, *task) != task)

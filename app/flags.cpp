@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <thread>
 
 namespace moba::app {
 namespace {
@@ -18,7 +19,7 @@ std::int64_t layer_number(const char* flag, std::string_view text, std::string_v
 
 }  // namespace
 
-std::int64_t size_from(const char* flag, std::string_view text, std::int64_t most) {
+std::int64_t size_from(const char* flag, std::string_view text, std::int64_t max) {
   std::int64_t value = 0;
   const char* end = text.data() + text.size();
   const auto parsed = std::from_chars(text.data(), end, value);
@@ -26,10 +27,15 @@ std::int64_t size_from(const char* flag, std::string_view text, std::int64_t mos
   const std::map<std::string_view, int> shifts{{"", 0},   {"k", 10}, {"K", 10}, {"m", 20},
                                                {"M", 20}, {"g", 30}, {"G", 30}};
   const auto shift = shifts.find(suffix);
-  if (parsed.ec != std::errc() || shift == shifts.end() || value < 1 || value > most >> shift->second) {
-    throw llm::UsageError(fmt::format("{}: expected 1 to {}, such as 8k or 1m, got '{}'", flag, most, text));
+  if (parsed.ec != std::errc() || shift == shifts.end() || value < 1 || value > max >> shift->second) {
+    throw llm::UsageError(fmt::format("{}: expected 1 to {}, such as 8k or 1m, got '{}'", flag, max, text));
   }
   return value << shift->second;
+}
+
+int threads_from(const std::optional<std::int64_t>& threads) {
+  const auto cores = static_cast<std::int64_t>(std::max(1U, std::thread::hardware_concurrency()));
+  return static_cast<int>(in_range("-t/--threads", threads, 1, 1024, cores));
 }
 
 std::vector<llm::LayerRange> layer_ranges(const char* flag, std::string_view text) {

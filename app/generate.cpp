@@ -2,7 +2,6 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <functional>
 #include <memory>
@@ -21,6 +20,7 @@
 #include "llm/formats/weights.h"
 #include "llm/memory.h"
 #include "llm/session/text_stream.h"
+#include "llm/stopwatch.h"
 #include "llm/tokenizer/tokenizer.h"
 
 namespace moba::app {
@@ -52,10 +52,6 @@ struct Generation {
   llm::AttentionSeconds attention;
   Finish finish = Finish::length;
 };
-
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 std::string prompt_text(const GenerateSettings& settings) {
   if (!settings.file) return *settings.prompt;
@@ -112,21 +108,21 @@ Generation generate(const GenerateSettings& settings, const llm::Weights& weight
   result.prompt = prompt_tokens(settings, tokenizer);
 
   llm::use_threads(settings.session.threads);
-  const double start = now();
+  const llm::Stopwatch load;
   llm::Session session(llm::Model::load(weights, settings.dtype), settings.session);
-  result.load_seconds = now() - start;
+  result.load_seconds = load.seconds();
 
   note_interrupts();
   std::vector<float> logits;
   {
     ProgressLine progress("reading", static_cast<double>(result.prompt.size()));
-    const double prefill_start = now();
+    const llm::Stopwatch prefill;
     logits = session.prefill(result.prompt, std::ref(progress));
-    result.prefill_seconds = now() - prefill_start;
+    result.prefill_seconds = prefill.seconds();
   }
-  const double decode_start = now();
+  const llm::Stopwatch decode;
   result.finish = write_answer(settings, tokenizer, session, std::move(logits), result);
-  result.decode_seconds = now() - decode_start;
+  result.decode_seconds = decode.seconds();
   result.attention = session.attention_seconds();
   return result;
 }

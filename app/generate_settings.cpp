@@ -22,12 +22,12 @@ llm::Sampling sampling_from(const GenerateFlags& flags) {
     refuse(flags.top_p.has_value(), "--top-p", kWhy);
     refuse(flags.min_p.has_value(), "--min-p", kWhy);
   }
-  sampling.top_k = in_range("--top-k", flags.top_k, std::int64_t{0}, kMostTokens, sampling.top_k);
+  sampling.top_k = in_range("--top-k", flags.top_k, 0, kMaxTokens, sampling.top_k);
   sampling.top_p = in_range("--top-p", flags.top_p, 0.0, 1.0, sampling.top_p);
   sampling.min_p = in_range("--min-p", flags.min_p, 0.0, 1.0, sampling.min_p);
-  constexpr std::int64_t kMostSeed = std::numeric_limits<std::int64_t>::max();
-  const std::int64_t seed = in_range("--seed", flags.seed, std::int64_t{0}, kMostSeed,
-                                     static_cast<std::int64_t>(std::random_device()()));
+  constexpr std::int64_t kMaxSeed = std::numeric_limits<std::int64_t>::max();
+  const std::int64_t seed =
+      in_range("--seed", flags.seed, 0, kMaxSeed, static_cast<std::int64_t>(std::random_device()()));
   sampling.seed = static_cast<std::uint64_t>(seed);
   return sampling;
 }
@@ -74,8 +74,8 @@ GenerateSettings settings_from(const GenerateFlags& flags) {
   settings.model = flags.session.model;
   settings.prompt = flags.prompt;
   settings.file = flags.file;
-  settings.predict = in_range("-n/--predict", flags.predict, std::int64_t{-1}, kMostTokens);
-  settings.context = in_range("-c/--ctx-size", flags.context, std::int64_t{1}, kMostTokens, std::int64_t{0});
+  settings.predict = in_range("-n/--predict", flags.predict, -1, kMaxTokens);
+  settings.context = in_range("-c/--ctx-size", flags.context, 1, kMaxTokens, 0);
   settings.chat = !flags.no_chat;
   settings.ignore_eos = flags.ignore_eos;
   settings.json = flags.json;

@@ -13,8 +13,8 @@
 
 namespace moba::app {
 
-/// The unchecked command line of `moba generate`. Unset where the user said nothing and
-/// that makes a difference.
+/// The unchecked command line of `moba generate`. Unset where a default
+/// applies.
 struct GenerateFlags {
   SessionFlags session;
   llm::AttentionMode attention = llm::AttentionMode::full;

@@ -35,7 +35,7 @@ using llm::eval::HeadMap;
 using llm::eval::RoutingMap;
 
 /// Most bytes of block texts on a page.
-constexpr std::size_t kMostText = std::size_t{1} << 20;
+constexpr std::size_t kMaxText = std::size_t{1} << 20;
 
 const std::map<std::string, llm::AttentionMode> kModes{{"full", llm::AttentionMode::full},
                                                        {"moba", llm::AttentionMode::moba}};
@@ -68,9 +68,9 @@ std::vector<std::string> block_texts(const llm::Tokenizer& tokenizer, const std:
     texts.push_back(text + stream.finish());
     begin = end;
   }
-  const std::size_t most = std::max<std::size_t>(100, kMostText / texts.size());
+  const std::size_t max_size = std::max<std::size_t>(100, kMaxText / texts.size());
   for (std::string& text : texts) {
-    if (text.size() > most) text = llm::TextStream().push(text.substr(0, most)) + "\u2026";
+    if (text.size() > max_size) text = llm::TextStream().push(text.substr(0, max_size)) + "\u2026";
   }
   return texts;
 }
@@ -151,9 +151,9 @@ void write_page(const std::filesystem::path& path, const Inspection& inspection)
 }
 
 /// A few numbers from 0 to `count` - 1, spread evenly.
-std::vector<std::size_t> spread(std::size_t count, std::size_t most) {
+std::vector<std::size_t> spread(std::size_t count, std::size_t max_count) {
   std::vector<std::size_t> numbers;
-  const std::size_t taken = std::min(count, most);
+  const std::size_t taken = std::min(count, max_count);
   for (std::size_t i = 0; i < taken; ++i) numbers.push_back(taken == 1 ? 0 : i * (count - 1) / (taken - 1));
   return numbers;
 }
@@ -232,7 +232,7 @@ int inspect(const InspectFlags& flags) {
           fmt::format("-o/--output: expected a name that ends in .html or .png, got {}", output));
   }
   Inspection inspection;
-  // What is recorded is the gate's choice, whichever way the layers read.
+  // The gate's selection is recorded in every attention mode.
   inspection.session = sessions_from(flags.session, {llm::AttentionMode::moba}).front();
   const llm::Weights weights = llm::Weights::open(flags.session.model);
   const llm::ModelConfig& config = weights.config();

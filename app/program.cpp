@@ -26,7 +26,7 @@ std::string command_of(const CLI::App& app) {
   return command;
 }
 
-/// Whether a subcommand is missing where one is needed.
+/// Returns whether a subcommand is missing where one is needed.
 bool lacks_subcommand(const CLI::App& app) {
   const auto used = app.get_subcommands();
   return used.empty() ? app.get_require_subcommand_min() > 0 : lacks_subcommand(*used.front());
@@ -37,7 +37,7 @@ int fail(const CLI::App& app, const std::string& message, int code) {
   return code;
 }
 
-/// Help and version go to standard output; everything else that CLI11 says becomes one line.
+/// Help and version go to standard output; every other message of CLI11 becomes one line.
 int explain(const CLI::App& app, const CLI::ParseError& error) {
   if (error.get_exit_code() == 0) return app.exit(error);
   std::string message = error.what();

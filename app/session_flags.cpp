@@ -2,9 +2,6 @@
 
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <thread>
-
 #include "app/flags.h"
 #include "llm/error.h"
 #include "llm/formats/read_config.h"
@@ -13,7 +10,6 @@ namespace moba::app {
 namespace {
 
 using llm::AttentionMode;
-using llm::UsageError;
 
 const std::map<std::string, AttentionMode> kDecodeModes{{"full", AttentionMode::full},
                                                         {"moba", AttentionMode::moba}};
@@ -40,20 +36,11 @@ void add_dtype_flag(CLI::App& command, SessionFlags& flags) {
 }
 
 void add_block_flags(CLI::App& command, SessionFlags& flags) {
-  const std::string group = "Attention";
-  add_number(command, "--moba-chunk-size", flags.block_size,
-             "Tokens in a block [what the model was trained with, else 256]")
-      ->group(group);
-  add_number(command, "--moba-topk", flags.top_blocks,
-             "Blocks a token attends to, its own included [the same, else 4]")
-      ->group(group);
-  add_number(command, "--moba-sink", flags.sink,
-             "First blocks that are always selected, counted in top-k [the same, else 1]")
-      ->group(group);
-  command
-      .add_option("--moba-full-layers", flags.full_layers,
-                  "Layers that stay full, such as 0,27-29 [the same]")
-      ->group(group);
+  add_routing_flags(command, flags.routing,
+                    {.block_size = "what the model was trained with, else 256",
+                     .top_blocks = "the same, else 4",
+                     .sink = "the same, else 1",
+                     .full_layers = "the same"});
 }
 
 void add_answer_flags(CLI::App& command, SessionFlags& flags) {
@@ -77,22 +64,9 @@ std::vector<llm::SessionSettings> sessions_from(const SessionFlags& flags,
     session.full_tail = trained->full_tail;
     session.full_layers = trained->full_layers;
   }
-  moba.block_size =
-      in_range("--moba-chunk-size", flags.block_size, std::int64_t{1}, kMostTokens, moba.block_size);
-  moba.top_k = in_range("--moba-topk", flags.top_blocks, std::int64_t{1}, kMostTokens, moba.top_k);
-  const std::int64_t most_sinks = moba.top_k - 1;
-  if (flags.sink && (*flags.sink < 0 || *flags.sink > most_sinks)) {
-    throw UsageError(fmt::format("--moba-sink: expected 0 to {}, one less than --moba-topk {}, got {}",
-                                 most_sinks, moba.top_k, *flags.sink));
-  }
-  moba.sink_blocks = flags.sink.value_or(std::min(moba.sink_blocks, most_sinks));
-  session.full_tail =
-      in_range("--moba-full-tail", flags.full_tail, std::int64_t{0}, kMostTokens, session.full_tail);
-  if (flags.full_layers) session.full_layers = layer_ranges("--moba-full-layers", *flags.full_layers);
-
-  const auto cores = static_cast<std::int64_t>(std::max(1U, std::thread::hardware_concurrency()));
-  session.threads =
-      static_cast<int>(in_range("-t/--threads", flags.threads, std::int64_t{1}, std::int64_t{1024}, cores));
+  read_routing(flags.routing, moba, session.full_layers);
+  session.full_tail = in_range("--moba-full-tail", flags.full_tail, 0, kMaxTokens, session.full_tail);
+  session.threads = threads_from(flags.threads);
 
   std::vector<llm::SessionSettings> sessions(prefills.size(), session);
   for (std::size_t i = 0; i < prefills.size(); ++i) sessions[i].prefill = prefills[i];

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "app/routing_flags.h"
 #include "llm/session/session.h"
 #include "moba/tensor.h"
 
@@ -19,21 +20,21 @@ inline const std::map<std::string, llm::AttentionMode> kAttentionModes{
     {"moba", llm::AttentionMode::moba},
     {"moba-naive", llm::AttentionMode::moba_naive}};
 
-/// Before they are checked; unset where the user said nothing and that makes a difference.
+/// Before they are checked; unset where a default applies.
 struct SessionFlags {
   std::string model;
   llm::AttentionMode decode = llm::AttentionMode::full;
-  std::optional<std::int64_t> block_size, top_blocks, sink, full_tail, threads;
-  std::optional<std::string> full_layers;
+  RoutingFlags routing;
+  std::optional<std::int64_t> full_tail, threads;
   DType dtype = DType::f32;
 };
 
-/// -m, -t.
+/// Adds -m and -t.
 void add_model_flags(CLI::App& command, SessionFlags& flags);
 void add_dtype_flag(CLI::App& command, SessionFlags& flags);
-/// --moba-chunk-size, --moba-topk, --moba-sink, --moba-full-layers.
+/// Adds --moba-chunk-size, --moba-topk, --moba-sink and --moba-full-layers.
 void add_block_flags(CLI::App& command, SessionFlags& flags);
-/// --decode, --moba-full-tail.
+/// Adds --decode and --moba-full-tail.
 void add_answer_flags(CLI::App& command, SessionFlags& flags);
 
 /// Returns one session's settings for each attention variant of the prefill. The --moba flags are accepted

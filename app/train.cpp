@@ -2,7 +2,6 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
-#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <functional>
@@ -12,6 +11,7 @@
 #include "app/commands.h"
 #include "app/plot/loss_plot.h"
 #include "app/train_settings.h"
+#include "llm/stopwatch.h"
 #include "llm/train/run.h"
 
 namespace moba::app {
@@ -29,7 +29,7 @@ class Progress {
  public:
   Progress(std::int64_t first, std::int64_t steps) : first_(first), steps_(steps) {}
 
-  void tell(const StepRecord& record) {
+  void print(const StepRecord& record) {
     std::fputs(terminal_ ? "\r\033[K" : "", stdout);
     const std::string line = fmt::format(
         "step: {:>5}  loss: {:8.5f}  grad_norm: {:8.4f}  lr: {:.2e}  tps: {:>8.0f}  attention: {} {:>4.1f}%  "
@@ -49,7 +49,7 @@ class Progress {
   std::string bar(std::int64_t step) const {
     constexpr std::int64_t kWidth = 30;
     const std::int64_t filled = kWidth * step / steps_;
-    const double passed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+    const double passed = stopwatch_.seconds();
     const auto left = static_cast<std::int64_t>(passed * static_cast<double>(steps_ - step) /
                                                 static_cast<double>(step - first_));
     return fmt::format("[{:#<{}}{:<{}}] {}/{}, {}:{:02}:{:02} left", "", filled, "", kWidth - filled, step,
@@ -58,7 +58,7 @@ class Progress {
 
   bool terminal_ = isatty(STDOUT_FILENO) == 1;
   std::int64_t first_, steps_;
-  std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  llm::Stopwatch stopwatch_;
 };
 
 int train(const TrainFlags& flags) {
@@ -84,7 +84,7 @@ int train(const TrainFlags& flags) {
     });
   }
   Progress progress(run.step(), run.steps());
-  run.train([&](const StepRecord& record) { progress.tell(record); }, [] { return stop_requested != 0; });
+  run.train([&](const StepRecord& record) { progress.print(record); }, [] { return stop_requested != 0; });
   progress.end();
   plot_losses(settings.out / "log.jsonl", settings.out / "loss.svg");
   if (stop_requested == 0) return 0;

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <map>
 #include <string_view>
-#include <thread>
 
 #include "app/flags.h"
 
@@ -17,7 +16,7 @@ using llm::train::AttentionMode;
 using llm::train::LearningRate;
 using llm::train::RunSettings;
 
-constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+constexpr std::int64_t kMax = std::numeric_limits<std::int64_t>::max();
 
 const std::map<std::string, DType> kDTypes{{"f32", DType::f32}, {"bf16", DType::bf16}};
 const std::map<std::string, AttentionMode> kAttentionModes{{"full", AttentionMode::full},
@@ -33,10 +32,10 @@ LearningRate rate_from(const TrainFlags& flags) {
   rate.peak = in_range("--lr", flags.lr, 0.0, 1e30);
   rate.floor = in_range("--min-lr", flags.min_lr, 0.0, 1.0);
   rate.steps = flags.steps;
-  rate.warmup = in_range("--warmup", flags.warmup, std::int64_t{0}, flags.steps, flags.steps / 50);
+  rate.warmup = in_range("--warmup", flags.warmup, 0, flags.steps, flags.steps / 50);
   refuse(flags.decay.has_value() && rate.kind != LearningRate::Kind::wsd, "--decay",
          "without --lr-schedule wsd");
-  rate.decay = in_range("--decay", flags.decay, std::int64_t{0}, flags.steps - rate.warmup,
+  rate.decay = in_range("--decay", flags.decay, 0, flags.steps - rate.warmup,
                         std::min(flags.steps / 5, flags.steps - rate.warmup));
   return rate;
 }
@@ -45,12 +44,7 @@ void read_attention(const TrainFlags& flags, RunSettings& settings) {
   const std::string always = flags.attention == AttentionMode::full ? "full:1" : "moba:1";
   settings.schedule =
       llm::train::AttentionSchedule::parse("--attn-schedule", flags.attention_schedule.value_or(always));
-  Routing& moba = settings.moba;
-  moba.block_size =
-      in_range("--moba-chunk-size", flags.block_size, std::int64_t{1}, kMostTokens, moba.block_size);
-  moba.top_k = in_range("--moba-topk", flags.top_blocks, std::int64_t{1}, kMostTokens, moba.top_k);
-  moba.sink_blocks = in_range("--moba-sink", flags.sink, std::int64_t{0}, moba.top_k - 1, std::int64_t{0});
-  if (flags.full_layers) settings.full_layers = layer_ranges("--moba-full-layers", *flags.full_layers);
+  read_routing(flags.routing, settings.moba, settings.full_layers);
 }
 
 /// "linear:4" or "none".
@@ -74,7 +68,7 @@ std::optional<llm::train::LoraSettings> lora_from(const TrainFlags& flags) {
     return std::nullopt;
   }
   llm::train::LoraSettings lora;
-  lora.rank = in_range("--lora-rank", *flags.lora_rank, std::int64_t{1}, std::int64_t{65536});
+  lora.rank = in_range("--lora-rank", *flags.lora_rank, 1, 65536);
   lora.alpha = in_range("--lora-alpha", flags.lora_alpha, 1e-6, 1e6, 2.0 * static_cast<double>(lora.rank));
   if (flags.lora_targets) {
     const std::vector<std::string> known = lora.targets;
@@ -145,15 +139,11 @@ void add_flags(CLI::App& command, TrainFlags& flags) {
       .add_option("--attn-schedule", flags.attention_schedule,
                   "By shares of the steps, such as moba:0.9,full:0.1")
       ->excludes("--attn");
-  add_number(command, "--moba-chunk-size", flags.block_size, "Tokens in a block [512]");
-  add_number(command, "--moba-topk", flags.top_blocks, "Blocks a token attends to, its own included [3]");
-  add_number(command, "--moba-sink", flags.sink,
-             "First blocks that are always selected, counted in top-k [0]");
-  command.add_option("--moba-full-layers", flags.full_layers, "Layers that stay full, such as 0,27-29");
+  add_routing_flags(command, flags.routing,
+                    {.block_size = "512", .top_blocks = "3", .sink = "0", .full_layers = "none"});
   command.add_option("--rope-scaling", flags.rope_scaling,
                      "linear:FACTOR or none [linear, as far as --seq-len exceeds the model's context]");
-  for (const char* flag : {"--attn", "--attn-schedule", "--moba-chunk-size", "--moba-topk", "--moba-sink",
-                           "--moba-full-layers", "--rope-scaling"}) {
+  for (const char* flag : {"--attn", "--attn-schedule", "--rope-scaling"}) {
     command.get_option(flag)->group(attention);
   }
 
@@ -193,20 +183,18 @@ RunSettings settings_from(const TrainFlags& flags) {
   settings.resume = flags.resume;
   settings.completion_only = flags.completion_only;
 
-  settings.steps = in_range("--steps", flags.steps, std::int64_t{1}, kMostTokens);
-  settings.seq_len = in_range("--seq-len", flags.seq_len, std::int64_t{1}, kMostTokens, std::int64_t{1024});
-  settings.accumulate =
-      in_range("--accumulate", flags.accumulate, std::int64_t{1}, kMostTokens, std::int64_t{1});
+  settings.steps = in_range("--steps", flags.steps, 1, kMaxTokens);
+  settings.seq_len = in_range("--seq-len", flags.seq_len, 1, kMaxTokens, 1024);
+  settings.accumulate = in_range("--accumulate", flags.accumulate, 1, kMaxTokens, 1);
   settings.batch_tokens = flags.batch_tokens.value_or(8 * settings.seq_len * settings.accumulate);
   if (settings.batch_tokens / settings.accumulate < settings.seq_len ||
-      settings.batch_tokens / settings.accumulate > kMostTokens) {
+      settings.batch_tokens / settings.accumulate > kMaxTokens) {
     throw UsageError(fmt::format("--batch-tokens: expected at least {}, --seq-len times --accumulate, got {}",
                                  settings.seq_len * settings.accumulate, settings.batch_tokens));
   }
-  settings.seed = in_range("--seed", flags.seed, std::int64_t{0}, kMost, std::int64_t{0});
-  settings.save_every =
-      in_range("--save-every", flags.save_every, std::int64_t{1}, kMostTokens, std::int64_t{100});
-  settings.keep = in_range("--keep", flags.keep, std::int64_t{1}, kMostTokens, std::int64_t{2});
+  settings.seed = in_range("--seed", flags.seed, 0, kMax, 0);
+  settings.save_every = in_range("--save-every", flags.save_every, 1, kMaxTokens, 100);
+  settings.keep = in_range("--keep", flags.keep, 1, kMaxTokens, 2);
 
   settings.rate = rate_from(flags);
   settings.adamw = {
@@ -216,11 +204,9 @@ RunSettings settings_from(const TrainFlags& flags) {
   read_attention(flags, settings);
   if (flags.rope_scaling) settings.rope_factor = rope_factor(*flags.rope_scaling);
 
-  const auto cores = static_cast<std::int64_t>(std::max(1U, std::thread::hardware_concurrency()));
   settings.computing = {.dtype = flags.dtype,
                         .recompute = flags.recompute,
-                        .threads = static_cast<int>(in_range("-t/--threads", flags.threads, std::int64_t{1},
-                                                             std::int64_t{1024}, cores)),
+                        .threads = threads_from(flags.threads),
                         .lora = lora_from(flags)};
   return settings;
 }

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "app/routing_flags.h"
 #include "llm/train/run.h"
 
 namespace moba::app {
@@ -26,8 +27,8 @@ struct TrainFlags {
   std::optional<std::int64_t> warmup, decay;
 
   llm::train::AttentionMode attention = llm::train::AttentionMode::moba;
-  std::optional<std::string> attention_schedule, full_layers, rope_scaling;
-  std::optional<std::int64_t> block_size, top_blocks, sink;
+  std::optional<std::string> attention_schedule, rope_scaling;
+  RoutingFlags routing;
 
   std::optional<std::int64_t> lora_rank;
   std::optional<double> lora_alpha;

@@ -7,7 +7,7 @@
 
 namespace moba::llm {
 
-/// How positions beyond the trained context are squeezed (`rope_scaling` / `rope_parameters` in config.json,
+/// The scaling of positions beyond the trained context (`rope_scaling` / `rope_parameters` in config.json,
 /// `rope.scaling.*` in GGUF). Fields that a kind does not use keep their defaults.
 struct RopeScaling {
   enum class Kind : std::uint8_t { none, linear, llama3, yarn };
@@ -33,7 +33,8 @@ inline std::vector<std::int64_t> layers_in(const std::vector<LayerRange>& ranges
   return layers;
 }
 
-/// How a model that was trained with MoBA attends; in config.json under the names of the program's flags.
+/// The attention of a model that was trained with MoBA; in config.json under the names of the program's
+/// flags.
 struct TrainedAttention {
   std::int64_t block_size = 0, top_k = 0, sink_blocks = 0, full_tail = 0;
   std::vector<LayerRange> full_layers;

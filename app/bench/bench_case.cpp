@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <set>
 
@@ -11,6 +10,7 @@
 #include "app/bench/data.h"
 #include "app/bench/problem.h"
 #include "llm/error.h"
+#include "llm/stopwatch.h"
 #include "moba/cache.h"
 
 namespace moba::bench {
@@ -18,12 +18,7 @@ namespace {
 
 using Samples = std::vector<std::span<std::byte>>;
 
-template <typename Call>
-double seconds_of(Call&& call) {
-  const auto begin = std::chrono::steady_clock::now();
-  call();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-}
+using llm::seconds_of;
 
 Recipe recipe_of(const Setting& setting, const std::vector<Choice>& choices, const Conditions& conditions) {
   Recipe recipe{setting.pattern, conditions.seed, setting.heads / setting.kv_heads, setting.tokens};
@@ -281,8 +276,8 @@ class Backward : public BenchCase {
     compare_rows("dv", rows(gradients_->dv), rows(gradients_->reference_dv), probe.first, tolerance);
   }
 
-  /// What holds over all rows: weights add up to 1, so dv adds up to d_out; and the logits' gradient reaches
-  /// q and k alike, so <q, dq> and <k, dk> add up to the same.
+  /// Checks the invariants over all rows: weights add up to 1, so dv adds up to d_out; and the logits'
+  /// gradient reaches q and k alike, so <q, dq> and <k, dk> add up to the same.
   void check_totals() {
     const Setting& s = problem().setting;
     const double tolerance = gradient_tolerance(s.dtype);

@@ -4,10 +4,10 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstring>
 
 #include "app/bench/bf16_peak.h"
+#include "llm/stopwatch.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "app/bench/ceiling.cpp"
@@ -79,11 +79,7 @@ constexpr std::size_t kBuffer = std::size_t{1} << 30, kSlice = std::size_t{4} <<
 constexpr std::int64_t kTasksPerThread = 32, kTaskRounds = 20000;
 constexpr double kSeconds = 0.05;
 
-double seconds_of(const auto& work) {
-  const auto begin = std::chrono::steady_clock::now();
-  work();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
-}
+using llm::seconds_of;
 
 /// `task(sink)` does some operations and returns how many; the result is the best rate of all threads in
 /// GFLOP/s, over about kSeconds.

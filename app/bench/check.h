@@ -7,7 +7,7 @@
 
 namespace moba::bench {
 
-/// Compares [rows, heads, head_dim] with what the reference says; an element may be off by `tolerance` times
+/// Compares [rows, heads, head_dim] with the reference's; an element may be off by `tolerance` times
 /// the largest of them all. `first_row` is the number of the first row in the sequence. Throws llm::DataError
 /// naming `what` and the row. Rows for which `skip` holds are left out.
 void compare_rows(const char* what, const Tensor& found, const Tensor& expected, std::int64_t first_row,
@@ -19,8 +19,8 @@ void compare_rows(const char* what, const Tensor& found, const Tensor& expected,
 double output_tolerance(DType dtype);
 double gradient_tolerance(DType dtype);
 
-/// Whether the blocks of a probe's row differ from the reference's by nothing but ties within rounding.
-/// Throws llm::DataError where they differ by more.
+/// Returns whether the blocks of a probe's row differ from the reference's by nothing but ties within
+/// rounding. Throws llm::DataError where they differ by more.
 bool tied(const Problem& problem, const Choice& choice, const Blocks& found, const Blocks& expected,
           std::int64_t head, std::int64_t row);
 

@@ -20,7 +20,7 @@ Bytes copy_of(BenchCase& bench_case) {
 
 /// The stages of all runs, to take medians of.
 struct Times {
-  /// How many are wanted; none: the run that was checked is the only one.
+  /// The number of timed runs; none: the run that was checked is the only one.
   int runs = 0;
   std::vector<double> seconds{};
   std::vector<Profile> stages{};

@@ -6,7 +6,7 @@
 namespace moba::bench {
 namespace {
 
-constexpr std::int64_t kMostSlices = 8, kProbes = 8, kProbeRows = 8;
+constexpr std::int64_t kMaxSlices = 8, kProbes = 8, kProbeRows = 8;
 /// A shorter slice brings a block of 4096 of a million tokens too few rows to be worth packing, which says
 /// nothing about the whole.
 constexpr std::int64_t kSliceRows = 65536;
@@ -19,7 +19,7 @@ std::vector<Slice> slices_of(const Setting& setting) {
   if (setting.share >= 1) return {{0, setting.tokens, 0}};
   std::vector<Slice> slices;
   const auto all = std::llround(setting.share * static_cast<double>(setting.tokens));
-  const std::int64_t number = std::clamp<std::int64_t>(all / kSliceRows, 1, kMostSlices),
+  const std::int64_t number = std::clamp<std::int64_t>(all / kSliceRows, 1, kMaxSlices),
                      stretch = setting.tokens / number;
   const auto count = std::clamp<std::int64_t>(std::llround(setting.share * static_cast<double>(stretch)),
                                               std::min(kProbeRows, stretch), stretch);
@@ -37,11 +37,11 @@ std::int64_t probe_rows(const Setting& setting, const std::vector<Choice>& choic
   return std::clamp<std::int64_t>(kProbePairs / kProbes / keys, 1, kProbeRows);
 }
 
-std::vector<Slice> probes_of(const std::vector<Slice>& slices, std::int64_t most_rows) {
+std::vector<Slice> probes_of(const std::vector<Slice>& slices, std::int64_t max_rows) {
   std::vector<Slice> probes;
   const auto each = kProbes / static_cast<std::int64_t>(slices.size());
   for (const Slice& slice : slices) {
-    const std::int64_t rows = std::min(most_rows, slice.count), room = slice.count - rows;
+    const std::int64_t rows = std::min(max_rows, slice.count), room = slice.count - rows;
     for (std::int64_t i = 0; i < each; ++i) {
       const std::int64_t at = each == 1 ? room : room * i / (each - 1);
       if (!probes.empty() && slice.first + at < probes.back().end()) continue;  // too few rows for all

@@ -35,7 +35,7 @@ struct Setting {
   double share = 1;
 };
 
-/// How often, with what means.
+/// The number of runs, and the means of computing.
 struct Conditions {
   int threads = 1, runs = 5;
   /// Maximum time of a row's timed runs together, estimated from the checked run.
@@ -51,7 +51,7 @@ struct Work {
 
 struct Ceilings {
   double fma_gflops = 0;
-  /// Of the CPU's own bf16 products, and whose they are; 0 where it has none or the row uses none.
+  /// The rate of the CPU's own bf16 products, and their name; 0 where it has none or the row uses none.
   double bf16_gflops = 0;
   std::string bf16_name;
   double read_gb_per_s = 0;
@@ -75,7 +75,7 @@ struct Row {
 
   double median() const { return seconds[seconds.size() / 2]; }
   double gflops() const { return (work.attention_flops + work.gate_flops) / median() / 1e9; }
-  /// Which ceiling `fraction_of_peak` is a fraction of: "fma_f32", the name of the bf16 products, or
+  /// The ceiling that `fraction_of_peak` is a fraction of: "fma_f32", the name of the bf16 products, or
   /// "read_bandwidth".
   std::string ceiling() const;
   double fraction_of_peak() const;

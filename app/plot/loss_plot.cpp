@@ -86,10 +86,10 @@ void plot_losses(const std::filesystem::path& log, const std::filesystem::path& 
   const std::vector<Point> points = read_points(log);
   if (points.empty()) return;
   const auto by_loss = [](const Point& a, const Point& b) { return a.loss < b.loss; };
-  const auto [least, most] = std::minmax_element(points.begin(), points.end(), by_loss);
-  const double margin = std::max(0.05 * (most->loss - least->loss), 1e-3);
+  const auto [lowest, highest] = std::minmax_element(points.begin(), points.end(), by_loss);
+  const double margin = std::max(0.05 * (highest->loss - lowest->loss), 1e-3);
   const Axis x{points.front().step - 0.5, points.back().step + 0.5, kLeft, kWidth - kRight};
-  const Axis y{least->loss - margin, most->loss + margin, kHeight - kBottom, kTop};
+  const Axis y{lowest->loss - margin, highest->loss + margin, kHeight - kBottom, kTop};
   const std::vector<Point> mean = smoothed(points);
 
   const std::string shading = shades(points, x);

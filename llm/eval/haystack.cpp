@@ -14,7 +14,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr std::size_t kMostBytes = std::size_t{64} << 20;
+constexpr std::size_t kMaxBytes = std::size_t{64} << 20;
 
 /// /usr/lib/python3.11 or the like; the last in alphabetical order.
 fs::path python_library() {
@@ -47,12 +47,12 @@ Haystack Haystack::open(std::vector<fs::path> paths, std::int64_t seed) {
   std::size_t used = 0;
   for (const TextFile& file : files) {
     const MappedFile mapped(file.path);
-    const std::string_view text = text_in(file, mapped).substr(0, kMostBytes - haystack.text_.size());
+    const std::string_view text = text_in(file, mapped).substr(0, kMaxBytes - haystack.text_.size());
     if (text.empty()) continue;
     haystack.text_ += text;
     if (!text.ends_with('\n')) haystack.text_ += '\n';
     ++used;
-    if (haystack.text_.size() >= kMostBytes) break;
+    if (haystack.text_.size() >= kMaxBytes) break;
   }
   if (used == 0)
     throw DataError(fmt::format("--data {}: expected text, got none with text in them", names_of(paths)));

@@ -23,7 +23,7 @@ class Cutter {
  public:
   explicit Cutter(const SequenceSettings& settings) : settings_(settings) {}
 
-  bool is_enough() const { return settings_.most_tokens > 0 && total_ >= settings_.most_tokens; }
+  bool is_enough() const { return settings_.max_tokens > 0 && total_ >= settings_.max_tokens; }
 
   void add_document(const Tokens& ids) {
     for (const std::int32_t id : ids) {
@@ -73,10 +73,10 @@ std::vector<Tokens> sequences_of(const std::vector<std::filesystem::path>& paths
 }
 
 double loss_of(std::span<const float> logits, std::int32_t token) {
-  const float most = *std::max_element(logits.begin(), logits.end());
+  const float max_logit = *std::max_element(logits.begin(), logits.end());
   double sum = 0;
-  for (const float logit : logits) sum += static_cast<double>(std::exp(logit - most));
-  return std::log(sum) + static_cast<double>(most) -
+  for (const float logit : logits) sum += static_cast<double>(std::exp(logit - max_logit));
+  return std::log(sum) + static_cast<double>(max_logit) -
          static_cast<double>(logits[static_cast<std::size_t>(token)]);
 }
 

@@ -12,14 +12,14 @@
 
 namespace moba::llm::eval {
 
-/// How texts become sequences to predict.
+/// The settings by which texts become sequences to predict.
 struct SequenceSettings {
   /// Most tokens of a sequence. What a document has beyond them is another sequence.
   std::int64_t seq_len = 2048;
   /// The documents are one stream, so that every sequence but the last is full.
   bool join = false;
   /// Stop when the sequences have this many tokens together.
-  std::int64_t most_tokens = 0;
+  std::int64_t max_tokens = 0;
   /// Seed of the order of the files.
   std::int64_t seed = 0;
 };

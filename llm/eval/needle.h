@@ -10,7 +10,7 @@
 
 namespace moba::llm::eval {
 
-/// How a fact is planted and asked for. {key} and {value} stand for its name and its number.
+/// The templates of a planted fact and of its question. {key} and {value} stand for its name and its number.
 struct NeedleSettings {
   std::string needle, question;
   std::int64_t digits = 7;
@@ -59,7 +59,7 @@ std::string planted(const std::string& text, const std::string& line, double dep
 
 /// The first number in an answer, as its digits; empty where there is none.
 std::string first_number(const std::string& answer);
-/// Whether something follows the first number, so that it is complete.
+/// Returns whether something follows the first number, so that it is complete.
 bool has_whole_number(const std::string& answer);
 
 }  // namespace moba::llm::eval

@@ -25,16 +25,17 @@ std::string filled(std::string text, const std::vector<std::pair<std::string, st
   return text;
 }
 
-std::int64_t units_that_fit(std::int64_t most, const std::function<std::int64_t(std::int64_t)>& tokens_with) {
+std::int64_t units_that_fit(std::int64_t max_tokens,
+                            const std::function<std::int64_t(std::int64_t)>& tokens_with) {
   struct Try {
     std::int64_t units, tokens;
   };
-  const std::int64_t slack = most / 256;
+  const std::int64_t slack = max_tokens / 256;
   Try fits{0, tokens_with(0)}, exceeds{0, 0};
-  if (fits.tokens > most) return -1;
+  if (fits.tokens > max_tokens) return -1;
   double tokens_a_unit = 1;
-  while (most - fits.tokens > slack) {
-    const double more = static_cast<double>(most - fits.tokens) / tokens_a_unit;
+  while (max_tokens - fits.tokens > slack) {
+    const double more = static_cast<double>(max_tokens - fits.tokens) / tokens_a_unit;
     std::int64_t units = fits.units + std::max<std::int64_t>(1, static_cast<std::int64_t>(more));
     if (exceeds.units > 0) {
       if (exceeds.units == fits.units + 1) break;
@@ -45,7 +46,7 @@ std::int64_t units_that_fit(std::int64_t most, const std::function<std::int64_t(
     const double slope =
         static_cast<double>(next.tokens - fits.tokens) / static_cast<double>(units - fits.units);
     tokens_a_unit = slope;
-    (next.tokens <= most ? fits : exceeds) = next;
+    (next.tokens <= max_tokens ? fits : exceeds) = next;
   }
   return fits.units;
 }

@@ -10,7 +10,7 @@ namespace moba::llm::eval {
 namespace {
 
 constexpr std::int64_t kChunk = 2048;
-constexpr std::int64_t kMostRows = 512;
+constexpr std::int64_t kMaxRows = 512;
 
 /// Ends a forward pass whose logits are not needed.
 struct LastLayerSeen {};
@@ -27,11 +27,11 @@ RoutingMap empty_map(const ModelConfig& config, std::int64_t tokens, const Routi
                  .rows = 0,
                  .columns = 0,
                  .layers = {}};
-  const std::int64_t cells = std::max<std::int64_t>(1, settings.most_cells / (config.layers * config.heads));
+  const std::int64_t cells = std::max<std::int64_t>(1, settings.max_cells / (config.layers * config.heads));
   const auto side = std::max<std::int64_t>(1, std::llround(std::sqrt(static_cast<double>(cells))));
   map.blocks_in_column = parts(map.blocks, side);
   map.columns = parts(map.blocks, map.blocks_in_column);
-  map.queries_in_row = parts(tokens, std::clamp<std::int64_t>(cells / map.columns, 1, kMostRows));
+  map.queries_in_row = parts(tokens, std::clamp<std::int64_t>(cells / map.columns, 1, kMaxRows));
   map.rows = parts(tokens, map.queries_in_row);
   const HeadMap head{.chosen = std::vector<std::uint32_t>(static_cast<std::size_t>(map.rows * map.columns)),
                      .margins = std::vector<Portion>(static_cast<std::size_t>(map.rows))};

@@ -41,7 +41,7 @@ struct RoutingMapSettings {
   std::vector<bool> reads_fully;
   int threads = 1;
   /// Most rows times columns of all heads together.
-  std::int64_t most_cells = std::int64_t{3} << 20;
+  std::int64_t max_cells = std::int64_t{3} << 20;
 };
 
 /// Reads `tokens` and records what the gate selects. The model is in f32.

@@ -44,7 +44,7 @@ class Keys {
  private:
   /// A size; some files list it layer by layer.
   static std::int64_t size_from(const GgufValue& value) {
-    constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+    constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
     std::int64_t size = 0;
     if (value.is_array()) {
       const auto sizes = value.integers();
@@ -56,7 +56,7 @@ class Keys {
     } else {
       size = value.integer();
     }
-    if (size < 1 || size > kMost) value.fail(fmt::format("1 to {}", kMost), std::to_string(size));
+    if (size < 1 || size > kMax) value.fail(fmt::format("1 to {}", kMax), std::to_string(size));
     return size;
   }
 

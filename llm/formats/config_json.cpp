@@ -14,9 +14,9 @@ namespace moba::llm {
 namespace {
 
 std::int64_t size_from(const JsonValue& value) {
-  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
   const std::int64_t size = value.integer();
-  if (size < 1 || size > kMost) value.fail(fmt::format("1 to {}", kMost), std::to_string(size));
+  if (size < 1 || size > kMax) value.fail(fmt::format("1 to {}", kMax), std::to_string(size));
   return size;
 }
 

@@ -108,8 +108,8 @@ class GgufReader {
     read_version();
     const std::uint64_t tensors = take<std::uint64_t>("the number of tensors");
     const std::uint64_t entries = take<std::uint64_t>("the number of metadata entries");
-    check_count(entries, kLeastEntryBytes, "metadata entries");
-    check_count(tensors, kLeastTensorBytes, "tensors");
+    check_count(entries, kMinEntryBytes, "metadata entries");
+    check_count(tensors, kMinTensorBytes, "tensors");
     for (std::uint64_t i = 0; i < entries; ++i) read_entry();
     refuse_parts();
     for (std::uint64_t i = 0; i < tensors; ++i) read_tensor();
@@ -117,10 +117,10 @@ class GgufReader {
   }
 
  private:
-  static constexpr std::uint64_t kLeastEntryBytes = 8 + 4 + 1;           // a key's length, a type, a byte
-  static constexpr std::uint64_t kLeastTensorBytes = 8 + 4 + 8 + 4 + 8;  // length, rank, a size, type, offset
-  static constexpr std::uint32_t kMostDimensions = 4;
-  static constexpr std::uint64_t kDefaultAlignment = 32, kMostAlignment = 1 << 20;
+  static constexpr std::uint64_t kMinEntryBytes = 8 + 4 + 1;           // a key's length, a type, a byte
+  static constexpr std::uint64_t kMinTensorBytes = 8 + 4 + 8 + 4 + 8;  // length, rank, a size, type, offset
+  static constexpr std::uint32_t kMaxDimensions = 4;
+  static constexpr std::uint64_t kDefaultAlignment = 32, kMaxAlignment = 1 << 20;
 
   [[noreturn]] void fail(std::string_view expected, std::string_view found) const {
     throw DataError(fmt::format("{}: expected {}, got {}", target_.file.name(), expected, found));
@@ -159,9 +159,9 @@ class GgufReader {
          is_swapped ? std::string("a big-endian file") : fmt::format("version {}", target_.version));
   }
 
-  void check_count(std::uint64_t count, std::uint64_t least_bytes, std::string_view what) const {
-    if (count <= rest_.size() / least_bytes) return;
-    fail(fmt::format("at most {} {} in {} bytes", rest_.size() / least_bytes, what, rest_.size()),
+  void check_count(std::uint64_t count, std::uint64_t min_bytes, std::string_view what) const {
+    if (count <= rest_.size() / min_bytes) return;
+    fail(fmt::format("at most {} {} in {} bytes", rest_.size() / min_bytes, what, rest_.size()),
          std::to_string(count));
   }
 
@@ -213,8 +213,8 @@ class GgufReader {
     tensor.name = take_string("a tensor's name");
     const std::string what = "tensor " + llm::quoted(tensor.name);
     const auto rank = take<std::uint32_t>(what);
-    if (rank < 1 || rank > kMostDimensions) {
-      fail(fmt::format("1 to {} dimensions in {}", kMostDimensions, what), std::to_string(rank));
+    if (rank < 1 || rank > kMaxDimensions) {
+      fail(fmt::format("1 to {} dimensions in {}", kMaxDimensions, what), std::to_string(rank));
     }
     for (std::uint32_t i = 0; i < rank; ++i) {
       const auto size = take<std::uint64_t>(what);
@@ -239,9 +239,9 @@ class GgufReader {
     const auto entry = target_.metadata.find("general.alignment");
     if (entry == target_.metadata.end()) return kDefaultAlignment;
     const std::int64_t alignment = entry->second.integer();
-    if (alignment < 1 || static_cast<std::uint64_t>(alignment) > kMostAlignment ||
+    if (alignment < 1 || static_cast<std::uint64_t>(alignment) > kMaxAlignment ||
         !std::has_single_bit(static_cast<std::uint64_t>(alignment))) {
-      entry->second.fail(fmt::format("a power of two up to {}", kMostAlignment), std::to_string(alignment));
+      entry->second.fail(fmt::format("a power of two up to {}", kMaxAlignment), std::to_string(alignment));
     }
     return static_cast<std::uint64_t>(alignment);
   }

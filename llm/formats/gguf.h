@@ -70,7 +70,7 @@ class GgufFile {
  public:
   /// Throws DataError.
   static GgufFile open(const std::filesystem::path& path);
-  /// Whether the file starts as a GGUF file does.
+  /// Returns whether the file starts as a GGUF file does.
   static bool is_gguf(const std::filesystem::path& path);
 
   const std::string& name() const;

@@ -55,11 +55,11 @@ nlohmann::json parse_json(std::string_view text, const std::string& file) {
   }
 }
 
-nlohmann::json load_json(const std::filesystem::path& path, std::uint64_t most_bytes) {
+nlohmann::json load_json(const std::filesystem::path& path, std::uint64_t max_bytes) {
   const MappedFile file(path);
-  if (file.bytes().size() > most_bytes) {
-    throw DataError(fmt::format("{}: expected JSON of at most {} bytes, got {} bytes", file.name(),
-                                most_bytes, file.bytes().size()));
+  if (file.bytes().size() > max_bytes) {
+    throw DataError(fmt::format("{}: expected JSON of at most {} bytes, got {} bytes", file.name(), max_bytes,
+                                file.bytes().size()));
   }
   return parse_json({reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()}, file.name());
 }

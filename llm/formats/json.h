@@ -13,9 +13,9 @@ namespace moba::llm {
 /// than 64 levels, or names a member of its outermost object twice.
 nlohmann::json parse_json(std::string_view text, const std::string& file);
 
-/// The document in a file of at most `most_bytes`. Throws DataError.
+/// The document in a file of at most `max_bytes`. Throws DataError.
 nlohmann::json load_json(const std::filesystem::path& file,
-                         std::uint64_t most_bytes = std::uint64_t{64} << 20);
+                         std::uint64_t max_bytes = std::uint64_t{64} << 20);
 
 /// A place in a JSON file, which has to outlive it. What is not as expected is a DataError that names the
 /// file and the place.

@@ -30,10 +30,10 @@ OutputFile::~OutputFile() {
 }
 
 void OutputFile::write(const void* bytes, std::size_t count) {
-  constexpr std::size_t kMost = std::size_t{1} << 30;  // of one call; Linux takes little more
+  constexpr std::size_t kMax = std::size_t{1} << 30;  // of one call; Linux takes little more
   const auto* next = static_cast<const char*>(bytes);
   while (count > 0) {
-    const ssize_t written = ::write(file_, next, std::min(count, kMost));
+    const ssize_t written = ::write(file_, next, std::min(count, kMax));
     if (written < 0 && errno == EINTR) continue;
     if (written < 0) fail(path_);
     next += written;

@@ -15,7 +15,7 @@
 namespace moba::llm {
 namespace {
 
-constexpr std::uint64_t kMostHeaderBytes = 100'000'000;  // the limit of the format's own reader
+constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;  // the limit of the format's own reader
 
 Storage storage_of(const JsonValue& dtype) {
   const std::string& name = dtype.string();
@@ -87,10 +87,10 @@ SafetensorsFile SafetensorsFile::open(const std::filesystem::path& path) {
     throw DataError(fmt::format("{}: expected a safetensors file, got {} bytes", file->name(), bytes.size()));
   }
   std::memcpy(&length, bytes.data(), sizeof length);
-  const std::uint64_t most = std::min<std::uint64_t>(bytes.size() - sizeof length, kMostHeaderBytes);
-  if (length > most) {
+  const std::uint64_t max_length = std::min<std::uint64_t>(bytes.size() - sizeof length, kMaxHeaderBytes);
+  if (length > max_length) {
     throw DataError(fmt::format("{}: expected a safetensors header of at most {} bytes, got a length of {}",
-                                file->name(), most, length));
+                                file->name(), max_length, length));
   }
   const std::string_view text(reinterpret_cast<const char*>(bytes.data()) + sizeof length, length);
   const nlohmann::json header = parse_json(text, file->name());

@@ -9,7 +9,7 @@
 
 namespace moba::llm {
 
-/// How a tensor's numbers are stored on disk: the three float types, and GGUF's block formats.
+/// The storage type of a tensor on disk: the three float types, and GGUF's block formats.
 enum class Storage : std::uint8_t {
   f32,
   f16,

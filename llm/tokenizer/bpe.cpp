@@ -91,10 +91,10 @@ class Word {
 };
 
 void check_size(std::string_view word) {
-  constexpr auto kMost = static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max());
-  if (word.size() > kMost) {
+  constexpr auto kMax = static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max());
+  if (word.size() > kMax) {
     throw UsageError(
-        fmt::format("text: expected words of at most {} bytes, got one of {}", kMost, word.size()));
+        fmt::format("text: expected words of at most {} bytes, got one of {}", kMax, word.size()));
   }
 }
 

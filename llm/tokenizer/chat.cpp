@@ -57,7 +57,7 @@ std::string trimmed(const std::string& text) {
   return begin == std::string::npos ? "" : text.substr(begin, text.find_last_not_of(kSpaces) - begin + 1);
 }
 
-/// Whether the template takes the spaces off the ends of what people say.
+/// Returns whether the template strips spaces at both ends of a message.
 bool trims_content(const std::string& source) {
   const Pattern trim = Pattern::regex(R"(content['"]?\]?\s*\|\s*trim)", "chat template");
   return !trim.find_all(class_stand_in(source)).empty();
@@ -95,8 +95,8 @@ Parts chatml(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
   return parts;
 }
 
-/// What Llama 3.1 and later put before every system turn: the dates, today's being the one that the template
-/// itself names, so that a prompt is the same every day.
+/// The lines that Llama 3.1 and later put before every system turn: the dates, today's being the one that the
+/// template itself names, so that a prompt is the same every day.
 std::string llama3_dates(const std::string& source) {
   const auto knowledge = literal_between(source, "Cutting Knowledge Date: ", "\\n");
   if (!knowledge) return "";

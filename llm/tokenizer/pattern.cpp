@@ -21,7 +21,7 @@ struct Range {
   char32_t last;
 };
 
-/// What Unicode 15 to 16 added to the letters and to the numbers (PCRE2 10.42 knows Unicode 14).
+/// The ranges that Unicode 15 to 16 added to the letters and to the numbers (PCRE2 10.42 knows Unicode 14).
 constexpr std::array<Range, 35> kNewLetters{{
     {0x1C89, 0x1C8A},   {0xA7CB, 0xA7CD},   {0xA7DA, 0xA7DC},   {0x105C0, 0x105F3}, {0x10D4A, 0x10D65},
     {0x10D6F, 0x10D85}, {0x10EC2, 0x10EC4}, {0x1123F, 0x11240}, {0x11380, 0x11389}, {0x1138B, 0x1138B},
@@ -139,8 +139,8 @@ std::vector<Span> Pattern::find_all(std::string_view subject) const {
   const std::unique_ptr<pcre2_match_context, MatchContextDeleter> context(
       pcre2_match_context_create(nullptr));
   if (!data || !context) throw std::bad_alloc();
-  constexpr std::uint32_t kMostKilobytes = 1 << 20;
-  pcre2_set_heap_limit(context.get(), kMostKilobytes);
+  constexpr std::uint32_t kMaxKilobytes = 1 << 20;
+  pcre2_set_heap_limit(context.get(), kMaxKilobytes);
   pcre2_set_match_limit(context.get(), match_limit(subject.size()));
   const auto match = [&](std::size_t from, std::uint32_t options) {
     return pcre2_match(code, units(subject), subject.size(), from, options | PCRE2_NO_UTF_CHECK, data.get(),

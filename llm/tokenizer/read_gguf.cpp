@@ -19,7 +19,7 @@ constexpr const char* kQwen2Pattern =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr const char* kDigit = R"(\p{N})";
 
-/// What a name in `tokenizer.ggml.pre` stands for. The patterns split one after the other.
+/// The patterns of a name in `tokenizer.ggml.pre`. The patterns split one after the other.
 struct PreTokenizerKind {
   std::string_view name;
   std::array<const char*, 2> patterns;

@@ -105,7 +105,7 @@ void read_metaspace(const JsonValue& node, PreTokenizer& steps) {
   }
 }
 
-/// Whether the model is one of bytes.
+/// Returns whether the model is one of bytes.
 bool read_pre_tokenizer(const JsonValue& root, PreTokenizer& steps) {
   bool byte_level = false;
   for_each_component(root, "pretokenizers", [&](const JsonValue& node) {
@@ -210,7 +210,7 @@ Bpe read_bpe(const JsonValue& node, bool byte_level, TokenizerData& data) {
   return bpe;
 }
 
-/// How tokens of models that are not byte-level turn into text.
+/// The decoding of tokens of models that are not byte-level.
 void read_decoder(const JsonValue& root, TokenizerData& data) {
   std::string mark;
   bool from_bytes = false;
@@ -335,7 +335,7 @@ void read_tokenizer_config(const JsonValue& config, TokenizerData& data) {
   if (const auto node = config.find("chat_template")) data.chat_template = read_chat_template(*node);
 }
 
-/// What SentencePiece models are told by the folder: whether texts begin with a BOS and end with an EOS.
+/// Reads from the folder of a SentencePiece model whether texts begin with a BOS and end with an EOS.
 void read_added_ends(const JsonValue& config, TokenizerData& data) {
   if (!flag(config, "add_bos_token", true)) data.before.clear();
   if (flag(config, "add_eos_token", false) && !data.end_tokens.empty())

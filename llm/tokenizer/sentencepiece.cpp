@@ -139,7 +139,8 @@ class ProtobufFields {
   const std::string& where_;
 };
 
-/// What of a model file besides its pieces decides how texts are encoded. The defaults are the format's own.
+/// The settings of a model file, besides its pieces, that decide how texts are encoded. The defaults are the
+/// format's own.
 struct ModelSettings {
   std::uint64_t model_type = 1;
   std::int64_t bos = 1;

@@ -26,7 +26,7 @@ void utf8_append(std::string& text, char32_t code_point);
 
 /// Unicode's White_Space.
 bool is_space(char32_t code_point);
-/// What `\w` means to Rust's regex crate: letters, marks, decimal digits, connectors.
+/// The characters of `\w` in Rust's regex crate: letters, marks, decimal digits, connectors.
 bool is_word(char32_t code_point);
 
 enum class UnicodeForm { kNfc, kNfd, kNfkc, kNfkd };

@@ -22,7 +22,7 @@ TEST(Wilson, KnownIntervals) {
   EXPECT_NEAR(all.high, 1, 1e-12);
 }
 
-TEST(Wilson, NothingTriedSaysNothing) {
+TEST(Wilson, NoTrialsGiveTheWholeRange) {
   EXPECT_EQ(wilson(0, 0).low, 0);
   EXPECT_EQ(wilson(0, 0).high, 1);
 }
@@ -60,7 +60,7 @@ TEST(UnitsThatFit, FindsTheMostOfThem) {
   }
 }
 
-TEST(UnitsThatFit, UnevenUnits) {
+TEST(UnitsThatFit, FitsUnevenUnits) {
   const auto tokens = [](std::int64_t n) { return n < 50 ? n : 50 + 90 * (n - 50); };
   const std::int64_t units = units_that_fit(1000, tokens);
   EXPECT_EQ(units, 60);
@@ -76,7 +76,7 @@ TEST(UnitsThatFit, EndsWhereThereIsNoMore) {
   EXPECT_GE(units, 300);
 }
 
-TEST(Filled, EveryMark) {
+TEST(Filled, ReplacesEveryMark) {
   EXPECT_EQ(filled("{key}: {value}, {key} {other}", {{"key", "{value}"}, {"value", "7"}}), "7: 7, 7 {other}");
 }
 

@@ -73,7 +73,7 @@ TEST_F(SequencesTest, DocumentsAreCut) {
   EXPECT_THAT(sizes({.seq_len = 4}), ElementsAre(2, 4, 4, 4));
   EXPECT_THAT(sizes({.seq_len = 100}), ElementsAre(4, 10));
   EXPECT_THAT(sizes({.seq_len = 4, .join = true}), ElementsAre(3, 4, 4, 4));
-  EXPECT_THAT(sizes({.seq_len = 4, .join = true, .most_tokens = 8}), ElementsAre(4, 4));
+  EXPECT_THAT(sizes({.seq_len = 4, .join = true, .max_tokens = 8}), ElementsAre(4, 4));
 }
 
 TEST_F(SequencesTest, NothingToPredict) {

@@ -92,13 +92,13 @@ TEST_F(NeedleMakerTest, DepthsShareTheirText) {
   EXPECT_EQ(middle.substr(0, 1900), end.substr(0, 1900));
 }
 
-TEST_F(NeedleMakerTest, LengthWithoutRoom) {
+TEST_F(NeedleMakerTest, LengthWithoutRoomThrows) {
   const Haystack text = haystack();
   NeedleMaker maker(text, byte_tokenizer(), settings());
   EXPECT_THAT([&] { maker.make(100, 0, 0); }, ThrowsMessage<UsageError>(HasSubstr("--lengths")));
 }
 
-TEST_F(NeedleMakerTest, TextThatIsTooShort) {
+TEST_F(NeedleMakerTest, TextThatIsTooShortThrows) {
   const Haystack text = haystack();
   NeedleMaker maker(text, byte_tokenizer(), settings());
   EXPECT_THAT([&] { maker.make(1 << 20, 0, 0); },

@@ -122,7 +122,7 @@ TEST_F(RulerMakerTest, FrequentWordsAreTheMostFrequent) {
   }
 }
 
-TEST_F(RulerMakerTest, WhatCannotBeMade) {
+TEST_F(RulerMakerTest, ImpossiblePromptsThrow) {
   EXPECT_THAT(
       [&] { maker_.make("niah_single_1", 256, 0); },
       testing::ThrowsMessage<UsageError>(testing::AllOf(HasSubstr("--lengths"), HasSubstr("niah_single_1"))));

@@ -41,7 +41,7 @@ TEST(Config, HasTheDefaultsOfTransformers) {
   EXPECT_EQ(qwen3.head_dim, 128);
 }
 
-TEST(Config, TellsHowAModelWasTrainedToAttend) {
+TEST(Config, ReadsTheAttentionOfTraining) {
   EXPECT_FALSE(parsed(config_json("llama")).moba);
   const nlohmann::json given{{"moba_chunk_size", 128}, {"moba_topk", 16}, {"moba_full_layers", {0, 1}}};
   const ModelConfig config = parsed(config_json("llama", given));
@@ -55,7 +55,7 @@ TEST(Config, TellsHowAModelWasTrainedToAttend) {
   EXPECT_EQ(again.moba->full_layers.size(), 2U);
 }
 
-TEST(Config, RefusesAttentionThatNobodyCanHaveTrainedWith) {
+TEST(Config, ImpossibleTrainedAttentionThrows) {
   nlohmann::json given{{"moba_topk", 3}};
   EXPECT_EQ(complaint("llama", given), "config.json: expected a member 'moba_chunk_size', got none");
   given["moba_chunk_size"] = 0;
@@ -101,7 +101,7 @@ TEST(Config, ReadsEveryRopeScalingInBothSpellings) {
   EXPECT_EQ(parsed(config_json("llama", {{"rope_scaling", yarn}})).rope.factor, 4);
 }
 
-TEST(Config, RefusesRopeThatItDoesNotKnow) {
+TEST(Config, UnknownRopeScalingThrows) {
   for (const char* kind : {"dynamic", "longrope", "su", "mrope", "proportional"}) {
     EXPECT_EQ(
         complaint("llama", {{"rope_scaling", {{"rope_type", kind}, {"factor", 2}}}}),
@@ -118,7 +118,7 @@ TEST(Config, RefusesRopeThatItDoesNotKnow) {
   EXPECT_NE(complaint("llama", {{"rope_scaling", {{"type", "linear"}, {"factor", 0}}}}), "");
 }
 
-TEST(Config, RefusesAWindowThatCutsSomethingOff) {
+TEST(Config, SlidingWindowBelowTheContextThrows) {
   EXPECT_EQ(complaint("mistral", {{"sliding_window", 256}}),
             "config.json: expected full attention (sliding_window null), got a sliding window of 256 tokens");
   EXPECT_EQ(complaint("mistral", {{"sliding_window", 512}}), "");
@@ -142,7 +142,7 @@ TEST(Config, RefusesAWindowThatCutsSomethingOff) {
   }
 }
 
-TEST(Config, RefusesModelsThatItCannotCompute) {
+TEST(Config, UnsupportedModelsThrow) {
   EXPECT_EQ(complaint("gemma3", nlohmann::json::object()),
             "config.json: model_type: expected llama, mistral, qwen2 or qwen3, got 'gemma3'");
   EXPECT_NE(complaint("llama", {{"hidden_act", "gelu"}}), "");
@@ -214,7 +214,7 @@ TEST_F(GgufConfig, ReadsRopeScaling) {
   EXPECT_NE(complaint_gguf(config_gguf("llama").tensor("rope_freqs.weight", {4})), "");
 }
 
-TEST_F(GgufConfig, RefusesModelsThatItCannotCompute) {
+TEST_F(GgufConfig, UnsupportedModelsThrow) {
   EXPECT_NE(complaint_gguf(config_gguf("gemma3")), "");
   EXPECT_NE(complaint_gguf(config_gguf("llama").u32("llama.expert_count", 8)), "");
   EXPECT_NE(complaint_gguf(config_gguf("llama").u32("llama.rope.dimension_count", 8)), "");

@@ -9,7 +9,7 @@
 namespace moba::llm {
 namespace {
 
-TEST(Json, NamesThePlace) {
+TEST(Json, ErrorsNameThePlace) {
   const nlohmann::json document = parse_json(R"({"a": {"b": [1, "x", 1.5, null]}, "n": null})", "f.json");
   const JsonValue root(document, "f.json");
   EXPECT_EQ(root.at("a").at("b").element(0).integer(), 1);

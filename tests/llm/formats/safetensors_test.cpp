@@ -41,7 +41,7 @@ TEST_F(Safetensors, SurvivesEveryCutAndChange) {
   });
 }
 
-TEST_F(Safetensors, SaysWhereItIsWrong) {
+TEST_F(Safetensors, ErrorsNameThePlace) {
   const auto complaint = [&](const std::string& entries, std::size_t data) {
     const auto path = write("m.safetensors", safetensors_text(entries, data));
     const std::string text = complaint_of([&] { SafetensorsFile::open(path); });

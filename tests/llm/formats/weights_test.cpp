@@ -68,7 +68,7 @@ TEST_F(WeightsTest, UndoesTheInterleavingOfLlamaFiles) {
   EXPECT_EQ(qwen.stored_row("model.layers.0.self_attn.q_proj.weight", 1), 1);
 }
 
-TEST_F(WeightsTest, NamesAMissingTensor) {
+TEST_F(WeightsTest, MissingTensorThrows) {
   const auto path = write("m.gguf", model_gguf("llama", "model.layers.0.mlp.up_proj.weight").str());
   EXPECT_EQ(complaint_of([&] { Weights::open(path); }),
             path.string() +
@@ -83,7 +83,7 @@ TEST_F(WeightsTest, AsksForTheFolder) {
           ": expected a GGUF file or the folder of a Hugging Face model, got one file of such a folder");
 }
 
-TEST_F(WeightsTest, NamesATensorOfAnotherShape) {
+TEST_F(WeightsTest, TensorOfAnotherShapeThrows) {
   GgufText text = model_gguf("llama", "model.layers.0.mlp.up_proj.weight");
   const auto path = write("m.gguf", text.tensor("blk.0.ffn_up.weight", {8, 16}).str());
   EXPECT_EQ(complaint_of([&] { Weights::open(path); }),

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int kDraws = 20000;
 
-/// How often each token is drawn, as a share.
+/// Returns the share of draws of each token.
 std::map<std::int32_t, double> shares(const Sampling& sampling, const std::vector<float>& logits) {
   Sampler sampler(sampling);
   std::map<std::int32_t, double> shares;

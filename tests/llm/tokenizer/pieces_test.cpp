@@ -1,4 +1,4 @@
-// What a text goes through before merges: UTF-8, patterns, added tokens, splits, normalisation.
+// The steps of a text before merges: UTF-8, patterns, added tokens, splits, normalisation.
 #include <gtest/gtest.h>
 
 #include <string>

@@ -151,11 +151,11 @@ TEST_F(TokenizerTest, UnknownCharactersShareATokenWhereTheFileSays) {
             (Ids{2, 1, 0}));
 }
 
-TEST_F(TokenizerTest, RefusesAFolderWithoutATokenizer) {
+TEST_F(TokenizerTest, FolderWithoutATokenizerThrows) {
   EXPECT_NE(refusal("").find("neither"), std::string::npos);
 }
 
-TEST_F(TokenizerTest, RefusesWhatIsNotJson) {
+TEST_F(TokenizerTest, InvalidJsonThrows) {
   for (const std::string& text :
        {std::string(), std::string("GGUF"), std::string("{\"model\": "), std::string("\xFF"),
         std::string("[]"), std::string("null"), std::string("{}"), std::string(100'000, '[')}) {
@@ -164,12 +164,12 @@ TEST_F(TokenizerTest, RefusesWhatIsNotJson) {
   }
 }
 
-TEST_F(TokenizerTest, RefusesATokenizerJsonThatIsAFolder) {
+TEST_F(TokenizerTest, TokenizerJsonThatIsAFolderThrows) {
   std::filesystem::create_directories(folder_ / "tokenizer.json");
   refusal("tokenizer.json");
 }
 
-TEST_F(TokenizerTest, RefusesBrokenParts) {
+TEST_F(TokenizerTest, BrokenPartsThrow) {
   const auto with = [](const char* pointer, const json& value) {
     json document = byte_level();
     document[json::json_pointer(pointer)] = value;
@@ -220,7 +220,7 @@ TEST_F(TokenizerTest, RefusesBrokenParts) {
   }
 }
 
-TEST_F(TokenizerTest, RefusesSequencesWithoutEnd) {
+TEST_F(TokenizerTest, SequencesWithoutEndThrow) {
   json nested = {{"type", "NFC"}};
   for (int depth = 0; depth < 1000; ++depth) nested = {{"type", "Sequence"}, {"normalizers", {nested}}};
   json document = byte_level();
@@ -275,7 +275,7 @@ TEST_F(TokenizerTest, RefusesEveryCutOfASentencePieceModel) {
   }
 }
 
-TEST_F(TokenizerTest, RefusesOtherSentencePieceModels) {
+TEST_F(TokenizerTest, UnsupportedSentencePieceModelsThrow) {
   const std::string pieces = piece("<unk>", 0, 2) + piece("a", -1, 1);
   const std::vector<std::pair<std::string, const char*>> cases{
       {pieces + kKeepSpaces, "BPE"},

@@ -1,4 +1,4 @@
-#include "llm/eval/reader.h"
+#include "llm/eval/greedy_generator.h"
 
 #include <algorithm>
 #include <span>
@@ -8,20 +8,22 @@
 
 namespace moba::llm::eval {
 
-std::int64_t Reader::shared_with(const std::vector<std::int32_t>& prompt) const {
+std::int64_t GreedyGenerator::shared_with(const std::vector<std::int32_t>& prompt) const {
   // The tail of a prompt is read by another attention variant than what comes before it.
   const std::int64_t tail = settings_.prefill == AttentionMode::full ? 0 : settings_.full_tail;
-  const auto differs = std::mismatch(held_.begin(), held_.end(), prompt.begin(), prompt.end()).first;
-  const auto held = static_cast<std::int64_t>(held_.size()), size = static_cast<std::int64_t>(prompt.size());
-  return std::max<std::int64_t>(0, std::min({differs - held_.begin(), held - tail, size - tail, size - 1}));
+  const auto differs = std::mismatch(cached_.begin(), cached_.end(), prompt.begin(), prompt.end()).first;
+  const auto cached = static_cast<std::int64_t>(cached_.size()),
+             size = static_cast<std::int64_t>(prompt.size());
+  return std::max<std::int64_t>(0,
+                                std::min({differs - cached_.begin(), cached - tail, size - tail, size - 1}));
 }
 
-std::string Reader::answer(const std::vector<std::int32_t>& prompt, std::int64_t most,
-                           const Session::Progress& progress,
-                           const std::function<bool(const std::string&)>& is_enough) {
+std::string GreedyGenerator::generate(const std::vector<std::int32_t>& prompt, std::int64_t max_tokens,
+                                      const Session::Progress& progress,
+                                      const std::function<bool(const std::string&)>& is_enough) {
   const std::int64_t shared = shared_with(prompt);
   session_.rewind(shared);
-  held_ = prompt;
+  cached_ = prompt;
   std::vector<float> logits =
       session_.prefill(std::span(prompt).subspan(static_cast<std::size_t>(shared)), [&](double tokens) {
         if (progress) progress(static_cast<double>(shared) + tokens);
@@ -35,7 +37,7 @@ std::string Reader::answer(const std::vector<std::int32_t>& prompt, std::int64_t
     const std::int32_t token = likeliest(logits);
     if (std::find(ends.begin(), ends.end(), token) != ends.end()) return text;
     text += stream.push(tokenizer_.piece(token));
-    if (written >= most || (is_enough && is_enough(text))) return text;
+    if (written >= max_tokens || (is_enough && is_enough(text))) return text;
     logits = session_.decode(token);
   }
 }
