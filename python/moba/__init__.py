@@ -28,7 +28,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "MobaCache":  # the one part that needs transformers to be there
+    if name == "MobaCache":  # the only name that needs transformers
         from .cache import MobaCache
 
         return MobaCache

@@ -28,12 +28,12 @@ _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def means_dtype(keys: Tensor) -> torch.dtype:
-    """Dtype that `decode` expects of the means of such keys."""
+    """Return the dtype that `decode` expects of the means of these keys."""
     return keys.dtype if keys.is_cuda else torch.float32
 
 
 def _check_tensors(function: str, *tensors: Tensor) -> None:
-    """Raise TypeError for a dtype and ValueError for a device; the compiled part can raise ValueError alone."""
+    """Raise TypeError for a wrong dtype and ValueError for a wrong device; the compiled code cannot raise TypeError."""
     names = _TENSORS[function]
     q = tensors[names.index("q")]
     dtype, device = q.dtype, q.device
@@ -54,12 +54,12 @@ def _check_tensors(function: str, *tensors: Tensor) -> None:
 
 
 _LIBRARY_NAMES = {"select": "select_blocks"}
-"""The operators that the library calls by another name."""
+"""Operators whose function in the library has another name."""
 
 
-def _refused(function: str, error: Exception) -> Exception:
-    """The error that the compiled part threw, which torch hands on as a RuntimeError since 2.15 and a ValueError before, as the
-    operator's own: ValueError for an argument, RuntimeError for a device that failed."""
+def _operator_error(function: str, error: Exception) -> Exception:
+    """Return the exception to raise for one of the compiled code: ValueError for an argument, RuntimeError for a failure of the
+    device. torch raises both as RuntimeError since 2.15, and as ValueError before."""
     name, _, message = str(error).partition(": ")
     if name not in (function, _LIBRARY_NAMES.get(function)):
         return error
@@ -68,30 +68,30 @@ def _refused(function: str, error: Exception) -> Exception:
     return ValueError(f"{function}: {message.removeprefix('cache.')}")
 
 
-_door = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+_checks = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
 
 
-def _register_door(function: str) -> None:
-    """Check every call of the operator that is not traced, on every backend."""
+def _register_checks(function: str) -> None:
+    """Check the arguments of every call of the operator that is not traced, on every backend."""
     operator = getattr(torch.ops.moba, function).default
     count = len(_TENSORS[function])
 
     def checked(keyset, *arguments):
         _check_tensors(function, *arguments[:count])
         try:
-            return operator.redispatch(keyset - _door, *arguments)
+            return operator.redispatch(keyset - _checks, *arguments)
         except (RuntimeError, ValueError) as error:
-            raise _refused(function, error) from None
+            raise _operator_error(function, error) from None
 
     _library.impl(function, checked, "BackendSelect", with_keyset=True)
 
 
 for _function in _TENSORS:
-    _register_door(_function)
+    _register_checks(_function)
 
 
 def selection_width(keys: int, block_size: int, top_k: int) -> int:
-    """Width of a row of a selection over `keys` packed keys, from shapes alone, as if they were one sequence."""
+    """Return the width of a row of a selection over `keys` packed keys, from shapes alone, as if they were one sequence."""
     return torch.sym_min(top_k, (keys + block_size - 1) // block_size)
 
 
@@ -196,11 +196,11 @@ def _(q, k, v, means, begin, end, block_size, top_k, sink_blocks=0, scale=None, 
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-_below_gradient = torch._C._after_autograd_keyset - _door
+_below_gradient = torch._C._after_autograd_keyset - _checks
 
 
 class _Attention(torch.autograd.Function):
-    """Gradient of `attention`. torch.library.register_autograd would take ten times the time of a small call."""
+    """Gradient of `attention`; torch.library.register_autograd would take ten times as long as a small call."""
 
     @staticmethod
     def forward(
@@ -263,9 +263,8 @@ def _with_gradient(
     return_selection=False,
     backend="",
 ):
-    _check_tensors(
-        "attention", q, k, v, cu_seqlens_q, cu_seqlens_k
-    )  # instead of the check of the dispatcher, which would run twice
+    # In place of the checks at BackendSelect, which would run twice.
+    _check_tensors("attention", q, k, v, cu_seqlens_q, cu_seqlens_k)
     keyset = keyset & _below_gradient
     arguments = (
         q,
@@ -293,7 +292,7 @@ def _with_gradient(
         with torch._C._AutoDispatchBelowAutograd():
             return _attention.redispatch(keyset, *arguments)
     except (RuntimeError, ValueError) as error:
-        raise _refused("attention", error) from None
+        raise _operator_error("attention", error) from None
 
 
 def _check_no_tangent(function, *tensors):
@@ -307,8 +306,8 @@ def _check_no_tangent(function, *tensors):
             )
 
 
-class _Underived(torch.autograd.Function):
-    """An operator without a derivative."""
+class _NotDifferentiable(torch.autograd.Function):
+    """Operator without a derivative."""
 
     @staticmethod
     def forward(ctx, operator, keyset, *arguments):
@@ -322,7 +321,7 @@ class _Underived(torch.autograd.Function):
         )
 
 
-def _register_underived(function):
+def _register_not_differentiable(function):
     operator = getattr(torch.ops.moba, function).default
 
     def kernel(keyset, *arguments):
@@ -331,7 +330,7 @@ def _register_underived(function):
         if torch.is_grad_enabled() and any(
             isinstance(t, Tensor) and t.requires_grad for t in arguments
         ):
-            return _Underived.apply(operator, keyset, *arguments)
+            return _NotDifferentiable.apply(operator, keyset, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset, *arguments)
 
@@ -339,11 +338,11 @@ def _register_underived(function):
 
 
 _library.impl("attention", _with_gradient, "Autograd", with_keyset=True)
-_register_underived("attention_backward")
-_register_underived("decode")
+_register_not_differentiable("attention_backward")
+_register_not_differentiable("decode")
 
 
-# Under autocast the inputs take its dtype, as torch's own attention has it. float64 stays what it is.
+# Autocast converts the inputs to its dtype, as for torch's own attention; float64 stays float64.
 
 
 def _register_autocast(name, operator, device, key):
@@ -369,11 +368,11 @@ for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _register_autocast("select", _select, _device, _key)
 
 
-# A batch of packed batches is a longer packed batch.
+# vmap runs a batch of packed batches as one longer packed batch.
 
 
 def _pack(value, dim, batch, tokens_dim):
-    """Merge the mapped dimension with the tokens; repeat a tensor that is not mapped."""
+    """Merge the mapped dimension with the tokens; expand a tensor that is not mapped."""
     value = (
         value.movedim(dim, tokens_dim)
         if dim is not None
@@ -393,16 +392,16 @@ def _repeat_offsets(offsets, batch, tokens):
     return torch.cat([offsets[:1], (starts[:, None] + offsets[1:]).flatten()])
 
 
-def _refuse_mapped_offsets(dims):
+def _refuse_mapped_offsets(function, dims):
     if any(dim is not None for dim in dims):
         raise NotImplementedError(
-            "vmap over cu_seqlens_q or cu_seqlens_k is not supported; map over q, k and v alone"
+            f"{function}: cu_seqlens_q, cu_seqlens_k: expected offsets that vmap does not map, got mapped ones; map over q, k and v alone"
         )
 
 
 def _vmap_attention(info, in_dims, q, k, v, cu_seqlens_q, cu_seqlens_k, block_size, top_k, *rest):
     batch = info.batch_size
-    _refuse_mapped_offsets(in_dims[3:5])
+    _refuse_mapped_offsets("attention", in_dims[3:5])
     q, k, v = (_pack(t, dim, batch, 0) for t, dim in zip((q, k, v), in_dims))
     tokens, keys = q.shape[0] // batch, k.shape[0] // batch
     out, lse, selection = _attention(
@@ -437,7 +436,7 @@ def _vmap_backward(
     *rest,
 ):
     batch = info.batch_size
-    _refuse_mapped_offsets(in_dims[7:9])
+    _refuse_mapped_offsets("attention_backward", in_dims[7:9])
     d_out, q, k, v, out = (
         _pack(t, dim, batch, 0) for t, dim in zip((d_out, q, k, v, out), in_dims)
     )
@@ -467,7 +466,7 @@ def _vmap_backward(
 
 def _vmap_select(info, in_dims, q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k, *rest):
     batch = info.batch_size
-    _refuse_mapped_offsets(in_dims[2:4])
+    _refuse_mapped_offsets("select", in_dims[2:4])
     q, k = (_pack(t, dim, batch, 0) for t, dim in zip((q, k), in_dims))
     tokens, keys = q.shape[0] // batch, k.shape[0] // batch
     selection = _select(

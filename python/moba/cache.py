@@ -10,13 +10,13 @@ from ._operator import means_dtype
 
 _GROWTH = 1.5
 _MIN_CAPACITY = 256
-_MAX_STEP = 4096  # tokens: what a grown cache holds beyond its tokens, at most
+_MAX_STEP = 4096  # tokens: at most this much capacity beyond the tokens held
 
 
 class MobaLayer(DynamicLayer):
-    """One layer: keys and values in memory that grows ahead of them, [B, capacity, Hkv, D], by a half and at most 4096
-    tokens, so that a new token is written once and rarely moved with the rest. `keys` and `values` are views [B, Hkv, tokens, D], as every attention takes them.
-    The key view that `update` returns has its layer as `moba_layer`, and so the means of its blocks."""
+    """One layer's keys and values, [B, capacity, Hkv, D], in memory that grows by a half and at most 4096 tokens ahead of them,
+    so that a new token is written once and the others are rarely copied. `keys` and `values` are views [B, Hkv, tokens, D]. The
+    key view that `update` returns refers to its layer as `moba_layer`, which holds the means of the blocks."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -44,9 +44,8 @@ class MobaLayer(DynamicLayer):
         for stored, new in zip(self._stored, (key_states, value_states)):
             stored[:, held:length] = new.transpose(1, 2)
         keys, values = self._view(length)
-        keys = keys.view_as(
-            keys
-        )  # the layer holds no tensor that holds the layer: no reference cycle
+        # The layer keeps no tensor that refers to the layer: no reference cycle.
+        keys = keys.view_as(keys)
         keys.moba_layer = self  # type: ignore[attr-defined]
         return keys, values
 
@@ -63,8 +62,8 @@ class MobaLayer(DynamicLayer):
         return keys, values
 
     def means(self, begins: list[int], block_size: int) -> Tensor:
-        """Mean keys of the complete blocks, as `ops.decode` takes them: [B, blocks, Hkv, D], row b's counted from token
-        `begins[b]`. Each is computed once, when its block is full."""
+        """Return the mean keys of the complete blocks, as `ops.decode` takes them: [B, blocks, Hkv, D], those of row b counted
+        from token `begins[b]`. Each is computed once, when its block is complete."""
         if block_size != self._block_size or begins != self._begins:
             self._block_size, self._begins, self._complete = block_size, begins, [0] * len(begins)
         keys = self._stored[0]
@@ -124,8 +123,8 @@ class MobaLayer(DynamicLayer):
 
 
 class MobaCache(Cache):
-    """For `past_key_values`: decoding with `MoBAConfig(decode="moba")` then reads the means of the blocks and the keys and
-    values of those it selects, and nothing else. Works with any attention implementation and with beams."""
+    """KV cache for `past_key_values` with the means of all blocks: decoding with `MoBAConfig(decode="moba")` reads the means,
+    and keys and values of the selected blocks alone. Works with any attention implementation and with beam search."""
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=MobaLayer)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 class MoBAConfig:
     """The routing of a model's attention layers.
 
-    The first two fields are the published package's. A query attends to `moba_topk` blocks of `moba_chunk_size` tokens, its own
-    block included. The rest serves models that were never trained so, and hybrids:
+    The first two fields are those of the published package. A query attends to `moba_topk` blocks of `moba_chunk_size` tokens,
+    its own block included. The others are for models that were not trained with MoBA, and for hybrids:
 
     - `full_layers`: layers with full attention; negative numbers count from the last layer.
-    - `full_tail`: the last so many tokens of every sequence of a prefill attend fully.
+    - `full_tail`: number of last tokens of every sequence of a prefill that attend fully.
     - `sink_blocks`: the first blocks of a sequence, selected before any other and counted in `moba_topk`.
-    - `decode`: "full" or "moba", what a step of a single token does.
+    - `decode`: attention of a step of a single token, "full" or "moba".
 
-    Raises TypeError or ValueError for what is no routing.
+    Raises TypeError or ValueError naming the field.
     """
 
     moba_chunk_size: int

@@ -1,4 +1,4 @@
-"""`moba_attn_varlen` at the place that the published package has it."""
+"""`moba_attn_varlen`, in the module in which the published package (MoonshotAI/MoBA) has it."""
 
 from torch import Tensor
 
@@ -16,8 +16,8 @@ def moba_attn_varlen(
 ) -> Tensor:
     """Compute causal MoBA of a packed batch.
 
-    `q` [T, Hq, D], `k` and `v` [T, Hkv, D], `Hq % Hkv == 0`; `cu_seqlens` int32 or int64 [sequences + 1]. `max_seqlen` is the
-    published signature's and not needed. A query attends to `moba_topk` blocks of `moba_chunk_size` tokens, its own
+    `q` [T, Hq, D], `k` and `v` [T, Hkv, D], `Hq % Hkv == 0`; `cu_seqlens` int32 or int64 [sequences + 1]. `max_seqlen` is part
+    of the published signature and ignored. A query attends to `moba_topk` blocks of `moba_chunk_size` tokens, its own
     included. Returns [T, Hq, D]. Raises TypeError or ValueError naming the argument.
     """
     offsets = check_varlen("moba_attn_varlen", q, k, v, cu_seqlens, moba_chunk_size, moba_topk)

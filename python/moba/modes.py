@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Of the process, not of a thread: backward may compute a checkpointed forward again on a thread of its own.
+# State of the process, not of a thread: backward may recompute a checkpointed forward pass on another thread.
 _mode: str | None = None
 _records: tuple["Routing", ...] = ()
 

@@ -4,12 +4,11 @@
 strides, `Hq % Hkv == 0`. `cu_seqlens_q`, `cu_seqlens_k`: int32 `[sequences + 1]`, from 0, never decreasing, to Tq and Tk;
 queries are the last of their keys. `top_k` blocks of `block_size` tokens a query, its own included; as many as there are, or
 more, is dense attention. Selections are int32 `[Hq, Tq, min(top_k, ceil(Tk / block_size))]`: block numbers within the
-sequence, ascending, padded with -1. Raise TypeError (of a dtype) or ValueError naming the argument, what was expected and what
-came. Results are bit-identical on every run and for any number of threads, so torch.use_deterministic_algorithms has
-nothing to change.
+sequence, ascending, padded with -1. Errors are TypeError (dtypes) or ValueError, "function: argument: expected X, got Y".
+Results are bit-identical on every run and for any number of threads, also without torch.use_deterministic_algorithms.
 
-CUDA tensors go to the CUDA backend, where the package was built with it: bfloat16 and float16, head_dim 64, 96, 128 and 256,
-on the current stream and never waiting for it. Offsets stay on the device, so nothing checks what they hold.
+CUDA tensors use the CUDA backend, if the package was built with it: bfloat16 and float16, head_dim 64, 96, 128 and 256, on
+the current stream and without synchronising. Offsets stay on the device, so their values are not checked.
 """
 
 from torch import Tensor
@@ -28,10 +27,11 @@ def attention(
     return_selection: bool = False,
     backend: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`out [Tq, Hq, D]`, `lse [Hq, Tq]` (float32, natural logarithm, no gradient), and the selection, 0 wide unless asked for.
+    """Return `out [Tq, Hq, D]`, `lse [Hq, Tq]` (float32, natural logarithm, no gradient) and the selection, of width 0 unless
+    `return_selection`.
 
-    Differentiable in q, k and v; the selection counts as a constant. `scale` of the logits: D^-0.5 unless given. `backend`:
-    "cpu", "reference" or "cuda"; empty: the best there is for the device.
+    Differentiable in q, k and v; the selection is a constant. `scale`: softmax scale; D^-0.5 if None. `backend`: "cpu",
+    "reference" or "cuda"; empty: the best for the device.
     """
 
 def attention_backward(
@@ -51,7 +51,7 @@ def attention_backward(
     scale: float | None = None,
     backend: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`dq, dk, dv` in the shapes of q, k and v. A selection 0 wide is selected again, to the same blocks."""
+    """Return `dq, dk, dv` in the shapes of q, k and v. Without a selection (width 0) the same blocks are selected again."""
 
 def select(
     q: Tensor,
@@ -64,7 +64,7 @@ def select(
     causal: bool = True,
     backend: str = "",
 ) -> Tensor:
-    """The selection alone."""
+    """Return the selection alone."""
 
 def decode(
     q: Tensor,
@@ -79,10 +79,10 @@ def decode(
     scale: float | None = None,
     backend: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """One new token for each of B sequences: `out [B, Hq, D]` and `lse [Hq, B]` for `q [B, Hq, D]`, without a derivative.
+    """Return `out [B, Hq, D]` and `lse [Hq, B]` for one new token of each of B sequences, `q [B, Hq, D]`, without a derivative.
 
-    `k`, `v` `[B, tokens, Hkv, D]`, any strides, of which sequence b holds tokens `[begin[b], end[b])`, the query's own last;
-    int32. `means` `[B, blocks, Hkv, D]`: of every complete block counted from `begin[b]`, the mean of its keys rounded to their
-    dtype; float32 on the CPU, in the dtype of k on CUDA; not read where the routing covers every block. On CUDA nothing checks what
-    `begin` and `end` hold.
+    `k`, `v` `[B, tokens, Hkv, D]`, any strides; sequence b is tokens `[begin[b], end[b])` (int32), the last of which is the
+    query's own. `means` `[B, blocks, Hkv, D]`: the mean key of every complete block counted from `begin[b]`, rounded to the
+    dtype of k; float32 on the CPU, the dtype of k on CUDA; not read where the routing covers every block. On CUDA the values
+    of `begin` and `end` are not checked.
     """

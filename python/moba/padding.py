@@ -9,7 +9,7 @@ def spans_of_mask(mask: Tensor, queries: int, offset: int | Tensor = 0) -> Tenso
     """Find the tokens of each row: int32 [B, 4] of q_begin, q_end, k_begin, k_end.
 
     `mask` [B, Sk] is true at tokens and false at padding, which may be to the left, to the right, or both. The queries
-    are columns [offset, offset + queries) of it; columns after them are not there yet. Raises ValueError, or RuntimeError
+    are columns [offset, offset + queries) of it; later columns are ignored. Raises ValueError, or RuntimeError
     from within a compiled graph, when padding lies between tokens.
     """
     columns = torch.arange(mask.shape[1], device=mask.device)

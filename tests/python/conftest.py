@@ -4,7 +4,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small problems on a shared machine: threads that wait for each other would take most of the time."""
+    """Run every test on one thread: in small problems, waiting for other threads would take most of the time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""Small transformers models with random weights, and one way to run them."""
+"""Small transformers models with random weights, and functions that run them."""
 
 import torch
 from transformers import (

@@ -10,7 +10,7 @@ def offsets(lengths):
 def batch(
     lengths, q_heads=4, kv_heads=2, head_dim=16, dtype=torch.float32, seed=0, key_lengths=None
 ):
-    """q, k, v and the two cu_seqlens of sequences of these lengths."""
+    """Return q, k, v and the two cu_seqlens of sequences of these lengths."""
     generator = torch.Generator().manual_seed(seed)
     key_lengths = lengths if key_lengths is None else key_lengths
     shapes = ((sum(lengths), q_heads), (sum(key_lengths), kv_heads), (sum(key_lengths), kv_heads))
@@ -19,15 +19,15 @@ def batch(
 
 
 def seen_keys(selection, position, keys, block_size):
-    """bool [H, L, keys]: the keys of the selected blocks [H, L, W] up to each query's position."""
+    """Return the mask of the keys of the selected blocks [H, L, W] up to each query's position, bool [H, L, keys]."""
     block = torch.arange(keys) // block_size
-    chosen = (selection[..., None, :] == block[:, None]).any(-1)
-    return chosen & (torch.arange(keys) <= position[:, None])
+    selected = (selection[..., None, :] == block[:, None]).any(-1)
+    return selected & (torch.arange(keys) <= position[:, None])
 
 
 def dense_given(q, k, v, selection, rows, cu_q, cu_k, block_size):
-    """Attention in float64 of these packed rows of q over the selected blocks, causal; out [rows, H, D], differentiable, and
-    lse [H, rows]."""
+    """Return causal attention in float64 of these packed rows of q over the selected blocks: out [rows, H, D],
+    differentiable, and lse [H, rows]."""
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -43,8 +43,8 @@ def dense_given(q, k, v, selection, rows, cu_q, cu_k, block_size):
 
 
 def cached(dtype, batch_size=3, tokens=60, heads=4, kv_heads=2, head_dim=64, block_size=8):
-    """q, k, v, means, begin and end for decode: sequences somewhere in a batch, their means in its dtype, NaN where there is no
-    block."""
+    """Return q, k, v, means, begin and end for decode: sequences at any offset in their rows, means in their dtype, NaN where
+    there is no block."""
     q = torch.randn(batch_size, heads, head_dim).to(dtype)
     keys, values = torch.randn(2, batch_size, tokens, kv_heads, head_dim).to(dtype)
     begin = torch.arange(batch_size, dtype=torch.int32) * 5 % 11

@@ -1,4 +1,4 @@
-"""What is no call: an exception that names the argument, before anything is computed; never a crash."""
+"""Invalid arguments raise an exception that names the argument before anything is computed, and never crash."""
 
 import math
 import random
@@ -101,7 +101,7 @@ WRONG_TYPES = {
 
 
 def modes_of_calling():
-    """As it is called: for a gradient, without one, and traced."""
+    """Return the ways to call the operator: for a gradient, without one, and traced with fake and meta tensors."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return {
@@ -124,7 +124,7 @@ def fake(mode, call):
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_the_operator_names_what_is_wrong(name):
+def test_invalid_arguments_are_named(name):
     change, message = WRONG[name]
     for mode in ("gradient", "inference"):
         with pytest.raises(ValueError, match=message):
@@ -133,14 +133,14 @@ def test_the_operator_names_what_is_wrong(name):
 
 @pytest.mark.parametrize("mode", modes_of_calling())
 @pytest.mark.parametrize("name", WRONG_TYPES)
-def test_wrong_types_are_type_errors_however_it_is_called(name, mode):
+def test_wrong_dtypes_raise_type_error_in_every_mode(name, mode):
     change, message = WRONG_TYPES[name]
     with pytest.raises(TypeError, match=f"^attention: {message}"):
         modes_of_calling()[mode](good() | change)
     modes_of_calling()[mode](good())
 
 
-def test_wrong_types_of_the_other_operators():
+def test_wrong_dtypes_of_backward_and_select_raise_type_error():
     q, k, v, cu, _ = batch([16])
     out, lse, selection = ops.attention(q, k, v, cu, cu, 4, 2, return_selection=True)
     backward = dict(
@@ -173,7 +173,7 @@ def test_integers_have_no_gradient():
         torch.ones(16, 4, 16, dtype=torch.long).requires_grad_()
 
 
-def test_another_device():
+def test_tensors_on_another_device_are_refused():
     call = good()
     for name in ("q", "k", "cu_seqlens_q"):
         with pytest.raises(ValueError, match="expected device"):
@@ -193,7 +193,7 @@ def test_empty_batches_and_sequences_are_legal(lengths):
     assert moba.attention(nothing, nothing, nothing, block_size=4, top_k=2).shape == nothing.shape
 
 
-def test_queries_before_the_first_key_get_nothing():
+def test_queries_before_the_first_key_get_zeros():
     q, k, v, cu_q, cu_k = batch([5], key_lengths=[2])
     out, lse, selection = ops.attention(q, k, v, cu_q, cu_k, 4, 2, return_selection=True)
     assert (
@@ -201,7 +201,7 @@ def test_queries_before_the_first_key_get_nothing():
     )
 
 
-def test_nan_and_inf_do_not_spread():
+def test_nan_does_not_reach_queries_that_do_not_select_it():
     q, k, v, cu, _ = batch([64])
     clean, _, selection = ops.attention(q, k, v, cu, cu, 8, 2, return_selection=True)
     k[3, 0, 0] = math.nan
@@ -284,7 +284,7 @@ BATCHED = {
 
 
 @pytest.mark.parametrize("name", BATCHED)
-def test_the_batched_door(name):
+def test_invalid_arguments_of_batched_attention_are_named(name):
     change, kind, message = BATCHED[name]
     call = {
         "q": torch.randn(2, 9, 4, 8),
@@ -302,7 +302,7 @@ def test_offsets_of_int64_are_converted(attend):
 
 
 @pytest.mark.parametrize("attend", (moba.moba_attn_varlen, moba.moba_attn_varlen_naive))
-def test_the_varlen_doors(attend):
+def test_invalid_arguments_of_varlen_functions_are_refused(attend):
     q, k, v, cu, _ = batch([10, 6])
     for wrong, kind in (
         ((q, k, v, cu.float(), 10, 4, 2), TypeError),
@@ -337,13 +337,13 @@ def test_the_varlen_doors(attend):
         ({"decode": "sparse"}, ValueError),
     ],
 )
-def test_configurations(options, kind):
+def test_invalid_configurations_are_refused(options, kind):
     with pytest.raises(kind, match=next(iter(options))):
         moba.MoBAConfig(**({"moba_chunk_size": 4, "moba_topk": 3} | options))
 
 
 def fuzzed(rng):
-    """An argument set: often right, mostly wrong in one place or in several."""
+    """Return a random argument set, often valid, mostly invalid in one or several arguments."""
     head_dim = rng.choice([1, 3, 8, 16, 33])
     kv_heads = rng.randint(1, 3)
     lengths = [rng.choice([0, 1, 5, 16]) for _ in range(rng.randint(0, 4))]
@@ -398,7 +398,7 @@ def fuzzed(rng):
 
 
 def outcome(call):
-    """The type of the exception, or the shapes and dtypes of the results."""
+    """Return the type of the exception, or the shapes and dtypes of the results."""
     try:
         return [(t.shape, t.dtype) for t in ops.attention(**call)]
     except Exception as error:
@@ -406,7 +406,7 @@ def outcome(call):
 
 
 def check_traced(call, real):
-    """Traced, values are not seen; all else is refused alike, and what is answered has the shapes that were promised."""
+    """Check that a traced call, which does not see values, raises as the real one and has the shapes of its results."""
     traced = outcome({name: t.to("meta") if torch.is_tensor(t) else t for name, t in call.items()})
     if traced is TypeError or real is TypeError or isinstance(real, list):
         assert traced == real, (call, traced, real)
@@ -416,9 +416,9 @@ def check_traced(call, real):
         ), traced
 
 
-def test_twenty_thousand_argument_sets():
+def test_random_argument_sets_raise_or_compute():
     rng = random.Random(5)
-    answered = refused = 0
+    computed = refused = 0
     for i in range(20_000):
         call = fuzzed(rng)
         if i % 8 == 0 and not any(torch.is_tensor(t) and t.is_meta for t in call.values()):
@@ -431,13 +431,13 @@ def test_twenty_thousand_argument_sets():
             continue
         except (
             RuntimeError
-        ) as error:  # torch's own: no number for an int, a device or layout it has no kernel for
+        ) as error:  # of torch: an int out of range, an unsupported device or layout
             refused += 1
             text = str(error)
             assert "moba" in text or "Tensor" in text or "tensor" in text, (call, text)
             assert "INTERNAL ASSERT" not in text, (call, text)
             continue
-        answered += 1
+        computed += 1
         q = call["q"]
         assert (
             out.shape == q.shape and out.dtype == q.dtype and lse.shape == (q.shape[1], q.shape[0])
@@ -447,12 +447,12 @@ def test_twenty_thousand_argument_sets():
         )
         if out.device.type == "cpu" and right and abs(call.get("scale") or 0) < 1e3:
             assert torch.isfinite(out).all(), call
-            if answered % 20 == 0 and call.get("causal", True):
-                check_answer(call, out)
-    assert answered > 4_000 and refused > 4_000, (answered, refused)
+            if computed % 20 == 0 and call.get("causal", True):
+                check_result(call, out)
+    assert computed > 4_000 and refused > 4_000, (computed, refused)
 
 
-def check_answer(call, out):
+def check_result(call, out):
     options = {name: call[name] for name in ("sink_blocks", "scale") if name in call}
     arguments = [
         call[name]
@@ -490,7 +490,7 @@ def cached():
         ({"backend": "gpu"}, 'backend: expected .*, got "gpu"'),
     ],
 )
-def test_the_door_of_decode(change, message):
+def test_invalid_arguments_of_decode_are_named(change, message):
     ops.decode(**cached())
     with pytest.raises(ValueError, match=message):
         ops.decode(**(cached() | change))
@@ -510,7 +510,7 @@ def test_the_door_of_decode(change, message):
         ),
     ],
 )
-def test_wrong_types_at_the_door_of_decode(change, message):
+def test_wrong_dtypes_of_decode_raise_type_error(change, message):
     with pytest.raises(TypeError, match=f"^decode: {message}"):
         ops.decode(**(cached() | change))
 

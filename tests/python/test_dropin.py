@@ -8,7 +8,7 @@ from packed import batch, offsets
 NAMES = ("moba_attn_varlen", "moba_attn_varlen_naive")
 
 
-def test_names_are_where_programs_look_for_them():
+def test_published_names_are_importable():
     from moba import MoBAConfig, register_moba  # noqa: F401
     from moba.moba_efficient import moba_attn_varlen
     from moba.moba_naive import moba_attn_varlen_naive
@@ -32,7 +32,7 @@ def test_names_are_where_programs_look_for_them():
         ([129, 1, 64], 64, 9),
     ],
 )
-def test_efficient_is_naive(lengths, block_size, top_k, dtype):
+def test_efficient_matches_naive(lengths, block_size, top_k, dtype):
     q, k, v, cu, _ = batch(lengths, 4, 2, 32, dtype)
     results = []
     for attend in (moba.moba_attn_varlen, moba.moba_attn_varlen_naive):
@@ -55,14 +55,14 @@ def test_top_k_of_one_is_the_current_block(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_of_equal_scores_the_more_recent_block_wins(name):
+def test_more_recent_block_wins_among_equal_scores(name):
     q, _, v, cu, _ = batch([40], 1, 1)
     out = getattr(moba, name)(q, torch.ones_like(v), v, cu, 40, 8, 2)
     torch.testing.assert_close(out[39], v[24:].mean(0), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_offsets_edited_in_place_are_seen(name):
+def test_offsets_edited_in_place_take_effect(name):
     q, k, v, cu, _ = batch([20, 20])
     attend = getattr(moba, name)
     attend(q, k, v, cu, 20, 4, 2)

@@ -1,5 +1,5 @@
-"""The operators of CUDA tensors on the emulated device (docs/cuda.md), which is given the CPU's tensors, and what the package
-makes of decoding there."""
+"""The operators of CUDA tensors on the emulated device (docs/cuda.md), which takes CPU tensors, and decoding of models with
+them."""
 
 import os
 from pathlib import Path
@@ -41,7 +41,7 @@ def close(found, expected, dtype, times=1):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_its_gradient_and_select(emulated, dtype):
+def test_attention_backward_and_select_match_float64(emulated, dtype):
     q, k, v, cu, _ = batch([40, 0, 1, 90], 4, 2, 64, dtype)
     arguments = (cu, cu, 16, 3)
     out, lse, selection = emulated.attention(q, k, v, *arguments, return_selection=True)
@@ -83,7 +83,7 @@ def test_decode_is_what_it_is_on_the_cpu(emulated, dtype, routing):
     check_decode(emulated, cached(dtype), *routing)
 
 
-def test_decode_takes_caches_as_they_lie(emulated):
+def test_decode_takes_strided_caches(emulated):
     call = cached(torch.bfloat16)
     expected = emulated.decode(*call, 8, 3)
     q, keys, values, means, begin, end = call
@@ -153,14 +153,14 @@ def test_decoding_nothing_is_legal(emulated):
         ({7: 0}, "decode: top_k: expected at least 1, got 0"),
     ],
 )
-def test_the_door_of_decode(emulated, change, message):
+def test_invalid_arguments_of_decode_are_named(emulated, change, message):
     call = dict(enumerate([*cached(torch.bfloat16), 8, 3])) | change
     with pytest.raises((RuntimeError, ValueError), match=message):
         emulated.decode(*call.values())
 
 
 def decode_on(emulated, monkeypatch):
-    """From now on the package takes the CPU's tensors for CUDA's where it decodes. Gives the calls of decode."""
+    """Make the package decode CPU tensors on the emulated device; return the list that collects the calls of decode."""
     calls = []
 
     def decode(*arguments):
@@ -174,8 +174,8 @@ def decode_on(emulated, monkeypatch):
 
 
 @pytest.mark.parametrize("decode", ("full", "moba"))
-def test_a_model_decodes_through_it(emulated, monkeypatch, decode):
-    # One layer, lest rounding in it make the next one choose other blocks.
+def test_model_decodes_on_the_emulated_device(emulated, monkeypatch, decode):
+    # One layer, because its rounding could make the next layer select other blocks.
     model = build(
         "llama", num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=64
     ).to(torch.bfloat16)
@@ -205,7 +205,7 @@ def test_a_model_decodes_through_it(emulated, monkeypatch, decode):
     assert means.dtype == torch.bfloat16 and (means.shape[1] > 0) == (decode == "moba")
 
 
-def test_which_cuda_tensors_decode(monkeypatch):
+def test_decode_is_used_for_supported_cuda_tensors(monkeypatch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     called = []

@@ -21,7 +21,7 @@ def close(a, b, tolerance=2e-4):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", ("llama", "qwen3", "mistral"))
-def test_with_every_block_a_model_is_what_it_is_with_sdpa(family, implementation):
+def test_with_every_block_a_model_matches_sdpa(family, implementation):
     model, ids = build(family), random_ids(2, 50)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
@@ -39,7 +39,7 @@ def test_with_every_block_a_model_is_what_it_is_with_sdpa(family, implementation
 @pytest.mark.parametrize(
     "config", (SPARSE, MoBAConfig(8, 3, full_tail=6, sink_blocks=1, full_layers=(-1,)))
 )
-def test_efficient_is_naive(config):
+def test_efficient_matches_naive(config):
     model, ids = build("llama"), random_ids(2, 70)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
@@ -51,7 +51,7 @@ def test_efficient_is_naive(config):
 
 
 @pytest.mark.parametrize("config", (SPARSE, MoBAConfig(8, 3, full_tail=6)))
-def test_a_padded_batch_is_each_sample_alone(config):
+def test_padded_batch_matches_each_sample_alone(config):
     model, ids = build("llama"), random_ids(3, 60)
     moba.register_moba(config)
     mask = torch.ones_like(ids)
@@ -65,7 +65,7 @@ def test_a_padded_batch_is_each_sample_alone(config):
 
 @pytest.mark.parametrize("cache", (None, MobaCache, "static"))
 @pytest.mark.parametrize("decode", ("full", "moba"))
-def test_caches_agree_with_the_naive_implementation(cache, decode):
+def test_caches_match_the_naive_implementation(cache, decode):
     model, ids = build("llama"), random_ids(2, 60)
     mask = torch.ones_like(ids)
     mask[0, :10] = 0
@@ -82,7 +82,7 @@ def test_caches_agree_with_the_naive_implementation(cache, decode):
 
 
 @pytest.mark.parametrize("make_cache", (lambda: None, MobaCache))
-def test_prefill_and_decode_are_one_prefill(make_cache):
+def test_prefill_and_decode_match_one_prefill(make_cache):
     model, ids = build("llama"), random_ids(2, 64)
     moba.register_moba(MoBAConfig(8, 3, decode="moba"))
     whole = logits(model, "moba", ids)
@@ -101,7 +101,7 @@ def test_prefill_and_decode_are_one_prefill(make_cache):
     close(torch.cat(pieces, 1), whole)
 
 
-def test_a_cropped_cache_continues_where_it_was():
+def test_cropped_cache_continues():
     model, ids = build("llama"), random_ids(1, 64)
     moba.register_moba(MoBAConfig(8, 3, decode="moba"))
     whole = logits(model, "moba", ids)
@@ -174,7 +174,7 @@ def test_assisted_generation():
 
 
 @pytest.mark.parametrize("make_cache", (lambda: None, MobaCache))
-def test_autocast_and_half_precision(make_cache):
+def test_generation_under_autocast_and_in_half_precision(make_cache):
     model, ids = build("llama"), random_ids(1, 40)
     moba.register_moba(EVERYTHING)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -185,7 +185,7 @@ def test_autocast_and_half_precision(make_cache):
     generated(model, "moba", ids, past_key_values=make_cache())
 
 
-def test_full_layers():
+def test_full_layers_attend_fully():
     model, ids = build("llama"), random_ids(1, 60)
     for layers in ((0, 1, 2), (-3, -2, -1)):
         moba.register_moba(MoBAConfig(8, 2, full_layers=layers))
@@ -196,7 +196,7 @@ def test_full_layers():
     assert record.layers() == [0, 1]
 
 
-def test_a_step_may_override_the_mode():
+def test_mode_overrides_the_configuration():
     model, ids = build("llama"), random_ids(1, 60)
     moba.register_moba(MoBAConfig(8, 2, full_layers=(0,)))
     before = logits(model, "moba", ids)
@@ -224,14 +224,13 @@ def test_routing_is_recorded():
     first = record[0][0]
     assert first.shape == (2, 4, 60, 3)
     assert (first[0, :, :10] == -1).all()
-    assert (
-        first[0, :, 10:18] == torch.tensor([0, -1, -1])
-    ).all()  # blocks are counted from the row's first token
+    # Blocks are counted from the row's first token.
+    assert (first[0, :, 10:18] == torch.tensor([0, -1, -1])).all()
     assert (first[1, :, 40] == torch.tensor([0, 5, 5])).any(-1).all()
 
 
 @pytest.mark.parametrize("checkpointing", (False, True))
-def test_gradients_of_a_model(checkpointing):
+def test_gradients_of_a_model_match_naive(checkpointing):
     ids = random_ids(2, 50)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
@@ -260,7 +259,7 @@ def test_checkpointing_across_a_mode_switch_is_caught():
         loss.backward()
 
 
-def test_compiled_model():
+def test_compiled_model_matches_eager():
     torch._dynamo.reset()
     model = build("llama", num_hidden_layers=1)
     moba.register_moba(SPARSE)
@@ -331,7 +330,7 @@ def test_packed_documents_of_several_rows():
         close(found[row : row + 1], torch.cat(parts, dim=1))
 
 
-def test_what_cannot_be_honoured_is_refused():
+def test_unsupported_layers_and_masks_are_refused():
     moba.register_moba(SPARSE)
     ids = random_ids(1, 40)
     model = build("llama")

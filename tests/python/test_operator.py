@@ -1,4 +1,4 @@
-"""The operator against dense attention, the reference, and everything torch does with operators."""
+"""The operator against dense attention and the reference, and with torch's transforms: compile, export, vmap, autocast."""
 
 import os
 import random
@@ -32,7 +32,7 @@ CASES = int(os.environ.get("MOBA_TEST_CASES", 60))
 
 
 def grid(longest, seed):
-    """Cases drawn so that every value of every dimension comes up as often as any other."""
+    """Return random cases in which every value of every dimension is equally frequent."""
     rng = random.Random(seed)
 
     def spread(values):
@@ -67,7 +67,7 @@ def of_case(case, **options):
 
 
 def some_rows(rng, tokens):
-    """Up to 300 of them, the first and the last among them."""
+    """Return at most 300 of the rows, with the first and the last."""
     rows = [0, tokens - 1, *(rng.randrange(tokens) for _ in range(300))]
     return torch.tensor(sorted(set(rows)))
 
@@ -88,7 +88,7 @@ def test_forward_and_backward_against_float64(case):
     expected_gradients = torch.autograd.grad(expected, wide, d_out[rows].double())
     rounding = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}[out.dtype]
     if case["head_dim"] == 1:
-        rounding *= 4  # the backward reads the rounded output, whose one number is all there is
+        rounding *= 4  # head_dim 1: the backward pass reads an output of one rounded number
     for name, found, right in zip(
         "o q k v".split(), (out[rows], *gradients), (expected, *expected_gradients)
     ):
@@ -123,7 +123,7 @@ def test_cpu_and_reference_agree(case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_everything_selected_is_dense_attention(dtype):
+def test_selecting_every_block_is_dense_attention(dtype):
     q, k, v, cu, _ = batch([300], 8, 2, 64, dtype)
     out, _, _ = ops.attention(q, k, v, cu, cu, 64, 5)
     dense = torch.nn.functional.scaled_dot_product_attention(
@@ -133,7 +133,7 @@ def test_everything_selected_is_dense_attention(dtype):
     assert error < {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype]
 
 
-def test_select_is_what_attention_selects():
+def test_select_matches_attention():
     q, k, v, cu, _ = batch([100, 0, 33])
     selection = ops.attention(q, k, v, cu, cu, 8, 3, 1, return_selection=True)[2]
     assert torch.equal(selection, ops.select(q, k, cu, cu, 8, 3, 1))
@@ -142,7 +142,7 @@ def test_select_is_what_attention_selects():
     assert (selection[:, 50] == 50 // 8).any(-1).all()  # its own block
 
 
-def test_a_batch_is_its_sequences():
+def test_packed_batch_matches_each_sequence_alone():
     lengths = [40, 0, 1, 17, 90]
     q, k, v, cu, _ = batch(lengths)
     together = ops.attention(q, k, v, cu, cu, 8, 3, return_selection=True)
@@ -158,7 +158,7 @@ def test_a_batch_is_its_sequences():
 
 
 def strided(t):
-    """The same values, heads outermost in memory."""
+    """Return the same values with the heads outermost in memory."""
     return t.transpose(0, 1).contiguous().transpose(0, 1)
 
 
@@ -176,7 +176,7 @@ def test_strided_inputs_give_the_same_bits_without_copies():
         if "copy" in e.key or "clone" in e.key or "contiguous" in e.key
     ]
     assert copied == []
-    spread = torch.stack([q, q], dim=-1)[..., 0]  # a last dimension of stride 2 has to be copied
+    spread = torch.stack([q, q], dim=-1)[..., 0]  # a last dimension of stride 2 is copied
     assert torch.equal(ops.attention(spread, k, v, cu, cu, 16, 3)[0], expected[0])
     one_key = ops.attention(q, k[:1].expand(120, 2, 16), v, cu, cu, 16, 3)[0]  # stride 0
     assert torch.isfinite(one_key).all()
@@ -281,7 +281,7 @@ def test_compile_with_dynamic_shapes(backend):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_compile_the_batched_api():
+def test_batched_attention_compiles():
     torch._dynamo.reset()
 
     def model(q, k, v, mask):
@@ -342,7 +342,7 @@ def backward(out, leaves):
     return [t.grad for t in leaves]
 
 
-def test_vmap_is_a_loop():
+def test_vmap_matches_a_loop():
     q, k, v = (torch.randn(3, 37, heads, 16) for heads in (4, 2, 2))
     cu = offsets([10, 0, 27])
 
@@ -398,7 +398,7 @@ def test_torch_func_gradients_are_refused_and_gradients_through_vmap_work():
             torch.testing.assert_close(found[i], right, atol=1e-5, rtol=1e-5)
 
 
-def test_decode_is_the_last_row_of_attention():
+def test_decode_matches_the_last_row_of_attention():
     keys = torch.randn(2, 50, 2, 16)
     values = torch.randn(2, 50, 2, 16)
     begin, end = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([50, 41], dtype=torch.int32)
@@ -422,7 +422,7 @@ def test_decode_is_the_last_row_of_attention():
         torch.testing.assert_close(lse[:, row], expected[1][:, 0], atol=1e-5, rtol=1e-5)
 
 
-def test_batched_padding_is_each_row_alone():
+def test_padded_batch_of_attention_matches_each_row_alone():
     q, k, v = (torch.randn(3, 60, heads, 16).requires_grad_() for heads in (4, 2, 2))
     mask = torch.ones(3, 60, dtype=torch.bool)
     mask[0, :11] = mask[1, 40:] = mask[2, :5] = mask[2, 50:] = False
@@ -442,7 +442,7 @@ def test_batched_padding_is_each_row_alone():
             torch.testing.assert_close(found[row], right[row], atol=1e-5, rtol=1e-4)
 
 
-def test_not_causal():
+def test_attention_without_causal_mask():
     q, k, v = (torch.randn(2, 30, 4, 16) for _ in range(3))
     everything = moba.attention(q, k, v, block_size=8, top_k=4, causal=False)
     dense = torch.nn.functional.scaled_dot_product_attention(
@@ -458,8 +458,7 @@ def resident_megabytes():
 def test_many_small_calls_do_not_make_the_process_grow():
     q, cu = torch.randn(1, 1, 16), offsets([1])
     before, kept = resident_megabytes(), []
-    for _ in range(
-        4_000
-    ):  # results that stay lie between what is given back, which made glibc ask for ever more
+    # Kept results lie between freed memory, because of which glibc once requested more memory at every call.
+    for _ in range(4_000):
         kept.append([ops.attention(q, q, q, cu, cu, 16, 1) for _ in range(3)][0])
     assert resident_megabytes() - before < 60

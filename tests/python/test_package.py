@@ -1,4 +1,4 @@
-"""What is installed: typed, and as its stubs say."""
+"""The installed package: its metadata, types, stubs and documentation."""
 
 import ast
 import importlib.metadata
@@ -12,14 +12,14 @@ PACKAGE = Path(moba.__file__).parent
 STUBS = ast.parse((PACKAGE / "ops.pyi").read_text())
 
 
-def test_the_wheel_is_for_any_python_and_asks_for_torch_alone():
+def test_wheel_is_for_any_python_and_requires_torch_alone():
     about = importlib.metadata.distribution("moba")
     assert "py3-none-" in about.read_text("WHEEL")
     assert [need for need in about.requires if "extra" not in need] == ["torch>=2.10"]
     assert (PACKAGE / "py.typed").exists()
 
 
-def test_stubs_are_the_schemas():
+def test_stubs_match_the_schemas():
     schemas = {
         name: getattr(moba.ops, name)._schema
         for name in ("attention", "attention_backward", "select", "decode")

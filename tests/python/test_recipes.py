@@ -41,7 +41,7 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("implementation", ("sdpa", "moba", "moba_naive"))
-def test_the_example(model_folder, implementation):
+def test_example_generates(model_folder, implementation):
     command = [
         sys.executable,
         ROOT / "examples" / "llama.py",
@@ -70,7 +70,7 @@ def test_the_example(model_folder, implementation):
         (["--model", "./no/such"], "--model ./no/such: "),
     ],
 )
-def test_the_example_explains_itself(arguments, message):
+def test_example_names_invalid_arguments(arguments, message):
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "llama.py", *arguments],
         capture_output=True,

@@ -13,7 +13,7 @@ def losses(implementation, steps=STEPS, full_from=None):
         "llama", num_hidden_layers=2, hidden_size=32, intermediate_size=48, initializer_range=0.02
     ).train()
     model.set_attn_implementation(implementation)
-    # Not Adam, whose first steps turn the rounding of a vanishing gradient into a whole step.
+    # SGD, because the first steps of Adam turn the rounding of a vanishing gradient into a whole step.
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     found = []
     for step in range(steps):
@@ -27,7 +27,7 @@ def losses(implementation, steps=STEPS, full_from=None):
     return found
 
 
-def test_two_hundred_steps_repeat_to_the_bit_and_follow_the_naive_implementation():
+def test_training_is_bit_identical_and_matches_naive():
     moba.register_moba(moba.MoBAConfig(8, 2))
     first, again, naive = losses("moba"), losses("moba"), losses("moba_naive")
     assert first == again
@@ -35,7 +35,7 @@ def test_two_hundred_steps_repeat_to_the_bit_and_follow_the_naive_implementation
     assert first[-1] < first[0] - 1
 
 
-def test_a_switch_to_full_attention_in_the_middle():
+def test_switching_to_full_attention_during_training():
     moba.register_moba(moba.MoBAConfig(8, 2))
     switched, sparse = losses("moba", 60, full_from=40), losses("moba", 60)
     assert switched[:40] == sparse[:40] and switched[40:] != sparse[40:]
