@@ -70,8 +70,9 @@ void check_product(bool transposed) {
     T* right = left + 256;  // [n][k], or [k][n] when transposed
     const int lane = ptx::lane();
     for (int i = lane; i < 256; i += 32) {
-      left[i].bits = ptx::rounded_bits(T{}, static_cast<float>(i / 16 - i % 16));
-      right[i].bits = ptx::rounded_bits(T{}, static_cast<float>(i / 16 * 2 + i % 16));
+      const int row = i / 16, column = i % 16;
+      left[i].bits = ptx::rounded_bits(T{}, static_cast<float>(row - column));
+      right[i].bits = ptx::rounded_bits(T{}, static_cast<float>(row * 2 + column));
     }
     ptx::syncwarp();
     const auto bytes = [](int elements) { return static_cast<std::uint32_t>(2 * elements); };
