@@ -144,7 +144,7 @@ void build(const std::vector<TextFile>& sources, const nlohmann::json& key, cons
     if (!add_file(source, writer)) ++left_out;
     if (writer.total() - logged >= kLogBytes) {
       logged = writer.total();
-      log(fmt::format("tokenised {} Mi tokens", told >> 20));
+      log(fmt::format("tokenised {} Mi tokens", logged >> 20));
     }
   }
   nlohmann::json index = key;
