@@ -1,9 +1,9 @@
 // The public functions of moba/attention.h, moba/cache.h and moba/cuda.h: they check the arguments, choose
 // the backend and call its flow.
-#include "argument_error.h"
 #include "backend.h"
 #include "cache_state.h"
 #include "checks.h"
+#include "errors.h"
 #include "host/flow.h"
 
 namespace moba {
@@ -34,7 +34,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequence
     check_outputs(q, outputs);
     check_apart_from_keys(outputs, k, v);
     if (const DeviceFlow* device = device_for(q, execution))
-      return device->attention("attention", q, k, v, batch_of(sequences), routing, outputs, execution);
+      return device->attention(q, k, v, batch_of(sequences), routing, outputs, execution);
     host::forward(make_call(q, k, v, sequences, routing), nullptr, outputs, execution);
   });
 }
@@ -46,7 +46,7 @@ void select_blocks(const Tensor& q, const Tensor& k, const Sequences& sequences,
     check_selected(selection);
     const Outputs outputs{.selection = selection};
     if (const DeviceFlow* device = device_for(q, execution))
-      return device->attention("select_blocks", q, k, k, batch_of(sequences), routing, outputs, execution);
+      return device->attention(q, k, k, batch_of(sequences), routing, outputs, execution);
     host::forward(make_call(q, k, k, sequences, routing), nullptr, outputs, execution);
   });
 }
@@ -58,8 +58,8 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
     check_attention(q, k, v, sequences, routing);
     check_backward(d_out, q, k, v, saved, gradients);
     if (const DeviceFlow* device = device_for(q, execution)) {
-      return device->attention_backward("attention_backward", d_out, q, k, v, saved, batch_of(sequences),
-                                        routing, gradients, execution);
+      return device->attention_backward(d_out, q, k, v, saved, batch_of(sequences), routing, gradients,
+                                        execution);
     }
     host::backward(make_call(q, k, v, sequences, routing), d_out, saved, gradients, execution);
   });
@@ -105,8 +105,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSe
     check_attention(q, k, v, sequences, routing);
     check_outputs(q, outputs);
     check_apart_from_keys(outputs, k, v);
-    device_required(q, execution)
-        .attention("attention", q, k, v, batch_of(sequences), routing, outputs, execution);
+    device_required(q, execution).attention(q, k, v, batch_of(sequences), routing, outputs, execution);
   });
 }
 
@@ -116,8 +115,7 @@ void select_blocks(const Tensor& q, const Tensor& k, const DeviceSequences& sequ
     check_attention(q, k, k, sequences, routing);
     check_selected(selection);
     device_required(q, execution)
-        .attention("select_blocks", q, k, k, batch_of(sequences), routing, {.selection = selection},
-                   execution);
+        .attention(q, k, k, batch_of(sequences), routing, {.selection = selection}, execution);
   });
 }
 
@@ -128,8 +126,7 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
     check_attention(q, k, v, sequences, routing);
     check_backward(d_out, q, k, v, saved, gradients);
     device_required(q, execution)
-        .attention_backward("attention_backward", d_out, q, k, v, saved, batch_of(sequences), routing,
-                            gradients, execution);
+        .attention_backward(d_out, q, k, v, saved, batch_of(sequences), routing, gradients, execution);
   });
 }
 
@@ -139,7 +136,7 @@ void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, co
     check_paged(q, cache, routing);
     check_decode(q, cache.sequences, outputs);
     check_outputs(q, outputs);
-    device_required(q, execution).decode("decode", q, cache, routing, outputs, execution);
+    device_required(q, execution).decode(q, cache, routing, outputs, execution);
   });
 }
 
@@ -149,8 +146,7 @@ void update_means(const PagedCache& cache, std::int64_t block_size, const std::i
     if (block_size < 1) refuse("block_size", "expected at least 1, got ", block_size);
     if (max_added < 0) refuse("max_added", "expected at least 0, got ", max_added);
     check_paged(cache, block_size);
-    device_required(cache.k, execution)
-        .update_means("update_means", cache, block_size, before, max_added, execution);
+    device_required(cache.k, execution).update_means(cache, block_size, before, max_added, execution);
   });
 }
 

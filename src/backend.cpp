@@ -3,7 +3,7 @@
 #include <array>
 #include <cstdlib>
 
-#include "argument_error.h"
+#include "errors.h"
 
 namespace moba {
 namespace {

@@ -204,7 +204,9 @@ BlockMeans means_of(const CacheState& state) {
 
 Call cached_call(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing) {
   const CacheState& state = state_of(cache);
-  Call call{.q = q, .k = state.layout(), .v = state.layout()};
+  Call call;
+  call.q = q;
+  call.k = call.v = state.layout();
   call.sequences.push_back(view_of(state.sequences[static_cast<std::size_t>(sequence)], 0, q.sizes[0]));
   finish_call(call, routing, state.shape.kv_heads);
   return call;
@@ -212,7 +214,9 @@ Call cached_call(const Tensor& q, const KvCache& cache, std::int64_t sequence, c
 
 Call decode_call(const Tensor& q, const KvCache& cache, const Routing& routing) {
   const CacheState& state = state_of(cache);
-  Call call{.q = q, .k = state.layout(), .v = state.layout()};
+  Call call;
+  call.q = q;
+  call.k = call.v = state.layout();
   for (const CacheState::Sequence& s : state.sequences) {
     call.sequences.push_back(view_of(s, static_cast<std::int64_t>(call.sequences.size()), 1));
   }
@@ -233,7 +237,8 @@ BlockMeans cached_means(const KvCache& cache) {
 }
 
 Call decode_call(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing) {
-  Call call{.q = q};
+  Call call;
+  call.q = q;
   call.page_storage.reserve(2 * sequences.size());
   std::int64_t max_seqlen_k = 1;
   for (const CachedSequence& s : sequences) {

@@ -2,6 +2,7 @@
 
 #include <cmath>
 
+#include "backend.h"
 #include "moba/cuda.h"
 
 namespace moba {
@@ -34,43 +35,57 @@ Sequences one_sequence(std::int64_t queries, std::int64_t keys) {
   return {{0, static_cast<std::int32_t>(queries)}, {0, static_cast<std::int32_t>(keys)}};
 }
 
-std::int64_t selection_width(const Sequences& sequences, const Routing& routing) {
-  std::int64_t max_seqlen_k = 0;
-  for (std::size_t s = 0; s + 1 < sequences.cu_seqlens_k.size(); ++s) {
-    max_seqlen_k =
-        std::max(max_seqlen_k, std::int64_t{sequences.cu_seqlens_k[s + 1]} - sequences.cu_seqlens_k[s]);
-  }
+namespace {
+
+std::int64_t selection_width_of(std::int64_t max_seqlen_k, const Routing& routing) {
   return std::min(routing.top_k, max_seqlen_k == 0 ? 0 : (max_seqlen_k - 1) / routing.block_size + 1);
 }
 
+}  // namespace
+
+std::int64_t selection_width(const Sequences& sequences, const Routing& routing) {
+  return selection_width_of(batch_of(sequences).max_seqlen_k, routing);
+}
+
 std::int64_t selection_width(const DeviceSequences& sequences, const Routing& routing) {
-  return std::min(routing.top_k,
-                  sequences.max_seqlen_k == 0 ? 0 : (sequences.max_seqlen_k - 1) / routing.block_size + 1);
+  return selection_width_of(sequences.max_seqlen_k, routing);
+}
+
+CallShape shape_of(const Tensor& q, std::int64_t kv_heads, std::int64_t max_seqlen_k,
+                   const Routing& routing) {
+  CallShape shape{.routing = routing,
+                  .requested = routing,
+                  .tokens = q.sizes[0],
+                  .q_heads = q.sizes[1],
+                  .kv_heads = kv_heads,
+                  .heads_per_kv = q.sizes[1] / kv_heads,
+                  .head_dim = q.sizes[2],
+                  .max_seqlen_k = max_seqlen_k,
+                  .selection_width = selection_width_of(max_seqlen_k, routing)};
+  shape.scale = routing.scale.value_or(1 / std::sqrt(static_cast<float>(shape.head_dim)));
+  const std::int64_t block_size = std::max<std::int64_t>(max_seqlen_k, 1);
+  if (routing.top_k >= (block_size - 1) / routing.block_size + 1) {
+    shape.is_dense = true;
+    shape.routing.block_size = block_size;
+    shape.routing.top_k = 1;
+    shape.routing.sink_blocks = 0;
+    shape.routing.own_block = false;
+  }
+  return shape;
 }
 
 void finish_call(Call& call, const Routing& routing, std::int64_t kv_heads) {
-  call.tokens = call.q.sizes[0];
-  call.q_heads = call.q.sizes[1];
-  call.head_dim = call.q.sizes[2];
-  call.kv_heads = kv_heads;
-  call.heads_per_kv = call.q_heads / kv_heads;
-  for (const SequenceView& s : call.sequences) call.max_seqlen_k = std::max(call.max_seqlen_k, s.keys);
-  call.requested = call.routing = routing;
-  call.scale = routing.scale.value_or(1 / std::sqrt(static_cast<float>(call.head_dim)));
-
-  const std::int64_t max_seqlen_k = std::max<std::int64_t>(call.max_seqlen_k, 1);
-  if (routing.top_k >= (max_seqlen_k - 1) / routing.block_size + 1) {
-    call.is_dense = true;
-    call.routing.block_size = max_seqlen_k;
-    call.routing.top_k = 1;
-    call.routing.sink_blocks = 0;
-    call.routing.own_block = false;
-  }
+  std::int64_t max_seqlen_k = 0;
+  for (const SequenceView& s : call.sequences) max_seqlen_k = std::max(max_seqlen_k, s.keys);
+  static_cast<CallShape&>(call) = shape_of(call.q, kv_heads, max_seqlen_k, routing);
 }
 
 Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
                const Routing& routing) {
-  Call call{.q = q, .k = layout_of(k), .v = layout_of(v)};
+  Call call;
+  call.q = q;
+  call.k = layout_of(k);
+  call.v = layout_of(v);
   const std::size_t count = sequences.cu_seqlens_q.size() - 1;
   call.page_storage.reserve(2 * count);
   for (std::size_t s = 0; s < count; ++s) {

@@ -40,19 +40,28 @@ struct SequenceView {
   std::int64_t position(std::int64_t query) const { return query + keys - queries; }
 };
 
-/// One call. `routing` is normalised: when top_k covers every block of every sequence, block_size is the
-/// longest sequence and top_k is 1, so that dense attention is the one-block case of everything below.
-struct Call {
-  Tensor q{};  // [Tq, Hq, D]
-  KvLayout k{}, v{};
-  std::vector<SequenceView> sequences{};
+/// Shape and routing of a call on any device. `routing` is normalised: when top_k covers every block of every
+/// sequence, block_size is the longest sequence and top_k is 1, so that dense attention is the one-block case
+/// of everything below.
+struct CallShape {
   Routing routing{};
   Routing requested{};    // as the caller gave it
   bool is_dense = false;  // the normalisation took place
   float scale = 1;
   std::int64_t tokens = 0;  // Tq
   std::int64_t q_heads = 0, kv_heads = 0, heads_per_kv = 1, head_dim = 0;
-  std::int64_t max_seqlen_k = 0;  // most keys in any sequence
+  std::int64_t max_seqlen_k = 0;     // most keys in any sequence
+  std::int64_t selection_width = 0;  // blocks in a row of the public list
+};
+
+/// Normalises the routing of a call whose longest sequence has `max_seqlen_k` keys.
+CallShape shape_of(const Tensor& q, std::int64_t kv_heads, std::int64_t max_seqlen_k, const Routing& routing);
+
+/// A checked call on the host.
+struct Call : CallShape {
+  Tensor q{};  // [Tq, Hq, D]
+  KvLayout k{}, v{};
+  std::vector<SequenceView> sequences{};
   std::vector<const std::byte*> page_storage{};
 
   std::int64_t blocks(const SequenceView& s) const {

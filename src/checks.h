@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "argument_error.h"
+#include "errors.h"
 #include "moba/cache.h"
 #include "moba/cuda.h"
 

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "argument_error.h"
+#include "errors.h"
 
 namespace moba {
 namespace {
@@ -24,12 +24,6 @@ void for_each_row(const Call& call, const Selection& selection, Visit&& visit) {
   }
 }
 
-std::int64_t public_width(const Call& call) {
-  const std::int64_t blocks =
-      call.max_seqlen_k == 0 ? 0 : (call.max_seqlen_k - 1) / call.requested.block_size + 1;
-  return std::min(call.requested.top_k, blocks);
-}
-
 /// Checks a row of a public list: ascending blocks, own block included, padded with -1.
 void check_row(const Call& call, const SequenceView& s, std::int64_t query, const std::int32_t* row,
                std::int64_t width) {
@@ -49,7 +43,7 @@ void check_row(const Call& call, const SequenceView& s, std::int64_t query, cons
 }  // namespace
 
 void write_selection(const Call& call, const Selection& selection, std::int32_t* out) {
-  const std::int64_t width = public_width(call), block_size = call.requested.block_size;
+  const std::int64_t width = call.selection_width, block_size = call.requested.block_size;
   const bool causal = call.routing.causal;
   for_each_row(
       call, selection,
@@ -70,7 +64,7 @@ void write_selection(const Call& call, const Selection& selection, std::int32_t*
 
 void check_saved_selection(const Call& call, const std::int32_t* saved) {
   if (saved == nullptr || call.is_dense || call.width() == 0) return;
-  const std::int64_t width = public_width(call);
+  const std::int64_t width = call.selection_width;
   for (std::int64_t head = 0; head < call.q_heads; ++head) {
     for (const SequenceView& s : call.sequences) {
       for (std::int64_t query = 0; query < s.queries; ++query) {
@@ -83,7 +77,7 @@ void check_saved_selection(const Call& call, const std::int32_t* saved) {
 Selection read_selection(const Call& call, const WorkSlice& slice, const std::int32_t* saved,
                          Scratch& scratch) {
   Selection selection{slice, call.heads_per_kv, call.width(), {}};
-  const std::int64_t width = public_width(call);
+  const std::int64_t width = call.selection_width;
   selection.blocks =
       Buffer<std::int32_t>(scratch, slice.heads() * slice.tokens() * call.heads_per_kv * selection.width);
   if (selection.width == 0) return selection;

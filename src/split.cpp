@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "argument_error.h"
+#include "errors.h"
 
 namespace moba {
 namespace {

@@ -14,14 +14,14 @@ struct LseDelta {
   float lse = 0, delta = 0;
 };
 
-/// Sums of all rows of a part, [heads, rows].
-void compute_delta(Stream& stream, const Task& task, const WorkSlice& part, const Backward& backward,
+/// Sums of all rows of a slice, [heads, rows].
+void compute_delta(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Backward& backward,
                    LseDelta* sums);
 
 /// Rows that chose one block, beyond the first so many: what the gradient of a block that everybody chooses
 /// is cut into.
 struct Segment {
-  std::int32_t head = 0, block = 0;    // of the part; packed
+  std::int32_t head = 0, block = 0;    // of the slice; packed
   std::uint32_t first = 0, count = 0;  // entries of the head's list
 };
 
@@ -29,40 +29,41 @@ struct Segment {
 struct DkvPlan {
   std::int32_t* key_tile_starts = nullptr;  // [sequences + 1], key tiles before each sequence
   Segment* segments = nullptr;              // [max_segments], those of a block side by side
-  std::uint32_t* first_segment = nullptr;   // [heads, most_blocks], of blocks that have any
+  std::uint32_t* first_segment = nullptr;   // [heads, max_blocks], of blocks that have any
   std::uint32_t* count = nullptr;           // of segments
   float* sums = nullptr;  // [max_segments, key tiles of a block], dk and dv of a key tile, f32
 };
 
-/// `part` spans all tokens.
-DkvPlan carve_dkv_plan(ArenaLayout& layout, const Task& task, const WorkSlice& part);
+/// `slice` spans all tokens.
+DkvPlan carve_dkv_plan(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice);
 
 /// Counts key tiles, and cuts what very many rows chose.
-void plan_dkv(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
-              const DkvPlan& dkv_plan);
+void plan_dkv(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+              const Plan& plan, const DkvPlan& dkv_plan);
 
-/// dk and dv of the part's heads.
-void attend_backward_dkv(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+/// dk and dv of the slice's heads.
+void attend_backward_dkv(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                          const Plan& plan, const LseDelta* sums, const Backward& backward,
                          const DkvPlan& dkv_plan);
 /// The same where `uses_sm90`.
-void attend_backward_dkv_sm90(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
-                              const Plan& plan, const LseDelta* sums, const Backward& backward,
-                              const DkvPlan& dkv_plan);
+void attend_backward_dkv_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
+                              const Batch& batch, const Plan& plan, const LseDelta* sums,
+                              const Backward& backward, const DkvPlan& dkv_plan);
 
-/// Gradients of rows through parts of their keys, [heads, rows * ranks, D] in the dtype of q.
-void* carve_dq_slots(ArenaLayout& layout, const Task& task, const WorkSlice& part);
+/// Gradients of rows through some of their keys, [heads, rows * ranks, D] in the dtype of q.
+void* carve_dq_slots(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice);
 
 /// Fills the slots, or writes dq where rows have diagonal keys alone.
-void attend_backward_dq(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+void attend_backward_dq(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                         const Plan& plan, const LseDelta* sums, const Backward& backward, void* slots);
 /// The same where `uses_sm90`.
-void attend_backward_dq_sm90(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
-                             const Plan& plan, const LseDelta* sums, const Backward& backward, void* slots);
+void attend_backward_dq_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
+                             const Batch& batch, const Plan& plan, const LseDelta* sums,
+                             const Backward& backward, void* slots);
 
-/// dq of the part's rows, where there are slots.
-void sum_dq_slots(Stream& stream, const Task& task, const WorkSlice& part, const std::int32_t* selection,
-                  const void* slots, const Backward& backward);
+/// dq of the slice's rows, where there are slots.
+void sum_dq_slots(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
+                  const std::int32_t* selection, const void* slots, const Backward& backward);
 
 /// Shared memory that a thread block of either walk takes, at most.
 std::size_t attend_backward_shared_bytes(std::int64_t head_dim);

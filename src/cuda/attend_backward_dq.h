@@ -10,20 +10,21 @@ template <typename T>
 struct DqParams {
   AttendParams<T> attend;  // `out` and `partials` receive dq
   View<const T> d_out;
-  const LseDelta* lse_delta;  // [heads, lse_delta_rows], of rows from the part's first on
+  const LseDelta* lse_delta;  // [heads, lse_delta_rows], of rows from the slice's first on
   std::int64_t lse_delta_rows;
   float scale, log2_scale;  // the latter for powers of 2
 };
 
 template <typename T>
-DqParams<T> dq_params(const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
+DqParams<T> dq_params(const DeviceCall& call, const WorkSlice& slice, const Batch& batch, const Plan& plan,
                       const LseDelta* lse_delta, const Backward& backward, void* slots) {
-  return {.attend = attend_params<T>(task, part, batch, plan, {.out = slots}, {.out = backward.gradients.dq}),
-          .d_out = view_of<const T>(backward.d_out),
-          .lse_delta = lse_delta,
-          .lse_delta_rows = task.tokens * task.group,
-          .scale = task.scale,
-          .log2_scale = task.scale * ptx::kLog2E};
+  return {
+      .attend = attend_params<T>(call, slice, batch, plan, {.out = slots}, {.out = backward.gradients.dq}),
+      .d_out = view_of<const T>(backward.d_out),
+      .lse_delta = lse_delta,
+      .lse_delta_rows = call.tokens * call.heads_per_kv,
+      .scale = call.scale,
+      .log2_scale = call.scale * ptx::kLog2E};
 }
 
 /// Fills the table of a work tile's rows in shared memory: by `threads` threads, of which this is `thread`.

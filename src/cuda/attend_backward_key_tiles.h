@@ -18,21 +18,21 @@ constexpr std::uint32_t kNoEntry = 0xFFFFFFFFU;
 constexpr int keys_per_tile(std::int64_t head_dim) {
   return head_dim > 128 ? 64 : 128;
 }
-inline std::int64_t key_tiles_per_block(const Task& task) {
-  return divide_up(task.routing.block_size, keys_per_tile(task.head_dim));
+inline std::int64_t key_tiles_per_block(const DeviceCall& call) {
+  return divide_up(call.routing.block_size, keys_per_tile(call.head_dim));
 }
 
 /// Rows of a segment: many times what a block receives on average, so that segments are few.
-inline std::int64_t segment_of(const Task& task) {
+inline std::int64_t segment_of(const DeviceCall& call) {
   constexpr std::int64_t kMin = 4096, kTimesMean = 16;
-  return std::max(kMin, kTimesMean * task.tokens * task.group * task.width / task.most_blocks());
+  return std::max(kMin, kTimesMean * call.tokens * call.heads_per_kv * call.width / call.max_blocks());
 }
-inline std::int64_t max_segments(const Task& task, const WorkSlice& part) {
-  return part.heads() * (task.rows(part) * task.width / segment_of(task));
+inline std::int64_t max_segments(const DeviceCall& call, const WorkSlice& slice) {
+  return slice.heads() * (call.rows(slice) * call.width / segment_of(call));
 }
 /// Upper bound on the key tiles of a head.
-inline std::int64_t max_key_tiles(const Task& task) {
-  return task.keys / keys_per_tile(task.head_dim) + task.most_blocks();
+inline std::int64_t max_key_tiles(const DeviceCall& call) {
+  return call.keys / keys_per_tile(call.head_dim) + call.max_blocks();
 }
 
 template <typename T>
@@ -41,9 +41,9 @@ struct DkvParams {
   Batch batch;
   DkvPlan plan;
   const std::uint32_t* entries;  // [heads, rows * width]
-  const std::uint32_t* offsets;  // [heads, most_blocks + 1]
+  const std::uint32_t* offsets;  // [heads, max_blocks + 1]
   const LseDelta* sums;          // [heads, rows]
-  std::int64_t block_size, key_tiles, most_blocks, segment;
+  std::int64_t block_size, key_tiles, max_blocks, segment;
   std::int64_t head0, rows, width;
   std::uint32_t group, ranks;
   bool diagonal, causal;
@@ -55,38 +55,38 @@ struct DkvParams {
 
 /// Parameters of one launch.
 template <typename T>
-DkvParams<T> dkv_params(const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
+DkvParams<T> dkv_params(const DeviceCall& call, const WorkSlice& slice, const Batch& batch, const Plan& plan,
                         const LseDelta* sums, const Backward& backward, const DkvPlan& dkv_plan) {
-  return {.q = view_of<const T>(task.q),
-          .k = view_of<const T>(task.k),
-          .v = view_of<const T>(task.v),
+  return {.q = view_of<const T>(call.q),
+          .k = view_of<const T>(call.k),
+          .v = view_of<const T>(call.v),
           .d_out = view_of<const T>(backward.d_out),
           .batch = batch,
           .plan = dkv_plan,
           .entries = plan.entries,
           .offsets = plan.offsets,
           .sums = sums,
-          .block_size = task.routing.block_size,
-          .key_tiles = key_tiles_per_block(task),
-          .most_blocks = task.most_blocks(),
-          .segment = segment_of(task),
-          .head0 = part.head0,
-          .rows = task.rows(part),
-          .width = task.width,
-          .group = static_cast<std::uint32_t>(task.group),
-          .ranks = static_cast<std::uint32_t>(task.ranks()),
-          .diagonal = task.has_diagonal(),
-          .causal = task.routing.causal,
+          .block_size = call.routing.block_size,
+          .key_tiles = key_tiles_per_block(call),
+          .max_blocks = call.max_blocks(),
+          .segment = segment_of(call),
+          .head0 = slice.head0,
+          .rows = call.rows(slice),
+          .width = call.width,
+          .group = static_cast<std::uint32_t>(call.heads_per_kv),
+          .ranks = static_cast<std::uint32_t>(call.ranks()),
+          .diagonal = call.has_diagonal(),
+          .causal = call.routing.causal,
           .segments = false,
-          .scale = task.scale,
-          .log2_scale = task.scale * ptx::kLog2E,
+          .scale = call.scale,
+          .log2_scale = call.scale * ptx::kLog2E,
           .dk = view_of<T>(backward.gradients.dk),
           .dv = view_of<T>(backward.gradients.dv)};
 }
 
 /// Key tile and the rows that see it: `routed` entries, then `diagonal` consecutive rows.
 struct KeyTile {
-  std::int64_t head = 0;       // of the part
+  std::int64_t head = 0;       // of the slice
   std::int64_t first_key = 0;  // packed
   std::int32_t count = 0;      // keys; 0 for no work
   std::int32_t shift = 0;      // a diagonal row sees the keys up to its token + shift
@@ -152,13 +152,13 @@ MOBA_DEVICE KeyTile key_tile_at(const DkvParams<T>& p, std::int64_t head, std::i
   KeyTile key_tile = key_tile_of<head_dim>(p, head, sequence, block, index_in_block);
   if (p.width == 0) return key_tile;
   const std::int64_t packed = p.batch.block_starts[sequence] + block;
-  const std::uint32_t* offsets = p.offsets + head * (p.most_blocks + 1) + packed;
+  const std::uint32_t* offsets = p.offsets + head * (p.max_blocks + 1) + packed;
   const std::uint32_t size = offsets[1] - offsets[0], most = static_cast<std::uint32_t>(p.segment);
   key_tile.entries = p.entries + head * p.rows * p.width + offsets[0];
   key_tile.routed = size < most ? size : most;
   if (size > most) {
     key_tile.segments = (size - 1) / most;
-    key_tile.sums = p.plan.first_segment[head * p.most_blocks + packed] * p.key_tiles + index_in_block;
+    key_tile.sums = p.plan.first_segment[head * p.max_blocks + packed] * p.key_tiles + index_in_block;
   }
   return key_tile;
 }

@@ -43,7 +43,7 @@ struct AttendParams {
 /// all_end).
 struct WorkTile {
   bool diagonal = false;
-  std::int64_t head = 0;  // of the part
+  std::int64_t head = 0;  // of the slice
   std::int32_t count = 0;
   std::int32_t first_key = 0;  // of the sequence, packed
   std::int32_t begin = 0, end = 0, all_begin = 0, all_end = 0;
@@ -82,7 +82,7 @@ MOBA_DEVICE std::int32_t rows_from(int first, std::int32_t count) {
 }
 
 /// Calls run for diagonal tile `index`; tiles of the last queries, which see most keys, come first. Keys
-/// begin as for the full tile, so that a row sees them in the same order whatever its part is.
+/// begin as for the full tile, so that a row sees them in the same order whatever its slice is.
 template <int max_rows, typename T, typename Run>
 MOBA_DEVICE void with_diagonal_tile(const AttendParams<T>& p, std::int64_t index, int first, Run&& run) {
   const Tile tile = tile_at(
@@ -224,9 +224,9 @@ MOBA_DEVICE void store_out(const AttendParams<T>& p, const Rows& rows, const std
       if (!last_word) {
         p.partial_lse[slot_at(work.head, p.rows, p.ranks, slots[row])] = lse;
       } else if (p.lse != nullptr) {
-        const std::int64_t part_row = slots[row];
-        const std::int64_t q_head = (p.head0 + work.head) * p.group + part_row % p.group;
-        p.lse[q_head * p.tokens + p.token0 + part_row / p.group] = lse;
+        const std::int64_t slice_row = slots[row];
+        const std::int64_t q_head = (p.head0 + work.head) * p.group + slice_row % p.group;
+        p.lse[q_head * p.tokens + p.token0 + slice_row / p.group] = lse;
       }
     }
   }
@@ -235,37 +235,37 @@ MOBA_DEVICE void store_out(const AttendParams<T>& p, const Rows& rows, const std
 
 /// Parameters of one launch.
 template <typename T>
-AttendParams<T> attend_params(const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
-                              const Partials& partials, const Outputs& outputs) {
-  return {.q = view_of<const T>(task.q),
-          .k = view_of<const T>(task.k),
-          .v = view_of<const T>(task.v),
+AttendParams<T> attend_params(const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+                              const Plan& plan, const Partials& partials, const Outputs& outputs) {
+  return {.q = view_of<const T>(call.q),
+          .k = view_of<const T>(call.k),
+          .v = view_of<const T>(call.v),
           .batch = batch,
           .plan = plan,
           .entries = plan.entries,
-          .block_size = task.routing.block_size,
-          .group = task.group,
-          .head0 = part.head0,
-          .heads = part.heads(),
-          .rows = task.rows(part),
-          .width = task.width,
-          .ranks = task.ranks(),
-          .token0 = static_cast<std::int32_t>(part.token0),
-          .token1 = static_cast<std::int32_t>(part.token1),
-          .diagonal = task.has_diagonal(),
-          .causal = task.routing.causal,
-          .scale = tile::scale_of(task.scale),
+          .block_size = call.routing.block_size,
+          .group = call.heads_per_kv,
+          .head0 = slice.head0,
+          .heads = slice.heads(),
+          .rows = call.rows(slice),
+          .width = call.width,
+          .ranks = call.ranks(),
+          .token0 = static_cast<std::int32_t>(slice.token0),
+          .token1 = static_cast<std::int32_t>(slice.token1),
+          .diagonal = call.has_diagonal(),
+          .causal = call.routing.causal,
+          .scale = tile::scale_of(call.scale),
           .out = view_of<T>(outputs.out),
           .lse = outputs.lse,
-          .tokens = task.tokens,
+          .tokens = call.tokens,
           .partials = static_cast<T*>(partials.out),
           .partial_lse = partials.lse};
 }
 
 /// Upper bound on the work tiles, which only the device counts.
-inline std::int64_t max_work_tiles(const Task& task, const WorkSlice& part) {
-  return part.heads() * (task.rows(part) * task.width / kTileRows +
-                         (task.width > 0 ? task.most_blocks() : 0) + task.most_tiles(part));
+inline std::int64_t max_work_tiles(const DeviceCall& call, const WorkSlice& slice) {
+  return slice.heads() * (call.rows(slice) * call.width / kTileRows +
+                          (call.width > 0 ? call.max_blocks() : 0) + call.max_tiles(slice));
 }
 
 }  // namespace moba::cuda

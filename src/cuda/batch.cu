@@ -69,8 +69,8 @@ void upload(Stream& stream, const std::int32_t* from, std::int64_t count, std::i
 
 }  // namespace
 
-Starts carve_starts(ArenaLayout& layout, const Task& task, const DeviceBatch& batch) {
-  const std::int64_t count = task.sequences + 1;
+Starts carve_starts(ArenaLayout& layout, const DeviceCall& call, const DeviceBatch& batch) {
+  const std::int64_t count = call.sequences + 1;
   Starts starts;
   if (!batch.on_device) {
     starts.q = layout.take<std::int32_t>(count);
@@ -81,24 +81,24 @@ Starts carve_starts(ArenaLayout& layout, const Task& task, const DeviceBatch& ba
   return starts;
 }
 
-Batch lay_out(Stream& stream, const Task& task, const DeviceBatch& batch, const WorkSlice& part,
+Batch lay_out(Stream& stream, const DeviceCall& call, const DeviceBatch& batch, const WorkSlice& slice,
               const Starts& starts) {
-  Batch on_device{.sequences = static_cast<std::int32_t>(task.sequences),
+  Batch on_device{.sequences = static_cast<std::int32_t>(call.sequences),
                   .q_starts = batch.q_starts,
                   .k_starts = batch.k_starts,
                   .block_starts = starts.blocks,
                   .tile_starts = starts.tiles};
   if (!batch.on_device) {
-    upload(stream, batch.q_starts, task.sequences + 1, starts.q);
-    upload(stream, batch.k_starts, task.sequences + 1, starts.k);
+    upload(stream, batch.q_starts, call.sequences + 1, starts.q);
+    upload(stream, batch.k_starts, call.sequences + 1, starts.k);
     on_device.q_starts = starts.q;
     on_device.k_starts = starts.k;
   }
   const LayOutParams params{.batch = on_device,
-                            .block_size = task.routing.block_size,
-                            .group = task.group,
-                            .token0 = static_cast<std::int32_t>(part.token0),
-                            .token1 = static_cast<std::int32_t>(part.token1),
+                            .block_size = call.routing.block_size,
+                            .group = call.heads_per_kv,
+                            .token0 = static_cast<std::int32_t>(slice.token0),
+                            .token1 = static_cast<std::int32_t>(slice.token1),
                             .block_starts = starts.blocks,
                             .tile_starts = starts.tiles};
   stream.launch("lay_out", lay_out_kernel, {}, kThreads, kThreads / ptx::kLanes * sizeof(std::int32_t),

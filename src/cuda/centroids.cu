@@ -14,9 +14,9 @@ constexpr int kElements = 8;
 template <typename T>
 struct CentroidsParams {
   View<const T> k;
-  T* means;  // [heads, most_blocks, D]
+  T* means;  // [heads, max_blocks, D]
   Batch batch;
-  std::int64_t block_size, most_blocks, head0;
+  std::int64_t block_size, max_blocks, head0;
 };
 
 template <typename T>
@@ -67,7 +67,7 @@ centroids_kernel(MOBA_GRID_CONSTANT CentroidsParams<T> p) {
   }
   ptx::syncthreads();
   const float count = static_cast<float>(keys.end - keys.begin);
-  auto* mean = reinterpret_cast<std::uint32_t*>(p.means + mean_offset(head, p.most_blocks, packed, head_dim));
+  auto* mean = reinterpret_cast<std::uint32_t*>(p.means + mean_offset(head, p.max_blocks, packed, head_dim));
   for (int pair = ptx::thread(); pair < head_dim / 2; pair += kThreads) {
     float low = 0, high = 0;
     MOBA_UNROLL
@@ -81,16 +81,17 @@ centroids_kernel(MOBA_GRID_CONSTANT CentroidsParams<T> p) {
 
 }  // namespace
 
-void centroids(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch, void* means) {
-  with_type(task, [&]<typename T, int head_dim>() {
+void centroids(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+               void* means) {
+  with_type(call, [&]<typename T, int head_dim>() {
     constexpr int kRows = kThreads / (head_dim / kElements);
-    const CentroidsParams<T> params{.k = view_of<const T>(task.k),
+    const CentroidsParams<T> params{.k = view_of<const T>(call.k),
                                     .means = static_cast<T*>(means),
                                     .batch = batch,
-                                    .block_size = task.routing.block_size,
-                                    .most_blocks = task.most_blocks(),
-                                    .head0 = part.head0};
-    stream.launch("centroids", centroids_kernel<T, head_dim>, {task.most_blocks(), part.heads()}, kThreads,
+                                    .block_size = call.routing.block_size,
+                                    .max_blocks = call.max_blocks(),
+                                    .head0 = slice.head0};
+    stream.launch("centroids", centroids_kernel<T, head_dim>, {call.max_blocks(), slice.heads()}, kThreads,
                   kRows * head_dim * sizeof(float), params);
   });
 }

@@ -64,30 +64,30 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
 
 }  // namespace
 
-Partials carve_partials(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
-  if (task.width == 0) return {};
-  const std::int64_t slots = part.heads() * task.rows(part) * task.ranks();
-  return {layout.take<std::uint16_t>(slots * task.head_dim), layout.take<float>(slots)};
+Partials carve_partials(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice) {
+  if (call.width == 0) return {};
+  const std::int64_t slots = slice.heads() * call.rows(slice) * call.ranks();
+  return {layout.take<std::uint16_t>(slots * call.head_dim), layout.take<float>(slots)};
 }
 
-void combine(Stream& stream, const Task& task, const WorkSlice& part, const std::int32_t* selection,
+void combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const std::int32_t* selection,
              const Partials& partials, const Outputs& outputs) {
-  if (task.width == 0) return;
-  with_type(task, [&]<typename T, int head_dim>() {
+  if (call.width == 0) return;
+  with_type(call, [&]<typename T, int head_dim>() {
     const CombineParams<T> params{.partials = static_cast<const T*>(partials.out),
                                   .partial_lse = partials.lse,
                                   .selection = selection,
-                                  .rows = task.rows(part),
-                                  .width = task.width,
-                                  .ranks = task.ranks(),
-                                  .group = task.group,
-                                  .head0 = part.head0,
-                                  .token0 = part.token0,
-                                  .tokens = task.tokens,
+                                  .rows = call.rows(slice),
+                                  .width = call.width,
+                                  .ranks = call.ranks(),
+                                  .group = call.heads_per_kv,
+                                  .head0 = slice.head0,
+                                  .token0 = slice.token0,
+                                  .tokens = call.tokens,
                                   .out = view_of<T>(outputs.out),
                                   .lse = outputs.lse};
     constexpr int kRows = kThreads / (head_dim / kElements);
-    stream.launch("combine", combine_kernel<T, head_dim>, {divide_up(task.rows(part), kRows), part.heads()},
+    stream.launch("combine", combine_kernel<T, head_dim>, {divide_up(call.rows(slice), kRows), slice.heads()},
                   kThreads, 0, params);
   });
 }

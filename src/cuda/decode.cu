@@ -26,18 +26,18 @@ struct TileShape {
 };
 
 /// Keys of a split: at least kLeast, so that merging is cheap, and at most 64 splits of a block.
-std::int64_t split_size_of(const Task& task) {
+std::int64_t split_size_of(const DeviceCall& call) {
   constexpr std::int64_t kLeast = 256, kMost = 64, kStep = 64;
-  return std::max(kLeast, divide_up(divide_up(task.routing.block_size, kMost), kStep) * kStep);
+  return std::max(kLeast, divide_up(divide_up(call.routing.block_size, kMost), kStep) * kStep);
 }
-std::int64_t splits_per_block(const Task& task) {
-  return divide_up(task.routing.block_size, split_size_of(task));
+std::int64_t splits_per_block(const DeviceCall& call) {
+  return divide_up(call.routing.block_size, split_size_of(call));
 }
-std::int64_t tiles_of_group(const Task& task) {
-  return divide_up(task.group, kTile);
+std::int64_t tiles_of_group(const DeviceCall& call) {
+  return divide_up(call.heads_per_kv, kTile);
 }
-std::int64_t candidates_of(const Task& task) {
-  return (task.max_seqlen_k - 1) / task.routing.block_size;
+std::int64_t candidates_of(const DeviceCall& call) {
+  return (call.max_seqlen_k - 1) / call.routing.block_size;
 }
 
 template <typename T>
@@ -58,7 +58,7 @@ struct DecodeParams {
   Pages<const T> k, v, means;
   Spans spans;  // [Tq]
   Decoding decoding;
-  std::int64_t block_size, most_candidates;
+  std::int64_t block_size, max_candidates;
   std::int64_t group, head0, heads, sequence0;
   std::int64_t tiles;  // of a group
   std::int32_t width, ranks, sinks;
@@ -71,7 +71,7 @@ struct DecodeParams {
 struct Unit {
   std::int64_t sequence = 0;             // of all
   std::int64_t kv_head = 0, q_head = 0;  // of all; the first of the tile
-  std::int64_t row = 0;                  // of the part: [sequences, query heads], the first of the tile
+  std::int64_t row = 0;                  // of the slice: [sequences, query heads], the first of the tile
   std::int32_t count = 0;                // query heads
   std::int32_t start = 0, length = 0;    // of the sequence: its first token in its pages, and how many
 };
@@ -114,9 +114,9 @@ template <typename T, int head_dim>
 MOBA_KERNEL(TileShape<head_dim>::kThreads, head_dim > 128 ? 2 : 4)
 decode_score_kernel(MOBA_GRID_CONSTANT DecodeParams<T> p) {
   using C = TileShape<head_dim>;
-  const std::int64_t parts = divide_up(p.most_candidates, C::kKeys);
-  const Unit unit = unit_at(p, ptx::block_x() / parts);
-  const auto first = static_cast<std::int32_t>(ptx::block_x() % parts * C::kKeys);
+  const std::int64_t key_tiles = divide_up(p.max_candidates, C::kKeys);
+  const Unit unit = unit_at(p, ptx::block_x() / key_tiles);
+  const auto first = static_cast<std::int32_t>(ptx::block_x() % key_tiles * C::kKeys);
   const std::int32_t candidates = own_block(p, unit.length);
   if (first >= candidates) return;
   const tile::SwizzledTile<T, head_dim> q{reinterpret_cast<T*>(ptx::shared())},
@@ -139,7 +139,7 @@ decode_score_kernel(MOBA_GRID_CONSTANT DecodeParams<T> p) {
       const int row = ptx::lane() / 4 + e / 2 * 8;
       const std::int32_t block = first + ptx::warp() * 16 + 8 * j + ptx::lane() % 4 * 2 + e % 2;
       if (row >= unit.count || block >= candidates) continue;
-      p.decoding.orders[(unit.row + row) * p.most_candidates + block] =
+      p.decoding.orders[(unit.row + row) * p.max_candidates + block] =
           block < p.sinks ? tile::kForced : tile::order_of(scores[0][j][e]);
     }
   }
@@ -150,7 +150,7 @@ constexpr int kSelectThreads = 512;
 struct SelectParams {
   Decoding decoding;
   Spans spans;
-  std::int64_t block_size, most_candidates, q_heads, sequence0;
+  std::int64_t block_size, max_candidates, q_heads, sequence0;
   std::int32_t width;
 };
 
@@ -176,7 +176,7 @@ MOBA_KERNEL(kSelectThreads, 2) decode_select_kernel(MOBA_GRID_CONSTANT SelectPar
   const std::int64_t row = ptx::block_x();
   const std::int32_t length = p.spans.of(p.sequence0 + row / p.q_heads).size();
   const auto candidates = length == 0 ? 0 : static_cast<std::int32_t>((length - 1) / p.block_size);
-  const std::uint32_t* orders = p.decoding.orders + row * p.most_candidates;
+  const std::uint32_t* orders = p.decoding.orders + row * p.max_candidates;
   std::int32_t* to = p.decoding.selection + row * p.width;
   const std::int32_t kept = candidates < p.width ? candidates : p.width;
 
@@ -487,31 +487,31 @@ decode_means_kernel(MOBA_GRID_CONSTANT MeansParams<T> p) {
 }
 
 template <typename T>
-DecodeParams<T> params_of(const Task& task, const WorkSlice& part, const PagedCache& cache,
+DecodeParams<T> params_of(const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                           const Decoding& decoding) {
-  return {.q = view_of<const T>(task.q),
+  return {.q = view_of<const T>(call.q),
           .k = pages_of<const T>(cache.k, cache),
           .v = pages_of<const T>(cache.v, cache),
           .means = pages_of<const T>(cache.means, cache),
           .spans = {cache.starts, cache.lengths},
           .decoding = decoding,
-          .block_size = task.routing.block_size,
-          .most_candidates = candidates_of(task),
-          .group = task.group,
-          .head0 = part.head0,
-          .heads = part.heads(),
-          .sequence0 = part.token0,
-          .tiles = tiles_of_group(task),
-          .width = static_cast<std::int32_t>(task.width),
-          .ranks = static_cast<std::int32_t>(task.ranks()),
-          .sinks = static_cast<std::int32_t>(task.routing.sink_blocks),
-          .split_size = static_cast<std::int32_t>(split_size_of(task)),
-          .splits = static_cast<std::int32_t>(splits_per_block(task)),
-          .scale = tile::scale_of(task.scale)};
+          .block_size = call.routing.block_size,
+          .max_candidates = candidates_of(call),
+          .group = call.heads_per_kv,
+          .head0 = slice.head0,
+          .heads = slice.heads(),
+          .sequence0 = slice.token0,
+          .tiles = tiles_of_group(call),
+          .width = static_cast<std::int32_t>(call.width),
+          .ranks = static_cast<std::int32_t>(call.ranks()),
+          .sinks = static_cast<std::int32_t>(call.routing.sink_blocks),
+          .split_size = static_cast<std::int32_t>(split_size_of(call)),
+          .splits = static_cast<std::int32_t>(splits_per_block(call)),
+          .scale = tile::scale_of(call.scale)};
 }
 
-std::int64_t units_of(const Task& task, const WorkSlice& part) {
-  return part.tokens() * part.heads() * tiles_of_group(task);
+std::int64_t units_of(const DeviceCall& call, const WorkSlice& slice) {
+  return slice.tokens() * slice.heads() * tiles_of_group(call);
 }
 
 }  // namespace
@@ -520,76 +520,76 @@ std::size_t decode_shared_bytes(std::int64_t head_dim) {
   return head_dim > 128 ? Shared<float16, 256>::kBytes : Shared<float16, 128>::kBytes;
 }
 
-Decoding carve_decoding(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
-  const std::int64_t rows = task.rows(part) * part.heads();
+Decoding carve_decoding(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice) {
+  const std::int64_t rows = call.rows(slice) * slice.heads();
   Decoding decoding;
-  if (task.needs_scores()) {
-    decoding.orders = layout.take<std::uint32_t>(rows * candidates_of(task));
-    decoding.selection = layout.take<std::int32_t>(rows * task.width);
+  if (call.needs_scores()) {
+    decoding.orders = layout.take<std::uint32_t>(rows * candidates_of(call));
+    decoding.selection = layout.take<std::int32_t>(rows * call.width);
   }
-  const std::int64_t slots = rows * task.ranks() * splits_per_block(task);
-  decoding.partials = layout.take<float>(slots * task.head_dim);
+  const std::int64_t slots = rows * call.ranks() * splits_per_block(call);
+  decoding.partials = layout.take<float>(slots * call.head_dim);
   decoding.partial_lse = layout.take<float>(slots);
   return decoding;
 }
 
-void decode_score(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
+void decode_score(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                   const Decoding& decoding) {
-  with_type(task, [&]<typename T, int head_dim>() {
+  with_type(call, [&]<typename T, int head_dim>() {
     using C = TileShape<head_dim>;
     stream.launch("decode_score", decode_score_kernel<T, head_dim>,
-                  {units_of(task, part) * divide_up(candidates_of(task), C::kKeys)}, C::kThreads,
-                  (kTile + C::kKeys) * head_dim * sizeof(T), params_of<T>(task, part, cache, decoding));
+                  {units_of(call, slice) * divide_up(candidates_of(call), C::kKeys)}, C::kThreads,
+                  (kTile + C::kKeys) * head_dim * sizeof(T), params_of<T>(call, slice, cache, decoding));
   });
 }
 
-void decode_select(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
+void decode_select(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                    const Decoding& decoding) {
   const SelectParams params{.decoding = decoding,
                             .spans = {cache.starts, cache.lengths},
-                            .block_size = task.routing.block_size,
-                            .most_candidates = candidates_of(task),
-                            .q_heads = part.heads() * task.group,
-                            .sequence0 = part.token0,
-                            .width = static_cast<std::int32_t>(task.width)};
-  stream.launch("decode_select", decode_select_kernel, {part.heads() * task.rows(part)}, kSelectThreads,
+                            .block_size = call.routing.block_size,
+                            .max_candidates = candidates_of(call),
+                            .q_heads = slice.heads() * call.heads_per_kv,
+                            .sequence0 = slice.token0,
+                            .width = static_cast<std::int32_t>(call.width)};
+  stream.launch("decode_select", decode_select_kernel, {slice.heads() * call.rows(slice)}, kSelectThreads,
                 kSelectThreads / ptx::kLanes * sizeof(std::int32_t), params);
 }
 
-void decode_attend(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
+void decode_attend(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                    const Decoding& decoding) {
-  with_type(task, [&]<typename T, int head_dim>() {
+  with_type(call, [&]<typename T, int head_dim>() {
     const std::int64_t work_items =
-        (std::min<std::int64_t>(task.group, kTile) * task.width + 1) * splits_per_block(task);
-    stream.launch("decode_attend", decode_attend_kernel<T, head_dim>, {units_of(task, part) * work_items},
+        (std::min<std::int64_t>(call.heads_per_kv, kTile) * call.width + 1) * splits_per_block(call);
+    stream.launch("decode_attend", decode_attend_kernel<T, head_dim>, {units_of(call, slice) * work_items},
                   TileShape<head_dim>::kThreads, Shared<T, head_dim>::kBytes,
-                  params_of<T>(task, part, cache, decoding));
+                  params_of<T>(call, slice, cache, decoding));
   });
 }
 
-void decode_combine(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
+void decode_combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                     const Decoding& decoding, const Outputs& outputs) {
-  with_type(task, [&]<typename T, int head_dim>() {
-    const CombineParams<T> params{.decode = params_of<T>(task, part, cache, decoding),
+  with_type(call, [&]<typename T, int head_dim>() {
+    const CombineParams<T> params{.decode = params_of<T>(call, slice, cache, decoding),
                                   .out = view_of<T>(outputs.out),
                                   .lse = outputs.lse,
-                                  .tokens = task.tokens};
-    stream.launch("decode_combine", decode_combine_kernel<T, head_dim>, {part.heads() * task.rows(part)},
+                                  .tokens = call.tokens};
+    stream.launch("decode_combine", decode_combine_kernel<T, head_dim>, {slice.heads() * call.rows(slice)},
                   kCombineThreads, 0, params);
   });
 }
 
-void complete_means(Stream& stream, const Task& task, const PagedCache& cache, const std::int32_t* before,
-                    std::int64_t max_added) {
-  with_type(task, [&]<typename T, int head_dim>() {
-    const std::int64_t block_size = task.requested_block_size;
+void complete_means(Stream& stream, const DeviceCall& call, const PagedCache& cache,
+                    const std::int32_t* before, std::int64_t max_added) {
+  with_type(call, [&]<typename T, int head_dim>() {
+    const std::int64_t block_size = call.requested.block_size;
     const MeansParams<T> params{.k = pages_of<const T>(cache.k, cache),
                                 .means = pages_of<T>(cache.means, cache),
                                 .before = before,
                                 .spans = {cache.starts, cache.lengths},
                                 .block_size = block_size,
-                                .blocks = std::min(max_added, task.max_seqlen_k) / block_size + 1,
-                                .heads = task.kv_heads};
+                                .blocks = std::min(max_added, call.max_seqlen_k) / block_size + 1,
+                                .heads = call.kv_heads};
     constexpr int kRows = kMeanThreads / (head_dim / kElements);
     stream.launch("decode_means", decode_means_kernel<T, head_dim>,
                   {cache.sequences * params.heads * params.blocks}, kMeanThreads,

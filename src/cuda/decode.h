@@ -2,36 +2,36 @@
 
 #include "cuda/stages.h"
 
-/// One query a sequence, against pages. What `task` calls tokens are sequences here.
+/// One query a sequence, against pages. What `call` calls tokens are sequences here.
 namespace moba::cuda {
 
-/// Memory of a part.
+/// Memory of a slice.
 struct Decoding {
-  std::uint32_t* orders = nullptr;    // [sequences, query heads, most_blocks], scores as tile::order_of says
+  std::uint32_t* orders = nullptr;    // [sequences, query heads, max_blocks], scores as tile::order_of says
   std::int32_t* selection = nullptr;  // [sequences, query heads, width], ascending, padded with -1
   // Answers through splits of blocks: [sequences, query heads, ranks, splits of a block].
   float* partials = nullptr;     // [.., D]
   float* partial_lse = nullptr;  // to base 2
 };
 
-Decoding carve_decoding(ArenaLayout& layout, const Task& task, const WorkSlice& part);
+Decoding carve_decoding(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice);
 
 /// Scores every query against the kept means of its candidates.
-void decode_score(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
+void decode_score(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                   const Decoding& decoding);
 /// Keeps the best.
-void decode_select(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
+void decode_select(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                    const Decoding& decoding);
 /// Attends to splits of the chosen blocks and of the own one.
-void decode_attend(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
+void decode_attend(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                    const Decoding& decoding);
 /// Merges the splits of each query in the order of their keys.
-void decode_combine(Stream& stream, const Task& task, const WorkSlice& part, const PagedCache& cache,
+void decode_combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                     const Decoding& decoding, const Outputs& outputs);
 
 /// Means of blocks that were completed behind `before` tokens.
-void complete_means(Stream& stream, const Task& task, const PagedCache& cache, const std::int32_t* before,
-                    std::int64_t max_added);
+void complete_means(Stream& stream, const DeviceCall& call, const PagedCache& cache,
+                    const std::int32_t* before, std::int64_t max_added);
 
 std::size_t decode_shared_bytes(std::int64_t head_dim);
 

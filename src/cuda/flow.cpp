@@ -4,12 +4,11 @@
 
 #include "cuda/attend.h"
 #include "cuda/gate.h"
-#include "cuda/parts.h"
 
 namespace moba::cuda {
 namespace {
 
-/// Device memory of a part.
+/// Device memory of a slice.
 struct Memory {
   Starts starts{};
   void* means = nullptr;
@@ -19,59 +18,58 @@ struct Memory {
   Partials partials{};
 };
 
-Memory carve(ArenaLayout& layout, const Task& task, const DeviceBatch& batch, const WorkSlice& part,
+Memory carve(ArenaLayout& layout, const DeviceCall& call, const DeviceBatch& batch, const WorkSlice& slice,
              bool attends) {
-  Memory memory{.starts = carve_starts(layout, task, batch)};
-  if (task.needs_scores()) {
-    memory.means = layout.take<std::uint16_t>(part.heads() * task.most_blocks() * task.head_dim);
-    memory.selection = layout.take<std::int32_t>(part.heads() * task.rows(part) * task.width);
-    memory.best = carve_gate(layout, task, part);
+  Memory memory{.starts = carve_starts(layout, call, batch)};
+  if (call.needs_scores()) {
+    memory.means = layout.take<std::uint16_t>(slice.heads() * call.max_blocks() * call.head_dim);
+    memory.selection = layout.take<std::int32_t>(slice.heads() * call.rows(slice) * call.width);
+    memory.best = carve_gate(layout, call, slice);
   }
   if (attends) {
-    memory.plan = carve_plan(layout, task, part);
-    memory.partials = carve_partials(layout, task, part);
+    memory.plan = carve_plan(layout, call, slice);
+    memory.partials = carve_partials(layout, call, slice);
   }
   return memory;
 }
 
 }  // namespace
 
-void attention(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
-               const DeviceBatch& batch, const Routing& routing, const Outputs& outputs,
-               const Execution& execution) {
+void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBatch& batch,
+               const Routing& routing, const Outputs& outputs, const Execution& execution) {
   const bool attends = outputs.out.data != nullptr;
-  const Task task = make_task(function, q, k, v, batch, routing);
-  if (attends) check_view(function, "out", outputs.out);
-  check_list(function, "lse", outputs.lse);
-  check_list(function, "selection", outputs.selection);
-  const bool on_sm90 = attends && uses_sm90(function, task);
-  if (task.tokens == 0 || task.sequences == 0) return;
+  const DeviceCall call = make_call(q, k, v, batch, routing);
+  if (attends) check_view("out", outputs.out);
+  check_list("lse", outputs.lse);
+  check_list("selection", outputs.selection);
+  const bool on_sm90 = attends && uses_sm90(call);
+  if (call.tokens == 0 || call.sequences == 0) return;
 
-  const auto bytes = [&](const WorkSlice& part) {
+  const auto bytes = [&](const WorkSlice& slice) {
     ArenaLayout layout;
-    carve(layout, task, batch, part, attends);
+    carve(layout, call, batch, slice, attends);
     return layout.used();
   };
-  const std::vector<WorkSlice> parts = parts_within(function, task, execution, bytes);
-  Stream stream(function, execution);
-  const Arena arena(stream, bytes(parts.front()));
-  for (const WorkSlice& part : parts) {
+  const std::vector<WorkSlice> slices = slices_of(call, execution, bytes);
+  Stream stream(execution);
+  const Arena arena(stream, bytes(slices.front()));
+  for (const WorkSlice& slice : slices) {
     ArenaLayout layout(arena.data());
-    const Memory memory = carve(layout, task, batch, part, attends);
-    const Batch on_device = lay_out(stream, task, batch, part, memory.starts);
-    if (task.needs_scores()) {
-      centroids(stream, task, part, on_device, memory.means);
-      gate(stream, task, part, on_device, memory.means, memory.best, memory.selection);
+    const Memory memory = carve(layout, call, batch, slice, attends);
+    const Batch on_device = lay_out(stream, call, batch, slice, memory.starts);
+    if (call.needs_scores()) {
+      centroids(stream, call, slice, on_device, memory.means);
+      gate(stream, call, slice, on_device, memory.means, memory.best, memory.selection);
     }
     if (outputs.selection != nullptr)
-      write_selection(stream, task, part, on_device, memory.selection, outputs.selection);
+      write_selection(stream, call, slice, on_device, memory.selection, outputs.selection);
     if (!attends) continue;  // the routing alone was asked for
-    plan(stream, task, part, on_device, memory.selection, memory.plan);
-    (on_sm90 ? attend_sm90 : attend)(stream, task, part, on_device, memory.plan, memory.partials, outputs);
-    combine(stream, task, part, memory.selection, memory.partials, outputs);
+    plan(stream, call, slice, on_device, memory.selection, memory.plan);
+    (on_sm90 ? attend_sm90 : attend)(stream, call, slice, on_device, memory.plan, memory.partials, outputs);
+    combine(stream, call, slice, memory.selection, memory.partials, outputs);
   }
   if (execution.profile != nullptr)
-    execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(parts.front()));
+    execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(slices.front()));
 }
 
 }  // namespace moba::cuda

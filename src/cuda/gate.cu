@@ -22,21 +22,21 @@ struct TileShape {
 };
 
 /// Tests that the heaps fit into shared memory beside the tiles.
-bool heaps_are_shared(const Task& task) {
-  return task.head_dim <= 128 && task.width <= 16;
+bool heaps_are_shared(const DeviceCall& call) {
+  return call.head_dim <= 128 && call.width <= 16;
 }
 
 template <typename T>
 struct GateParams {
   View<const T> q;
-  const T* means;  // [heads, most_blocks, D]
+  const T* means;  // [heads, max_blocks, D]
   Batch batch;
-  std::int64_t block_size, most_blocks, most_tiles;
+  std::int64_t block_size, max_blocks, max_tiles;
   std::int64_t group, head0, rows;
   std::int32_t token0, token1;
   std::int32_t width, sinks;
   bool causal, own_block;
-  std::uint64_t* best;      // [heads, most_tiles * kTileRows, width], null: in shared memory
+  std::uint64_t* best;      // [heads, max_tiles * kTileRows, width], null: in shared memory
   std::int32_t* selection;  // [heads, rows, width]
 };
 
@@ -142,7 +142,7 @@ gate_kernel(MOBA_GRID_CONSTANT GateParams<T> p) {
   const auto buffer = [&](int which) {
     return tile::SwizzledTile<T, head_dim>{means_memory + which * C::kMeans * head_dim};
   };
-  Key* heaps = p.best != nullptr ? p.best + (head * p.most_tiles + index) * kTileRows * p.width
+  Key* heaps = p.best != nullptr ? p.best + (head * p.max_tiles + index) * kTileRows * p.width
                                  : reinterpret_cast<Key*>(means_memory + 2 * C::kMeans * head_dim);
   for (std::int64_t i = ptx::thread(); i < std::int64_t{kTileRows} * p.width; i += C::kThreads) heaps[i] = 0;
 
@@ -153,7 +153,7 @@ gate_kernel(MOBA_GRID_CONSTANT GateParams<T> p) {
   });
   // The last row has most candidates.
   const std::int32_t most = candidates_of(p, tile, tile.count - 1).count;
-  const T* means = p.means + mean_offset(head, p.most_blocks, p.batch.block_starts[tile.sequence], head_dim);
+  const T* means = p.means + mean_offset(head, p.max_blocks, p.batch.block_starts[tile.sequence], head_dim);
   const auto load = [&](std::int32_t first) {
     tile::load_rows<C::kMeans, C::kThreads>(buffer(first / C::kMeans % 2),
                                             means + static_cast<std::int64_t>(first) * head_dim, head_dim,
@@ -193,9 +193,9 @@ constexpr int kListThreads = 128;
 
 struct ListParams {
   const std::int32_t* selection;  // [heads, rows, width]
-  std::int32_t* out;              // [Hq, Tq, public_width]
+  std::int32_t* out;              // [Hq, Tq, selection_width]
   Batch batch;
-  std::int64_t block_size, group, head0, rows, width, public_width, token0, tokens;
+  std::int64_t block_size, group, head0, rows, width, selection_width, token0, tokens;
   bool causal, is_dense;
 };
 
@@ -210,7 +210,7 @@ MOBA_KERNEL(kListThreads, 8) list_selection_kernel(MOBA_GRID_CONSTANT ListParams
   const std::int32_t position = token + keys - p.batch.q_starts[s + 1];
   const std::int64_t own = position < 0 ? -1 : position / p.block_size;
   std::int32_t* to =
-      p.out + (((p.head0 + head) * p.group + row % p.group) * p.tokens + token) * p.public_width;
+      p.out + (((p.head0 + head) * p.group + row % p.group) * p.tokens + token) * p.selection_width;
   std::int64_t count = 0;
   if (p.is_dense) {
     const std::int64_t seen = p.causal ? own + 1 : divide_up(keys, p.block_size);
@@ -220,14 +220,14 @@ MOBA_KERNEL(kListThreads, 8) list_selection_kernel(MOBA_GRID_CONSTANT ListParams
     for (; count < p.width && from[count] >= 0; ++count) to[count] = from[count];
     if (p.causal && own >= 0) to[count++] = static_cast<std::int32_t>(own);
   }
-  for (; count < p.public_width; ++count) to[count] = -1;
+  for (; count < p.selection_width; ++count) to[count] = -1;
 }
 
 struct ReadParams {
-  const std::int32_t* saved;  // [Hq, Tq, public_width]
+  const std::int32_t* saved;  // [Hq, Tq, selection_width]
   std::int32_t* selection;    // [heads, rows, width]
   Batch batch;
-  std::int64_t block_size, group, head0, rows, width, public_width, token0, tokens;
+  std::int64_t block_size, group, head0, rows, width, selection_width, token0, tokens;
   bool causal;
 };
 
@@ -243,10 +243,10 @@ MOBA_KERNEL(kListThreads, 8) read_selection_kernel(MOBA_GRID_CONSTANT ReadParams
   const std::int64_t own = position < 0 ? 0 : position / p.block_size;
   const std::int64_t candidates = p.causal ? own : divide_up(keys, p.block_size);
   const std::int32_t* from =
-      p.saved + (((p.head0 + head) * p.group + row % p.group) * p.tokens + token) * p.public_width;
+      p.saved + (((p.head0 + head) * p.group + row % p.group) * p.tokens + token) * p.selection_width;
   std::int32_t* to = p.selection + (head * p.rows + row) * p.width;
   std::int64_t count = 0;
-  for (std::int64_t i = 0; i < p.public_width && count < p.width; ++i) {
+  for (std::int64_t i = 0; i < p.selection_width && count < p.width; ++i) {
     if (from[i] >= 0 && from[i] < candidates) to[count++] = from[i];
   }
   for (; count < p.width; ++count) to[count] = -1;
@@ -254,75 +254,75 @@ MOBA_KERNEL(kListThreads, 8) read_selection_kernel(MOBA_GRID_CONSTANT ReadParams
 
 }  // namespace
 
-std::uint64_t* carve_gate(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
-  if (heaps_are_shared(task)) return nullptr;
-  return layout.take<std::uint64_t>(part.heads() * task.most_tiles(part) * kTileRows * task.width);
+std::uint64_t* carve_gate(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice) {
+  if (heaps_are_shared(call)) return nullptr;
+  return layout.take<std::uint64_t>(slice.heads() * call.max_tiles(slice) * kTileRows * call.width);
 }
 
-void gate(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch, const void* means,
-          std::uint64_t* best, std::int32_t* selection) {
-  with_type(task, [&]<typename T, int head_dim>() {
+void gate(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+          const void* means, std::uint64_t* best, std::int32_t* selection) {
+  with_type(call, [&]<typename T, int head_dim>() {
     using C = TileShape<head_dim>;
-    const GateParams<T> params{.q = view_of<const T>(task.q),
+    const GateParams<T> params{.q = view_of<const T>(call.q),
                                .means = static_cast<const T*>(means),
                                .batch = batch,
-                               .block_size = task.routing.block_size,
-                               .most_blocks = task.most_blocks(),
-                               .most_tiles = task.most_tiles(part),
-                               .group = task.group,
-                               .head0 = part.head0,
-                               .rows = task.rows(part),
-                               .token0 = static_cast<std::int32_t>(part.token0),
-                               .token1 = static_cast<std::int32_t>(part.token1),
-                               .width = static_cast<std::int32_t>(task.width),
-                               .sinks = static_cast<std::int32_t>(task.routing.sink_blocks),
-                               .causal = task.routing.causal,
-                               .own_block = task.routing.own_block,
+                               .block_size = call.routing.block_size,
+                               .max_blocks = call.max_blocks(),
+                               .max_tiles = call.max_tiles(slice),
+                               .group = call.heads_per_kv,
+                               .head0 = slice.head0,
+                               .rows = call.rows(slice),
+                               .token0 = static_cast<std::int32_t>(slice.token0),
+                               .token1 = static_cast<std::int32_t>(slice.token1),
+                               .width = static_cast<std::int32_t>(call.width),
+                               .sinks = static_cast<std::int32_t>(call.routing.sink_blocks),
+                               .causal = call.routing.causal,
+                               .own_block = call.routing.own_block,
                                .best = best,
                                .selection = selection};
     const std::size_t tiles = (kTileRows + 2 * C::kMeans) * head_dim * sizeof(T);
     const std::size_t heaps =
-        best == nullptr ? static_cast<std::size_t>(kTileRows * task.width) * sizeof(std::uint64_t) : 0;
-    stream.launch("gate", gate_kernel<T, head_dim>, {params.most_tiles, part.heads()}, C::kThreads,
+        best == nullptr ? static_cast<std::size_t>(kTileRows * call.width) * sizeof(std::uint64_t) : 0;
+    stream.launch("gate", gate_kernel<T, head_dim>, {params.max_tiles, slice.heads()}, C::kThreads,
                   tiles + heaps, params);
   });
 }
 
-void write_selection(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+void write_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                      const std::int32_t* selection, std::int32_t* out) {
   const ListParams params{.selection = selection,
                           .out = out,
                           .batch = batch,
-                          .block_size = task.requested_block_size,
-                          .group = task.group,
-                          .head0 = part.head0,
-                          .rows = task.rows(part),
-                          .width = task.width,
-                          .public_width = task.public_width,
-                          .token0 = part.token0,
-                          .tokens = task.tokens,
-                          .causal = task.routing.causal,
-                          .is_dense = task.is_dense};
-  stream.launch("list_selection", list_selection_kernel, {divide_up(params.rows, kListThreads), part.heads()},
-                kListThreads, 0, params);
+                          .block_size = call.requested.block_size,
+                          .group = call.heads_per_kv,
+                          .head0 = slice.head0,
+                          .rows = call.rows(slice),
+                          .width = call.width,
+                          .selection_width = call.selection_width,
+                          .token0 = slice.token0,
+                          .tokens = call.tokens,
+                          .causal = call.routing.causal,
+                          .is_dense = call.is_dense};
+  stream.launch("list_selection", list_selection_kernel,
+                {divide_up(params.rows, kListThreads), slice.heads()}, kListThreads, 0, params);
 }
 
-void read_selection(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+void read_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                     const std::int32_t* saved, std::int32_t* selection) {
   const ReadParams params{.saved = saved,
                           .selection = selection,
                           .batch = batch,
-                          .block_size = task.routing.block_size,
-                          .group = task.group,
-                          .head0 = part.head0,
-                          .rows = task.rows(part),
-                          .width = task.width,
-                          .public_width = task.public_width,
-                          .token0 = part.token0,
-                          .tokens = task.tokens,
-                          .causal = task.routing.causal};
-  stream.launch("read_selection", read_selection_kernel, {divide_up(params.rows, kListThreads), part.heads()},
-                kListThreads, 0, params);
+                          .block_size = call.routing.block_size,
+                          .group = call.heads_per_kv,
+                          .head0 = slice.head0,
+                          .rows = call.rows(slice),
+                          .width = call.width,
+                          .selection_width = call.selection_width,
+                          .token0 = slice.token0,
+                          .tokens = call.tokens,
+                          .causal = call.routing.causal};
+  stream.launch("read_selection", read_selection_kernel,
+                {divide_up(params.rows, kListThreads), slice.heads()}, kListThreads, 0, params);
 }
 
 }  // namespace moba::cuda

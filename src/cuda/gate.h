@@ -5,20 +5,20 @@
 namespace moba::cuda {
 
 /// What the gate keeps of the best candidates of rows with long lists; short ones are kept on the chip.
-std::uint64_t* carve_gate(ArenaLayout& layout, const Task& task, const WorkSlice& part);
+std::uint64_t* carve_gate(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice);
 
 /// Scores every query against the means of its candidates and keeps the best: `selection` [heads, rows,
 /// width], ascending, padded with -1. A causal row's own block is not listed. No score is ever stored.
-void gate(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch, const void* means,
-          std::uint64_t* best, std::int32_t* selection);
+void gate(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+          const void* means, std::uint64_t* best, std::int32_t* selection);
 
-/// A part's rows of the caller's list [Hq, Tq, public_width], own block included.
-void write_selection(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+/// A slice's rows of the caller's list [Hq, Tq, selection_width], own block included.
+void write_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                      const std::int32_t* selection, std::int32_t* out);
 
-/// The way back: a part's rows of `selection` from the caller's list. What is no block that the row may pick
+/// The way back: a slice's rows of `selection` from the caller's list. What is no block that the row may pick
 /// is passed over.
-void read_selection(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+void read_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                     const std::int32_t* saved, std::int32_t* selection);
 
 }  // namespace moba::cuda

@@ -113,16 +113,16 @@ MOBA_HOST_DEVICE KeyRange queries_of(const Batch& batch, std::int32_t sequence, 
 /// Up to kTileRows neighbouring rows of one sequence, which all heads have alike. A row is a query and one of
 /// the `group` query heads of a kv head: row = (token - token0) * group + member. Tiles are cut from the
 /// first query of the sequence on, so that a row meets the same keys in the same order whatever else is in
-/// its part.
+/// its slice.
 struct Tile {
   std::int32_t sequence = 0;
   std::int32_t count = 0;      // rows
   std::int32_t first_key = 0;  // packed
   std::int32_t keys = 0;       // of the sequence
   std::int32_t before = 0;     // position of query 0
-  std::int64_t first_row = 0;  // of the part
+  std::int64_t first_row = 0;  // of the slice
   std::int64_t from = 0;       // row r is row from + r of the sequence's
-  std::int64_t cut = 0;        // where the tile begins, `from` or rows of another part before it
+  std::int64_t cut = 0;        // where the tile begins, `from` or rows of another slice before it
 
   MOBA_HOST_DEVICE std::int32_t position_at(std::int64_t sequence_row, std::int64_t group) const {
     return static_cast<std::int32_t>(sequence_row / group) + before;
@@ -158,16 +158,16 @@ MOBA_HOST_DEVICE Tile tile_at(const Batch& batch, std::int32_t index, std::int32
   return tile;
 }
 
-/// The place of a partial answer: [heads of the part, rows * ranks].
+/// The place of a partial answer: [heads of the slice, rows * ranks].
 MOBA_HOST_DEVICE std::int64_t slot_at(std::int64_t head, std::int64_t rows, std::int64_t ranks,
                                       std::uint32_t entry) {
   return head * rows * ranks + entry;
 }
 
 /// The element of a mean: [heads of the group, packed blocks, D].
-MOBA_HOST_DEVICE std::int64_t mean_offset(std::int64_t head, std::int64_t most_blocks, std::int64_t block,
+MOBA_HOST_DEVICE std::int64_t mean_offset(std::int64_t head, std::int64_t max_blocks, std::int64_t block,
                                           std::int64_t head_dim) {
-  return (head * most_blocks + block) * head_dim;
+  return (head * max_blocks + block) * head_dim;
 }
 
 }  // namespace moba::cuda

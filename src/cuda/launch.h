@@ -12,7 +12,6 @@ struct Grid {
 
 /// A launch of a kernel by `grid` blocks of `threads` threads with `shared` bytes of dynamic shared memory.
 struct Launch {
-  const std::string& function;  // begins the messages of errors
   void* stream;
   const char* name;
   Grid grid;

@@ -15,11 +15,11 @@ constexpr std::int64_t kMinPartition = 2048;
 
 /// Selections that a warp scatters: at least as many as there are blocks, so that the counts take no more
 /// memory than the selections.
-std::int64_t partition_size(const Task& task) {
-  return std::max(kMinPartition, divide_up(task.most_blocks(), ptx::kLanes) * ptx::kLanes);
+std::int64_t partition_size(const DeviceCall& call) {
+  return std::max(kMinPartition, divide_up(call.max_blocks(), ptx::kLanes) * ptx::kLanes);
 }
-std::int64_t partitions_of(const Task& task, const WorkSlice& part) {
-  return divide_up(task.rows(part) * task.width, partition_size(task));
+std::int64_t partitions_of(const DeviceCall& call, const WorkSlice& slice) {
+  return divide_up(call.rows(slice) * call.width, partition_size(call));
 }
 
 struct PlanParams {
@@ -27,7 +27,7 @@ struct PlanParams {
   Batch batch;
   const std::int32_t* selection;  // [heads, rows, width]
   std::int64_t rows, width, ranks, group;
-  std::int64_t most_blocks, partitions, partition_size;
+  std::int64_t max_blocks, partitions, partition_size;
   std::int32_t token0;
 };
 
@@ -45,23 +45,23 @@ MOBA_KERNEL(kThreads, 4) count_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   if (index >= p.rows * p.width) return;
   const std::int32_t block = chosen(p, head, index);
   if (block >= 0)
-    ptx::atomic_add(p.plan.counts + (head * p.partitions + index / p.partition_size) * p.most_blocks + block,
+    ptx::atomic_add(p.plan.counts + (head * p.partitions + index / p.partition_size) * p.max_blocks + block,
                     1);
 }
 
 /// Replaces the counts of a block in every partition by exclusive prefix sums; returns the total.
 MOBA_DEVICE std::uint32_t scan_chunks(const PlanParams& p, std::int64_t head, std::int64_t block) {
   constexpr int kUnroll = 8;  // loads under way
-  std::uint32_t* counts = p.plan.counts + head * p.partitions * p.most_blocks + block;
+  std::uint32_t* counts = p.plan.counts + head * p.partitions * p.max_blocks + block;
   std::uint32_t sum = 0;
   for (std::int64_t first = 0; first < p.partitions; first += kUnroll) {
     std::uint32_t loaded[kUnroll];
     MOBA_UNROLL
     for (int i = 0; i < kUnroll; ++i)
-      loaded[i] = first + i < p.partitions ? counts[(first + i) * p.most_blocks] : 0;
+      loaded[i] = first + i < p.partitions ? counts[(first + i) * p.max_blocks] : 0;
     MOBA_UNROLL
     for (int i = 0; i < kUnroll; ++i) {
-      if (first + i < p.partitions) counts[(first + i) * p.most_blocks] = sum;
+      if (first + i < p.partitions) counts[(first + i) * p.max_blocks] = sum;
       sum += loaded[i];
     }
   }
@@ -72,15 +72,15 @@ MOBA_DEVICE std::uint32_t scan_chunks(const PlanParams& p, std::int64_t head, st
 MOBA_KERNEL(kThreads, 4) size_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int64_t block = std::int64_t{ptx::block_x()} * kThreads + ptx::thread();
-  if (block >= p.most_blocks) return;
-  p.plan.offsets[head * (p.most_blocks + 1) + block + 1] = scan_chunks(p, head, block);
+  if (block >= p.max_blocks) return;
+  p.plan.offsets[head * (p.max_blocks + 1) + block + 1] = scan_chunks(p, head, block);
 }
 
 /// Sums the sizes of the blocks of a head and lists its routed tiles.
 MOBA_KERNEL(kThreads, 1) list_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   auto* sums = reinterpret_cast<std::uint32_t*>(ptx::shared());
   const auto head = static_cast<std::int32_t>(ptx::block_y());
-  std::uint32_t* offsets = p.plan.offsets + head * (p.most_blocks + 1);
+  std::uint32_t* offsets = p.plan.offsets + head * (p.max_blocks + 1);
   const std::int32_t blocks = p.batch.block_starts[p.batch.sequences];
   std::uint32_t before = 0;
   if (ptx::thread() == 0) offsets[0] = 0;
@@ -107,8 +107,8 @@ MOBA_KERNEL(kThreads, 4) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int64_t partition = std::int64_t{ptx::block_x()} * (kThreads / ptx::kLanes) + ptx::warp();
   if (partition >= p.partitions) return;
-  const std::uint32_t* offsets = p.plan.offsets + head * (p.most_blocks + 1);
-  std::uint32_t* cursors = p.plan.counts + (head * p.partitions + partition) * p.most_blocks;
+  const std::uint32_t* offsets = p.plan.offsets + head * (p.max_blocks + 1);
+  std::uint32_t* cursors = p.plan.counts + (head * p.partitions + partition) * p.max_blocks;
   std::uint32_t* entries = p.plan.entries + head * p.rows * p.width;
   const std::int64_t begin = partition * p.partition_size, all = p.rows * p.width;
   const std::int64_t end = begin + p.partition_size < all ? begin + p.partition_size : all;
@@ -132,41 +132,41 @@ MOBA_KERNEL(kThreads, 4) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
 
 }  // namespace
 
-Plan carve_plan(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
+Plan carve_plan(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice) {
   Plan plan{.totals = layout.take<std::uint32_t>(Plan::kTotals)};
-  if (task.width == 0) return plan;
-  const std::int64_t heads = part.heads(), choices = task.rows(part) * task.width,
-                     blocks = task.most_blocks();
+  if (call.width == 0) return plan;
+  const std::int64_t heads = slice.heads(), choices = call.rows(slice) * call.width,
+                     blocks = call.max_blocks();
   plan.entries = layout.take<std::uint32_t>(heads * choices);
   plan.offsets = layout.take<std::uint32_t>(heads * (blocks + 1));
-  plan.counts = layout.take<std::uint32_t>(heads * partitions_of(task, part) * blocks);
+  plan.counts = layout.take<std::uint32_t>(heads * partitions_of(call, slice) * blocks);
   plan.full = layout.take<RoutedTile>(heads * (choices / kTileRows));
   plan.partial = layout.take<RoutedTile>(heads * blocks);
   return plan;
 }
 
-void plan(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+void plan(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
           const std::int32_t* selection, const Plan& plan) {
   stream.fill(plan.totals, 0, Plan::kTotals * sizeof(std::uint32_t));
-  if (task.width == 0) return;
+  if (call.width == 0) return;
   const PlanParams params{.plan = plan,
                           .batch = batch,
                           .selection = selection,
-                          .rows = task.rows(part),
-                          .width = task.width,
-                          .ranks = task.ranks(),
-                          .group = task.group,
-                          .most_blocks = task.most_blocks(),
-                          .partitions = partitions_of(task, part),
-                          .partition_size = partition_size(task),
-                          .token0 = static_cast<std::int32_t>(part.token0)};
-  const std::int64_t heads = part.heads();
+                          .rows = call.rows(slice),
+                          .width = call.width,
+                          .ranks = call.ranks(),
+                          .group = call.heads_per_kv,
+                          .max_blocks = call.max_blocks(),
+                          .partitions = partitions_of(call, slice),
+                          .partition_size = partition_size(call),
+                          .token0 = static_cast<std::int32_t>(slice.token0)};
+  const std::int64_t heads = slice.heads();
   stream.fill(
       plan.counts, 0,
-      static_cast<std::size_t>(heads * params.partitions * params.most_blocks) * sizeof(std::uint32_t));
+      static_cast<std::size_t>(heads * params.partitions * params.max_blocks) * sizeof(std::uint32_t));
   stream.launch("count", count_kernel, {divide_up(params.rows * params.width, kThreads), heads}, kThreads, 0,
                 params);
-  stream.launch("size", size_kernel, {divide_up(params.most_blocks, kThreads), heads}, kThreads, 0, params);
+  stream.launch("size", size_kernel, {divide_up(params.max_blocks, kThreads), heads}, kThreads, 0, params);
   stream.launch("list", list_kernel, {1, heads}, kThreads, kThreads / ptx::kLanes * sizeof(std::uint32_t),
                 params);
   stream.launch("scatter", scatter_kernel, {divide_up(params.partitions, kThreads / ptx::kLanes), heads},

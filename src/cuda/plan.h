@@ -6,7 +6,7 @@ namespace moba::cuda {
 
 /// Up to kTileRows rows of one head that chose one block: entries [first, first + count) of the head's list.
 struct RoutedTile {
-  std::int32_t head = 0;   // of the part
+  std::int32_t head = 0;   // of the slice
   std::int32_t block = 0;  // packed
   std::uint32_t first = 0, count = 0;
 };
@@ -15,8 +15,8 @@ struct RoutedTile {
 /// `row * ranks + rank` is one row's choice, and the place of its partial answer.
 struct Plan {
   std::uint32_t* entries = nullptr;  // [heads, rows * width]
-  std::uint32_t* offsets = nullptr;  // [heads, most_blocks + 1], into a head's entries
-  std::uint32_t* counts = nullptr;   // [heads, chunks, most_blocks]; then what of a block lies before a chunk
+  std::uint32_t* offsets = nullptr;  // [heads, max_blocks + 1], into a head's entries
+  std::uint32_t* counts = nullptr;   // [heads, chunks, max_blocks]; then what of a block lies before a chunk
   /// Items of kTileRows rows, and what remains of every block: in no particular order, for each is worked on
   /// by itself.
   RoutedTile *full = nullptr, *partial = nullptr;
@@ -26,8 +26,8 @@ struct Plan {
   static constexpr int kFull = 0, kPartial = 1, kTotals = 2;
 };
 
-Plan carve_plan(ArenaLayout& layout, const Task& task, const WorkSlice& part);
-void plan(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+Plan carve_plan(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice);
+void plan(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
           const std::int32_t* selection, const Plan& plan);
 
 }  // namespace moba::cuda

@@ -6,34 +6,34 @@
 #include <array>
 #include <bit>
 
-#include "moba/error.h"
+#include "errors.h"
 
 namespace moba::cuda {
 namespace {
 
 /// Throws when a call of the runtime failed, and clears its error so that the next call does not see it.
-void require(cudaError_t status, std::string_view function, const std::string& what) {
+void require(cudaError_t status, const std::string& what) {
   if (status == cudaSuccess) return;
   cudaGetLastError();
-  throw DeviceError(std::string(function) + ": CUDA: " + what + ": " + cudaGetErrorString(status));
+  throw DeviceFailure{"CUDA: " + what + ": " + cudaGetErrorString(status)};
 }
 
-int attribute(cudaDeviceAttr which, int device, std::string_view function) {
+int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
-  require(cudaDeviceGetAttribute(&value, which, device), function, "the device cannot be asked");
+  require(cudaDeviceGetAttribute(&value, which, device), "the device cannot be asked");
   return value;
 }
 
 }  // namespace
 
-Hardware current_hardware(std::string_view function) {
+Hardware current_hardware() {
   int device = 0;
-  require(cudaGetDevice(&device), function, "no device can be used");
-  return {.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device, function),
-          .capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device, function) +
-                        attribute(cudaDevAttrComputeCapabilityMinor, device, function),
-          .shared_bytes =
-              static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device, function))};
+  require(cudaGetDevice(&device), "no device can be used");
+  return {
+      .multiprocessors = attribute(cudaDevAttrMultiProcessorCount, device),
+      .capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                    attribute(cudaDevAttrComputeCapabilityMinor, device),
+      .shared_bytes = static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))};
 }
 
 bool is_on_device(const void* pointer) {
@@ -46,15 +46,15 @@ bool is_on_device(const void* pointer) {
 }
 
 /// The driver's function is asked for by name, so that the library needs no driver to be loaded.
-TensorMap tensor_map(std::string_view function, const Tensor& t, int rows) {
+TensorMap tensor_map(const Tensor& t, int rows) {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult status{};
   constexpr unsigned kVersion = 12000;
   require(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kVersion, cudaEnableDefault,
                                            &status),
-          function, "the driver cannot be asked for tensor maps");
+          "the driver cannot be asked for tensor maps");
   if (status != cudaDriverEntryPointSuccess || found == nullptr)
-    throw DeviceError(std::string(function) + ": CUDA: the driver knows no tensor maps");
+    throw DeviceFailure{"CUDA: the driver has no tensor maps"};
 
   const std::array<cuuint64_t, 3> sizes{static_cast<cuuint64_t>(t.sizes[2]),
                                         static_cast<cuuint64_t>(t.sizes[1]),
@@ -71,9 +71,9 @@ TensorMap tensor_map(std::string_view function, const Tensor& t, int rows) {
       CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
       CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
-    throw DeviceError(std::string(function) + ": CUDA: no tensor map of " + std::to_string(t.sizes[0]) +
-                      " x " + std::to_string(t.sizes[1]) + " x " + std::to_string(t.sizes[2]) +
-                      " elements: error " + std::to_string(result));
+    throw DeviceFailure{"CUDA: no tensor map of " + std::to_string(t.sizes[0]) + " x " +
+                        std::to_string(t.sizes[1]) + " x " + std::to_string(t.sizes[2]) +
+                        " elements: error " + std::to_string(result)};
   }
   return std::bit_cast<TensorMap>(map);
 }
@@ -83,7 +83,6 @@ void launch_kernel(const Launch& launch, const void* kernel, void** arguments) {
   if (launch.shared > kWithoutAsking) {
     require(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(launch.shared)),
-            launch.function,
             std::string("kernel ") + launch.name + " cannot have " + std::to_string(launch.shared) +
                 " bytes of shared memory");
   }
@@ -91,12 +90,11 @@ void launch_kernel(const Launch& launch, const void* kernel, void** arguments) {
       cudaLaunchKernel(kernel, {static_cast<unsigned>(launch.grid.x), static_cast<unsigned>(launch.grid.y)},
                        {static_cast<unsigned>(launch.threads)}, arguments, launch.shared,
                        static_cast<cudaStream_t>(launch.stream)),
-      launch.function, std::string("kernel ") + launch.name + " cannot be launched");
+      std::string("kernel ") + launch.name + " cannot be launched");
 }
 
 void Stream::fill(void* to, int value, std::size_t bytes) {
-  require(cudaMemsetAsync(to, value, bytes, static_cast<cudaStream_t>(stream_)), function_,
-          "memory cannot be set");
+  require(cudaMemsetAsync(to, value, bytes, static_cast<cudaStream_t>(stream_)), "memory cannot be set");
 }
 
 std::byte* Stream::allocate(std::size_t bytes) {
@@ -104,9 +102,9 @@ std::byte* Stream::allocate(std::size_t bytes) {
   if (scratch_->allocate) {
     memory = scratch_->allocate(bytes);
     if (memory == nullptr)
-      throw DeviceError(function_ + ": scratch gave no memory for " + std::to_string(bytes) + " bytes");
+      throw DeviceFailure{"scratch gave no memory for " + std::to_string(bytes) + " bytes"};
   } else if (bytes > 0) {
-    require(cudaMallocAsync(&memory, bytes, static_cast<cudaStream_t>(stream_)), function_,
+    require(cudaMallocAsync(&memory, bytes, static_cast<cudaStream_t>(stream_)),
             "no " + std::to_string(bytes) + " bytes of device memory");
   }
   return static_cast<std::byte*>(memory);

@@ -3,17 +3,16 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
-#include <string_view>
 
 #include "cuda/launch.h"
 #include "cuda/ptx/device.h"
 #include "cuda/tensor_map.h"
-#include "moba/error.h"
+#include "errors.h"
 #include "moba/execution.h"
 
 /// The seam to CUDA's runtime: what is asked of a device, its memory, and launches, all in the order of one
-/// stream and without waiting for it, so that a call can be captured into a graph. Every failure is thrown as
-/// DeviceError by the function that met it, after the runtime was told to forget it.
+/// stream and without waiting for it, so that a call can be captured into a graph. A failure is thrown as
+/// DeviceFailure, after the runtime's own record of it was cleared.
 namespace moba::cuda {
 
 struct Hardware {
@@ -23,22 +22,18 @@ struct Hardware {
 };
 
 /// The thread's current device.
-Hardware current_hardware(std::string_view function);
+Hardware current_hardware();
 
 /// Whether `pointer` is memory that the device can use.
 bool is_on_device(const void* pointer);
 
 /// For boxes of `rows` tokens.
-TensorMap tensor_map(std::string_view function, const Tensor& t, int rows);
+TensorMap tensor_map(const Tensor& t, int rows);
 
 /// Work of one call, in order.
 class Stream {
  public:
-  /// `function` begins the messages of errors.
-  Stream(std::string_view function, const Execution& execution)
-      : function_(function), stream_(execution.stream), scratch_(&execution.scratch) {}
-
-  std::string_view function() const { return function_; }
+  explicit Stream(const Execution& execution) : stream_(execution.stream), scratch_(&execution.scratch) {}
 
   /// `kernel` with `params`, by `grid` blocks of `threads` threads with `shared` bytes of dynamic shared
   /// memory. An empty grid is no launch.
@@ -47,7 +42,7 @@ class Stream {
               const Params& params) {
     if (grid.x <= 0 || grid.y <= 0) return;
     check_grid(name, grid);
-    launch_kernel({function_, stream_, name, grid, threads, shared}, kernel, params);
+    launch_kernel({stream_, name, grid, threads, shared}, kernel, params);
   }
 
   /// Sets bytes.
@@ -57,16 +52,15 @@ class Stream {
   friend class Arena;
 
   void check_grid(const char* name, Grid grid) const {
-    constexpr std::int64_t kMostX = 0x7FFFFFFF, kMostY = 65535;
-    if (grid.x > kMostX || grid.y > kMostY) {
-      throw DeviceError(function_ + ": kernel " + name + " would need " + std::to_string(grid.x) + " x " +
-                        std::to_string(grid.y) + " blocks");
+    constexpr std::int64_t kMaxX = 0x7FFFFFFF, kMaxY = 65535;
+    if (grid.x > kMaxX || grid.y > kMaxY) {
+      throw DeviceFailure{std::string("kernel ") + name + " would need " + std::to_string(grid.x) + " x " +
+                          std::to_string(grid.y) + " blocks"};
     }
   }
   std::byte* allocate(std::size_t bytes);
   void release(std::byte* memory, std::size_t bytes) noexcept;
 
-  std::string function_;
   void* stream_;
   const Allocator* scratch_;
 };
@@ -74,15 +68,15 @@ class Stream {
 /// Device memory of a call: the caller's allocator's, or the stream's.
 class Arena {
  public:
-  Arena(Stream& stream, std::size_t bytes) : queue_(stream), bytes_(bytes), data_(stream.allocate(bytes)) {}
-  ~Arena() { queue_.release(data_, bytes_); }
+  Arena(Stream& stream, std::size_t bytes) : stream_(stream), bytes_(bytes), data_(stream.allocate(bytes)) {}
+  ~Arena() { stream_.release(data_, bytes_); }
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
   std::byte* data() const { return data_; }
 
  private:
-  Stream& queue_;
+  Stream& stream_;
   std::size_t bytes_;
   std::byte* data_;
 };

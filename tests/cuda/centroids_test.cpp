@@ -22,19 +22,19 @@ TEST(Centroids, AreTheMeansOfTheKeys) {
         c.routing = {.block_size = block_size, .top_k = 1};
         test::fill(c);
         const DeviceBatch starts = batch_of(c.sequences);
-        const Task task = make_task("test", on_device(c.q.view()), on_device(c.k.view()),
-                                    on_device(c.v.view()), starts, c.routing);
-        Stream stream("test", {});
+        const DeviceCall call =
+            make_call(on_device(c.q.view()), on_device(c.k.view()), on_device(c.v.view()), starts, c.routing);
+        Stream stream({});
         std::vector<std::int32_t> q_starts(5), k_starts(5), blocks(5), tiles(5);
-        const WorkSlice part{1, 2, 0, task.tokens};
-        const Batch batch = lay_out(stream, task, starts, part,
+        const WorkSlice slice{1, 2, 0, call.tokens};
+        const Batch batch = lay_out(stream, call, starts, slice,
                                     {q_starts.data(), k_starts.data(), blocks.data(), tiles.data()});
         EXPECT_EQ(k_starts, c.sequences.cu_seqlens_k);
         EXPECT_EQ(blocks.back(), divide_up(5, block_size) + divide_up(200, block_size));
         EXPECT_EQ(tiles, (std::vector<std::int32_t>{0, 0, 1, 1, 3}));
 
-        std::vector<std::uint16_t> means(static_cast<std::size_t>(task.most_blocks() * head_dim));
-        centroids(stream, task, part, batch, means.data());
+        std::vector<std::uint16_t> means(static_cast<std::size_t>(call.max_blocks() * head_dim));
+        centroids(stream, call, slice, batch, means.data());
         std::size_t at = 0;
         for (const auto& [first, last] : {std::pair{0, 5}, std::pair{5, 205}}) {
           for (std::int64_t begin = first; begin < last; begin += block_size) {

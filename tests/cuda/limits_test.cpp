@@ -9,7 +9,7 @@
 #include <random>
 
 #include "cuda/flow.h"
-#include "cuda/parts.h"
+#include "cuda/stages.h"
 #include "emulation/block.h"
 
 namespace moba::cuda {
@@ -92,11 +92,12 @@ Written attend(const Routing& routing, Spread spread, const Execution& execution
       d_out({kQ, 4, kDim}, spread, 4), out({kQ, 4, kDim}, spread), dq({kQ, 4, kDim}, spread),
       dk({kK, 2, kDim}, spread), dv({kK, 2, kDim}, spread);
   std::vector<float> lse(static_cast<std::size_t>(kQ) * 4);
-  attention("attention", q.view(), k.view(), v.view(), batch_of(sequences), routing,
-            {.out = out.view(), .lse = lse.data()}, execution);
-  attention_backward("attention_backward", d_out.view(), q.view(), k.view(), v.view(),
-                     {.out = out.view(), .lse = lse.data()}, batch_of(sequences), routing,
-                     {dq.view(), dk.view(), dv.view()}, execution);
+  named("attention", [&] {
+    attention(q.view(), k.view(), v.view(), batch_of(sequences), routing,
+              {.out = out.view(), .lse = lse.data()}, execution);
+    attention_backward(d_out.view(), q.view(), k.view(), v.view(), {.out = out.view(), .lse = lse.data()},
+                       batch_of(sequences), routing, {dq.view(), dk.view(), dv.view()}, execution);
+  });
   return {out.values(), dq.values(), dk.values(), dv.values()};
 }
 
@@ -117,8 +118,10 @@ Written decode_pages(const Routing& routing, Spread spread, const Execution& exe
                          .starts = starts.data(),
                          .sequences = 3,
                          .max_seqlen_k = 30};
-  update_means("update_means", cache, routing.block_size, nullptr, 30, execution);
-  decode("decode", q.view(), cache, routing, {.out = out.view()}, execution);
+  named("decode", [&] {
+    cuda::update_means(cache, routing.block_size, nullptr, 30, execution);
+    cuda::decode(q.view(), cache, routing, {.out = out.view()}, execution);
+  });
   return {means.values(), out.values()};
 }
 
@@ -142,7 +145,7 @@ TEST(CudaLimits, SoDoesDecoding) {
 }
 
 /// A call of 10 million tokens, of which nothing is there but its description.
-Task large_task(std::int64_t kv_heads, const Routing& routing) {
+DeviceCall large_task(std::int64_t kv_heads, const Routing& routing) {
   Tensor q{.dtype = DType::bf16, .device = Device::cuda, .rank = 3};
   q.data = reinterpret_cast<void*>(std::uintptr_t{1} << 20);
   q.sizes = {kTokens, kHeads, 256};
@@ -150,7 +153,7 @@ Task large_task(std::int64_t kv_heads, const Routing& routing) {
   Tensor k = q;
   k.sizes[1] = kv_heads;
   k.strides[0] = kv_heads * 256;
-  return make_task("attention", q, k, k, {.count = 1, .max_seqlen_k = kTokens}, routing);
+  return make_call(q, k, k, {.count = 1, .max_seqlen_k = kTokens}, routing);
 }
 
 /// Parts cover all heads and tokens, and what is counted in 32 bits in each fits them.
@@ -159,17 +162,17 @@ TEST(CudaLimits, LargeProblemsAreCutUntil32BitsDo) {
     for (const Routing& routing :
          {Routing{.block_size = 128, .top_k = 8}, Routing{.block_size = 512, .top_k = 3},
           Routing{.block_size = 4096, .top_k = 12}, Routing::full()}) {
-      const Task task = large_task(kv_heads, routing);
-      const auto bytes = [&](const WorkSlice& part) {
-        return static_cast<std::size_t>(part.heads() * task.rows(part) * task.ranks()) * 512;
+      const DeviceCall call = large_task(kv_heads, routing);
+      const auto bytes = [&](const WorkSlice& slice) {
+        return static_cast<std::size_t>(slice.heads() * call.rows(slice) * call.ranks()) * 512;
       };
       for (const std::size_t budget : {std::size_t{1} << 30, std::size_t{1} << 44}) {
         std::int64_t pairs = 0;
-        for (const WorkSlice& part : parts_within("attention", task, {.workspace_bytes = budget}, bytes)) {
-          EXPECT_LE(task.rows(part) * task.ranks(), 0x7FFFFFFF);
-          EXPECT_LE(task.most_tiles(part), 0x7FFFFFFF);
-          EXPECT_LE(bytes(part), budget);
-          pairs += part.heads() * part.tokens();
+        for (const WorkSlice& slice : slices_of(call, {.workspace_bytes = budget}, bytes)) {
+          EXPECT_LE(call.rows(slice) * call.ranks(), 0x7FFFFFFF);
+          EXPECT_LE(call.max_tiles(slice), 0x7FFFFFFF);
+          EXPECT_LE(bytes(slice), budget);
+          pairs += slice.heads() * slice.tokens();
         }
         EXPECT_EQ(pairs, kv_heads * kTokens);
       }
@@ -179,11 +182,13 @@ TEST(CudaLimits, LargeProblemsAreCutUntil32BitsDo) {
 
 /// Refuses a slice that cannot be cut: the gradient lists all rows of a kv head at once.
 TEST(CudaLimits, ChoicesThat31BitsCannotCountAreRefused) {
-  const Task task = large_task(1, {.block_size = 128, .top_k = 8});
+  const DeviceCall call = large_task(1, {.block_size = 128, .top_k = 8});
   const DeviceBatch batch{.count = 1, .max_seqlen_k = kTokens};
   try {
-    attention_backward("attention_backward", task.q, task.q, task.k, task.v, {.out = task.q}, batch,
-                       task.routing, {task.q, task.k, task.v}, {});
+    named("attention_backward", [&] {
+      attention_backward(call.q, call.q, call.k, call.v, {.out = call.q}, batch, call.routing,
+                         {call.q, call.k, call.v}, {});
+    });
     FAIL() << "no error";
   } catch (const Error& error) {
     EXPECT_EQ(
@@ -197,10 +202,10 @@ void no_kernel(const int) {}
 
 TEST(CudaLimits, AGridLargerThanDevicesTakeIsAnError) {
   const Execution execution;
-  Stream stream("attention", execution);
+  Stream stream(execution);
   EXPECT_NO_THROW(stream.launch("none", no_kernel, {0, 1}, 32, 0, 0));
   for (const Grid grid : {Grid{std::int64_t{1} << 31, 1}, Grid{1, 65536}})
-    EXPECT_THROW(stream.launch("none", no_kernel, grid, 32, 0, 0), DeviceError);
+    EXPECT_THROW(stream.launch("none", no_kernel, grid, 32, 0, 0), DeviceFailure);
 }
 
 /// Whichever launch fails, the call that met it says so and gives its memory back, and the next is right.

@@ -145,28 +145,27 @@ std::int64_t max_selected(const DeviceBatch& batch, const Routing& routing, cons
   return q.sizes[0] * q.sizes[1] * std::min(routing.top_k, blocks);
 }
 
-void attention(std::string_view function, const Tensor& q, const Tensor& k, const Tensor& v,
-               const DeviceBatch& batch, const Routing& routing, const Outputs& outputs,
-               const Execution& execution) {
+void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBatch& batch,
+               const Routing& routing, const Outputs& outputs, const Execution& execution) {
   Mirror mirror;
   const Outputs there{.out = mirror.write(outputs.out),
                       .lse = mirror.write(outputs.lse, q.sizes[0] * q.sizes[1]),
                       .selection = mirror.write(outputs.selection, max_selected(batch, routing, q))};
-  cuda::attention(function, mirror.read(q), mirror.read(k), mirror.read(v), mirror.starts(batch), routing,
-                  there, mirror.context(execution));
+  cuda::attention(mirror.read(q), mirror.read(k), mirror.read(v), mirror.starts(batch), routing, there,
+                  mirror.context(execution));
   mirror.copy_back();
 }
 
-void attention_backward(std::string_view function, const Tensor& d_out, const Tensor& q, const Tensor& k,
-                        const Tensor& v, const Saved& saved, const DeviceBatch& batch, const Routing& routing,
+void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                        const Saved& saved, const DeviceBatch& batch, const Routing& routing,
                         const Gradients& gradients, const Execution& execution) {
   Mirror mirror;
   const Saved forward{.out = mirror.read(saved.out),
                       .lse = mirror.read(saved.lse, q.sizes[0] * q.sizes[1]),
                       .selection = mirror.read(saved.selection, max_selected(batch, routing, q))};
   const Gradients there{mirror.write(gradients.dq), mirror.write(gradients.dk), mirror.write(gradients.dv)};
-  cuda::attention_backward(function, mirror.read(d_out), mirror.read(q), mirror.read(k), mirror.read(v),
-                           forward, mirror.starts(batch), routing, there, mirror.context(execution));
+  cuda::attention_backward(mirror.read(d_out), mirror.read(q), mirror.read(k), mirror.read(v), forward,
+                           mirror.starts(batch), routing, there, mirror.context(execution));
   mirror.copy_back();
 }
 
@@ -180,21 +179,21 @@ PagedCache paged(Mirror& mirror, PagedCache cache) {
   return cache;
 }
 
-void decode(std::string_view function, const Tensor& q, const PagedCache& cache, const Routing& routing,
-            const Outputs& outputs, const Execution& execution) {
+void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, const Outputs& outputs,
+            const Execution& execution) {
   Mirror mirror;
   const PagedCache there = paged(mirror, cache);
-  cuda::decode(function, mirror.read(q), there, routing,
+  cuda::decode(mirror.read(q), there, routing,
                {.out = mirror.write(outputs.out), .lse = mirror.write(outputs.lse, q.sizes[0] * q.sizes[1])},
                mirror.context(execution));
   mirror.copy_back();
 }
 
-void update_means(std::string_view function, const PagedCache& cache, std::int64_t block_size,
-                  const std::int32_t* before, std::int64_t max_added, const Execution& execution) {
+void update_means(const PagedCache& cache, std::int64_t block_size, const std::int32_t* before,
+                  std::int64_t max_added, const Execution& execution) {
   Mirror mirror;
   const PagedCache there = paged(mirror, cache);
-  cuda::update_means(function, there, block_size, mirror.read(before, cache.sequences), max_added,
+  cuda::update_means(there, block_size, mirror.read(before, cache.sequences), max_added,
                      mirror.context(execution));
   mirror.copy_back();
 }

@@ -34,40 +34,40 @@ TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
   c.routing = {.block_size = 20, .top_k = 5};
   test::fill(c);
   const DeviceBatch starts = batch_of(c.sequences);
-  const Task task = make_task("test", on_device(c.q.view()), on_device(c.k.view()), on_device(c.v.view()),
-                              starts, c.routing);
-  const WorkSlice part{0, 2, 1, task.tokens};
-  const std::int64_t rows = task.rows(part), choices = rows * task.width;
+  const DeviceCall call =
+      make_call(on_device(c.q.view()), on_device(c.k.view()), on_device(c.v.view()), starts, c.routing);
+  const WorkSlice slice{0, 2, 1, call.tokens};
+  const std::int64_t rows = call.rows(slice), choices = rows * call.width;
   std::vector<std::int32_t> selection(static_cast<std::size_t>(2 * choices));
   std::map<std::pair<std::int64_t, std::int32_t>, std::vector<std::uint32_t>> expected;
   for (std::int64_t head = 0; head < 2; ++head) {
     for (std::int64_t row = 0; row < rows; ++row) {
-      const bool is_first = part.token0 + row / task.group < 3;
+      const bool is_first = slice.token0 + row / call.heads_per_kv < 3;
       std::int32_t block = 0;
-      for (std::int64_t w = 0; w < task.width;
+      for (std::int64_t w = 0; w < call.width;
            ++w, block += 1 + static_cast<std::int32_t>((row * 7 + w + head) % 5)) {
         const bool chooses = is_first ? w == 0 : row % 9 != 0 || w < 2;
-        selection[static_cast<std::size_t>(head * choices + row * task.width + w)] = chooses ? block : -1;
+        selection[static_cast<std::size_t>(head * choices + row * call.width + w)] = chooses ? block : -1;
         if (chooses)
           expected[{head, block + (is_first ? 0 : 2)}].push_back(
-              static_cast<std::uint32_t>(row * task.ranks() + w));
+              static_cast<std::uint32_t>(row * call.ranks() + w));
       }
     }
   }
 
   ArenaLayout measure;
-  carve_starts(measure, task, starts);
-  carve_plan(measure, task, part);
+  carve_starts(measure, call, starts);
+  carve_plan(measure, call, slice);
   const Execution execution;  // the stream refers to it
-  Stream stream("test", execution);
+  Stream stream(execution);
   const Arena arena(stream, measure.used());
   ArenaLayout layout(arena.data());
-  const Batch batch = lay_out(stream, task, starts, part, carve_starts(layout, task, starts));
-  const Plan plan = carve_plan(layout, task, part);
-  cuda::plan(stream, task, part, batch, selection.data(), plan);
+  const Batch batch = lay_out(stream, call, starts, slice, carve_starts(layout, call, starts));
+  const Plan plan = carve_plan(layout, call, slice);
+  cuda::plan(stream, call, slice, batch, selection.data(), plan);
 
   for (std::int64_t head = 0; head < 2; ++head) {
-    const std::uint32_t* offsets = plan.offsets + head * (task.most_blocks() + 1);
+    const std::uint32_t* offsets = plan.offsets + head * (call.max_blocks() + 1);
     std::vector<std::uint32_t> all;
     for (std::int32_t block = 0; block < batch.block_starts[2]; ++block) {
       const std::uint32_t* entries = plan.entries + head * choices;

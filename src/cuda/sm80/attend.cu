@@ -131,12 +131,12 @@ std::size_t attend_shared_bytes(std::int64_t head_dim) {
   return head_dim > 128 ? Shared<float16, 256>::kBytes : Shared<float16, 128>::kBytes;
 }
 
-void attend(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
-            const Partials& partials, const Outputs& outputs) {
-  with_type(task, [&]<typename T, int head_dim>() {
+void attend(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+            const Plan& plan, const Partials& partials, const Outputs& outputs) {
+  with_type(call, [&]<typename T, int head_dim>() {
     using C = TileShape<head_dim>;
-    stream.launch("attend", attend_kernel<T, head_dim>, {max_work_tiles(task, part)}, C::kThreads,
-                  Shared<T, head_dim>::kBytes, attend_params<T>(task, part, batch, plan, partials, outputs));
+    stream.launch("attend", attend_kernel<T, head_dim>, {max_work_tiles(call, slice)}, C::kThreads,
+                  Shared<T, head_dim>::kBytes, attend_params<T>(call, slice, batch, plan, partials, outputs));
   });
 }
 

@@ -29,8 +29,8 @@ constexpr int kPlanThreads = 256;
 struct DkvPlanParams {
   DkvPlan plan;
   Batch batch;
-  const std::uint32_t* offsets;  // [heads, most_blocks + 1]
-  std::int64_t block_size, key_tile, most_blocks, segment;
+  const std::uint32_t* offsets;  // [heads, max_blocks + 1]
+  std::int64_t block_size, key_tile, max_blocks, segment;
 };
 
 /// Counts the key tiles before each sequence.
@@ -57,13 +57,13 @@ MOBA_KERNEL(kPlanThreads, 4) segment_kernel(MOBA_GRID_CONSTANT DkvPlanParams p) 
   const std::int64_t head = ptx::block_y();
   const std::int64_t block = std::int64_t{ptx::block_x()} * kPlanThreads + ptx::thread();
   if (block >= p.batch.block_starts[p.batch.sequences]) return;
-  const std::uint32_t* offsets = p.offsets + head * (p.most_blocks + 1) + block;
+  const std::uint32_t* offsets = p.offsets + head * (p.max_blocks + 1) + block;
   const auto rows = static_cast<std::uint32_t>(p.segment);
   const std::uint32_t begin = offsets[0], end = offsets[1];
   if (end - begin <= rows) return;
   const std::uint32_t more = (end - begin - 1) / rows;
   const std::uint32_t first = ptx::atomic_add(p.plan.count, more);
-  p.plan.first_segment[head * p.most_blocks + block] = first;
+  p.plan.first_segment[head * p.max_blocks + block] = first;
   for (std::uint32_t i = 0; i < more; ++i) {
     const std::uint32_t from = begin + (i + 1) * rows;
     p.plan.segments[first + i] = {static_cast<std::int32_t>(head), static_cast<std::int32_t>(block), from,
@@ -220,47 +220,47 @@ std::size_t attend_backward_dkv_shared_bytes(std::int64_t head_dim) {
   return head_dim > 128 ? Shared<float16, 256>::kBytes : Shared<float16, 128>::kBytes;
 }
 
-DkvPlan carve_dkv_plan(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
-  DkvPlan dkv_plan{.key_tile_starts = layout.take<std::int32_t>(task.sequences + 1)};
-  const std::int64_t segments = max_segments(task, part);
+DkvPlan carve_dkv_plan(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice) {
+  DkvPlan dkv_plan{.key_tile_starts = layout.take<std::int32_t>(call.sequences + 1)};
+  const std::int64_t segments = max_segments(call, slice);
   if (segments == 0) return dkv_plan;
   dkv_plan.segments = layout.take<Segment>(segments);
-  dkv_plan.first_segment = layout.take<std::uint32_t>(part.heads() * task.most_blocks());
+  dkv_plan.first_segment = layout.take<std::uint32_t>(slice.heads() * call.max_blocks());
   dkv_plan.count = layout.take<std::uint32_t>(1);
-  dkv_plan.sums = layout.take<float>(segments * key_tiles_per_block(task) * 2 * keys_per_tile(task.head_dim) *
-                                     task.head_dim);
+  dkv_plan.sums = layout.take<float>(segments * key_tiles_per_block(call) * 2 * keys_per_tile(call.head_dim) *
+                                     call.head_dim);
   return dkv_plan;
 }
 
-void plan_dkv(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch, const Plan& plan,
-              const DkvPlan& dkv_plan) {
+void plan_dkv(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+              const Plan& plan, const DkvPlan& dkv_plan) {
   const DkvPlanParams params{.plan = dkv_plan,
                              .batch = batch,
                              .offsets = plan.offsets,
-                             .block_size = task.routing.block_size,
-                             .key_tile = keys_per_tile(task.head_dim),
-                             .most_blocks = task.most_blocks(),
-                             .segment = segment_of(task)};
+                             .block_size = call.routing.block_size,
+                             .key_tile = keys_per_tile(call.head_dim),
+                             .max_blocks = call.max_blocks(),
+                             .segment = segment_of(call)};
   stream.launch("key_tile_starts", key_tile_starts_kernel, {}, kPlanThreads,
                 kPlanThreads / ptx::kLanes * sizeof(std::int32_t), params);
-  if (max_segments(task, part) == 0) return;
+  if (max_segments(call, slice) == 0) return;
   stream.fill(dkv_plan.count, 0, sizeof(std::uint32_t));
-  stream.launch("segment", segment_kernel, {divide_up(task.most_blocks(), kPlanThreads), part.heads()},
+  stream.launch("segment", segment_kernel, {divide_up(call.max_blocks(), kPlanThreads), slice.heads()},
                 kPlanThreads, 0, params);
 }
 
-void attend_backward_dkv(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+void attend_backward_dkv(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                          const Plan& plan, const LseDelta* sums, const Backward& backward,
                          const DkvPlan& dkv_plan) {
-  with_type(task, [&]<typename T, int head_dim>() {
-    DkvParams<T> params = dkv_params<T>(task, part, batch, plan, sums, backward, dkv_plan);
+  with_type(call, [&]<typename T, int head_dim>() {
+    DkvParams<T> params = dkv_params<T>(call, slice, batch, plan, sums, backward, dkv_plan);
     const auto launch = [&](bool segments, Grid grid) {
       params.segments = segments;
       stream.launch("attend_backward_dkv", attend_backward_dkv_kernel<T, head_dim>, grid, kDkvThreads,
                     Shared<T, head_dim>::kBytes, params);
     };
-    launch(true, {max_segments(task, part) * params.key_tiles});
-    launch(false, {max_key_tiles(task), part.heads()});
+    launch(true, {max_segments(call, slice) * params.key_tiles});
+    launch(false, {max_key_tiles(call), slice.heads()});
   });
 }
 

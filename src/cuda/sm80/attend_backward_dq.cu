@@ -265,55 +265,55 @@ std::size_t attend_backward_shared_bytes(std::int64_t head_dim) {
   return std::max(rows, attend_backward_dkv_shared_bytes(head_dim));
 }
 
-void compute_delta(Stream& stream, const Task& task, const WorkSlice& part, const Backward& backward,
+void compute_delta(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Backward& backward,
                    LseDelta* sums) {
-  with_type(task, [&]<typename T, int head_dim>() {
+  with_type(call, [&]<typename T, int head_dim>() {
     constexpr int kRows = kSumThreads / (head_dim / kElements);
     const DeltaParams<T> params{.out = view_of<const T>(backward.out),
                                 .d_out = view_of<const T>(backward.d_out),
                                 .lse = backward.lse,
                                 .sums = sums,
-                                .rows = task.rows(part),
-                                .group = task.group,
-                                .head0 = part.head0,
-                                .tokens = task.tokens};
+                                .rows = call.rows(slice),
+                                .group = call.heads_per_kv,
+                                .head0 = slice.head0,
+                                .tokens = call.tokens};
     stream.launch("compute_delta", compute_delta_kernel<T, head_dim>,
-                  {divide_up(task.rows(part), kRows), part.heads()}, kSumThreads, kSumThreads * sizeof(float),
-                  params);
+                  {divide_up(call.rows(slice), kRows), slice.heads()}, kSumThreads,
+                  kSumThreads * sizeof(float), params);
   });
 }
 
-void* carve_dq_slots(ArenaLayout& layout, const Task& task, const WorkSlice& part) {
-  if (task.width == 0) return nullptr;
-  return layout.take<std::uint16_t>(part.heads() * task.rows(part) * task.ranks() * task.head_dim);
+void* carve_dq_slots(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice) {
+  if (call.width == 0) return nullptr;
+  return layout.take<std::uint16_t>(slice.heads() * call.rows(slice) * call.ranks() * call.head_dim);
 }
 
-void attend_backward_dq(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+void attend_backward_dq(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                         const Plan& plan, const LseDelta* lse_delta, const Backward& backward, void* slots) {
-  with_type(task, [&]<typename T, int head_dim>() {
+  with_type(call, [&]<typename T, int head_dim>() {
     using C = TileShape<head_dim>;
     stream.launch("attend_backward_dq", attend_backward_dq_kernel<T, head_dim>,
-                  {max_work_tiles(task, part) * C::kShares}, C::kThreads, Shared<T, head_dim>::kBytes,
-                  dq_params<T>(task, part, batch, plan, lse_delta, backward, slots));
+                  {max_work_tiles(call, slice) * C::kShares}, C::kThreads, Shared<T, head_dim>::kBytes,
+                  dq_params<T>(call, slice, batch, plan, lse_delta, backward, slots));
   });
 }
 
-void sum_dq_slots(Stream& stream, const Task& task, const WorkSlice& part, const std::int32_t* selection,
-                  const void* slots, const Backward& backward) {
-  if (task.width == 0) return;
-  with_type(task, [&]<typename T, int head_dim>() {
+void sum_dq_slots(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
+                  const std::int32_t* selection, const void* slots, const Backward& backward) {
+  if (call.width == 0) return;
+  with_type(call, [&]<typename T, int head_dim>() {
     const AddParams<T> params{.slots = static_cast<const T*>(slots),
                               .selection = selection,
-                              .rows = task.rows(part),
-                              .width = task.width,
-                              .ranks = task.ranks(),
-                              .group = task.group,
-                              .head0 = part.head0,
-                              .token0 = part.token0,
+                              .rows = call.rows(slice),
+                              .width = call.width,
+                              .ranks = call.ranks(),
+                              .group = call.heads_per_kv,
+                              .head0 = slice.head0,
+                              .token0 = slice.token0,
                               .dq = view_of<T>(backward.gradients.dq)};
     constexpr int kRows = kSumThreads / (head_dim / kElements);
     stream.launch("sum_dq_slots", sum_dq_slots_kernel<T, head_dim>,
-                  {divide_up(params.rows, kRows), part.heads()}, kSumThreads, 0, params);
+                  {divide_up(params.rows, kRows), slice.heads()}, kSumThreads, 0, params);
   });
 }
 

@@ -183,39 +183,38 @@ constexpr bool kIsBuilt = false;
 
 /// Tests that a tensor map can describe `t`.
 bool has_map(const Tensor& t) {
-  constexpr std::int64_t kMostBytes = std::int64_t{1} << 40;
-  const auto fits = [](std::int64_t stride) { return stride > 0 && stride < kMostBytes / 2; };
+  constexpr std::int64_t kMaxBytes = std::int64_t{1} << 40;
+  const auto fits = [](std::int64_t stride) { return stride > 0 && stride < kMaxBytes / 2; };
   return t.sizes[0] > 0 && fits(t.strides[0]) && fits(t.strides[1]);
 }
 
 }  // namespace
 
-bool uses_sm90(std::string_view function, const Task& task) {
+bool uses_sm90(const DeviceCall& call) {
   const char* asked = std::getenv("MOBA_CUDA_ARCH");
   const std::string_view choice = asked == nullptr ? "" : asked;
-  const auto refuse = [&](const std::string& why) {
-    throw Error(std::string(function) + ": MOBA_CUDA_ARCH=" + std::string(choice) + ": " + why);
-  };
-  if (!choice.empty() && choice != "sm80" && choice != "sm90") refuse("expected sm80 or sm90");
-  const bool can = kIsBuilt && current_hardware(function).capability == 90 &&
-                   (task.head_dim == 64 || task.head_dim == 128) && has_map(task.k) && has_map(task.v);
-  if (choice == "sm90" && !can)
-    refuse(
-        "needs a build for sm_90a, compute capability 9.0, head_dim 64 or 128, and positive strides of k and "
-        "v");
-  return choice == "sm90" || (choice.empty() && can && task.routing.block_size > sm90::kKeys / 2);
+  if (!choice.empty() && choice != "sm80" && choice != "sm90")
+    refuse("MOBA_CUDA_ARCH", "expected sm80 or sm90, got ", choice);
+  const bool can = kIsBuilt && current_hardware().capability == 90 &&
+                   (call.head_dim == 64 || call.head_dim == 128) && has_map(call.k) && has_map(call.v);
+  if (choice == "sm90" && !can) {
+    refuse("MOBA_CUDA_ARCH",
+           "expected sm80 where a build for sm_90a, compute capability 9.0, head_dim 64 or 128, or positive "
+           "strides of k and v are missing, got sm90");
+  }
+  return choice == "sm90" || (choice.empty() && can && call.routing.block_size > sm90::kKeys / 2);
 }
 
-void attend_sm90(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
+void attend_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                  const Plan& plan, const Partials& partials, const Outputs& outputs) {
-  with_type(task, [&]<typename T, int head_dim>() {
+  with_type(call, [&]<typename T, int head_dim>() {
     if constexpr (head_dim == 64 || head_dim == 128) {
-      const sm90::Params<T> params{.k = tensor_map(stream.function(), task.k, sm90::kKeys),
-                                   .v = tensor_map(stream.function(), task.v, sm90::kKeys),
-                                   .attend = attend_params<T>(task, part, batch, plan, partials, outputs)};
-      const std::int64_t blocks = current_hardware(stream.function()).multiprocessors;
+      const sm90::Params<T> params{.k = tensor_map(call.k, sm90::kKeys),
+                                   .v = tensor_map(call.v, sm90::kKeys),
+                                   .attend = attend_params<T>(call, slice, batch, plan, partials, outputs)};
+      const std::int64_t blocks = current_hardware().multiprocessors;
       stream.launch("attend_sm90", sm90::attend_kernel<T, head_dim>,
-                    {std::min(blocks, max_work_tiles(task, part))}, sm90::kThreads,
+                    {std::min(blocks, max_work_tiles(call, slice))}, sm90::kThreads,
                     sm90::Shared<T, head_dim>::kBytes, params);
     }
   });

@@ -243,25 +243,25 @@ attend_backward_dkv_kernel(MOBA_GRID_CONSTANT Params<T> p) {
 
 }  // namespace sm90::dkv
 
-void attend_backward_dkv_sm90(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
-                              const Plan& plan, const LseDelta* sums, const Backward& backward,
-                              const DkvPlan& dkv_plan) {
-  with_type(task, [&]<typename T, int head_dim>() {
+void attend_backward_dkv_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
+                              const Batch& batch, const Plan& plan, const LseDelta* sums,
+                              const Backward& backward, const DkvPlan& dkv_plan) {
+  with_type(call, [&]<typename T, int head_dim>() {
     if constexpr (head_dim == 64 || head_dim == 128) {
       static_assert(sm90::dkv::kKeys == keys_per_tile(head_dim));
-      sm90::dkv::Params<T> params{.k_map = tensor_map(stream.function(), task.k, sm90::dkv::kKeys),
-                                  .v_map = tensor_map(stream.function(), task.v, sm90::dkv::kKeys),
-                                  .dkv = dkv_params<T>(task, part, batch, plan, sums, backward, dkv_plan),
-                                  .heads = part.heads()};
-      const std::int64_t blocks = current_hardware(stream.function()).multiprocessors;
+      sm90::dkv::Params<T> params{.k_map = tensor_map(call.k, sm90::dkv::kKeys),
+                                  .v_map = tensor_map(call.v, sm90::dkv::kKeys),
+                                  .dkv = dkv_params<T>(call, slice, batch, plan, sums, backward, dkv_plan),
+                                  .heads = slice.heads()};
+      const std::int64_t blocks = current_hardware().multiprocessors;
       const auto launch = [&](bool segments, std::int64_t max_work_tiles) {
         params.dkv.segments = segments;
         stream.launch("attend_backward_dkv_sm90", sm90::dkv::attend_backward_dkv_kernel<T, head_dim>,
                       {std::min(blocks, max_work_tiles)}, sm90::kThreads,
                       sm90::dkv::Shared<T, head_dim>::kBytes, params);
       };
-      launch(true, max_segments(task, part) * params.dkv.key_tiles);
-      launch(false, max_key_tiles(task) * part.heads());
+      launch(true, max_segments(call, slice) * params.dkv.key_tiles);
+      launch(false, max_key_tiles(call) * slice.heads());
     }
   });
 }

@@ -200,18 +200,18 @@ attend_backward_dq_kernel(MOBA_GRID_CONSTANT Params<T> p) {
 
 }  // namespace sm90::dq
 
-void attend_backward_dq_sm90(Stream& stream, const Task& task, const WorkSlice& part, const Batch& batch,
-                             const Plan& plan, const LseDelta* lse_delta, const Backward& backward,
-                             void* slots) {
-  with_type(task, [&]<typename T, int head_dim>() {
+void attend_backward_dq_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
+                             const Batch& batch, const Plan& plan, const LseDelta* lse_delta,
+                             const Backward& backward, void* slots) {
+  with_type(call, [&]<typename T, int head_dim>() {
     if constexpr (head_dim == 64 || head_dim == 128) {
       const sm90::dq::Params<T> params{
-          .k_map = tensor_map(stream.function(), task.k, sm90::dq::kKeys),
-          .v_map = tensor_map(stream.function(), task.v, sm90::dq::kKeys),
-          .dq = dq_params<T>(task, part, batch, plan, lse_delta, backward, slots)};
-      const std::int64_t blocks = current_hardware(stream.function()).multiprocessors;
+          .k_map = tensor_map(call.k, sm90::dq::kKeys),
+          .v_map = tensor_map(call.v, sm90::dq::kKeys),
+          .dq = dq_params<T>(call, slice, batch, plan, lse_delta, backward, slots)};
+      const std::int64_t blocks = current_hardware().multiprocessors;
       stream.launch("attend_backward_dq_sm90", sm90::dq::attend_backward_dq_kernel<T, head_dim>,
-                    {std::min(blocks, max_work_tiles(task, part))}, sm90::kThreads,
+                    {std::min(blocks, max_work_tiles(call, slice))}, sm90::kThreads,
                     sm90::dq::Shared<T, head_dim>::kBytes, params);
     }
   });

@@ -8,7 +8,7 @@
 
 namespace moba::cuda {
 
-Hardware current_hardware(std::string_view) {
+Hardware current_hardware() {
   const int capability = emulation::capability();
   return {.multiprocessors = 2,
           .capability = capability,
@@ -19,7 +19,7 @@ bool is_on_device(const void*) {
   return true;
 }
 
-TensorMap tensor_map(std::string_view, const Tensor& t, int rows) {
+TensorMap tensor_map(const Tensor& t, int rows) {
   TensorMap map{.data = static_cast<const std::byte*>(t.data), .rows = rows};
   for (int i = 0; i < 3; ++i) map.sizes[i] = t.sizes[i];
   for (int i = 0; i < 2; ++i) map.strides[i] = 2 * t.strides[i];
@@ -34,7 +34,7 @@ std::byte* Stream::allocate(std::size_t bytes) {
   void* memory = scratch_->allocate ? scratch_->allocate(bytes)
                                     : ::operator new (bytes, std::align_val_t{ArenaLayout::kAlignment});
   if (memory == nullptr)
-    throw DeviceError(function_ + ": scratch gave no memory for " + std::to_string(bytes) + " bytes");
+    throw DeviceFailure{"scratch gave no memory for " + std::to_string(bytes) + " bytes"};
   std::memset(memory, 0xFF, bytes);  // as NaN, so that reading before writing shows
   return static_cast<std::byte*>(memory);
 }

@@ -5,7 +5,7 @@
 #include <string>
 
 #include "emulation/block.h"
-#include "moba/error.h"
+#include "errors.h"
 
 namespace moba::cuda {
 
@@ -15,7 +15,6 @@ struct Grid {
 
 /// Replaces src/cuda/launch.h: a launch returns after the kernel has ended.
 struct Launch {
-  const std::string& function;
   void* stream;
   const char* name;
   Grid grid;
@@ -26,8 +25,7 @@ struct Launch {
 template <typename Params>
 void launch_kernel(const Launch& launch, void (*kernel)(const Params), const Params& params) {
   if (emulation::launch_fails()) {
-    throw DeviceError(launch.function + ": kernel " + launch.name +
-                      " cannot be launched: a test wants it so");
+    throw DeviceFailure{std::string("kernel ") + launch.name + " cannot be launched: a test wants it so"};
   }
   emulation::run(launch.name, {static_cast<unsigned>(launch.grid.x), static_cast<unsigned>(launch.grid.y)},
                  launch.threads, launch.shared, [&] { kernel(params); });

@@ -30,14 +30,21 @@ template <typename... Parts>
   throw ArgumentError{std::move(message)};
 }
 
+/// Internal: a failure of the device, without the name of the public function.
+struct DeviceFailure {
+  std::string message;
+};
+
 /// Runs the body of a public function. An ArgumentError leaves it as Error "function: argument: expected X,
-/// got Y".
+/// got Y", a DeviceFailure as DeviceError "function: message".
 template <typename Body>
 decltype(auto) named(std::string_view function, Body&& body) {
   try {
     return body();
   } catch (const ArgumentError& error) {
     throw Error(std::string(function) + ": " + error.message);
+  } catch (const DeviceFailure& failure) {
+    throw DeviceError(std::string(function) + ": " + failure.message);
   }
 }
 
