@@ -26,7 +26,6 @@
 namespace moba::app {
 namespace {
 
-using llm::DataError;
 using llm::UsageError;
 
 enum class Finish : std::uint8_t { end_token, length, context, interrupted };
