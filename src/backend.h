@@ -9,7 +9,7 @@
 
 namespace moba {
 
-/// What `attend` writes, and what its gradient reads and writes: the public structs, checked.
+/// Inputs and outputs of a backward pass beside q, k and v: the public structs, checked.
 struct Backward {
   Tensor d_out;
   Tensor out;
@@ -17,25 +17,25 @@ struct Backward {
   Gradients gradients;
 };
 
-/// The means to work with: threads, scratch memory.
+/// Execution context of a host backend.
 struct Context {
   const Parallel& parallel;
   Scratch& scratch;
   std::size_t budget;
 };
 
-/// The sequences of a call on a device: their starts, wherever they are.
+/// Sequences of a call on a device, with offsets on the host or the device.
 struct DeviceBatch {
   const std::int32_t *q_starts = nullptr, *k_starts = nullptr;  // [count + 1]
   std::int64_t count = 0;
-  std::int64_t max_seqlen_k = 0;  // no fewer than the keys of any sequence
-  bool on_device = false;         // the starts; on the host they are read before the call returns
+  std::int64_t max_seqlen_k = 0;  // at least the keys of the longest sequence
+  bool on_device = false;         // the offsets; on the host they are read before the call returns
 };
 
-/// A backend on a device walks the stages itself, on its stream and without waiting for it: sizes that only
-/// the device knows never come back. Checks what it cannot solve before it launches anything.
+/// Operations of a device backend. They run the stages on a stream without waiting for it, so sizes that only
+/// the device knows never reach the host, and check their arguments before they launch anything.
 struct DeviceFlow {
-  /// Without `outputs.out`, the routing alone.
+  /// Computes the selection alone if `outputs.out` has no data.
   void (*attention)(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBatch& batch,
                     const Routing& routing, const Outputs& outputs, const Execution& execution);
   void (*attention_backward)(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -47,17 +47,17 @@ struct DeviceFlow {
                        std::int64_t max_added, const Execution& execution);
 };
 
-/// One implementation of the six stages. The reference, CPU and CUDA tables are all there are;
-/// `choose_backend` picks.
+/// Table of operations of a backend: those of a device, or the six stages and their workspace. The reference,
+/// CPU and CUDA tables are all there are; `choose_backend` selects one.
 struct Backend {
   std::string_view name;
-  /// Why this build cannot run it; empty when it can.
+  /// Reason why this build lacks the backend; empty if it has it.
   std::string_view missing{};
-  /// Set: the flow of a device, and nothing below.
+  /// Operations of a device backend; null for a host backend, which has the operations below.
   const DeviceFlow* device = nullptr;
-  /// Why this backend cannot solve the call; empty when it can.
+  /// Returns the reason why this backend does not support the call; empty if it does.
   std::string (*refuses)(const Call& call) = nullptr;
-  /// Scratch bytes that the stages below take for a group of this shape.
+  /// Scratch bytes of the forward stages for a slice.
   std::size_t (*workspace)(const Call& call, const WorkSlice& group, int threads) = nullptr;
 
   BlockMeans (*centroids)(const Call& call, std::int64_t head0, std::int64_t head1,
@@ -67,14 +67,13 @@ struct Backend {
   Plan (*plan)(const Call& call, const Selection& selection, Context& context) = nullptr;
   void (*attend)(const Call& call, const Selection& selection, const Plan& plan, const Outputs& outputs,
                  Context& context) = nullptr;
-  /// The same with the ranges that `attend_backward` wants.
+  /// The same, with the ranges of `attend_backward`.
   Plan (*plan_backward)(const Call& call, const Selection& selection, Context& context) = nullptr;
-  /// Adds nothing: writes dq of the group's queries and heads, and dk, dv of the group's heads. The group
-  /// spans all tokens.
+  /// Overwrites (does not accumulate) dq, dk and dv of the slice's heads. The slice spans all tokens.
   void (*attend_backward)(const Call& call, const Selection& selection, const Plan& plan,
                           const Backward& backward, Context& context) = nullptr;
   std::size_t (*workspace_backward)(const Call& call, const WorkSlice& group, int threads) = nullptr;
-  /// One query a sequence; `means` are the cache's.
+  /// Decodes one query for every sequence; `means` are the cache's.
   void (*decode)(const Call& call, const BlockMeans& means, const Outputs& outputs,
                  Context& context) = nullptr;
 };
@@ -86,13 +85,13 @@ extern const Backend cuda_backend;
 /// Scratch memory of a host backend, unless told otherwise.
 constexpr std::size_t kHostWorkspace = std::size_t{256} << 20;
 
-/// The backend of that name, or by MOBA_BACKEND, or the default of the device. Throws ArgumentError
-/// when there is none.
+/// Returns the backend `name`; if empty, that of MOBA_BACKEND, or the device's default. Throws ArgumentError
+/// if this build has none of that name.
 const Backend& named_backend(const std::string& name, Device device);
 DeviceBatch batch_of(const Sequences& sequences);
 DeviceBatch batch_of(const DeviceSequences& sequences);
 
-/// The same for a call on the host. Throws also when the backend refuses it.
+/// The same for a call on the host. Throws also if the backend does not support the call.
 const Backend& choose_backend(const std::string& name, const Call& call);
 
 }  // namespace moba

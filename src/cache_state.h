@@ -11,7 +11,7 @@
 
 namespace moba {
 
-/// Where a cache keeps what it holds: uninitialised, large pieces on huge pages.
+/// Allocator of a cache: memory is not initialised, and large blocks lie on huge pages.
 template <typename T>
 struct CacheAllocator {
   using value_type = T;
@@ -43,7 +43,7 @@ struct CacheAllocator {
   }
 };
 
-/// The inside of a KvCache.
+/// State of a KvCache.
 struct CacheState {
   /// Pages in one allocation. Each holds its keys, then its values: each [Hkv, page_tokens, D], for i8
   /// followed by f32 scales [Hkv, page_tokens].
@@ -63,7 +63,7 @@ struct CacheState {
   std::vector<Sequence> sequences;
 
   std::size_t page_bytes() const { return 2 * half_page_bytes; }
-  /// Sets the pages in use to those that `tokens` take.
+  /// Resizes the pages in use to `tokens` tokens.
   void resize(Sequence& sequence, std::int64_t tokens) const;
 
   KvLayout layout() const;

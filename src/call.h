@@ -9,11 +9,10 @@
 #include "moba/attention.h"
 #include "scratch.h"
 
-/// What the door hands to a backend: everything checked, plain data, the same letters as docs/mathematics.md.
+/// A checked call and the data between its stages, as plain data, with the letters of docs/mathematics.md.
 namespace moba {
 
-/// Keys or values of one head that follow each other in memory, `stride` elements apart. `scales`, one a row,
-/// for i8 alone.
+/// Rows of keys or values of one head, `stride` elements apart. `scales`, one per row, for i8 alone.
 struct Rows {
   const std::byte* data = nullptr;
   std::int64_t stride = 0;
@@ -21,8 +20,8 @@ struct Rows {
   const float* scales = nullptr;
 };
 
-/// Where keys or values lie: pages of `page_tokens` tokens, alike for all sequences. A plain tensor is one
-/// page a sequence.
+/// Memory layout of keys or values: pages of `page_tokens` tokens, the same for all sequences. A plain tensor
+/// is one page per sequence.
 struct KvLayout {
   DType dtype = DType::f32;
   std::int64_t page_tokens = 1;
@@ -76,14 +75,13 @@ struct Call : CallShape {
     const std::int64_t p = s.position(query);
     return p < 0 ? -1 : p / routing.block_size;
   }
-  /// Entries of a row of the selection: blocks picked by the gate. A causal query's own block goes without
-  /// saying.
+  /// Entries of a row of the selection: blocks selected by score. A causal query's own block is not listed.
   std::int64_t width() const {
     const std::int64_t most =
         std::max<std::int64_t>((max_seqlen_k + routing.block_size - 1) / routing.block_size, 1);
     return std::min(routing.top_k, most) - (routing.causal ? 1 : 0);
   }
-  /// Whether any query has to choose.
+  /// Returns whether any query selects by score.
   bool needs_scores() const { return !is_dense && width() > 0; }
 
   Rows keys(const SequenceView& s, std::int64_t head, std::int64_t first) const {
@@ -113,8 +111,8 @@ struct Call : CallShape {
   }
 };
 
-/// The share of a call that is worked on at a time, so that scratch memory stays within its budget: kv
-/// heads [head0, head1) and packed queries [token0, token1).
+/// A slice of a call that is processed at a time, so that scratch memory stays within its budget: kv heads
+/// [head0, head1) and packed queries [token0, token1).
 struct WorkSlice {
   std::int64_t head0 = 0, head1 = 0, token0 = 0, token1 = 0;
 
@@ -128,7 +126,7 @@ struct WorkSlice {
   }
 };
 
-/// BlockMeans of the candidate blocks, f32 (already rounded to the dtype of k): mean of block j of sequence s
+/// Means of the candidate blocks, f32 (already rounded to the dtype of k): mean of block j of sequence s
 /// at kv head h is `of(s, h) + j * block_stride`, D values.
 struct BlockMeans {
   std::vector<const float*> base{};  // by sequence, at kv head `head0`
@@ -140,8 +138,8 @@ struct BlockMeans {
   }
 };
 
-/// What the gate picked: [heads of the slice, tokens of the slice, query heads of a kv head, width], block
-/// numbers ascending, padded with -1. For causal routing the current block is not listed.
+/// Selection of the gate: [heads of the slice, tokens of the slice, query heads of a kv head, width], block
+/// numbers ascending, padded with -1. A causal query's own block is not listed.
 struct Selection {
   WorkSlice slice{};
   std::int64_t query_group = 1, width = 0;
@@ -162,8 +160,8 @@ struct Range {
   std::int64_t first_row = 0;     // into Plan::rows
 };
 
-/// The routing inverted: for every range, for every block, the rows that chose it, ascending. Ranges are
-/// listed in the order in which they are best begun.
+/// The selection inverted: for every range and every block, the rows that selected it, ascending. Ranges are
+/// in the order in which they should start.
 struct Plan {
   std::vector<Range> ranges{};
   Buffer<std::uint32_t> offsets{}, rows{};
@@ -174,11 +172,10 @@ struct Plan {
   }
 };
 
-/// Builds the call of a checked call on plain tensors.
+/// Builds the call on plain tensors from checked arguments.
 Call make_call(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
                const Routing& routing);
-/// Fills what follows from q, the sequences and the routing, and normalises the latter as `Call::routing`
-/// promises.
+/// Sets the shape of a call from its q, its sequences and the routing.
 void finish_call(Call& call, const Routing& routing, std::int64_t kv_heads);
 
 }  // namespace moba

@@ -380,7 +380,7 @@ Tensor checked_page(const char* name, const Tensor& t) {
   return page;
 }
 
-/// That the pages go into blocks, and that there is a mean for each.
+/// Checks that page and block sizes fit, and that there is a mean for every block.
 void check_means(const PagedCache& cache, std::int64_t block_size) {
   const Tensor &k = cache.k, &means = cache.means;
   checked_page("cache.means", means);

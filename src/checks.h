@@ -10,18 +10,17 @@
 /// All throw ArgumentError.
 namespace moba {
 
-/// q [Tq, Hq, D], k and v [Tk, Hkv, D], the sequences, the routing, and that each view is one the library can
-/// walk.
+/// Checks q [Tq, Hq, D], k and v [Tk, Hkv, D], their views, the sequences and the routing.
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
                      const Routing& routing);
-/// The same but for the sequences, whose starts only the device can read.
+/// The same, except the offsets, which only the device can read.
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSequences& sequences,
                      const Routing& routing);
 void check_routing(const Routing& routing);
 void check_outputs(const Tensor& q, const Outputs& outputs);
-/// On top of check_outputs: out shares no memory with keys and values that the caller owns.
+/// Checks, beyond check_outputs, that out shares no memory with the caller's keys and values.
 void check_apart_from_keys(const Outputs& outputs, const Tensor& k, const Tensor& v);
-/// On top of check_attention, of select_blocks.
+/// Checks, beyond check_attention, the destination of select_blocks.
 void check_selected(const std::int32_t* selection);
 void check_execution(const Execution& execution);
 void check_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
@@ -30,15 +29,15 @@ void check_cache_shape(const KvCache::Shape& shape);
 void check_append(const KvCache& cache, const Tensor& k, const Tensor& v, std::int64_t sequence);
 void check_truncate(const KvCache& cache, std::int64_t tokens, std::int64_t sequence);
 void check_cached(const Tensor& q, const KvCache& cache, const Routing& routing);
-/// Of decode: sequences in the caller's memory.
+/// Checks the sequences in the caller's memory that decode reads.
 void check_cached(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing);
-/// The first of [pages, page_tokens, Hkv, D], without tokens where there is none.
+/// Returns the first page of [pages, page_tokens, Hkv, D]; without tokens if there is none.
 Tensor page_of(const Tensor& pages);
-/// Of the cache of moba/cuda.h: its tensors, its means among them, and that its pages go into blocks.
+/// Checks a paged cache: its tensors, means included, and that page and block sizes fit.
 void check_paged(const PagedCache& cache, std::int64_t block_size);
-/// The same with a query; means only where it has to choose.
+/// The same with a query; means only if it has to select.
 void check_paged(const Tensor& q, const PagedCache& cache, const Routing& routing);
-/// On top of check_cached: one query a sequence.
+/// Checks, beyond check_cached, that there is one query for every sequence.
 void check_decode(const Tensor& q, std::int64_t sequences, const Outputs& outputs);
 void check_sequence(const KvCache& cache, std::int64_t sequence);
 

@@ -11,7 +11,8 @@
 namespace moba {
 
 constexpr std::size_t kHugePage = std::size_t{2} << 20;
-/// For large memory that is read from all over: with small pages every row of it would miss the TLB.
+/// Advises huge pages for large memory with scattered reads, where small pages would miss the TLB for each
+/// row.
 void prefer_huge_pages(void* memory, std::size_t bytes);
 
 /// Scratch memory of one call: taken from the caller's allocator, given back when its buffer goes, and

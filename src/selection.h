@@ -2,8 +2,8 @@
 
 #include "call.h"
 
-/// Conversions between the gate's selection, where a causal query's own block goes without saying, and the
-/// public list [Hq, Tq, selection_width()], which names it.
+/// Conversions between the gate's selection, where a causal query's own block is not listed, and the public
+/// list [Hq, Tq, selection_width()], which lists it.
 namespace moba {
 
 /// Writes the slice's rows of the public list.

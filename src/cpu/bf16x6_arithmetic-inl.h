@@ -144,7 +144,7 @@ struct F32AsBf16x6 {
       split_row_bf16x3(key, head_dim, tile.words + index % kLanes * kRowWords, kLanes * kRowWords);
       if (index % kLanes == kLanes - 1) transpose(index - (kLanes - 1));
     });
-    // What follows the last key is scored too, and then ignored: any finite value will do.
+    // Columns after the last key are scored, too, and ignored: any finite value will do.
     if (count % kLanes != 0) transpose(count / kLanes * kLanes);
   }
 

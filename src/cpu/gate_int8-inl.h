@@ -43,7 +43,7 @@ Rounded round_to_int8(float* HWY_RESTRICT values, std::size_t size, std::int32_t
     norm = hn::MulAdd(v, v, norm);
     error = hn::MulAdd(left, left, error);
   }
-  // What the division and the product with its result may be off by, for every value.
+  // Bound of the rounding error of the division and of the product with its result, for every value.
   const float off = 127 * 0x1p-22F * std::sqrt(static_cast<float>(size));
   return {scale, scale * std::sqrt(hn::GetLane(hn::SumOfLanes(d, norm))),
           scale * (std::sqrt(hn::GetLane(hn::SumOfLanes(d, error))) + off)};

@@ -4,7 +4,7 @@
 
 namespace moba::cuda {
 
-/// Answers of rows to some of their keys, each normalised by itself: [heads, rows * ranks] slots.
+/// Partial results of rows over some of their keys, each normalised by itself: [heads, rows * ranks] slots.
 struct Partials {
   void* out = nullptr;   // [.., D], in the dtype of q
   float* lse = nullptr;  // natural logarithms
@@ -12,7 +12,7 @@ struct Partials {
 
 Partials carve_partials(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice);
 
-/// Shared memory that a thread block takes, at most.
+/// Largest shared memory of a thread block, in bytes.
 std::size_t attend_shared_bytes(std::int64_t head_dim);
 
 /// Fills the slots that the plan names and those of diagonal keys; where a row has diagonal keys alone,
@@ -20,10 +20,11 @@ std::size_t attend_shared_bytes(std::int64_t head_dim);
 void attend(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
             const Plan& plan, const Partials& partials, const Outputs& outputs);
 
-/// Whether the kernel for Hopper takes over: where it can and a tile of its 128 keys would not be half empty,
-/// unless the environment's MOBA_CUDA_ARCH says "sm80" or "sm90". An Error where it cannot, but must.
+/// Returns whether the sm90 kernels run the call: if they support it and a tile of 128 keys would be over
+/// half full, unless MOBA_CUDA_ARCH is "sm80" or "sm90". Throws ArgumentError if it is "sm90" and they do
+/// not.
 bool uses_sm90(const DeviceCall& call);
-/// What `attend` does.
+/// The same on sm90.
 void attend_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                  const Plan& plan, const Partials& partials, const Outputs& outputs);
 

@@ -2,14 +2,14 @@
 
 #include "cuda/plan.h"
 
-/// The gradient in two walks that share nothing but two numbers a row, as the reference's does: by row for
-/// dq, then by key for dk and dv. Logits and their gradients are computed in both, which makes seven products
-/// where one walk would make five; but then no sum is ever written and read again while it grows, weights go
-/// from product to product without leaving the registers, and the order of every sum is the call's alone.
+/// The backward pass in two passes that share only LSE and delta of each row, as the reference's does: by row
+/// for dq, then by key for dk and dv. Logits and their gradients are computed in both, which makes seven
+/// products where one walk would make five; but then no sum is ever written and read again while it grows,
+/// weights go from product to product without leaving the registers, and the order of every sum is the call's
+/// alone.
 namespace moba::cuda {
 
-/// Of one row: the logarithm to base 2 of its softmax denominator, +inf where it sees nothing and weights
-/// shall come out as 0; and the sum over its keys of weight x gradient of the weight.
+/// LSE of a row to base 2 (+inf if it sees nothing, so that its weights are 0), and delta = <d_out, out>.
 struct LseDelta {
   float lse = 0, delta = 0;
 };
@@ -18,8 +18,8 @@ struct LseDelta {
 void compute_delta(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Backward& backward,
                    LseDelta* sums);
 
-/// Rows that chose one block, beyond the first so many: what the gradient of a block that everybody chooses
-/// is cut into.
+/// A segment of the rows that selected one block, beyond the first ones: splits the gradient of a block that
+/// very many rows selected.
 struct Segment {
   std::int32_t head = 0, block = 0;    // of the slice; packed
   std::uint32_t first = 0, count = 0;  // entries of the head's list
@@ -37,7 +37,7 @@ struct DkvPlan {
 /// `slice` spans all tokens.
 DkvPlan carve_dkv_plan(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice);
 
-/// Counts key tiles, and cuts what very many rows chose.
+/// Counts key tiles, and splits blocks that very many rows selected.
 void plan_dkv(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
               const Plan& plan, const DkvPlan& dkv_plan);
 
@@ -65,7 +65,7 @@ void attend_backward_dq_sm90(Stream& stream, const DeviceCall& call, const WorkS
 void sum_dq_slots(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
                   const std::int32_t* selection, const void* slots, const Backward& backward);
 
-/// Shared memory that a thread block of either walk takes, at most.
+/// Largest shared memory of a thread block of either pass, in bytes.
 std::size_t attend_backward_shared_bytes(std::int64_t head_dim);
 std::size_t attend_backward_dkv_shared_bytes(std::int64_t head_dim);
 

@@ -25,10 +25,10 @@ struct TileShape {
   static constexpr int kThreads = (head_dim > 128 ? 8 : kMmaWarps) * ptx::kLanes;
 };
 
-/// Keys of a split: at least kLeast, so that merging is cheap, and at most 64 splits of a block.
+/// Keys of a split: at least kMin, so that merging is cheap, and at most 64 splits of a block.
 std::int64_t split_size_of(const DeviceCall& call) {
-  constexpr std::int64_t kLeast = 256, kMost = 64, kStep = 64;
-  return std::max(kLeast, divide_up(divide_up(call.routing.block_size, kMost), kStep) * kStep);
+  constexpr std::int64_t kMin = 256, kMaxSplits = 64, kStep = 64;
+  return std::max(kMin, divide_up(divide_up(call.routing.block_size, kMaxSplits), kStep) * kStep);
 }
 std::int64_t splits_per_block(const DeviceCall& call) {
   return divide_up(call.routing.block_size, split_size_of(call));

@@ -2,14 +2,14 @@
 
 #include "cuda/stages.h"
 
-/// One query a sequence, against pages. What `call` calls tokens are sequences here.
+/// Decode: one query for every sequence, over pages. The tokens of `call` are sequences here.
 namespace moba::cuda {
 
 /// Memory of a slice.
 struct Decoding {
   std::uint32_t* orders = nullptr;    // [sequences, query heads, max_blocks], scores as tile::order_of says
   std::int32_t* selection = nullptr;  // [sequences, query heads, width], ascending, padded with -1
-  // Answers through splits of blocks: [sequences, query heads, ranks, splits of a block].
+  // Partial results of splits of blocks: [sequences, query heads, ranks, splits of a block].
   float* partials = nullptr;     // [.., D]
   float* partial_lse = nullptr;  // to base 2
 };
@@ -19,17 +19,17 @@ Decoding carve_decoding(ArenaLayout& layout, const DeviceCall& call, const WorkS
 /// Scores every query against the kept means of its candidates.
 void decode_score(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                   const Decoding& decoding);
-/// Keeps the best.
+/// Selects the best candidates.
 void decode_select(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                    const Decoding& decoding);
-/// Attends to splits of the chosen blocks and of the own one.
+/// Attends to splits of the selected blocks and of the own block.
 void decode_attend(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                    const Decoding& decoding);
 /// Merges the splits of each query in the order of their keys.
 void decode_combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                     const Decoding& decoding, const Outputs& outputs);
 
-/// Means of blocks that were completed behind `before` tokens.
+/// Computes the means of the blocks that were completed after `before` tokens.
 void complete_means(Stream& stream, const DeviceCall& call, const PagedCache& cache,
                     const std::int32_t* before, std::int64_t max_added);
 

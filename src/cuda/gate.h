@@ -4,7 +4,7 @@
 
 namespace moba::cuda {
 
-/// What the gate keeps of the best candidates of rows with long lists; short ones are kept on the chip.
+/// Scratch memory for the top-k lists of rows with long lists; short ones stay in registers.
 std::uint64_t* carve_gate(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice);
 
 /// Scores every query against the means of its candidates and keeps the best: `selection` [heads, rows,
@@ -12,12 +12,12 @@ std::uint64_t* carve_gate(ArenaLayout& layout, const DeviceCall& call, const Wor
 void gate(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
           const void* means, std::uint64_t* best, std::int32_t* selection);
 
-/// A slice's rows of the caller's list [Hq, Tq, selection_width], own block included.
+/// Writes a slice's rows of the caller's list [Hq, Tq, selection_width], own block included.
 void write_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                      const std::int32_t* selection, std::int32_t* out);
 
-/// The way back: a slice's rows of `selection` from the caller's list. What is no block that the row may pick
-/// is passed over.
+/// Reads a slice's rows of `selection` from the caller's list. Entries that are not blocks of their row are
+/// ignored.
 void read_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                     const std::int32_t* saved, std::int32_t* selection);
 

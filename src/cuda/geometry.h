@@ -2,18 +2,18 @@
 
 #include "cuda/ptx/device.h"
 
-/// Where things lie, as kernels see it. Tokens, positions and block numbers of a sequence fit 32 bits;
-/// everything that is multiplied by heads, by D or by a stride is 64 bits wide.
+/// Geometry of sequences, tiles and tensors in kernels. Tokens, positions and block numbers of a sequence fit
+/// 32 bits; everything that is multiplied by heads, by D or by a stride is 64 bits wide.
 namespace moba::cuda {
 
-/// Rows of a query tile: of `attend`'s own items and of the gate's.
+/// Rows of a query tile of the gate and of `attend`'s diagonal work tiles.
 constexpr int kTileRows = 128;
 
 MOBA_HOST_DEVICE constexpr std::int64_t divide_up(std::int64_t a, std::int64_t b) {
   return a / b + (a % b != 0 ? 1 : 0);
 }
 
-/// Where the elements of a row that is not there would begin.
+/// Offset that marks a missing row.
 constexpr std::int64_t kNoRow = -1;
 
 /// A tensor [tokens, heads, D].
@@ -127,13 +127,13 @@ struct Tile {
   MOBA_HOST_DEVICE std::int32_t position_at(std::int64_t sequence_row, std::int64_t group) const {
     return static_cast<std::int32_t>(sequence_row / group) + before;
   }
-  /// Of the query that row r is of.
+  /// Position of the query of row r.
   MOBA_HOST_DEVICE std::int32_t position_of(int r, std::int64_t group) const {
     return position_at(from + r, group);
   }
 };
 
-/// Tiles of a sequence's queries [begin, end).
+/// Number of tiles of a sequence's queries [begin, end).
 MOBA_HOST_DEVICE std::int32_t tiles_of(const KeyRange& queries, std::int64_t group) {
   if (queries.begin == queries.end) return 0;
   return static_cast<std::int32_t>(divide_up(queries.end * group, kTileRows) -
@@ -158,7 +158,7 @@ MOBA_HOST_DEVICE Tile tile_at(const Batch& batch, std::int32_t index, std::int32
   return tile;
 }
 
-/// The place of a partial answer: [heads of the slice, rows * ranks].
+/// The slot of a partial result: [heads of the slice, rows * ranks].
 MOBA_HOST_DEVICE std::int64_t slot_at(std::int64_t head, std::int64_t rows, std::int64_t ranks,
                                       std::uint32_t entry) {
   return head * rows * ranks + entry;

@@ -4,15 +4,16 @@
 
 namespace moba::cuda {
 
-/// Up to kTileRows rows of one head that chose one block: entries [first, first + count) of the head's list.
+/// Up to kTileRows rows of one head that selected one block: entries [first, first + count) of the head's
+/// list.
 struct RoutedTile {
   std::int32_t head = 0;   // of the slice
   std::int32_t block = 0;  // packed
   std::uint32_t first = 0, count = 0;
 };
 
-/// The routing inverted, on the device: for every head and block the entries that chose it, ascending. Entry
-/// `row * ranks + rank` is one row's choice, and the place of its partial answer.
+/// The selection inverted, on the device: for every head and block the entries that selected it, ascending.
+/// Entry `row * ranks + rank` is one selected block of a row, and the slot of its partial result.
 struct Plan {
   std::uint32_t* entries = nullptr;  // [heads, rows * width]
   std::uint32_t* offsets = nullptr;  // [heads, max_blocks + 1], into a head's entries

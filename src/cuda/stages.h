@@ -15,7 +15,7 @@ namespace moba::cuda {
 struct DeviceCall : CallShape {
   Tensor q{}, k{}, v{};
   std::int64_t sequences = 0, keys = 0;  // keys: Tk
-  /// Blocks that a row selects by score; 0 with `is_dense`. A causal row's own block goes without saying.
+  /// Blocks that a row selects by score; 0 with `is_dense`. A causal row's own block is not listed.
   std::int64_t width = 0;
 
   bool needs_scores() const { return width > 0; }

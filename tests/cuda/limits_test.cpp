@@ -15,7 +15,7 @@
 namespace moba::cuda {
 namespace {
 
-constexpr std::int64_t kTokens = 10'000'000, kHeads = 64, kMostElements = kTokens * kHeads * 256;
+constexpr std::int64_t kTokens = 10'000'000, kHeads = 64, kMaxElements = kTokens * kHeads * 256;
 
 enum class Spread { compact, far };
 
@@ -32,7 +32,7 @@ class Field {
         tensor_.strides[dim] = tensor_.strides[dim + 1] * tensor_.sizes[dim + 1];
     } else {
       constexpr std::int64_t kPiece = 8;
-      tensor_.strides[0] = (kMostElements / (tensor_.sizes[0] - 1) / kPiece + 1) * kPiece;
+      tensor_.strides[0] = (kMaxElements / (tensor_.sizes[0] - 1) / kPiece + 1) * kPiece;
       for (std::size_t dim = 1; dim < last; ++dim)
         tensor_.strides[dim] = tensor_.strides[dim - 1] / tensor_.sizes[dim] / kPiece * kPiece;
     }

@@ -1,4 +1,4 @@
-// Attention where the answer is known without an oracle, and inputs that are ugly on purpose.
+// Attention where the result is known without an oracle, and inputs that are ugly on purpose.
 #include <gtest/gtest.h>
 
 #include <cmath>

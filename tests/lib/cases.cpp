@@ -147,7 +147,7 @@ Case random_case(std::uint64_t seed) {
   c.values = random.one_of({Values::normal, Values::normal, Values::normal, Values::large, Values::integers,
                             Values::equal, Values::few_keys, Values::specials});
   if (c.values == Values::specials && c.routing.scale == 0.0F)
-    c.routing.scale.reset();  // 0 x inf is no answer
+    c.routing.scale.reset();  // 0 x inf is NaN
   const auto layout = [&] {
     return random.one_of({Layout::contiguous, Layout::padded, Layout::heads_first, Layout::reversed});
   };

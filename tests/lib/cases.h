@@ -10,7 +10,7 @@
 
 namespace moba::test {
 
-/// What the numbers of a case are like.
+/// Distribution of the values of a case.
 enum class Values { normal, large, integers, equal, few_keys, specials };
 
 /// One call of the library: shapes, routing and inputs.
@@ -42,7 +42,7 @@ Case random_case(std::uint64_t seed);
 /// A case of one sequence, of normally distributed numbers.
 Case plain_case(std::uint64_t seed, std::int64_t queries, std::int64_t keys, const Routing& routing);
 
-/// What a call wrote. lse and selection are fenced; `fences_untouched` tells whether the fences stand.
+/// Outputs of a call. lse and selection are fenced; `fences_untouched` tells whether the fences stand.
 struct Result {
   Array out{};
   std::vector<float> lse{};

@@ -1,4 +1,4 @@
-// What a caller may choose without changing a bit of the result: threads, who starts them, how much memory.
+// Settings that change no bit of the result: threads, their runtime, workspace.
 #include <gtest/gtest.h>
 
 #include <cstdlib>

@@ -28,7 +28,7 @@ double unit_of(DType dtype) {
   }
 }
 
-/// Where a query stands.
+/// Position of a query and its blocks.
 struct Place {
   std::int64_t first_key = 0, keys = 0, position = 0;
 };
@@ -342,7 +342,7 @@ void check_attended(const Case& c, const Result& result, Rounding rounding) {
     out_allowed = 2 * worst(plain.out, truth.out) + of_logits * largest(c.v);
     lse_allowed = 2 * worst(plain.lse, truth.lse) + of_logits;
   }
-  // No partial answer exceeds the largest value, and their weights add up to 1.
+  // No partial result exceeds the largest value, and their weights add up to 1.
   if (rounding == Rounding::partial) out_allowed += unit_of(c.dtype) / 2 * largest(c.v);
   const double out_unit = unit_of(c.dtype) * 1.001, smallest = c.dtype == DType::f16 ? 0x1p-25 : 0x1p-149;
   for (std::int64_t head = 0; head < c.q_heads(); ++head) {

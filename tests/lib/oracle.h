@@ -24,7 +24,7 @@ Attended<Real> attend_densely(const Case& c, const Result& selected);
 std::int64_t check_selection(const Case& c, const Result& result);
 
 /// Fails the test unless out and lse are those of the selected blocks: error at most twice that of a
-/// framework's dense attention. An `exact` backend may round once and no more; one that keeps partial answers
+/// framework's dense attention. An `exact` backend may round once and no more; one that keeps partial results
 /// in the storage type may round those too.
 enum class Rounding { exact, fast, partial };
 void check_attended(const Case& c, const Result& result, Rounding rounding);
