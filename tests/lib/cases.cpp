@@ -146,8 +146,7 @@ Case random_case(std::uint64_t seed) {
   c.routing = random_routing(random);
   c.values = random.one_of({Values::normal, Values::normal, Values::normal, Values::large, Values::integers,
                             Values::equal, Values::few_keys, Values::specials});
-  if (c.values == Values::specials && c.routing.scale == 0.0F)
-    c.routing.scale.reset();  // 0 x inf is NaN
+  if (c.values == Values::specials && c.routing.scale == 0.0F) c.routing.scale.reset();  // 0 x inf is NaN
   const auto layout = [&] {
     return random.one_of({Layout::contiguous, Layout::padded, Layout::heads_first, Layout::reversed});
   };
