@@ -58,12 +58,13 @@ struct Backend {
   /// Returns the reason why this backend does not support the call; empty if it does.
   std::string (*refuses)(const Call& call) = nullptr;
   /// Scratch bytes of the forward stages for a slice.
-  std::size_t (*workspace)(const Call& call, const WorkSlice& group, int threads) = nullptr;
+  std::size_t (*workspace)(const Call& call, const WorkSlice& slice, int threads) = nullptr;
 
   BlockMeans (*centroids)(const Call& call, std::int64_t head0, std::int64_t head1,
                           Context& context) = nullptr;
-  Selection (*gate)(const Call& call, const BlockMeans& means, const WorkSlice& group,
-                    Context& context) = nullptr;
+  /// Writes the rows of `selection`. Called only if the call needs scores.
+  void (*gate)(const Call& call, const BlockMeans& means, const Selection& selection,
+               Context& context) = nullptr;
   Plan (*plan)(const Call& call, const Selection& selection, Context& context) = nullptr;
   void (*attend)(const Call& call, const Selection& selection, const Plan& plan, const Outputs& outputs,
                  Context& context) = nullptr;
@@ -72,7 +73,7 @@ struct Backend {
   /// Overwrites (does not accumulate) dq, dk and dv of the slice's heads. The slice spans all tokens.
   void (*attend_backward)(const Call& call, const Selection& selection, const Plan& plan,
                           const Backward& backward, Context& context) = nullptr;
-  std::size_t (*workspace_backward)(const Call& call, const WorkSlice& group, int threads) = nullptr;
+  std::size_t (*workspace_backward)(const Call& call, const WorkSlice& slice, int threads) = nullptr;
   /// Decodes one query for every sequence; `means` are the cache's.
   void (*decode)(const Call& call, const BlockMeans& means, const Outputs& outputs,
                  Context& context) = nullptr;

@@ -50,7 +50,7 @@ struct CallShape {
   std::int64_t tokens = 0;  // Tq
   std::int64_t q_heads = 0, kv_heads = 0, heads_per_kv = 1, head_dim = 0;
   std::int64_t max_seqlen_k = 0;     // most keys in any sequence
-  std::int64_t selection_width = 0;  // blocks in a row of the public list
+  std::int64_t selection_width = 0;  // blocks in a row of the selection
 };
 
 /// Normalises the routing of a call whose longest sequence has `max_seqlen_k` keys.
@@ -75,7 +75,7 @@ struct Call : CallShape {
     const std::int64_t p = s.position(query);
     return p < 0 ? -1 : p / routing.block_size;
   }
-  /// Entries of a row of the selection: blocks selected by score. A causal query's own block is not listed.
+  /// Blocks that a query selects by score: a causal query's own block is not among them.
   std::int64_t width() const {
     const std::int64_t most =
         std::max<std::int64_t>((max_seqlen_k + routing.block_size - 1) / routing.block_size, 1);
@@ -138,18 +138,25 @@ struct BlockMeans {
   }
 };
 
-/// Selection of the gate: [heads of the slice, tokens of the slice, query heads of a kv head, width], block
-/// numbers ascending, padded with -1. A causal query's own block is not listed.
+/// Rows of a selection, in the form of Outputs::selection, for query heads from `head0` and packed tokens
+/// from `token0` on; in the caller's memory or in scratch memory.
+struct SelectionRows {
+  std::int32_t* blocks = nullptr;  // [heads, tokens, stride]
+  std::int64_t head0 = 0, token0 = 0, tokens = 0, stride = 0;
+
+  constexpr std::int32_t* of(std::int64_t q_head, std::int64_t token) const {
+    return blocks + ((q_head - head0) * tokens + token - token0) * stride;
+  }
+};
+
+/// The selection of a slice's queries. Causal calls that need no scores have none: every query attends to its
+/// own block.
 struct Selection {
   WorkSlice slice{};
-  std::int64_t query_group = 1, width = 0;
-  Buffer<std::int32_t> blocks{};
+  SelectionRows rows{};
+  Buffer<std::int32_t> storage{};
 
-  /// The rows of `token` (packed) at kv head `head`: query_group x width.
-  std::int32_t* of(std::int64_t head, std::int64_t token) const {
-    return blocks.data() +
-           ((head - slice.head0) * slice.tokens() + token - slice.token0) * query_group * width;
-  }
+  std::int32_t* of(std::int64_t q_head, std::int64_t token) const { return rows.of(q_head, token); }
 };
 
 /// Consecutive queries [q0, q1) of one sequence at one kv head, owned by one worker. A row is a (query, head

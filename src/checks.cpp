@@ -154,9 +154,12 @@ void check_lse(const float* lse) {
     refuse("lse", "expected alignment to f32, got an unaligned pointer");
 }
 
-void check_selection(const std::int32_t* selection) {
+void check_selection(const std::int32_t* selection, std::int64_t stride, std::int64_t width) {
   if (reinterpret_cast<std::uintptr_t>(selection) % alignof(std::int32_t) != 0)
     refuse("selection", "expected alignment to int32, got an unaligned pointer");
+  if (stride != 0 && stride < width)
+    refuse("selection_stride", "expected 0 or at least ", width, " (the width of the selection), got ",
+           stride);
 }
 
 /// New keys, values or queries for a cache: 16 or 32 bits wide, on the CPU.
@@ -224,13 +227,13 @@ void check_routing(const Routing& routing) {
     refuse("scale", "expected a finite number, got ", *routing.scale);
 }
 
-void check_outputs(const Tensor& q, const Outputs& outputs) {
+void check_outputs(const Tensor& q, const Outputs& outputs, std::int64_t width) {
   check_view("out", outputs.out);
   check_same_shape("out", outputs.out, "q", q);
   check_written("out", outputs.out);
   check_apart("out", outputs.out, "q", q);
   check_lse(outputs.lse);
-  check_selection(outputs.selection);
+  check_selection(outputs.selection, outputs.selection_stride, width);
 }
 
 void check_apart_from_keys(const Outputs& outputs, const Tensor& k, const Tensor& v) {
@@ -238,9 +241,10 @@ void check_apart_from_keys(const Outputs& outputs, const Tensor& k, const Tensor
   check_apart("out", outputs.out, "v", v);
 }
 
-void check_selected(const std::int32_t* selection) {
-  if (selection == nullptr) refuse("selection", "expected [Hq, Tq, selection_width()] int32, got null");
-  check_selection(selection);
+void check_selected(const Outputs& outputs, std::int64_t width) {
+  if (outputs.selection == nullptr)
+    refuse("selection", "expected [Hq, Tq, selection_width()] int32, got null");
+  check_selection(outputs.selection, outputs.selection_stride, width);
 }
 
 void check_execution(const Execution& execution) {
@@ -258,14 +262,14 @@ void check_execution(const Execution& execution) {
 }
 
 void check_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                    const Saved& saved, const Gradients& gradients) {
+                    const Saved& saved, std::int64_t width, const Gradients& gradients) {
   check_view("d_out", d_out);
   check_same_shape("d_out", d_out, "q", q);
   check_view("saved.out", saved.out);
   check_same_shape("saved.out", saved.out, "q", q);
   if (saved.lse == nullptr && !is_empty(q)) refuse("saved.lse", "expected [Hq, Tq] f32, got null");
   check_lse(saved.lse);
-  check_selection(saved.selection);
+  check_selection(saved.selection, saved.selection_stride, width);
 
   struct Named {
     const char* name;

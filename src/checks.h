@@ -17,14 +17,15 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Se
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSequences& sequences,
                      const Routing& routing);
 void check_routing(const Routing& routing);
-void check_outputs(const Tensor& q, const Outputs& outputs);
+/// `width`: the selection's.
+void check_outputs(const Tensor& q, const Outputs& outputs, std::int64_t width);
 /// Checks, beyond check_outputs, that out shares no memory with the caller's keys and values.
 void check_apart_from_keys(const Outputs& outputs, const Tensor& k, const Tensor& v);
 /// Checks, beyond check_attention, the destination of select_blocks.
-void check_selected(const std::int32_t* selection);
+void check_selected(const Outputs& outputs, std::int64_t width);
 void check_execution(const Execution& execution);
 void check_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                    const Saved& saved, const Gradients& gradients);
+                    const Saved& saved, std::int64_t width, const Gradients& gradients);
 void check_cache_shape(const KvCache::Shape& shape);
 void check_append(const KvCache& cache, const Tensor& k, const Tensor& v, std::int64_t sequence);
 void check_truncate(const KvCache& cache, std::int64_t tokens, std::int64_t sequence);

@@ -7,95 +7,95 @@
 namespace moba {
 namespace {
 
-/// Calls visit(sequence, query, packed token, query head, row of the selection) for every row of a slice.
+/// Calls visit(sequence, query, row of the selection) for every row of the slice.
 template <typename Visit>
 void for_each_row(const Call& call, const Selection& selection, Visit&& visit) {
   const WorkSlice& slice = selection.slice;
-  for (std::int64_t head = slice.head0; head < slice.head1; ++head) {
+  for (std::int64_t q_head = slice.head0 * call.heads_per_kv; q_head < slice.head1 * call.heads_per_kv;
+       ++q_head) {
     for (const SequenceView& s : call.sequences) {
       const auto [first, last] = slice.queries_of(s);
-      for (std::int64_t query = first; query < last; ++query) {
-        std::int32_t* rows = selection.of(head, s.q_begin + query);
-        for (std::int64_t g = 0; g < call.heads_per_kv; ++g) {
-          visit(s, query, head * call.heads_per_kv + g, rows + g * selection.width);
-        }
-      }
+      for (std::int64_t query = first; query < last; ++query)
+        visit(s, query, selection.of(q_head, s.q_begin + query));
     }
   }
 }
 
-/// Checks a row of a public list: ascending blocks, own block included, padded with -1.
-void check_row(const Call& call, const SequenceView& s, std::int64_t query, const std::int32_t* row,
-               std::int64_t width) {
+void check_row(const Call& call, const SequenceView& s, std::int64_t query, const std::int32_t* row) {
   const std::int64_t own = call.routing.causal ? call.own_block(s, query) : call.blocks(s);
-  std::int64_t count = 0, last = -1;
-  for (std::int64_t i = 0; i < width && row[i] >= 0; ++i) {
-    if (call.routing.causal && row[i] == own) continue;
-    if (row[i] >= own || row[i] <= last || count == call.width()) {
+  const std::int64_t visible = call.routing.causal ? own + 1 : own;
+  std::int64_t last = -1;
+  for (std::int64_t i = 0; i < call.selection_width; ++i) {
+    if (row[i] < 0) {
+      last = visible;  // nothing may follow
+      continue;
+    }
+    if (row[i] >= visible || row[i] <= last || (i == call.width() && row[i] != own)) {
       refuse("saved.selection", "expected ascending blocks that query ", query, " may see, got block ",
              row[i]);
     }
     last = row[i];
-    ++count;
   }
+}
+
+/// Entries of a row in scratch memory.
+std::int64_t scratch_stride(const Call& call) {
+  return call.needs_scores() ? call.selection_width : call.width();
 }
 
 }  // namespace
 
-void write_selection(const Call& call, const Selection& selection, std::int32_t* out) {
-  const std::int64_t width = call.selection_width, block_size = call.requested.block_size;
-  const bool causal = call.routing.causal;
-  for_each_row(
-      call, selection,
-      [&](const SequenceView& s, std::int64_t query, std::int64_t q_head, const std::int32_t* row) {
-        std::int32_t* to = out + (q_head * call.tokens + s.q_begin + query) * width;
-        const std::int64_t p = s.position(query), own = p < 0 ? -1 : p / block_size;
-        std::int64_t count = 0;
-        if (call.is_dense) {
-          const std::int64_t seen = causal ? own + 1 : s.keys == 0 ? 0 : (s.keys - 1) / block_size + 1;
-          for (; count < seen; ++count) to[count] = static_cast<std::int32_t>(count);
-        } else {
-          for (; count < selection.width && row[count] >= 0; ++count) to[count] = row[count];
-          if (causal && own >= 0) to[count++] = static_cast<std::int32_t>(own);
-        }
-        std::fill(to + count, to + width, -1);
-      });
+SelectionRows rows_in(const Outputs& outputs, const CallShape& call) {
+  const std::int64_t stride = outputs.selection_stride == 0 ? call.selection_width : outputs.selection_stride;
+  return {outputs.selection, 0, 0, call.tokens, stride};
 }
 
-void check_saved_selection(const Call& call, const std::int32_t* saved) {
-  if (saved == nullptr || call.is_dense || call.width() == 0) return;
-  const std::int64_t width = call.selection_width;
-  for (std::int64_t head = 0; head < call.q_heads; ++head) {
-    for (const SequenceView& s : call.sequences) {
-      for (std::int64_t query = 0; query < s.queries; ++query) {
-        check_row(call, s, query, saved + (head * call.tokens + s.q_begin + query) * width, width);
-      }
-    }
-  }
+SelectionRows rows_in(const Saved& saved, const CallShape& call) {
+  return rows_in(Outputs{.selection = const_cast<std::int32_t*>(saved.selection),
+                         .selection_stride = saved.selection_stride},
+                 call);
 }
 
-Selection read_selection(const Call& call, const WorkSlice& slice, const std::int32_t* saved,
-                         Scratch& scratch) {
-  Selection selection{slice, call.heads_per_kv, call.width(), {}};
-  const std::int64_t width = call.selection_width;
-  selection.blocks =
-      Buffer<std::int32_t>(scratch, slice.heads() * slice.tokens() * call.heads_per_kv * selection.width);
-  if (selection.width == 0) return selection;
-  for_each_row(call, selection,
-               [&](const SequenceView& s, std::int64_t query, std::int64_t q_head, std::int32_t* row) {
-                 std::int64_t count = 0;
-                 if (call.is_dense) {
-                   if (s.keys > 0) row[count++] = 0;
-                 } else {
-                   const std::int32_t* from = saved + (q_head * call.tokens + s.q_begin + query) * width;
-                   const std::int64_t own = call.routing.causal ? call.own_block(s, query) : -1;
-                   for (std::int64_t i = 0; i < width && from[i] >= 0; ++i) {
-                     if (from[i] != own) row[count++] = from[i];
-                   }
-                 }
-                 std::fill(row + count, row + selection.width, -1);
-               });
+SelectionRows rows_in(std::int32_t* blocks, const CallShape& call, const WorkSlice& slice,
+                      std::int64_t stride) {
+  return {blocks, slice.head0 * call.heads_per_kv, slice.token0, slice.tokens(), stride};
+}
+
+std::size_t selection_bytes(const Call& call, const WorkSlice& slice) {
+  const std::int64_t rows = slice.heads() * call.heads_per_kv * slice.tokens();
+  return static_cast<std::size_t>(rows * scratch_stride(call)) * sizeof(std::int32_t);
+}
+
+Selection new_selection(const Call& call, const WorkSlice& slice, Scratch& scratch) {
+  const std::int64_t rows = slice.heads() * call.heads_per_kv * slice.tokens(), stride = scratch_stride(call);
+  Selection selection{slice, {}, {scratch, rows * stride}};
+  selection.rows = rows_in(selection.storage.data(), call, slice, stride);
+  if (call.needs_scores() || call.routing.causal) return selection;
+  for_each_row(call, selection, [](const SequenceView& s, std::int64_t /*query*/, std::int32_t* row) {
+    row[0] = s.keys > 0 ? 0 : -1;
+  });
   return selection;
+}
+
+void write_unscored_selection(const Call& call, const Selection& selection) {
+  const std::int64_t block_size = call.requested.block_size;
+  for_each_row(call, selection, [&](const SequenceView& s, std::int64_t query, std::int32_t* row) {
+    const std::int64_t last = call.routing.causal ? s.position(query) : s.keys - 1;
+    const std::int64_t end = last < 0 ? 0 : last / block_size + 1,
+                       begin = call.is_dense || end == 0 ? 0 : end - 1;
+    for (std::int64_t block = begin; block < end; ++block)
+      row[block - begin] = static_cast<std::int32_t>(block);
+    std::fill(row + (end - begin), row + selection.rows.stride, -1);
+  });
+}
+
+void check_saved_selection(const Call& call, const Saved& saved) {
+  if (saved.selection == nullptr || !call.needs_scores()) return;
+  const WorkSlice all{0, call.kv_heads, 0, call.tokens};
+  for_each_row(call, {all, rows_in(saved, call), {}},
+               [&](const SequenceView& s, std::int64_t query, const std::int32_t* row) {
+                 check_row(call, s, query, row);
+               });
 }
 
 }  // namespace moba

@@ -2,17 +2,27 @@
 
 #include "call.h"
 
-/// Conversions between the gate's selection, where a causal query's own block is not listed, and the public
-/// list [Hq, Tq, selection_width()], which lists it.
+/// The selection in its one form, from the gate to the backward pass: Outputs::selection.
 namespace moba {
 
-/// Writes the slice's rows of the public list.
-void write_selection(const Call& call, const Selection& selection, std::int32_t* out);
-/// Throws ArgumentError unless every row of a public list is one that the gate could have written. Null and
-/// dense attention have nothing to check.
-void check_saved_selection(const Call& call, const std::int32_t* saved);
-/// Reads the slice's rows of a public list that check_saved_selection has accepted.
-Selection read_selection(const Call& call, const WorkSlice& slice, const std::int32_t* saved,
-                         Scratch& scratch);
+/// The caller's rows, of all heads and tokens.
+SelectionRows rows_in(const Outputs& outputs, const CallShape& call);
+/// The same; they are only read.
+SelectionRows rows_in(const Saved& saved, const CallShape& call);
+/// The slice's rows in scratch memory.
+SelectionRows rows_in(std::int32_t* blocks, const CallShape& call, const WorkSlice& slice,
+                      std::int64_t stride);
+
+/// Scratch bytes of a slice's selection where the caller provides no memory for it.
+std::size_t selection_bytes(const Call& call, const WorkSlice& slice);
+/// Rows in scratch memory, for the gate to write. Those of a call that needs no scores are complete: none if
+/// causal, else the one block of dense attention.
+Selection new_selection(const Call& call, const WorkSlice& slice, Scratch& scratch);
+
+/// Writes the caller's rows of a call that needs no scores: every visible block if dense, else the own block.
+void write_unscored_selection(const Call& call, const Selection& selection);
+/// Throws ArgumentError unless every row of a saved selection holds ascending blocks that its query may see,
+/// not more than the gate selects, and padding. Null and calls that need no scores have nothing to check.
+void check_saved_selection(const Call& call, const Saved& saved);
 
 }  // namespace moba

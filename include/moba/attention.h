@@ -53,14 +53,18 @@ struct Routing {
   static Routing full(bool causal = true) { return {.top_k = kEverything, .causal = causal}; }
 };
 
-/// Destinations of a forward pass. Only `out` is required; `lse` and `selection` may be null.
+/// Destinations of a forward pass. Only `out` is required; `lse` and `selection` may be null. A selection is
+/// [Hq, Tq, selection_width()]: for every query head and token the blocks, numbered within the sequence,
+/// ascending, its own included.
 struct Outputs {
   /// [Tq, Hq, D], in the dtype of q.
   Tensor out{};
   /// [Hq, Tq], natural logarithm of the softmax denominator over the selected keys; -inf if there are none.
   float* lse = nullptr;
-  /// [Hq, Tq, selection_width()], block numbers within the sequence, ascending, padded with -1.
+  /// Rows of blocks, padded with -1 to `selection_stride`.
   std::int32_t* selection = nullptr;
+  /// Elements from one row of `selection` to the next, at least selection_width(); 0: selection_width().
+  std::int64_t selection_stride = 0;
 };
 
 /// Width of a row of a selection: min(top_k, blocks of the longest sequence).
@@ -71,11 +75,10 @@ MOBA_EXPORT std::int64_t selection_width(const Sequences& sequences, const Routi
 MOBA_EXPORT void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
                            const Routing& routing, const Outputs& outputs, const Execution& execution = {});
 
-/// Computes the selection alone: `selection` [Hq, Tq, selection_width()] as in `Outputs::selection`, not
-/// null.
+/// Computes the selection alone, as in `Outputs`; not null.
 MOBA_EXPORT void select_blocks(const Tensor& q, const Tensor& k, const Sequences& sequences,
                                const Routing& routing, std::int32_t* selection,
-                               const Execution& execution = {});
+                               const Execution& execution = {}, std::int64_t selection_stride = 0);
 
 /// Results of the forward pass that the backward pass reads.
 struct Saved {
@@ -83,8 +86,9 @@ struct Saved {
   Tensor out{};
   /// [Hq, Tq], as `attention` wrote it; not null.
   const float* lse = nullptr;
-  /// [Hq, Tq, selection_width()], as `attention` wrote it; if null, the same blocks are selected again.
+  /// As `attention` wrote it, with the same stride; if null, the same blocks are selected again.
   const std::int32_t* selection = nullptr;
+  std::int64_t selection_stride = 0;
 };
 
 /// Gradients in the shapes of q, k and v.

@@ -33,7 +33,7 @@ MOBA_EXPORT void attention_backward(const Tensor& d_out, const Tensor& q, const 
 
 MOBA_EXPORT void select_blocks(const Tensor& q, const Tensor& k, const DeviceSequences& sequences,
                                const Routing& routing, std::int32_t* selection,
-                               const Execution& execution = {});
+                               const Execution& execution = {}, std::int64_t selection_stride = 0);
 
 /// Keys and values of many sequences in pages of device memory, as serving engines keep them. The caller owns
 /// all of it: it writes the keys and values of new tokens, then `lengths`, and calls `update_means`. Lowering

@@ -12,19 +12,6 @@
 
 namespace moba::pytorch {
 
-/// Pads the rows of a selection [Hq, Tq, width] in place with -1: libmoba has written rows of `written` <=
-/// width entries, one after the other.
-inline TorchTensor pad_rows(TorchTensor selection, std::int64_t written) {
-  const std::int64_t rows = selection.size(0) * selection.size(1), width = selection.size(2);
-  auto* blocks = static_cast<std::int32_t*>(selection.data_ptr());
-  if (written == width) return selection;
-  for (std::int64_t row = rows; row-- > 0;) {  // from the last row on: each moves towards the end
-    std::copy_backward(blocks + row * written, blocks + (row + 1) * written, blocks + row * width + written);
-    std::fill(blocks + row * width + written, blocks + (row + 1) * width, -1);
-  }
-  return selection;
-}
-
 /// Returns the elements of a contiguous lse [Hq, Tq]; throws Error for other sizes, dtypes or devices.
 inline const float* lse_of(const std::string& function, const TorchTensor& lse, const Tensor& q,
                            const TorchDevice& device) {
@@ -37,36 +24,22 @@ inline const float* lse_of(const std::string& function, const TorchTensor& lse, 
   return static_cast<const float*>(lse.data_ptr());
 }
 
-/// A saved selection in rows as narrow as libmoba reads them (the inverse of `pad_rows`); null without one,
-/// so that the blocks are selected again.
-class SavedSelection {
- public:
-  template <typename AnyCall>
-  SavedSelection(const AnyCall& call, const Tensor& q, std::int64_t keys, const TorchTensor& given) {
-    require_device(call.function, "selection", given, call.device);
-    const std::int64_t width = call.width(keys);
-    if (given.dim() != 3 || given.size(0) != q.sizes[1] || given.size(1) != q.sizes[0] ||
-        (given.size(2) != width && given.size(2) != 0) || given.scalar_type() != ScalarType::Int ||
-        !given.is_contiguous()) {
-      throw Error(call.function + ": selection: expected contiguous [" + std::to_string(q.sizes[1]) + ", " +
-                  std::to_string(q.sizes[0]) + ", " + std::to_string(width) + " or 0] of int32, got sizes " +
-                  sizes_text(given));
-    }
-    if (given.numel() == 0) return;
-    blocks_ = static_cast<const std::int32_t*>(given.data_ptr());
-    const std::int64_t read = selection_width(call.sequences, call.routing);
-    if (read >= width) return;  // always so on a device
-    for (std::int64_t row = 0; row < q.sizes[0] * q.sizes[1]; ++row)
-      narrow_.insert(narrow_.end(), blocks_ + row * width, blocks_ + row * width + read);
-    blocks_ = narrow_.data();
+/// Returns a saved selection; null where the forward pass returned none, so that the blocks are selected
+/// again. Throws Error for other sizes, dtypes or devices.
+template <typename AnyCall>
+const std::int32_t* saved_selection(const AnyCall& call, const Tensor& q, std::int64_t keys,
+                                    const TorchTensor& given) {
+  require_device(call.function, "selection", given, call.device);
+  const std::int64_t width = call.width(keys);
+  if (given.dim() != 3 || given.size(0) != q.sizes[1] || given.size(1) != q.sizes[0] ||
+      (given.size(2) != width && given.size(2) != 0) || given.scalar_type() != ScalarType::Int ||
+      !given.is_contiguous()) {
+    throw Error(call.function + ": selection: expected contiguous [" + std::to_string(q.sizes[1]) + ", " +
+                std::to_string(q.sizes[0]) + ", " + std::to_string(width) + " or 0] of int32, got sizes " +
+                sizes_text(given));
   }
-
-  const std::int32_t* blocks() const { return blocks_; }
-
- private:
-  const std::int32_t* blocks_ = nullptr;
-  std::vector<std::int32_t> narrow_;
-};
+  return given.numel() == 0 ? nullptr : static_cast<const std::int32_t*>(given.data_ptr());
+}
 
 inline Routing routing_of(std::int64_t block_size, std::int64_t top_k, std::int64_t sink_blocks, bool causal,
                           std::optional<double> scale) {
@@ -87,15 +60,15 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor> attention(
       values(call.function, "v", v, device);
   TorchTensor out = empty_like(queries, device);
   TorchTensor lse = empty({q.size(1), q.size(0)}, ScalarType::Float, device);
-  TorchTensor selection =
-      empty({q.size(1), q.size(0), return_selection ? call.width(k.size(0)) : 0}, ScalarType::Int, device);
+  const std::int64_t width = return_selection ? call.width(k.size(0)) : 0;
+  TorchTensor selection = empty({q.size(1), q.size(0), width}, ScalarType::Int, device);
   moba::attention(
       queries.view(), keys.view(), values.view(), call.sequences, call.routing,
       {.out = Argument(call.function, "out", out, device).view(),
        .lse = static_cast<float*>(lse.data_ptr()),
-       .selection = selection.numel() > 0 ? static_cast<std::int32_t*>(selection.data_ptr()) : nullptr},
+       .selection = selection.numel() > 0 ? static_cast<std::int32_t*>(selection.data_ptr()) : nullptr,
+       .selection_stride = width},
       call.execution(backend, queries.view().dtype));
-  if (selection.numel() > 0) selection = pad_rows(selection, selection_width(call.sequences, call.routing));
   return {out, lse, selection};
 }
 
@@ -112,13 +85,13 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor> attention_backward(
   const Argument gradient(call.function, "d_out", d_out, device), queries(call.function, "q", q, device),
       keys(call.function, "k", k, device), values(call.function, "v", v, device),
       forward(call.function, "out", out, device);
-  const SavedSelection saved(call, queries.view(), k.size(0), selection);
   TorchTensor dq = empty_like(queries, device), dk = empty_like(keys, device),
               dv = empty_like(values, device);
   moba::attention_backward(gradient.view(), queries.view(), keys.view(), values.view(),
                            {.out = forward.view(),
                             .lse = lse_of(call.function, lse, queries.view(), device),
-                            .selection = saved.blocks()},
+                            .selection = saved_selection(call, queries.view(), k.size(0), selection),
+                            .selection_stride = selection.size(2)},
                            call.sequences, call.routing,
                            {.dq = Argument(call.function, "dq", dq, device).view(),
                             .dk = Argument(call.function, "dk", dk, device).view(),
@@ -139,8 +112,7 @@ TorchTensor select_blocks(const TorchTensor& q, const TorchTensor& k, const Torc
   const TorchTensor written = selection.numel() > 0 ? selection : empty({1}, ScalarType::Int, call.device);
   moba::select_blocks(queries.view(), keys.view(), call.sequences, call.routing,
                       static_cast<std::int32_t*>(written.data_ptr()),
-                      call.execution(backend, queries.view().dtype));
-  if (selection.numel() > 0) selection = pad_rows(selection, selection_width(call.sequences, call.routing));
+                      call.execution(backend, queries.view().dtype), selection.size(2));
   return selection;
 }
 

@@ -1,5 +1,6 @@
 #include "cpu/sizes.h"
 #include "cpu/stages.h"
+#include "selection.h"
 
 namespace moba {
 namespace {
@@ -22,11 +23,6 @@ std::size_t means_bytes(const Call& call, const WorkSlice& slice) {
     for (const SequenceView& s : call.sequences) blocks += static_cast<std::size_t>(call.candidate_blocks(s));
   }
   return blocks * static_cast<std::size_t>(slice.heads() * call.head_dim) * sizeof(float);
-}
-
-std::size_t selection_bytes(const Call& call, const WorkSlice& slice) {
-  return static_cast<std::size_t>(slice.heads() * slice.tokens() * call.heads_per_kv * call.width()) *
-         sizeof(std::int32_t);
 }
 
 std::size_t workspace(const Call& call, const WorkSlice& slice, int threads) {

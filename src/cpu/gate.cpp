@@ -66,7 +66,7 @@ void gate_rows(const Call& call, const BlockMeans& means, const GateTask& task, 
     return taken;
   };
   const SequenceView& sequence = call.sequences[task.sequence];
-  const std::int64_t count = (task.q1 - task.q0) * call.heads_per_kv, width = selection.width;
+  const std::int64_t count = (task.q1 - task.q0) * call.heads_per_kv, width = call.width();
   TileScratch& tile = *take(static_cast<TileScratch*>(nullptr), 1);
   float* packed = take(static_cast<float*>(nullptr), kTileBlocks * call.head_dim);
   GateRows rows{call,
@@ -75,7 +75,7 @@ void gate_rows(const Call& call, const BlockMeans& means, const GateTask& task, 
                 sequence,
                 width,
                 count,
-                selection.of(task.head, sequence.q_begin + task.q0),
+                selection,
                 take(static_cast<float*>(nullptr), count * width),
                 take(static_cast<Candidates*>(nullptr), count)};
   std::fill(std::begin(tile.f32_rows), std::end(tile.f32_rows), 0.0F);
@@ -166,7 +166,7 @@ std::size_t screened_bytes(const Call& call, std::int64_t heads) {
 }
 
 std::size_t gate_bytes(const Call& call) {
-  if (call.width() == 0) return 0;
+  if (!call.needs_scores()) return 0;
   const auto width = static_cast<std::size_t>(call.width()),
              head_dim = static_cast<std::size_t>(call.head_dim);
   const bool screened = screened_bytes(call, 1) > 0;
@@ -183,12 +183,8 @@ std::size_t gate_bytes(const Call& call) {
   return round_up(bytes, Scratch::kAlignment) + 16 * Scratch::kAlignment;
 }
 
-Selection gate(const Call& call, const BlockMeans& means, const WorkSlice& slice, Context& context) {
-  Selection selection{slice, call.heads_per_kv, call.width(), {}};
-  if (selection.width == 0) return selection;
-  selection.blocks = Buffer<std::int32_t>(
-      context.scratch, slice.heads() * slice.tokens() * call.heads_per_kv * selection.width);
-
+void gate(const Call& call, const BlockMeans& means, const Selection& selection, Context& context) {
+  const WorkSlice& slice = selection.slice;
   const Buffer<std::byte> screened_memory(context.scratch,
                                           static_cast<std::int64_t>(screened_bytes(call, slice.heads())));
   std::vector<ScreenedMeans> screened(call.sequences.size() * static_cast<std::size_t>(slice.heads()));
@@ -224,7 +220,6 @@ Selection gate(const Call& call, const BlockMeans& means, const WorkSlice& slice
     run(call, means, tasks[static_cast<std::size_t>(index)], selection,
         memory.data() + static_cast<std::size_t>(worker) * bytes);
   });
-  return selection;
 }
 
 }  // namespace moba::cpu

@@ -24,7 +24,7 @@ constexpr std::int64_t kRowsPerBackwardTile = 256, kMaxBackwardParts = 16;
 std::int64_t range_rows(const Call& call, const Selection& selection, const Context& context) {
   const std::int64_t blocks = (call.max_seqlen_k + call.routing.block_size - 1) / call.routing.block_size;
   std::int64_t rows = kDenseRows;
-  if (selection.width > 0 && !call.is_dense) rows = std::max(rows, kRowsPerBlock * blocks / selection.width);
+  if (call.needs_scores()) rows = std::max(rows, kRowsPerBlock * blocks / call.width());
 
   const std::int64_t all = selection.slice.tokens() * selection.slice.heads() * call.heads_per_kv;
   const std::int64_t share = all / (4 * context.parallel.threads);
@@ -42,19 +42,23 @@ std::int64_t range_rows(const Call& call, const Selection& selection, const Cont
 void invert(const Call& call, const Selection& selection, const Range& range, std::uint32_t* offsets,
             std::uint32_t* rows) {
   const SequenceView& s = call.sequences[static_cast<std::size_t>(range.sequence)];
-  const std::int64_t blocks = call.blocks(s), width = selection.width,
-                     count = (range.q1 - range.q0) * call.heads_per_kv;
-  const std::int32_t* selected = selection.of(range.head, s.q_begin + range.q0);
-  std::fill(offsets, offsets + blocks + 1, 0);
-  for (std::int64_t i = 0; i < count * width; ++i) {
-    if (selected[i] >= 0) ++offsets[selected[i] + 1];
-  }
-  std::partial_sum(offsets, offsets + blocks + 1, offsets);
-  for (std::int64_t row = 0; row < count; ++row) {
-    for (std::int64_t i = 0; i < width && selected[row * width + i] >= 0; ++i) {
-      rows[offsets[selected[row * width + i]]++] = static_cast<std::uint32_t>(row);
+  const std::int64_t blocks = call.blocks(s), width = call.width();
+  // A row is over where its own block or the padding begins: no routed block follows either.
+  const auto for_each_entry = [&](auto&& visit) {
+    std::uint32_t row = 0;
+    for (std::int64_t query = range.q0; query < range.q1; ++query) {
+      const auto own = static_cast<std::int32_t>(call.routing.causal ? call.own_block(s, query) : blocks);
+      for (std::int64_t g = 0; g < call.heads_per_kv; ++g, ++row) {
+        const std::int32_t* selected = selection.of(range.head * call.heads_per_kv + g, s.q_begin + query);
+        for (std::int64_t i = 0; i < width && selected[i] >= 0 && selected[i] < own; ++i)
+          visit(selected[i], row);
+      }
     }
-  }
+  };
+  std::fill(offsets, offsets + blocks + 1, 0);
+  for_each_entry([&](std::int32_t block, std::uint32_t /*row*/) { ++offsets[block + 1]; });
+  std::partial_sum(offsets, offsets + blocks + 1, offsets);
+  for_each_entry([&](std::int32_t block, std::uint32_t row) { rows[offsets[block]++] = row; });
   // The scatter moved every offset to the next one's place.
   std::copy_backward(offsets, offsets + blocks, offsets + blocks + 1);
   offsets[0] = 0;
@@ -83,18 +87,17 @@ struct PlanBuilder {
   Plan plan{};
   std::int64_t offsets = 0, rows = 0;
 
-  void add(const Call& call, const Selection& selection, std::size_t sequence, std::int64_t head,
-           std::int64_t q0, std::int64_t q1) {
+  void add(const Call& call, std::size_t sequence, std::int64_t head, std::int64_t q0, std::int64_t q1) {
     const auto s = static_cast<std::int64_t>(sequence);
     plan.ranges.push_back({s, head, q0, q1, offsets, rows});
     offsets += call.blocks(call.sequences[sequence]) + 1;
-    rows += (q1 - q0) * call.heads_per_kv * selection.width;
+    rows += (q1 - q0) * call.heads_per_kv * call.width();
   }
 };
 
 Plan build_plan(const Call& call, const Selection& selection, PlanBuilder builder, Context& context) {
   Plan plan = std::move(builder.plan);
-  if (selection.width == 0) return plan;
+  if (call.width() == 0) return plan;
   plan.offsets = Buffer<std::uint32_t>(context.scratch, builder.offsets);
   plan.rows = Buffer<std::uint32_t>(context.scratch, builder.rows);
   context.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int) {
@@ -119,7 +122,7 @@ Plan plan(const Call& call, const Selection& selection, Context& context) {
     // Later queries see more keys and come first, so that no long range is left for the end.
     for (std::int64_t r = ranges - 1; r >= 0; --r) {
       for (std::int64_t head = slice.head0; head < slice.head1; ++head) {
-        builder.add(call, selection, s, head, first + (last - first) * r / ranges,
+        builder.add(call, s, head, first + (last - first) * r / ranges,
                     first + (last - first) * (r + 1) / ranges);
       }
     }
@@ -147,8 +150,7 @@ Plan plan_backward(const Call& call, const Selection& selection, Context& contex
     const std::int64_t parts = backward_parts(call, sequence);
     for (std::int64_t head = slice.head0; head < slice.head1; ++head) {
       for (std::int64_t part = 0; part < parts; ++part) {
-        builder.add(call, selection, s, head, sequence.queries * part / parts,
-                    sequence.queries * (part + 1) / parts);
+        builder.add(call, s, head, sequence.queries * part / parts, sequence.queries * (part + 1) / parts);
       }
     }
   }

@@ -10,7 +10,7 @@ namespace moba::cpu {
 const std::string& target_refusal();
 
 BlockMeans centroids(const Call& call, std::int64_t head0, std::int64_t head1, Context& context);
-Selection gate(const Call& call, const BlockMeans& means, const WorkSlice& slice, Context& context);
+void gate(const Call& call, const BlockMeans& means, const Selection& selection, Context& context);
 Plan plan(const Call& call, const Selection& selection, Context& context);
 void attend(const Call& call, const Selection& selection, const Plan& plan, const Outputs& outputs,
             Context& context);

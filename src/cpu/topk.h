@@ -56,9 +56,9 @@ struct TopK {
   }
 };
 
-/// Adds the forced blocks, sorts ascending and pads with -1.
-inline void finish_row(const Call& call, const Candidates& candidates, std::int64_t count, std::int64_t width,
-                       std::int32_t* blocks) {
+/// Adds the forced blocks, sorts ascending and pads with -1. Returns the number of blocks.
+inline std::int64_t finish_row(const Call& call, const Candidates& candidates, std::int64_t count,
+                               std::int64_t width, std::int32_t* blocks) {
   for (std::int64_t sink = 0; sink < std::min(candidates.first, width - count); ++sink)
     blocks[count + sink] = static_cast<std::int32_t>(sink);
   count = std::min(count + candidates.first, width);
@@ -66,6 +66,7 @@ inline void finish_row(const Call& call, const Candidates& candidates, std::int6
     blocks[count++] = static_cast<std::int32_t>(candidates.own);
   std::sort(blocks, blocks + count);
   std::fill(blocks + count, blocks + width, -1);
+  return count;
 }
 
 }  // namespace moba::cpu

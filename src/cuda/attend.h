@@ -29,7 +29,7 @@ void attend_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
                  const Plan& plan, const Partials& partials, const Outputs& outputs);
 
 /// Merges each row's slots in the order of their ranks, and writes the outputs.
-void combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const std::int32_t* selection,
+void combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const SelectionRows& selection,
              const Partials& partials, const Outputs& outputs);
 
 }  // namespace moba::cuda

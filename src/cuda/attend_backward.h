@@ -62,8 +62,8 @@ void attend_backward_dq_sm90(Stream& stream, const DeviceCall& call, const WorkS
                              const Backward& backward, void* slots);
 
 /// dq of the slice's rows, where there are slots.
-void sum_dq_slots(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
-                  const std::int32_t* selection, const void* slots, const Backward& backward);
+void sum_dq_slots(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+                  const SelectionRows& selection, const void* slots, const Backward& backward);
 
 /// Largest shared memory of a thread block of either pass, in bytes.
 std::size_t attend_backward_shared_bytes(std::int64_t head_dim);

@@ -12,9 +12,10 @@ constexpr int kElements = 8;
 
 template <typename T>
 struct CombineParams {
-  const T* partials;              // [heads, rows * ranks, D]
-  const float* partial_lse;       // [heads, rows * ranks]
-  const std::int32_t* selection;  // [heads, rows, width]
+  const T* partials;         // [heads, rows * ranks, D]
+  const float* partial_lse;  // [heads, rows * ranks]
+  SelectionRows selection;
+  bool causal;
   std::int64_t rows, width, ranks, group, head0, token0, tokens;
   View<T> out;
   float* lse;  // [Hq, Tq], may be null
@@ -30,15 +31,17 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
   const int column = ptx::thread() % kColumns;
   if (ptx::thread() >= kRows * kColumns || row >= p.rows) return;
 
-  // Slots after the last selected block are empty; the diagonal slot is always filled.
-  const std::int32_t* chosen = p.selection + (head * p.rows + row) * p.width;
+  const std::int64_t token = p.token0 + row / p.group, q_head = (p.head0 + head) * p.group + row % p.group;
+  // Slots after the last block that was selected by score are empty; after that block, a causal row holds its
+  // own. The diagonal slot is always filled.
+  const std::int32_t* selected = p.selection.of(q_head, token) + (p.causal ? 1 : 0);
   const std::int64_t first = (head * p.rows + row) * p.ranks;
-  const auto is_filled = [&](std::int64_t rank) { return rank == p.width || chosen[rank] >= 0; };
-  float most = -ptx::infinity();
+  const auto is_filled = [&](std::int64_t rank) { return rank == p.width || selected[rank] >= 0; };
+  float max_lse = -ptx::infinity();
   for (std::int64_t rank = 0; rank < p.ranks; ++rank) {
-    if (is_filled(rank)) most = ptx::fmax(most, p.partial_lse[first + rank]);
+    if (is_filled(rank)) max_lse = ptx::fmax(max_lse, p.partial_lse[first + rank]);
   }
-  const float base = most == -ptx::infinity() ? 0 : most;
+  const float base = max_lse == -ptx::infinity() ? 0 : max_lse;
 
   float sum = 0, out[kElements] = {};
   for (std::int64_t rank = 0; rank < p.ranks; ++rank) {
@@ -55,7 +58,6 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
   }
 
   const float share = sum == 0 ? 0 : 1 / sum;
-  const std::int64_t token = p.token0 + row / p.group, q_head = (p.head0 + head) * p.group + row % p.group;
   auto* to = reinterpret_cast<ptx::Vec16*>(p.out.row(token, q_head) + column * kElements);
   *to = {ptx::pack<T>(out[0] * share, out[1] * share), ptx::pack<T>(out[2] * share, out[3] * share),
          ptx::pack<T>(out[4] * share, out[5] * share), ptx::pack<T>(out[6] * share, out[7] * share)};
@@ -70,13 +72,14 @@ Partials carve_partials(ArenaLayout& layout, const DeviceCall& call, const WorkS
   return {layout.take<std::uint16_t>(slots * call.head_dim), layout.take<float>(slots)};
 }
 
-void combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const std::int32_t* selection,
+void combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const SelectionRows& selection,
              const Partials& partials, const Outputs& outputs) {
   if (call.width == 0) return;
   with_type(call, [&]<typename T, int head_dim>() {
     const CombineParams<T> params{.partials = static_cast<const T*>(partials.out),
                                   .partial_lse = partials.lse,
                                   .selection = selection,
+                                  .causal = call.routing.causal,
                                   .rows = call.rows(slice),
                                   .width = call.width,
                                   .ranks = call.ranks(),

@@ -4,6 +4,7 @@
 
 #include "cuda/attend.h"
 #include "cuda/gate.h"
+#include "selection.h"
 
 namespace moba::cuda {
 namespace {
@@ -12,21 +13,22 @@ namespace {
 struct Memory {
   Starts starts{};
   void* means = nullptr;
-  std::int32_t* selection = nullptr;
+  SelectionRows selection{};
   std::uint64_t* best = nullptr;
   Plan plan{};
   Partials partials{};
 };
 
 Memory carve(ArenaLayout& layout, const DeviceCall& call, const DeviceBatch& batch, const WorkSlice& slice,
-             bool attends) {
+             const Outputs& outputs) {
   Memory memory{.starts = carve_starts(layout, call, batch)};
   if (call.needs_scores()) {
     memory.means = layout.take<std::uint16_t>(slice.heads() * call.max_blocks() * call.head_dim);
-    memory.selection = layout.take<std::int32_t>(slice.heads() * call.rows(slice) * call.width);
+    memory.selection =
+        outputs.selection != nullptr ? rows_in(outputs, call) : carve_selection(layout, call, slice);
     memory.best = carve_gate(layout, call, slice);
   }
-  if (attends) {
+  if (outputs.out.data != nullptr) {
     memory.plan = carve_plan(layout, call, slice);
     memory.partials = carve_partials(layout, call, slice);
   }
@@ -47,7 +49,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBa
 
   const auto bytes = [&](const WorkSlice& slice) {
     ArenaLayout layout;
-    carve(layout, call, batch, slice, attends);
+    carve(layout, call, batch, slice, outputs);
     return layout.used();
   };
   const std::vector<WorkSlice> slices = slices_of(call, execution, bytes);
@@ -55,15 +57,15 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBa
   const Arena arena(stream, bytes(slices.front()));
   for (const WorkSlice& slice : slices) {
     ArenaLayout layout(arena.data());
-    const Memory memory = carve(layout, call, batch, slice, attends);
+    const Memory memory = carve(layout, call, batch, slice, outputs);
     const Batch on_device = lay_out(stream, call, batch, slice, memory.starts);
     if (call.needs_scores()) {
       centroids(stream, call, slice, on_device, memory.means);
       gate(stream, call, slice, on_device, memory.means, memory.best, memory.selection);
     }
-    if (outputs.selection != nullptr)
-      write_selection(stream, call, slice, on_device, memory.selection, outputs.selection);
-    if (!attends) continue;  // the routing alone was asked for
+    if (outputs.selection != nullptr && !call.needs_scores())
+      write_unscored_selection(stream, call, slice, on_device, rows_in(outputs, call));
+    if (!attends) continue;
     plan(stream, call, slice, on_device, memory.selection, memory.plan);
     (on_sm90 ? attend_sm90 : attend)(stream, call, slice, on_device, memory.plan, memory.partials, outputs);
     combine(stream, call, slice, memory.selection, memory.partials, outputs);

@@ -5,6 +5,7 @@
 #include "cuda/flow.h"
 #include "cuda/gate.h"
 #include "errors.h"
+#include "selection.h"
 
 namespace moba::cuda {
 namespace {
@@ -13,8 +14,8 @@ namespace {
 /// the dk/dv pass and the dq pass take turns in the rest.
 struct Memory {
   Starts starts{};
-  LseDelta* sums = nullptr;           // [heads, rows of all tokens]
-  std::int32_t* selection = nullptr;  // [heads, rows of all tokens, width]
+  LseDelta* sums = nullptr;  // [heads, rows of all tokens]
+  SelectionRows selection{};
 
   void* means = nullptr;
   std::uint64_t* best = nullptr;
@@ -32,15 +33,20 @@ WorkSlice all_tokens_of(const DeviceCall& call, const WorkSlice& slice) {
   return {slice.head0, slice.head1, 0, call.tokens};
 }
 
+bool selects(const DeviceCall& call, const Saved& saved) {
+  return call.needs_scores() && saved.selection == nullptr;
+}
+
 Memory carve(std::byte* arena, const DeviceCall& call, const DeviceBatch& batch, const WorkSlice& slice,
-             bool selects) {
+             const Saved& saved) {
   const WorkSlice all = all_tokens_of(call, slice);
   ArenaLayout layout(arena);
   Memory memory{.starts = carve_starts(layout, call, batch)};
   memory.sums = layout.take<LseDelta>(all.heads() * call.rows(all));
-  memory.selection = layout.take<std::int32_t>(all.heads() * call.rows(all) * call.width);
+  if (call.needs_scores())
+    memory.selection = selects(call, saved) ? carve_selection(layout, call, all) : rows_in(saved, call);
   ArenaLayout routing = layout, by_key = layout, by_row = layout;
-  if (selects) {
+  if (selects(call, saved)) {
     memory.means = routing.take<std::uint16_t>(all.heads() * call.max_blocks() * call.head_dim);
     memory.best = carve_gate(routing, call, all);
   }
@@ -77,25 +83,20 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
   if (call.sequences == 0 || (call.tokens == 0 && call.keys == 0)) return;
 
   const Backward backward{d_out, saved.out, saved.lse, gradients};
-  const bool selects = call.needs_scores() && saved.selection == nullptr;
-  const auto bytes = [&](const WorkSlice& slice) {
-    return carve(nullptr, call, batch, slice, selects).bytes;
-  };
+  const auto bytes = [&](const WorkSlice& slice) { return carve(nullptr, call, batch, slice, saved).bytes; };
   const std::vector<WorkSlice> slices = slices_of(call, execution, bytes);
   Stream stream(execution);
   const Arena arena(stream, bytes(slices.front()));
   for (const WorkSlice& slice : slices) {
-    const Memory memory = carve(arena.data(), call, batch, slice, selects);
+    const Memory memory = carve(arena.data(), call, batch, slice, saved);
     const WorkSlice all = all_tokens_of(call, slice);
     const bool whole = slice.tokens() == call.tokens;
     if (slice.token0 == 0) {
       const Batch on_device = lay_out(stream, call, batch, all, memory.starts);
       compute_delta(stream, call, all, backward, memory.sums);
-      if (selects) {
+      if (selects(call, saved)) {
         centroids(stream, call, all, on_device, memory.means);
         gate(stream, call, all, on_device, memory.means, memory.best, memory.selection);
-      } else if (call.needs_scores()) {
-        read_selection(stream, call, all, on_device, saved.selection, memory.selection);
       }
       plan(stream, call, all, on_device, memory.selection, memory.plan);
       plan_dkv(stream, call, all, on_device, memory.plan, memory.keys);
@@ -103,12 +104,11 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
                                                                  memory.sums, backward, memory.keys);
     }
     const Batch on_device = lay_out(stream, call, batch, slice, memory.starts);
-    const std::int32_t* selection = memory.selection + slice.token0 * call.heads_per_kv * call.width;
-    if (!whole) plan(stream, call, slice, on_device, selection, memory.slice_plan);
+    if (!whole) plan(stream, call, slice, on_device, memory.selection, memory.slice_plan);
     (on_sm90 ? attend_backward_dq_sm90 : attend_backward_dq)(
         stream, call, slice, on_device, memory.slice_plan, memory.sums + slice.token0 * call.heads_per_kv,
         backward, memory.slots);
-    sum_dq_slots(stream, call, slice, selection, memory.slots, backward);
+    sum_dq_slots(stream, call, slice, on_device, memory.selection, memory.slots, backward);
   }
   if (execution.profile != nullptr)
     execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(slices.front()));

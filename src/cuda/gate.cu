@@ -7,6 +7,7 @@
 #include "cuda/ptx/warp.h"
 #include "cuda/tile/order.h"
 #include "cuda/tile/swizzled_tile.h"
+#include "selection.h"
 
 namespace moba::cuda {
 namespace {
@@ -36,8 +37,8 @@ struct GateParams {
   std::int32_t token0, token1;
   std::int32_t width, sinks;
   bool causal, own_block;
-  std::uint64_t* best;      // [heads, max_tiles * kTileRows, width], null: in shared memory
-  std::int32_t* selection;  // [heads, rows, width]
+  std::uint64_t* best;  // [heads, max_tiles * kTileRows, width], null: in shared memory
+  SelectionRows selection;
 };
 
 /// Score and block as one number, so that the better candidate is the larger: of equal scores the more
@@ -116,15 +117,19 @@ MOBA_DEVICE void push_scores(Key* heap, std::int32_t width, const float (&scores
   }
 }
 
-/// Writes the blocks of a heap in ascending order.
-MOBA_DEVICE void write_row(Key* heap, std::int32_t width, std::int32_t* to) {
+/// Writes the blocks of a heap in ascending order, then the row's own block if causal.
+MOBA_DEVICE void write_row(Key* heap, std::int32_t width, std::int32_t own, std::int32_t* to,
+                           std::int64_t stride) {
   constexpr Key kNone = ~Key{0};
   for (std::int32_t i = 0; i < width; ++i) heap[i] = heap[i] == 0 ? kNone : heap[i] & 0xFFFFFFFFU;
   for (std::int32_t i = width / 2 - 1; i >= 0; --i) sift_down(heap, width, i, heap[i]);
-  for (std::int32_t i = 0; i < width; ++i) {
-    to[i] = static_cast<std::int32_t>(static_cast<std::uint32_t>(heap[0]));  // kNone reads as -1
+  std::int64_t count = 0;
+  for (; count < width && heap[0] != kNone; ++count) {
+    to[count] = static_cast<std::int32_t>(static_cast<std::uint32_t>(heap[0]));
     sift_down(heap, width, 0, kNone);
   }
+  if (own >= 0) to[count++] = own;
+  for (; count < stride; ++count) to[count] = -1;
 }
 
 template <typename T, int head_dim>
@@ -184,72 +189,39 @@ gate_kernel(MOBA_GRID_CONSTANT GateParams<T> p) {
   ptx::cp_async_wait<0>();
   ptx::syncthreads();
   for (int row = ptx::thread(); row < tile.count; row += C::kThreads) {
-    write_row(heaps + static_cast<std::int64_t>(row) * p.width, p.width,
-              p.selection + (head * p.rows + tile.first_row + row) * p.width);
+    const std::int32_t position = tile.position_of(row, p.group);
+    const std::int64_t own = p.causal && position >= 0 ? position / p.block_size : -1;
+    const std::int64_t slice_row = tile.first_row + row;
+    write_row(
+        heaps + static_cast<std::int64_t>(row) * p.width, p.width, static_cast<std::int32_t>(own),
+        p.selection.of((p.head0 + head) * p.group + slice_row % p.group, p.token0 + slice_row / p.group),
+        p.selection.stride);
   }
 }
 
 constexpr int kListThreads = 128;
 
 struct ListParams {
-  const std::int32_t* selection;  // [heads, rows, width]
-  std::int32_t* out;              // [Hq, Tq, selection_width]
+  SelectionRows selection;
   Batch batch;
-  std::int64_t block_size, group, head0, rows, width, selection_width, token0, tokens;
+  std::int64_t block_size, group, head0, rows, token0;
   bool causal, is_dense;
 };
 
 /// Uses one thread per row.
-MOBA_KERNEL(kListThreads, 8) list_selection_kernel(MOBA_GRID_CONSTANT ListParams p) {
+MOBA_KERNEL(kListThreads, 8) list_unscored_kernel(MOBA_GRID_CONSTANT ListParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int64_t row = std::int64_t{ptx::block_x()} * kListThreads + ptx::thread();
   if (row >= p.rows) return;
   const auto token = static_cast<std::int32_t>(p.token0 + row / p.group);
   const std::int32_t s = sequence_of(p.batch.q_starts, p.batch.sequences, token);
   const std::int32_t keys = p.batch.k_starts[s + 1] - p.batch.k_starts[s];
-  const std::int32_t position = token + keys - p.batch.q_starts[s + 1];
-  const std::int64_t own = position < 0 ? -1 : position / p.block_size;
-  std::int32_t* to =
-      p.out + (((p.head0 + head) * p.group + row % p.group) * p.tokens + token) * p.selection_width;
-  std::int64_t count = 0;
-  if (p.is_dense) {
-    const std::int64_t seen = p.causal ? own + 1 : divide_up(keys, p.block_size);
-    for (; count < seen; ++count) to[count] = static_cast<std::int32_t>(count);
-  } else {
-    const std::int32_t* from = p.selection + (head * p.rows + row) * p.width;
-    for (; count < p.width && from[count] >= 0; ++count) to[count] = from[count];
-    if (p.causal && own >= 0) to[count++] = static_cast<std::int32_t>(own);
-  }
-  for (; count < p.selection_width; ++count) to[count] = -1;
-}
-
-struct ReadParams {
-  const std::int32_t* saved;  // [Hq, Tq, selection_width]
-  std::int32_t* selection;    // [heads, rows, width]
-  Batch batch;
-  std::int64_t block_size, group, head0, rows, width, selection_width, token0, tokens;
-  bool causal;
-};
-
-/// Uses one thread per row.
-MOBA_KERNEL(kListThreads, 8) read_selection_kernel(MOBA_GRID_CONSTANT ReadParams p) {
-  const std::int64_t head = ptx::block_y();
-  const std::int64_t row = std::int64_t{ptx::block_x()} * kListThreads + ptx::thread();
-  if (row >= p.rows) return;
-  const auto token = static_cast<std::int32_t>(p.token0 + row / p.group);
-  const std::int32_t s = sequence_of(p.batch.q_starts, p.batch.sequences, token);
-  const std::int32_t keys = p.batch.k_starts[s + 1] - p.batch.k_starts[s];
-  const std::int32_t position = token + keys - p.batch.q_starts[s + 1];
-  const std::int64_t own = position < 0 ? 0 : position / p.block_size;
-  const std::int64_t candidates = p.causal ? own : divide_up(keys, p.block_size);
-  const std::int32_t* from =
-      p.saved + (((p.head0 + head) * p.group + row % p.group) * p.tokens + token) * p.selection_width;
-  std::int32_t* to = p.selection + (head * p.rows + row) * p.width;
-  std::int64_t count = 0;
-  for (std::int64_t i = 0; i < p.selection_width && count < p.width; ++i) {
-    if (from[i] >= 0 && from[i] < candidates) to[count++] = from[i];
-  }
-  for (; count < p.width; ++count) to[count] = -1;
+  const std::int32_t last = p.causal ? token + keys - p.batch.q_starts[s + 1] : keys - 1;
+  const std::int64_t end = last < 0 ? 0 : last / p.block_size + 1,
+                     begin = p.is_dense || end == 0 ? 0 : end - 1;
+  std::int32_t* to = p.selection.of((p.head0 + head) * p.group + row % p.group, token);
+  for (std::int64_t i = 0; i < p.selection.stride; ++i)
+    to[i] = begin + i < end ? static_cast<std::int32_t>(begin + i) : -1;
 }
 
 }  // namespace
@@ -259,8 +231,13 @@ std::uint64_t* carve_gate(ArenaLayout& layout, const DeviceCall& call, const Wor
   return layout.take<std::uint64_t>(slice.heads() * call.max_tiles(slice) * kTileRows * call.width);
 }
 
+SelectionRows carve_selection(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice) {
+  const std::int64_t stride = call.selection_width;
+  return rows_in(layout.take<std::int32_t>(slice.heads() * call.rows(slice) * stride), call, slice, stride);
+}
+
 void gate(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
-          const void* means, std::uint64_t* best, std::int32_t* selection) {
+          const void* means, std::uint64_t* best, const SelectionRows& selection) {
   with_type(call, [&]<typename T, int head_dim>() {
     using C = TileShape<head_dim>;
     const GateParams<T> params{.q = view_of<const T>(call.q),
@@ -288,41 +265,19 @@ void gate(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const 
   });
 }
 
-void write_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
-                     const std::int32_t* selection, std::int32_t* out) {
+void write_unscored_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
+                              const Batch& batch, const SelectionRows& selection) {
   const ListParams params{.selection = selection,
-                          .out = out,
                           .batch = batch,
                           .block_size = call.requested.block_size,
                           .group = call.heads_per_kv,
                           .head0 = slice.head0,
                           .rows = call.rows(slice),
-                          .width = call.width,
-                          .selection_width = call.selection_width,
                           .token0 = slice.token0,
-                          .tokens = call.tokens,
                           .causal = call.routing.causal,
                           .is_dense = call.is_dense};
-  stream.launch("list_selection", list_selection_kernel,
-                {divide_up(params.rows, kListThreads), slice.heads()}, kListThreads, 0, params);
-}
-
-void read_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
-                    const std::int32_t* saved, std::int32_t* selection) {
-  const ReadParams params{.saved = saved,
-                          .selection = selection,
-                          .batch = batch,
-                          .block_size = call.routing.block_size,
-                          .group = call.heads_per_kv,
-                          .head0 = slice.head0,
-                          .rows = call.rows(slice),
-                          .width = call.width,
-                          .selection_width = call.selection_width,
-                          .token0 = slice.token0,
-                          .tokens = call.tokens,
-                          .causal = call.routing.causal};
-  stream.launch("read_selection", read_selection_kernel,
-                {divide_up(params.rows, kListThreads), slice.heads()}, kListThreads, 0, params);
+  stream.launch("list_unscored", list_unscored_kernel, {divide_up(params.rows, kListThreads), slice.heads()},
+                kListThreads, 0, params);
 }
 
 }  // namespace moba::cuda

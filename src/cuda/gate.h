@@ -7,18 +7,16 @@ namespace moba::cuda {
 /// Scratch memory for the top-k lists of rows with long lists; short ones stay in registers.
 std::uint64_t* carve_gate(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice);
 
-/// Scores every query against the means of its candidates and keeps the best: `selection` [heads, rows,
-/// width], ascending, padded with -1. A causal row's own block is not listed. No score is ever stored.
+/// The slice's rows in scratch memory.
+SelectionRows carve_selection(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice);
+
+/// Scores every query against the means of its candidates and keeps the best in `selection`. No score is ever
+/// stored.
 void gate(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
-          const void* means, std::uint64_t* best, std::int32_t* selection);
+          const void* means, std::uint64_t* best, const SelectionRows& selection);
 
-/// Writes a slice's rows of the caller's list [Hq, Tq, selection_width], own block included.
-void write_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
-                     const std::int32_t* selection, std::int32_t* out);
-
-/// Reads a slice's rows of `selection` from the caller's list. Entries that are not blocks of their row are
-/// ignored.
-void read_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
-                    const std::int32_t* saved, std::int32_t* selection);
+/// Writes the selection of a call that needs no scores: every visible block if dense, else the own block.
+void write_unscored_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
+                              const Batch& batch, const SelectionRows& selection);
 
 }  // namespace moba::cuda

@@ -25,17 +25,20 @@ std::int64_t partitions_of(const DeviceCall& call, const WorkSlice& slice) {
 struct PlanParams {
   Plan plan;
   Batch batch;
-  const std::int32_t* selection;  // [heads, rows, width]
-  std::int64_t rows, width, ranks, group;
+  SelectionRows selection;
+  std::int64_t head0, rows, width, ranks, group, block_size;
   std::int64_t max_blocks, partitions, partition_size;
   std::int32_t token0;
+  bool causal;
 };
 
-/// Returns the packed block of selection `index` of a head, -1 for none.
-MOBA_DEVICE std::int32_t chosen(const PlanParams& p, std::int64_t head, std::int64_t index) {
-  const std::int32_t block = p.selection[head * p.rows * p.width + index];
-  if (block < 0) return -1;
-  const auto token = static_cast<std::int32_t>(p.token0 + index / p.width / p.group);
+/// Returns the packed block that entry `index % width` of row `index / width` of a head holds. Returns -1 for
+/// padding, for the row's own block, and for what is no block of the row.
+MOBA_DEVICE std::int32_t scored_block(const PlanParams& p, std::int64_t head, std::int64_t index) {
+  const std::int64_t row = index / p.width, q_head = (p.head0 + head) * p.group + row % p.group;
+  const auto token = static_cast<std::int32_t>(p.token0 + row / p.group);
+  const std::int32_t block = p.selection.of(q_head, token)[index % p.width];
+  if (block < 0 || block >= scored_end(p.batch, token, p.block_size, p.causal)) return -1;
   return p.batch.block_starts[sequence_of(p.batch.q_starts, p.batch.sequences, token)] + block;
 }
 
@@ -43,14 +46,14 @@ MOBA_KERNEL(kThreads, 4) count_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int64_t index = std::int64_t{ptx::block_x()} * kThreads + ptx::thread();
   if (index >= p.rows * p.width) return;
-  const std::int32_t block = chosen(p, head, index);
+  const std::int32_t block = scored_block(p, head, index);
   if (block >= 0)
     ptx::atomic_add(p.plan.counts + (head * p.partitions + index / p.partition_size) * p.max_blocks + block,
                     1);
 }
 
 /// Replaces the counts of a block in every partition by exclusive prefix sums; returns the total.
-MOBA_DEVICE std::uint32_t scan_chunks(const PlanParams& p, std::int64_t head, std::int64_t block) {
+MOBA_DEVICE std::uint32_t scan_partitions(const PlanParams& p, std::int64_t head, std::int64_t block) {
   constexpr int kUnroll = 8;  // loads under way
   std::uint32_t* counts = p.plan.counts + head * p.partitions * p.max_blocks + block;
   std::uint32_t sum = 0;
@@ -73,7 +76,7 @@ MOBA_KERNEL(kThreads, 4) size_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int64_t block = std::int64_t{ptx::block_x()} * kThreads + ptx::thread();
   if (block >= p.max_blocks) return;
-  p.plan.offsets[head * (p.max_blocks + 1) + block + 1] = scan_chunks(p, head, block);
+  p.plan.offsets[head * (p.max_blocks + 1) + block + 1] = scan_partitions(p, head, block);
 }
 
 /// Sums the sizes of the blocks of a head and lists its routed tiles.
@@ -115,7 +118,7 @@ MOBA_KERNEL(kThreads, 4) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   const unsigned below = (1U << ptx::lane()) - 1;
   for (std::int64_t first = begin; first < end; first += ptx::kLanes) {
     const std::int64_t index = first + ptx::lane();
-    const std::int32_t block = index < end ? chosen(p, head, index) : -1;
+    const std::int32_t block = index < end ? scored_block(p, head, index) : -1;
     const unsigned alike = ptx::match_any(block < 0 ? kNone : static_cast<std::uint32_t>(block));
     std::uint32_t cursor = 0;
     if (block >= 0) cursor = cursors[block];
@@ -146,20 +149,23 @@ Plan carve_plan(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& sl
 }
 
 void plan(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
-          const std::int32_t* selection, const Plan& plan) {
+          const SelectionRows& selection, const Plan& plan) {
   stream.fill(plan.totals, 0, Plan::kTotals * sizeof(std::uint32_t));
   if (call.width == 0) return;
   const PlanParams params{.plan = plan,
                           .batch = batch,
                           .selection = selection,
+                          .head0 = slice.head0,
                           .rows = call.rows(slice),
                           .width = call.width,
                           .ranks = call.ranks(),
                           .group = call.heads_per_kv,
+                          .block_size = call.routing.block_size,
                           .max_blocks = call.max_blocks(),
                           .partitions = partitions_of(call, slice),
                           .partition_size = partition_size(call),
-                          .token0 = static_cast<std::int32_t>(slice.token0)};
+                          .token0 = static_cast<std::int32_t>(slice.token0),
+                          .causal = call.routing.causal};
   const std::int64_t heads = slice.heads();
   stream.fill(
       plan.counts, 0,

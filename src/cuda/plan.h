@@ -17,11 +17,10 @@ struct RoutedTile {
 struct Plan {
   std::uint32_t* entries = nullptr;  // [heads, rows * width]
   std::uint32_t* offsets = nullptr;  // [heads, max_blocks + 1], into a head's entries
-  std::uint32_t* counts = nullptr;   // [heads, chunks, max_blocks]; then what of a block lies before a chunk
-  /// Items of kTileRows rows, and what remains of every block: in no particular order, for each is worked on
-  /// by itself.
+  std::uint32_t* counts = nullptr;   // [heads, partitions, max_blocks], then their exclusive prefix sums
+  /// Tiles of kTileRows rows, and the remainder of every block, in no particular order.
   RoutedTile *full = nullptr, *partial = nullptr;
-  /// Numbers of both.
+  /// Counts of both.
   std::uint32_t* totals = nullptr;  // [kTotals]
 
   static constexpr int kFull = 0, kPartial = 1, kTotals = 2;
@@ -29,6 +28,6 @@ struct Plan {
 
 Plan carve_plan(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice);
 void plan(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
-          const std::int32_t* selection, const Plan& plan);
+          const SelectionRows& selection, const Plan& plan);
 
 }  // namespace moba::cuda

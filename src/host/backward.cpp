@@ -8,13 +8,13 @@ namespace moba::host {
 /// backwards.
 void backward(const Call& call, const Tensor& d_out, const Saved& saved, const Gradients& gradients,
               const Execution& execution) {
-  check_saved_selection(call, saved.selection);
+  check_saved_selection(call, saved);
+  const bool is_saved = saved.selection != nullptr && call.needs_scores();
   Run run(call, execution);
   const Backward backward{d_out, saved.out, saved.lse, gradients};
   for (const WorkSlice& slice : run.backward_slices()) {
-    const Selection selection = saved.selection != nullptr
-                                    ? read_selection(call, slice, saved.selection, run.scratch())
-                                    : run.gate(run.centroids(slice), slice);
+    const Selection selection =
+        is_saved ? Selection{slice, rows_in(saved, call), {}} : run.gate(run.centroids(slice), slice);
     const Plan plan = run.plan_backward(selection);
     run.attend_backward(selection, plan, backward);
   }

@@ -1,6 +1,5 @@
 #include "host/flow.h"
 #include "host/run.h"
-#include "selection.h"
 
 namespace moba::host {
 
@@ -14,8 +13,7 @@ void forward(const Call& call, const BlockMeans* cached, const Outputs& outputs,
       means = {};  // those of the heads before
       means = run.centroids(slice);
     }
-    const Selection selection = run.gate(cached == nullptr ? means : *cached, slice);
-    if (outputs.selection != nullptr) write_selection(call, selection, outputs.selection);
+    const Selection selection = run.gate(cached == nullptr ? means : *cached, slice, outputs);
     if (outputs.out.data == nullptr) continue;
 
     const Plan plan = run.plan(selection);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "selection.h"
 #include "split.h"
 
 namespace moba::host {
@@ -54,8 +55,18 @@ BlockMeans Run::centroids(const WorkSlice& slice) {
                [&] { return backend_.centroids(call_, slice.head0, slice.head1, context_); });
 }
 
-Selection Run::gate(const BlockMeans& means, const WorkSlice& slice) {
-  return timed(&Profile::gate, [&] { return backend_.gate(call_, means, slice, context_); });
+Selection Run::gate(const BlockMeans& means, const WorkSlice& slice, const Outputs& outputs) {
+  return timed(&Profile::gate, [&] {
+    const bool is_given = outputs.selection != nullptr;
+    if (!call_.needs_scores()) {
+      if (is_given) write_unscored_selection(call_, {slice, rows_in(outputs, call_), {}});
+      return new_selection(call_, slice, scratch_);
+    }
+    Selection selection =
+        is_given ? Selection{slice, rows_in(outputs, call_), {}} : new_selection(call_, slice, scratch_);
+    backend_.gate(call_, means, selection, context_);
+    return selection;
+  });
 }
 
 Plan Run::plan(const Selection& selection) {

@@ -18,11 +18,11 @@ class Run {
   /// Slices of the forward pass, and those of the backward pass, which hold all tokens of their heads.
   std::vector<WorkSlice> forward_slices() const;
   std::vector<WorkSlice> backward_slices() const;
-  Scratch& scratch() { return scratch_; }
 
   /// No means if no query has to select.
   BlockMeans centroids(const WorkSlice& slice);
-  Selection gate(const BlockMeans& means, const WorkSlice& slice);
+  /// Writes `outputs.selection` if it is not null.
+  Selection gate(const BlockMeans& means, const WorkSlice& slice, const Outputs& outputs = {});
   Plan plan(const Selection& selection);
   void attend(const Selection& selection, const Plan& plan, const Outputs& outputs);
   Plan plan_backward(const Selection& selection);

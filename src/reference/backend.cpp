@@ -1,6 +1,7 @@
 #include "backend.h"
 
 #include "reference/stages.h"
+#include "selection.h"
 
 namespace moba {
 namespace {
@@ -10,7 +11,7 @@ std::string refuses(const Call& call) {
 }
 
 std::size_t routing_bytes(const Call& call, const WorkSlice& slice) {
-  return reference::centroids_bytes(call, slice.heads()) + reference::selection_bytes(call, slice);
+  return reference::centroids_bytes(call, slice.heads()) + selection_bytes(call, slice);
 }
 
 std::size_t workspace(const Call& call, const WorkSlice& slice, int threads) {

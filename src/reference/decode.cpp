@@ -1,12 +1,15 @@
 // Decode is the gate and attention of a forward call for one query per sequence, on centroids that the cache
 // keeps.
 #include "reference/stages.h"
+#include "selection.h"
 
 namespace moba::reference {
 
 void decode(const Call& call, const BlockMeans& means, const Outputs& outputs, Context& context) {
   const WorkSlice all{0, call.kv_heads, 0, call.tokens};
-  attend(call, gate(call, means, all, context), {}, outputs, context);
+  const Selection selection = new_selection(call, all, context.scratch);
+  if (call.needs_scores()) gate(call, means, selection, context);
+  attend(call, selection, {}, outputs, context);
 }
 
 }  // namespace moba::reference

@@ -24,15 +24,15 @@ double score(const Call& call, const double* query, const float* mean) {
   return std::isnan(sum) ? -std::numeric_limits<double>::infinity() : sum;
 }
 
-/// Selects the blocks of one row: own block (non-causal, on request), sinks, then the highest scores; the
-/// more recent of equals.
-void select_row(const Call& call, const BlockMeans& means, const Row& row, std::int64_t width, double* query,
-                double* scores, std::int32_t* ranking, std::int32_t* selected) {
+/// Selects the blocks of one row: own block (causal, or on request), sinks, then the highest scores; the more
+/// recent of equals. Returns their number.
+std::int64_t select_row(const Call& call, const BlockMeans& means, const Row& row, double* query,
+                        double* scores, std::int32_t* ranking, std::int32_t* selected) {
   const Routing& routing = call.routing;
   const std::int64_t own = call.own_block(row.sequence, row.query);
   const std::int64_t candidates = routing.causal ? std::max<std::int64_t>(own, 0) : call.blocks(row.sequence);
   for (std::int64_t block = 0; block < candidates; ++block) ranking[block] = static_cast<std::int32_t>(block);
-  const std::int64_t k = std::min(width, candidates);
+  const std::int64_t k = std::min(call.width(), candidates);
 
   if (k < candidates) {
     load_f64(call, call.q, row, query);
@@ -50,7 +50,10 @@ void select_row(const Call& call, const BlockMeans& means, const Row& row, std::
     });
     std::sort(ranking, ranking + k);
   }
-  std::fill(std::copy_n(ranking, k, selected), selected + width, -1);
+  std::copy_n(ranking, k, selected);
+  if (!routing.causal || own < 0) return k;
+  selected[k] = static_cast<std::int32_t>(own);
+  return k + 1;
 }
 
 }  // namespace
@@ -61,27 +64,18 @@ std::size_t gate_bytes(const Call& call) {
          blocks * (sizeof(double) + sizeof(std::int32_t));
 }
 
-std::size_t selection_bytes(const Call& call, const WorkSlice& slice) {
-  return static_cast<std::size_t>(slice.heads() * slice.tokens() * call.heads_per_kv * call.width()) *
-         sizeof(std::int32_t);
-}
-
-Selection gate(const Call& call, const BlockMeans& means, const WorkSlice& slice, Context& context) {
-  Selection selection{slice, call.heads_per_kv, call.width(), {}};
-  if (selection.width == 0) return selection;
-  selection.blocks = Buffer<std::int32_t>(
-      context.scratch, slice.heads() * slice.tokens() * call.heads_per_kv * selection.width);
-
+void gate(const Call& call, const BlockMeans& means, const Selection& selection, Context& context) {
   const std::int64_t blocks = max_blocks(call), threads = context.parallel.threads;
   const GateScratch memory{Buffer<double>(context.scratch, threads * call.head_dim),
                            Buffer<double>(context.scratch, threads * blocks),
                            Buffer<std::int32_t>(context.scratch, threads * blocks)};
-  for_each_row(call, slice, context, [&](const Row& row, int worker) {
-    select_row(call, means, row, selection.width, worker_slice(memory.query, worker, call.head_dim),
-               worker_slice(memory.scores, worker, blocks), worker_slice(memory.ranking, worker, blocks),
-               selection.of(row.kv_head, row.token()) + row.member * selection.width);
+  for_each_row(call, selection.slice, context, [&](const Row& row, int worker) {
+    std::int32_t* const selected = selection.of(row.q_head, row.token());
+    const std::int64_t count = select_row(call, means, row, worker_slice(memory.query, worker, call.head_dim),
+                                          worker_slice(memory.scores, worker, blocks),
+                                          worker_slice(memory.ranking, worker, blocks), selected);
+    std::fill(selected + count, selected + selection.rows.stride, -1);
   });
-  return selection;
 }
 
 }  // namespace moba::reference

@@ -37,15 +37,26 @@ void for_each_row(const Call& call, const WorkSlice& slice, Context& context, Bo
   }
 }
 
+/// Calls visit(block) for every block that a query selected by score, ascending.
+template <typename Visit>
+void for_each_scored_block(const Call& call, const Selection& selection, const SequenceView& s,
+                           std::int64_t query, std::int64_t q_head, Visit&& visit) {
+  const std::int64_t width = std::min(call.width(), selection.rows.stride);
+  const std::int64_t own = call.routing.causal ? call.own_block(s, query) : -1;
+  const std::int32_t* selected = selection.of(q_head, s.q_begin + query);
+  for (std::int64_t i = 0; i < width && selected[i] >= 0; ++i) {
+    if (selected[i] != own) visit(selected[i]);
+  }
+}
+
 /// Calls visit(begin, end) for every contiguous range of keys that a row attends to, ascending.
 template <typename Visit>
 void for_each_key_range(const Call& call, const Selection& selection, const Row& row, Visit&& visit) {
   const SequenceView& s = row.sequence;
   const std::int64_t block_size = call.routing.block_size;
-  const std::int32_t* selected = selection.of(row.kv_head, row.token()) + row.member * selection.width;
-  for (std::int64_t i = 0; i < selection.width && selected[i] >= 0; ++i) {
-    visit(selected[i] * block_size, std::min((selected[i] + 1) * block_size, s.keys));
-  }
+  for_each_scored_block(call, selection, s, row.query, row.q_head, [&](std::int64_t block) {
+    visit(block * block_size, std::min((block + 1) * block_size, s.keys));
+  });
   const std::int64_t own = call.own_block(s, row.query);
   if (call.routing.causal && own >= 0) visit(own * block_size, s.position(row.query) + 1);
 }

@@ -7,7 +7,7 @@
 namespace moba::reference {
 
 BlockMeans centroids(const Call& call, std::int64_t head0, std::int64_t head1, Context& context);
-Selection gate(const Call& call, const BlockMeans& means, const WorkSlice& slice, Context& context);
+void gate(const Call& call, const BlockMeans& means, const Selection& selection, Context& context);
 Plan plan(const Call& call, const Selection& selection, Context& context);
 void attend(const Call& call, const Selection& selection, const Plan& plan, const Outputs& outputs,
             Context& context);
@@ -18,7 +18,6 @@ void decode(const Call& call, const BlockMeans& means, const Outputs& outputs, C
 /// Scratch bytes of each stage; those of one worker where a stage has workers with memory of their own.
 std::size_t centroids_bytes(const Call& call, std::int64_t heads);
 std::size_t gate_bytes(const Call& call);
-std::size_t selection_bytes(const Call& call, const WorkSlice& slice);
 std::size_t plan_bytes(const Call& call, const WorkSlice& slice);
 std::size_t attend_bytes(const Call& call);
 std::size_t attend_backward_bytes(const Call& call, const WorkSlice& slice, int threads);

@@ -325,6 +325,37 @@ TEST(CudaAttendBackward, ASelectionThatIsNoneIsPassedOver) {
   EXPECT_TRUE(backward(b) == backward(less));
 }
 
+TEST(CudaAttendBackward, SelectionRowsMayHaveAnyStride) {
+  for (const Routing& routing :
+       {Routing{.block_size = 16, .top_k = 3}, Routing{.block_size = 16, .top_k = 4, .causal = false},
+        Routing{.block_size = 16, .top_k = 1}, Routing::full()}) {
+    Backpropagation b(case_of(8, 64, routing, 90, 150));
+    const Case& c = b.c;
+    const std::int64_t stride = b.forward.width + 2, rows = c.q_heads() * c.queries();
+    std::vector<std::int32_t> selection(static_cast<std::size_t>(rows * stride), 77);
+    Result forward(c);
+    Outputs outputs = forward.outputs();
+    outputs.out = on_device(outputs.out);
+    outputs.selection = selection.data();
+    outputs.selection_stride = stride;
+    attention(on_device(c.q.view()), on_device(c.k.view()), on_device(c.v.view()), c.sequences, routing,
+              outputs);
+    EXPECT_EQ(forward.out.bytes(), b.forward.out.bytes());
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const std::int32_t* blocks = selection.data() + row * stride;
+      const std::int32_t* expected = b.forward.outputs().selection + row * b.forward.width;
+      ASSERT_TRUE(std::equal(expected, expected + b.forward.width, blocks)) << "row " << row;
+      ASSERT_EQ(std::count(blocks + b.forward.width, blocks + stride, -1), 2) << "row " << row;
+    }
+    Differentiated d = gradients_for(c, c.dtype, c.out_layout);
+    const Saved saved{outputs.out, outputs.lse, selection.data(), stride};
+    attention_backward(on_device(b.d_out.view()), on_device(c.q.view()), on_device(c.k.view()),
+                       on_device(c.v.view()), saved, c.sequences, routing,
+                       {on_device(d.dq.view()), on_device(d.dk.view()), on_device(d.dv.view())});
+    EXPECT_TRUE(d == backward(b));
+  }
+}
+
 TEST(CudaAttendBackward, NamesWhatItRefuses) {
   Backpropagation b(random_backward_case(12));
   b.d_out = Array(b.c.dtype, b.c.queries(), b.c.q_heads(), b.c.head_dim, Layout::padded);

@@ -140,17 +140,21 @@ class Mirror {
   std::map<void*, void*> theirs_;
 };
 
-std::int64_t max_selected(const DeviceBatch& batch, const Routing& routing, const Tensor& q) {
+/// Elements of a selection; `stride` as in Outputs.
+std::int64_t selected(const DeviceBatch& batch, const Routing& routing, const Tensor& q,
+                      std::int64_t stride) {
   const std::int64_t blocks = batch.max_seqlen_k == 0 ? 0 : (batch.max_seqlen_k - 1) / routing.block_size + 1;
-  return q.sizes[0] * q.sizes[1] * std::min(routing.top_k, blocks);
+  return q.sizes[0] * q.sizes[1] * (stride == 0 ? std::min(routing.top_k, blocks) : stride);
 }
 
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBatch& batch,
                const Routing& routing, const Outputs& outputs, const Execution& execution) {
   Mirror mirror;
-  const Outputs there{.out = mirror.write(outputs.out),
-                      .lse = mirror.write(outputs.lse, q.sizes[0] * q.sizes[1]),
-                      .selection = mirror.write(outputs.selection, max_selected(batch, routing, q))};
+  const Outputs there{
+      .out = mirror.write(outputs.out),
+      .lse = mirror.write(outputs.lse, q.sizes[0] * q.sizes[1]),
+      .selection = mirror.write(outputs.selection, selected(batch, routing, q, outputs.selection_stride)),
+      .selection_stride = outputs.selection_stride};
   cuda::attention(mirror.read(q), mirror.read(k), mirror.read(v), mirror.starts(batch), routing, there,
                   mirror.context(execution));
   mirror.copy_back();
@@ -160,9 +164,11 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
                         const Saved& saved, const DeviceBatch& batch, const Routing& routing,
                         const Gradients& gradients, const Execution& execution) {
   Mirror mirror;
-  const Saved forward{.out = mirror.read(saved.out),
-                      .lse = mirror.read(saved.lse, q.sizes[0] * q.sizes[1]),
-                      .selection = mirror.read(saved.selection, max_selected(batch, routing, q))};
+  const Saved forward{
+      .out = mirror.read(saved.out),
+      .lse = mirror.read(saved.lse, q.sizes[0] * q.sizes[1]),
+      .selection = mirror.read(saved.selection, selected(batch, routing, q, saved.selection_stride)),
+      .selection_stride = saved.selection_stride};
   const Gradients there{mirror.write(gradients.dq), mirror.write(gradients.dk), mirror.write(gradients.dv)};
   cuda::attention_backward(mirror.read(d_out), mirror.read(q), mirror.read(k), mirror.read(v), forward,
                            mirror.starts(batch), routing, there, mirror.context(execution));

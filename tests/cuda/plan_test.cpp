@@ -6,6 +6,7 @@
 #include <map>
 
 #include "device_case.h"
+#include "selection.h"
 
 namespace moba::cuda {
 namespace {
@@ -38,20 +39,25 @@ TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
       make_call(on_device(c.q.view()), on_device(c.k.view()), on_device(c.v.view()), starts, c.routing);
   const WorkSlice slice{0, 2, 1, call.tokens};
   const std::int64_t rows = call.rows(slice), choices = rows * call.width;
-  std::vector<std::int32_t> selection(static_cast<std::size_t>(2 * choices));
+  const std::int64_t stride = call.selection_width;
+  std::vector<std::int32_t> selection(static_cast<std::size_t>(call.q_heads * slice.tokens() * stride), -1);
+  const SelectionRows selected = rows_in(selection.data(), call, slice, stride);
   std::map<std::pair<std::int64_t, std::int32_t>, std::vector<std::uint32_t>> expected;
   for (std::int64_t head = 0; head < 2; ++head) {
     for (std::int64_t row = 0; row < rows; ++row) {
-      const bool is_first = slice.token0 + row / call.heads_per_kv < 3;
+      const std::int64_t token = slice.token0 + row / call.heads_per_kv;
+      const bool is_first = token < 3;
+      const std::int64_t own = (is_first ? token + 37 : token - 3) / 20;
+      std::int32_t* to = selected.of(head * call.heads_per_kv + row % call.heads_per_kv, token);
       std::int32_t block = 0;
-      for (std::int64_t w = 0; w < call.width;
+      for (std::int64_t w = 0; w < call.width && block < own;
            ++w, block += 1 + static_cast<std::int32_t>((row * 7 + w + head) % 5)) {
-        const bool chooses = is_first ? w == 0 : row % 9 != 0 || w < 2;
-        selection[static_cast<std::size_t>(head * choices + row * call.width + w)] = chooses ? block : -1;
-        if (chooses)
-          expected[{head, block + (is_first ? 0 : 2)}].push_back(
-              static_cast<std::uint32_t>(row * call.ranks() + w));
+        if (!is_first && row % 9 == 0 && w == 2) break;
+        *to++ = block;
+        expected[{head, block + (is_first ? 0 : 2)}].push_back(
+            static_cast<std::uint32_t>(row * call.ranks() + w));
       }
+      *to = static_cast<std::int32_t>(own);
     }
   }
 
@@ -64,7 +70,7 @@ TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
   ArenaLayout layout(arena.data());
   const Batch batch = lay_out(stream, call, starts, slice, carve_starts(layout, call, starts));
   const Plan plan = carve_plan(layout, call, slice);
-  cuda::plan(stream, call, slice, batch, selection.data(), plan);
+  cuda::plan(stream, call, slice, batch, selected, plan);
 
   for (std::int64_t head = 0; head < 2; ++head) {
     const std::uint32_t* offsets = plan.offsets + head * (call.max_blocks() + 1);

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <map>
 #include <random>
@@ -288,6 +289,38 @@ TEST_P(BackwardOfBackend, ASelectionThatIsNoneIsAnError) {
                 0U)
           << error.what();
     }
+  }
+}
+
+TEST_P(BackwardOfBackend, UnorderedSavedSelectionThrows) {
+  const Case c = plain_case(1, 30, 30, {.block_size = 4, .top_k = 3});
+  const Array d_out = gradient_for(c);
+  // Query 21 is in block 5: the own block first or twice, a block twice, and one after the padding.
+  for (const std::array<std::int32_t, 3>& row : std::initializer_list<std::array<std::int32_t, 3>>{
+           {5, 0, 1}, {0, 5, 5}, {2, 2, 5}, {0, 1, 2}, {0, -1, 5}}) {
+    Result forward = run_attention(c, execution());
+    std::copy(row.begin(), row.end(), forward.outputs().selection + 21 * forward.width);
+    EXPECT_THROW(backward(c, d_out, forward, execution()), Error) << row[0] << " " << row[1] << " " << row[2];
+  }
+}
+
+TEST_P(BackwardOfBackend, SavedSelectionMayHaveAnyStride) {
+  for (std::uint64_t seed = 5200; seed < 5230; ++seed) {
+    const Case c = random_case(seed);
+    const Array d_out = gradient_for(c);
+    Result forward = run_attention(c, execution());
+    const std::int64_t stride = forward.width + 2, rows = c.q_heads() * c.queries();
+    std::vector<std::int32_t> selection(static_cast<std::size_t>(rows * stride));
+    Outputs outputs = forward.outputs();
+    outputs.selection = selection.data();
+    outputs.selection_stride = stride;
+    attention(c.q.view(), c.k.view(), c.v.view(), c.sequences, c.routing, outputs, execution());
+    Differentiated found = backward(c, d_out, forward, execution(), false);
+    const Saved saved{
+        .out = outputs.out, .lse = outputs.lse, .selection = selection.data(), .selection_stride = stride};
+    attention_backward(d_out.view(), c.q.view(), c.k.view(), c.v.view(), saved, c.sequences, c.routing,
+                       {found.dq.view(), found.dk.view(), found.dv.view()}, execution());
+    EXPECT_TRUE(same(found, backward(c, d_out, forward, execution()))) << describe(c);
   }
 }
 

@@ -100,6 +100,8 @@ std::vector<BadCall> bad_calls() {
          c.outputs.selection =
              reinterpret_cast<std::int32_t*>(reinterpret_cast<char*>(c.outputs.selection) + 2);
        }},
+      {"selection_stride: expected 0 or at least 2 (the width of the selection), got 1",
+       [](Call& c) { c.outputs.selection_stride = 1; }},
       {"workspace_bytes: expected at least 1 or unset, got 0",
        [](Call& c) { c.execution.workspace_bytes = 0; }},
       {"parallel.threads: expected at least 1, got 0", [](Call& c) { c.execution.parallel.threads = 0; }},

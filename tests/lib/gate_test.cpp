@@ -92,6 +92,29 @@ TEST_P(Gate, SelectBlocksMatchesAttention) {
   }
 }
 
+TEST_P(Gate, RowsAreStrideApartAndPadded) {
+  for (std::uint64_t seed = 3100; seed < 3160; ++seed) {
+    const Case c = random_case(seed);
+    Result expected = run_attention(c, execution()), found(c);
+    const std::int64_t stride = expected.width + 3, rows = c.q_heads() * c.queries();
+    std::vector<std::int32_t> selected(static_cast<std::size_t>(rows * stride + 1), 77), again = selected;
+    Outputs outputs = found.outputs();
+    outputs.selection = selected.data();
+    outputs.selection_stride = stride;
+    attention(c.q.view(), c.k.view(), c.v.view(), c.sequences, c.routing, outputs, execution());
+    select_blocks(c.q.view(), c.k.view(), c.sequences, c.routing, again.data(), execution(), stride);
+    EXPECT_EQ(found.out.bytes(), expected.out.bytes()) << describe(c);
+    EXPECT_EQ(again, selected) << describe(c);
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const std::int32_t* blocks = selected.data() + row * stride;
+      const std::int32_t* wanted = expected.outputs().selection + row * expected.width;
+      ASSERT_TRUE(std::equal(wanted, wanted + expected.width, blocks)) << describe(c) << ", row " << row;
+      ASSERT_EQ(std::count(blocks + expected.width, blocks + stride, -1), 3)
+          << describe(c) << ", row " << row;
+    }
+  }
+}
+
 TEST_P(Gate, BlocksMayBeLongerThanTheSequence) {
   const Case c = plain_case(8, 20, 20, {.block_size = std::numeric_limits<std::int64_t>::max(), .top_k = 2});
   const Result result = run_attention(c, execution());

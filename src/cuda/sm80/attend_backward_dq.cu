@@ -222,9 +222,11 @@ attend_backward_dq_kernel(MOBA_GRID_CONSTANT DqParams<T> p) {
 
 template <typename T>
 struct AddParams {
-  const T* slots;                 // [heads, rows * ranks, D]
-  const std::int32_t* selection;  // [heads, rows, width]
-  std::int64_t rows, width, ranks, group, head0, token0;
+  const T* slots;  // [heads, rows * ranks, D]
+  SelectionRows selection;
+  Batch batch;
+  std::int64_t rows, width, ranks, group, head0, token0, block_size;
+  bool causal;
   View<T> dq;
 };
 
@@ -238,12 +240,15 @@ sum_dq_slots_kernel(MOBA_GRID_CONSTANT AddParams<T> p) {
   const int column = ptx::thread() % kColumns;
   if (ptx::thread() >= kRows * kColumns || row >= p.rows) return;
 
-  // Slots after the last selected block are empty; the diagonal slot is always filled.
-  const std::int32_t* chosen = p.selection + (head * p.rows + row) * p.width;
+  const auto token = static_cast<std::int32_t>(p.token0 + row / p.group);
+  const std::int64_t q_head = (p.head0 + head) * p.group + row % p.group;
+  // Slots of entries that the plan left out are empty; the diagonal slot is always filled.
+  const std::int32_t* selected = p.selection.of(q_head, token);
+  const std::int64_t end = scored_end(p.batch, token, p.block_size, p.causal);
   const T* slot = p.slots + (head * p.rows + row) * p.ranks * head_dim + column * kElements;
   float sum[kElements] = {};
   for (std::int64_t rank = 0; rank < p.ranks; ++rank, slot += head_dim) {
-    if (rank < p.width && chosen[rank] < 0) continue;
+    if (rank < p.width && (selected[rank] < 0 || selected[rank] >= end)) continue;
     const ptx::Vec16 v = ptx::load_streaming(slot);
     const std::uint32_t pairs[] = {v.x, v.y, v.z, v.w};
     MOBA_UNROLL
@@ -252,7 +257,7 @@ sum_dq_slots_kernel(MOBA_GRID_CONSTANT AddParams<T> p) {
       sum[2 * i + 1] += ptx::unpack_high<T>(pairs[i]);
     }
   }
-  T* to = p.dq.row(p.token0 + row / p.group, (p.head0 + head) * p.group + row % p.group);
+  T* to = p.dq.row(token, q_head);
   *reinterpret_cast<ptx::Vec16*>(to + column * kElements) = {
       ptx::pack<T>(sum[0], sum[1]), ptx::pack<T>(sum[2], sum[3]), ptx::pack<T>(sum[4], sum[5]),
       ptx::pack<T>(sum[6], sum[7])};
@@ -298,18 +303,21 @@ void attend_backward_dq(Stream& stream, const DeviceCall& call, const WorkSlice&
   });
 }
 
-void sum_dq_slots(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
-                  const std::int32_t* selection, const void* slots, const Backward& backward) {
+void sum_dq_slots(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+                  const SelectionRows& selection, const void* slots, const Backward& backward) {
   if (call.width == 0) return;
   with_type(call, [&]<typename T, int head_dim>() {
     const AddParams<T> params{.slots = static_cast<const T*>(slots),
                               .selection = selection,
+                              .batch = batch,
                               .rows = call.rows(slice),
                               .width = call.width,
                               .ranks = call.ranks(),
                               .group = call.heads_per_kv,
                               .head0 = slice.head0,
                               .token0 = slice.token0,
+                              .block_size = call.routing.block_size,
+                              .causal = call.routing.causal,
                               .dq = view_of<T>(backward.gradients.dq)};
     constexpr int kRows = kSumThreads / (head_dim / kElements);
     stream.launch("sum_dq_slots", sum_dq_slots_kernel<T, head_dim>,
