@@ -28,10 +28,10 @@ void store_row(const float* row, std::int64_t size, DType dtype, void* to, float
     std::copy_n(row, size, static_cast<float*>(to));
     std::copy_n(row, size, seen);
   } else if (dtype == DType::i8) {
-    float most = 0;
-    for (std::int64_t d = 0; d < size; ++d) most = std::max(most, std::fabs(row[d]));
-    *scale = most / 127;
-    const float inverse = most > 0 ? 127 / most : 0;
+    float amax = 0;
+    for (std::int64_t d = 0; d < size; ++d) amax = std::max(amax, std::fabs(row[d]));
+    *scale = amax / 127;
+    const float inverse = amax > 0 ? 127 / amax : 0;
     for (std::int64_t d = 0; d < size; ++d) {
       const auto level = static_cast<std::int8_t>(std::lrint(std::clamp(row[d] * inverse, -127.0F, 127.0F)));
       static_cast<std::int8_t*>(to)[d] = level;
@@ -69,9 +69,10 @@ void CacheState::resize(Sequence& s, std::int64_t tokens) const {
   s.v_pages.resize(s.k_pages.size());
   while (s.k_pages.size() < pages) {
     if (s.k_pages.size() == held) {
-      const std::size_t most = std::max<std::size_t>(kMaxSlabBytes / page_bytes(), 1);
+      const std::size_t max_pages = std::max<std::size_t>(kMaxSlabBytes / page_bytes(), 1);
       first = held;
-      s.slabs.emplace_back(std::clamp<std::size_t>(std::max(pages - held, held), 1, most) * page_bytes());
+      s.slabs.emplace_back(std::clamp<std::size_t>(std::max(pages - held, held), 1, max_pages) *
+                           page_bytes());
       held += s.slabs.back().size() / page_bytes();
     }
     const std::byte* page = s.slabs.back().data() + (s.k_pages.size() - first) * page_bytes();

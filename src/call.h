@@ -51,6 +51,10 @@ struct CallShape {
   std::int64_t q_heads = 0, kv_heads = 0, heads_per_kv = 1, head_dim = 0;
   std::int64_t max_seqlen_k = 0;     // most keys in any sequence
   std::int64_t selection_width = 0;  // blocks in a row of the selection
+
+  /// Blocks that a query selects by score: a causal query's own block is not among them.
+  std::int64_t width() const { return is_dense ? 0 : selection_width - (routing.causal ? 1 : 0); }
+  bool needs_scores() const { return width() > 0; }
 };
 
 /// Normalises the routing of a call whose longest sequence has `max_seqlen_k` keys.
@@ -75,14 +79,9 @@ struct Call : CallShape {
     const std::int64_t p = s.position(query);
     return p < 0 ? -1 : p / routing.block_size;
   }
-  /// Blocks that a query selects by score: a causal query's own block is not among them.
-  std::int64_t width() const {
-    const std::int64_t most =
-        std::max<std::int64_t>((max_seqlen_k + routing.block_size - 1) / routing.block_size, 1);
-    return std::min(routing.top_k, most) - (routing.causal ? 1 : 0);
-  }
-  /// Returns whether any query selects by score.
-  bool needs_scores() const { return !is_dense && width() > 0; }
+  /// Blocks of a query that the plan lists: those selected by score, or the one of non-causal dense
+  /// attention.
+  std::int64_t listed_width() const { return is_dense && !routing.causal ? 1 : width(); }
 
   Rows keys(const SequenceView& s, std::int64_t head, std::int64_t first) const {
     return rows(k, s.k_pages, s.keys, head, first);
@@ -160,7 +159,7 @@ struct Selection {
 };
 
 /// Consecutive queries [q0, q1) of one sequence at one kv head, owned by one worker. A row is a (query, head
-/// of the group) pair: row = (query - q0) * heads_per_kv + head.
+/// of the kv head) pair: row = (query - q0) * heads_per_kv + head.
 struct Range {
   std::int64_t sequence = 0, head = 0, q0 = 0, q1 = 0;
   std::int64_t first_offset = 0;  // into Plan::offsets: blocks of the sequence + 1 entries

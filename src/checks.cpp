@@ -29,7 +29,7 @@ struct Span {
   std::int64_t begin = 0, end = 0;
 };
 
-/// False when a byte offset of the view, or the number of its bytes, does not fit 64 bits.
+/// Returns false if a byte offset of the view, or the number of its bytes, does not fit 64 bits.
 bool span_of(const Tensor& t, Span& span) {
   const auto bytes = static_cast<std::int64_t>(size_of(t.dtype));
   std::int64_t volume = bytes, low = 0, high = 0;
@@ -47,8 +47,8 @@ bool span_of(const Tensor& t, Span& span) {
   return !overflow;
 }
 
-/// Whether the two are different columns of one matrix with a token in each row, as q, k and v are that come
-/// out of one product. Both have spans.
+/// Returns whether the two are different columns of one matrix with a token in each row, as q, k and v are
+/// that come out of one product. Both have spans.
 bool are_apart_in_rows(const Tensor& a, const Tensor& b) {
   const std::int64_t row = a.strides[0];
   if (a.dtype != b.dtype || row <= 0 || b.strides[0] != row) return false;
@@ -74,7 +74,7 @@ bool share_memory(const Tensor& a, const Tensor& b) {
          at_b + static_cast<std::uintptr_t>(in_b.begin) < at_a + static_cast<std::uintptr_t>(in_a.end);
 }
 
-/// Whether each dimension steps clear of everything that the finer ones reach: then no two elements coincide.
+/// Returns whether two elements may coincide: some stride is within the reach of the finer dimensions.
 bool overlaps_itself(const Tensor& t) {
   std::array<std::pair<std::int64_t, std::int64_t>, 3> dims;  // |stride|, size
   for (std::size_t dim = 0; dim < 3; ++dim) dims[dim] = {std::abs(t.strides[dim]), t.sizes[dim]};
@@ -88,7 +88,7 @@ bool overlaps_itself(const Tensor& t) {
   return false;
 }
 
-/// A view [tokens, heads, head_dim] that the library can walk.
+/// Checks rank, sizes, dtype, strides and pointer of a view [tokens, heads, head_dim].
 void check_view(const char* name, const Tensor& t) {
   if (t.rank != 3) refuse(name, "expected rank 3, [tokens, heads, head_dim], got rank ", t.rank);
   for (std::size_t dim = 0; dim < 3; ++dim) {
@@ -122,7 +122,7 @@ void check_same_shape(const char* name, const Tensor& t, const char* model_name,
     refuse(name, "expected the sizes of ", model_name, ", ", sizes_of(model), ", got ", sizes_of(t));
 }
 
-/// Something that the call writes.
+/// Checks that the elements of an output are distinct.
 void check_written(const char* name, const Tensor& t) {
   if (!is_empty(t) && overlaps_itself(t))
     refuse(name, "expected distinct elements, got strides that lead to the same element twice");
@@ -162,7 +162,7 @@ void check_selection(const std::int32_t* selection, std::int64_t stride, std::in
            stride);
 }
 
-/// New keys, values or queries for a cache: 16 or 32 bits wide, on the CPU.
+/// Checks new keys, values or queries for a cache: 16 or 32 bits wide, on the CPU.
 void check_new(const char* name, const Tensor& t, const KvCache::Shape& shape) {
   check_view(name, t);
   if (t.dtype == DType::f64) refuse(name, "expected f32, bf16 or f16, got f64");
@@ -170,10 +170,6 @@ void check_new(const char* name, const Tensor& t, const KvCache::Shape& shape) {
   if (t.sizes[2] != shape.head_dim)
     refuse(name, "expected head_dim ", shape.head_dim, " (the cache's), got ", t.sizes[2]);
 }
-
-}  // namespace
-
-namespace {
 
 void check_tensors(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_view("q", q);

@@ -8,7 +8,7 @@
 
 #include "moba/tensor.h"
 
-/// Single numbers in and out of their storage type. Loops that matter have vector versions of their own.
+/// Single numbers in and out of their storage type. Hot loops use vector versions.
 namespace moba {
 
 inline float float_of(bfloat16 value) {

@@ -40,7 +40,7 @@ void check_row(const Call& call, const SequenceView& s, std::int64_t query, cons
 
 /// Entries of a row in scratch memory.
 std::int64_t scratch_stride(const Call& call) {
-  return call.needs_scores() ? call.selection_width : call.width();
+  return call.needs_scores() ? call.selection_width : call.listed_width();
 }
 
 }  // namespace

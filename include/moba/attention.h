@@ -18,7 +18,7 @@
 /// have any strides, the last dimension contiguous; outputs must not overlap each other or the inputs.
 namespace moba {
 
-/// How a packed batch is cut into sequences: sequence `s` holds queries `[cu_seqlens_q[s], cu_seqlens_q[s +
+/// Offsets of the sequences in a packed batch: sequence `s` holds queries `[cu_seqlens_q[s], cu_seqlens_q[s +
 /// 1])` and keys `[cu_seqlens_k[s], cu_seqlens_k[s + 1])`. Both lists start at 0, never decrease and are
 /// equally long. Queries are aligned to the end of their keys, so a sequence with more keys than queries
 /// continues a cached prefix. Length 0 is legal.

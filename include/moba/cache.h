@@ -53,7 +53,7 @@ MOBA_EXPORT void attention(const Tensor& q, const KvCache& cache, std::int64_t s
 
 /// Decodes one new token for every sequence of the cache: `q` and `outputs.out` [sequences, Hq, D],
 /// `outputs.lse` [Hq, sequences]. Each query is the last token of its sequence, whose key the cache already
-/// holds. An empty sequence gets 0.
+/// holds. An empty sequence gets 0. `outputs.selection` must be null.
 MOBA_EXPORT void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const Outputs& outputs,
                         const Execution& execution = {});
 

@@ -18,19 +18,22 @@ struct DeviceSequences {
   std::int64_t max_seqlen_k = 0;
 };
 
-/// min(top_k, blocks of `max_seqlen_k` keys): the width of lists of selected blocks.
+/// Width of a row of a selection: min(top_k, blocks of `max_seqlen_k` keys).
 MOBA_EXPORT std::int64_t selection_width(const DeviceSequences& sequences, const Routing& routing);
 
+/// `attention` with the sequences' offsets in device memory.
 MOBA_EXPORT void attention(const Tensor& q, const Tensor& k, const Tensor& v,
                            const DeviceSequences& sequences, const Routing& routing, const Outputs& outputs,
                            const Execution& execution = {});
 
-/// Ignores entries of a saved selection that are not blocks of their query: the device cannot throw.
+/// `attention_backward` with the sequences' offsets in device memory. Ignores entries of a saved selection
+/// that are not blocks of their query: the device cannot throw.
 MOBA_EXPORT void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
                                     const Saved& saved, const DeviceSequences& sequences,
                                     const Routing& routing, const Gradients& gradients,
                                     const Execution& execution = {});
 
+/// `select_blocks` with the sequences' offsets in device memory.
 MOBA_EXPORT void select_blocks(const Tensor& q, const Tensor& k, const DeviceSequences& sequences,
                                const Routing& routing, std::int32_t* selection,
                                const Execution& execution = {}, std::int64_t selection_stride = 0);
@@ -46,7 +49,7 @@ struct PagedCache {
   /// covers every block.
   Tensor means{};
   /// [sequences, table_stride]: page i of a sequence holds its tokens from i x page_tokens on. Read by the
-  /// device, hence not checked; entries behind a sequence's last token are not read. If null, page i of
+  /// device, hence not checked; entries after a sequence's last token are not read. If null, page i of
   /// sequence s is page s x table_stride + i.
   const std::int32_t* page_table = nullptr;
   std::int64_t table_stride = 0;
@@ -62,8 +65,8 @@ struct PagedCache {
 
 /// One new token for every sequence, as `decode` on a KvCache: `q` and `outputs.out` [sequences, Hq, D],
 /// `outputs.lse` [Hq, sequences]. Each query is the last token of its sequence, whose key the cache already
-/// holds. If blocks are selected, page_tokens divides the block size, is a multiple of it, or is at least
-/// `max_seqlen_k`.
+/// holds. `outputs.selection` must be null. If blocks are selected, page_tokens divides the block size, is a
+/// multiple of it, or is at least `max_seqlen_k`.
 MOBA_EXPORT void decode(const Tensor& q, const PagedCache& cache, const Routing& routing,
                         const Outputs& outputs, const Execution& execution = {});
 

@@ -11,8 +11,8 @@
 namespace moba {
 
 /// A parallel for loop. `run(tasks, body)` calls `body(task, worker)` once for every task in [0, tasks), in
-/// any order, with `worker` in [0, threads) and never the same worker twice at a time, and returns when all
-/// are done. The body never throws.
+/// any order, with `worker` in [0, threads) and no two concurrent calls with one worker, and returns when
+/// all are done. The body never throws.
 struct Parallel {
   using Body = std::function<void(std::int64_t task, int worker)>;
 
@@ -35,7 +35,7 @@ struct Allocator {
   std::function<void(void* memory, std::size_t bytes)> release{};
 };
 
-/// Seconds spent in each stage, summed over head groups, and the peak of scratch memory in bytes. On CUDA
+/// Seconds spent in each stage, summed over slices, and the peak of scratch memory in bytes. On CUDA
 /// the latter alone: reading a clock would make the host wait for the device.
 struct Profile {
   double centroids = 0, gate = 0, plan = 0, attend = 0;
@@ -50,8 +50,8 @@ struct Execution {
   /// Unset: OpenMP.
   Parallel parallel{};
   Allocator scratch{};
-  /// Scratch memory is kept below this many bytes; long inputs with many heads are then worked through in
-  /// groups. Unset: 256 MiB, on CUDA 1 GiB.
+  /// Scratch memory is kept below this many bytes; long inputs with many heads are then processed in
+  /// slices. Unset: 256 MiB, on CUDA 1 GiB.
   std::optional<std::size_t> workspace_bytes{};
   /// The CUDA stream, as a cudaStream_t.
   void* stream = nullptr;

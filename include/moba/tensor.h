@@ -11,6 +11,7 @@ namespace moba {
 
 /// Storage types. `f64` is for the reference backend alone (gradient checks), `i8` for a KV cache alone.
 enum class DType : std::uint8_t { f32, bf16, f16, f64, i8 };
+/// Memory that a view points to. `cuda` views are for the cuda backend alone.
 enum class Device : std::uint8_t { cpu, cuda };
 
 /// The bits of a 16-bit float, so that views over them are typed. No arithmetic is offered.
@@ -34,6 +35,7 @@ struct Tensor {
   std::array<std::int64_t, kMaxRank> strides{};
 };
 
+/// The DType of float, double, bfloat16 or float16.
 template <typename T>
 constexpr DType dtype_of() {
   using Bare = std::remove_const_t<T>;
@@ -88,6 +90,7 @@ constexpr std::size_t size_of(DType dtype) {
   return 0;
 }
 
+/// "f32", "bf16", ...; "?" for a value that is no DType.
 constexpr const char* name_of(DType dtype) {
   switch (dtype) {
     case DType::f64:

@@ -285,8 +285,7 @@ void row_stats(const BackwardState& g, std::int64_t q_head, std::int64_t first, 
     for (std::size_t i = 0; i < depth; i += kLanes)
       sum = hn::MulAdd(hn::Load(d, out + i), hn::Load(d, d_out + i), sum);
     const float lse = g.backward.lse[q_head * call.tokens + token];
-    constexpr float kInfinity = std::numeric_limits<float>::infinity();
-    g.stats_of(q_head, token) = {lse == -kInfinity ? kInfinity : lse * kLog2E,
+    g.stats_of(q_head, token) = {lse == kNegInf ? -kNegInf : lse * kLog2E,
                                  hn::GetLane(hn::SumOfLanes(d, sum))};
   }
 }

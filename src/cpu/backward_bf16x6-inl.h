@@ -63,7 +63,7 @@ class AmxBackward {
   static constexpr std::size_t row_part() { return kAmxRowWords * kSide; }
   static constexpr std::size_t kKeyWords = kKeyTileSize / 2, kWeightPart = kAmxKeys * kAmxRowWords,
                                kPanelPart = kAmxKeys / 2 * kSide;
-  /// Products of a whole batch and a whole key tile: the occasions on which to prefetch.
+  /// Products of a whole batch and a whole key tile: the number of prefetch steps.
   std::int64_t products() const {
     const std::size_t groups = round_up(w_.count(), kAmxKeys) / kAmxKeys, panels = depth_ / kSide;
     return static_cast<std::int64_t>(groups * (4 * kAmxRowTiles + 4 * panels + panels * kAmxRowTiles));
@@ -132,7 +132,7 @@ class AmxBackward {
         if (index >= last) {
           std::fill_n(q, w_.stride, 0.0F);
           std::fill_n(d, w_.stride, 0.0F);
-          scratch_.lse[at] = std::numeric_limits<float>::infinity();
+          scratch_.lse[at] = -kNegInf;
           scratch_.delta[at] = 0;
           scratch_.seen[at] = 0;
           continue;
@@ -186,7 +186,7 @@ class AmxBackward {
     accumulate_dq(first, last, tiles);
   }
 
-  /// Keys [key, key + kSplitKeys) against tiles [from, tiles) of the batch.
+  /// Keys [key, key + kAmxKeys) against tiles [from, tiles) of the batch.
   void backward_keys(std::size_t key, std::size_t from, std::size_t tiles) {
     const std::size_t keys = std::min(round_up(w_.count() - key, kSide), kAmxKeys);
     // One operand of each product stays in the first-level cache while the other passes by.
@@ -260,7 +260,7 @@ class AmxBackward {
   }
 
   void accumulate_dq(std::int64_t first, std::int64_t last, std::size_t tiles) {
-    float* rows = w_.batch.weights;  // [kSplitRows][32]
+    float* rows = w_.batch.weights;  // [kAmxRows][32]
     for (std::size_t column = 0; column < w_.depth(); column += kSide) {
       for (std::size_t half = 0; half < kSide; half += kLanes) {
         std::array<const float*, kLanes> from;

@@ -83,7 +83,7 @@ struct BFloat16 {
   }
 
   void store_weights(std::size_t r, std::size_t column, Vec left, Vec right) {
-    // Weights are no NaN unless their row is lost anyway.
+    // A NaN weight implies that its row is NaN already.
     const __m256i low = to_bf16(left), high = to_bf16(right);
     auto* to = reinterpret_cast<std::uint16_t*>(tile.weights) + r * kWeightStride + column;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), low);

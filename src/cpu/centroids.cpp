@@ -67,7 +67,7 @@ BlockMeans centroids(const Call& call, std::int64_t head0, std::int64_t head1, C
     means.base.push_back(means.storage.data() + first_block[s] * means.block_stride);
   }
 
-  // Enough keys a task to outweigh handing it out.
+  // Enough keys per task to amortise its scheduling.
   const std::int64_t step = std::max<std::int64_t>(1, 4096 / call.routing.block_size);
   const std::int64_t tasks = (total + step - 1) / step;
   const auto mean = &HWY_DYNAMIC_DISPATCH(block_mean);

@@ -171,7 +171,7 @@ class Decoding {
       : call_(call),
         means_(means),
         outputs_(outputs),
-        width_(call.width()),
+        width_(call.listed_width()),
         stride_(round_up(static_cast<std::size_t>(call.head_dim), kMaxLanes) + kMaxLanes),
         units_(call.sequences.size() * static_cast<std::size_t>(call.kv_heads)) {
     std::int64_t listed = 0, splits = 0, mean_splits = 0;

@@ -62,8 +62,8 @@ struct ScreenMemory {
   ScreenState* states;
   float* lower_scores;            // [rows, width]
   std::int32_t* lower_blocks;     // [rows, width]
-  std::int32_t* survivor_blocks;  // [rows, kHeldBack]
-  float* survivor_upper;          // [rows, kHeldBack]
+  std::int32_t* survivor_blocks;  // [rows, kMaxSurvivors]
+  float* survivor_upper;          // [rows, kMaxSurvivors]
 };
 
 void round_queries(const GateRows& rows, const ScreenMemory& memory, TileScratch& tile) {

@@ -11,11 +11,11 @@
 /// "The exact int8 gate".
 namespace moba::cpu {
 
-/// Block means rounded to int8 with one scale each, in panels of kNarrowCols, and what the bound needs: |c|,
+/// Block means rounded to int8 with one scale each, in panels of kMatrixCols, and what the bound needs: |c|,
 /// |c - scale round(c)| and 128 times the sum of the rounded values (rows are stored as unsigned, 128 too
 /// high).
 struct ScreenedMeans {
-  std::int8_t* panels = nullptr;  // [panels][depth / 4][kNarrowCols][4]
+  std::int8_t* panels = nullptr;  // [panels][depth / 4][kMatrixCols][4]
   float* scale = nullptr;
   float* norm = nullptr;
   float* error = nullptr;

@@ -6,13 +6,13 @@
 #include "cpu/prefetch.h"
 #include "moba/tensor.h"
 
-/// Matrix products by the CPU's instructions for narrow types: AMX, AVX512-BF16, AVX512-VNNI.
+/// Matrix products with the CPU's instructions for 8- and 16-bit types: AMX, AVX512-BF16, AVX512-VNNI.
 namespace moba::cpu {
 
 /// Columns of a panel, and the multiple that depths are padded to.
 constexpr std::size_t kMatrixCols = 32, kBf16Depth = 32, kInt8Depth = 64;
 
-/// `In` rows times `Packed` panels, accumulated in `Out`. A panel is [depth / n][kNarrowCols][n]: n
+/// `In` rows times `Packed` panels, accumulated in `Out`. A panel is [depth / n][kMatrixCols][n]: n
 /// neighbours in depth, 4 bytes, lie together.
 template <typename In, typename Packed, typename Out>
 struct MatrixTiles {
@@ -37,7 +37,7 @@ using Int8Tiles = MatrixTiles<std::uint8_t, std::int8_t, std::int32_t>;
 /// the first, likewise in each panel.
 struct Bf16x6Tiles {
   std::size_t rows;
-  /// The product of rows and one panel, or added to `out` if `more`; otherwise as MatrixTiles::multiply.
+  /// Computes out = rows . panel, or out += rows . panel if `more`; otherwise as MatrixTiles::multiply.
   void (*multiply)(const bfloat16* rows, std::size_t row_stride, std::size_t row_part, std::size_t count,
                    const bfloat16* panel, std::size_t panel_part, std::size_t depth, bool more, float* out,
                    std::size_t out_stride, RowPrefetcher& prefetcher);

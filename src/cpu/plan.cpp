@@ -42,7 +42,7 @@ std::int64_t range_rows(const Call& call, const Selection& selection, const Cont
 void invert(const Call& call, const Selection& selection, const Range& range, std::uint32_t* offsets,
             std::uint32_t* rows) {
   const SequenceView& s = call.sequences[static_cast<std::size_t>(range.sequence)];
-  const std::int64_t blocks = call.blocks(s), width = call.width();
+  const std::int64_t blocks = call.blocks(s), width = call.listed_width();
   // A row is over where its own block or the padding begins: no routed block follows either.
   const auto for_each_entry = [&](auto&& visit) {
     std::uint32_t row = 0;
@@ -71,7 +71,7 @@ std::int64_t min_range_rows(const Call& call) {
 }
 
 std::size_t plan_bytes(const Call& call, const WorkSlice& slice) {
-  const std::int64_t width = call.width();
+  const std::int64_t width = call.listed_width();
   if (width == 0) return 0;
   const std::int64_t blocks = (call.max_seqlen_k + call.routing.block_size - 1) / call.routing.block_size;
   const std::int64_t rows = slice.heads() * slice.tokens() * call.heads_per_kv;
@@ -91,13 +91,13 @@ struct PlanBuilder {
     const auto s = static_cast<std::int64_t>(sequence);
     plan.ranges.push_back({s, head, q0, q1, offsets, rows});
     offsets += call.blocks(call.sequences[sequence]) + 1;
-    rows += (q1 - q0) * call.heads_per_kv * call.width();
+    rows += (q1 - q0) * call.heads_per_kv * call.listed_width();
   }
 };
 
 Plan build_plan(const Call& call, const Selection& selection, PlanBuilder builder, Context& context) {
   Plan plan = std::move(builder.plan);
-  if (call.width() == 0) return plan;
+  if (call.listed_width() == 0) return plan;
   plan.offsets = Buffer<std::uint32_t>(context.scratch, builder.offsets);
   plan.rows = Buffer<std::uint32_t>(context.scratch, builder.rows);
   context.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int) {
@@ -133,7 +133,7 @@ Plan plan(const Call& call, const Selection& selection, Context& context) {
 std::int64_t backward_parts(const Call& call, const SequenceView& sequence) {
   const std::int64_t key_tiles =
       (sequence.keys + static_cast<std::int64_t>(kKeyTileSize) - 1) / static_cast<std::int64_t>(kKeyTileSize);
-  const std::int64_t rows = sequence.queries * call.heads_per_kv * (call.width() + 1) /
+  const std::int64_t rows = sequence.queries * call.heads_per_kv * (call.listed_width() + 1) /
                             std::max<std::int64_t>(call.blocks(sequence), 1);
   const std::int64_t max_parts =
       std::min({key_tiles, sequence.queries, rows / kRowsPerBackwardTile, kMaxBackwardParts});
@@ -158,7 +158,7 @@ Plan plan_backward(const Call& call, const Selection& selection, Context& contex
 }
 
 std::size_t plan_backward_bytes(const Call& call, const WorkSlice& slice) {
-  const std::int64_t width = call.width();
+  const std::int64_t width = call.listed_width();
   if (width == 0) return 0;
   std::int64_t offsets = 0;
   for (const SequenceView& s : call.sequences) offsets += backward_parts(call, s) * (call.blocks(s) + 1);

@@ -13,9 +13,8 @@ namespace moba::cpu {
 constexpr std::size_t kCacheLine = 64;
 
 /// Prefetches the cache lines of [from, from + bytes): for writing if kWrite, into the caches that kLocality
-/// names as
-/// __builtin_prefetch does. Always inlined, as its callers must be: GCC takes a function that only prefetches
-/// for one without effect, and drops its calls.
+/// names as __builtin_prefetch does. Always inlined, as its callers must be: GCC takes a function that only
+/// prefetches for one without effect, and drops its calls.
 template <int kWrite, int kLocality>
 [[gnu::always_inline]] inline void prefetch_lines(const void* from, std::size_t bytes) {
   const auto* line = static_cast<const std::byte*>(from);
@@ -41,10 +40,10 @@ template <int kWrite, int kLocality>
 struct PrefetchBudget {
   std::int64_t next = 0, end = 0, step = 0;
 
-  void reset(std::int64_t first, std::int64_t last, std::int64_t occasions) {
+  void reset(std::int64_t first, std::int64_t last, std::int64_t steps) {
     next = first;
     end = last;
-    step = (last - first + occasions - 1) / occasions;
+    step = (last - first + steps - 1) / steps;
   }
 };
 

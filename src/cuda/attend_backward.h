@@ -3,10 +3,8 @@
 #include "cuda/plan.h"
 
 /// The backward pass in two passes that share only LSE and delta of each row, as the reference's does: by row
-/// for dq, then by key for dk and dv. Logits and their gradients are computed in both, which makes seven
-/// products where one walk would make five; but then no sum is ever written and read again while it grows,
-/// weights go from product to product without leaving the registers, and the order of every sum is the call's
-/// alone.
+/// for dq, then by key for dk and dv. A single pass needs five products, but it reads and writes growing sums
+/// in memory; two passes need seven, keep the weights in registers, and fix the order of every sum.
 namespace moba::cuda {
 
 /// LSE of a row to base 2 (+inf if it sees nothing, so that its weights are 0), and delta = <d_out, out>.

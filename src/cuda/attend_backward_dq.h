@@ -24,7 +24,7 @@ DqParams<T> dq_params(const DeviceCall& call, const WorkSlice& slice, const Batc
       .lse_delta = lse_delta,
       .lse_delta_rows = call.tokens * call.heads_per_kv,
       .scale = call.scale,
-      .log2_scale = call.scale * ptx::kLog2E};
+      .log2_scale = call.scale * kLog2E};
 }
 
 /// Fills the table of a work tile's rows in shared memory: by `threads` threads, of which this is `thread`.

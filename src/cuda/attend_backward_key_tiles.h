@@ -25,10 +25,10 @@ inline std::int64_t key_tiles_per_block(const DeviceCall& call) {
 /// Rows of a segment: many times what a block receives on average, so that segments are few.
 inline std::int64_t segment_of(const DeviceCall& call) {
   constexpr std::int64_t kMin = 4096, kTimesMean = 16;
-  return std::max(kMin, kTimesMean * call.tokens * call.heads_per_kv * call.width / call.max_blocks());
+  return std::max(kMin, kTimesMean * call.tokens * call.heads_per_kv * call.width() / call.max_blocks());
 }
 inline std::int64_t max_segments(const DeviceCall& call, const WorkSlice& slice) {
-  return slice.heads() * (call.rows(slice) * call.width / segment_of(call));
+  return slice.heads() * (call.rows(slice) * call.width() / segment_of(call));
 }
 /// Upper bound on the key tiles of a head.
 inline std::int64_t max_key_tiles(const DeviceCall& call) {
@@ -45,7 +45,7 @@ struct DkvParams {
   const LseDelta* sums;          // [heads, rows]
   std::int64_t block_size, key_tiles, max_blocks, segment;
   std::int64_t head0, rows, width;
-  std::uint32_t group, ranks;
+  std::uint32_t heads_per_kv, ranks;
   bool diagonal, causal;
   /// True in the launch that sums segments.
   bool segments;
@@ -72,14 +72,14 @@ DkvParams<T> dkv_params(const DeviceCall& call, const WorkSlice& slice, const Ba
           .segment = segment_of(call),
           .head0 = slice.head0,
           .rows = call.rows(slice),
-          .width = call.width,
-          .group = static_cast<std::uint32_t>(call.heads_per_kv),
+          .width = call.width(),
+          .heads_per_kv = static_cast<std::uint32_t>(call.heads_per_kv),
           .ranks = static_cast<std::uint32_t>(call.ranks()),
           .diagonal = call.has_diagonal(),
           .causal = call.routing.causal,
           .segments = false,
           .scale = call.scale,
-          .log2_scale = call.scale * ptx::kLog2E,
+          .log2_scale = call.scale * kLog2E,
           .dk = view_of<T>(backward.gradients.dk),
           .dv = view_of<T>(backward.gradients.dv)};
 }
@@ -121,8 +121,8 @@ MOBA_DEVICE KeyTile key_tile_of(const DkvParams<T>& p, std::int64_t head, std::i
     key_tile.shift = static_cast<std::int32_t>(before - q_begin - begin);
   }
   if (last <= first) return key_tile;
-  key_tile.diagonal_row = static_cast<std::uint32_t>(q_begin + first) * p.group;
-  key_tile.diagonal = static_cast<std::uint32_t>(last - first) * p.group;
+  key_tile.diagonal_row = static_cast<std::uint32_t>(q_begin + first) * p.heads_per_kv;
+  key_tile.diagonal = static_cast<std::uint32_t>(last - first) * p.heads_per_kv;
   return key_tile;
 }
 
@@ -153,11 +153,11 @@ MOBA_DEVICE KeyTile key_tile_at(const DkvParams<T>& p, std::int64_t head, std::i
   if (p.width == 0) return key_tile;
   const std::int64_t packed = p.batch.block_starts[sequence] + block;
   const std::uint32_t* offsets = p.offsets + head * (p.max_blocks + 1) + packed;
-  const std::uint32_t size = offsets[1] - offsets[0], most = static_cast<std::uint32_t>(p.segment);
+  const std::uint32_t size = offsets[1] - offsets[0], max_routed = static_cast<std::uint32_t>(p.segment);
   key_tile.entries = p.entries + head * p.rows * p.width + offsets[0];
-  key_tile.routed = size < most ? size : most;
-  if (size > most) {
-    key_tile.segments = (size - 1) / most;
+  key_tile.routed = size < max_routed ? size : max_routed;
+  if (size > max_routed) {
+    key_tile.segments = (size - 1) / max_routed;
     key_tile.sums = p.plan.first_segment[head * p.max_blocks + packed] * p.key_tiles + index_in_block;
   }
   return key_tile;
@@ -173,7 +173,7 @@ MOBA_DEVICE std::uint32_t entry_at(const KeyTile& key_tile, std::uint32_t index)
 struct RowInfo {
   std::int64_t q = 0, d_out = 0;  // elements
   std::uint32_t row = kNoEntry;
-  std::int32_t visible_keys = 0;  // keys of the key tile, the first so many
+  std::int32_t visible_keys = 0;  // leading keys of the key tile that the row sees
 };
 
 template <typename T>
@@ -182,7 +182,8 @@ MOBA_DEVICE RowInfo row_info_of(const DkvParams<T>& p, const KeyTile& key_tile, 
   if (entry == kNoEntry) return {};
   const bool is_routed = index < key_tile.routed;
   const std::uint32_t row = is_routed ? entry / p.ranks : entry;
-  const std::int64_t token = row / p.group, head = (p.head0 + key_tile.head) * p.group + row % p.group;
+  const std::int64_t token = row / p.heads_per_kv,
+                     head = (p.head0 + key_tile.head) * p.heads_per_kv + row % p.heads_per_kv;
   RowInfo row_info{.q = token * p.q.token_stride + head * p.q.head_stride,
                    .d_out = token * p.d_out.token_stride + head * p.d_out.head_stride,
                    .row = row,
@@ -205,7 +206,8 @@ MOBA_DEVICE bool is_unmasked(const DkvParams<T>& p, const KeyTile& key_tile, std
   if (first + rows > key_tile.rows()) return false;
   if (!p.causal || first + rows <= key_tile.routed) return true;
   const std::uint32_t diagonal = first > key_tile.routed ? first - key_tile.routed : 0;
-  return std::int64_t{(key_tile.diagonal_row + diagonal) / p.group} + key_tile.shift + 1 >= key_tile.count;
+  return std::int64_t{(key_tile.diagonal_row + diagonal) / p.heads_per_kv} + key_tile.shift + 1 >=
+         key_tile.count;
 }
 
 /// Recomputes P = exp2(log2_scale * S - lse) in place; columns are rows of q.

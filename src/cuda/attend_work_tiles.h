@@ -18,7 +18,7 @@ struct AttendParams {
   Batch batch;
   Plan plan;
   const std::uint32_t* entries;
-  std::int64_t block_size, group, head0, heads;
+  std::int64_t block_size, heads_per_kv, head0, heads;
   std::int64_t rows, width, ranks;  // of a head
   std::int32_t token0, token1;
   bool diagonal, causal;
@@ -68,9 +68,9 @@ MOBA_DEVICE KeyRange diagonal_keys(const AttendParams<T>& p, std::int32_t positi
 template <typename T>
 MOBA_DEVICE std::int64_t row_offset(const AttendParams<T>& p, const View<const T>& view, std::int64_t head,
                                     std::uint32_t row) {
-  const auto group = static_cast<std::uint32_t>(p.group);
-  return (std::int64_t{p.token0} + row / group) * view.token_stride +
-         ((p.head0 + head) * p.group + row % group) * view.head_stride;
+  const auto heads_per_kv = static_cast<std::uint32_t>(p.heads_per_kv);
+  return (std::int64_t{p.token0} + row / heads_per_kv) * view.token_stride +
+         ((p.head0 + head) * p.heads_per_kv + row % heads_per_kv) * view.head_stride;
 }
 
 /// Counts the rows [first, first + max_rows) of a tile of `count` rows.
@@ -82,19 +82,19 @@ MOBA_DEVICE std::int32_t rows_from(int first, std::int32_t count) {
 }
 
 /// Calls run for diagonal tile `index`; tiles of the last queries, which see most keys, come first. Keys
-/// begin as for the full tile, so that a row sees them in the same order whatever its slice is.
+/// begin as for the full tile, so that a row visits them in the same order for any slice.
 template <int max_rows, typename T, typename Run>
 MOBA_DEVICE void with_diagonal_tile(const AttendParams<T>& p, std::int64_t index, int first, Run&& run) {
   const Tile tile = tile_at(
       p.batch, static_cast<std::int32_t>(p.batch.tile_starts[p.batch.sequences] - 1 - index / p.heads),
-      p.token0, p.token1, p.group);
+      p.token0, p.token1, p.heads_per_kv);
   const auto visible = [&](int r) {
-    return diagonal_keys(p, tile.position_of(first + r, p.group), tile.keys);
+    return diagonal_keys(p, tile.position_of(first + r, p.heads_per_kv), tile.keys);
   };
   const std::int32_t count = rows_from<max_rows>(first, tile.count);
   if (max_rows < kTileRows && count <= 0) return;
   const KeyRange first_visible = visible(0), last_visible = visible(count - 1);
-  const KeyRange cut_visible = diagonal_keys(p, tile.position_at(tile.cut, p.group), tile.keys);
+  const KeyRange cut_visible = diagonal_keys(p, tile.position_at(tile.cut, p.heads_per_kv), tile.keys);
   const WorkTile work{.diagonal = true,
                       .head = index % p.heads,
                       .count = count,
@@ -192,9 +192,9 @@ MOBA_DEVICE void store_rows(const AttendParams<T>& p, const Rows& rows, const st
     const int row = warp_row + i / out_tiles, vec = first_vec + i % out_tiles;
     if (row >= work.count) break;
     const std::uint32_t slot = slots[row];
-    T* to = p.width == 0
-                ? p.out.row(p.token0 + slot / p.group, (p.head0 + work.head) * p.group + slot % p.group)
-                : p.partials + slot_at(work.head, p.rows, p.ranks, slot) * head_dim;
+    T* to = p.width == 0 ? p.out.row(p.token0 + slot / p.heads_per_kv,
+                                     (p.head0 + work.head) * p.heads_per_kv + slot % p.heads_per_kv)
+                         : p.partials + slot_at(work.head, p.rows, p.ranks, slot) * head_dim;
     *reinterpret_cast<ptx::Vec16*>(to + vec * 8) = *reinterpret_cast<const ptx::Vec16*>(rows.vec(row, vec));
   }
 }
@@ -213,7 +213,7 @@ MOBA_DEVICE void store_out(const AttendParams<T>& p, const Rows& rows, const std
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + 16 * i + 8 * half + lane / 4;
       float total = 0;
-      const float lse = ptx::kLn2 * softmax.log2_sum(i, half, p.scale.scale, total);
+      const float lse = kLn2 * softmax.log2_sum(i, half, p.scale.scale, total);
       const float share = total == 0 ? 0 : 1 / total;
       MOBA_UNROLL
       for (int j = 0; j < out_tiles; ++j) {
@@ -225,8 +225,8 @@ MOBA_DEVICE void store_out(const AttendParams<T>& p, const Rows& rows, const std
         p.partial_lse[slot_at(work.head, p.rows, p.ranks, slots[row])] = lse;
       } else if (p.lse != nullptr) {
         const std::int64_t slice_row = slots[row];
-        const std::int64_t q_head = (p.head0 + work.head) * p.group + slice_row % p.group;
-        p.lse[q_head * p.tokens + p.token0 + slice_row / p.group] = lse;
+        const std::int64_t q_head = (p.head0 + work.head) * p.heads_per_kv + slice_row % p.heads_per_kv;
+        p.lse[q_head * p.tokens + p.token0 + slice_row / p.heads_per_kv] = lse;
       }
     }
   }
@@ -244,11 +244,11 @@ AttendParams<T> attend_params(const DeviceCall& call, const WorkSlice& slice, co
           .plan = plan,
           .entries = plan.entries,
           .block_size = call.routing.block_size,
-          .group = call.heads_per_kv,
+          .heads_per_kv = call.heads_per_kv,
           .head0 = slice.head0,
           .heads = slice.heads(),
           .rows = call.rows(slice),
-          .width = call.width,
+          .width = call.width(),
           .ranks = call.ranks(),
           .token0 = static_cast<std::int32_t>(slice.token0),
           .token1 = static_cast<std::int32_t>(slice.token1),
@@ -264,8 +264,8 @@ AttendParams<T> attend_params(const DeviceCall& call, const WorkSlice& slice, co
 
 /// Upper bound on the work tiles, which only the device counts.
 inline std::int64_t max_work_tiles(const DeviceCall& call, const WorkSlice& slice) {
-  return slice.heads() * (call.rows(slice) * call.width / kTileRows +
-                          (call.width > 0 ? call.max_blocks() : 0) + call.max_tiles(slice));
+  return slice.heads() * (call.rows(slice) * call.width() / kTileRows +
+                          (call.width() > 0 ? call.max_blocks() : 0) + call.max_tiles(slice));
 }
 
 }  // namespace moba::cuda

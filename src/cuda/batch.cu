@@ -1,4 +1,4 @@
-// Prefix sums over the sequences, and their upload.
+// Uploads the sequences' offsets and computes prefix sums of their blocks and query tiles.
 #include <algorithm>
 
 #include "cuda/stages.h"
@@ -24,7 +24,7 @@ MOBA_KERNEL(kThreads, 1) upload_kernel(MOBA_GRID_CONSTANT UploadParams p) {
 
 struct LayOutParams {
   Batch batch;
-  std::int64_t block_size, group;
+  std::int64_t block_size, heads_per_kv;
   std::int32_t token0, token1;
   std::int32_t *block_starts, *tile_starts;  // [sequences + 1]
 };
@@ -39,7 +39,7 @@ MOBA_KERNEL(kThreads, 1) lay_out_kernel(MOBA_GRID_CONSTANT LayOutParams p) {
       const KeyRange queries = queries_of(p.batch, s, p.token0, p.token1);
       blocks =
           static_cast<std::int32_t>(divide_up(p.batch.k_starts[s + 1] - p.batch.k_starts[s], p.block_size));
-      tiles = tiles_of(queries, p.group);
+      tiles = tiles_of(queries, p.heads_per_kv);
     }
     const auto scanned_blocks = tile::scan<kThreads>(blocks, sums);
     const auto scanned_tiles = tile::scan<kThreads>(tiles, sums);
@@ -96,7 +96,7 @@ Batch lay_out(Stream& stream, const DeviceCall& call, const DeviceBatch& batch, 
   }
   const LayOutParams params{.batch = on_device,
                             .block_size = call.routing.block_size,
-                            .group = call.heads_per_kv,
+                            .heads_per_kv = call.heads_per_kv,
                             .token0 = static_cast<std::int32_t>(slice.token0),
                             .token1 = static_cast<std::int32_t>(slice.token1),
                             .block_starts = starts.blocks,

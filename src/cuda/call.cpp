@@ -93,7 +93,6 @@ DeviceCall make_call(const Tensor& q, const Tensor& k, const Tensor& v, const De
   call.v = v;
   call.sequences = batch.count;
   call.keys = k.sizes[0];
-  call.width = call.is_dense ? 0 : call.selection_width - (routing.causal ? 1 : 0);
   return call;
 }
 

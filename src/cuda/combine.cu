@@ -16,7 +16,7 @@ struct CombineParams {
   const float* partial_lse;  // [heads, rows * ranks]
   SelectionRows selection;
   bool causal;
-  std::int64_t rows, width, ranks, group, head0, token0, tokens;
+  std::int64_t rows, width, ranks, heads_per_kv, head0, token0, tokens;
   View<T> out;
   float* lse;  // [Hq, Tq], may be null
 };
@@ -31,7 +31,8 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
   const int column = ptx::thread() % kColumns;
   if (ptx::thread() >= kRows * kColumns || row >= p.rows) return;
 
-  const std::int64_t token = p.token0 + row / p.group, q_head = (p.head0 + head) * p.group + row % p.group;
+  const std::int64_t token = p.token0 + row / p.heads_per_kv,
+                     q_head = (p.head0 + head) * p.heads_per_kv + row % p.heads_per_kv;
   // Slots after the last block that was selected by score are empty; after that block, a causal row holds its
   // own. The diagonal slot is always filled.
   const std::int32_t* selected = p.selection.of(q_head, token) + (p.causal ? 1 : 0);
@@ -46,7 +47,7 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
   float sum = 0, out[kElements] = {};
   for (std::int64_t rank = 0; rank < p.ranks; ++rank) {
     if (!is_filled(rank)) continue;
-    const float weight = ptx::exp2((p.partial_lse[first + rank] - base) * ptx::kLog2E);
+    const float weight = ptx::exp2((p.partial_lse[first + rank] - base) * kLog2E);
     sum += weight;
     const ptx::Vec16 v = ptx::load_streaming(p.partials + (first + rank) * head_dim + column * kElements);
     const std::uint32_t pairs[] = {v.x, v.y, v.z, v.w};
@@ -61,29 +62,29 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
   auto* to = reinterpret_cast<ptx::Vec16*>(p.out.row(token, q_head) + column * kElements);
   *to = {ptx::pack<T>(out[0] * share, out[1] * share), ptx::pack<T>(out[2] * share, out[3] * share),
          ptx::pack<T>(out[4] * share, out[5] * share), ptx::pack<T>(out[6] * share, out[7] * share)};
-  if (column == 0 && p.lse != nullptr) p.lse[q_head * p.tokens + token] = base + ptx::kLn2 * ptx::log2(sum);
+  if (column == 0 && p.lse != nullptr) p.lse[q_head * p.tokens + token] = base + kLn2 * ptx::log2(sum);
 }
 
 }  // namespace
 
 Partials carve_partials(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice) {
-  if (call.width == 0) return {};
+  if (call.width() == 0) return {};
   const std::int64_t slots = slice.heads() * call.rows(slice) * call.ranks();
   return {layout.take<std::uint16_t>(slots * call.head_dim), layout.take<float>(slots)};
 }
 
 void combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const SelectionRows& selection,
              const Partials& partials, const Outputs& outputs) {
-  if (call.width == 0) return;
+  if (call.width() == 0) return;
   with_type(call, [&]<typename T, int head_dim>() {
     const CombineParams<T> params{.partials = static_cast<const T*>(partials.out),
                                   .partial_lse = partials.lse,
                                   .selection = selection,
                                   .causal = call.routing.causal,
                                   .rows = call.rows(slice),
-                                  .width = call.width,
+                                  .width = call.width(),
                                   .ranks = call.ranks(),
-                                  .group = call.heads_per_kv,
+                                  .heads_per_kv = call.heads_per_kv,
                                   .head0 = slice.head0,
                                   .token0 = slice.token0,
                                   .tokens = call.tokens,

@@ -59,13 +59,13 @@ struct DecodeParams {
   Spans spans;  // [Tq]
   Decoding decoding;
   std::int64_t block_size, max_candidates;
-  std::int64_t group, head0, heads, sequence0;
-  std::int64_t tiles;  // of a group
+  std::int64_t heads_per_kv, head0, heads, sequence0;
+  std::int64_t tiles;  // of a kv head's query heads
   std::int32_t width, ranks, sinks;
   std::int32_t split_size, splits;
   tile::Scale scale;
 
-  MOBA_DEVICE std::int64_t q_heads() const { return heads * group; }
+  MOBA_DEVICE std::int64_t q_heads() const { return heads * heads_per_kv; }
 };
 
 struct Unit {
@@ -80,12 +80,12 @@ template <typename T>
 MOBA_DEVICE Unit unit_at(const DecodeParams<T>& p, std::int64_t index) {
   const std::int64_t tile = index % p.tiles, head = index / p.tiles % p.heads,
                      sequence = index / p.tiles / p.heads;
-  const std::int64_t left = p.group - tile * kTile;
+  const std::int64_t left = p.heads_per_kv - tile * kTile;
   const KeyRange span = p.spans.of(p.sequence0 + sequence);
   return {.sequence = p.sequence0 + sequence,
           .kv_head = p.head0 + head,
-          .q_head = (p.head0 + head) * p.group + tile * kTile,
-          .row = sequence * p.q_heads() + head * p.group + tile * kTile,
+          .q_head = (p.head0 + head) * p.heads_per_kv + tile * kTile,
+          .row = sequence * p.q_heads() + head * p.heads_per_kv + tile * kTile,
           .count = static_cast<std::int32_t>(left < kTile ? left : kTile),
           .start = span.begin,
           .length = span.size()};
@@ -154,16 +154,16 @@ struct SelectParams {
   std::int32_t width;
 };
 
-/// Counts `orders` that are at least `least`.
-MOBA_DEVICE std::int32_t count_from(const std::uint32_t* orders, std::int32_t count, std::uint32_t least,
+/// Counts `orders` that are at least `min`.
+MOBA_DEVICE std::int32_t count_from(const std::uint32_t* orders, std::int32_t count, std::uint32_t min,
                                     std::int32_t* shared) {
-  constexpr int kUnroll = 8;  // loads under way
+  constexpr int kUnroll = 8;  // loads in flight
   std::int32_t own = 0;
   for (std::int64_t first = ptx::thread(); first < count; first += kUnroll * kSelectThreads) {
     MOBA_UNROLL
     for (int i = 0; i < kUnroll; ++i) {
       const std::int64_t index = first + i * kSelectThreads;
-      own += index < count && orders[index] >= least ? 1 : 0;
+      own += index < count && orders[index] >= min ? 1 : 0;
     }
   }
   return tile::scan<kSelectThreads>(own, shared).total;
@@ -298,10 +298,10 @@ MOBA_DEVICE void merge_warps(const DecodeParams<T>& p, const Shared<T, head_dim>
     const int row = i / head_dim, column = i % head_dim;
     const std::int32_t rank = shared.ranks[row];
     if (rank < 0) continue;
-    float most = -ptx::infinity();
+    float max_lse = -ptx::infinity();
     MOBA_UNROLL
-    for (int w = 0; w < C::kMmaWarps; ++w) most = ptx::fmax(most, shared.warp_lse()[w * kTile + row]);
-    const float base = most == -ptx::infinity() ? 0 : most;
+    for (int w = 0; w < C::kMmaWarps; ++w) max_lse = ptx::fmax(max_lse, shared.warp_lse()[w * kTile + row]);
+    const float base = max_lse == -ptx::infinity() ? 0 : max_lse;
     float sum = 0, acc = 0;
     MOBA_UNROLL
     for (int w = 0; w < C::kMmaWarps; ++w) {
@@ -320,7 +320,7 @@ MOBA_KERNEL(TileShape<head_dim>::kThreads, head_dim > 128 ? 1 : 2)
 decode_attend_kernel(MOBA_GRID_CONSTANT DecodeParams<T> p) {
   using C = TileShape<head_dim>;
   const Shared<T, head_dim> shared(ptx::shared());
-  const int heads = static_cast<int>(p.group < kTile ? p.group : kTile);
+  const int heads = static_cast<int>(p.heads_per_kv < kTile ? p.heads_per_kv : kTile);
   const std::int64_t work_items = (std::int64_t{heads} * p.width + 1) * p.splits;
   const Unit unit = unit_at(p, ptx::block_x() / work_items);
   const auto work = static_cast<std::int32_t>(ptx::block_x() % work_items);
@@ -395,7 +395,7 @@ MOBA_KERNEL(kCombineThreads, 8)
 decode_combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> c) {
   const DecodeParams<T>& p = c.decode;
   const std::int64_t row = ptx::block_x(), sequence = p.sequence0 + row / p.q_heads(),
-                     q_head = p.head0 * p.group + row % p.q_heads();
+                     q_head = p.head0 * p.heads_per_kv + row % p.q_heads();
   const std::int32_t length = p.spans.of(sequence).size();
   const std::int32_t own = static_cast<std::int32_t>(length - std::int64_t{own_block(p, length)} *
                                                                   p.block_size);  // keys of the own block
@@ -403,13 +403,13 @@ decode_combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> c) {
     if (rank == p.width) return static_cast<std::int32_t>(divide_up(own, p.split_size));
     return p.decoding.selection[row * p.width + rank] < 0 ? 0 : p.splits;
   };
-  float most = -ptx::infinity();
+  float max_lse = -ptx::infinity();
   for (std::int32_t rank = 0; rank < p.ranks; ++rank) {
     const std::int32_t splits = splits_at(rank);
     for (std::int32_t i = 0; i < splits; ++i)
-      most = ptx::fmax(most, p.decoding.partial_lse[slot_of(p, row, rank, i)]);
+      max_lse = ptx::fmax(max_lse, p.decoding.partial_lse[slot_of(p, row, rank, i)]);
   }
-  const float base = most == -ptx::infinity() ? 0 : most;
+  const float base = max_lse == -ptx::infinity() ? 0 : max_lse;
   for (int pair = ptx::thread(); pair < head_dim / 2; pair += kCombineThreads) {
     float sum = 0, low = 0, high = 0;
     for (std::int32_t rank = 0; rank < p.ranks; ++rank) {
@@ -426,8 +426,7 @@ decode_combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> c) {
     const float share = sum == 0 ? 0 : 1 / sum;
     reinterpret_cast<std::uint32_t*>(c.out.row(sequence, q_head))[pair] =
         ptx::pack<T>(low * share, high * share);
-    if (pair == 0 && c.lse != nullptr)
-      c.lse[q_head * c.tokens + sequence] = ptx::kLn2 * (base + ptx::log2(sum));
+    if (pair == 0 && c.lse != nullptr) c.lse[q_head * c.tokens + sequence] = kLn2 * (base + ptx::log2(sum));
   }
 }
 
@@ -497,12 +496,12 @@ DecodeParams<T> params_of(const DeviceCall& call, const WorkSlice& slice, const 
           .decoding = decoding,
           .block_size = call.routing.block_size,
           .max_candidates = candidates_of(call),
-          .group = call.heads_per_kv,
+          .heads_per_kv = call.heads_per_kv,
           .head0 = slice.head0,
           .heads = slice.heads(),
           .sequence0 = slice.token0,
           .tiles = tiles_of_group(call),
-          .width = static_cast<std::int32_t>(call.width),
+          .width = static_cast<std::int32_t>(call.width()),
           .ranks = static_cast<std::int32_t>(call.ranks()),
           .sinks = static_cast<std::int32_t>(call.routing.sink_blocks),
           .split_size = static_cast<std::int32_t>(split_size_of(call)),
@@ -525,7 +524,7 @@ Decoding carve_decoding(ArenaLayout& layout, const DeviceCall& call, const WorkS
   Decoding decoding;
   if (call.needs_scores()) {
     decoding.orders = layout.take<std::uint32_t>(rows * candidates_of(call));
-    decoding.selection = layout.take<std::int32_t>(rows * call.width);
+    decoding.selection = layout.take<std::int32_t>(rows * call.width());
   }
   const std::int64_t slots = rows * call.ranks() * splits_per_block(call);
   decoding.partials = layout.take<float>(slots * call.head_dim);
@@ -551,7 +550,7 @@ void decode_select(Stream& stream, const DeviceCall& call, const WorkSlice& slic
                             .max_candidates = candidates_of(call),
                             .q_heads = slice.heads() * call.heads_per_kv,
                             .sequence0 = slice.token0,
-                            .width = static_cast<std::int32_t>(call.width)};
+                            .width = static_cast<std::int32_t>(call.width())};
   stream.launch("decode_select", decode_select_kernel, {slice.heads() * call.rows(slice)}, kSelectThreads,
                 kSelectThreads / ptx::kLanes * sizeof(std::int32_t), params);
 }
@@ -560,7 +559,7 @@ void decode_attend(Stream& stream, const DeviceCall& call, const WorkSlice& slic
                    const Decoding& decoding) {
   with_type(call, [&]<typename T, int head_dim>() {
     const std::int64_t work_items =
-        (std::min<std::int64_t>(call.heads_per_kv, kTile) * call.width + 1) * splits_per_block(call);
+        (std::min<std::int64_t>(call.heads_per_kv, kTile) * call.width() + 1) * splits_per_block(call);
     stream.launch("decode_attend", decode_attend_kernel<T, head_dim>, {units_of(call, slice) * work_items},
                   TileShape<head_dim>::kThreads, Shared<T, head_dim>::kBytes,
                   params_of<T>(call, slice, cache, decoding));

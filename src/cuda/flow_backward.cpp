@@ -10,8 +10,8 @@
 namespace moba::cuda {
 namespace {
 
-/// Device memory of a slice. What a head needs for all of its tokens is kept from slice to slice; routing,
-/// the dk/dv pass and the dq pass take turns in the rest.
+/// Device memory of a slice. Data of all tokens of a head persist across slices; routing, the dk/dv pass and
+/// the dq pass share the remaining memory.
 struct Memory {
   Starts starts{};
   LseDelta* sums = nullptr;  // [heads, rows of all tokens]
@@ -23,7 +23,7 @@ struct Memory {
   Plan plan{};
   DkvPlan keys{};
 
-  Plan slice_plan{};  // `plan` again where the slice is all there is
+  Plan slice_plan{};  // aliases `plan` if the slice spans all tokens
   void* slots = nullptr;
 
   std::size_t bytes = 0;

@@ -7,7 +7,7 @@
 namespace moba::cuda {
 namespace {
 
-/// One page, and that all of them lie on the device in pieces of 16 bytes.
+/// Returns the first page; checks that all lie on the device in rows of 16-byte vectors.
 Tensor device_page(const char* name, const Tensor& t) {
   const Tensor page = page_of(t);
   Tensor pages = page;  // their first rows

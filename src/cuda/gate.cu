@@ -24,7 +24,7 @@ struct TileShape {
 
 /// Tests that the heaps fit into shared memory beside the tiles.
 bool heaps_are_shared(const DeviceCall& call) {
-  return call.head_dim <= 128 && call.width <= 16;
+  return call.head_dim <= 128 && call.width() <= 16;
 }
 
 template <typename T>
@@ -33,7 +33,7 @@ struct GateParams {
   const T* means;  // [heads, max_blocks, D]
   Batch batch;
   std::int64_t block_size, max_blocks, max_tiles;
-  std::int64_t group, head0, rows;
+  std::int64_t heads_per_kv, head0, rows;
   std::int32_t token0, token1;
   std::int32_t width, sinks;
   bool causal, own_block;
@@ -74,7 +74,7 @@ struct Candidates {
 
 template <typename T>
 MOBA_DEVICE Candidates candidates_of(const GateParams<T>& p, const Tile& tile, int row) {
-  const std::int32_t position = tile.position_of(row, p.group);
+  const std::int32_t position = tile.position_of(row, p.heads_per_kv);
   const std::int32_t own = position < 0 ? -1 : static_cast<std::int32_t>(position / p.block_size);
   if (p.causal) return {own < 0 ? 0 : own, -1};
   return {static_cast<std::int32_t>(divide_up(tile.keys, p.block_size)), p.own_block ? own : -1};
@@ -140,7 +140,7 @@ gate_kernel(MOBA_GRID_CONSTANT GateParams<T> p) {
   const auto index = static_cast<std::int32_t>(ptx::block_x());
   const std::int64_t head = ptx::block_y();
   if (index >= p.batch.tile_starts[p.batch.sequences]) return;
-  const Tile tile = tile_at(p.batch, index, p.token0, p.token1, p.group);
+  const Tile tile = tile_at(p.batch, index, p.token0, p.token1, p.heads_per_kv);
 
   const tile::SwizzledTile<T, head_dim> q{reinterpret_cast<T*>(ptx::shared())};
   T* means_memory = q.data + kTileRows * head_dim;  // two buffers
@@ -154,24 +154,24 @@ gate_kernel(MOBA_GRID_CONSTANT GateParams<T> p) {
   tile::gather_rows<kTileRows, C::kThreads>(q, [&](int r) -> const T* {
     if (r >= tile.count) return nullptr;
     const std::int64_t row = tile.first_row + r;
-    return p.q.row(p.token0 + row / p.group, (p.head0 + head) * p.group + row % p.group);
+    return p.q.row(p.token0 + row / p.heads_per_kv, (p.head0 + head) * p.heads_per_kv + row % p.heads_per_kv);
   });
-  // The last row has most candidates.
-  const std::int32_t most = candidates_of(p, tile, tile.count - 1).count;
+  // The last row has the most candidates.
+  const std::int32_t max_candidates = candidates_of(p, tile, tile.count - 1).count;
   const T* means = p.means + mean_offset(head, p.max_blocks, p.batch.block_starts[tile.sequence], head_dim);
   const auto load = [&](std::int32_t first) {
     tile::load_rows<C::kMeans, C::kThreads>(buffer(first / C::kMeans % 2),
                                             means + static_cast<std::int64_t>(first) * head_dim, head_dim,
-                                            most - first);
+                                            max_candidates - first);
     ptx::cp_async_commit();
   };
   load(0);
 
   const int warp_row = ptx::warp() * 16 * kRowTiles;
-  for (std::int32_t first = 0; first < most; first += C::kMeans) {
+  for (std::int32_t first = 0; first < max_candidates; first += C::kMeans) {
     ptx::cp_async_wait<0>();
-    ptx::syncthreads();  // these means are there, and the others have been used
-    if (first + C::kMeans < most) load(first + C::kMeans);
+    ptx::syncthreads();  // this buffer is full, the other one is no longer read
+    if (first + C::kMeans < max_candidates) load(first + C::kMeans);
     if (warp_row >= tile.count) continue;
     float scores[kRowTiles][kMeanTiles][4] = {};
     tile::gemm_nt(scores, q, warp_row, buffer(first / C::kMeans % 2));
@@ -189,13 +189,13 @@ gate_kernel(MOBA_GRID_CONSTANT GateParams<T> p) {
   ptx::cp_async_wait<0>();
   ptx::syncthreads();
   for (int row = ptx::thread(); row < tile.count; row += C::kThreads) {
-    const std::int32_t position = tile.position_of(row, p.group);
+    const std::int32_t position = tile.position_of(row, p.heads_per_kv);
     const std::int64_t own = p.causal && position >= 0 ? position / p.block_size : -1;
     const std::int64_t slice_row = tile.first_row + row;
-    write_row(
-        heaps + static_cast<std::int64_t>(row) * p.width, p.width, static_cast<std::int32_t>(own),
-        p.selection.of((p.head0 + head) * p.group + slice_row % p.group, p.token0 + slice_row / p.group),
-        p.selection.stride);
+    write_row(heaps + static_cast<std::int64_t>(row) * p.width, p.width, static_cast<std::int32_t>(own),
+              p.selection.of((p.head0 + head) * p.heads_per_kv + slice_row % p.heads_per_kv,
+                             p.token0 + slice_row / p.heads_per_kv),
+              p.selection.stride);
   }
 }
 
@@ -204,7 +204,7 @@ constexpr int kListThreads = 128;
 struct ListParams {
   SelectionRows selection;
   Batch batch;
-  std::int64_t block_size, group, head0, rows, token0;
+  std::int64_t block_size, heads_per_kv, head0, rows, token0;
   bool causal, is_dense;
 };
 
@@ -213,13 +213,13 @@ MOBA_KERNEL(kListThreads, 8) list_unscored_kernel(MOBA_GRID_CONSTANT ListParams 
   const std::int64_t head = ptx::block_y();
   const std::int64_t row = std::int64_t{ptx::block_x()} * kListThreads + ptx::thread();
   if (row >= p.rows) return;
-  const auto token = static_cast<std::int32_t>(p.token0 + row / p.group);
+  const auto token = static_cast<std::int32_t>(p.token0 + row / p.heads_per_kv);
   const std::int32_t s = sequence_of(p.batch.q_starts, p.batch.sequences, token);
   const std::int32_t keys = p.batch.k_starts[s + 1] - p.batch.k_starts[s];
   const std::int32_t last = p.causal ? token + keys - p.batch.q_starts[s + 1] : keys - 1;
   const std::int64_t end = last < 0 ? 0 : last / p.block_size + 1,
                      begin = p.is_dense || end == 0 ? 0 : end - 1;
-  std::int32_t* to = p.selection.of((p.head0 + head) * p.group + row % p.group, token);
+  std::int32_t* to = p.selection.of((p.head0 + head) * p.heads_per_kv + row % p.heads_per_kv, token);
   for (std::int64_t i = 0; i < p.selection.stride; ++i)
     to[i] = begin + i < end ? static_cast<std::int32_t>(begin + i) : -1;
 }
@@ -228,7 +228,7 @@ MOBA_KERNEL(kListThreads, 8) list_unscored_kernel(MOBA_GRID_CONSTANT ListParams 
 
 std::uint64_t* carve_gate(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice) {
   if (heaps_are_shared(call)) return nullptr;
-  return layout.take<std::uint64_t>(slice.heads() * call.max_tiles(slice) * kTileRows * call.width);
+  return layout.take<std::uint64_t>(slice.heads() * call.max_tiles(slice) * kTileRows * call.width());
 }
 
 SelectionRows carve_selection(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice) {
@@ -246,12 +246,12 @@ void gate(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const 
                                .block_size = call.routing.block_size,
                                .max_blocks = call.max_blocks(),
                                .max_tiles = call.max_tiles(slice),
-                               .group = call.heads_per_kv,
+                               .heads_per_kv = call.heads_per_kv,
                                .head0 = slice.head0,
                                .rows = call.rows(slice),
                                .token0 = static_cast<std::int32_t>(slice.token0),
                                .token1 = static_cast<std::int32_t>(slice.token1),
-                               .width = static_cast<std::int32_t>(call.width),
+                               .width = static_cast<std::int32_t>(call.width()),
                                .sinks = static_cast<std::int32_t>(call.routing.sink_blocks),
                                .causal = call.routing.causal,
                                .own_block = call.routing.own_block,
@@ -259,7 +259,7 @@ void gate(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const 
                                .selection = selection};
     const std::size_t tiles = (kTileRows + 2 * C::kMeans) * head_dim * sizeof(T);
     const std::size_t heaps =
-        best == nullptr ? static_cast<std::size_t>(kTileRows * call.width) * sizeof(std::uint64_t) : 0;
+        best == nullptr ? static_cast<std::size_t>(kTileRows * call.width()) * sizeof(std::uint64_t) : 0;
     stream.launch("gate", gate_kernel<T, head_dim>, {params.max_tiles, slice.heads()}, C::kThreads,
                   tiles + heaps, params);
   });
@@ -270,7 +270,7 @@ void write_unscored_selection(Stream& stream, const DeviceCall& call, const Work
   const ListParams params{.selection = selection,
                           .batch = batch,
                           .block_size = call.requested.block_size,
-                          .group = call.heads_per_kv,
+                          .heads_per_kv = call.heads_per_kv,
                           .head0 = slice.head0,
                           .rows = call.rows(slice),
                           .token0 = slice.token0,

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "constants.h"
 #include "cuda/ptx/device.h"
 
 /// Geometry of sequences, tiles and tensors in kernels. Tokens, positions and block numbers of a sequence fit
@@ -62,10 +63,10 @@ struct Batch {
   const std::int32_t* k_starts = nullptr;      // keys
   const std::int32_t* block_starts = nullptr;  // blocks: block j of sequence s is packed block
                                                // block_starts[s] + j
-  const std::int32_t* tile_starts = nullptr;   // query tiles of the group of tokens that is worked on
+  const std::int32_t* tile_starts = nullptr;   // query tiles of the slice
 };
 
-/// The sequence that item `index` belongs to: the last whose start is not behind it.
+/// Returns the sequence that item `index` belongs to: the last with start <= index.
 MOBA_HOST_DEVICE std::int32_t sequence_of(const std::int32_t* starts, std::int32_t sequences,
                                           std::int32_t index) {
   std::int32_t low = 0, high = sequences - 1;
@@ -98,7 +99,7 @@ struct KeyRange {
   MOBA_HOST_DEVICE std::int32_t size() const { return end > begin ? end - begin : 0; }
 };
 
-/// Which tokens of their pages sequences consist of.
+/// Token ranges of sequences within their pages.
 struct Spans {
   const std::int32_t* begins = nullptr;  // null: 0
   const std::int32_t* ends = nullptr;
@@ -121,10 +122,9 @@ MOBA_HOST_DEVICE KeyRange queries_of(const Batch& batch, std::int32_t sequence, 
   return {first - begin, last > first ? last - begin : first - begin};
 }
 
-/// Up to kTileRows neighbouring rows of one sequence, which all heads have alike. A row is a query and one of
-/// the `group` query heads of a kv head: row = (token - token0) * group + member. Tiles are cut from the
-/// first query of the sequence on, so that a row meets the same keys in the same order whatever else is in
-/// its slice.
+/// Up to kTileRows consecutive rows of one sequence, the same for all heads. A row is a query and one of
+/// the `heads_per_kv` query heads of a kv head: row = (token - token0) * heads_per_kv + member. Tiles are cut
+/// from the first query of the sequence on, so that a row visits its keys in the same order for any slice.
 struct Tile {
   std::int32_t sequence = 0;
   std::int32_t count = 0;      // rows
@@ -135,27 +135,27 @@ struct Tile {
   std::int64_t from = 0;       // row r is row from + r of the sequence's
   std::int64_t cut = 0;        // where the tile begins, `from` or rows of another slice before it
 
-  MOBA_HOST_DEVICE std::int32_t position_at(std::int64_t sequence_row, std::int64_t group) const {
-    return static_cast<std::int32_t>(sequence_row / group) + before;
+  MOBA_HOST_DEVICE std::int32_t position_at(std::int64_t sequence_row, std::int64_t heads_per_kv) const {
+    return static_cast<std::int32_t>(sequence_row / heads_per_kv) + before;
   }
   /// Position of the query of row r.
-  MOBA_HOST_DEVICE std::int32_t position_of(int r, std::int64_t group) const {
-    return position_at(from + r, group);
+  MOBA_HOST_DEVICE std::int32_t position_of(int r, std::int64_t heads_per_kv) const {
+    return position_at(from + r, heads_per_kv);
   }
 };
 
 /// Number of tiles of a sequence's queries [begin, end).
-MOBA_HOST_DEVICE std::int32_t tiles_of(const KeyRange& queries, std::int64_t group) {
+MOBA_HOST_DEVICE std::int32_t tiles_of(const KeyRange& queries, std::int64_t heads_per_kv) {
   if (queries.begin == queries.end) return 0;
-  return static_cast<std::int32_t>(divide_up(queries.end * group, kTileRows) -
-                                   queries.begin * group / kTileRows);
+  return static_cast<std::int32_t>(divide_up(queries.end * heads_per_kv, kTileRows) -
+                                   queries.begin * heads_per_kv / kTileRows);
 }
 
 MOBA_HOST_DEVICE Tile tile_at(const Batch& batch, std::int32_t index, std::int32_t token0,
-                              std::int32_t token1, std::int64_t group) {
+                              std::int32_t token1, std::int64_t heads_per_kv) {
   const std::int32_t s = sequence_of(batch.tile_starts, batch.sequences, index);
   const KeyRange queries = queries_of(batch, s, token0, token1);
-  const std::int64_t begin = queries.begin * group, end = queries.end * group;
+  const std::int64_t begin = queries.begin * heads_per_kv, end = queries.end * heads_per_kv;
   const std::int64_t cut = (begin / kTileRows + index - batch.tile_starts[s]) * kTileRows;
   Tile tile;
   tile.sequence = s;
@@ -165,7 +165,7 @@ MOBA_HOST_DEVICE Tile tile_at(const Batch& batch, std::int32_t index, std::int32
   tile.cut = cut;
   tile.from = cut > begin ? cut : begin;
   tile.count = static_cast<std::int32_t>((cut + kTileRows < end ? cut + kTileRows : end) - tile.from);
-  tile.first_row = (batch.q_starts[s] - token0) * group + tile.from;
+  tile.first_row = (batch.q_starts[s] - token0) * heads_per_kv + tile.from;
   return tile;
 }
 
@@ -175,7 +175,7 @@ MOBA_HOST_DEVICE std::int64_t slot_at(std::int64_t head, std::int64_t rows, std:
   return head * rows * ranks + entry;
 }
 
-/// The element of a mean: [heads of the group, packed blocks, D].
+/// The element of a mean: [heads of the slice, packed blocks, D].
 MOBA_HOST_DEVICE std::int64_t mean_offset(std::int64_t head, std::int64_t max_blocks, std::int64_t block,
                                           std::int64_t head_dim) {
   return (head * max_blocks + block) * head_dim;

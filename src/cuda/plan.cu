@@ -19,14 +19,14 @@ std::int64_t partition_size(const DeviceCall& call) {
   return std::max(kMinPartition, divide_up(call.max_blocks(), ptx::kLanes) * ptx::kLanes);
 }
 std::int64_t partitions_of(const DeviceCall& call, const WorkSlice& slice) {
-  return divide_up(call.rows(slice) * call.width, partition_size(call));
+  return divide_up(call.rows(slice) * call.width(), partition_size(call));
 }
 
 struct PlanParams {
   Plan plan;
   Batch batch;
   SelectionRows selection;
-  std::int64_t head0, rows, width, ranks, group, block_size;
+  std::int64_t head0, rows, width, ranks, heads_per_kv, block_size;
   std::int64_t max_blocks, partitions, partition_size;
   std::int32_t token0;
   bool causal;
@@ -35,8 +35,8 @@ struct PlanParams {
 /// Returns the packed block that entry `index % width` of row `index / width` of a head holds. Returns -1 for
 /// padding, for the row's own block, and for what is no block of the row.
 MOBA_DEVICE std::int32_t scored_block(const PlanParams& p, std::int64_t head, std::int64_t index) {
-  const std::int64_t row = index / p.width, q_head = (p.head0 + head) * p.group + row % p.group;
-  const auto token = static_cast<std::int32_t>(p.token0 + row / p.group);
+  const std::int64_t row = index / p.width, q_head = (p.head0 + head) * p.heads_per_kv + row % p.heads_per_kv;
+  const auto token = static_cast<std::int32_t>(p.token0 + row / p.heads_per_kv);
   const std::int32_t block = p.selection.of(q_head, token)[index % p.width];
   if (block < 0 || block >= scored_end(p.batch, token, p.block_size, p.causal)) return -1;
   return p.batch.block_starts[sequence_of(p.batch.q_starts, p.batch.sequences, token)] + block;
@@ -54,7 +54,7 @@ MOBA_KERNEL(kThreads, 4) count_kernel(MOBA_GRID_CONSTANT PlanParams p) {
 
 /// Replaces the counts of a block in every partition by exclusive prefix sums; returns the total.
 MOBA_DEVICE std::uint32_t scan_partitions(const PlanParams& p, std::int64_t head, std::int64_t block) {
-  constexpr int kUnroll = 8;  // loads under way
+  constexpr int kUnroll = 8;  // loads in flight
   std::uint32_t* counts = p.plan.counts + head * p.partitions * p.max_blocks + block;
   std::uint32_t sum = 0;
   for (std::int64_t first = 0; first < p.partitions; first += kUnroll) {
@@ -137,8 +137,8 @@ MOBA_KERNEL(kThreads, 4) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
 
 Plan carve_plan(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice) {
   Plan plan{.totals = layout.take<std::uint32_t>(Plan::kTotals)};
-  if (call.width == 0) return plan;
-  const std::int64_t heads = slice.heads(), choices = call.rows(slice) * call.width,
+  if (call.width() == 0) return plan;
+  const std::int64_t heads = slice.heads(), choices = call.rows(slice) * call.width(),
                      blocks = call.max_blocks();
   plan.entries = layout.take<std::uint32_t>(heads * choices);
   plan.offsets = layout.take<std::uint32_t>(heads * (blocks + 1));
@@ -151,15 +151,15 @@ Plan carve_plan(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& sl
 void plan(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
           const SelectionRows& selection, const Plan& plan) {
   stream.fill(plan.totals, 0, Plan::kTotals * sizeof(std::uint32_t));
-  if (call.width == 0) return;
+  if (call.width() == 0) return;
   const PlanParams params{.plan = plan,
                           .batch = batch,
                           .selection = selection,
                           .head0 = slice.head0,
                           .rows = call.rows(slice),
-                          .width = call.width,
+                          .width = call.width(),
                           .ranks = call.ranks(),
-                          .group = call.heads_per_kv,
+                          .heads_per_kv = call.heads_per_kv,
                           .block_size = call.routing.block_size,
                           .max_blocks = call.max_blocks(),
                           .partitions = partitions_of(call, slice),

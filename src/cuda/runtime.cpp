@@ -20,7 +20,8 @@ void require(cudaError_t status, const std::string& what) {
 
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
-  require(cudaDeviceGetAttribute(&value, which, device), "the device cannot be asked");
+  require(cudaDeviceGetAttribute(&value, which, device),
+          "device attribute " + std::to_string(which) + " cannot be read");
   return value;
 }
 
@@ -45,14 +46,14 @@ bool is_on_device(const void* pointer) {
   return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
 }
 
-/// The driver's function is asked for by name, so that the library needs no driver to be loaded.
+/// The driver's function is looked up by name, so that the library needs no driver to be loaded.
 TensorMap tensor_map(const Tensor& t, int rows) {
   void* found = nullptr;
   cudaDriverEntryPointQueryResult status{};
   constexpr unsigned kVersion = 12000;
   require(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kVersion, cudaEnableDefault,
                                            &status),
-          "the driver cannot be asked for tensor maps");
+          "cuTensorMapEncodeTiled cannot be looked up");
   if (status != cudaDriverEntryPointSuccess || found == nullptr)
     throw DeviceFailure{"CUDA: the driver has no tensor maps"};
 

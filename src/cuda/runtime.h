@@ -10,9 +10,9 @@
 #include "errors.h"
 #include "moba/execution.h"
 
-/// The seam to CUDA's runtime: what is asked of a device, its memory, and launches, all in the order of one
-/// stream and without waiting for it, so that a call can be captured into a graph. A failure is thrown as
-/// DeviceFailure, after the runtime's own record of it was cleared.
+/// Interface to the CUDA runtime: device properties, memory and launches, all in the order of one stream and
+/// without synchronisation, so that a call can be captured into a graph. A failure is thrown as
+/// DeviceFailure, after the runtime's last error has been cleared.
 namespace moba::cuda {
 
 struct Hardware {
@@ -24,19 +24,19 @@ struct Hardware {
 /// The thread's current device.
 Hardware current_hardware();
 
-/// Whether `pointer` is memory that the device can use.
+/// Returns whether `pointer` is memory that the device can use.
 bool is_on_device(const void* pointer);
 
-/// For boxes of `rows` tokens.
+/// Encodes a tensor map with boxes of `rows` tokens.
 TensorMap tensor_map(const Tensor& t, int rows);
 
-/// Work of one call, in order.
+/// The stream of one call.
 class Stream {
  public:
   explicit Stream(const Execution& execution) : stream_(execution.stream), scratch_(&execution.scratch) {}
 
-  /// `kernel` with `params`, by `grid` blocks of `threads` threads with `shared` bytes of dynamic shared
-  /// memory. An empty grid is no launch.
+  /// Launches `kernel` with `params` in `grid` blocks of `threads` threads with `shared` bytes of dynamic
+  /// shared memory. An empty grid is no launch.
   template <typename Params>
   void launch(const char* name, void (*kernel)(const Params), Grid grid, int threads, std::size_t shared,
               const Params& params) {
@@ -45,7 +45,7 @@ class Stream {
     launch_kernel({stream_, name, grid, threads, shared}, kernel, params);
   }
 
-  /// Sets bytes.
+  /// Sets `bytes` bytes to `value`.
   void fill(void* to, int value, std::size_t bytes);
 
  private:
@@ -81,8 +81,8 @@ class Arena {
   std::byte* data_;
 };
 
-/// Deals out a arena piece by piece. Without memory it only measures, so that one function says both what a
-/// group needs and where it lies.
+/// Assigns parts of an arena. Without memory it only measures, so one function gives both the size and the
+/// layout of a slice.
 class ArenaLayout {
  public:
   static constexpr std::size_t kAlignment = 256;

@@ -15,14 +15,10 @@ namespace moba::cuda {
 struct DeviceCall : CallShape {
   Tensor q{}, k{}, v{};
   std::int64_t sequences = 0, keys = 0;  // keys: Tk
-  /// Blocks that a row selects by score; 0 with `is_dense`. A causal row's own block is not listed.
-  std::int64_t width = 0;
-
-  bool needs_scores() const { return width > 0; }
   /// Whether rows attend to keys without a score: those of their own block, or all.
   bool has_diagonal() const { return routing.causal || is_dense; }
   /// Partial results of a row: one for each selected block, then that of its diagonal keys.
-  std::int64_t ranks() const { return width + (has_diagonal() ? 1 : 0); }
+  std::int64_t ranks() const { return width() + (has_diagonal() ? 1 : 0); }
   /// An upper bound of the blocks of all sequences; the device alone knows their number.
   std::int64_t max_blocks() const { return keys / routing.block_size + sequences; }
   std::int64_t rows(const WorkSlice& slice) const { return slice.tokens() * heads_per_kv; }

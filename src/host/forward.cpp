@@ -10,7 +10,7 @@ void forward(const Call& call, const BlockMeans* cached, const Outputs& outputs,
   BlockMeans means;
   for (const WorkSlice& slice : run.forward_slices()) {
     if (cached == nullptr && slice.token0 == 0) {
-      means = {};  // those of the heads before
+      means = {};  // frees the means of the previous heads
       means = run.centroids(slice);
     }
     const Selection selection = run.gate(cached == nullptr ? means : *cached, slice, outputs);

@@ -13,7 +13,7 @@ std::int64_t worker_doubles(const Call& call) {
   return 3 * call.head_dim + max_attended_keys(call);
 }
 
-/// One softmax over everything that a row attends to.
+/// One softmax over all keys that a row attends to.
 void attend_row(const Call& call, const Selection& selection, const Row& row, double* memory,
                 const Outputs& outputs) {
   const SequenceView& s = row.sequence;

@@ -38,7 +38,7 @@ void list_ranges(const Call& call, const WorkSlice& slice, Plan& plan, std::int6
     for (std::int64_t head = slice.head0; head < slice.head1; ++head) {
       plan.ranges.push_back({static_cast<std::int64_t>(index), head, first, last, offsets, rows});
       offsets += call.blocks(s) + 1;
-      rows += (last - first) * call.heads_per_kv * call.width();
+      rows += (last - first) * call.heads_per_kv * call.listed_width();
     }
   }
 }
@@ -48,7 +48,7 @@ void list_ranges(const Call& call, const WorkSlice& slice, Plan& plan, std::int6
 std::size_t plan_bytes(const Call& call, const WorkSlice& slice) {
   std::int64_t blocks = 0;
   for (const SequenceView& s : call.sequences) blocks += call.blocks(s) + 1;
-  const std::int64_t rows = slice.heads() * slice.tokens() * call.heads_per_kv * call.width();
+  const std::int64_t rows = slice.heads() * slice.tokens() * call.heads_per_kv * call.listed_width();
   return static_cast<std::size_t>(rows + blocks * slice.heads()) * sizeof(std::uint32_t);
 }
 

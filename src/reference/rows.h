@@ -15,7 +15,7 @@ struct Row {
   const SequenceView& sequence;
   std::int64_t query;    // within the sequence
   std::int64_t kv_head;  // the head it reads
-  std::int64_t member;   // which of the kv head's query heads it is
+  std::int64_t member;   // index among the kv head's query heads
   std::int64_t q_head;
 
   std::int64_t token() const { return sequence.q_begin + query; }
@@ -41,7 +41,7 @@ void for_each_row(const Call& call, const WorkSlice& slice, Context& context, Bo
 template <typename Visit>
 void for_each_scored_block(const Call& call, const Selection& selection, const SequenceView& s,
                            std::int64_t query, std::int64_t q_head, Visit&& visit) {
-  const std::int64_t width = std::min(call.width(), selection.rows.stride);
+  const std::int64_t width = std::min(call.listed_width(), selection.rows.stride);
   const std::int64_t own = call.routing.causal ? call.own_block(s, query) : -1;
   const std::int32_t* selected = selection.of(q_head, s.q_begin + query);
   for (std::int64_t i = 0; i < width && selected[i] >= 0; ++i) {
@@ -63,7 +63,7 @@ void for_each_key_range(const Call& call, const Selection& selection, const Row&
 
 /// Returns the maximum number of keys that any row attends to.
 inline std::int64_t max_attended_keys(const Call& call) {
-  return std::min(call.max_seqlen_k, (call.width() + 1) * call.routing.block_size);
+  return std::min(call.max_seqlen_k, (call.listed_width() + 1) * call.routing.block_size);
 }
 
 inline void load_f64(const Call& call, const Tensor& t, const Row& row, double* to) {

@@ -38,7 +38,7 @@ TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
   const DeviceCall call =
       make_call(on_device(c.q.view()), on_device(c.k.view()), on_device(c.v.view()), starts, c.routing);
   const WorkSlice slice{0, 2, 1, call.tokens};
-  const std::int64_t rows = call.rows(slice), choices = rows * call.width;
+  const std::int64_t rows = call.rows(slice), choices = rows * call.width();
   const std::int64_t stride = call.selection_width;
   std::vector<std::int32_t> selection(static_cast<std::size_t>(call.q_heads * slice.tokens() * stride), -1);
   const SelectionRows selected = rows_in(selection.data(), call, slice, stride);
@@ -50,7 +50,7 @@ TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
       const std::int64_t own = (is_first ? token + 37 : token - 3) / 20;
       std::int32_t* to = selected.of(head * call.heads_per_kv + row % call.heads_per_kv, token);
       std::int32_t block = 0;
-      for (std::int64_t w = 0; w < call.width && block < own;
+      for (std::int64_t w = 0; w < call.width() && block < own;
            ++w, block += 1 + static_cast<std::int32_t>((row * 7 + w + head) % 5)) {
         if (!is_first && row % 9 == 0 && w == 2) break;
         *to++ = block;

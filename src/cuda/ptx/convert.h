@@ -5,8 +5,6 @@
 /// Conversions between f32 and pairs of 16-bit numbers, exp2 and log2.
 namespace moba::cuda::ptx {
 
-constexpr float kLog2E = 1.44269504088896341F, kLn2 = 0.693147180559945309F;
-
 MOBA_DEVICE std::uint32_t float_as_uint(float value) {
   return __float_as_uint(value);
 }

@@ -6,8 +6,8 @@
 
 #include "moba/tensor.h"
 
-/// The vocabulary of kernels. The tests replace the headers of `ptx/` by tests/cuda/emulation/cuda/ptx and
-/// compile the same kernels for the host.
+/// Macros and built-in values of kernels. The tests replace the headers of `ptx/` by
+/// tests/cuda/emulation/cuda/ptx and compile the same kernels for the host.
 #if defined(__CUDACC__)
 #define MOBA_DEVICE __device__ __forceinline__
 /// Declares a kernel of at most `threads` threads that fits `blocks_per_multiprocessor` blocks on a

@@ -36,7 +36,7 @@ struct DeltaParams {
   View<const T> out, d_out;
   const float* lse;  // [Hq, Tq]
   LseDelta* sums;    // [heads, rows]
-  std::int64_t rows, group, head0, tokens;
+  std::int64_t rows, heads_per_kv, head0, tokens;
 };
 
 template <typename T>
@@ -61,7 +61,8 @@ compute_delta_kernel(MOBA_GRID_CONSTANT DeltaParams<T> p) {
   const int in_block = ptx::thread() / kColumns, column = ptx::thread() % kColumns;
   const std::int64_t head = ptx::block_y(), row = std::int64_t{ptx::block_x()} * kRows + in_block;
   const bool exists = in_block < kRows && row < p.rows;
-  const std::int64_t token = row / p.group, q_head = (p.head0 + head) * p.group + row % p.group;
+  const std::int64_t token = row / p.heads_per_kv,
+                     q_head = (p.head0 + head) * p.heads_per_kv + row % p.heads_per_kv;
   if (exists) {
     products[ptx::thread()] = dot<T>(ptx::load_streaming(p.out.row(token, q_head) + column * kElements),
                                      ptx::load_streaming(p.d_out.row(token, q_head) + column * kElements));
@@ -72,7 +73,7 @@ compute_delta_kernel(MOBA_GRID_CONSTANT DeltaParams<T> p) {
   float delta = 0;
   MOBA_UNROLL
   for (int i = 0; i < kColumns; ++i) delta += products[in_block * kColumns + i];
-  p.sums[head * p.rows + row] = {lse == -ptx::infinity() ? ptx::infinity() : lse * ptx::kLog2E, delta};
+  p.sums[head * p.rows + row] = {lse == -ptx::infinity() ? ptx::infinity() : lse * kLog2E, delta};
 }
 
 /// Shared memory of one thread block.
@@ -225,7 +226,7 @@ struct AddParams {
   const T* slots;  // [heads, rows * ranks, D]
   SelectionRows selection;
   Batch batch;
-  std::int64_t rows, width, ranks, group, head0, token0, block_size;
+  std::int64_t rows, width, ranks, heads_per_kv, head0, token0, block_size;
   bool causal;
   View<T> dq;
 };
@@ -240,8 +241,8 @@ sum_dq_slots_kernel(MOBA_GRID_CONSTANT AddParams<T> p) {
   const int column = ptx::thread() % kColumns;
   if (ptx::thread() >= kRows * kColumns || row >= p.rows) return;
 
-  const auto token = static_cast<std::int32_t>(p.token0 + row / p.group);
-  const std::int64_t q_head = (p.head0 + head) * p.group + row % p.group;
+  const auto token = static_cast<std::int32_t>(p.token0 + row / p.heads_per_kv);
+  const std::int64_t q_head = (p.head0 + head) * p.heads_per_kv + row % p.heads_per_kv;
   // Slots of entries that the plan left out are empty; the diagonal slot is always filled.
   const std::int32_t* selected = p.selection.of(q_head, token);
   const std::int64_t end = scored_end(p.batch, token, p.block_size, p.causal);
@@ -279,7 +280,7 @@ void compute_delta(Stream& stream, const DeviceCall& call, const WorkSlice& slic
                                 .lse = backward.lse,
                                 .sums = sums,
                                 .rows = call.rows(slice),
-                                .group = call.heads_per_kv,
+                                .heads_per_kv = call.heads_per_kv,
                                 .head0 = slice.head0,
                                 .tokens = call.tokens};
     stream.launch("compute_delta", compute_delta_kernel<T, head_dim>,
@@ -289,7 +290,7 @@ void compute_delta(Stream& stream, const DeviceCall& call, const WorkSlice& slic
 }
 
 void* carve_dq_slots(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice) {
-  if (call.width == 0) return nullptr;
+  if (call.width() == 0) return nullptr;
   return layout.take<std::uint16_t>(slice.heads() * call.rows(slice) * call.ranks() * call.head_dim);
 }
 
@@ -305,15 +306,15 @@ void attend_backward_dq(Stream& stream, const DeviceCall& call, const WorkSlice&
 
 void sum_dq_slots(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                   const SelectionRows& selection, const void* slots, const Backward& backward) {
-  if (call.width == 0) return;
+  if (call.width() == 0) return;
   with_type(call, [&]<typename T, int head_dim>() {
     const AddParams<T> params{.slots = static_cast<const T*>(slots),
                               .selection = selection,
                               .batch = batch,
                               .rows = call.rows(slice),
-                              .width = call.width,
+                              .width = call.width(),
                               .ranks = call.ranks(),
-                              .group = call.heads_per_kv,
+                              .heads_per_kv = call.heads_per_kv,
                               .head0 = slice.head0,
                               .token0 = slice.token0,
                               .block_size = call.routing.block_size,

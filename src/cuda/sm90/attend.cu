@@ -191,8 +191,8 @@ bool has_map(const Tensor& t) {
 }  // namespace
 
 bool uses_sm90(const DeviceCall& call) {
-  const char* asked = std::getenv("MOBA_CUDA_ARCH");
-  const std::string_view choice = asked == nullptr ? "" : asked;
+  const char* forced = std::getenv("MOBA_CUDA_ARCH");
+  const std::string_view choice = forced == nullptr ? "" : forced;
   if (!choice.empty() && choice != "sm80" && choice != "sm90")
     refuse("MOBA_CUDA_ARCH", "expected sm80 or sm90, got ", choice);
   const bool can = kIsBuilt && current_hardware().capability == 90 &&

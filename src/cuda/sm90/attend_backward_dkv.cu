@@ -38,7 +38,7 @@ MOBA_DEVICE KeyTile key_tile_of_work(const Params<T>& p, std::int64_t index) {
 struct RowTable {
   LseDelta lse_delta[kRows];
   std::int64_t q_offsets[kRows], d_out_offsets[kRows];
-  std::int32_t visible_keys[kRows];  // keys of the key tile, the first so many
+  std::int32_t visible_keys[kRows];  // leading keys of the key tile that the row sees
   bool unmasked;                     // every row sees every key
 };
 

@@ -20,8 +20,8 @@ namespace moba::cuda::sm90 {
 inline constexpr int kConsumerWarpgroups = 2;
 inline constexpr int kWarpgroupRows = 64;
 inline constexpr int kThreads = (1 + kConsumerWarpgroups) * ptx::kWarpgroupThreads;
-inline constexpr int kGatherThreads = ptx::kWarpgroupThreads - ptx::kLanes;  // that load rows
-inline constexpr int kConsumerWarps = kConsumerWarpgroups * ptx::kWarpgroupThreads / ptx::kLanes;  // warps
+inline constexpr int kGatherThreads = ptx::kWarpgroupThreads - ptx::kLanes;  // threads that gather rows
+inline constexpr int kConsumerWarps = kConsumerWarpgroups * ptx::kWarpgroupThreads / ptx::kLanes;
 
 /// Named barriers; kPingpong and kWarpgroupSync are the first of one each per consumer warpgroup.
 inline constexpr int kRowTableReady = 1, kPingpong = 2, kWarpgroupSync = 4;

@@ -29,7 +29,7 @@ struct Scale {
 /// Converts a softmax scale to base 2. A scale of 0 becomes the smallest positive one, which keeps masked
 /// logits at -inf.
 inline Scale scale_of(float scale) {
-  return {.scale = std::max(std::fabs(scale) * ptx::kLog2E, FLT_MIN), .negate = scale < 0};
+  return {.scale = std::max(std::fabs(scale) * kLog2E, FLT_MIN), .negate = scale < 0};
 }
 
 /// Online softmax of the rows of `row_tiles` tiles: rows lane / 4 and lane / 4 + 8 of each.

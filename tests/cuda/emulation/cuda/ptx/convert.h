@@ -9,8 +9,6 @@
 /// Replaces src/cuda/ptx/convert.h: conversions and functions of the host.
 namespace moba::cuda::ptx {
 
-constexpr float kLog2E = 1.44269504088896341F, kLn2 = 0.693147180559945309F;
-
 MOBA_DEVICE std::uint32_t float_as_uint(float value) {
   return std::bit_cast<std::uint32_t>(value);
 }
