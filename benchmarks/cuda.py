@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""MoBA on a CUDA device against dense attention through torch (cuDNN, else FlashAttention), in the same run.
+"""Measure MoBA on a CUDA device against dense attention through torch (cuDNN, else FlashAttention), in the same run.
 
-Each problem is checked on sampled rows in float64 before it is timed. What is compared takes turns; times are medians of
-CUDA events and include the gate and the index. Rows are in benchmarks/results/<gpu>-<date>.json and .md after every part;
-parts that the time given does not allow are named there. Ends with 1 when a result was wrong.
+Sampled rows of all inputs are checked in float64 before they are timed. Compared calls are interleaved; times are medians of
+CUDA events and include the gate and the plan. Rows are written to benchmarks/results/<gpu>-<date>.json and .md after every
+part, with the parts that were skipped for lack of time. The exit code is 1 if a result was wrong.
 
     python3 benchmarks/cuda.py --seconds 200
 """
@@ -20,10 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KI, MI = 1 << 10, 1 << 20
 HEAD_DIM = 128
+# Block size and top-k.
+CHOICES = [(4096, 12), (2048, 3), (512, 3), (128, 8)]
 DEVICE = "cuda"
 
 
-# ---- what is counted ----
+# ---- useful work ----
 
 
 def length(tokens):
@@ -35,7 +37,7 @@ def dense_pairs(tokens):
 
 
 def counts(tokens, block_size, top_k):
-    """Pairs of a query and a key that it attends to, and of a query and a block that it scores, of one head."""
+    """Return the numbers of (query, selected key) and of (query, scored block) pairs of one head."""
     blocks, rest = divmod(tokens, block_size)
 
     def sum_over_queries(of_block):
@@ -54,44 +56,22 @@ def useful(tokens, choice, per_pair):
 # ---- rows ----
 
 
-def row(what, value, unit, stages=(None, None), at_most=False, detail="", instead=None):
-    """`stages`: the targets of stage 1 (mma.sync) and 2 (wgmma). `instead`: a number that, at most another, meets the latter
-    too, and their unit."""
-    return {
-        "what": what,
-        "value": value,
-        "unit": unit,
-        "targets": list(stages),
-        "at_most": at_most,
-        "detail": detail,
-        "instead": list(instead) if instead else None,
-    }
+def row(what, value, unit, detail="", **more):
+    """Return a row of the report. `more` goes to the JSON only: the block setting and what benchmarks/targets.py needs."""
+    return {"what": what, "value": value, "unit": unit, "detail": detail, **more}
 
 
-def verdict(entry, stage):
-    target, value = entry["targets"][stage], entry["value"]
-    if target is None:
-        return ""
-    bar = f"{'at most' if entry['at_most'] else 'at least'} {target:g}"
-    instead = entry["instead"] if stage == 1 else None
-    if instead:
-        bar += f", or at most {instead[1]:g} {instead[2]}"
-    if value is None:
-        return bar
-    met = value <= target if entry["at_most"] else value >= target
-    return f"{bar}: {'met' if met or (instead and instead[0] <= instead[1]) else 'missed'}"
+def measured(entry):
+    return f"{entry['value']:.3g} {entry['unit']}".rstrip()
 
 
 def markdown(report):
     lines = [f"# CUDA: {report['machine']['gpu']}, {report['date']}", ""]
     lines += [f"- {name}: {value}" for name, value in report["machine"].items()]
     lines += [f"- command: `{report['command']}`", ""]
-    lines += ["| what | measured | stage 1 | stage 2 | detail |", "|---|---|---|---|---|"]
+    lines += ["| what | measured | detail |", "|---|---|---|"]
     for entry in report["rows"]:
-        value = "-" if entry["value"] is None else f"{entry['value']:.3g} {entry['unit']}"
-        lines.append(
-            f"| {entry['what']} | {value} | {verdict(entry, 0)} | {verdict(entry, 1)} | {entry['detail']} |"
-        )
+        lines.append(f"| {entry['what']} | {measured(entry)} | {entry['detail']} |")
     for title, entries in (("Skipped", report["skipped"]), ("Wrong or failed", report["failed"])):
         if entries:
             lines += ["", f"## {title}", *(f"- {entry}" for entry in entries)]
@@ -107,7 +87,7 @@ def write(report, folder):
     return path.with_suffix(".md")
 
 
-# ---- problems ----
+# ---- inputs ----
 
 
 def offsets(batch, tokens):
@@ -116,8 +96,8 @@ def offsets(batch, tokens):
     return torch.arange(batch + 1, dtype=torch.int32, device=DEVICE) * tokens
 
 
-class Problem:
-    """Packed q, k and v of `batch` sequences, of fresh normally distributed numbers. `routing`: what choices are like."""
+class Inputs:
+    """Packed q, k and v of `batch` sequences of normally distributed values. `routing`: the pattern of the selection."""
 
     def __init__(self, tokens, heads=16, kv_heads=None, batch=1, routing="independent"):
         import torch
@@ -127,16 +107,14 @@ class Problem:
             torch.randn(batch * tokens, h, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
             for h in (heads, kv_heads or heads, kv_heads or heads)
         )
-        if (
-            routing == "clustered"
-        ):  # stretches of 1024 queries and keys share a direction with others
+        if routing == "clustered":  # segments of 1024 tokens share a direction with other segments
             topics = torch.randn(64, 1, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
             of = torch.randint(64, (batch * tokens // 1024 + 1,), device=DEVICE).repeat_interleave(
                 1024
             )[: batch * tokens]
             self.q += topics[of]
             self.k += topics[of]
-        elif routing == "sink-heavy":  # every query wants the first block
+        elif routing == "sink-heavy":  # every query selects the first block
             direction = torch.randn(1, HEAD_DIM, dtype=torch.bfloat16, device=DEVICE)
             self.q += direction
             self.k[:512] += direction
@@ -166,7 +144,7 @@ class Problem:
             )
 
     def verify(self, choice, rows=32):
-        """Raises AssertionError unless sampled rows of two heads are right: blocks and output, in float64."""
+        """Check blocks and output of sampled rows of two heads in float64; raise AssertionError if they are wrong."""
         import torch
 
         block_size, top_k = choice
@@ -217,7 +195,7 @@ class Problem:
 
 
 class Cache:
-    """Keys and values of `tokens` tokens, their means, and the next query, as a layer of a model has them."""
+    """Keys and values of `tokens` tokens and the next query of one layer of a model."""
 
     def __init__(self, tokens, heads):
         import torch
@@ -248,14 +226,14 @@ class Cache:
         )[0]
 
     def read(self, choice):
-        """Bytes that have to be read: means of the candidates, keys and values of the chosen blocks and of the own one."""
+        """Return the minimum of bytes read: means of the candidates, keys and values of the selected blocks."""
         block_size, top_k = choice
         candidates = (self.tokens - 1) // block_size
         keys = min(top_k - 1, candidates) * block_size + self.tokens - candidates * block_size
         return self.heads * HEAD_DIM * 2 * (candidates + 2 * keys)
 
     def verify(self, choice, means):
-        """Raises AssertionError unless the output is right, in float64."""
+        """Check the output in float64; raise AssertionError if it is wrong."""
         import torch
 
         block_size, top_k = choice
@@ -277,7 +255,7 @@ class Cache:
 
 
 def captured(function):
-    """A CUDA graph of it, to be run without the host's time."""
+    """Return a CUDA graph of `function`, whose replay excludes the host's time."""
     import torch
 
     side = torch.cuda.Stream()
@@ -292,8 +270,8 @@ def captured(function):
 
 
 def interleaved(functions, rounds=5, seconds=20.0):
-    """Milliseconds of each, which take turns after one call that does not count: median, spread, number of runs. What takes
-    long is run less often, once at least."""
+    """Return median milliseconds, spread and number of runs of each function, interleaved after one warm-up call. Rounds end
+    after `seconds`, at the earliest after the first."""
     import torch
 
     times = {name: [] for name in functions}
@@ -321,11 +299,11 @@ def interleaved(functions, rounds=5, seconds=20.0):
     }
 
 
-def told(entry):
+def timing(entry):
     return f"{entry['ms']:.3f} ms, {entry['runs']} runs, spread {100 * entry['spread']:.0f}%"
 
 
-# ---- parts, in the order of what they matter ----
+# ---- parts, most important first ----
 
 
 class Bench:
@@ -337,29 +315,27 @@ class Bench:
             "cuDNN": SDPBackend.CUDNN_ATTENTION,
             "FlashAttention": SDPBackend.FLASH_ATTENTION,
         }
-        self.peers = {name: self.peers[name] for name in self.takers(Problem(1024, heads=2))}
+        self.peers = {name: self.peers[name] for name in self.takers(Inputs(1024, heads=2))}
         if not self.peers:
-            sys.exit(
-                "cuda: torch has neither cuDNN nor FlashAttention on this device; nothing to compare with"
-            )
+            sys.exit("cuda: expected cuDNN or FlashAttention in torch on this device, got neither")
         self.peer = next(iter(self.peers))
         torch.cuda.synchronize()
 
-    def takers(self, problem):
-        """Peers that can do it, cuDNN first."""
+    def takers(self, inputs):
+        """Yield the names of the peers that support the inputs, cuDNN first."""
         for name, peer in self.peers.items():
             try:
-                problem.dense(peer)
+                inputs.dense(peer)
             except RuntimeError:
                 continue
             yield name
 
-    def dense(self, problem, peer=None, **tensors):
-        return problem.dense(self.peers[peer or self.peer], **tensors)
+    def dense(self, inputs, peer=None, **tensors):
+        return inputs.dense(self.peers[peer or self.peer], **tensors)
 
     @staticmethod
     def copied():
-        """4 GiB, and where they go."""
+        """Return the source and the destination of a copy of 4 GiB."""
         import torch
 
         source = torch.empty(MI * KI, dtype=torch.int32, device=DEVICE).random_()
@@ -384,20 +360,14 @@ class Bench:
 
     def forward(self):
         tokens = 32 * KI
-        problem = Problem(tokens)
-        targets = {
-            (4096, 12): (0.45, 0.92),
-            (2048, 3): (0.45, 0.92),
-            (512, 3): (0.40, 0.80),
-            (128, 8): (0.30, 0.50),
-        }
-        for choice in targets:
-            problem.verify(choice)
-        calls = {name: (lambda peer=peer: problem.dense(peer)) for name, peer in self.peers.items()}
+        inputs = Inputs(tokens)
+        for choice in CHOICES:
+            inputs.verify(choice)
+        calls = {name: (lambda peer=peer: inputs.dense(peer)) for name, peer in self.peers.items()}
         times = interleaved(
             calls
-            | {c: (lambda c=c: problem.moba(c)) for c in targets}
-            | {"full": lambda: problem.moba((512, 64))}
+            | {c: (lambda c=c: inputs.moba(c)) for c in CHOICES}
+            | {"full": lambda: inputs.moba((512, 64))}
         )
         rate = {
             name: 4 * HEAD_DIM * 16 * dense_pairs(tokens) / times[name]["ms"] / 1e9
@@ -408,16 +378,16 @@ class Bench:
                 f"forward, 32K h16 d128, dense: {'ours' if name == 'full' else name}",
                 speed,
                 "TFLOP/s",
-                detail=told(times[name]),
+                detail=timing(times[name]),
             )
-        for choice, stages in targets.items():
+        for choice in CHOICES:
             speed = 16 * useful(tokens, choice, 4) / times[choice]["ms"] / 1e9
             yield row(
                 f"forward, 32K h16 d128, {choice}: useful rate of {self.peer}'s",
                 speed / rate[self.peer],
                 "",
-                stages,
-                detail=f"{speed:.0f} TFLOP/s, {told(times[choice])}",
+                detail=f"{speed:.0f} TFLOP/s, {timing(times[choice])}",
+                choice=choice,
             )
 
     def backward(self):
@@ -425,96 +395,84 @@ class Bench:
         from moba.functional import varlen
 
         tokens = 32 * KI
-        problem = Problem(tokens)
-        targets = {(2048, 3): (0.40, 0.90), (512, 3): (0.35, 0.75), (128, 8): (0.30, 0.60)}
+        inputs = Inputs(tokens)
         calls = {}
 
         def add(name, attend):
-            leaves = [t.detach().requires_grad_() for t in (problem.q, problem.k, problem.v)]
+            leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
             out = attend(*leaves)
             d_out = torch.randn_like(out)
             calls[name] = lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True)
 
-        add(self.peer, lambda q, k, v: self.dense(problem, q=q, k=k, v=v))
-        for choice in targets:
-            add(choice, lambda q, k, v, c=choice: varlen(q, k, v, problem.cu, problem.cu, *c)[0])
+        add(self.peer, lambda q, k, v: self.dense(inputs, q=q, k=k, v=v))
+        for choice in CHOICES[1:]:
+            add(choice, lambda q, k, v, c=choice: varlen(q, k, v, inputs.cu, inputs.cu, *c)[0])
         times = interleaved(calls)
         rate = 10 * HEAD_DIM * 16 * dense_pairs(tokens) / times[self.peer]["ms"] / 1e9
         yield row(
             f"backward, 32K h16 d128, dense: {self.peer}",
             rate,
             "TFLOP/s",
-            detail=told(times[self.peer]),
+            detail=timing(times[self.peer]),
         )
-        for choice, stages in targets.items():
+        for choice in CHOICES[1:]:
             speed = 16 * useful(tokens, choice, 10) / times[choice]["ms"] / 1e9
             yield row(
                 f"backward, 32K h16 d128, {choice}: useful rate of {self.peer}'s",
                 speed / rate,
                 "",
-                stages,
-                detail=f"{speed:.0f} TFLOP/s, {told(times[choice])}",
+                detail=f"{speed:.0f} TFLOP/s, {timing(times[choice])}",
+                choice=choice,
             )
 
-    def against_dense(self, label, problem, targets, seconds=20.0, peer=None):
+    def against_dense(self, label, inputs, choices, seconds=20.0, peer=None):
         peer = peer or self.peer
-        for choice in targets:
-            problem.verify(choice)
-        ours = interleaved({c: (lambda c=c: problem.moba(c)) for c in targets}, seconds=seconds)
-        theirs = interleaved({peer: lambda: self.dense(problem, peer)}, seconds=seconds / 2)[peer]
-        for choice, stages in targets.items():
+        for choice in choices:
+            inputs.verify(choice)
+        ours = interleaved({c: (lambda c=c: inputs.moba(c)) for c in choices}, seconds=seconds)
+        theirs = interleaved({peer: lambda: self.dense(inputs, peer)}, seconds=seconds / 2)[peer]
+        for choice in choices:
             yield row(
                 f"{label}, {choice}: whole forward against {peer}",
                 theirs["ms"] / ours[choice]["ms"],
                 "x",
-                stages,
-                detail=f"{told(ours[choice])}; dense {told(theirs)}",
+                detail=f"{timing(ours[choice])}; dense {timing(theirs)}",
+                choice=choice,
             )
 
     def batch_of_two(self):
-        yield from self.against_dense(
-            "64K b2 h16 d128", Problem(64 * KI, batch=2), {(128, 8): (6, 11)}
-        )
+        yield from self.against_dense("64K b2 h16 d128", Inputs(64 * KI, batch=2), [(128, 8)])
 
     def million(self):
-        targets = {
-            (128, 8): (60, 110),
-            (512, 3): (110, 230),
-            (2048, 3): (45, 85),
-            (4096, 12): (5, 10),
-        }
-        yield from self.against_dense("1M h16 d128", Problem(MI), targets, seconds=12)
+        yield from self.against_dense("1M h16 d128", Inputs(MI), CHOICES, seconds=12)
 
     def memory(self):
         import torch
         from moba.functional import varlen
 
         for tokens in (512 * KI, MI):
-            problem = Problem(tokens)
-            leaves = [t.requires_grad_() for t in (problem.q, problem.k, problem.v)]
+            inputs = Inputs(tokens)
+            leaves = [t.requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            out = varlen(*leaves, problem.cu, problem.cu, 128, 8)[0]
+            out = varlen(*leaves, inputs.cu, inputs.cu, 128, 8)[0]
             torch.autograd.grad(out, leaves, out.detach())
             torch.cuda.synchronize()
             yield row(
-                f"{length(tokens)} h16 d128 (128, 8), forward and backward: most memory, inputs included",
+                f"{length(tokens)} h16 d128 (128, 8), forward and backward: peak memory with inputs",
                 torch.cuda.max_memory_allocated() / 2**30,
                 "GiB",
-                (80, 80),
-                at_most=True,
             )
-            del problem, leaves, out
+            del inputs, leaves, out
 
     def decode(self):
-        layers = [
-            Cache(MI, 16) for _ in range(3)
-        ]  # in turn, so that little of one is left in the L2 cache when it comes again
+        # Three caches, used in turn, so that the L2 cache holds little of one when it is read again.
+        layers = [Cache(MI, 16) for _ in range(3)]
         source, target = self.copied()
-        targets = {(128, 8): (0.60, 0.80), (4096, 12): (0.60, 0.80)}
+        choices = [(128, 8), (4096, 12)]
         steps = {"copy": lambda: target.copy_(source)}
-        graphs = []  # with their memory
-        for choice in targets:
+        graphs = []  # keeps their memory
+        for choice in choices:
             means = [layer.means(choice[0]) for layer in layers]
             layers[0].verify(choice, means[0])
 
@@ -525,74 +483,74 @@ class Bench:
             steps[choice] = graphs[-1].replay
         times = interleaved(steps, rounds=20)
         bytes_a_second = 2 * source.nbytes / times["copy"]["ms"] * 1e3
-        for choice, stages in targets.items():
+        for choice in choices:
             microseconds = times[choice]["ms"] * 1e3 / len(layers)
             floor = layers[0].read(choice) / bytes_a_second * 1e6
             yield row(
-                f"decode, 1M h16 d128, {choice}: of what its bytes take at a copy's rate",
+                f"decode, 1M h16 d128, {choice}: time of its bytes at copy bandwidth over its time",
                 floor / microseconds,
                 "",
-                stages,
-                instead=(microseconds, 20, "us"),
-                detail=f"{microseconds:.1f} us a call, {layers[0].read(choice) / 2**20:.0f} MiB; three of them {told(times[choice])}",
+                detail=f"{microseconds:.1f} us a call, {layers[0].read(choice) / 2**20:.0f} MiB; three of them {timing(times[choice])}",
+                choice=choice,
+                microseconds=microseconds,
             )
 
     def linearity(self):
         ours = {}
         for tokens in (256 * KI, 512 * KI, MI):
-            problem = Problem(tokens)
-            ours[tokens] = interleaved({"": lambda: problem.moba((128, 8))})[""]
-            del problem
+            inputs = Inputs(tokens)
+            ours[tokens] = interleaved({"": lambda: inputs.moba((128, 8))})[""]
+            del inputs
         for tokens in (512 * KI, MI):
             yield row(
                 f"(128, 8) h16 d128: time at {length(tokens)} over time at half of it",
                 ours[tokens]["ms"] / ours[tokens // 2]["ms"],
                 "x",
-                detail=told(ours[tokens]),
+                detail=timing(ours[tokens]),
             )
 
     def routings(self):
         for routing in ("independent", "clustered", "sink-heavy"):
-            problem = Problem(128 * KI, routing=routing)
+            inputs = Inputs(128 * KI, routing=routing)
             for choice in ((512, 3), (128, 8)):
-                problem.verify(choice)
-                found = interleaved({"": lambda: problem.moba(choice)})[""]
-                speed = 16 * useful(problem.tokens, choice, 4) / found["ms"] / 1e9
+                inputs.verify(choice)
+                found = interleaved({"": lambda: inputs.moba(choice)})[""]
+                speed = 16 * useful(inputs.tokens, choice, 4) / found["ms"] / 1e9
                 yield row(
-                    f"forward, 128K h16 d128, {choice}, {routing} choices",
+                    f"forward, 128K h16 d128, {choice}, {routing} routing",
                     speed,
                     "TFLOP/s",
-                    detail=told(found),
+                    detail=timing(found),
                 )
 
     def paper_figures(self):
-        peer = next(self.takers(Problem(1024, heads=4, kv_heads=1)), None)
+        peer = next(self.takers(Inputs(1024, heads=4, kv_heads=1)), None)
         if peer is None:
-            raise RuntimeError(f"none of {', '.join(self.peers)} takes grouped heads")
+            raise RuntimeError(f"expected a peer with GQA, got {', '.join(self.peers)} without")
         for entry in self.against_dense(
-            "1M, 32 query heads and 8 of keys, d128",
-            Problem(MI, heads=32, kv_heads=8),
-            {(4096, 12): (None, None)},
+            "1M, 32 query heads on 8 kv heads, d128",
+            Inputs(MI, heads=32, kv_heads=8),
+            [(4096, 12)],
             seconds=12,
             peer=peer,
         ):
             yield entry | {"detail": "6.5x in the paper; " + entry["detail"]}
-        one_million = Problem(MI, heads=1)
+        one_million = Inputs(MI, heads=1)
         dense = interleaved({"": lambda: self.dense(one_million)}, seconds=4)[""]
         del one_million
         tokens = 10 * MI
-        problem, choice = Problem(tokens, heads=1), (tokens // 64, 3)
-        problem.verify(choice, rows=4)
-        found = interleaved({"": lambda: problem.moba(choice)}, seconds=8)[""]
+        inputs, choice = Inputs(tokens, heads=1), (tokens // 64, 3)
+        inputs.verify(choice, rows=4)
+        found = interleaved({"": lambda: inputs.moba(choice)}, seconds=8)[""]
         yield row(
-            f"10M, 64 blocks, 3 of them, 1 head: against {self.peer}, its time at 1M times 100",
+            f"10M, 64 blocks, top-k 3, 1 head: against {self.peer}, its time at 1M times 100",
             100 * dense["ms"] / found["ms"],
             "x",
-            detail=f"16x in the paper, 13.0 the ceiling; {told(found)}",
+            detail=f"16x in the paper, 13.0 the ceiling; {timing(found)}",
         )
 
 
-# Seconds that a part takes at most where it is as fast as stage 1 is meant to be.
+# Maximum seconds of a part, at the speeds of stage 1 in benchmarks/targets.py.
 PARTS = {
     "ceilings": 4,
     "forward": 12,
@@ -623,24 +581,29 @@ def machine():
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--seconds", type=float, default=240, help="what does not fit in them is skipped and named"
+        "--seconds",
+        type=float,
+        default=240,
+        help="time limit; parts that do not fit are skipped and named",
     )
-    parser.add_argument("--only", help=f"parts, with commas between them: {', '.join(PARTS)}")
+    parser.add_argument("--only", help=f"comma-separated parts, of {', '.join(PARTS)}")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     wanted = options.only.split(",") if options.only else list(PARTS)
     if unknown := set(wanted) - set(PARTS):
-        parser.error(f"--only has {', '.join(sorted(unknown))}; {', '.join(PARTS)} are expected")
+        parser.error(
+            f"--only: expected parts of {','.join(PARTS)}, got {','.join(sorted(unknown))}"
+        )
     deadline = time.monotonic() + options.seconds
     try:
         import moba  # noqa: F401
         import torch
     except ImportError as error:
         sys.exit(
-            f"cuda: {error.name} cannot be imported (make gpu-check builds and runs all of it)"
+            f"cuda: expected the module {error.name}, which cannot be imported (`make gpu-check` builds it)"
         )
     if not torch.cuda.is_available():
-        sys.exit("cuda: no CUDA device that this torch can use")
+        sys.exit("cuda: expected a CUDA device that this torch can use, got none")
 
     report = {
         "machine": machine(),
@@ -654,15 +617,14 @@ def main():
     for part in wanted:
         if deadline - time.monotonic() < PARTS[part]:
             report["skipped"].append(
-                f"{part}: up to {PARTS[part]} s, and {max(deadline - time.monotonic(), 0):.0f} s were left"
+                f"{part}: takes up to {PARTS[part]} s, {max(deadline - time.monotonic(), 0):.0f} s were left"
             )
             continue
         begin = time.monotonic()
         try:
             for entry in getattr(bench, part)():
-                report["rows"].append(entry)
-                value = "-" if entry["value"] is None else f"{entry['value']:.3g} {entry['unit']}"
-                print(f"{entry['what']}: {value} {verdict(entry, 0)}", flush=True)
+                report["rows"].append({"part": part, **entry})
+                print(f"{entry['what']}: {measured(entry)}", flush=True)
         except torch.OutOfMemoryError:
             report["skipped"].append(f"{part}: the device has too little memory")
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -681,5 +643,5 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.pop(0)  # lest this file be taken for NVIDIA's package of its name
+    sys.path.pop(0)  # hides this file, which has the name of NVIDIA's package `cuda`
     sys.exit(main())

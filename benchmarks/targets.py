@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare a file of results, of benchmarks/run.py or benchmarks/fidelity.py, with the project's goals.
+"""Compare a file of results, of run.py, fidelity.py, pytorch_operator.py or cuda.py, with the project's goals.
 
 Prints a table of goals, measured values and whether each goal is met.
 
@@ -348,6 +348,71 @@ def fidelity_targets(results):
             )
 
 
+# Of benchmarks/cuda.py, by part and block setting, for stage 1 (mma.sync) and stage 2 (wgmma).
+CUDA_STAGES = {
+    "forward": {
+        (4096, 12): (0.45, 0.92),
+        (2048, 3): (0.45, 0.92),
+        (512, 3): (0.40, 0.80),
+        (128, 8): (0.30, 0.50),
+    },
+    "backward": {(2048, 3): (0.40, 0.90), (512, 3): (0.35, 0.75), (128, 8): (0.30, 0.60)},
+    "batch_of_two": {(128, 8): (6, 11)},
+    "million": {
+        (128, 8): (60, 110),
+        (512, 3): (110, 230),
+        (2048, 3): (45, 85),
+        (4096, 12): (5, 10),
+    },
+    "decode": {(128, 8): (0.60, 0.80), (4096, 12): (0.60, 0.80)},
+}
+CUDA_MEMORY_GIB = 80
+CUDA_DECODE_MICROSECONDS = 20  # instead of the fraction of stage 2
+
+
+def cuda_targets(report):
+    """Yield (what, target, measured, met) of results of benchmarks/cuda.py."""
+    for row in report["rows"]:
+        what, value, unit = row["what"], row["value"], row["unit"]
+        if row["part"] == "memory":
+            yield (
+                what,
+                f"<= {CUDA_MEMORY_GIB} GiB",
+                *at_most(value, CUDA_MEMORY_GIB, f"{value:.3g} GiB"),
+            )
+        stages = CUDA_STAGES.get(row["part"], {}).get(tuple(row.get("choice", ())), ())
+        for stage, bar in enumerate(stages, 1):
+            target = f">= {bar:g}{unit}"
+            measured, met = at_least(value, bar, f"{value:.3g}{unit}")
+            if row["part"] == "decode" and stage == 2:
+                target += f", or <= {CUDA_DECODE_MICROSECONDS} us"
+                measured += f", {row['microseconds']:.1f} us"
+                met = met or row["microseconds"] <= CUDA_DECODE_MICROSECONDS
+            yield f"{what}, stage {stage}", target, measured, met
+
+
+def pytorch_targets(report):
+    """Yield (what, target, measured, met) of results of benchmarks/pytorch_operator.py."""
+    rows = [row for part in report["parts"].values() for row in part]
+    peaks = {
+        name: row["value"]
+        for row in rows
+        for name in ("sdpa", "moba")
+        if row["what"].endswith(f"{name}: peak of the process")
+    }
+    for row in rows:
+        what, value = row["what"], row["value"]
+        shown = f"{value:.4g} {row['unit']}"
+        if what.startswith("a call") and not what.endswith("forward and backward"):
+            yield what, "<= 30 us", *at_most(value, 30, shown)
+        elif what.endswith(": added"):
+            yield what, "< 3%", *at_most(value, 3, shown)
+        elif what.endswith("sdpa / moba"):
+            yield what, ">= 4x", *at_least(value, 4, shown)
+        elif what.endswith("moba: peak of the process"):
+            yield what, "<= SDPA's", *at_most(value, peaks["sdpa"], shown)
+
+
 def attention_targets(report, folder):
     """Yield (what, target, measured, met) of results of benchmarks/run.py in `folder`."""
     results = Results(report["rows"], report["peers"])
@@ -360,16 +425,17 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "results", type=Path, help="a JSON file of benchmarks/run.py or benchmarks/fidelity.py"
-    )
+    parser.add_argument("results", type=Path, help="a JSON file that one of these benchmarks wrote")
     options = parser.parse_args()
     report = json.loads(options.results.read_text())
-    found = (
-        attention_targets(report, options.results.parent)
-        if "rows" in report
-        else fidelity_targets(report)
-    )
+    if "peers" in report:
+        found = attention_targets(report, options.results.parent)
+    elif "parts" in report:
+        found = pytorch_targets(report)
+    elif "rows" in report:
+        found = cuda_targets(report)
+    else:
+        found = fidelity_targets(report)
     marks = {True: "met", False: "not met", None: ""}
     rows = [(what, target, measured, marks[met]) for what, target, measured, met in found]
     print("\n".join(table(["what", "target", "measured", "met?"], rows)))
