@@ -16,7 +16,7 @@ import statistics
 import subprocess
 from pathlib import Path
 
-from ttft import cpu_name
+from machine import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCKS = {"full": (512, 0), "(512, 3)": (512, 3), "(128, 8)": (128, 8)}

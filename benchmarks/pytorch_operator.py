@@ -23,7 +23,8 @@ from pathlib import Path
 
 import moba
 import torch
-from run import ROOT, cpu_name, length, machine_name
+from machine import cpu_name, machine_name, peak_rss_bytes
+from run import ROOT, length
 
 PROGRAM = ROOT / "build" / "release" / "moba"
 
@@ -135,11 +136,6 @@ def addition_to_the_kernel(options) -> list:
 # Separate processes
 
 
-def peak_bytes() -> int:
-    """Return the peak memory of this process; getrusage's would begin with its parent's."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-
-
 def available_bytes() -> int:
     return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
 
@@ -165,16 +161,16 @@ def varlen_child(name: str, tokens: int) -> dict:
     q, k, v = torch.randn(3, tokens, 1, 128).unbind(0)
     cu = offsets(tokens)
     attend = getattr(moba, name)
-    before = peak_bytes()
+    before = peak_rss_bytes()
     times = [seconds(lambda: attend(q, k, v, cu, tokens, 2048, 3)) for _ in range(2)]
-    return {"seconds": times[1], "peak": peak_bytes() - before}
+    return {"seconds": times[1], "peak": peak_rss_bytes() - before}
 
 
 def step_child(implementation: str, tokens: int) -> dict:
     step = training_step(tokens)
     step(implementation)
     step(implementation)
-    return {"peak": peak_bytes()}
+    return {"peak": peak_rss_bytes()}
 
 
 # moba_attn_varlen

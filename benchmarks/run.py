@@ -16,8 +16,6 @@ import dataclasses
 import datetime
 import json
 import os
-import platform
-import re
 import shlex
 import statistics
 import subprocess
@@ -25,6 +23,8 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+
+from machine import cpu_field, cpu_name, machine_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_PEER_SECONDS = 120
@@ -37,17 +37,6 @@ CHOICES = [FULL, (4096, 12), (512, 3), (128, 8)]
 
 
 # ---- the machine ----
-
-
-def cpu_field(name):
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith(name):
-            return line.split(":", 1)[1].strip()
-    return ""
-
-
-def cpu_name():
-    return cpu_field("model name") or platform.processor() or platform.machine()
 
 
 def cpu_units():
@@ -65,11 +54,6 @@ def cpu_units():
         "i8mm",
     }
     return [unit for unit in (cpu_field("flags") or cpu_field("Features")).split() if unit in known]
-
-
-def machine_name():
-    words = re.sub(r"\((r|tm)\)|cpu|processor|@.*", " ", cpu_name().lower())
-    return "-".join(re.findall(r"[a-z0-9]+", words)) + f"-{os.cpu_count()}-cores"
 
 
 # ---- calls ----

@@ -22,7 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ttft import cpu_name, peak_rss_bytes
+from machine import cpu_name, peak_rss_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = dict(

@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import cpu_name, peak_rss_bytes
+
 ROOT = Path(__file__).resolve().parents[1]
 FACT = "The special magic number for Berlin is 48213."
 QUESTION = "What is the special magic number for Berlin?"
@@ -32,11 +34,6 @@ def document(path, depth):
     text = Path(path).read_text()
     place = text.rindex("\n", 0, int(len(text) * depth)) + 1
     return text[:place] + FACT + "\n" + text[place:]
-
-
-def peak_rss_bytes():
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 def run_peer(model, dtype, threads):
@@ -183,13 +180,6 @@ def markdown(report):
             f"| {' '.join(row.get('answer', '').split())} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def cpu_name():
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def main():

@@ -8,13 +8,11 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import naive  # noqa: E402
 import torch  # noqa: E402
-
-
-def peak_rss_bytes():
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+from machine import peak_rss_bytes  # noqa: E402
 
 
 def sdpa(q, k, v, options):
