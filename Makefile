@@ -1,4 +1,4 @@
-# The commands people type. tools/setup.sh gets what a build needs, CMakePresets.json says what each build is.
+# Entry points. tools/setup.sh installs the dependencies, CMakePresets.json defines the builds.
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -12,57 +12,57 @@ help:  ## list the commands
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | \
 	  awk -F'\t' '{printf "  make %-21s %s\n", $$1, $$2}'
 
-setup:  ## Debian packages, .venv with torch, the model; quick when all is there
+setup:  ## install Debian packages, .venv with torch, and the model; quick when all are present
 	@tools/setup.sh
 
-build:  ## the program, at build/release/moba; installs nothing, says what is missing
+build:  ## build the program, build/release/moba; installs nothing, reports what is missing
 	@tools/setup.sh --check packages python
 	@cmake --preset release --log-level=ERROR >/dev/null
 	cmake --build build/release -j$(JOBS) --target moba_program
 
-python: setup  ## the PyTorch package, installed into .venv
+python: setup  ## install the PyTorch package into .venv
 	@echo "installing the Python package moba into .venv"
 	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
 
-demo: setup  ## a real model finds a fact in a long text, with full attention and with MoBA
+demo: setup  ## show a model that finds a fact in a long text, with full attention and with MoBA
 	@$(MAKE) --no-print-directory build
 	@$(PYTHON) tools/demo.py
 
-test: test-cpp test-asan test-tsan test-python  ## every test: C++, sanitizers, Python against the ecosystem
+test: test-cpp test-asan test-tsan test-python  ## run all tests: C++, sanitizers, Python
 	@echo "all tests passed: C++, AddressSanitizer, ThreadSanitizer, Python"
 
-test-cpp: setup  ## the C++ tests, optimised
+test-cpp: setup  ## run the C++ tests on the optimised build
 	@cmake --preset release --log-level=ERROR >/dev/null
 	cmake --build build/release -j$(JOBS)
 	ctest --test-dir build/release --output-on-failure --progress -j$(JOBS)
 
-# Agreement's thousands of cases run on one thread each: nothing for ThreadSanitizer to see.
+# Agreement's cases run on one thread each, where ThreadSanitizer has nothing to check.
 test-tsan: CTEST_SELECTION = -E Agreement
-test-asan test-tsan: test-%: setup  ## the library's tests under AddressSanitizer with UBSan, and ThreadSanitizer
+test-asan test-tsan: test-%: setup  ## run the library's tests under AddressSanitizer with UBSan, or ThreadSanitizer
 	@cmake --preset $* --log-level=ERROR >/dev/null
 	cmake --build build/$* -j$(JOBS)
 	ctest --test-dir build/$* --output-on-failure --progress -j$(JOBS) $(CTEST_SELECTION)
 
-test-python: test-cpp python  ## the Python tests, on the optimised build
+test-python: test-cpp python  ## run the Python tests on the optimised build
 	@tools/setup.sh browser
 	$(PYTHON) -m pytest -q -n $(JOBS) --maxprocesses 8 tests
 
-test-long: test-cpp python  ## tens of thousands of generated cases more
+test-long: test-cpp python  ## run tens of thousands more generated cases
 	MOBA_TEST_CASES=2000 ctest --test-dir build/release --output-on-failure --progress -j$(JOBS) -R Agreement
 	MOBA_TEST_CASES=2000 $(PYTHON) -m pytest -q tests/python/test_operator.py -k "float64 or reference"
 	MOBA_TEST_KILLS=50 $(PYTHON) -m pytest -q tests/llm/test_train.py -k killed
 
-cuda: setup  ## the CUDA backend with nvcc, no GPU needed; says what registers its kernels take
+cuda: setup  ## build the CUDA backend with nvcc, without a GPU; prints the registers of its kernels
 	@cmake --preset cuda --log-level=ERROR >/dev/null
 	cmake --build build/cuda -j$(JOBS)
 
-gpu-check:  ## on a machine with an NVIDIA GPU: builds, tests and measures the CUDA backend; needs no network
+gpu-check:  ## build, test and measure the CUDA backend on a machine with an NVIDIA GPU; needs no network
 	@$(firstword $(wildcard $(PYTHON)) python3) tools/gpu_check.py
 
-neon: setup  ## the kernels compile for Arm (needs Debian's g++-aarch64-linux-gnu)
+neon: setup  ## compile the kernels for Arm (needs Debian's g++-aarch64-linux-gnu)
 	tools/check_neon.sh
 
-bench: setup  ## every benchmark, into benchmarks/results
+bench: setup  ## run all CPU benchmarks, into benchmarks/results
 	@cmake --preset release --log-level=ERROR >/dev/null
 	cmake --build build/release -j$(JOBS)
 	for script in benchmarks/ttft.py benchmarks/run.py benchmarks/pytorch_operator.py benchmarks/train_step.py; do echo "== $$script"; $(PYTHON) $$script; done
@@ -72,16 +72,16 @@ install-test: setup  ## install the library into a folder and build the example 
 	cmake --build build/lib -j$(JOBS)
 	ctest --test-dir build/lib --output-on-failure -R install
 
-format: setup  ## clang-format on every C++ file, ruff on every Python file
+format: setup  ## run clang-format on all C++ files and ruff on all Python files
 	@tools/setup.sh developer
 	$(SOURCES) | xargs clang-format -i
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 
-lint: lint-fast  ## clang-format, ruff and clang-tidy on C++, CUDA as C++, tests and Python; changes nothing
+lint: lint-fast  ## check with clang-format, ruff and clang-tidy (C++, CUDA as C++, tests, Python); changes nothing
 	tools/tidy.py build/lint -j$(JOBS)
 
-lint-fast: setup  ## the part of lint that takes a minute: clang-tidy only on the library's top files
+lint-fast: setup  ## run the part of lint that takes a minute: clang-tidy on the library's top files only
 	@tools/setup.sh developer
 	$(SOURCES) | xargs clang-format --dry-run --Werror
 	$(PYTHON) -m ruff check .

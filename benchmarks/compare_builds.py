@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Time two builds of `moba` in turns, row by row, to see whether a change costs speed.
+"""Time two builds of `moba`, interleaved row by row, to see whether a change costs speed.
 
-Every row of `moba bench` runs A B A B ..., so that both builds meet the same machine; the ratio of a round compares two
+Every row of `moba bench` runs A B A B ..., so that drift of the machine affects both; the ratio of a round compares two
 neighbouring calls. Prints and writes the medians, the median ratio after/before and the spread of the rounds' ratios; a row is
 within its spread where the ratios of its rounds lie on both sides of 1, or their median within 3% of it.
 
@@ -105,12 +105,12 @@ def main() -> None:
 
     date = datetime.date.today().isoformat()
     lines = [
-        f"# Two builds in turns: {options.name}",
+        f"# Two builds, interleaved: {options.name}",
         "",
         f"{cpu_name()}, {options.threads} threads, {date}; head_dim 128, one head, {options.tokens} tokens "
-        f"(decode: {options.decode_tokens}), {options.rounds} rounds, medians. `benchmarks/compare_builds.py` made this table.",
+        f"(decode: {options.decode_tokens}), {options.rounds} rounds, medians. Made with `benchmarks/compare_builds.py`.",
         "",
-        "| pass | dtype | blocks | before | after | after / before | of the rounds | within spread |",
+        "| pass | dtype | blocks | before | after | after / before | range over rounds | within spread |",
         "|---|---|---|---|---|---|---|---|",
     ]
     lines += [

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Compare full attention, MoBA and the hybrid of both, trained on the same tokens from the same seeds.
 
-Real text (what set-up installs) becomes streams for training and one for evaluation. `moba train` trains a model of every
-size from nothing, on sequences so short that MoBA is full attention, and continues at the long context with each attention;
-`moba eval loss` scores the evaluation text. Stages, in this order:
+Real text installed on the machine is split into streams for training and one for evaluation. `moba train` trains a model of
+every size from scratch, on sequences so short that MoBA is full attention, and continues at the long context with each
+attention; `moba eval loss` scores the evaluation text. Stages, in this order:
 
   speed    the short sequences and a few long ones, and from them the minutes that the rest needs
-  sharing  a hybrid run that begins as a copy of the MoBA run is the hybrid run, to the last bit
+  sharing  a hybrid run that begins as a copy of the MoBA run is bit-identical to the hybrid run
   sizes    three sizes with full attention, MoBA, and MoBA for 90% of the steps, then full attention
   blocks   sizes of blocks and top-k at equal sparsity, the smallest size
   layers   fine-tuning on outlines of source code, with the last layers full
@@ -95,10 +95,10 @@ MODES = {
     "hybrid": ["--attn-schedule", "moba:0.9,full:0.1"],
 }
 LONGER = 3 * STEPS
-# Each reads 512 tokens of 8192, 93.75% sparsity, and all of 512; a query of the first has its own block alone.
+# Each attends to 512 tokens of 8192 (93.75% sparsity), and to all of 512; with the first, to the own block only.
 OWN_BLOCK = (512, 1)
 EQUAL_SPARSITY = (OWN_BLOCK, (256, 2), BLOCKS, (64, 8), (32, 16))
-# Fine-tuning goes on with the hybrid of this size; that many tokens of outline are scored.
+# Fine-tuning continues from the hybrid of this size; TUNING_TRAILING tokens of outline are scored.
 TUNED, TUNING_STEPS, TUNING_TRAILING = "middle", 60, 256
 EVALUATED = 16  # sequences
 
@@ -206,9 +206,9 @@ def outline(text):
 
 
 def outline_documents(groups, tokenizer, count, chance):
-    """Return `count` of {"prompt", "completion"}: texts and their outlines, which begin just before the tokens that are scored
+    """Return `count` of {"prompt", "completion"}: texts and their outlines, which begin just before the scored tokens
     and reach a little beyond the sequence."""
-    most = SEQ_LEN - TUNING_TRAILING
+    prompt_tokens = SEQ_LEN - TUNING_TRAILING
 
     @functools.cache
     def starts(group):
@@ -220,13 +220,13 @@ def outline_documents(groups, tokenizer, count, chance):
     while len(documents) < count:
         group = chance.randrange(len(groups))
         places = starts(group)
-        first = chance.randrange(max(1, len(places) - most))
-        lines = groups[group][places[first] : places[min(first + most - 8, len(places) - 1)]].split(
-            "\n"
-        )[1:-1]
+        first = chance.randrange(max(1, len(places) - prompt_tokens))
+        lines = groups[group][
+            places[first] : places[min(first + prompt_tokens - 8, len(places) - 1)]
+        ].split("\n")[1:-1]
         prompt = "\n".join(lines) + "\nOutline:\n"
         tokens = len(tokenizer.encode(prompt).ids)
-        if not most - 100 < tokens <= most:
+        if not prompt_tokens - 100 < tokens <= prompt_tokens:
             continue
         completion = ""
         for line in outline(prompt):
@@ -477,7 +477,7 @@ def block_flags(blocks):
 
 
 def begin_as(out, other, step):
-    """Copy a run as it was at this step."""
+    """Copy the state of a run at this step."""
     if out.exists():
         return
     half_done = out.with_name(out.name + ".part")
@@ -517,7 +517,7 @@ def do_speed(lab):
     }
 
     def minutes(size, full, moba):
-        """Return the minutes of so many steps with either attention and of the evaluations that belong to them."""
+        """Return the minutes of training steps with either attention and of their evaluations."""
         a, b = of[size]["full"], of[size]["MoBA"]
         return (
             full * a["step_seconds"]
@@ -1075,7 +1075,7 @@ def main():
     parser.add_argument("--machine", default="x86_64", help="a short name for the files of results")
     parser.add_argument("--only", help="stages, such as sizes,blocks")
     parser.add_argument(
-        "--continue", dest="goes_on", action="store_true", help="go on where an earlier run stopped"
+        "--continue", dest="resume", action="store_true", help="continue a run that was stopped"
     )
     options = parser.parse_args()
     stages = options.only.split(",") if options.only else list(STAGES)
@@ -1084,7 +1084,7 @@ def main():
             f"--only: expected some of {','.join(STAGES)}, got {','.join(sorted(unknown))}"
         )
 
-    if options.work.exists() and not options.goes_on:
+    if options.work.exists() and not options.resume:
         parser.error(
             f"--work: expected a new folder, or --continue, got the existing {options.work}"
         )

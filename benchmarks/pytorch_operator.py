@@ -54,7 +54,7 @@ def offsets(tokens: int) -> torch.Tensor:
 
 
 def call_cost(options) -> list:
-    """Return the microseconds of a whole call on a problem so small that the kernel has next to no work."""
+    """Return the microseconds of a whole call on inputs so small that the kernel has almost no work."""
     calls = 500
     q, cu = torch.randn(1, 1, 16), offsets(1)
     leaf = q.clone().requires_grad_()

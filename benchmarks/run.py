@@ -28,7 +28,7 @@ from machine import cpu_field, cpu_name, machine_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_PEER_SECONDS = 120
-# Seconds for the timed runs of a row: five runs where each takes less than 12 s.
+# Seconds for the timed runs of a row: five runs if each takes less than 12 s.
 BUDGET_SECONDS = 60
 KI, MI = 1 << 10, 1 << 20
 FULL = (512, 0)
@@ -80,7 +80,7 @@ class Call:
     group: str
     expected: float  # seconds on two cores, for the estimate of the remaining time
     flags: dict
-    threads: int | None = None  # None: as many as the whole set
+    threads: int | None = None  # None: those of the command line
     environment: dict = dataclasses.field(default_factory=dict)
     peer: str | None = None  # None: moba bench
     tokens: int = 0  # of a peer

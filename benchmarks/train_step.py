@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Time a training step: moba train (full and MoBA) against the same Llama in PyTorch (transformers, SDPA, AdamW).
 
-The same shape, tokens a step, threads and dtype, one after the other in every round; the first step of each is a warm-up.
-Then the peak memory of a long step with activation checkpointing, and the trainer's overhead over the passes and the
-optimiser in short steps: the time from a line of the log to a later one, less the time that the steps between them
-computed. Writes benchmarks/results/train-<machine>-<date>.json and .md.
+All use the same shape, tokens per step, threads and dtype, interleaved in every round; the first step of each is a warm-up.
+Also measured: the peak memory of a long step with activation checkpointing, and the trainer's overhead in short steps, which
+is the time between two lines of the log less the compute time of the steps between them. Writes
+benchmarks/results/train-<machine>-<date>.json and .md.
 
     .venv/bin/python benchmarks/train_step.py --rounds 3 --threads 2
 """
@@ -43,7 +43,7 @@ MODES = {"moba, MoBA (512, 3)": "moba", "moba, full": "full"}
 
 
 def run_peer(options):
-    """Train with PyTorch, in a process of its own, and print a line of JSON for each step."""
+    """Train with PyTorch, in a separate process, and print a line of JSON for each step."""
     import torch
     import transformers
 

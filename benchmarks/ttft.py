@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measure time to first token on a long real document: moba (full and MoBA) against transformers with torch SDPA.
 
-The same weights, token ids, threads and dtype, one after the other in every round; medians of all rounds. Loading
-is not counted. Writes benchmarks/results/ttft-<machine>-<date>.json and .md.
+Both use the same weights, token ids, threads and dtype, interleaved in every round; medians of all rounds. Loading is
+not timed. Writes benchmarks/results/ttft-<machine>-<date>.json and .md.
 
     .venv/bin/python benchmarks/ttft.py --rounds 5 --threads 2
 """
@@ -37,7 +37,7 @@ def document(path, depth):
 
 
 def run_peer(model, dtype, threads):
-    """Prefill with transformers, in a process of its own so that its peak memory can be measured: reads token ids and prints
+    """Prefill with transformers, in a separate process whose peak memory can be measured: read token ids and print
     seconds and peak memory, line by line."""
     import torch
     import transformers

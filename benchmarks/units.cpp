@@ -1,4 +1,4 @@
-// Measures the throughput of the core's units and their clock: multiply-adds from registers, a register tile
+// Measures the throughput of a core's execution units and its clock: multiply-adds from registers, a register tile
 // fed from the first-level cache, and AMX. The clock is derived from a chain of dependent multiplications
 // between two bursts, so a core that slows down under load shows it. Needs Linux on x86-64 with AVX-512 and
 // AMX.
@@ -24,7 +24,7 @@ double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-/// GHz: a chain of 3000 cycles, far shorter than a clock takes to change.
+/// Returns the clock in GHz from a chain of 3000 cycles, far shorter than a change of the clock takes.
 double clock_now() {
   std::uint64_t x = 1;
   const double begin = seconds();
@@ -37,7 +37,7 @@ double clock_now() {
 
 constexpr int kRows = 14, kDepth = 128, kStride = 272;
 
-/// A tile of 14 rows by 32 columns over a depth of 128; `kFed`: from memory, else from registers alone.
+/// Multiplies a tile of 14 rows by 32 columns over a depth of 128; `kFed`: operands from memory, else from registers.
 template <bool kFed>
 AVX512 void tile(const float* rows, const float* panel, float* out) {
   __m512 sums[kRows][2];
@@ -66,13 +66,13 @@ AVX512 void tile(const float* rows, const float* panel, float* out) {
 
 const moba::AmxTileConfig kConfig;
 
-/// 96 products of 16 x 32 by 32 x 16 bf16 values from the first-level cache.
+/// Computes 96 products of 16 x 32 by 32 x 16 bf16 values from the first-level cache.
 AMX void amx_tile(const std::uint16_t* rows, const std::uint16_t* panel) {
   for (int i = 0; i < 24; ++i) {
     const std::uint16_t *a = rows + i % 4 * 32, *b = panel + i % 12 * 1024;
     _tile_loadd(4, a, 320);
     _tile_loadd(5, a + 16 * 160, 320);
-    if (i % 2 == 0) {  // every other time one operand stays, as in the products of parts
+    if (i % 2 == 0) {  // every second time one operand stays, as in the products of bf16 parts
       _tile_loadd(6, b, 128);
       _tile_loadd(7, b + 32, 128);
     }

@@ -1,6 +1,6 @@
-# LibTorch out of the PyTorch wheel, as one imported target `LibTorch::LibTorch`. Torch's own CMake package is not used: with
-# a CUDA wheel it insists on a CUDA toolkit, and it adds a second to every configure. Looks in MOBA_TORCH_DIR (a folder
-# with include/ and lib/), else asks the Python of .venv, else python3.
+# Finds LibTorch in the PyTorch wheel; defines the imported target LibTorch::LibTorch. Torch's own CMake package is not
+# used: with a CUDA wheel it requires a CUDA toolkit, and it adds a second to every configure. Searches MOBA_TORCH_DIR (a
+# folder with include/ and lib/), else the wheel of .venv's Python, else of python3.
 if(NOT MOBA_TORCH_DIR)
   find_program(MOBA_TORCH_PYTHON NAMES python3 PATHS ${PROJECT_SOURCE_DIR}/.venv/bin NO_DEFAULT_PATH)
   find_program(MOBA_TORCH_PYTHON NAMES python3)
@@ -23,8 +23,8 @@ if(LibTorch_FOUND AND NOT TARGET LibTorch::LibTorch)
   target_include_directories(LibTorch::LibTorch SYSTEM INTERFACE
                              ${LibTorch_INCLUDE_DIR} ${LibTorch_INCLUDE_DIR}/torch/csrc/api/include)
   target_link_libraries(LibTorch::LibTorch INTERFACE ${LibTorch_CPU} ${LibTorch_C10})
-  # A run path of our own: CMake warns of its own, because the wheel's libgomp goes before the compiler's. That it does is
-  # right, one OpenMP runtime in a process.
+  # The run path is set here: CMake's own would cause a warning, because the wheel's libgomp precedes the compiler's. That
+  # order is intended, so that a process has one OpenMP runtime.
   get_filename_component(LibTorch_LIB_DIR ${LibTorch_CPU} DIRECTORY)
   target_link_options(LibTorch::LibTorch INTERFACE "LINKER:-rpath,${LibTorch_LIB_DIR}")
   set(CMAKE_SKIP_BUILD_RPATH ON)

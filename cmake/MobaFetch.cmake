@@ -1,5 +1,5 @@
-# moba_fetch(name url commit packages): a dependency that the system lacks, built from its source at a pinned commit. Where
-# the repository cannot be reached, the error names the packages to install in place of Git's messages.
+# moba_fetch(name url commit packages) builds a missing dependency from its source at a pinned commit. If the repository
+# cannot be reached, the error names the packages to install instead of showing Git's messages.
 # FETCHCONTENT_SOURCE_DIR_<NAME> names an unpacked source, which needs no network.
 include(FetchContent)
 
@@ -17,7 +17,7 @@ macro(moba_fetch name url commit packages)
                           "Without a network, ${MOBA_FETCH_SOURCE} names an unpacked source.")
     endif()
   endif()
-  # SYSTEM comes first: CMake 3.25 takes one after the tag for a part of it.
+  # SYSTEM comes first: CMake 3.25 parses one after the tag as a part of it.
   FetchContent_Declare(${name} SYSTEM GIT_REPOSITORY ${url} GIT_TAG ${commit})
   FetchContent_MakeAvailable(${name})
 endmacro()

@@ -1,4 +1,4 @@
-# The test framework, as GTest::gtest_main and GTest::gmock: the system's, else version 1.15.2.
+# Provides the test framework as GTest::gtest_main and GTest::gmock: the system's, else version 1.15.2.
 find_package(GTest QUIET)
 if(NOT GTest_FOUND)
   set(INSTALL_GTEST OFF CACHE BOOL "" FORCE)

@@ -1,4 +1,4 @@
-# `cmake --install` and find_package(moba): headers, the library and its CMake package.
+# Installs headers, the library and its CMake package, for find_package(moba).
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 

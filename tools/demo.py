@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Show MoBA in three tables: a real model finds a fact in a long text, one attention head reads ever longer texts, and the
-model in models/, which was trained with MoBA, finds a fact at lengths at which full attention is slow. `make demo` builds the
-program and fetches the model that this needs."""
+"""Show MoBA in three tables: a real model finds a fact in a long text, one attention head over texts of increasing length, and
+the model in models/, which was trained with MoBA, finds a fact at lengths at which full attention is slow. `make demo` builds
+the program and fetches the model."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ QUESTION = "What is the password of the lighthouse?"
 SECRET = "7349"
 DEPTH = 0.4
 LENGTHS = [8, 16, 32, 64, 128, 256]  # times 1024 tokens
-WHOLE = 64  # times 1024 tokens; up to this length all queries are timed
+ALL_QUERIES = 64  # times 1024 tokens; up to this length all queries are timed
 BLOCK, TOP_K = 512, 3
 TRAINED = ROOT / "models/needle-2m"
 TRAINED_LENGTHS = [32, 128]  # times 1024 tokens; few texts of the training were longer than 32K
@@ -71,7 +71,7 @@ def document(path):
 
 
 def ask(options, text_file, attention):
-    print(paint(f"reading with {attention} attention ...", "dim"), flush=True)
+    print(paint(f"running with {attention} attention ...", "dim"), flush=True)
     return run_moba(
         options.moba,
         "generate",
@@ -107,8 +107,8 @@ def needle(options):
             ("prompt tokens", 13),
             ("first token", 11),
             ("attention time", 15),
-            ("tokens/s read", 13),
-            ("tokens/s written", 16),
+            ("prefill tokens/s", 16),
+            ("decode tokens/s", 15),
             ("peak memory", 11),
             ("answer", 0),
         ]
@@ -127,20 +127,20 @@ def needle(options):
         )
     settings = results["moba"]["settings"]
     print(
-        f"MoBA: blocks of {settings['moba_chunk_size']} tokens, {settings['moba_topk']} of them a token, the first "
-        f"one always; the last {settings['moba_full_tail']} tokens of the prompt attend to everything."
+        f"MoBA: blocks of {settings['moba_chunk_size']} tokens, top-k {settings['moba_topk']}, the first block always "
+        f"selected; the last {settings['moba_full_tail']} tokens of the prompt attend to everything."
     )
 
     wrong = [name for name, result in results.items() if SECRET not in result["text"]]
     for name in wrong:
         print(
             paint(
-                f"With --attn {name} the answer does not hold {SECRET}: the model did not find the fact.",
+                f"With --attn {name} the answer does not contain {SECRET}: the model did not find the fact.",
                 "red",
             )
         )
     if not wrong:
-        print(paint("Both answers hold the fact.", "green"))
+        print(paint("Both answers contain the fact.", "green"))
     return not wrong
 
 
@@ -174,7 +174,7 @@ def lengths(options):
     """Time one head of head_dim 128 over random keys, full attention against MoBA."""
     print(
         paint(
-            f"\nOne attention head reads longer and longer texts, with {TOP_K} blocks of {BLOCK} tokens a token",
+            f"\nOne attention head over texts of increasing length, blocks of {BLOCK} tokens, top-k {TOP_K}",
             "bold",
         )
     )
@@ -184,8 +184,8 @@ def lengths(options):
     estimated = False
     for thousands in LENGTHS:
         tokens = thousands * 1024
-        # The work of full attention grows with the square of the length: beyond 64K only a share of the queries is timed.
-        share = min(1.0, (WHOLE / thousands) ** 2)
+        # The work of full attention is quadratic in the length: beyond 64K a share of the queries is timed.
+        share = min(1.0, (ALL_QUERIES / thousands) ** 2)
         full = bench(options, tokens, 0, share)["seconds_median"]
         moba = bench(options, tokens, TOP_K, 1)
         estimated = estimated or share < 1

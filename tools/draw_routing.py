@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw docs/images/routing.svg: the key blocks that full attention and MoBA read, for each query block.
+"""Draw docs/images/routing.svg: the key blocks to which full attention and MoBA attend, for each query block.
 
 python3 tools/draw_routing.py
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 BLOCKS, TOP_K, CELL = 16, 3, 15
 SIDE = BLOCKS * CELL
 LEFT, TOP, GAP = 40, 64, 90
-INK, MUTED, OWN, SELECTED, UNREAD = "#24292f", "#6e7781", "#0969da", "#54aeff", "#eaeef2"
+INK, MUTED, OWN, SELECTED, UNSELECTED = "#24292f", "#6e7781", "#0969da", "#54aeff", "#eaeef2"
 
 
 def text(x, y, words, size=13, colour=INK, anchor="start", extra=""):
@@ -49,8 +49,8 @@ def legend(y):
     parts, x = [], LEFT
     for colour, words in (
         (OWN, "own block, up to the query itself"),
-        (SELECTED, "read"),
-        (UNREAD, "not read"),
+        (SELECTED, "selected"),
+        (UNSELECTED, "not selected"),
     ):
         parts.append(f'<rect x="{x}" y="{y - 10}" width="12" height="12" rx="2" fill="{colour}"/>')
         parts.append(text(x + 18, y, words, 12))
@@ -70,15 +70,15 @@ def main():
         *panel(
             LEFT,
             "Full attention",
-            "every query reads everything before it",
+            "every query attends to all earlier keys",
             lambda row, column: OWN if row == column else SELECTED,
         ),
         *panel(
             second,
-            f"MoBA, {TOP_K} blocks a query",
-            "its own and the best by their mean key",
+            f"MoBA, top-k {TOP_K}",
+            "its own and the best by mean key",
             lambda row, column: (
-                OWN if row == column else SELECTED if column in selected[row] else UNREAD
+                OWN if row == column else SELECTED if column in selected[row] else UNSELECTED
             ),
         ),
         *legend(height - 16),

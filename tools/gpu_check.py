@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Builds the CUDA backend for the GPU of this machine, tests it, and measures it; needs no network.
+"""Build the CUDA backend for the GPU of this machine, test it, and measure it; needs no network.
 
-Says first what it will do and what it skips. Wants nvcc, cmake, a C++20 compiler and this Python's torch with CUDA. Highway
-and GoogleTest, where the system has none, come from the prefix that MOBA_DEPS names (docs/cuda.md). Ends with 0 when
-everything passed; results are in build/gpu-check and benchmarks/results.
+Prints first what it skips and why. Requires nvcc, cmake, a C++20 compiler and this Python's torch with CUDA. MOBA_DEPS names
+a prefix with Highway and GoogleTest if the system has none (docs/cuda.md). The exit code is 0 if everything passed; results
+are in build/gpu-check and benchmarks/results.
 
-    python3 tools/gpu_check.py              # make gpu-check; within 8 minutes on an H200
-    python3 tools/gpu_check.py --dry-run    # what it would do; needs no GPU
+    python3 tools/gpu_check.py              # make gpu-check; takes less than 8 minutes
+    python3 tools/gpu_check.py --dry-run    # prints the commands; needs no GPU
 """
 
 import argparse
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu-check"
 DEVICE_TESTS = BUILD / "tests" / "cuda" / "moba_cuda_device_tests"
 EMULATED_TESTS = BUILD / "tests" / "cuda" / "moba_cuda_tests"
-# Small, and between them every kernel.
+# Small tests that together run every kernel.
 SANITIZED = (
     "CudaAttend.AnyOrderOfBlocksAndWarpsGivesTheSameBits:CudaAttend.TheRoutingAlone:CudaAttend.ManyShortSequences:"
     "CudaAttend.BlocksOfManyKeys:"
@@ -32,10 +32,10 @@ SANITIZED = (
     "CudaDecode.AnyOrderAndWorkspaceGiveTheSameBits:"
     "CudaSm90Backward.AnyOrderAndAnyWorkspaceGiveTheSameBits"
 )
-# The tests whose calls have other kernels on Hopper.
+# Tests of calls that use other kernels on sm90.
 CHOOSING = "CudaAttend*:All/*"
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# Seconds: of each phase at most, and of everything.
+# Maximum seconds of each phase, and of all together.
 LIMITS = {
     "build": 170,
     "C++ tests": 60,
@@ -43,7 +43,7 @@ LIMITS = {
     "PyTorch tests": 75,
     **dict.fromkeys(SANITIZERS, 25),
 }
-TOTAL, LEAST_FOR_THE_BENCHMARK = 470, 30
+TOTAL, MIN_BENCHMARK = 470, 30
 
 
 def nvcc():
@@ -58,7 +58,7 @@ def nvcc():
 
 
 def torch_with_cuda():
-    """The torch of this Python, and why it does not do."""
+    """Return torch, and the reason why it cannot be used or None."""
     try:
         import torch
     except ImportError:
@@ -77,10 +77,10 @@ def missing():
 
 
 def skipped():
-    """What this machine lacks that only some phases want."""
+    """Return lines about what this machine lacks for single phases."""
     lines = []
     if not sanitizer():
-        lines.append("compute-sanitizer: it is not on the PATH nor beside nvcc")
+        lines.append("compute-sanitizer: expected on the PATH or beside nvcc, got none")
     for module, of in (
         ("pytest", "PyTorch tests"),
         ("transformers", "PyTorch tests: the model of transformers"),
@@ -98,7 +98,7 @@ def sanitizer():
 
 
 def environment():
-    """Of everything that runs: the package just built, and the libraries of MOBA_DEPS."""
+    """Return the environment of all commands: the built package and the libraries of MOBA_DEPS."""
     deps = os.environ.get("MOBA_DEPS")
     libraries = (
         [str(path.parent.resolve()) for path in Path(deps).glob("**/libhwy.so*")] if deps else []
@@ -177,32 +177,31 @@ def benchmark_command(seconds):
     return [sys.executable, "benchmarks/cuda.py", "--seconds", f"{seconds:.0f}"]
 
 
-def said(command):
+def shown(command):
     return " ".join(str(word).replace(str(ROOT) + "/", "") for word in command)
 
 
 def outputs(path):
-    """What tests wrote into MOBA_TEST_RESULTS: for each test, seed and turn the numbers of a call, in float64, and the rounding of
-    its dtype."""
+    """Read MOBA_TEST_RESULTS: for each test, seed and call the output in float64, and the unit roundoff of its dtype."""
     import torch
 
-    turns, found = Counter(), {}
+    calls, found = Counter(), {}
     for line in path.read_text().splitlines():
         test, seed, dtype, digits = line.split(" ")
-        turns[test, seed] += 1
+        calls[test, seed] += 1
         bits = (
             torch.frombuffer(bytearray.fromhex(digits), dtype=torch.int16)
             if digits
             else torch.empty(0, dtype=torch.int16)
         )
         kind, unit = (torch.bfloat16, 2**-8) if dtype == "bf16" else (torch.float16, 2**-11)
-        found[test, seed, turns[test, seed]] = bits.view(kind).double(), unit
+        found[test, seed, calls[test, seed]] = bits.view(kind).double(), unit
     return found
 
 
 def differences(emulated, real):
-    """Of the calls that both files have: how many there are, of how many numbers, the share that is equal to the bit, and the
-    share that is more than 16 roundings of the call's largest number apart (a block that rounding swapped, else an error)."""
+    """Compare the calls in both files: return their number, their elements, the share of bit-identical ones, and the share
+    that differs by more than 16 units of the call's largest element (another block after a tie in rounding, or an error)."""
     a, b = outputs(emulated), outputs(real)
     calls = sorted(a.keys() & b.keys())
     numbers = equal = far = 0
@@ -213,8 +212,8 @@ def differences(emulated, real):
             numbers += max(x.numel(), y.numel())
             continue
         same = (x == y) | (x.isnan() & y.isnan())
-        most = x.nan_to_num(0, 0, 0).abs().max().item() if x.numel() else 0
-        far += (~same & ~((x - y).abs() <= 16 * unit * most)).sum().item()
+        largest = x.nan_to_num(0, 0, 0).abs().max().item() if x.numel() else 0
+        far += (~same & ~((x - y).abs() <= 16 * unit * largest)).sum().item()
         equal += same.sum().item()
         numbers += x.numel()
     return len(calls), numbers, equal / max(numbers, 1), far / max(numbers, 1)
@@ -229,7 +228,8 @@ class Check:
         return TOTAL - (time.monotonic() - self.begin)
 
     def run(self, phase, command, limit=None, **variables):
-        """Whether it passed within its seconds. Its output is shown when it did not, and kept in build/gpu-check."""
+        """Run a command within its time limit; return its output, or None if it failed. The output is kept in build/gpu-check,
+        and printed on failure."""
         limit = min(limit or LIMITS[phase], self.left())
         begin = time.monotonic()
         try:
@@ -262,10 +262,10 @@ class Check:
         return output if not why else None
 
     def compare(self, emulated, real):
-        """The same tests, emulated and on the device: how they end, and what calls wrote."""
+        """Compare the tests' results and outputs on the emulation and on the device."""
         if not (emulated.exists() and real.exists()):
             print(
-                "gpu-check: skipped: the comparison with the emulation, of which one side did not end"
+                "gpu-check: skipped: the comparison with the emulation, because one side has no results"
             )
             return
         results = [
@@ -284,15 +284,15 @@ class Check:
         ]
         swaps = [sum(int(tests[name].get("swaps", 0)) for name in both) for tests in results]
         print(
-            f"gpu-check: {len(both)} tests emulated and on the device, {len(other)} of them end differently"
-            f"{': ' + ', '.join(other) if other else ''}; blocks that rounding swapped: {swaps[0]} and {swaps[1]}"
+            f"gpu-check: {len(both)} tests on the emulation and on the device, {len(other)} with different results"
+            f"{': ' + ', '.join(other) if other else ''}; blocks swapped by rounding: {swaps[0]} and {swaps[1]}"
         )
         calls, numbers, equal, far = differences(
             emulated.with_suffix(".txt"), real.with_suffix(".txt")
         )
         print(
-            f"gpu-check: outputs of {calls} calls, {numbers} numbers: {100 * equal:.1f}% are equal to the bit, {100 * far:.3f}% are more "
-            "than 16 roundings apart"
+            f"gpu-check: outputs of {calls} calls, {numbers} elements: {100 * equal:.1f}% are bit-identical, {100 * far:.3f}% differ by more "
+            "than 16 units of the largest"
         )
         if other or calls == 0 or far > 0.01:
             self.failed.append("the emulation and the device disagree")
@@ -306,24 +306,22 @@ def package():
 
 
 def plan(torch_folder, architecture):
-    lines = [said(command) for command in build_commands(torch_folder, architecture)]
+    lines = [shown(command) for command in build_commands(torch_folder, architecture)]
     lines += [
-        said(device_command()),
-        f"MOBA_CUDA_ARCH=sm80 {said(device_command(only=CHOOSING))} (on Hopper)",
-        f"{said([EMULATED_TESTS])} (beside the rest; its results are compared)",
+        shown(device_command()),
+        f"MOBA_CUDA_ARCH=sm80 {shown(device_command(only=CHOOSING))} (on Hopper)",
+        f"{shown([EMULATED_TESTS])} (concurrently; its results are compared)",
     ]
     return lines + [
-        said(pytest_command()),
-        *map(said, map(sanitizer_command, SANITIZERS)),
-        said(benchmark_command(0)) + f" (what is left of {TOTAL} s)",
+        shown(pytest_command()),
+        *map(shown, map(sanitizer_command, SANITIZERS)),
+        shown(benchmark_command(0)) + f" (what is left of {TOTAL} s)",
     ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be done, and do nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
     options = parser.parse_args()
     lacking = missing()
     if lacking and not options.dry_run:
@@ -337,7 +335,7 @@ def main():
         capability = 10 * major + minor
         architecture = {90: "90a-real"}.get(capability, f"{capability}-real")
         print(
-            f"gpu-check: {torch.cuda.get_device_name()}, torch {torch.__version__}, {TOTAL} s for everything"
+            f"gpu-check: {torch.cuda.get_device_name()}, torch {torch.__version__}, {TOTAL} s in total"
         )
     for line in [f"lacking: {what}" for what in lacking] + [
         f"skipped: {what}" for what in skipped()
@@ -373,13 +371,13 @@ def main():
         if sanitizer():
             for tool in SANITIZERS:
                 check.run(tool, sanitizer_command(tool))
-        try:  # before anything is timed
+        try:  # must end before anything is timed
             emulation.wait(timeout=60)
         except subprocess.TimeoutExpired:
             emulation.kill()
     check.compare(emulated, real)
     seconds = check.left() - 20
-    if seconds < LEAST_FOR_THE_BENCHMARK:
+    if seconds < MIN_BENCHMARK:
         print(f"gpu-check: skipped: the benchmark, {seconds:.0f} s were left")
     elif output := check.run("benchmark", benchmark_command(seconds), limit=check.left()):
         print(output)

@@ -4,7 +4,7 @@
     tools/make_bad_files.py FOLDER
 
 FOLDER/manifest.json lists [{"kind", "path", "names", "message"}]: a program that is given `path` as a model must refuse it
-with one line that contains the file name `names` and the text `message`. The corpus needs nothing but Python.
+with one line that contains the file name `names` and the text `message`. Needs only Python.
 """
 
 import json
@@ -578,7 +578,7 @@ def write_corpus(folder):
     corpus.add_folder("no_weights", {"config.json": config}, "no_weights", "model.safetensors")
     corpus.add("missing", folder / "missing.gguf", "missing.gguf", "No such file")
     (folder / "manifest.json").write_text(json.dumps(corpus.manifest, indent=1))
-    # two valid models, so that the damage and not the pattern is refused
+    # two valid models, which must load
     (folder / "good.gguf").write_bytes(gguf())
     (folder / "good").mkdir()
     (folder / "good" / "config.json").write_bytes(config)

@@ -1,6 +1,6 @@
 """Facts that are planted in real text, for tools/train_needle_model.py and tools/demo.py.
 
-The text is installed with the set-up: Python's standard library, C++ headers, licences and package documentation.
+The text is installed on the machine: Python's standard library, C++ headers, licences and package documentation.
 """
 
 import gzip
@@ -58,11 +58,12 @@ def read(path):
     return data[:200_000].decode("utf-8", "ignore")
 
 
-def texts(split, most=24_000_000):
-    """Return the texts of a split, about `most` characters, each paragraph once, so that licences do not dominate."""
+def texts(split, max_characters=24_000_000):
+    """Return the texts of a split, about `max_characters` characters, each paragraph once, so that
+    licences do not dominate."""
     seen, size, out = set(), 0, []
     for path in sources():
-        if split_of(path) != split or size > most:
+        if split_of(path) != split or size > max_characters:
             continue
         kept = []
         for paragraph in read(path).split("\n\n"):

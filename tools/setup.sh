@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Gets what the build, the tests and the demo need: Debian packages, a virtual environment in .venv, and the model
-# SmolLM2-135M-Instruct in build/models. What is already there is left alone.
+# Installs the dependencies of the build, the tests and the demo: Debian packages, a virtual environment in .venv, and the
+# model SmolLM2-135M-Instruct in build/models. Parts that are present stay as they are.
 #
 #   tools/setup.sh                  everything
-#   tools/setup.sh packages python  these parts alone: packages, python, model, developer (clang-format, clang-tidy),
-#                                   browser (Chromium, which tests open a page in)
+#   tools/setup.sh packages python  these parts only: packages, python, model, developer (clang-format, clang-tidy),
+#                                   browser (Chromium, for the tests of HTML pages)
 #   tools/setup.sh --check PARTS    installs nothing: exit status 1 and a line for each part that is missing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -14,7 +14,7 @@ build_packages=(
   libhwy-dev                                              # the library: vectors
   libcli11-dev libfmt-dev nlohmann-json3-dev              # the program: flags, text, JSON
   libpcre2-dev libutf8proc-dev                            # the tokenizer
-  libcairo2-dev pkg-config                                # pictures of evaluations
+  libcairo2-dev pkg-config                                # plots of evaluations
   libgtest-dev libgmock-dev                               # the tests
   python3-venv
 )
@@ -30,7 +30,7 @@ fail() {
   exit 1
 }
 
-# Prints those of the packages that are not installed.
+# Prints the packages that are not installed.
 missing_packages() {
   local package
   for package in "$@"; do
@@ -41,7 +41,7 @@ missing_packages() {
 install_packages() {
   local missing
   if ! command -v dpkg-query >/dev/null; then
-    say "not a Debian system: the packages are left to you ($*)"
+    say "not a Debian system: install these packages by hand: $*"
     return
   fi
   mapfile -t missing < <(missing_packages "$@")
@@ -67,16 +67,16 @@ find_python() {
       return
     fi
   done
-  fail "expected Python 3.11 or newer with venv; found $(python3 --version 2>&1 || echo none)"
+  fail "expected Python 3.11 or newer with venv, got $(python3 --version 2>&1 || echo none)"
 }
 
 install_python() {
-  local stamp=.venv/requirements.txt  # a copy of what was installed
+  local stamp=.venv/requirements.txt  # copy of the installed list
   if cmp -s requirements.txt "$stamp"; then return; fi
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
     local python
     python=$(find_python)
-    say "making .venv with $python"
+    say "creating .venv with $python"
     "$python" -m venv --clear .venv
   fi
   say "installing torch and the other Python packages (a few minutes)"

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Run clang-tidy on the sources of a build, and remember those that are clean.
+"""Run clang-tidy on the sources of a build, and record those that are clean.
 
-Covers what the compilation database holds: the library, the program, the PyTorch operator, the tests and, compiled for the
-emulated device, the CUDA sources. A source is looked at again when it, a header that it includes, the settings or its
+Covers the compilation database: the library, the program, the PyTorch operator, the tests and, compiled for the
+emulated device, the CUDA sources. A source is checked again when it, a header that it includes, the settings or its
 command has changed.
 
     tools/tidy.py build/lint -j2 [PATH ...]
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def compile_commands(build: Path, paths: list[str]) -> dict[Path, dict]:
-    """The build's entries for the repository's own sources; under `paths` where some are given."""
+    """Return the build's entries for sources of the repository, under `paths` if any are given."""
     wanted = [Path(path).resolve() for path in paths] or [ROOT]
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, check=True, capture_output=True, text=True
@@ -38,7 +38,7 @@ def compile_commands(build: Path, paths: list[str]) -> dict[Path, dict]:
 
 
 def included_files(entry: dict) -> list[str]:
-    """The source and the headers that it includes, system headers left out."""
+    """Return the source and the headers that it includes, without system headers."""
     command = shlex.split(entry["command"])
     output = command.index("-o")
     del command[output : output + 2]

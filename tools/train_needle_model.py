@@ -39,7 +39,7 @@ CONFIG = {
     "num_key_value_heads": 2,
     "head_dim": 64,
     "max_position_embeddings": LONGEST,
-    # The slowest rotations hardly turn over the longest context.
+    # The slowest rotations turn little over the longest context.
     "rope_theta": 1e8,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
@@ -49,7 +49,7 @@ CONFIG = {
 }
 
 # In the longest stages, rotations with periods of more than 8192 tokens are slowed by a factor.
-STRETCHED = {
+ROPE_SCALING = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -81,10 +81,10 @@ def first_weights(folder, seed):
     strength = np.where(frequency > 0.15, 8.0, 4.0)
     slow = np.tile(frequency < 2e-4, 2)[
         :, None
-    ]  # these dimensions hardly rotate, so they compare contents
+    ]  # these dimensions rotate little and compare contents
 
-    def looking(distance):
-        """Return the bias of a query whose score is highest that many tokens back, against that of a key at distance 0."""
+    def bias_for(distance):
+        """Return the query bias whose score with bias_for(0), the key bias, is highest `distance` tokens back."""
         angle = -distance * frequency
         return np.concatenate([strength * np.cos(angle), strength * np.sin(angle)])
 
@@ -116,8 +116,8 @@ def first_weights(folder, seed):
         for head in range(heads):
             group = head * groups // heads
             if layer == 0 or layer == 1 and group == 0:
-                q_bias[rows(head)] = looking(head + 4 * layer)
-                k_bias[rows(group)] = looking(0)
+                q_bias[rows(head)] = bias_for(head + 4 * layer)
+                k_bias[rows(group)] = bias_for(0)
                 v[rows(group)] = gist if layer else token
                 o[:, rows(head)] = 0.12 * (earlier if layer else back)[head].T
             elif head % (heads // groups) == 0:
@@ -245,10 +245,10 @@ class Stage:
     facts: tuple  # minimum and maximum number of facts planted
     questions: int  # maximum
     plain: float  # share of documents that are plain text
-    dense: float = 0  # share of the others that are recall alone
+    dense: float = 0  # share of the others that are dense_document
     shortest: int = 0  # tokens of the shortest document; 0: all have the length of the stage
     slower: int = 0  # factor that slows the slow rotations when the stage begins
-    sharper: float = 1.0  # factor that lengthens the queries of heads that compare contents then
+    sharper: float = 1.0  # factor that scales the queries of heads that compare contents then
     options: tuple = ()
 
 
@@ -294,7 +294,7 @@ def mixed_document(stage, haystack, chance):
 
 
 def dense_document(stage, haystack, chance):
-    """Return a document of recall alone: lines, and the same lines repeated in random order."""
+    """Return a document without a haystack: lines, and the same lines repeated in random order."""
     if chance.random() < 0.5:
         keys = [haystack.key(chance) for _ in range(chance.randint(2, 5))]
         lines = [fact(key, random_number(chance)) for key in keys]
@@ -350,9 +350,9 @@ STAGES = [
 ]
 
 
-def stretch(last, folder, slower, sharper):
-    """Prepare the model for contexts longer than those it was trained on: slow down the slow rotations (as Llama 3.1), and
-    lengthen the queries of the heads that compare contents, so that the right token stands out among more of them."""
+def extend_context(last, folder, slower, sharper):
+    """Prepare the model for longer contexts: slow down the slow rotations (as Llama 3.1), and scale up the queries of the
+    heads that compare contents, so that the matching token stands out among more of them."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = load_file(last / "model.safetensors")
     size, heads = CONFIG["head_dim"], CONFIG["num_attention_heads"]
@@ -361,7 +361,7 @@ def stretch(last, folder, slower, sharper):
             weights[f"model.layers.{layer}.self_attn.q_proj.{part}"][first * size :] *= sharper
     save_tensors(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((last / "config.json").read_text()) | {
-        "rope_scaling": STRETCHED | {"factor": float(slower)}
+        "rope_scaling": ROPE_SCALING | {"factor": float(slower)}
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -430,7 +430,7 @@ def main():
     for stage in STAGES:
         if stage.slower:
             stretched = options.work / f"{stage.name}-first"
-            stretch(last, stretched, stage.slower, stage.sharper)
+            extend_context(last, stretched, stage.slower, stage.sharper)
             last = stretched
         data, out = options.work / f"{stage.name}.jsonl", options.work / stage.name
         subprocess.run(

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Time one peer at one length, in its own process so that its peak memory can be measured; print one JSON object."""
+"""Time one peer at one length, in a separate process whose peak memory can be measured; print one JSON object."""
 
 import argparse
 import json

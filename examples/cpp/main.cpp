@@ -25,7 +25,7 @@ int main() {
   const moba::Sequences sequences = moba::one_sequence(kTokens);
 
   std::vector<float> full;
-  for (const std::int64_t top_k : {16, 3}) {  // 16 blocks of 512 tokens are everything
+  for (const std::int64_t top_k : {16, 3}) {  // 16 blocks of 512 tokens cover all 8192 keys
     const moba::Routing routing{.block_size = 512, .top_k = top_k};
     std::vector<float> out(q.size());
     std::vector<std::int32_t> blocks(kHeads * kTokens * moba::selection_width(sequences, routing));
@@ -41,7 +41,7 @@ int main() {
     double difference = 0;
     for (std::size_t i = 0; i < out.size(); ++i)
       difference = std::fmax(difference, std::fabs(out[i] - full[i]));
-    std::printf("top-k %2d: %6.1f ms, largest difference from full %.3f, the last token reads blocks",
+    std::printf("top-k %2d: %6.1f ms, largest difference from full %.3f, the last token selects blocks",
                 int(top_k), time.count(), difference);
     for (auto block = blocks.end() - top_k; block != blocks.end(); ++block) std::printf(" %d", *block);
     std::printf("\n");
