@@ -799,7 +799,7 @@ def longer_tables(results):
         f"## {LONGER} steps of long sequences",
         "",
         *tables_of({next(iter(SIZES)): runs}),
-        f"Blocks of {OWN_BLOCK[0]}, a query's own alone: {own['loss']:.4f}, to full attention "
+        f"Blocks of {OWN_BLOCK[0]}, own block only: {own['loss']:.4f}, to full attention "
         f"{percent(compared(own, full, False))}; last {TRAILING} {own['trailing']['loss']:.4f}, "
         f"{percent(compared(own, full, True))}.",
         "",

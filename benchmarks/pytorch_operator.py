@@ -307,7 +307,7 @@ def training(options) -> list:
 
 PARTS = {
     "A call": call_cost,
-    "Beside the kernel": addition_to_the_kernel,
+    "Overhead over the kernel": addition_to_the_kernel,
     "The published function": against_naive,
     "A training step": training,
 }
