@@ -128,7 +128,7 @@ def test_targets_are_met_or_not(results):
 def test_report_has_tables_of_every_stage(results):
     text = fidelity.markdown(results)
     assert "target" not in text.lower()
-    assert "own alone: 3.9600, to full attention -1.00%" in text
+    assert "own block only: 3.9600, to full attention -1.00%" in text
     assert "| 512, 1: nothing to select | 4.4000 | +10.00% (+10.00% to +10.00%) |" in text
     assert "| 0 | 3.3000 | +10.00%" in text and "| 3 | 3.0000 | +0.00%" in text
     assert "| MoBA | -0.25%" in text and "With this seed MoBA to full attention: -0.99%" in text
