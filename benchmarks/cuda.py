@@ -151,7 +151,7 @@ class Inputs:
         poison = torch.full((2 * self.q.numel(),), float("nan"), dtype=self.q.dtype, device=DEVICE)
         del poison  # the output lies in its memory
         out, _, selection = self.moba(choice, selection=True)
-        assert torch.isfinite(out).all(), f"{choice}: some of the output is not finite"
+        assert torch.isfinite(out).all(), f"{choice}: expected finite outputs, got others"
         position = torch.randint(self.tokens, (rows,), device=DEVICE)
         position[:2] = torch.tensor([0, self.tokens - 1])
         key = torch.arange(self.tokens, device=DEVICE)
@@ -164,7 +164,7 @@ class Inputs:
             listed = selection[head, position].long()
             chosen.scatter_(1, torch.where(listed < 0, complete + 1, listed), True)
             assert chosen.gather(1, position[:, None] // block_size).all(), (
-                f"{choice}: a query without its own block"
+                f"{choice}: expected every query to select its own block"
             )
             if complete:
                 means = (
@@ -179,11 +179,11 @@ class Inputs:
                 worst = scores.masked_fill(~(candidate & chosen[:, :complete]), torch.inf).amin(1)
                 missed = scores.masked_fill(~candidate | chosen[:, :complete], -torch.inf).amax(1)
                 assert (missed <= worst + 1e-3 * (1 + scores.abs().amax(1))).all(), (
-                    f"{choice}: a better block was passed over"
+                    f"{choice}: expected the blocks of highest score, got others"
                 )
                 count = torch.minimum(candidate.sum(1), torch.tensor(top_k - 1))
                 assert torch.equal((candidate & chosen[:, :complete]).sum(1), count), (
-                    f"{choice}: too few or many blocks"
+                    f"{choice}: expected top_k blocks per query, got other numbers"
                 )
             logits = (q.double() @ keys.double().T) * HEAD_DIM**-0.5
             logits = logits.masked_fill(

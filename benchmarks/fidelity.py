@@ -120,7 +120,7 @@ def relative_difference(ours, theirs, draws=1000):
 
 
 def smoothed(values, width):
-    """Return the trailing mean of `values` over at most `width` of them, so that no change shows before it happens."""
+    """Return the trailing mean of `values` over at most `width` of them; a causal filter."""
     sums = np.concatenate([[0], np.cumsum(values)])
     ends = np.arange(1, len(sums))
     begins = np.maximum(0, ends - width)

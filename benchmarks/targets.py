@@ -348,7 +348,7 @@ def fidelity_targets(results):
             )
 
 
-# Of benchmarks/cuda.py, by part and block setting, for stage 1 (mma.sync) and stage 2 (wgmma).
+# Goals for benchmarks/cuda.py by part and block setting: stage 1 (mma.sync) and stage 2 (wgmma).
 CUDA_STAGES = {
     "forward": {
         (4096, 12): (0.45, 0.92),

@@ -1,5 +1,5 @@
-// Measures the throughput of a core's execution units and its clock: multiply-adds from registers, a register tile
-// fed from the first-level cache, and AMX. The clock is derived from a chain of dependent multiplications
+// Measures the throughput of a core's execution units and its clock: multiply-adds from registers, a register
+// tile with operands from L1, and AMX. The clock is derived from a chain of dependent multiplications
 // between two bursts, so a core that slows down under load shows it. Needs Linux on x86-64 with AVX-512 and
 // AMX.
 //
@@ -37,7 +37,8 @@ double clock_now() {
 
 constexpr int kRows = 14, kDepth = 128, kStride = 272;
 
-/// Multiplies a tile of 14 rows by 32 columns over a depth of 128; `kFed`: operands from memory, else from registers.
+/// Multiplies a tile of 14 rows by 32 columns over a depth of 128. `kFed`: operands from memory, not
+/// registers.
 template <bool kFed>
 AVX512 void tile(const float* rows, const float* panel, float* out) {
   __m512 sums[kRows][2];
@@ -119,9 +120,9 @@ int main() {
 
   constexpr double kTileFlops = 2.0 * kRows * 32 * kDepth, kAmxFlops = 96 * 2.0 * 16 * 16 * 32;
   std::printf("| one core | GFLOP/s | GHz |\n|---|---|---|\n");
-  measure("nothing", 0, [] {});
-  measure("f32 multiply-adds, out of registers", kTileFlops, [&] { tile<false>(rows, panel, out); });
-  measure("f32 tile, fed from the first-level cache", kTileFlops, [&] { tile<true>(rows, panel, out); });
+  measure("idle", 0, [] {});
+  measure("f32 multiply-adds, operands in registers", kTileFlops, [&] { tile<false>(rows, panel, out); });
+  measure("f32 tile, operands from L1", kTileFlops, [&] { tile<true>(rows, panel, out); });
   if (!moba::cpu_features().amx) return 0;
   begin_amx();
   measure("AMX bf16 products", kAmxFlops, [&] { amx_tile(narrow, narrow_panel); });
