@@ -27,7 +27,7 @@ struct Call {
   void run() const { attention(q, k, v, c.sequences, c.routing, {.out = out}, {.backend = "cuda"}); }
 };
 
-TEST(CudaDoor, NamesWhatItRefuses) {
+TEST(CudaArguments, InvalidArgumentsThrow) {
   const std::vector<std::pair<const char*, std::function<void(Call&)>>> mistakes = {
       {"attention: q: expected bf16 or f16 (backend cuda), got f32",
        [](Call& call) {
@@ -68,7 +68,7 @@ TEST(CudaDoor, NamesWhatItRefuses) {
   EXPECT_NO_THROW(Call().run());
 }
 
-TEST(CudaDoor, CudaTensorsGoToTheCudaBackendAndOthersDoNot) {
+TEST(CudaArguments, CudaTensorsUseTheCudaBackendAndThrowOnOthers) {
   const Call call;
   EXPECT_NO_THROW(attention(call.q, call.k, call.v, call.c.sequences, call.c.routing, {.out = call.out}));
   for (const char* backend : {"cpu", "reference"}) {
@@ -82,7 +82,7 @@ TEST(CudaDoor, CudaTensorsGoToTheCudaBackendAndOthersDoNot) {
   }
 }
 
-TEST(CudaDoor, SequencesOnTheDeviceAreForDeviceBackends) {
+TEST(CudaArguments, DeviceSequencesThrowOnHostBackends) {
   const Call call;
   const DeviceSequences sequences{call.c.sequences.cu_seqlens_q.data(), call.c.sequences.cu_seqlens_k.data(),
                                   1, 5};

@@ -207,7 +207,7 @@ Case random_backward_case(std::uint64_t seed) {
 
 class CudaBackward : public testing::TestWithParam<std::uint64_t> {};
 
-TEST_P(CudaBackward, EqualsTheReferenceOnRandomCases) {
+TEST_P(CudaBackward, MatchesTheReferenceOnRandomCases) {
   constexpr std::uint64_t kCases = 30;
   for (std::uint64_t i = 0; i < kCases && !HasFailure(); ++i)
     check_backward(random_backward_case(5000 + GetParam() * kCases + i));
@@ -216,7 +216,7 @@ TEST_P(CudaBackward, EqualsTheReferenceOnRandomCases) {
 INSTANTIATE_TEST_SUITE_P(All, CudaBackward, testing::Range<std::uint64_t>(0, 3));
 
 /// Several tiles of rows, and blocks of several key tiles.
-TEST(CudaAttendBackward, WorksThroughManyTiles) {
+TEST(CudaAttendBackward, ManyTilesMatchTheReference) {
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},
       {.block_size = 3, .top_k = 20, .sink_blocks = 1},
@@ -233,14 +233,14 @@ TEST(CudaAttendBackward, WorksThroughManyTiles) {
 }
 
 /// The widest rows share their sums between warps.
-TEST(CudaAttendBackward, WideRowsThroughManyTiles) {
+TEST(CudaAttendBackward, HeadDim256MatchesTheReference) {
   for (const Routing& routing : {Routing{.block_size = 70, .top_k = 2}, Routing::full()}) {
     check_backward(case_of(600, 256, routing, 140, 210));
   }
 }
 
 /// Enough rows select the first block that its gradients are summed in segments.
-TEST(CudaAttendBackward, ABlockThatEverybodyChooses) {
+TEST(CudaAttendBackward, BlockSelectedByEveryRowMatchesTheReference) {
   Case c{.seed = 3, .dtype = DType::f16, .group = 8, .head_dim = 64};
   c.sequences = {{0, 20, 1180}, {0, 20, 1180}};
   c.routing = {.block_size = 2, .top_k = 2, .sink_blocks = 1};
@@ -248,7 +248,7 @@ TEST(CudaAttendBackward, ABlockThatEverybodyChooses) {
   check_backward(c);
 }
 
-TEST(CudaAttendBackward, SelectsAgainToTheSameBlocks) {
+TEST(CudaAttendBackward, RecomputedSelectionGivesTheSameBits) {
   for (std::uint64_t seed = 100; seed < 110; ++seed) {
     Backpropagation b(random_backward_case(seed));
     EXPECT_TRUE(backward(b, {}, true) == backward(b, {}, false)) << describe(b.c);
@@ -261,7 +261,7 @@ TEST(CudaAttendBackward, AnyOrderOfBlocksAndWarpsGivesTheSameBits) {
   for (int i = 0; i < 3; ++i) EXPECT_TRUE(backward(b) == expected);  // every run shuffles anew
 }
 
-TEST(CudaAttendBackward, AnyWorkspaceGivesTheSameBitsOrAnError) {
+TEST(CudaAttendBackward, AnyWorkspaceGivesTheSameBitsOrThrows) {
   Case c{.seed = 11, .dtype = DType::bf16, .kv_heads = 2, .group = 3, .head_dim = 64};
   c.sequences = {{0, 5, 5, 90}, {0, 9, 20, 110}};
   for (const Routing& routing :
@@ -288,7 +288,7 @@ TEST(CudaAttendBackward, AnyWorkspaceGivesTheSameBitsOrAnError) {
   }
 }
 
-TEST(CudaAttendBackward, SequencesMayLieOnTheDevice) {
+TEST(CudaAttendBackward, DeviceSequencesGiveTheSameBits) {
   const Case c = random_backward_case(12);
   Backpropagation b(c);
   const DeviceSequences sequences{c.sequences.cu_seqlens_q.data(), c.sequences.cu_seqlens_k.data(),
@@ -300,7 +300,7 @@ TEST(CudaAttendBackward, SequencesMayLieOnTheDevice) {
   EXPECT_TRUE(d == backward(b));
 }
 
-TEST(CudaAttendBackward, KeysThatNobodySeesHaveNoGradient) {
+TEST(CudaAttendBackward, UnselectedKeysHaveZeroGradient) {
   Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 4, .top_k = 2}};
   c.sequences = {{0, 0, 0}, {0, 7, 30}};
   fill(c);
@@ -311,7 +311,7 @@ TEST(CudaAttendBackward, KeysThatNobodySeesHaveNoGradient) {
 }
 
 /// Entries that a row cannot have selected are ignored, since the device cannot throw.
-TEST(CudaAttendBackward, ASelectionThatIsNoneIsPassedOver) {
+TEST(CudaAttendBackward, InvalidSavedEntriesAreIgnored) {
   Backpropagation b(case_of(8, 64, {.block_size = 4, .top_k = 3}, 40, 210));
   Backpropagation less = b;
   for (std::int64_t head = 0; head < b.c.q_heads(); ++head) {
@@ -356,7 +356,7 @@ TEST(CudaAttendBackward, SelectionRowsMayHaveAnyStride) {
   }
 }
 
-TEST(CudaAttendBackward, NamesWhatItRefuses) {
+TEST(CudaAttendBackward, InvalidArgumentsThrow) {
   Backpropagation b(random_backward_case(12));
   b.d_out = Array(b.c.dtype, b.c.queries(), b.c.q_heads(), b.c.head_dim, Layout::padded);
   try {
@@ -378,7 +378,7 @@ Case sm90_case(std::uint64_t seed, const Routing& routing, std::int64_t queries)
   return case_of(seed, seed % 4 < 2 ? 64 : 128, routing, queries, 210);
 }
 
-TEST_F(CudaSm90Backward, EqualsTheReferenceOnRandomCases) {
+TEST_F(CudaSm90Backward, MatchesTheReferenceOnRandomCases) {
   constexpr std::uint64_t kCases = 16;
   for (std::uint64_t seed = 7000; seed < 7000 + kCases && !HasFailure(); ++seed) {
     Case c = random_backward_case(seed);
@@ -390,7 +390,7 @@ TEST_F(CudaSm90Backward, EqualsTheReferenceOnRandomCases) {
   }
 }
 
-TEST_F(CudaSm90Backward, WorksThroughManyTiles) {
+TEST_F(CudaSm90Backward, ManyTilesMatchTheReference) {
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},
       {.block_size = 3, .top_k = 20, .sink_blocks = 1},
@@ -406,7 +406,7 @@ TEST_F(CudaSm90Backward, WorksThroughManyTiles) {
   }
 }
 
-TEST_F(CudaSm90Backward, ABlockThatEverybodyChooses) {
+TEST_F(CudaSm90Backward, BlockSelectedByEveryRowMatchesTheReference) {
   Case c{.seed = 3, .dtype = DType::f16, .group = 8, .head_dim = 64};
   c.sequences = {{0, 20, 580}, {0, 20, 580}};
   c.routing = {.block_size = 16, .top_k = 2, .sink_blocks = 1};
@@ -427,7 +427,7 @@ TEST_F(CudaSm90Backward, AnyOrderAndAnyWorkspaceGiveTheSameBits) {
 }
 
 /// Keys after the last of a block are in the same TMA box and must not show.
-TEST_F(CudaSm90Backward, WhatOtherSequencesHoldDoesNotShow) {
+TEST_F(CudaSm90Backward, NonFiniteNeighbourSequencesDoNotLeak) {
   Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 50, .top_k = 2}};
   c.sequences = {{0, 40, 80}, {0, 75, 150}};
   fill(c);
@@ -450,7 +450,7 @@ TEST_F(CudaSm90Backward, WhatOtherSequencesHoldDoesNotShow) {
   is_same(found.dv, expected.dv, 75);
 }
 
-TEST_F(CudaSm90Backward, KeysThatNobodySeesHaveNoGradient) {
+TEST_F(CudaSm90Backward, UnselectedKeysHaveZeroGradient) {
   Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 70, .top_k = 2}};
   c.sequences = {{0, 0, 0}, {0, 7, 130}};
   fill(c);
@@ -461,7 +461,7 @@ TEST_F(CudaSm90Backward, KeysThatNobodySeesHaveNoGradient) {
 }
 
 #ifdef MOBA_CUDA_EMULATION
-TEST_F(CudaSm90Backward, IsChosenAsTheForwardIs) {
+TEST_F(CudaSm90Backward, UsesSm90WhereTheForwardDoes) {
   const auto launches = [](const char* choice, std::int64_t block_size) {
     choose(choice);
     Backpropagation b(sm90_case(1, {.block_size = block_size, .top_k = 2}, 10));

@@ -10,7 +10,7 @@ namespace {
 
 class CudaSm90 : public OnSm90 {};
 
-TEST_F(CudaSm90, AgreesWithTheOracleOnRandomCases) {
+TEST_F(CudaSm90, MatchesTheOracleOnRandomCases) {
   constexpr std::uint64_t kCases = 30;
   std::int64_t swaps = 0, selected = 0;
   for (std::uint64_t seed = 9000; seed < 9000 + kCases && !HasFailure(); ++seed) {
@@ -29,7 +29,7 @@ TEST_F(CudaSm90, AgreesWithTheOracleOnRandomCases) {
 
 /// Several key tiles in a work tile, more work tiles than buffers, work tiles with fewer rows than a
 /// warpgroup, tails.
-TEST_F(CudaSm90, WorksThroughManyTiles) {
+TEST_F(CudaSm90, ManyTilesMatchTheOracle) {
   choose("sm90");
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},
@@ -49,7 +49,7 @@ TEST_F(CudaSm90, WorksThroughManyTiles) {
   }
 }
 
-TEST_F(CudaSm90, AnyOrderOfWarpsAndLandingsGivesTheSameBits) {
+TEST_F(CudaSm90, AnyOrderOfWarpsAndCopiesGivesTheSameBits) {
   choose("sm90");
   const Case c = case_of(7, 64, {.block_size = 96, .top_k = 2}, 200, 300);
   const Result expected = run_on_device(c);
@@ -57,7 +57,7 @@ TEST_F(CudaSm90, AnyOrderOfWarpsAndLandingsGivesTheSameBits) {
 }
 
 /// Keys after the last of a block are in the same TMA box and must not show.
-TEST_F(CudaSm90, WhatOtherSequencesHoldDoesNotShow) {
+TEST_F(CudaSm90, NonFiniteNeighbourSequencesDoNotLeak) {
   choose("sm90");
   Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 100, .top_k = 2}};
   c.sequences = {{0, 40, 80}, {0, 150, 300}};
@@ -81,7 +81,7 @@ bool was_used(const Case& c) {
   return cuda::emulation::launches(kKernel) > before;
 }
 
-TEST_F(CudaSm90, IsChosenWhereItFits) {
+TEST_F(CudaSm90, UsedForBlocksAbove64) {
   const Case large = case_of(1, 64, {.block_size = 128, .top_k = 2}, 20, 300);
   EXPECT_TRUE(was_used(large));
   EXPECT_FALSE(was_used(case_of(1, 64, {.block_size = 64, .top_k = 2}, 20, 300)));
@@ -97,7 +97,7 @@ TEST_F(CudaSm90, IsChosenWhereItFits) {
 }
 #endif
 
-TEST_F(CudaSm90, IsRefusedByNameWhereItCannot) {
+TEST_F(CudaSm90, ForcedSm90WithoutSupportThrows) {
   const auto error_of = [](const Case& c) -> std::string {
     try {
       run_on_device(c);

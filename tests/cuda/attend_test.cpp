@@ -12,7 +12,7 @@ namespace {
 class CudaAgreement : public testing::TestWithParam<std::uint64_t> {};
 
 /// Swaps of blocks whose scores rounding cannot tell apart are counted, and must stay rare.
-TEST_P(CudaAgreement, WithTheOracleOnRandomCases) {
+TEST_P(CudaAgreement, MatchesTheOracleOnRandomCases) {
   constexpr std::uint64_t kCases = 40;
   std::int64_t swaps = 0, selected = 0;
   for (std::uint64_t i = 0; i < kCases && !HasFailure(); ++i) {
@@ -29,7 +29,7 @@ INSTANTIATE_TEST_SUITE_P(All, CudaAgreement, testing::Range<std::uint64_t>(0, 4)
 
 /// Several tiles of rows, keys and means; blocks that more rows selected than a tile holds; selections too
 /// long for shared memory, and of several partitions.
-TEST(CudaAttend, WorksThroughManyTiles) {
+TEST(CudaAttend, ManyTilesMatchTheOracle) {
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},
       {.block_size = 2, .top_k = 5, .sink_blocks = 1},
@@ -51,7 +51,7 @@ TEST(CudaAttend, WorksThroughManyTiles) {
 }
 
 /// Block sizes for which a device of capability 9.0 has its own kernel.
-TEST(CudaAttend, BlocksOfManyKeys) {
+TEST(CudaAttend, BlocksAbove64KeysMatchTheOracle) {
   for (const std::int64_t head_dim : {64, 128}) {
     Case c{.seed = 20 + static_cast<std::uint64_t>(head_dim),
            .dtype = DType::bf16,
@@ -64,7 +64,7 @@ TEST(CudaAttend, BlocksOfManyKeys) {
   }
 }
 
-TEST(CudaAttend, ManyShortSequences) {
+TEST(CudaAttend, ManyShortSequencesMatchTheOracle) {
   Case c{.seed = 3, .dtype = DType::f16, .head_dim = 64, .routing = {.block_size = 2, .top_k = 2}};
   c.sequences = {{0}, {0}};
   for (int i = 0; i < 1200; ++i) {  // more starts than a launch carries
@@ -81,7 +81,7 @@ TEST(CudaAttend, AnyOrderOfBlocksAndWarpsGivesTheSameBits) {
   for (int i = 0; i < 3; ++i) EXPECT_TRUE(run_on_device(c) == expected);  // every run shuffles anew
 }
 
-TEST(CudaAttend, AnyWorkspaceGivesTheSameBitsOrAnError) {
+TEST(CudaAttend, AnyWorkspaceGivesTheSameBitsOrThrows) {
   Case c{.seed = 11, .dtype = DType::bf16, .kv_heads = 2, .group = 3, .head_dim = 64};
   c.sequences = {{0, 5, 5, 90}, {0, 9, 20, 110}};
   for (const Routing& routing :
@@ -108,7 +108,7 @@ TEST(CudaAttend, AnyWorkspaceGivesTheSameBitsOrAnError) {
   }
 }
 
-TEST(CudaAttend, SequencesMayLieOnTheDevice) {
+TEST(CudaAttend, DeviceSequencesGiveTheSameBits) {
   const Case c = random_device_case(12);
   const DeviceSequences sequences{c.sequences.cu_seqlens_q.data(), c.sequences.cu_seqlens_k.data(),
                                   static_cast<std::int64_t>(c.sequences.cu_seqlens_q.size()) - 1, c.keys()};
@@ -124,7 +124,7 @@ TEST(CudaAttend, SequencesMayLieOnTheDevice) {
             std::min(c.routing.top_k, (c.keys() + c.routing.block_size - 1) / c.routing.block_size));
 }
 
-TEST(CudaAttend, TheRoutingAlone) {
+TEST(CudaAttend, SelectBlocksMatchesAttention) {
   const Case c = case_of(8, 64, {.block_size = 16, .top_k = 4}, 100, 230);
   Result found(c);
   select_blocks(on_device(c.q.view()), on_device(c.k.view()), c.sequences, c.routing,
@@ -132,7 +132,7 @@ TEST(CudaAttend, TheRoutingAlone) {
   EXPECT_EQ(found.selection, run_on_device(c).selection);
 }
 
-TEST(CudaAttend, ScratchComesFromTheCallersAllocatorAndGoesBack) {
+TEST(CudaAttend, ScratchComesFromTheCallersAllocatorAndIsReleased) {
   const Case c = case_of(9, 64, {.block_size = 16, .top_k = 4}, 100, 230);
   std::size_t held = 0, calls = 0;
   const Allocator counting{[&](std::size_t bytes) {

@@ -13,7 +13,7 @@ namespace {
 using test::Case;
 using test::on_device;
 
-TEST(Centroids, AreTheMeansOfTheKeys) {
+TEST(Centroids, MatchTheMeansOfTheKeys) {
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const std::int64_t head_dim : {64, 96, 128, 256}) {
       for (const std::int64_t block_size : {1, 3, 16, 100}) {

@@ -207,7 +207,7 @@ void check_decode(const Paged& p) {
   }
 }
 
-TEST(CudaDecode, EqualsTheReference) {
+TEST(CudaDecode, MatchesTheReference) {
   constexpr auto kEverything = Routing::kEverything;
   const std::vector<std::pair<Shape, Routing>> cases = {
       {{.group = 1, .page_tokens = 8}, {.block_size = 8, .top_k = 3}},
@@ -241,13 +241,13 @@ TEST(CudaDecode, EqualsTheReference) {
 
 /// Blocks of several splits, more candidates than a thread block selects from at a time, and full attention
 /// over a long sequence.
-TEST(CudaDecode, LongSequences) {
+TEST(CudaDecode, LongSequencesMatchTheReference) {
   check_decode(Paged(1, {.group = 2, .page_tokens = 50}, {.block_size = 350, .top_k = 2}, {1210, 300}));
   check_decode(Paged(2, {.group = 2, .page_tokens = 2}, {.block_size = 2, .top_k = 9}, {1210, 300}));
   check_decode(Paged(3, {.group = 5, .page_tokens = 50}, Routing::full(), {1210, 300}));
 }
 
-TEST(CudaDecode, NoMeansAreNeededWhereNothingIsChosen) {
+TEST(CudaDecode, MeansMayBeEmptyWithoutSelection) {
   for (const Routing& routing : {Routing{.block_size = 12, .top_k = 1}, Routing::full()}) {
     Paged p(4, {.group = 2, .page_tokens = 5}, routing, {50, 30});
     const Result expected = p.decode_on_device();
@@ -256,7 +256,7 @@ TEST(CudaDecode, NoMeansAreNeededWhereNothingIsChosen) {
   }
 }
 
-TEST(CudaDecode, MeansGrowWithTheirSequences) {
+TEST(CudaDecode, IncrementalMeansMatchTheKeys) {
   const Paged p(9, {.kv_heads = 2, .page_tokens = 4, .padding = 3}, {.block_size = 8, .top_k = 2},
                 {40, 7, 64, 9, 0});
   std::vector<std::int32_t> lengths = p.starts, before;
@@ -294,7 +294,7 @@ TEST(CudaDecode, AnyOrderAndWorkspaceGiveTheSameBits) {
 }
 
 /// A query of NaN selects the sinks and the most recent blocks, as in all backends.
-TEST(CudaDecode, NotANumberStaysInItsRow) {
+TEST(CudaDecode, NanQueryAffectsOnlyItsRow) {
   Paged p(6, {.group = 2, .page_tokens = 4}, {.block_size = 4, .top_k = 3, .sink_blocks = 1}, {50, 30});
   update_means(p.cache, 4, nullptr, 50);
   const Result before = p.decode_on_device();
@@ -307,7 +307,7 @@ TEST(CudaDecode, NotANumberStaysInItsRow) {
   }
 }
 
-TEST(CudaDecode, NamesWhatItRefuses) {
+TEST(CudaDecode, InvalidArgumentsThrow) {
   Paged p(7, {.page_tokens = 8}, {.block_size = 8, .top_k = 2}, {50, 30});
   const auto error_of = [&](const PagedCache& cache, const Routing& routing) -> std::string {
     try {

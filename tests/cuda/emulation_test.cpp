@@ -37,7 +37,7 @@ TEST(Emulation, EveryThreadOfEveryBlockRunsOnce) {
   for (const int times : seen) EXPECT_EQ(times, 1);
 }
 
-TEST(Emulation, ScanAddsUpInOrder) {
+TEST(Emulation, ScanSumsInOrder) {
   std::vector<int> before(256), total(256);
   emulation::run("scan", {}, 256, 8 * sizeof(int), [&] {
     const auto scanned = tile::scan<256>(ptx::thread() + 1, reinterpret_cast<int*>(ptx::shared()));
@@ -97,7 +97,7 @@ void check_product(bool transposed) {
   }
 }
 
-TEST(Emulation, MatrixProductsHaveTheHardwaresLayout) {
+TEST(Emulation, MmaMatchesTheFragmentLayout) {
   check_product<bfloat16>(false);
   check_product<bfloat16>(true);
   check_product<float16>(false);
@@ -111,7 +111,7 @@ TEST(Emulation, PairsRoundToNearest) {
   EXPECT_EQ(ptx::unpack_high<bfloat16>(0xC0003F80U), -2);
 }
 
-TEST(Emulation, CopiesLandWhenTheyAreWaitedFor) {
+TEST(Emulation, CpAsyncHasCompletedAfterItsWait) {
   std::vector<std::uint32_t> from(64 * 4, 7);
   emulation::run("copy", {}, 64, 64 * 16, [&] {
     const std::byte* to = ptx::shared() + ptx::thread() * 16;
@@ -123,7 +123,7 @@ TEST(Emulation, CopiesLandWhenTheyAreWaitedFor) {
   });
 }
 
-TEST(Emulation, AMissingWaitShows) {
+TEST(Emulation, MissingWaitIsDetected) {
   const std::vector<std::uint32_t> from(64 * 4, 7);
   int poisoned = 0;
   emulation::run("copy", {}, 64, 64 * 16, [&] {
@@ -137,7 +137,7 @@ TEST(Emulation, AMissingWaitShows) {
   EXPECT_GT(poisoned, 0);
 }
 
-TEST(Emulation, DivergenceIsAnError) {
+TEST(Emulation, DivergentWarpThrows) {
   const std::string error = error_of(32, [] {
     if (ptx::lane() == 7) {
       ptx::syncwarp();
@@ -152,7 +152,7 @@ TEST(Emulation, DivergenceIsAnError) {
       << error;
 }
 
-TEST(Emulation, ABarrierThatNotAllReachIsAnError) {
+TEST(Emulation, BarrierThatAWarpSkipsThrows) {
   const std::string error = error_of(64, [] {
     if (ptx::warp() == 0) ptx::syncthreads();
   });
@@ -160,19 +160,19 @@ TEST(Emulation, ABarrierThatNotAllReachIsAnError) {
       << error;
 }
 
-TEST(Emulation, AnEarlyReturnBeforeACollectiveIsAnError) {
+TEST(Emulation, EarlyReturnBeforeACollectiveThrows) {
   const std::string error = error_of(32, [] {
     if (ptx::lane() != 9) ptx::ballot(true);
   });
   EXPECT_NE(error.find("but lane 9 has ended"), std::string::npos) << error;
 }
 
-TEST(Emulation, ABarrierForTwoCountsIsAnError) {
+TEST(Emulation, BarrierWithTwoThreadCountsThrows) {
   const std::string error = error_of(64, [] { ptx::bar_sync(1, ptx::warp() == 0 ? 64 : 96); });
   EXPECT_NE(error.find("barrier 1 is for"), std::string::npos) << error;
 }
 
-TEST(Emulation, CopiesThatNobodyWaitsForAreAnError) {
+TEST(Emulation, UnwaitedCopyThrows) {
   const std::vector<std::uint32_t> from(4, 7);
   const std::string error = error_of(32, [&] {
     if (ptx::thread() == 0) ptx::cp_async_16(ptx::shared(), 0, from.data(), true);
@@ -180,7 +180,7 @@ TEST(Emulation, CopiesThatNobodyWaitsForAreAnError) {
   EXPECT_NE(error.find("copies that were never waited for"), std::string::npos) << error;
 }
 
-TEST(Emulation, NamedBarriersHoldBackSomeWarpsAlone) {
+TEST(Emulation, NamedBarriersOrderSyncAfterArrive) {
   int order = 0, first = 0, second = 0;
   emulation::run("pair", {}, 64, 0, [&] {
     if (ptx::warp() == 0) {
@@ -270,13 +270,13 @@ void check_group_products() {
   }
 }
 
-TEST(Emulation, ProductsOfAWarpgroupHaveTheHardwaresLayout) {
+TEST(Emulation, WgmmaMatchesTheFragmentLayout) {
   check_group_products<bfloat16, 64>();
   check_group_products<float16, 128>();
 }
 
 /// The manual's 128-byte swizzle and descriptor, spelled out.
-TEST(Emulation, OperandsAreDescribedAsTheManualSays) {
+TEST(Emulation, MatrixDescriptorMatchesThePtxManual) {
   EXPECT_EQ(ptx::matrix_descriptor(0x12340, 0x4000, 1024), 0x4000004004001234U);
   using Tile = tile::SwizzledTile128B<bfloat16, 128, 128>;
   EXPECT_EQ(Tile::start(0, 3), 3U * 16);
@@ -285,7 +285,7 @@ TEST(Emulation, OperandsAreDescribedAsTheManualSays) {
 }
 
 /// A TMA box of a tensor with two heads, partly past its end, arrives where SwizzledTile128B reads it.
-TEST(Emulation, BoxesLandInPanelsWithZerosBehindTheTensor) {
+TEST(Emulation, TmaZeroFillsOutOfBounds) {
   constexpr int kTokens = 20, kHeads = 2, kRows = 16;
   std::vector<std::uint16_t> values(kTokens * kHeads * 64);
   for (std::size_t i = 0; i < values.size(); ++i) values[i] = static_cast<std::uint16_t>(i + 1);
@@ -315,7 +315,7 @@ TEST(Emulation, BoxesLandInPanelsWithZerosBehindTheTensor) {
   });
 }
 
-TEST(Emulation, ProductsThatNobodyWaitsForAreAnError) {
+TEST(Emulation, UnwaitedWgmmaThrows) {
   std::string found;
   for (int i = 0; i < 20 && found.empty(); ++i) {  // some run at once
     found = error_of(ptx::kWarpgroupThreads, [] {
@@ -327,7 +327,7 @@ TEST(Emulation, ProductsThatNobodyWaitsForAreAnError) {
   EXPECT_NE(found.find("products that were never waited for"), std::string::npos) << found;
 }
 
-TEST(Emulation, AProductOfWhatWasNotFencedIsAnError) {
+TEST(Emulation, UnfencedOperandThrows) {
   const std::vector<std::uint32_t> from(4, 7);
   for (const bool fences : {false, true}) {
     const std::string error = error_of(ptx::kWarpgroupThreads, [&] {
@@ -346,7 +346,7 @@ TEST(Emulation, AProductOfWhatWasNotFencedIsAnError) {
   }
 }
 
-TEST(Emulation, APhaseThatLacksAnArrivalOrBytesIsAnError) {
+TEST(Emulation, MbarrierPhaseWithoutArrivalOrBytesThrows) {
   for (const std::uint32_t bytes : {0U, 16U}) {
     const std::string error = error_of(32, [&] {
       auto* barrier = reinterpret_cast<ptx::Mbarrier*>(ptx::shared());
@@ -359,13 +359,13 @@ TEST(Emulation, APhaseThatLacksAnArrivalOrBytesIsAnError) {
   }
 }
 
-TEST(Emulation, AnMbarrierMustBeInitialised) {
+TEST(Emulation, UninitialisedMbarrierThrows) {
   const std::string error =
       error_of(32, [] { ptx::mbarrier_arrive(reinterpret_cast<ptx::Mbarrier*>(ptx::shared())); });
   EXPECT_NE(error.find("used before it is initialised"), std::string::npos) << error;
 }
 
-TEST(Emulation, AWarpgroupMustMeet) {
+TEST(Emulation, DivergentWarpgroupThrows) {
   const std::string error = error_of(ptx::kWarpgroupThreads, [] {
     if (ptx::warp() != 2) ptx::wgmma_fence();
   });

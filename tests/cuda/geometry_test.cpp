@@ -10,20 +10,20 @@ namespace {
 
 constexpr std::int64_t kTokens = 10'000'000, kHeads = 64, kDim = 256;
 
-TEST(Geometry, RowsOfALargeTensor) {
+TEST(Geometry, RowOffsetsExceed32Bits) {
   auto* const base = reinterpret_cast<bfloat16*>(std::uintptr_t{1} << 20);
   const View<bfloat16> view{base, kHeads * kDim, kDim};
   EXPECT_EQ(view.row(kTokens - 1, kHeads - 1) - base, kTokens * kHeads * kDim - kDim);
 }
 
-TEST(Geometry, MeansAndSlotsOfAllHeads) {
+TEST(Geometry, MeanAndSlotOffsetsExceed32Bits) {
   const std::int64_t blocks = kTokens / 16, rows = kTokens * 4, ranks = 12;
   EXPECT_EQ(mean_offset(kHeads - 1, blocks, blocks - 1, kDim), (kHeads * blocks - 1) * kDim);
   const auto last = static_cast<std::uint32_t>(rows * ranks - 1);
   EXPECT_EQ(slot_at(kHeads - 1, rows, ranks, last), kHeads * rows * ranks - 1);
 }
 
-TEST(Geometry, PagesOfALargeCache) {
+TEST(Geometry, PageOffsetsExceed32Bits) {
   auto* const base = reinterpret_cast<bfloat16*>(std::uintptr_t{1} << 20);
   constexpr std::int32_t kPage = 16, kLast = kTokens / kPage - 1;
   constexpr std::int64_t kRow = kHeads * kDim, kPages = kTokens / kPage;
@@ -37,7 +37,7 @@ TEST(Geometry, PagesOfALargeCache) {
   EXPECT_EQ(means.mean(63, kLast, kPage, kHeads - 1) - base, 64 * kPages * kRow - kDim);
 }
 
-TEST(Geometry, BlocksUpToTheLastKeyThatFits) {
+TEST(Geometry, KeyRangesReachTheLargestInt32) {
   constexpr std::int32_t kKeys = 2'147'483'647;
   const std::int64_t size = (std::int64_t{1} << 30) + 5;
   const KeyRange last = keys_of(1, size, kKeys);
@@ -46,7 +46,7 @@ TEST(Geometry, BlocksUpToTheLastKeyThatFits) {
   EXPECT_EQ(keys_of(2'147'483, 1000, kKeys).end, kKeys);
 }
 
-TEST(Geometry, TilesOfALongSequence) {
+TEST(Geometry, TilesCoverALongSequence) {
   const std::array<std::int32_t, 3> q{0, 3, kTokens + 3}, k{0, 3, kTokens + 3};
   for (const std::int32_t token0 : {0, 1, 5'000'001}) {
     Batch batch{2, q.data(), k.data(), nullptr, nullptr};

@@ -125,12 +125,12 @@ Written decode_pages(const Routing& routing, Spread spread, const Execution& exe
   return {means.values(), out.values()};
 }
 
-TEST(CudaLimits, AttentionReachesAsFarAsTensorsGo) {
+TEST(CudaLimits, AttentionReachesOffsetsBeyond32Bits) {
   for (const Routing& routing : {Routing{.block_size = 16, .top_k = 3, .sink_blocks = 1}, Routing::full()})
     EXPECT_EQ(attend(routing, Spread::far), attend(routing, Spread::compact));
 }
 
-TEST(CudaLimits, SoDoesTheKernelForHopper) {
+TEST(CudaLimits, Sm90AttentionReachesOffsetsBeyond32Bits) {
   const Routing routing{.block_size = 16, .top_k = 3};
   emulation::capability() = 90;
   setenv("MOBA_CUDA_ARCH", "sm90", 1);
@@ -139,7 +139,7 @@ TEST(CudaLimits, SoDoesTheKernelForHopper) {
   emulation::capability() = 80;
 }
 
-TEST(CudaLimits, SoDoesDecoding) {
+TEST(CudaLimits, DecodeReachesOffsetsBeyond32Bits) {
   for (const Routing& routing : {Routing{.block_size = 8, .top_k = 2}, Routing::full()})
     EXPECT_EQ(decode_pages(routing, Spread::far), decode_pages(routing, Spread::compact));
 }
@@ -157,7 +157,7 @@ DeviceCall large_task(std::int64_t kv_heads, const Routing& routing) {
 }
 
 /// Parts cover all heads and tokens, and what is counted in 32 bits in each fits them.
-TEST(CudaLimits, LargeProblemsAreCutUntil32BitsDo) {
+TEST(CudaLimits, LargeCallsAreSplitTo32BitEntries) {
   for (const std::int64_t kv_heads : {1, 8, 64}) {
     for (const Routing& routing :
          {Routing{.block_size = 128, .top_k = 8}, Routing{.block_size = 512, .top_k = 3},
@@ -181,7 +181,7 @@ TEST(CudaLimits, LargeProblemsAreCutUntil32BitsDo) {
 }
 
 /// Refuses a slice that cannot be cut: the gradient lists all rows of a kv head at once.
-TEST(CudaLimits, ChoicesThat31BitsCannotCountAreRefused) {
+TEST(CudaLimits, TooManySelectedBlocksThrow) {
   const DeviceCall call = large_task(1, {.block_size = 128, .top_k = 8});
   const DeviceBatch batch{.count = 1, .max_seqlen_k = kTokens};
   try {
@@ -200,7 +200,7 @@ TEST(CudaLimits, ChoicesThat31BitsCannotCountAreRefused) {
 
 void no_kernel(const int) {}
 
-TEST(CudaLimits, AGridLargerThanDevicesTakeIsAnError) {
+TEST(CudaLimits, TooLargeGridThrows) {
   const Execution execution;
   Stream stream(execution);
   EXPECT_NO_THROW(stream.launch("none", no_kernel, {0, 1}, 32, 0, 0));
@@ -209,7 +209,7 @@ TEST(CudaLimits, AGridLargerThanDevicesTakeIsAnError) {
 }
 
 /// Whichever launch fails, the call that met it says so and gives its memory back, and the next is right.
-TEST(CudaLimits, AFailedLaunchIsAnErrorOfItsCallAndOfNoOther) {
+TEST(CudaLimits, FailedLaunchThrowsOnce) {
   const Routing routing{.block_size = 8, .top_k = 3};
   std::size_t held = 0;
   const Execution counted{.scratch = {[&](std::size_t bytes) {

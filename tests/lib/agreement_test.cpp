@@ -22,7 +22,7 @@ const std::uint64_t kCasesOfAShard = [] {
 class Agreement : public testing::TestWithParam<std::tuple<std::string, std::uint64_t>> {};
 using FastAgreement = Agreement;
 
-TEST_P(Agreement, WithTheOracleOnRandomCases) {
+TEST_P(Agreement, MatchesTheOracleOnRandomCases) {
   const auto& [backend, shard] = GetParam();
   std::int64_t swaps = 0, listed = 0;
   for (std::uint64_t i = 0; i < kCasesOfAShard && !HasFailure(); ++i) {
@@ -40,7 +40,7 @@ TEST_P(Agreement, WithTheOracleOnRandomCases) {
 }
 
 /// Rows with the same selection must come out alike.
-TEST_P(FastAgreement, WithTheReferenceOnRandomCases) {
+TEST_P(FastAgreement, MatchesTheReferenceOnRandomCases) {
   const auto& [backend, shard] = GetParam();
   for (std::uint64_t i = 0; i < kCasesOfAShard && !HasFailure(); ++i) {
     const Case c = random_case(100000 + shard * kCasesOfAShard + i);
@@ -85,7 +85,7 @@ INSTANTIATE_TEST_SUITE_P(All, FastAgreement,
 using LongAgreement = EveryBackend;
 
 /// Enough tokens and blocks for several chunks, ranges and passes of a fast backend.
-TEST_P(LongAgreement, WithTheOracle) {
+TEST_P(LongAgreement, MatchesTheOracleOnLongSequences) {
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},
       {.block_size = 2, .top_k = 5, .sink_blocks = 1},
@@ -108,7 +108,7 @@ TEST_P(LongAgreement, WithTheOracle) {
 }
 
 /// Head dimensions beyond the random cases'.
-TEST_P(LongAgreement, AtEveryHeadDimension) {
+TEST_P(LongAgreement, MatchesTheOracleAtEveryHeadDimension) {
   for (const std::int64_t head_dim : {1, 3, 7, 15, 16, 31, 40, 80, 96, 100, 128, 200, 255, 256}) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
       Case c{.dtype = dtype, .group = 2, .head_dim = head_dim, .sequences = one_sequence(45)};

@@ -84,7 +84,7 @@ Case backward_case(std::uint64_t seed) {
   return c;
 }
 
-TEST(AttendBackward, EqualsFiniteDifferences) {
+TEST(AttendBackward, MatchesFiniteDifferences) {
   const Execution execution{.backend = "reference", .parallel = serial()};
   std::mt19937_64 engine(1);
   for (std::uint64_t seed = 0; seed < 120; ++seed) {
@@ -202,7 +202,7 @@ TEST_P(BackwardOfBackend, NonFiniteInputsReachOnlyGradientsThatDependOnThem) {
   }
 }
 
-TEST_P(BackwardOfBackend, EqualsTheReferenceInDouble) {
+TEST_P(BackwardOfBackend, MatchesTheReferenceInF64) {
   const std::map<DType, double> allowed = {{DType::f32, 2e-5}, {DType::bf16, 0.1}, {DType::f16, 0.01}};
   for (std::uint64_t seed = 1000; seed < 1100; ++seed) {
     const Case c = [&] {
@@ -240,7 +240,7 @@ TEST_P(BackwardOfBackend, EqualsTheReferenceInDouble) {
   }
 }
 
-TEST_P(BackwardOfBackend, SelectsAgainToTheSameBlocks) {
+TEST_P(BackwardOfBackend, RecomputedSelectionGivesTheSameBits) {
   for (std::uint64_t seed = 2000; seed < 2040; ++seed) {
     Case c = backward_case(seed);
     fill(c);
@@ -274,7 +274,7 @@ TEST_P(BackwardOfBackend, AnyThreadsAndWorkspaceGiveTheSameBits) {
   }
 }
 
-TEST_P(BackwardOfBackend, ASelectionThatIsNoneIsAnError) {
+TEST_P(BackwardOfBackend, OutOfRangeSavedSelectionThrows) {
   const Case c = plain_case(1, 30, 30, {.block_size = 4, .top_k = 3});
   const Array d_out = gradient_for(c);
   for (const std::int32_t block : {7, 100, std::numeric_limits<std::int32_t>::max()}) {
@@ -380,7 +380,7 @@ std::vector<Case> long_cases() {
   return list;
 }
 
-TEST_P(BackwardOfBackend, EqualsTheReferenceOnLongSequences) {
+TEST_P(BackwardOfBackend, MatchesTheReferenceOnLongSequences) {
   if (exact()) GTEST_SKIP() << "it need not be compared with itself";
   for (const Case& c : long_cases()) {
     const Array d_out = gradient_for(c);

@@ -13,7 +13,7 @@ namespace {
 
 using Attend = EveryBackend;
 
-TEST_P(Attend, EveryBlockIsDenseAttention) {
+TEST_P(Attend, SelectingEveryBlockIsDenseAttention) {
   for (const bool causal : {true, false}) {
     for (const auto& [queries, keys] : {std::pair(61, 61), std::pair(9, 61), std::pair(61, 40)}) {
       Case c = plain_case(1, queries, keys, {.block_size = 8, .top_k = (keys + 7) / 8, .causal = causal});
@@ -27,13 +27,13 @@ TEST_P(Attend, EveryBlockIsDenseAttention) {
   }
 }
 
-TEST_P(Attend, OneTokenIsItsValue) {
+TEST_P(Attend, OneTokenReturnsItsValue) {
   const Case c = plain_case(2, 1, 1, {});
   const Result result = run_attention(c, execution());
   for (std::int64_t d = 0; d < 16; ++d) EXPECT_EQ(result.out.get(0, 0, d), c.v.get(0, 0, d));
 }
 
-TEST_P(Attend, QueriesBeforeTheFirstKeySeeNothing) {
+TEST_P(Attend, QueriesBeforeTheFirstKeyAttendToNothing) {
   const Case c = plain_case(3, 12, 5, {.block_size = 2, .top_k = 2});
   const Result result = run_attention(c, execution());
   for (std::int64_t token = 0; token < 7; ++token) {
@@ -43,7 +43,7 @@ TEST_P(Attend, QueriesBeforeTheFirstKeySeeNothing) {
   EXPECT_TRUE(std::isfinite(result.lse_at(0, 7)));
 }
 
-TEST_P(Attend, EmptySequencesAnywhere) {
+TEST_P(Attend, EmptySequencesMatchTheOracle) {
   Case c{.kv_heads = 2, .group = 3, .head_dim = 20};
   c.sequences = {{0, 0, 30, 30, 30, 55, 60, 60}, {0, 0, 30, 30, 37, 62, 62, 62}};
   for (const Routing& routing :
@@ -55,7 +55,7 @@ TEST_P(Attend, EmptySequencesAnywhere) {
   }
 }
 
-TEST_P(Attend, NothingAtAll) {
+TEST_P(Attend, NoQueriesOrNoKeysMatchTheOracle) {
   for (const auto& [queries, keys] : {std::pair(0, 0), std::pair(0, 9), std::pair(9, 0)}) {
     for (const bool causal : {true, false}) {
       const Case c = plain_case(4, queries, keys, {.block_size = 4, .top_k = 2, .causal = causal});
@@ -64,7 +64,7 @@ TEST_P(Attend, NothingAtAll) {
   }
 }
 
-TEST_P(Attend, WhatIsNotSelectedDoesNotMatter) {
+TEST_P(Attend, UnselectedKeysDoNotAffectTheOutput) {
   Case c = plain_case(5, 64, 64, {.block_size = 8, .top_k = 2});
   const Result before = run_attention(c, execution());
   std::vector<bool> seen(8, false);
@@ -76,7 +76,7 @@ TEST_P(Attend, WhatIsNotSelectedDoesNotMatter) {
   for (std::int64_t d = 0; d < 16; ++d) EXPECT_EQ(after.out.get(63, 0, d), before.out.get(63, 0, d));
 }
 
-TEST_P(Attend, TheFutureDoesNotMatter) {
+TEST_P(Attend, FutureKeysDoNotAffectTheOutput) {
   constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(),
                    kInfinity = std::numeric_limits<double>::infinity();
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
@@ -101,7 +101,7 @@ TEST_P(Attend, TheFutureDoesNotMatter) {
   }
 }
 
-TEST_P(Attend, InfiniteValuesAndKeysReachWhoSeesThem) {
+TEST_P(Attend, InfiniteKeysAndValuesReachOnlyRowsThatAttendToThem) {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   for (const DType dtype : {DType::f32, DType::bf16}) {
     Case c{.seed = 8, .dtype = dtype, .sequences = one_sequence(48)};
@@ -127,7 +127,7 @@ TEST_P(Attend, HugeLogitsStayFinite) {
   check_result(c, run_attention(c, execution()), exact());
 }
 
-TEST_P(Attend, SequencesDoNotSeeEachOther) {
+TEST_P(Attend, SequencesDoNotAttendToEachOther) {
   Case together{.kv_heads = 2, .group = 2, .sequences = {{0, 40, 70}, {0, 40, 90}}};
   together.routing = {.block_size = 8, .top_k = 3};
   fill(together);

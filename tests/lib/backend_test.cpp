@@ -29,26 +29,26 @@ TEST(BackendChoice, ReferenceAndCpuAreBuilt) {
     EXPECT_NE(std::find(names.begin(), names.end(), name), names.end()) << name;
 }
 
-TEST(BackendChoice, DefaultIsTheFastOne) {
+TEST(BackendChoice, CpuIsTheDefault) {
   EXPECT_EQ(backends().front(), "cpu");
   EXPECT_THROW(run_attention(double_case(), {}), Error);
 }
 
-TEST(BackendChoice, ArgumentTakes) {
+TEST(BackendChoice, ArgumentSelectsTheBackend) {
   EXPECT_NO_THROW(run_attention(double_case(), {.backend = "reference"}));
 }
 
-TEST(BackendChoice, EnvironmentTakes) {
+TEST(BackendChoice, EnvironmentSelectsTheBackend) {
   const Forced forced("reference");
   EXPECT_NO_THROW(run_attention(double_case(), {}));
 }
 
-TEST(BackendChoice, ArgumentGoesBeforeEnvironment) {
+TEST(BackendChoice, ArgumentOverridesTheEnvironment) {
   const Forced forced("reference");
   EXPECT_THROW(run_attention(double_case(), {.backend = "cpu"}), Error);
 }
 
-TEST(BackendChoice, UnknownNamesAreErrorsThatSayWhereTheyStand) {
+TEST(BackendChoice, UnknownBackendThrows) {
   const Forced forced("quantum");
   try {
     run_attention(double_case(), {});
@@ -59,7 +59,7 @@ TEST(BackendChoice, UnknownNamesAreErrorsThatSayWhereTheyStand) {
   }
 }
 
-TEST(BackendChoice, RefusalNamesItsReason) {
+TEST(BackendChoice, UnsupportedHeadDimThrows) {
   Case c{.head_dim = 300, .sequences = one_sequence(5)};
   fill(c);
   try {

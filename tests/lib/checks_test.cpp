@@ -130,7 +130,7 @@ void expect_message(const std::string& found, const std::string& expected) {
   EXPECT_EQ(found.find('\n'), std::string::npos) << found;
 }
 
-TEST(Checks, BadCallsNameTheArgumentAndWriteNothing) {
+TEST(Checks, InvalidCallsThrowAndWriteNothing) {
   for (const BadCall& bad : bad_calls()) {
     Call call;
     const Result unwritten = call.result;
@@ -140,13 +140,13 @@ TEST(Checks, BadCallsNameTheArgumentAndWriteNothing) {
   }
 }
 
-TEST(Checks, TheGoodCallPasses) {
+TEST(Checks, ValidCallPasses) {
   Call call;
   EXPECT_NO_THROW(call.run());
   EXPECT_FALSE(call.result == Result(call.c));
 }
 
-TEST(Checks, BothEndsOfAReversedViewCount) {
+TEST(Checks, OverlapOfAReversedViewThrows) {
   Call call;
   Array reversed(DType::f32, 12, 1, 16, Layout::reversed);
   call.q = reversed.view();
@@ -154,7 +154,7 @@ TEST(Checks, BothEndsOfAReversedViewCount) {
   EXPECT_NE(message_of([&] { call.run(); }), "no error");
 }
 
-TEST(Checks, SelectBlocksChecksToo) {
+TEST(Checks, InvalidSelectBlocksArgumentsThrow) {
   const Case c = plain_case(1, 12, 12, {.block_size = 4, .top_k = 2});
   expect_message(message_of([&] { select_blocks(c.q.view(), c.k.view(), c.sequences, c.routing, nullptr); }),
                  "select_blocks: selection: expected [Hq, Tq, selection_width()] int32, got null");
@@ -170,7 +170,7 @@ struct BadBackward {
   std::function<void(Tensor& d_out, Saved& saved, Gradients& gradients)> spoil;
 };
 
-TEST(Checks, BadBackwardCallsNameTheArgument) {
+TEST(Checks, InvalidBackwardArgumentsThrow) {
   const std::vector<BadBackward> calls = {
       {"d_out: expected the sizes of q, ", [](Tensor& d_out, Saved&, Gradients&) { d_out.sizes[0] = 3; }},
       {"saved.out: expected rank 3, [tokens, heads, head_dim], got rank 0",
@@ -203,7 +203,7 @@ TEST(Checks, BadBackwardCallsNameTheArgument) {
   }
 }
 
-TEST(Checks, ColumnsOfOneMatrixAreApart) {
+TEST(Checks, OnlyOverlappingColumnsOfOneMatrixThrow) {
   Call call;
   call.run();
   const std::int64_t tokens = call.q.sizes[0], heads = call.q.sizes[1], kv_heads = call.k.sizes[1],
@@ -225,7 +225,7 @@ TEST(Checks, ColumnsOfOneMatrixAreApart) {
   expect_message(message(), "attention_backward: dv: expected memory of its own, got memory shared with dk");
 }
 
-TEST(Checks, CacheShapes) {
+TEST(Checks, InvalidCacheShapeThrows) {
   const auto message = [](const KvCache::Shape& shape) { return message_of([&] { KvCache cache(shape); }); };
   expect_message(message({.kv_heads = 0}), "KvCache: kv_heads: expected at least 1, got 0");
   expect_message(message({.head_dim = -4}), "KvCache: head_dim: expected at least 1, got -4");
@@ -236,7 +236,7 @@ TEST(Checks, CacheShapes) {
                  "KvCache: kv_heads: expected kv_heads x head_dim of at most ");
 }
 
-TEST(Checks, CacheCalls) {
+TEST(Checks, InvalidCacheCallThrows) {
   KvCache cache({.kv_heads = 2, .head_dim = 8, .block_size = 4, .sequences = 3});
   Array keys(DType::f32, 5, 2, 8), narrow(DType::f32, 5, 2, 4), one_head(DType::f32, 5, 1, 8);
   Array wide(DType::f64, 5, 2, 8), shorter(DType::f32, 4, 2, 8);

@@ -73,7 +73,7 @@ void check_decoded(const Case& c, const KvCache& cache, const Execution& executi
   check_attended(c, decoded, exact);
 }
 
-TEST_P(Decode, EqualsOneCall) {
+TEST_P(Decode, DecodedTokensMatchTheOracle) {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     for (const Routing& routing : routings()) {
       const Case c = small_case(dtype, routing);
@@ -88,7 +88,7 @@ TEST_P(Decode, EqualsOneCall) {
   }
 }
 
-TEST_P(Decode, ChunkedPrefillEqualsOneCall) {
+TEST_P(Decode, ChunkedPrefillMatchesOneCall) {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     for (const Routing& routing : routings()) {
       const Case c = small_case(dtype, routing);
@@ -111,7 +111,7 @@ TEST_P(Decode, ChunkedPrefillEqualsOneCall) {
   }
 }
 
-TEST_P(Decode, ForgottenTokensLeaveNoTrace) {
+TEST_P(Decode, TruncateRestoresTheEarlierResult) {
   for (const DType dtype : {DType::f32, DType::bf16, DType::i8}) {
     Case c = small_case(dtype == DType::i8 ? DType::f32 : dtype, {.block_size = 8, .top_k = 3}, 150);
     Case other = c;
@@ -135,7 +135,7 @@ TEST_P(Decode, ForgottenTokensLeaveNoTrace) {
   }
 }
 
-TEST_P(Decode, SequencesOfAnyLengthTogether) {
+TEST_P(Decode, BatchMatchesEachSequenceAlone) {
   const std::vector<std::int64_t> lengths = {40, 0, 1, 83, 8};
   const Case c = small_case(DType::f32, {.block_size = 8, .top_k = 3});
   KvCache cache = cache_for(c, static_cast<std::int64_t>(lengths.size()));
@@ -169,7 +169,7 @@ TEST_P(Decode, SequencesOfAnyLengthTogether) {
 
 /// More candidates than one piece of the gate holds, each three times, so that equal scores lie in different
 /// pieces; lists shorter and longer than what is chosen; blocks of several pieces.
-TEST_P(Decode, ManyBlocksAndTies) {
+TEST_P(Decode, ManyBlocksAndTiesMatchTheOracle) {
   const std::vector<Routing> wide = {{.block_size = 2, .top_k = 6},
                                      {.block_size = 1, .top_k = 9, .sink_blocks = 2},
                                      {.block_size = 1, .top_k = 300},
@@ -197,7 +197,7 @@ TEST_P(Decode, ManyBlocksAndTies) {
 }
 
 /// Rows whose largest magnitude is 127 have a scale of 1, so that whole numbers survive 8 bits.
-TEST_P(Decode, EightBitsHoldWholeNumbersExactly) {
+TEST_P(Decode, Int8CacheIsExactForIntegers) {
   Case c = small_case(DType::f32, {.block_size = 8, .top_k = 3}, 60);
   c.values = Values::integers;
   c.routing.scale = 0.01F;
@@ -215,7 +215,7 @@ TEST_P(Decode, EightBitsHoldWholeNumbersExactly) {
   check_decoded(part_of(c, 59, 1), cache, execution(), exact());
 }
 
-TEST_P(Decode, EightBitsAreCloseToThirtyTwo) {
+TEST_P(Decode, Int8CacheIsCloseToF32) {
   const Case c = small_case(DType::f32, Routing::full(), 100);
   KvCache cache({.kv_heads = 2, .head_dim = 20, .block_size = 512, .dtype = DType::i8});
   append(cache, c, 0, 100);

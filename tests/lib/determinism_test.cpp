@@ -46,7 +46,7 @@ TEST_P(Determinism, TasksInAnyOrderGiveTheSameBits) {
   }
 }
 
-TEST_P(Determinism, AnyWorkspaceGivesTheSameBitsOrAnError) {
+TEST_P(Determinism, AnyWorkspaceGivesTheSameBitsOrThrows) {
   for (const Case& c : cases()) {
     const Result expected = run_attention(c, execution());
     bool refused = false;
@@ -67,7 +67,7 @@ TEST_P(Determinism, AnyWorkspaceGivesTheSameBitsOrAnError) {
   }
 }
 
-TEST_P(Determinism, SmallerWorkspaceIsReallyUsed) {
+TEST_P(Determinism, SmallerLimitReducesTheWorkspace) {
   Case c{.seed = 2, .kv_heads = 2, .head_dim = 16, .sequences = one_sequence(4000)};
   c.routing = {.block_size = 16, .top_k = 8};
   fill(c);
@@ -81,7 +81,7 @@ TEST_P(Determinism, SmallerWorkspaceIsReallyUsed) {
   EXPECT_LT(tight.workspace_bytes, roomy.workspace_bytes);
 }
 
-TEST_P(Determinism, ScratchComesFromTheCallersAllocatorAndGoesBack) {
+TEST_P(Determinism, ScratchComesFromTheCallersAllocatorAndIsReleased) {
   std::map<void*, std::size_t> held;
   std::size_t given = 0;
   const Allocator counting{[&](std::size_t bytes) {

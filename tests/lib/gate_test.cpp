@@ -12,13 +12,13 @@ namespace {
 using Blocks = std::vector<std::int32_t>;
 using Gate = EveryBackend;
 
-TEST_P(Gate, TopKOfOneIsTheCurrentBlockAlone) {
+TEST_P(Gate, TopKOfOneSelectsOnlyTheOwnBlock) {
   const Case c = plain_case(1, 50, 50, {.block_size = 8, .top_k = 1});
   const Result result = run_attention(c, execution());
   for (std::int32_t token = 0; token < 50; ++token) EXPECT_EQ(result.row(0, token), Blocks{token / 8});
 }
 
-TEST_P(Gate, EqualScoresGoToTheMoreRecentBlock) {
+TEST_P(Gate, EqualScoresSelectTheMoreRecentBlock) {
   Case c = plain_case(2, 64, 64, {.block_size = 8, .top_k = 3});
   c.values = Values::equal;
   fill(c);
@@ -27,7 +27,7 @@ TEST_P(Gate, EqualScoresGoToTheMoreRecentBlock) {
   EXPECT_EQ(result.row(0, 12), (Blocks{0, 1}));
 }
 
-TEST_P(Gate, EqualScoresGoToTheMoreRecentBlockAmongMany) {
+TEST_P(Gate, EqualScoresSelectTheMoreRecentBlockAmongMany) {
   Case c = plain_case(2, 1, 3000, {.block_size = 4, .top_k = 6, .sink_blocks = 2});
   c.values = Values::equal;
   fill(c);
@@ -73,7 +73,7 @@ TEST_P(Gate, OwnBlockIsForcedOnlyOnRequest) {
   EXPECT_GT(elsewhere, 0);
 }
 
-TEST_P(Gate, MeanOfTheRaggedBlockIsOverItsTrueLength) {
+TEST_P(Gate, RaggedBlockIsAveragedOverItsLength) {
   Case c = plain_case(7, 1, 9, {.block_size = 4, .top_k = 1, .causal = false});
   for (std::int64_t d = 0; d < 16; ++d) {
     c.q.set(0, 0, d, 1);

@@ -22,7 +22,7 @@ class Number : public testing::Test {};
 using Halves = testing::Types<bfloat16, float16>;
 TYPED_TEST_SUITE(Number, Halves);
 
-TYPED_TEST(Number, EveryValueSurvives) {
+TYPED_TEST(Number, EveryValueRoundTrips) {
   for (std::uint32_t bits = 0; bits < 0x10000U; ++bits) {
     const TypeParam half{static_cast<std::uint16_t>(bits)};
     const float value = float_of(half);
@@ -35,7 +35,7 @@ TYPED_TEST(Number, EveryValueSurvives) {
 }
 
 /// No neighbour is nearer, and halfway goes to the even one.
-TYPED_TEST(Number, RoundsToTheNearest) {
+TYPED_TEST(Number, RoundsToNearestEven) {
   std::mt19937 engine(1);
   const float largest = float_of(
       TypeParam{std::is_same_v<TypeParam, bfloat16> ? std::uint16_t{0x7F7F} : std::uint16_t{0x7BFF}});

@@ -12,7 +12,7 @@ namespace {
 
 // Values from Brown, Cai, DasGupta's formula worked out by hand, as R's prop.test(correct = FALSE) gives
 // them.
-TEST(Wilson, KnownIntervals) {
+TEST(Wilson, MatchesKnownIntervals) {
   const Interval none = wilson(0, 10), most = wilson(8, 10), all = wilson(20, 20);
   EXPECT_NEAR(none.low, 0, 1e-12);
   EXPECT_NEAR(none.high, 0.2775328, 1e-6);
@@ -27,12 +27,12 @@ TEST(Wilson, NoTrialsGiveTheWholeRange) {
   EXPECT_EQ(wilson(0, 0).high, 1);
 }
 
-TEST(Mean, IsOfTokensNotOfSequences) {
+TEST(Mean, IsOverTokensNotSequences) {
   EXPECT_DOUBLE_EQ(mean({{6, 2}, {3, 1}, {0, 3}}), 1.5);
   EXPECT_TRUE(std::isnan(mean({})));
 }
 
-TEST(Bootstrap, HoldsTheMeanAndRepeats) {
+TEST(Bootstrap, ContainsTheMeanAndIsReproducible) {
   std::vector<Portion> portions;
   for (int i = 0; i < 50; ++i) portions.push_back({static_cast<double>(i % 7), 1});
   const Interval first = bootstrap(portions), again = bootstrap(portions);
@@ -43,13 +43,13 @@ TEST(Bootstrap, HoldsTheMeanAndRepeats) {
   EXPECT_NEAR(first.high - first.low, 2 * 1.96 * 2.0 / std::sqrt(50.0), 0.25);  // their deviation is 2
 }
 
-TEST(Bootstrap, EqualPortionsLeaveNoDoubt) {
+TEST(Bootstrap, EqualPortionsGiveAnIntervalOfWidthZero) {
   const Interval interval = bootstrap({{4, 2}, {4, 2}, {4, 2}});
   EXPECT_EQ(interval.low, 2);
   EXPECT_EQ(interval.high, 2);
 }
 
-TEST(UnitsThatFit, FindsTheMostOfThem) {
+TEST(UnitsThatFit, FillsTheLimit) {
   for (const std::int64_t tokens_a_unit : {1, 3, 17}) {
     for (const std::int64_t most : {100, 1000, 131072}) {
       const std::int64_t units = units_that_fit(most, [&](std::int64_t n) { return 40 + n * tokens_a_unit; });
@@ -66,17 +66,17 @@ TEST(UnitsThatFit, FitsUnevenUnits) {
   EXPECT_EQ(units, 60);
 }
 
-TEST(UnitsThatFit, TooManyAlready) {
+TEST(UnitsThatFit, ReturnsMinusOneIfNoneFits) {
   EXPECT_EQ(units_that_fit(39, [](std::int64_t n) { return 40 + n; }), -1);
 }
 
-TEST(UnitsThatFit, EndsWhereThereIsNoMore) {
+TEST(UnitsThatFit, TerminatesWhereTokensStopGrowing) {
   const std::int64_t units =
       units_that_fit(1000, [](std::int64_t n) { return std::min<std::int64_t>(n, 300); });
   EXPECT_GE(units, 300);
 }
 
-TEST(Filled, ReplacesEveryMark) {
+TEST(Filled, ReplacesEveryPlaceholder) {
   EXPECT_EQ(filled("{key}: {value}, {key} {other}", {{"key", "{value}"}, {"value", "7"}}), "7: 7, 7 {other}");
 }
 

@@ -13,21 +13,21 @@ namespace {
 using testing::ElementsAre;
 using testing::SizeIs;
 
-TEST(LossOf, LogOfTheProbability) {
+TEST(LossOf, IsTheNegativeLogProbability) {
   const std::vector<float> logits{1, 2, 3};
   const double sum = std::exp(1.0) + std::exp(2.0) + std::exp(3.0);
   EXPECT_NEAR(loss_of(logits, 0), std::log(sum) - 1, 1e-6);
   EXPECT_NEAR(loss_of(logits, 2), std::log(sum) - 3, 1e-6);
 }
 
-TEST(LossOf, LargeAndInfiniteLogits) {
+TEST(LossOf, HandlesLargeAndInfiniteLogits) {
   EXPECT_NEAR(loss_of(std::vector<float>{1e4F, 1e4F}, 0), std::log(2.0), 1e-3);
   EXPECT_EQ(loss_of(std::vector<float>{0, -INFINITY}, 0), 0);
   EXPECT_EQ(loss_of(std::vector<float>{0, -INFINITY}, 1), INFINITY);
   EXPECT_TRUE(std::isnan(loss_of(std::vector<float>{0, NAN}, 0)));
 }
 
-TEST(Losses, PositionsAndTail) {
+TEST(Losses, AreSplitByPositionAndTail) {
   const Positions positions{.seq_len = 8, .trailing = 2, .buckets = 4};
   Losses losses;
   add(losses, positions, {1, 2, 3, 4, 5, 6, 7});  // positions 1 to 7
@@ -65,7 +65,7 @@ class SequencesTest : public testing::Test {
   TemporaryFolder folder_;
 };
 
-TEST_F(SequencesTest, DocumentsAreCut) {
+TEST_F(SequencesTest, DocumentsAreCutToSeqLen) {
   folder_.write("a.txt", std::string(10, 'a'));
   folder_.write("b.txt", std::string(4, 'b'));
   folder_.write("c/c.txt", "c");  // one token predicts nothing
@@ -76,7 +76,7 @@ TEST_F(SequencesTest, DocumentsAreCut) {
   EXPECT_THAT(sizes({.seq_len = 4, .join = true, .max_tokens = 8}), ElementsAre(4, 4));
 }
 
-TEST_F(SequencesTest, NothingToPredict) {
+TEST_F(SequencesTest, ASingleTokenThrows) {
   folder_.write("a.txt", "a");
   EXPECT_THROW(sizes({}), DataError);
 }

@@ -15,7 +15,7 @@ using testing::HasSubstr;
 using testing::StartsWith;
 using testing::ThrowsMessage;
 
-TEST(Planted, AtTheBeginningOfLines) {
+TEST(Planted, InsertsAtTheBeginningOfALine) {
   const std::string text = "first\nsecond\nthird\n";
   EXPECT_EQ(planted(text, "X", 0), "X\nfirst\nsecond\nthird\n");
   EXPECT_EQ(planted(text, "X", 0.5), "first\nX\nsecond\nthird\n");
@@ -23,14 +23,14 @@ TEST(Planted, AtTheBeginningOfLines) {
   EXPECT_EQ(planted(text, "X", 1), "first\nsecond\nthird\nX\n");
 }
 
-TEST(Planted, WhereThereAreNoLines) {
+TEST(Planted, InsertsBetweenWordsOrCharactersWithoutLines) {
   EXPECT_EQ(planted("", "X", 0.5), "X\n");
   EXPECT_EQ(planted("one two three", "X", 0.5), "one \nX\ntwo three");
   EXPECT_EQ(planted("abcd", "X", 0.5), "ab\nX\ncd");
   EXPECT_EQ(planted("ab\u20ac", "X", 0.9), "ab\nX\n\u20ac");  // not inside a character
 }
 
-TEST(Answer, FirstNumberCounts) {
+TEST(Answer, FirstNumberIsExtracted) {
   EXPECT_EQ(first_number(" 1234567."), "1234567");
   EXPECT_EQ(first_number("The number is 12, not 1234567"), "12");
   EXPECT_EQ(first_number("1,234,567"), "1");
@@ -70,7 +70,7 @@ TEST_F(NeedleMakerTest, PlantsOneFactAndAsksForIt) {
   }
 }
 
-TEST_F(NeedleMakerTest, ASeedGivesTheSameCases) {
+TEST_F(NeedleMakerTest, SeedDeterminesTheCases) {
   const Haystack text = haystack();
   NeedleSettings other = settings();
   other.seed = 1;
@@ -98,14 +98,14 @@ TEST_F(NeedleMakerTest, LengthWithoutRoomThrows) {
   EXPECT_THAT([&] { maker.make(100, 0, 0); }, ThrowsMessage<UsageError>(HasSubstr("--lengths")));
 }
 
-TEST_F(NeedleMakerTest, TextThatIsTooShortThrows) {
+TEST_F(NeedleMakerTest, TooShortTextThrows) {
   const Haystack text = haystack();
   NeedleMaker maker(text, byte_tokenizer(), settings());
   EXPECT_THAT([&] { maker.make(1 << 20, 0, 0); },
               ThrowsMessage<DataError>(testing::AllOf(HasSubstr("--data"), HasSubstr("1048576"))));
 }
 
-TEST(Haystack, NamedFilesMustBeText) {
+TEST(Haystack, FilesThatAreNotTextThrow) {
   const TemporaryFolder folder;
   EXPECT_THAT([&] { Haystack::open({folder.write("empty", "")}, 0); },
               ThrowsMessage<DataError>(HasSubstr("empty")));
@@ -116,7 +116,7 @@ TEST(Haystack, NamedFilesMustBeText) {
               ThrowsMessage<DataError>(HasSubstr("nothing")));
 }
 
-TEST(Haystack, WordsOfTheText) {
+TEST(Haystack, ListsDistinctLowercaseWords) {
   const TemporaryFolder folder;
   const auto path =
       folder.write("text", "some words, some_names Words abc 9lives elephantsandmore caf\u00e9s ends");

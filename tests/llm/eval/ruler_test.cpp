@@ -14,7 +14,7 @@ namespace {
 
 using testing::HasSubstr;
 
-TEST(RulerScore, ShareOfWhatIsContained) {
+TEST(RulerScore, IsTheShareOfExpectedTextsFound) {
   EXPECT_EQ(ruler_score("They are 12 and 34.", {"12", "34"}), 1);
   EXPECT_EQ(ruler_score("They are 12 and 35.", {"12", "34"}), 0.5);
   EXPECT_EQ(ruler_score("abcde FGHIJ", {"ABCDE", "fghij", "KLMNO", "pqrst"}), 0.5);
@@ -48,7 +48,7 @@ TEST_F(RulerMakerTest, EveryTaskFillsItsLength) {
   }
 }
 
-TEST_F(RulerMakerTest, NeedlesAreThereOnce) {
+TEST_F(RulerMakerTest, EachNeedleOccursOnce) {
   const std::map<std::string, std::size_t> needles{{"niah_single_1", 1},   {"niah_single_2", 1},
                                                    {"niah_single_3", 1},   {"niah_multikey_1", 4},
                                                    {"niah_multivalue", 4}, {"niah_multiquery", 4}};
@@ -61,7 +61,7 @@ TEST_F(RulerMakerTest, NeedlesAreThereOnce) {
   }
 }
 
-TEST_F(RulerMakerTest, TheQueryNamesTheAnswersKey) {
+TEST_F(RulerMakerTest, QueryNamesTheKeyOfTheAnswer) {
   for (const std::string task :
        {"niah_multikey_1", "niah_multikey_2", "niah_multikey_3", "niah_multiquery"}) {
     const RulerCase made = maker_.make(task, 8192, 1);
@@ -74,7 +74,7 @@ TEST_F(RulerMakerTest, TheQueryNamesTheAnswersKey) {
   }
 }
 
-TEST_F(RulerMakerTest, VariablesAreAChain) {
+TEST_F(RulerMakerTest, VariablesFormAChain) {
   const RulerCase made = maker_.make("vt", 8192, 0);
   const std::string text = prompt(made);
   ASSERT_EQ(made.expected.size(), 5u);
@@ -87,7 +87,7 @@ TEST_F(RulerMakerTest, VariablesAreAChain) {
   }
 }
 
-TEST_F(RulerMakerTest, CommonWordsAreCommon) {
+TEST_F(RulerMakerTest, CommonWordsOccurTenTimesAsOften) {
   const RulerCase made = maker_.make("cwe", 16384, 0);
   const std::string text = prompt(made);
   std::istringstream list(text.substr(text.rfind("Memorize")));
@@ -105,7 +105,7 @@ TEST_F(RulerMakerTest, CommonWordsAreCommon) {
   }
 }
 
-TEST_F(RulerMakerTest, FrequentWordsAreTheMostFrequent) {
+TEST_F(RulerMakerTest, ExpectedWordsAreTheMostFrequent) {
   const RulerCase made = maker_.make("fwe", 8192, 0);
   const std::string text = prompt(made);
   const std::size_t begin = text.find("coded words. ") + 13;

@@ -41,7 +41,7 @@ TEST(Config, HasTheDefaultsOfTransformers) {
   EXPECT_EQ(qwen3.head_dim, 128);
 }
 
-TEST(Config, ReadsTheAttentionOfTraining) {
+TEST(Config, RoundTripsMobaSettings) {
   EXPECT_FALSE(parsed(config_json("llama")).moba);
   const nlohmann::json given{{"moba_chunk_size", 128}, {"moba_topk", 16}, {"moba_full_layers", {0, 1}}};
   const ModelConfig config = parsed(config_json("llama", given));
@@ -55,7 +55,7 @@ TEST(Config, ReadsTheAttentionOfTraining) {
   EXPECT_EQ(again.moba->full_layers.size(), 2U);
 }
 
-TEST(Config, ImpossibleTrainedAttentionThrows) {
+TEST(Config, InvalidMobaSettingsThrow) {
   nlohmann::json given{{"moba_topk", 3}};
   EXPECT_EQ(complaint("llama", given), "config.json: expected a member 'moba_chunk_size', got none");
   given["moba_chunk_size"] = 0;

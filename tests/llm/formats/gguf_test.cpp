@@ -29,7 +29,7 @@ std::string entries_of_every_type() {
       .str();
 }
 
-TEST_F(Gguf, GivesMetadataOfEveryType) {
+TEST_F(Gguf, ReadsMetadataOfEveryType) {
   const GgufFile file = GgufFile::open(write("all.gguf", entries_of_every_type()));
   EXPECT_EQ(file.version(), 3U);
   EXPECT_EQ(file.at("u8").integer(), 200);
@@ -54,7 +54,7 @@ TEST_F(Gguf, GivesMetadataOfEveryType) {
   EXPECT_FALSE(file.find("nothing"));
 }
 
-TEST_F(Gguf, NamesFileAndKeyOfAWrongKind) {
+TEST_F(Gguf, WrongMetadataTypeThrows) {
   const auto path = write("all.gguf", entries_of_every_type());
   const GgufFile file = GgufFile::open(path);
   EXPECT_EQ(complaint_of([&] { file.at("f32").integer(); }),
@@ -73,7 +73,7 @@ TEST_F(Gguf, NamesFileAndKeyOfAWrongKind) {
   EXPECT_NE(complaint_of([&] { file.at("integers").strings(); }), "");
 }
 
-TEST_F(Gguf, PlacesTensorsOutermostDimensionFirst) {
+TEST_F(Gguf, ShapesHaveTheOutermostDimensionFirst) {
   for (const std::uint32_t version : {2U, 3U}) {
     const GgufFile file =
         GgufFile::open(write("t.gguf", GgufText().tensor("a", {3, 5}).tensor("b", {7}).str(version)));
@@ -88,14 +88,14 @@ TEST_F(Gguf, PlacesTensorsOutermostDimensionFirst) {
   }
 }
 
-TEST_F(Gguf, OutlivesNothingThatItPointsInto) {
+TEST_F(Gguf, CopiesKeepTheMappingAlive) {
   GgufFile copy = [&] { return GgufFile::open(write("all.gguf", entries_of_every_type())); }();
   const GgufFile other = copy;
   copy = GgufFile::open(write("small.gguf", GgufText().str()));
   EXPECT_EQ(other.at("strings").strings().size(), 3U);
 }
 
-TEST_F(Gguf, SurvivesEveryCutAndChange) {
+TEST_F(Gguf, DamagedFilesLoadOrThrow) {
   const std::string good = GgufText()
                                .text("general.name", "x")
                                .u32("general.alignment", 32)
@@ -116,7 +116,7 @@ TEST_F(Gguf, SurvivesEveryCutAndChange) {
   });
 }
 
-TEST_F(Gguf, KnowsItsOwn) {
+TEST_F(Gguf, RecognisesGgufFiles) {
   EXPECT_TRUE(GgufFile::is_gguf(write("a", "GGUF")));
   EXPECT_FALSE(GgufFile::is_gguf(write("b", "GGU")));
   EXPECT_FALSE(GgufFile::is_gguf(folder_));

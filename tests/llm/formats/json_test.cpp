@@ -9,7 +9,7 @@
 namespace moba::llm {
 namespace {
 
-TEST(Json, ErrorsNameThePlace) {
+TEST(Json, ErrorsNameTheJsonPath) {
   const nlohmann::json document = parse_json(R"({"a": {"b": [1, "x", 1.5, null]}, "n": null})", "f.json");
   const JsonValue root(document, "f.json");
   EXPECT_EQ(root.at("a").at("b").element(0).integer(), 1);
@@ -27,7 +27,7 @@ TEST(Json, ErrorsNameThePlace) {
             "f.json: a.b: expected an object, got an array of 4");
 }
 
-TEST(Json, RefusesWhatIsNot) {
+TEST(Json, InvalidJsonThrows) {
   const auto complaint = [](std::string_view text) { return complaint_of([&] { parse_json(text, "f"); }); };
   EXPECT_EQ(complaint(""), "f: expected JSON, got something else at byte 1");
   EXPECT_EQ(complaint("{\"a\": 1,}"), "f: expected JSON, got something else at byte 9");
@@ -41,14 +41,14 @@ TEST(Json, RefusesWhatIsNot) {
   EXPECT_NE(complaint_of([&] { JsonValue(big, "f").element(0).integer(); }), "");
 }
 
-TEST(Quoted, StaysOnOneShortLine) {
+TEST(Quoted, EscapesAndTruncatesToOneLine) {
   EXPECT_EQ(quoted("a\nb\x1B[0m"), "'a\\x0ab\\x1b[0m'");
   EXPECT_EQ(llm::quoted(std::string(81, 'x')), "'" + std::string(80, 'x') + "...'");
 }
 
 using Files = WithFolder;
 
-TEST_F(Files, AreReadableRegularFiles) {
+TEST_F(Files, UnreadableAndSpecialFilesThrow) {
   const auto complaint = [](const std::filesystem::path& path) {
     return complaint_of([&] { MappedFile file(path); }).substr(path.string().size());
   };
@@ -61,7 +61,7 @@ TEST_F(Files, AreReadableRegularFiles) {
   EXPECT_EQ(MappedFile(write("three", "abc")).bytes().size(), 3U);
 }
 
-TEST_F(Files, OfJsonHaveALimit) {
+TEST_F(Files, TooLargeJsonThrows) {
   const auto path = write("big.json", "[1, 2, 3]");
   EXPECT_EQ(load_json(path, 9).size(), 3U);
   EXPECT_EQ(complaint_of([&] { load_json(path, 8); }),

@@ -11,7 +11,7 @@ std::string safetensors_text(const std::string& header, std::size_t data_bytes) 
   return bytes_of(static_cast<std::uint64_t>(header.size())) + header + std::string(data_bytes, '\x01');
 }
 
-TEST_F(Safetensors, GivesTensorsInFileOrder) {
+TEST_F(Safetensors, ListsTensorsInFileOrder) {
   const std::string header = R"({"__metadata__": {"format": "pt"},)"
                              R"("a": {"dtype": "F16", "shape": [2, 3], "data_offsets": [4, 16]},)"
                              R"("scalar": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},)"
@@ -27,7 +27,7 @@ TEST_F(Safetensors, GivesTensorsInFileOrder) {
   EXPECT_EQ(tensors[2].count(), 0);
 }
 
-TEST_F(Safetensors, SurvivesEveryCutAndChange) {
+TEST_F(Safetensors, DamagedFilesLoadOrThrow) {
   const std::string good = safetensors_text(
       R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"BF16","shape":[1,2],"data_offsets":[8,12]}})",
       12);
@@ -41,7 +41,7 @@ TEST_F(Safetensors, SurvivesEveryCutAndChange) {
   });
 }
 
-TEST_F(Safetensors, ErrorsNameThePlace) {
+TEST_F(Safetensors, InvalidHeadersThrow) {
   const auto complaint = [&](const std::string& entries, std::size_t data) {
     const auto path = write("m.safetensors", safetensors_text(entries, data));
     const std::string text = complaint_of([&] { SafetensorsFile::open(path); });

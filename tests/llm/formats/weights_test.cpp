@@ -52,7 +52,7 @@ TEST_F(WeightsTest, FindsTensorsByTheirHuggingFaceNames) {
   EXPECT_EQ(weights.files()[0].bytes, std::filesystem::file_size(folder_ / "m.gguf"));
 }
 
-TEST_F(WeightsTest, UndoesTheInterleavingOfLlamaFiles) {
+TEST_F(WeightsTest, UndoesTheRowInterleavingOfLlamaGguf) {
   const Weights llama = Weights::open(write("m.gguf", model_gguf().str()));
   const std::array<std::int64_t, 8> expected{0, 2, 1, 3, 4, 6, 5, 7};
   for (std::int64_t row = 0; row < 8; ++row) {
@@ -75,7 +75,7 @@ TEST_F(WeightsTest, MissingTensorThrows) {
                 ": expected tensor 'model.layers.0.mlp.up_proj.weight' of shape [16, 8], got no such tensor");
 }
 
-TEST_F(WeightsTest, AsksForTheFolder) {
+TEST_F(WeightsTest, SingleSafetensorsFileThrows) {
   const auto path = write("model.safetensors", "");
   EXPECT_EQ(
       complaint_of([&] { Weights::open(path); }),
@@ -83,14 +83,14 @@ TEST_F(WeightsTest, AsksForTheFolder) {
           ": expected a GGUF file or the folder of a Hugging Face model, got one file of such a folder");
 }
 
-TEST_F(WeightsTest, TensorOfAnotherShapeThrows) {
+TEST_F(WeightsTest, WrongTensorShapeThrows) {
   GgufText text = model_gguf("llama", "model.layers.0.mlp.up_proj.weight");
   const auto path = write("m.gguf", text.tensor("blk.0.ffn_up.weight", {8, 16}).str());
   EXPECT_EQ(complaint_of([&] { Weights::open(path); }),
             path.string() + ": expected tensor 'blk.0.ffn_up.weight' of shape [16, 8], got [8, 16]");
 }
 
-TEST_F(WeightsTest, NamesAreTranslatedOneToOne) {
+TEST_F(WeightsTest, GgufNamesAreOneToOne) {
   ModelConfig config{.architecture = "qwen3",
                      .layers = 12,
                      .hidden = 8,

@@ -29,33 +29,33 @@ std::vector<float> logits_of(const std::vector<double>& probabilities) {
 
 const Sampling kEverything{.temperature = 1, .top_k = 0, .top_p = 1, .min_p = 0, .seed = 7};
 
-TEST(Sampler, GreedyTakesTheLikeliestAndOfEqualOnesTheFirst) {
+TEST(Sampler, GreedyTakesTheFirstMaximum) {
   Sampler greedy({});
   EXPECT_EQ(greedy(std::vector<float>{0, 3, 1}), 1);
   EXPECT_EQ(greedy(std::vector<float>{0, 2, 2}), 1);
 }
 
-TEST(Sampler, NanCountsAsImpossible) {
+TEST(Sampler, NanLogitsAreNeverSampled) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   EXPECT_EQ(Sampler({})(std::vector<float>{nan, -5, nan}), 1);
   EXPECT_EQ(shares(kEverything, {nan, -5, nan}).at(1), shares(kEverything, {0}).at(0));
   EXPECT_EQ(Sampler({})(std::vector<float>{nan, nan}), 0);
 }
 
-TEST(Sampler, InfiniteLogitsDecide) {
+TEST(Sampler, HandlesInfiniteLogits) {
   const float infinity = std::numeric_limits<float>::infinity();
   EXPECT_EQ(shares(kEverything, {1, infinity, 2}).count(0), 0U);
   EXPECT_EQ(shares(kEverything, {-infinity, -infinity}).size(), 2U);
 }
 
-TEST(Sampler, DrawsInProportion) {
+TEST(Sampler, DrawsInProportionToProbabilities) {
   const auto drawn = shares(kEverything, logits_of({0.5, 0.3, 0.2}));
   EXPECT_NEAR(drawn.at(0), 0.5, 0.02);
   EXPECT_NEAR(drawn.at(1), 0.3, 0.02);
   EXPECT_NEAR(drawn.at(2), 0.2, 0.02);
 }
 
-TEST(Sampler, TemperatureSharpens) {
+TEST(Sampler, LowTemperatureSharpens) {
   Sampling cold = kEverything;
   cold.temperature = 0.5;  // squares the probabilities
   EXPECT_NEAR(shares(cold, logits_of({0.8, 0.2})).at(0), 0.64 / 0.68, 0.02);
@@ -84,14 +84,14 @@ TEST(Sampler, MinPIsRelativeToTheLikeliest) {
   EXPECT_EQ(shares(sampling, logits_of({0.4, 0.25, 0.15, 0.2})).size(), 2U);
 }
 
-TEST(Sampler, FiltersComeBeforeTheTemperature) {
+TEST(Sampler, FiltersApplyBeforeTheTemperature) {
   Sampling hot = kEverything;
   hot.temperature = 1000;
   hot.top_p = 0.6;
   EXPECT_EQ(shares(hot, logits_of({0.5, 0.3, 0.2})).size(), 2U);
 }
 
-TEST(Sampler, SeedsRepeat) {
+TEST(Sampler, SeedsAreReproducible) {
   const std::vector<float> flat(1000, 0.0f);
   const auto draw = [&](std::uint64_t seed) {
     Sampling sampling = kEverything;

@@ -19,7 +19,7 @@ std::string at_once(std::string_view bytes) {
   return text + stream.finish();
 }
 
-TEST(TextStream, HoldsBackWhatIsUnfinished) {
+TEST(TextStream, HoldsBackUnfinishedCharacters) {
   TextStream stream;
   EXPECT_EQ(stream.push("a\xF0\x9F"), "a");
   EXPECT_EQ(stream.push("\x98"), "");
@@ -27,11 +27,11 @@ TEST(TextStream, HoldsBackWhatIsUnfinished) {
   EXPECT_EQ(stream.finish(), "");
 }
 
-TEST(TextStream, EndsInAReplacementWhereACharacterIsCutShort) {
+TEST(TextStream, FinishReplacesATruncatedCharacter) {
   EXPECT_EQ(at_once("a\xE4\xBD"), "a\xEF\xBF\xBD");
 }
 
-TEST(TextStream, ReplacesWhatIsNoCharacter) {
+TEST(TextStream, ReplacesInvalidBytes) {
   EXPECT_EQ(at_once("a\xFF\x80z"), "a\xEF\xBF\xBD\xEF\xBF\xBDz");
   EXPECT_EQ(at_once("\xC0\xAF"), "\xEF\xBF\xBD\xEF\xBF\xBD");                  // overlong
   EXPECT_EQ(at_once("\xED\xA0\x80"), "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBD");  // a surrogate
@@ -39,7 +39,7 @@ TEST(TextStream, ReplacesWhatIsNoCharacter) {
   EXPECT_EQ(at_once("\xE4\xBDz"), "\xEF\xBF\xBDz");
 }
 
-TEST(TextStream, CutsDoNotMatter) {
+TEST(TextStream, OutputDoesNotDependOnHowBytesArrive) {
   for (std::string_view bytes :
        {"plain", "gr\xC3\xBC\xC3\x9F", "\xE4\xBD\xA0\xE5\xA5\xBD", "\xF0\x9F\x98\x80", "\xE4\xBDz",
         "\xFF\xFE\xC3", "\xED\xA0\x80", "\xF0\x80\x80\x80", ""}) {

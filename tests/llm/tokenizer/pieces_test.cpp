@@ -26,7 +26,7 @@ PreTokenizer split(const char* regex, SplitBehavior behavior, bool invert = fals
   return {Split{Pattern::regex(regex, "test"), behavior, invert}};
 }
 
-TEST(Utf8, RefusesWhatIsIllFormed) {
+TEST(Utf8, IllFormedSequencesHaveSizeZero) {
   EXPECT_EQ(utf8_size("a"), 1u);
   EXPECT_EQ(utf8_size("\xC3\xA9"), 2u);
   EXPECT_EQ(utf8_size("\xE4\xB8\xAD"), 3u);
@@ -38,7 +38,7 @@ TEST(Utf8, RefusesWhatIsIllFormed) {
   EXPECT_EQ(utf8_size(""), 0u);
 }
 
-TEST(Utf8, DecodesWhatItEncodes) {
+TEST(Utf8, RoundTripsCodePoints) {
   for (const char32_t c :
        {U'\0', U'a', U'\u00E9', U'\u07FF', U'\u0800', U'\uFFFF', U'\U00010000', U'\U0010FFFF'}) {
     std::string text;
@@ -48,7 +48,7 @@ TEST(Utf8, DecodesWhatItEncodes) {
   }
 }
 
-TEST(UnicodeForm, ComposesAndOrders) {
+TEST(UnicodeForm, ComposesDecomposesAndOrdersMarks) {
   EXPECT_EQ(to_unicode_form("e\u0301", UnicodeForm::kNfc), "\u00E9");
   EXPECT_EQ(to_unicode_form("\u00E9", UnicodeForm::kNfd), "e\u0301");
   EXPECT_EQ(to_unicode_form("e\u0301\u0323", UnicodeForm::kNfc), "\u1EB9\u0301");
@@ -58,7 +58,7 @@ TEST(UnicodeForm, ComposesAndOrders) {
   EXPECT_EQ(to_unicode_form("\u212B", UnicodeForm::kNfkd), "A\u030A");
 }
 
-TEST(UnicodeForm, LeavesOtherBytes) {
+TEST(UnicodeForm, InvalidBytesAreUnchanged) {
   EXPECT_EQ(to_unicode_form("e\xFF\u0301\x80"
                             "e\u0301",
                             UnicodeForm::kNfc),
@@ -77,13 +77,13 @@ TEST(UnicodeForm, OrdersLongRunsOfMarks) {
   EXPECT_EQ(to_unicode_form(text, UnicodeForm::kNfd), "a" + below + above);
 }
 
-TEST(Normalizer, TakesItsStepsInOrder) {
+TEST(Normalizer, AppliesStepsInOrder) {
   const Normalizer steps{Prepend{"_"}, Replace{" ", "_"}, Replace{"__", "="}};
   EXPECT_EQ(normalize(" a b", steps), "=a_b");
   EXPECT_EQ(normalize("", steps), "");
 }
 
-TEST(Split, BehavesInEachWay) {
+TEST(Split, FollowsEverySplitBehavior) {
   EXPECT_EQ(pieces_of("a--b-", split("-", SplitBehavior::kIsolated)), (Texts{"a", "-", "-", "b", "-"}));
   EXPECT_EQ(pieces_of("a--b-", split("-", SplitBehavior::kRemoved)), (Texts{"a", "b"}));
   EXPECT_EQ(pieces_of("a--b-", split("-", SplitBehavior::kContiguous)), (Texts{"a", "--", "b", "-"}));
@@ -93,22 +93,22 @@ TEST(Split, BehavesInEachWay) {
   EXPECT_EQ(pieces_of("a--b-", split("-", SplitBehavior::kRemoved, true)), (Texts{"-", "-", "-"}));
 }
 
-TEST(Split, CutsAtEmptyMatches) {
+TEST(Split, EmptyMatchesSplit) {
   EXPECT_EQ(pieces_of("ab\u00E9", split("(?=b)|x*", SplitBehavior::kIsolated)), (Texts{"a", "b", "\u00E9"}));
 }
 
-TEST(Split, SeesNoFurtherThanItsPiece) {
+TEST(Split, MatchesDoNotSeeOtherPieces) {
   PreTokenizer steps = split("x", SplitBehavior::kRemoved);
   steps.emplace_back(Split{Pattern::regex(kGpt2Pattern, "test")});
   EXPECT_EQ(pieces_of("a  x b", steps), (Texts{"a", "  ", " b"}));
 }
 
-TEST(Split, TakesBytesThatAreNotUtf8ForSymbols) {
+TEST(Split, InvalidBytesMatchAsSymbols) {
   const PreTokenizer steps = split(kGpt2Pattern, SplitBehavior::kIsolated);
   EXPECT_EQ(pieces_of("ab\xFF\x80 \xC3 c", steps), (Texts{"ab", "\xFF\x80", " \xC3", " c"}));
 }
 
-TEST(Split, TakesLongRunsOfSpaces) {
+TEST(Split, LongRunsOfSpacesMatch) {
   const std::string spaces(300'000, ' ');
   const char* newline_or_spaces = R"(\s*[\r\n]+|\s+(?!\S)|\s+|x)";
   EXPECT_EQ(pieces_of(spaces + "x", split(newline_or_spaces, SplitBehavior::kIsolated)).size(), 3u);
@@ -116,20 +116,20 @@ TEST(Split, TakesLongRunsOfSpaces) {
   EXPECT_EQ(pieces_of(spaces, split(R"((?:\s|x)+?y|(?:(\s)|x)+)", SplitBehavior::kIsolated)).size(), 1u);
 }
 
-TEST(Split, GivesUpOnHostilePatterns) {
+TEST(Split, ExponentialAndInvalidPatternsThrow) {
   EXPECT_THROW(pieces_of(std::string(64, 'a') + "b", split("(a+)+$|(?:a|a)*c", SplitBehavior::kIsolated)),
                DataError);
   EXPECT_THROW(Pattern::regex("(", "test"), DataError);
   EXPECT_THROW(Pattern::regex(std::string(100'000, '('), "test"), DataError);
 }
 
-TEST(AddPrefixSpace, IsForPiecesWithoutOne) {
+TEST(AddPrefixSpace, AppliesToPiecesWithoutOne) {
   EXPECT_EQ(pieces_of("a", {AddPrefixSpace{}}), Texts{" a"});
   EXPECT_EQ(pieces_of("\u3000a", {AddPrefixSpace{}}), Texts{"\u3000a"});
   EXPECT_EQ(pieces_of("", {AddPrefixSpace{}}), Texts{});
 }
 
-TEST(Metaspace, PutsItsMarkWhereTheSchemeSays) {
+TEST(Metaspace, PrependsAccordingToTheScheme) {
   const auto with = [](Metaspace::Prepend prepend) { return PreTokenizer{Metaspace{"_", prepend}}; };
   EXPECT_EQ(pieces_of("a b", with(Metaspace::Prepend::kAlways), false), Texts{"_a_b"});
   EXPECT_EQ(pieces_of(" a", with(Metaspace::Prepend::kAlways)), Texts{"_a"});
@@ -156,7 +156,7 @@ std::vector<Found> find(const AddedTokens& tokens, const std::string& text, bool
   return out;
 }
 
-TEST(AddedTokens, TakesTheLeftmostAndLongest) {
+TEST(AddedTokens, LeftmostLongestMatchWins) {
   AddedTokens tokens;
   tokens.add("<a>", {.id = 1, .text = {}});
   tokens.add("<a>b", {.id = 2, .text = {}});
@@ -166,14 +166,14 @@ TEST(AddedTokens, TakesTheLeftmostAndLongest) {
   EXPECT_EQ(find(tokens, ""), std::vector<Found>{});
 }
 
-TEST(AddedTokens, LeavesSpecialOnesWhereTheyAreText) {
+TEST(AddedTokens, UnparsedSpecialTokensStayText) {
   AddedTokens tokens;
   tokens.add("<s>", {.id = 1, .text = {}, .special = true});
   tokens.add("<t>", {.id = 2, .text = {}});
   EXPECT_EQ(find(tokens, "<s><t>", false), (std::vector<Found>{{"<s>", -1}, {"<t>", 2}}));
 }
 
-TEST(AddedTokens, StripsAndKeepsWordsWhole) {
+TEST(AddedTokens, StripsSpacesAndMatchesSingleWords) {
   AddedTokens tokens;
   tokens.add("<l>", {.id = 1, .text = {}, .left_strip = true});
   tokens.add("<r>", {.id = 2, .text = {}, .right_strip = true});

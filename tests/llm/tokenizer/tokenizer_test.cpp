@@ -96,14 +96,14 @@ TEST_F(TokenizerTest, MergesBytes) {
   EXPECT_EQ(tokenizer.bos(), -1);
 }
 
-TEST_F(TokenizerTest, ShowsSpecialTokensOnlyWhereAsked) {
+TEST_F(TokenizerTest, DecodesSpecialTokensOnlyOnRequest) {
   const Tokenizer tokenizer = open(byte_level());
   EXPECT_EQ(tokenizer.decode({257, 258}), "abab");
   EXPECT_EQ(tokenizer.decode({257, 258}, true), "abab<end>");
   for (const std::int32_t id : {-1, 259, 1 << 30}) EXPECT_EQ(tokenizer.piece(id, true), "");
 }
 
-TEST_F(TokenizerTest, GivesBackEveryByte) {
+TEST_F(TokenizerTest, EncodingRoundTripsEveryByte) {
   const Tokenizer tokenizer = open(byte_level());
   std::mt19937 random(1);
   for (int trial = 0; trial < 500; ++trial) {
@@ -114,14 +114,14 @@ TEST_F(TokenizerTest, GivesBackEveryByte) {
   }
 }
 
-TEST_F(TokenizerTest, TakesOneWordOfAnyLength) {
+TEST_F(TokenizerTest, EncodesVeryLongWords) {
   const Tokenizer tokenizer = open(byte_level());
   std::string word;
   for (int i = 0; i < 1'000'000; ++i) word += "ab";
   EXPECT_EQ(tokenizer.encode(word, true, true), Ids(500'000, 257));
 }
 
-TEST_F(TokenizerTest, ReadsTheFolderAroundIt) {
+TEST_F(TokenizerTest, ReadsConfigurationFilesOfTheFolder) {
   write("tokenizer_config.json", R"({"bos_token": {"content": "ab"}, "eos_token": "<end>",
         "chat_template": [{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]})");
   write("generation_config.json", R"({"eos_token_id": [258, 7]})");
@@ -133,7 +133,7 @@ TEST_F(TokenizerTest, ReadsTheFolderAroundIt) {
   EXPECT_EQ(Tokenizer::open(folder_).chat_template(), "from a file of its own");
 }
 
-TEST_F(TokenizerTest, UnknownCharactersShareATokenWhereTheFileSays) {
+TEST_F(TokenizerTest, UnkTokenFuseUnkAndByteFallbackApply) {
   json document = {{"model", {{"type", "BPE"}, {"vocab", {{"a", 0}, {"?", 1}}}, {"merges", json::array()}}}};
   EXPECT_EQ(open(document).encode("axya", true, true), (Ids{0, 0}));
   document["model"]["unk_token"] = "?";
@@ -169,7 +169,7 @@ TEST_F(TokenizerTest, TokenizerJsonThatIsAFolderThrows) {
   refusal("tokenizer.json");
 }
 
-TEST_F(TokenizerTest, BrokenPartsThrow) {
+TEST_F(TokenizerTest, InvalidMembersThrow) {
   const auto with = [](const char* pointer, const json& value) {
     json document = byte_level();
     document[json::json_pointer(pointer)] = value;
@@ -220,7 +220,7 @@ TEST_F(TokenizerTest, BrokenPartsThrow) {
   }
 }
 
-TEST_F(TokenizerTest, SequencesWithoutEndThrow) {
+TEST_F(TokenizerTest, TooDeepSequencesThrow) {
   json nested = {{"type", "NFC"}};
   for (int depth = 0; depth < 1000; ++depth) nested = {{"type", "Sequence"}, {"normalizers", {nested}}};
   json document = byte_level();
@@ -228,7 +228,7 @@ TEST_F(TokenizerTest, SequencesWithoutEndThrow) {
   refusal_of(document);
 }
 
-TEST_F(TokenizerTest, RefusesWrongNeighbours) {
+TEST_F(TokenizerTest, InvalidConfigurationFilesThrow) {
   write("tokenizer.json", byte_level().dump());
   write("tokenizer_config.json", R"({"bos_token": 4})");
   refusal("tokenizer_config.json");
@@ -267,7 +267,7 @@ TEST_F(TokenizerTest, ReadsASentencePieceModel) {
   EXPECT_EQ(tokenizer.end_tokens(), Ids{2});
 }
 
-TEST_F(TokenizerTest, RefusesEveryCutOfASentencePieceModel) {
+TEST_F(TokenizerTest, TruncatedSentencePieceModelsThrow) {
   const std::string whole = small_model();
   for (std::size_t size = 0; size < whole.size(); ++size) {
     write("tokenizer.model", whole.substr(0, size));
@@ -295,7 +295,7 @@ TEST_F(TokenizerTest, UnsupportedSentencePieceModelsThrow) {
   }
 }
 
-TEST_F(TokenizerTest, SurvivesFlippedBytes) {
+TEST_F(TokenizerTest, CorruptedSentencePieceModelsLoadOrThrow) {
   const std::string whole = small_model();
   std::mt19937 random(2);
   for (int trial = 0; trial < 1000; ++trial) {
@@ -309,7 +309,7 @@ TEST_F(TokenizerTest, SurvivesFlippedBytes) {
   }
 }
 
-TEST_F(TokenizerTest, ChatTurnsAreTheTemplates) {
+TEST_F(TokenizerTest, ChatTurnsFollowTheTemplate) {
   json document = byte_level();
   document["added_tokens"] = {{{"id", 258}, {"content", "<|im_start|>"}, {"special", true}},
                               {{"id", 259}, {"content", "<|im_end|>"}, {"special", true}}};
