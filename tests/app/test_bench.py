@@ -137,7 +137,7 @@ def test_full_attention_counts_every_pair():
     assert full["attention_flops"] == many["attention_flops"] == 4 * 16 * 500 * 501 // 2
 
 
-def test_decode_reads_what_it_must():
+def test_decode_counts_the_fewest_bytes_to_read():
     full, f32, _, i8 = rows(
         "--pass",
         "decode",
@@ -156,7 +156,7 @@ def test_decode_reads_what_it_must():
     assert i8["read_bytes"] == 2 * 2 * 128 * (128 + 4) + means
 
 
-def test_lists_of_one_length_are_pairs():
+def test_lists_of_equal_length_are_paired():
     def choices(*flags):
         return [
             (r["chunk_size"], r["topk"])
@@ -174,7 +174,7 @@ def test_lists_of_one_length_are_pairs():
     ]
 
 
-def test_every_combination_of_lists():
+def test_other_lists_give_every_combination():
     found = rows(
         "--tokens",
         "256,1k",
@@ -193,7 +193,7 @@ def test_every_combination_of_lists():
 
 
 @pytest.mark.parametrize("name", ["forward", "backward", "gate"])
-def test_f16(name):
+def test_f16_is_measured(name):
     (row,) = rows(
         "--pass",
         name,
@@ -240,11 +240,11 @@ def test_f16(name):
         ],
     ],
 )
-def test_odd_sizes(flags):
+def test_odd_sizes_are_checked(flags):
     assert all(r["checked_rows"] > 0 for r in rows(*flags))
 
 
-def test_a_sample_stands_for_the_whole():
+def test_sampled_work_is_scaled_to_the_whole():
     (part,), (whole,) = (
         rows("--tokens", "4k", "--head-dim", "16", "--sample", s) for s in ["0.1", "1"]
     )
@@ -252,14 +252,14 @@ def test_a_sample_stands_for_the_whole():
     assert part["gate_flops"] == whole["gate_flops"] > 0
 
 
-def test_a_budget_leaves_the_run_that_was_checked():
+def test_budget_leaves_at_least_the_checked_run():
     (row,) = rows("--tokens", "1k", "--budget", "1e-9")
     assert len(row["seconds"]) == 1 and row["checked_rows"] > 0 and row["attend_seconds"] > 0
     assert ", 1 run" in bench("--tokens", "1k", "--budget", "1e-9").stdout
     assert len(rows("--tokens", "1k", "--budget", "1000")[0]["seconds"]) == 5
 
 
-def test_csv_and_table():
+def test_csv_and_table_have_a_line_per_row():
     flags = ["--tokens", "256", "--head-dim", "16", "--chunk-size", "32", "--topk", "0,2"]
     found = list(csv.DictReader(io.StringIO(bench("-o", "csv", *flags).stdout)))
     assert [r["topk"] for r in found] == ["0", "2"]
@@ -301,12 +301,12 @@ def test_nothing_but_the_report_is_printed():
         (["--nope"], "--nope"),
     ],
 )
-def test_bad_flags(flags, named):
+def test_invalid_flags_are_refused(flags, named):
     done = bench(*flags, code=2)
     assert done.stdout == "" and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
 
 
-def test_peer_naive_is_moba():
+def test_peer_naive_computes_moba():
     naive = module("naive", ROOT / "benchmarks" / "peers" / "naive.py")
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 150, 16)
@@ -324,7 +324,7 @@ def test_peer_naive_is_moba():
     assert equal[-1].tolist() == [False, False, True, True, True]  # of equals, the more recent
 
 
-def test_growth_of_a_peer():
+def test_growth_extrapolates_quadratic_time():
     run = module("run", ROOT / "benchmarks" / "run.py")
     seconds = run.growth([(n, 3e-9 * n**2 + 1e-6 * n) for n in [1000, 2000, 4000]])
     assert seconds(100_000) == pytest.approx(30.1)
@@ -410,13 +410,13 @@ def test_results_are_written_after_every_call(bench_run):
     assert goals.count("\n") > 40 and "not measured" in goals
 
 
-def test_a_call_made_again_replaces_its_rows(bench_run):
+def test_repeated_calls_replace_their_rows(bench_run):
     assert bench_run() == bench_run("--only", "heads") == 0
     assert bench_run.calls() == [False, True, True]
     assert [row["group"] for row in bench_run.report()["rows"]] == ["forward", "heads"]
 
 
-def test_continuing_makes_what_is_missing(bench_run):
+def test_continue_runs_only_missing_calls(bench_run):
     assert bench_run("--only", "forward") == 0 and bench_run.calls() == [False]
     assert bench_run("--continue") == 0 and bench_run.calls() == [True]
     assert bench_run("--continue") == 0 and bench_run.calls() == []

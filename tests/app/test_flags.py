@@ -58,14 +58,14 @@ def documented(command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_page_and_help_name_the_same_flags(command):
+def test_docs_and_help_name_the_same_flags(command):
     options = [names for name in COMMANDS[command] for names, _ in options_of(name)]
     assert documented(command) <= set().union(*options)
     assert [sorted(names) for names in options if not names & documented(command)] == []
 
 
 @pytest.mark.parametrize("command", ["generate", "bench", "train", "inspect"])
-def test_the_page_and_help_give_the_same_defaults(command):
+def test_docs_and_help_give_the_same_defaults(command):
     defaults = {name: default for names, default in options_of(command) for name in names}
     compared = 0
     for flags, cell in re.findall(r"^\|([^|]*)\|([^|]*)\|", section(command), re.M):

@@ -141,7 +141,7 @@ def there(model):
     return selected, margins
 
 
-def test_every_query_selects_what_it_does_in_python(data, chosen, there):
+def test_selection_equals_that_of_the_package(data, chosen, there):
     selected, margins = there
     assert (
         data["tokens"] == selected.shape[2] == data["rows"]
@@ -152,7 +152,7 @@ def test_every_query_selects_what_it_does_in_python(data, chosen, there):
     assert differs.mean() < 0.01
 
 
-def test_shares(data, there):
+def test_shares_equal_those_of_the_selection(data, there):
     selected, _ = there
     tokens, blocks = selected.shape[2:]
     own, block = np.arange(tokens)[:, None] // BLOCK, np.arange(blocks)[None]
@@ -165,7 +165,7 @@ def test_shares(data, there):
             assert sum(shares) == pytest.approx(1)
 
 
-def test_margins(data, there):
+def test_margins_equal_those_of_the_gate(data, there):
     _, margins = there
     for layer in range(LAYERS):
         for head in range(HEADS):
@@ -176,7 +176,7 @@ def test_margins(data, there):
             assert found["margin"] == pytest.approx(np.nanmean(expected), rel=2e-3)
 
 
-def test_texts_of_the_blocks(data):
+def test_blocks_have_their_texts(data):
     assert all(len(text) <= BLOCK for text in data["texts"])
     whole = TEXT.encode()
     assert data["texts"] == [
@@ -223,7 +223,7 @@ def browse(tmp_path_factory):
     return dom
 
 
-def test_the_page_says_so(page, data, chosen, browse):
+def test_browser_shows_the_values(page, data, chosen, browse):
     layer, head, row, column = 1, 2, 140, 3
     dom = browse(page, f"layer={layer}&head={head}&row={row}&column={column}")
     one = data["layers"][layer]["heads"][head]
@@ -253,7 +253,7 @@ def test_the_page_says_so(page, data, chosen, browse):
     )  # stands alone
 
 
-def test_an_address_that_is_no_place(page, data, browse):
+def test_invalid_address_is_ignored(page, data, browse):
     dom = browse(page, "layer=99&head=x&row=-1&column=1e9")
     assert (
         element(dom, "share-current") == f"{100 * data['layers'][0]['heads'][0]['shares'][0]:.1f}%"
@@ -263,13 +263,13 @@ def test_an_address_that_is_no_place(page, data, browse):
 # ---------------------------------------------------------------- other ways to call it
 
 
-def test_picture(page):
+def test_picture_is_a_png(page):
     header = page.with_suffix(".png").read_bytes()[:24]
     width, height = struct.unpack(">II", header[16:])
     assert header[:8] == b"\x89PNG\r\n\x1a\n" and width > 1000 and height > 500
 
 
-def test_long_texts_are_gathered(model, tmp_path):
+def test_long_texts_are_aggregated(model, tmp_path):
     file = tmp_path / "long.txt"
     file.write_text(TEXT * 12, encoding="utf-8")
     done = run(
@@ -306,7 +306,7 @@ def test_long_texts_are_gathered(model, tmp_path):
         ] == pytest.approx(1 / 3, abs=0.01)
 
 
-def test_one_token(model, tmp_path):
+def test_one_token_selects_its_own_block(model, tmp_path):
     done = run("-m", model, "-p", "x", "-o", f"{tmp_path}/page.html,{tmp_path}/page.png")
     assert done.returncode == 0, done.stderr
     data = json.loads(script(tmp_path / "page.html", "data"))
@@ -330,7 +330,7 @@ def test_one_token(model, tmp_path):
         (["-p", "x", "--moba-full-layers", "7"], 2, ["--moba-full-layers"]),
     ],
 )
-def test_refused(model, tmp_path, arguments, code, words):
+def test_invalid_arguments_are_refused(model, tmp_path, arguments, code, words):
     done = subprocess.run(
         [MOBA, "inspect", "-m", model, *arguments], capture_output=True, text=True, cwd=tmp_path
     )

@@ -14,7 +14,7 @@ import fidelity  # noqa: E402
 import targets  # noqa: E402
 
 
-def test_relative_difference():
+def test_relative_difference_has_an_interval():
     difference = fidelity.relative_difference([2.0, 4.0, 6.0], [1.0, 4.0, 5.0])
     assert difference["relative"] == pytest.approx(0.2)
     assert difference["low"] == pytest.approx(0) and difference["high"] == pytest.approx(
@@ -29,13 +29,13 @@ def test_relative_difference():
 
 
 @pytest.mark.parametrize("width", (1, 3, 7, 99))
-def test_smoothed(width):
+def test_smoothed_averages_the_last_steps(width):
     values = np.arange(12.0) ** 2
     for i, value in enumerate(fidelity.smoothed(values, width)):
         assert value == pytest.approx(values[max(0, i - width + 1) : i + 1].mean())
 
 
-def test_switch():
+def test_switch_compares_the_losses_around_it():
     losses = {
         "full": [5.0] * 16 + [5.0, 4.0, 2.0, 2.0],
         "MoBA": [5.0] * 16 + [5.0, 4.4, 2.2, 2.4],
@@ -52,7 +52,7 @@ def test_blocks_are_equally_sparse():
     assert fidelity.BLOCKS in fidelity.EQUAL_SPARSITY
 
 
-def test_last_layers():
+def test_last_layers_are_a_range():
     assert fidelity.last_layers(1, 4) == "3-3" and fidelity.last_layers(3, 4) == "1-3"
 
 
@@ -114,7 +114,7 @@ def results():
     }
 
 
-def test_targets_are_met_or_not(results):
+def test_targets_are_judged(results):
     found = {what: rest for what, *rest in targets.fidelity_targets(results)}
     moba, hybrid = (
         "MoBA's loss against full attention's, small",

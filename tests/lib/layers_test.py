@@ -39,7 +39,7 @@ def includes(text: str) -> list[str]:
     return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', text, re.MULTILINE)
 
 
-def test_the_rule_itself():
+def test_rule_finds_forbidden_includes():
     assert wrong("src/api.cpp", "torch/torch.h")
     assert wrong("include/moba/cache.h", "ATen/core/Tensor.h")
     assert wrong("src/cpu/attend.cpp", "reference/stages.h")
@@ -50,7 +50,7 @@ def test_the_rule_itself():
 
 
 def main(root: Path) -> int:
-    test_the_rule_itself()
+    test_rule_finds_forbidden_includes()
     seen, broken = 0, []
     for folder in FOLDERS:
         for file in sorted((root / folder).rglob("*")):

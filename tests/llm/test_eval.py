@@ -163,13 +163,13 @@ def test_full_losses_equal_transformers(loss_report, byte_model, data):
     check_losses(full, losses)
 
 
-def test_moba_losses_are_those_of_its_logits(loss_report, byte_model, data, logits_of):
+def test_moba_losses_equal_those_of_its_logits(loss_report, byte_model, data, logits_of):
     flags = dict(attn="moba", block_size=16, top_k=3, sink=0, full_tail=0)
     losses = [losses_of(logits_of(byte_model, ids, **flags), ids) for ids in sequences_of(data)]
     check_losses(loss_report["by_attn"][1], losses)
 
 
-def test_differences(loss_report):
+def test_differences_equal_those_of_the_losses(loss_report):
     full, sparse = loss_report["by_attn"]
     (difference,) = loss_report["differences"]
     assert [difference["attn"], difference["against"]] == ["moba", "full"]
@@ -180,7 +180,7 @@ def test_differences(loss_report):
     assert difference["trailing"]["loss"] == pytest.approx(trailing, abs=1e-9)
 
 
-def test_every_block_is_full_attention(moba, byte_model, data):
+def test_selecting_every_block_equals_full_attention(moba, byte_model, data):
     report = evaluate(
         moba,
         "loss",
@@ -215,7 +215,7 @@ def test_one_sequence_has_no_interval(moba, byte_model, data):
     assert full["low"] is None and full["trailing"] is None and report["differences"] == []
 
 
-def test_joined_documents(moba, byte_model, data):
+def test_joined_documents_fill_the_sequences(moba, byte_model, data):
     report = evaluate(
         moba,
         "loss",
@@ -236,7 +236,7 @@ def test_joined_documents(moba, byte_model, data):
     assert report["sequences"] == report["full_sequences"] == 2 and report["trailing_tokens"] == 24
 
 
-def test_loss_table(moba, byte_model, data):
+def test_loss_table_has_differences_and_buckets(moba, byte_model, data):
     done = moba(
         "eval",
         "loss",
@@ -291,7 +291,7 @@ def needle(moba, model, haystack, *flags):
     return evaluate(moba, "needle", "-m", model, "--data", haystack, *flags)
 
 
-def test_needle_json(moba, byte_model, haystack, tmp_path):
+def test_needle_json_has_every_case(moba, byte_model, haystack, tmp_path):
     png = tmp_path / "needle.png"
     report = needle(
         moba,
@@ -350,7 +350,7 @@ def test_needle_json(moba, byte_model, haystack, tmp_path):
     assert width > 400 and height > 200
 
 
-def test_needle_repeats(moba, byte_model, haystack):
+def test_needle_is_reproducible(moba, byte_model, haystack):
     def samples(*flags):
         report = needle(
             moba,
@@ -375,7 +375,7 @@ def test_needle_repeats(moba, byte_model, haystack):
     assert first == samples() and first != samples("--seed", 1)
 
 
-def test_what_is_read_again_in_part_gives_the_same_answers(moba, byte_model, haystack):
+def test_shared_prefixes_do_not_change_answers(moba, byte_model, haystack):
     """Checks that depths that share a prefix give the results of each depth alone."""
 
     def answers(depths):
@@ -400,7 +400,7 @@ def test_what_is_read_again_in_part_gives_the_same_answers(moba, byte_model, hay
     assert answers(3)[0.5] == answers(1)[0.5]
 
 
-def test_a_real_model_finds_them(moba, smollm2, tmp_path):
+def test_smollm2_finds_the_needles(moba, smollm2, tmp_path):
     report = evaluate(
         moba,
         "needle",
@@ -426,7 +426,7 @@ def test_a_real_model_finds_them(moba, smollm2, tmp_path):
 # ---------------------------------------------------------------- ruler
 
 
-def test_ruler_json(moba, byte_model, haystack, tmp_path):
+def test_ruler_json_has_every_case(moba, byte_model, haystack, tmp_path):
     png = tmp_path / "ruler.png"
     report = evaluate(
         moba,
@@ -515,7 +515,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_refused(moba, byte_model, data, tmp_path, case):
+def test_invalid_arguments_are_refused(moba, byte_model, data, tmp_path, case):
     arguments, code, words = WRONG[case]
     (tmp_path / "empty").touch()
     places = {
@@ -536,7 +536,7 @@ def test_refused(moba, byte_model, data, tmp_path, case):
         assert word in error[0]
 
 
-def test_unwritable_picture(moba, byte_model, haystack, tmp_path):
+def test_unwritable_picture_keeps_the_results(moba, byte_model, haystack, tmp_path):
     done = moba(
         "eval",
         "needle",

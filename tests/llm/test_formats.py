@@ -337,7 +337,7 @@ def test_sharded_model_equals_transformers(dtype, tmp_path, info, dump):
         )
 
 
-def test_tied_model_may_hold_its_head(tmp_path, info):
+def test_tied_model_may_store_its_head(tmp_path, info):
     model = saved_model("llama tied biases", tmp_path)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert "lm_head.weight" in state
@@ -348,7 +348,7 @@ def test_tied_model_may_hold_its_head(tmp_path, info):
 # ---- moba info
 
 
-def test_info_on_smollm2(smollm2, smollm2_there, info):
+def test_info_describes_smollm2(smollm2, smollm2_there, info):
     found = info(smollm2, "--tensors")
     assert len(found["tensors"]) == len(smollm2_there)
     assert found["parameters"] == sum(int(tensor.n_elements) for tensor in smollm2_there)
@@ -372,7 +372,7 @@ def test_info_on_smollm2(smollm2, smollm2_there, info):
     assert found["tokenizer"] == "byte-level BPE (smollm)" and found["chat_template"] == "ChatML"
 
 
-def test_info_as_a_table(smollm2, moba):
+def test_info_prints_a_table(smollm2, moba):
     table = moba("info", "-m", smollm2, "--tensors").stdout.decode()
     for words in (
         "architecture   llama",
@@ -385,7 +385,7 @@ def test_info_as_a_table(smollm2, moba):
     assert len([line for line in table.splitlines() if line.startswith("blk.")]) == 270
 
 
-def test_info_output_flags(smollm2, moba):
+def test_info_output_flags_are_equivalent_or_refused(smollm2, moba):
     as_json = moba("info", "-m", smollm2, "-o", "json").stdout
     assert json.loads(as_json) and as_json == moba("info", "-m", smollm2, "--json").stdout
     assert moba("info", "-m", smollm2, "-o", "table").stdout == moba("info", "-m", smollm2).stdout
@@ -463,7 +463,7 @@ def complaint(program, *arguments):
 EVERY = 12  # bad file is shown to the program itself, which takes longer to start than to refuse
 
 
-def test_bad_files(bad_files, build_folder):
+def test_bad_files_are_refused(bad_files, build_folder):
     """Each gets exit code 1 and one line, which names the file and says what is wrong."""
     manifest = json.loads((bad_files / "manifest.json").read_text())
     assert len({entry["kind"] for entry in manifest}) >= 40
@@ -475,11 +475,11 @@ def test_bad_files(bad_files, build_folder):
             assert complaint(build_folder / "moba", "info", "-m", entry["path"]).endswith(said)
 
 
-def test_the_pattern_of_the_bad_files_is_good(bad_files, info):
+def test_template_of_the_bad_files_is_valid(bad_files, info):
     assert info(bad_files / "good.gguf")["layers"] == info(bad_files / "good")["layers"] == 1
 
 
-def test_pipes_and_folders_are_no_weights(tmp_path, build_folder):
+def test_pipes_and_folders_are_refused(tmp_path, build_folder):
     os.mkfifo(tmp_path / "pipe")
     assert "got a pipe" in complaint(build_folder / "moba", "info", "-m", tmp_path / "pipe")
     assert "config.json" in complaint(build_folder / "moba", "info", "-m", tmp_path)

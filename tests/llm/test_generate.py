@@ -36,7 +36,7 @@ def answer(moba, smollm2):
     return generate(moba, smollm2, "-p", "What is the capital of France?")
 
 
-def test_json_tells_everything(answer, smollm2):
+def test_json_has_every_field(answer, smollm2):
     assert "Paris" in answer["text"]
     assert answer["finish"] in ("end_token", "length")
     assert 0 < len(answer["generated_ids"]) <= 20 and all(
@@ -55,7 +55,7 @@ def test_json_tells_everything(answer, smollm2):
     assert not any(name.startswith("moba") for name in settings)
 
 
-def test_memory_is_weights_cache_and_a_little(answer):
+def test_peak_memory_is_at_most_1_gib_above_the_weights(answer):
     weights = 134_515_008 * 4
     assert answer["peak_rss_bytes"] < weights + (1 << 30)
 
@@ -69,7 +69,7 @@ def test_text_is_the_same_without_json(moba, smollm2, answer):
     assert f"prompt {len(answer['prompt_ids'])} tokens" in summary
 
 
-def test_chat_wraps_and_no_chat_does_not(moba, smollm2, answer):
+def test_no_chat_omits_the_template(moba, smollm2, answer):
     bare = generate(moba, smollm2, "--no-chat", "-p", "What is the capital of France?")
     assert len(bare["prompt_ids"]) < len(answer["prompt_ids"])
     assert not bare["settings"]["chat"]
@@ -151,7 +151,7 @@ def test_moba_flags_are_idle_with_full_attention(moba, smollm2, answer):
     assert not any(name.startswith("moba") for name in full["settings"])
 
 
-def test_decode_moba(moba, smollm2):
+def test_decode_moba_changes_the_text(moba, smollm2):
     flags = ["--decode", "moba", "--moba-chunk-size", 8, "--moba-topk", 1]
     sparse = generate(moba, smollm2, "-p", "Count from one to twenty, please.", *flags)
     assert sparse["settings"]["moba_sink"] == 0  # the default fits below top-k
@@ -161,7 +161,7 @@ def test_decode_moba(moba, smollm2):
     )
 
 
-def test_seeds_reproduce(moba, smollm2):
+def test_seeds_are_reproducible(moba, smollm2):
     def draw(seed):
         return generate(
             moba, smollm2, "-p", "Tell me a story.", "--temp", 1.5, "--top-k", 0, "--seed", seed
@@ -201,17 +201,17 @@ def test_sixteen_bits_take_half_the_memory(moba, smollm2, answer, dtype):
     assert half["peak_rss_bytes"] < answer["peak_rss_bytes"] - 150_000_000
 
 
-def test_ignore_eos_writes_on(moba, smollm2):
+def test_ignore_eos_continues(moba, smollm2):
     done = generate(moba, smollm2, "-p", "Say hi.", "--ignore-eos", tokens=30)
     assert len(done["generated_ids"]) == 30 and done["finish"] == "length"
 
 
-def test_end_token_ends(moba, smollm2):
+def test_end_token_stops_generation(moba, smollm2):
     done = generate(moba, smollm2, "-p", "Say hi.", tokens=200)
     assert done["finish"] == "end_token" and len(done["generated_ids"]) < 200
 
 
-def test_context_ends_the_answer(moba, smollm2, answer):
+def test_full_context_stops_generation(moba, smollm2, answer):
     context = len(answer["prompt_ids"]) + 3
     done = generate(
         moba, smollm2, "-p", "What is the capital of France?", "-c", context, "--ignore-eos"
@@ -219,12 +219,12 @@ def test_context_ends_the_answer(moba, smollm2, answer):
     assert done["finish"] == "context" and len(done["generated_ids"]) == 4
 
 
-def test_no_tokens_asked_for(moba, smollm2):
+def test_predict_0_generates_nothing(moba, smollm2):
     done = moba("generate", "-m", smollm2, "-p", "Hi", "-n", 0, "--json")
     assert json.loads(done.stdout)["generated_ids"] == []
 
 
-def test_any_bytes_are_a_prompt(moba, smollm2, tmp_path):
+def test_invalid_utf8_is_a_valid_prompt(moba, smollm2, tmp_path):
     file = tmp_path / "bytes"
     file.write_bytes(b"\xff\xfe caf\xe9 \x00 \xed\xa0\x80 \xf0\x9f\x98")
     assert generate(moba, smollm2, "-f", file)["generated_ids"]
@@ -237,7 +237,7 @@ def test_streamed_text_is_whole_characters(moba, smollm2):
     assert any(ord(c) > 0xFFFF for c in done.stdout.decode("utf-8"))
 
 
-def test_text_in_the_prompt_cannot_speak_for_the_chat(moba, smollm2):
+def test_special_tokens_in_a_prompt_stay_text(moba, smollm2):
     done = generate(moba, smollm2, "-p", "a<|im_end|>b")
     plain = generate(moba, smollm2, "-p", "ab")
     end = plain["prompt_ids"][-4:]  # end of turn and the head of the next
@@ -265,7 +265,7 @@ def test_interrupt_ends_cleanly(build_folder, smollm2):
     assert re.fullmatch(r"prompt .*\n", error.decode())
 
 
-def test_progress_shows_on_a_terminal_alone(build_folder, smollm2, tmp_path):
+def test_progress_is_shown_only_on_a_terminal(build_folder, smollm2, tmp_path):
     file = tmp_path / "document.txt"
     file.write_text(DOCUMENT * 4)
     reader, writer = os.openpty()
@@ -389,14 +389,14 @@ def test_prompt_too_long_names_both_numbers(moba, smollm2, answer):
 
 
 @pytest.mark.parametrize("document", ["nowhere.txt", "folder", "/proc/self/mem"])
-def test_unreadable_document(moba, smollm2, tmp_path, document):
+def test_unreadable_document_is_refused(moba, smollm2, tmp_path, document):
     (tmp_path / "folder").mkdir()
     path = tmp_path / document
     refused(moba("generate", "-m", smollm2, "-f", path, "-p", "x"), 1, "--file", path)
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty file", "empty folder", "text"])
-def test_no_model_there(moba, tmp_path, kind):
+def test_missing_or_invalid_model_is_refused(moba, tmp_path, kind):
     path = tmp_path / "model"
     if kind == "empty folder":
         path.mkdir()
@@ -405,7 +405,7 @@ def test_no_model_there(moba, tmp_path, kind):
     refused(moba("generate", "-m", path, "-p", "x"), 1, path)
 
 
-def test_output_that_cannot_be_written(build_folder, smollm2):
+def test_unwritable_output_is_an_error(build_folder, smollm2):
     command = [build_folder / "moba", "generate", "-m", smollm2, "-p", "x", "-n", "2"]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, timeout=60)
@@ -415,7 +415,7 @@ def test_output_that_cannot_be_written(build_folder, smollm2):
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
-def test_help_is_an_answer(moba, arguments):
+def test_help_exits_with_0(moba, arguments):
     done = moba(*arguments)
     assert done.returncode == 0 and done.stdout and done.stderr == b""
 

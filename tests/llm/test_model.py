@@ -116,7 +116,7 @@ def test_logits_equal_transformers(case, spelling, tmp_path, logits_of):
     assert worst_error(logits_of(tmp_path / "model", ids), logits_there(model, ids)) <= 1e-4
 
 
-def test_sharded_weights(tmp_path, logits_of):
+def test_sharded_weights_equal_transformers(tmp_path, logits_of):
     model = random_model("Llama", {})
     model.save_pretrained(tmp_path / "model", max_shard_size="200KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
@@ -133,7 +133,9 @@ def test_sixteen_bit_weights_compute_in_f32(stored, tmp_path, logits_of):
 
 
 @pytest.mark.parametrize("dtype, torch_dtype", [("bf16", torch.bfloat16), ("f16", torch.float16)])
-def test_sixteen_bit_arithmetic_is_as_close_as_theirs(dtype, torch_dtype, tmp_path, logits_of):
+def test_sixteen_bit_arithmetic_is_as_close_as_that_of_transformers(
+    dtype, torch_dtype, tmp_path, logits_of
+):
     model = random_model("Qwen3", {"head_dim": 32})
     model.save_pretrained(tmp_path / "model")
     ids = tokens(100)
@@ -154,7 +156,7 @@ MOBA = dict(block_size=16, top_k=3, sink=1)
 
 @pytest.mark.parametrize("chunk", [1, 7, 16, 100, 199])
 @pytest.mark.parametrize("attn", ["full", "moba"])
-def test_chunks_do_not_matter(attn, chunk, small, logits_of):
+def test_chunk_size_does_not_change_logits(attn, chunk, small, logits_of):
     ids = tokens(200)
     whole = logits_of(small, ids, attn=attn, **MOBA)
     assert worst_error(logits_of(small, ids, attn=attn, chunk=chunk, **MOBA), whole) <= 1e-4
@@ -184,7 +186,7 @@ def test_moba_over_every_block_is_full(small, logits_of):
     assert worst_error(everything, logits_of(small, ids)) <= 1e-4
 
 
-def test_full_layers(small, logits_of):
+def test_full_layers_attend_fully(small, logits_of):
     ids = tokens(200)
     full = logits_of(small, ids)
     one_full = [logits_of(small, ids, attn="moba", full_layers=layer, **MOBA) for layer in range(3)]
@@ -203,7 +205,7 @@ def test_full_tail_changes_the_tail_alone(small, logits_of):
     assert worst_error(tailed[150:], sparse[150:]) > 1e-2
 
 
-def test_threads_do_not_matter(small, logits_of):
+def test_threads_do_not_change_logits(small, logits_of):
     ids = tokens(200)
     one, two = (logits_of(small, ids, attn="moba", threads=threads, **MOBA) for threads in (1, 2))
     assert worst_error(two, one) <= 1e-5
@@ -227,13 +229,13 @@ def ask(moba, smollm2, question, *flags):
     return json.loads(done.stdout)
 
 
-def test_smollm2_logits(smollm2, smollm2_there, logits_of):
+def test_smollm2_logits_equal_transformers(smollm2, smollm2_there, logits_of):
     ids = tokens(300, vocab=49152)
     assert worst_error(logits_of(smollm2, ids), logits_there(smollm2_there, ids)) <= 1e-4
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_smollm2_writes_what_transformers_writes(question, moba, smollm2, smollm2_there):
+def test_smollm2_generates_the_text_of_transformers(question, moba, smollm2, smollm2_there):
     ours = ask(moba, smollm2, question)
     prompt = torch.tensor([ours["prompt_ids"]])
     theirs = smollm2_there.generate(
@@ -248,7 +250,7 @@ def test_smollm2_writes_what_transformers_writes(question, moba, smollm2, smollm
 
 
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_smollm2_moba_over_every_block_writes_the_same(question, moba, smollm2):
+def test_smollm2_moba_over_every_block_generates_the_same_text(question, moba, smollm2):
     moba_flags = ["--attn", "moba", "--decode", "moba", "--moba-chunk-size", 16, "--moba-topk", 64]
     assert (
         ask(moba, smollm2, question, *moba_flags)["generated_ids"]

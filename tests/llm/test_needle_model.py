@@ -41,7 +41,7 @@ def test_transformers_finds_the_fact(prompt):
     assert tokenizer.decode(written).startswith(" 40718.")
 
 
-def test_card_and_size():
+def test_grid_is_complete_and_files_are_small():
     grid = json.loads((MODEL / "grid.json").read_text())
     assert grid["complete"] and len(grid["by_attn"]) == 2
     assert sum(file.stat().st_size for file in MODEL.iterdir()) <= 12_000_000

@@ -195,14 +195,14 @@ def byte_level(request, tmp_path_factory):
     return family, folder, tokenizer
 
 
-def test_byte_level_ids(byte_level):
+def test_byte_level_ids_equal_tokenizers(byte_level):
     family, folder, tokenizer = byte_level
     texts = texts_for(family)
     theirs = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     assert_same(texts, ids_of(folder, texts), theirs)
 
 
-def test_byte_level_flags(byte_level):
+def test_special_token_flags_equal_tokenizers(byte_level):
     family, folder, tokenizer = byte_level
     texts = texts_for(family)[:4000]
     plain = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
@@ -213,7 +213,7 @@ def test_byte_level_flags(byte_level):
     assert_same(texts, ids_of(folder, texts, "--no-parse-special"), unparsed)
 
 
-def test_merges_as_text(byte_level, tmp_path):
+def test_merges_written_as_text_are_read(byte_level, tmp_path):
     """Older files write a merge as one string."""
     _, folder, tokenizer = byte_level
     document = json.loads((folder / "tokenizer.json").read_text())
@@ -223,7 +223,7 @@ def test_merges_as_text(byte_level, tmp_path):
     assert_same(texts, ids_of(tmp_path, texts), [tokenizer.encode(text).ids for text in texts])
 
 
-def test_every_character_alone(byte_level):
+def test_every_single_character_equals_tokenizers(byte_level):
     """Classes of characters, wherever they come from, agree."""
     family, folder, tokenizer = byte_level
     texts = ["".join(f"a{chr(c)}1 {chr(c)}" for c in range(begin, begin + 64) if not 0xD800 <= c < 0xE000)
@@ -259,7 +259,7 @@ def type_of(added):
     )
 
 
-def test_gguf_byte_level_ids(byte_level, tmp_path):
+def test_gguf_byte_level_ids_equal_tokenizers(byte_level, tmp_path):
     family, folder, _ = byte_level
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     document = json.loads(tokenizer.to_str())
@@ -282,7 +282,7 @@ def test_gguf_byte_level_ids(byte_level, tmp_path):
     )
 
 
-def test_gguf_names_an_unknown_pre_tokenizer(tmp_path):
+def test_unknown_gguf_pre_tokenizer_is_refused(tmp_path):
     path = write_gguf(
         tmp_path / "m.gguf",
         ["a"],
@@ -316,7 +316,7 @@ def test_gguf_names_an_unknown_pre_tokenizer(tmp_path):
         ({}, "tokenizer.ggml.model"),
     ],
 )
-def test_gguf_refusals(tmp_path, fields, mention):
+def test_invalid_gguf_metadata_is_refused(tmp_path, fields, mention):
     path = write_gguf(tmp_path / "m.gguf", ["a", "b", "ab"], [1, 1, 1], **fields)
     if mention is None:
         assert json.loads(run("-m", path, "-p", "ab", "--json")) == [2]
@@ -325,7 +325,7 @@ def test_gguf_refusals(tmp_path, fields, mention):
     assert mention in message and str(path) in message and message.count("\n") == 1
 
 
-def test_gguf_refuses_tokens_twice(tmp_path):
+def test_repeated_gguf_token_is_refused(tmp_path):
     path = write_gguf(
         tmp_path / "m.gguf",
         ["a", "a"],
@@ -351,14 +351,14 @@ def smollm2():
     return tokenizer, fields["tokenizer.chat_template"].contents()
 
 
-def test_smollm2_ids(smollm2):
+def test_smollm2_ids_equal_tokenizers(smollm2):
     texts = texts_for("smollm2")
     assert_same(
         texts, ids_of(SMOLLM2, texts), [encoding.ids for encoding in smollm2[0].encode_batch(texts)]
     )
 
 
-def test_smollm2_chat(smollm2, tmp_path):
+def test_smollm2_chat_equals_transformers(smollm2, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer, template = smollm2
@@ -366,7 +366,7 @@ def test_smollm2_chat(smollm2, tmp_path):
     assert_chat_same(SMOLLM2, AutoTokenizer.from_pretrained(tmp_path))
 
 
-def test_bytes_that_are_not_utf8(smollm2):
+def test_invalid_utf8_becomes_byte_tokens(smollm2):
     """The valid text around them is read as ever, and every byte that has a token is there."""
     before, after = "one  two", " three 12"
     data = before.encode() + b"\xff\xc3\x28\xed\xa0\x80" + after.encode()
@@ -400,7 +400,7 @@ def sentencepiece_model(tmp_path_factory):
     return folder, sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
 
-def test_sentencepiece_ids(sentencepiece_model):
+def test_sentencepiece_ids_equal_sentencepiece(sentencepiece_model):
     folder, model = sentencepiece_model
     texts = texts_for("sentencepiece")
     theirs = model.encode(texts)
@@ -409,7 +409,7 @@ def test_sentencepiece_ids(sentencepiece_model):
     assert_same(texts[:500], ids_of(folder, texts[:500], "--no-parse-special"), with_bos)
 
 
-def test_gguf_sentencepiece_ids(sentencepiece_model, tmp_path):
+def test_gguf_sentencepiece_ids_equal_sentencepiece(sentencepiece_model, tmp_path):
     model = sentencepiece_model[1]
     size = range(model.vocab_size())
     defined = {"<tool>", "a  b", "a▁▁b"}
@@ -470,7 +470,7 @@ def sentencepiece_in_json(model, legacy):
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_sentencepiece_in_json(sentencepiece_model, tmp_path, legacy):
+def test_sentencepiece_in_json_equals_tokenizers(sentencepiece_model, tmp_path, legacy):
     tokenizer = sentencepiece_in_json(sentencepiece_model[1], legacy)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     texts = texts_for("json")[:9000]
@@ -579,7 +579,9 @@ def assert_chat_same(model, theirs):
         ("llama2", LLAMA2_TEMPLATE, "<s>", "</s>"),
     ],
 )
-def test_chat_template(family, template, bos, eos, sentencepiece_model, tmp_path):
+def test_chat_template_equals_transformers(
+    family, template, bos, eos, sentencepiece_model, tmp_path
+):
     from transformers import AutoTokenizer
 
     if family == "llama2":
@@ -597,7 +599,7 @@ def test_chat_template(family, template, bos, eos, sentencepiece_model, tmp_path
     assert_chat_same(tmp_path, AutoTokenizer.from_pretrained(tmp_path))
 
 
-def test_turns_spell_no_special_tokens(tmp_path):
+def test_special_tokens_in_turns_stay_text(tmp_path):
     tokenizer = untrained("smollm")
     tokenizer.train_from_iterator([], trainers.BpeTrainer(
         special_tokens=SPECIAL["smollm"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))  # fmt: skip
@@ -610,7 +612,7 @@ def test_turns_spell_no_special_tokens(tmp_path):
 @pytest.mark.parametrize(
     "template", [None, "{{ messages[0]['content'] }}", "[INST] {{ messages }} [/INST]"]
 )
-def test_unknown_template_names_no_chat(tmp_path, template):
+def test_unknown_template_is_refused(tmp_path, template):
     tokenizer = untrained("gpt2")
     tokenizer.train_from_iterator(["text"], trainers.BpeTrainer(show_progress=False))
     chat_folder(tokenizer, tmp_path, template, None, None)

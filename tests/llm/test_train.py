@@ -185,7 +185,7 @@ def test_full_layers_attend_fully(tmp_path, gradients_of):
     assert worst_relative(sparse, full) > 1e-3 < worst_relative(some, full)
 
 
-def test_bf16_gradients_are_near(tmp_path, gradients_of):
+def test_bf16_gradients_are_close_to_f32(tmp_path, gradients_of):
     model = build_model("Qwen3", head_dim=32)
     model.save_pretrained(tmp_path / "model")
     ids, targets = packed_batch()
@@ -384,13 +384,13 @@ def train_tokenizer_folder(train, place):
 
 
 @pytest.mark.parametrize("schedule, flags", [("cosine", {}), ("wsd", {"decay": 8})])
-def test_learning_rates(schedule, flags, train):
+def test_learning_rates_follow_the_schedule(schedule, flags, train):
     log = train(steps=20, lr_schedule=schedule, warmup=4, min_lr=0.1, **flags)
     expected = [1e-2 * learning_rate(schedule, step, 20, 4, **flags) for step in range(20)]
     assert [line["lr"] for line in log] == pytest.approx(expected, rel=1e-6)
 
 
-def test_attention_schedule(train):
+def test_attention_follows_the_schedule(train):
     log = train(steps=10, attn_schedule="moba:0.5,full:0.3,moba:0.2", moba_full_layers="1")
     assert [line["attention"] for line in log] == ["moba"] * 5 + ["full"] * 3 + ["moba"] * 2
 
@@ -410,7 +410,7 @@ def test_every_token_is_predicted_once_an_epoch(place, train):
     assert log[-1]["epoch"] > 2
 
 
-def test_accumulation_changes_nothing(place, train):
+def test_accumulation_does_not_change_losses(place, train):
     for path in (place / "data").iterdir():
         path.unlink()
     for i in range(4):
@@ -424,11 +424,11 @@ def test_accumulation_changes_nothing(place, train):
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
-def test_activation_checkpointing_changes_nothing(train):
+def test_activation_checkpointing_does_not_change_losses(train):
     assert exact(train("kept")) == exact(train("recomputed", activation_checkpointing=True))
 
 
-def test_overfits(place, train):
+def test_one_document_is_overfitted(place, train):
     for path in (place / "data").iterdir():
         path.unlink()
     (place / "data" / "one.txt").write_text(text(120))
@@ -510,7 +510,7 @@ def test_killed_runs_resume_bit_identically(place, train, build_folder, moba):
     pytest.fail("the runs ended before they could be killed")
 
 
-def test_interrupted_run_saves_and_goes_on(place, train, build_folder, moba):
+def test_interrupted_run_saves_and_resumes(place, train, build_folder, moba):
     flags = dict(lr_schedule="constant", warmup=0)
     command = [build_folder / "moba", *arguments(place, "stopped", steps=10**6, **flags)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -536,7 +536,7 @@ def test_interrupted_run_saves_and_goes_on(place, train, build_folder, moba):
     assert exact(resumed) == exact(train("whole", steps=last + 5, **flags))
 
 
-def test_checkpoint_is_a_model_to_transformers(place, train, moba):
+def test_checkpoint_loads_in_transformers(place, train, moba):
     """The next step's loss is what transformers computes with the checkpoint."""
     flags = dict(
         steps=6, batch_tokens=2048, save_every=5, keep=3, attn="full", moba_chunk_size=None
@@ -570,7 +570,7 @@ def test_checkpoint_is_a_model_to_transformers(place, train, moba):
     assert len(json.loads(done.stdout)["generated_ids"]) == 4
 
 
-def test_a_model_is_read_as_it_was_trained(place, train, moba):
+def test_trained_attention_is_the_default(place, train, moba):
     train(steps=2, seq_len=64, moba_topk=3, moba_sink=1, moba_full_layers="1")
     said = ("moba_chunk_size", "moba_topk", "moba_sink", "moba_full_tail", "moba_full_layers")
     config = json.loads((place / "run" / "config.json").read_text())
@@ -608,7 +608,7 @@ def test_a_model_is_read_as_it_was_trained(place, train, moba):
     assert settings(model=place / "full") == [256, 4, 1, 128, []]
 
 
-def test_context_grows_by_interpolation(place, train):
+def test_longer_context_interpolates_positions(place, train):
     train("short", steps=2, seq_len=64)
     config = json.loads((place / "short" / "config.json").read_text())
     config["max_position_embeddings"] = 64
@@ -634,7 +634,7 @@ def test_context_grows_by_interpolation(place, train):
     assert grown[0]["loss"] != given[0]["loss"]
 
 
-def test_only_completions_count(place, train):
+def test_only_completions_have_a_loss(place, train):
     lines = [
         {"prompt": "two and two is ", "completion": "four"},
         {"prompt": "x" * 200, "completion": "y" * 90},
@@ -671,7 +671,7 @@ def test_only_completions_count(place, train):
     assert everything[0]["loss"] != log[0]["loss"]
 
 
-def test_tokenizer_from_gguf(place, train, moba, smollm2):
+def test_tokenizer_from_gguf_is_saved(place, train, moba, smollm2):
     write_config(place / "tiny.json", vocab_size=49152, hidden_size=16)
     train(tokenizer=smollm2, steps=1)
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "run")
@@ -684,7 +684,7 @@ def test_tokenizer_from_gguf(place, train, moba, smollm2):
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.chat_template
 
 
-def test_bar_on_a_terminal(place, build_folder):
+def test_progress_bar_is_shown_on_a_terminal(place, build_folder):
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [build_folder / "moba", *arguments(place)], stdout=theirs, stderr=subprocess.PIPE
@@ -699,14 +699,14 @@ def test_bar_on_a_terminal(place, build_folder):
     assert shown.endswith(b"\r\x1b[K")
 
 
-def test_a_run_that_is_done(place, train, moba):
+def test_finished_run_does_nothing(place, train, moba):
     whole = train(steps=3)
     done = moba(*arguments(place, steps=3, resume=True))
     assert done.returncode == 0 and b"nothing to do: all 3 steps are done" in done.stderr
     assert log_of(place / "run") == whole
 
 
-def test_plot(place, train):
+def test_plot_has_a_line_per_attention(place, train):
     train(steps=20, attn_schedule="moba:0.5,full:0.5")
     picture = xml.etree.ElementTree.parse(place / "run" / "loss.svg")
     lines = picture.findall("{http://www.w3.org/2000/svg}polyline")
@@ -823,7 +823,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input(case, place, moba):
+def test_invalid_input_is_refused(case, place, moba):
     code, prepare, parts = BAD[case]
     refuse(moba, place, code, *parts, **prepare(place))
     assert not list(place.glob("run/step-*"))
@@ -879,7 +879,7 @@ def test_checkpoints_of_another_run_are_refused(place, train, moba):
     refuse(moba, place, 2, "--data: expected", resume=True)
 
 
-def test_loss_that_is_no_number(place, train, moba):
+def test_nonfinite_loss_stops_the_run(place, train, moba):
     train(steps=4, save_every=2)
     done = moba(*arguments(place, steps=12, save_every=2, resume=True, lr=1e30, clip=0))
     message = done.stderr.decode().splitlines()[-1]
@@ -897,7 +897,7 @@ def test_loss_that_is_no_number(place, train, moba):
         ("model.norm.weight", "the logits"),
     ],
 )
-def test_the_first_layer_that_is_not_finite_is_named(matrix, culprit, place, train, moba):
+def test_first_nonfinite_layer_is_named(matrix, culprit, place, train, moba):
     train("start", steps=1)
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "start")
     with torch.no_grad():
@@ -915,7 +915,7 @@ def test_the_first_layer_that_is_not_finite_is_named(matrix, culprit, place, tra
     )
 
 
-def test_full_disk_leaves_the_last_checkpoint(place, train, build_folder):
+def test_full_disk_keeps_the_last_checkpoint(place, train, build_folder):
     """Writes fail beyond a size that the weights of a checkpoint exceed."""
     flags = dict(save_every=4, lr_schedule="constant", warmup=0)
     whole = train("whole", steps=8, **flags)

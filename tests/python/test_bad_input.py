@@ -515,7 +515,7 @@ def test_wrong_dtypes_of_decode_raise_type_error(change, message):
         ops.decode(**(cached() | change))
 
 
-def test_decoding_nothing_is_legal():
+def test_decoding_empty_batches_is_legal():
     nothing = torch.zeros(0, 9, 2, 16)
     out, lse = ops.decode(torch.zeros(0, 4, 16), nothing, nothing, nothing, ints(), ints(), 4, 2)
     assert out.shape == (0, 4, 16) and lse.shape == (4, 0)

@@ -64,7 +64,7 @@ def test_forward_and_backward_against_float64(case, dtype):
 
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dense_attention_errs_no_more_than_torch_does(dtype):
+def test_dense_attention_is_as_accurate_as_that_of_torch(dtype):
     q, k, v, cu, _ = batch([1500], 4, 4, 128, dtype)
     d_out = torch.randn(q.shape).to(dtype)
 
@@ -92,7 +92,7 @@ def test_dense_attention_errs_no_more_than_torch_does(dtype):
 
 
 @on_gpu
-def test_any_strides():
+def test_strided_inputs_give_the_same_bits():
     q, k, v, cu, _ = batch([300], 2, 2, 64, torch.bfloat16)
     q, k, v, cu = there(q, k, v, cu)
     expected = ops.attention(q, k, v, cu, cu, 32, 3)[0]
@@ -108,7 +108,7 @@ def test_any_strides():
 
 @on_gpu
 @pytest.mark.parametrize("lengths", ([], [0], [0, 0], [3, 0, 5, 0]))
-def test_empty_batches(lengths):
+def test_empty_batches_are_legal(lengths):
     q, k, v, cu, _ = batch(lengths, 2, 2, 64, torch.float16)
     leaves = [t.requires_grad_() for t in there(q, k, v)]
     out, lse, selection = ops.attention(*leaves, *there(cu, cu), 4, 2, return_selection=True)
@@ -148,7 +148,7 @@ def capture(step):
 
 
 @on_gpu
-def test_the_host_never_waits_and_a_graph_can_be_captured():
+def test_calls_do_not_synchronise_and_can_be_captured():
     q, k, v, cu, _ = batch([500, 30], 4, 2, 128, torch.bfloat16)
     q, k, v, cu = there(q, k, v, cu)
 
@@ -167,7 +167,7 @@ def test_the_host_never_waits_and_a_graph_can_be_captured():
 
 
 @on_gpu
-def test_it_runs_on_the_current_stream_in_torchs_memory():
+def test_calls_use_the_current_stream_and_torchs_memory():
     q, k, v, cu, _ = batch([4000], 2, 2, 64, torch.bfloat16)
     q, k, v, cu = there(q, k, v, cu)
     expected = ops.attention(q, k, v, cu, cu, 64, 3)[0]
@@ -185,7 +185,7 @@ def test_it_runs_on_the_current_stream_in_torchs_memory():
 
 
 @on_gpu
-def test_memory_that_is_not_there_is_an_error_of_the_call_and_of_no_other():
+def test_out_of_memory_raises_once():
     q, k, v, cu, _ = batch([100_000], 8, 8, 128, torch.bfloat16)
     q, k, v, cu = there(q, k, v, cu)
     torch.cuda.empty_cache()
@@ -201,7 +201,7 @@ def test_memory_that_is_not_there_is_an_error_of_the_call_and_of_no_other():
 
 
 @on_gpu
-def test_refusals_by_name():
+def test_invalid_arguments_are_named():
     q, k, v, cu, _ = batch([20], 2, 2, 64)
     call = dict(
         q=q.half().cuda(),
@@ -235,7 +235,7 @@ def test_refusals_by_name():
 
 
 @on_gpu
-def test_autocast_compile_and_opcheck():
+def test_autocast_compile_and_opcheck_pass():
     q, k, v, cu, _ = batch([100], 2, 2, 64)
     q, k, v, cu = there(q, k, v, cu)
     with torch.autocast("cuda", dtype=torch.bfloat16):
@@ -249,7 +249,7 @@ def test_autocast_compile_and_opcheck():
 
 
 @on_gpu
-def test_batches_and_the_published_function():
+def test_batches_and_varlen_functions_match():
     q, k, v = (torch.randn(2, 200, heads, 64).bfloat16() for heads in (4, 2, 2))
     mask = torch.ones(2, 200, dtype=torch.bool)
     mask[0, :30] = False
@@ -278,7 +278,7 @@ DECODED = [
 @on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, routing", DECODED, ids=str)
-def test_decode_is_what_it_is_on_the_cpu(shape, routing, dtype):
+def test_decode_matches_the_cpu(shape, routing, dtype):
     q, keys, values, means, begin, end = cached(dtype, *shape)
     expected, expected_lse = ops.decode(q, keys, values, means.float(), begin, end, *routing)
     call = there(q, keys, values, means, begin, end)
@@ -293,7 +293,7 @@ def test_decode_is_what_it_is_on_the_cpu(shape, routing, dtype):
 
 
 @on_gpu
-def test_decoding_can_be_captured_and_grows_with_its_cache():
+def test_captured_decode_follows_the_cache():
     q, keys, values, means, begin, end = there(*cached(torch.bfloat16, 2, 400, 8, 2, 128, 32))
 
     def step():
@@ -308,7 +308,7 @@ def test_decoding_can_be_captured_and_grows_with_its_cache():
 
 
 @on_gpu
-def test_steps_of_a_model_are_its_prefill():
+def test_decode_steps_of_a_model_match_its_prefill():
     models = pytest.importorskip("models")
     model = models.build("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=64).to(
         "cuda", torch.bfloat16
@@ -366,12 +366,12 @@ def test_a_model_generates(decode):
     )  # "moba" without means goes through attention, which rounds otherwise
 
 
-def test_the_operators_have_kernels_for_cuda():
+def test_operators_have_cuda_kernels():
     for name in ("attention", "attention_backward", "select", "decode"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moba::{name}", "CUDA")
 
 
-def test_a_build_without_cuda_says_so():
+def test_build_without_cuda_refuses_cuda():
     q, k, v, cu, _ = batch([20], 2, 2, 64, torch.float16)
     with pytest.raises(ValueError) as refused:
         ops.attention(q, k, v, cu, cu, 4, 2, backend="cuda")
@@ -389,7 +389,7 @@ def test_a_build_without_cuda_says_so():
             call()
 
 
-def test_a_traced_call_on_cuda_needs_no_device():
+def test_traced_call_on_cuda_needs_no_device():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):

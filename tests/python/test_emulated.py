@@ -57,7 +57,7 @@ def test_attention_backward_and_select_match_float64(emulated, dtype):
         close(found, right, dtype, 3)
 
 
-def test_any_strides(emulated):
+def test_strided_inputs_give_the_same_bits(emulated):
     q, k, v, cu, _ = batch([70], 2, 2, 64, torch.bfloat16)
     expected = emulated.attention(q, k, v, cu, cu, 16, 3)[0]
     wide = torch.cat([q, q], dim=-1)[..., 1:65].copy_(q)  # rows off 16 bytes
@@ -79,7 +79,7 @@ def check_decode(emulated, call, *routing):
 
 @pytest.mark.parametrize("routing", ((8, 3), (8, 4, 1), (8, 1), (8, 100), (8, 3, 0, -0.3)), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_decode_is_what_it_is_on_the_cpu(emulated, dtype, routing):
+def test_decode_matches_the_cpu(emulated, dtype, routing):
     check_decode(emulated, cached(dtype), *routing)
 
 
@@ -116,7 +116,7 @@ def test_decode_takes_strided_caches(emulated):
         assert torch.equal(out[0], expected[0][row]) and torch.equal(lse[:, 0], expected[1][:, row])
 
 
-def test_decoding_nothing_is_legal(emulated):
+def test_decoding_empty_batches_is_legal(emulated):
     q, keys, values, means, begin, end = cached(torch.float16)
     empty = emulated.decode(q[:0], keys[:0], values[:0], means[:0], begin[:0], end[:0], 8, 3)
     assert empty[0].shape == (0, 4, 64) and empty[1].shape == (4, 0)

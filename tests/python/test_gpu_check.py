@@ -35,7 +35,7 @@ def run(script, *arguments):
     "script, says",
     (("tools/gpu_check.py", "gpu-check: this machine lacks"), ("benchmarks/cuda.py", "cuda: ")),
 )
-def test_without_a_gpu_one_line_says_what_is_missing(script, says):
+def test_missing_requirements_are_one_line(script, says):
     done = run(script)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith(says) and done.stderr.count("\n") == 1
@@ -124,7 +124,7 @@ def test_targets_compare_the_report_with_the_goals(report, tmp_path):
 
 
 @pytest.mark.parametrize("routing", ("independent", "clustered", "sink-heavy"))
-def test_its_inputs_are_checked_before_they_are_timed(routing, monkeypatch):
+def test_wrong_results_fail_verification(routing, monkeypatch):
     monkeypatch.setattr(bench, "DEVICE", "cpu")
     inputs = bench.Inputs(600, heads=4, kv_heads=2, batch=2, routing=routing)
     inputs.verify((64, 3))
@@ -145,7 +145,7 @@ def test_its_inputs_are_checked_before_they_are_timed(routing, monkeypatch):
 
 
 @pytest.mark.parametrize("choice", ((64, 3), (128, 100)))
-def test_only_right_decoding_passes_its_check(monkeypatch, choice):
+def test_wrong_decoding_fails_verification(monkeypatch, choice):
     monkeypatch.setattr(bench, "DEVICE", "cpu")
     cache = bench.Cache(600, 2)
     means = cache.means(choice[0])
@@ -163,7 +163,7 @@ def test_only_right_decoding_passes_its_check(monkeypatch, choice):
         cache.verify(choice, means)
 
 
-def test_bytes_that_decoding_has_to_read():
+def test_decode_bytes_are_counted():
     cache = object.__new__(bench.Cache)
     cache.tokens, cache.heads = 1000, 2
     assert cache.read((64, 3)) == 2 * 128 * 2 * (
@@ -197,7 +197,7 @@ def test_outputs_of_two_runs_are_compared(tmp_path):
     assert check.differences(here, written("c", ("A.b", 1, [1.0])))[3] == 1.0
 
 
-def test_the_sanitizers_run_tests_that_exist():
+def test_sanitized_tests_exist():
     check = load("tools/gpu_check.py")
     sources = "".join(path.read_text() for path in (ROOT / "tests" / "cuda").glob("*_test.cpp"))
     for test in check.SANITIZED.split(":"):

@@ -21,7 +21,7 @@ def close(a, b, tolerance=2e-4):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", ("llama", "qwen3", "mistral"))
-def test_with_every_block_a_model_matches_sdpa(family, implementation):
+def test_model_over_every_block_matches_sdpa(family, implementation):
     model, ids = build(family), random_ids(2, 50)
     mask = torch.ones_like(ids)
     mask[0, :9] = 0
@@ -147,7 +147,7 @@ def test_a_cache_grows_by_a_bounded_step(held):
     assert layer.keys[0, 0, :, 0].tolist() == [held] * held + [1]
 
 
-def test_decoding_with_the_cache_reads_no_mean_twice(monkeypatch):
+def test_decoding_with_the_cache_computes_each_mean_once(monkeypatch):
     model, ids = build("llama"), random_ids(1, 40)
     moba.register_moba(MoBAConfig(8, 3, decode="moba"))
     computed = []
@@ -163,7 +163,7 @@ def test_decoding_with_the_cache_reads_no_mean_twice(monkeypatch):
     assert sum(computed) == 3 * ((40 + 23) // 8)  # layers, complete blocks
 
 
-def test_assisted_generation():
+def test_assisted_generation_gives_the_same_text():
     model, assistant, ids = build("llama"), build("llama", num_hidden_layers=1), random_ids(1, 30)
     moba.register_moba(EVERYTHING)
     assistant.set_attn_implementation("moba")
@@ -174,7 +174,7 @@ def test_assisted_generation():
 
 
 @pytest.mark.parametrize("make_cache", (lambda: None, MobaCache))
-def test_generation_under_autocast_and_in_half_precision(make_cache):
+def test_autocast_and_half_precision_match_sdpa(make_cache):
     model, ids = build("llama"), random_ids(1, 40)
     moba.register_moba(EVERYTHING)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -315,7 +315,7 @@ def test_the_naive_implementation_returns_attention_weights(config):
         model(ids, output_attentions=True)
 
 
-def test_packed_documents_of_several_rows():
+def test_packed_documents_in_several_rows_match_each_alone():
     model, ids = build("llama"), random_ids(2, 60)
     moba.register_moba(SPARSE)
     positions = torch.stack(

@@ -295,7 +295,7 @@ def test_batched_attention_compiles():
         torch.testing.assert_close(compiled(q, k, v, mask), model(q, k, v, mask))
 
 
-def test_export():
+def test_exported_model_matches_eager():
     class Model(torch.nn.Module):
         def forward(self, q, k, v):
             return moba.attention(q, k, v, block_size=8, top_k=2)
@@ -307,7 +307,7 @@ def test_export():
     torch.testing.assert_close(exported.module()(*longer), Model()(*longer))
 
 
-def test_autocast():
+def test_autocast_computes_in_its_dtype():
     q, k, v, cu, _ = batch([50])
     q.requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -321,7 +321,7 @@ def test_autocast():
 
 
 @pytest.mark.parametrize("use_reentrant", (False, True))
-def test_activation_checkpointing(use_reentrant):
+def test_activation_checkpointing_gives_the_same_gradients(use_reentrant):
     q, k, v, cu, _ = batch([60])
     results = []
     for wrapped in (False, True):
@@ -442,7 +442,7 @@ def test_padded_batch_of_attention_matches_each_row_alone():
             torch.testing.assert_close(found[row], right[row], atol=1e-5, rtol=1e-4)
 
 
-def test_attention_without_causal_mask():
+def test_noncausal_attention_over_every_block_is_dense():
     q, k, v = (torch.randn(2, 30, 4, 16) for _ in range(3))
     everything = moba.attention(q, k, v, block_size=8, top_k=4, causal=False)
     dense = torch.nn.functional.scaled_dot_product_attention(
@@ -455,7 +455,7 @@ def resident_megabytes():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 
 
-def test_many_small_calls_do_not_make_the_process_grow():
+def test_many_small_calls_do_not_leak_memory():
     q, cu = torch.randn(1, 1, 16), offsets([1])
     before, kept = resident_megabytes(), []
     # Kept results lie between freed memory, because of which glibc once requested more memory at every call.

@@ -51,7 +51,7 @@ def test_public_names_are_documented():
     assert "bit-identical" in ast.get_docstring(STUBS)
 
 
-def test_it_imports_without_transformers():
+def test_package_imports_without_transformers():
     code = (
         "import sys; sys.modules['transformers'] = None; import moba, torch; print(moba.ops.select)"
     )

@@ -35,7 +35,7 @@ def test_training_is_bit_identical_and_matches_naive():
     assert first[-1] < first[0] - 1
 
 
-def test_switching_to_full_attention_during_training():
+def test_training_may_switch_to_full_attention():
     moba.register_moba(moba.MoBAConfig(8, 2))
     switched, sparse = losses("moba", 60, full_from=40), losses("moba", 60)
     assert switched[:40] == sparse[:40] and switched[40:] != sparse[40:]
