@@ -5,19 +5,17 @@ import importlib.util
 import io
 import json
 import math
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from builds import BUILD, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 # For modules that the benchmarks share; last, because benchmarks/cuda.py has the name of a package.
 sys.path.append(str(ROOT / "benchmarks"))
-MOBA = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")) / "moba"
+MOBA = BUILD / "moba"
 
 # What other programs read.
 NUMBERS = [

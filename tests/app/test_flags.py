@@ -1,14 +1,12 @@
 """The tables of flags in docs/command-line.md against the program's own --help."""
 
-import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
+from builds import BUILD, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-MOBA = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")) / "moba"
+MOBA = BUILD / "moba"
 PAGE = (ROOT / "docs" / "command-line.md").read_text()
 COMMANDS = {
     "generate": ["generate"],

@@ -2,23 +2,21 @@
 
 import html
 import json
-import os
 import re
 import shutil
 import struct
 import subprocess
-from pathlib import Path
 
 import moba as moba_package
 import numpy as np
 import pytest
 import torch
 import transformers
+from builds import BUILD
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-ROOT = Path(__file__).resolve().parents[2]
-MOBA = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")).resolve() / "moba"
+MOBA = BUILD / "moba"
 LAYERS, HEADS, KV_HEADS, BLOCK, TOP_K = 2, 4, 2, 16, 4
 # Text that would end the script it is put into, and characters of more than one byte.
 TEXT = "".join(

@@ -6,13 +6,10 @@ import re
 import shlex
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-import torch
+from builds import BUILD, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")).resolve()
 README = (ROOT / "README.md").read_text()
 PLACEHOLDERS = ("model.gguf", "document.txt")
 DATA_ERROR = 1
@@ -39,14 +36,6 @@ def run(*command, **options):
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, **options)
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}{done.stderr}"
     return done.stdout
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_python_snippets_run(one_thread, monkeypatch):

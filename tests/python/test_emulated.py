@@ -1,21 +1,16 @@
 """The operators of CUDA tensors on the emulated device (docs/cuda.md), which takes CPU tensors, and decoding of models with
 them."""
 
-import os
-from pathlib import Path
-
 import moba
 import pytest
 import torch
+from builds import BUILD
 from moba import cache, wrapper
 from packed import batch, cached, dense_given
 
 from models import build, random_ids
 
 ops = moba.ops
-BUILD = Path(
-    os.environ.get("MOBA_BUILD_DIR", Path(__file__).resolve().parents[2] / "build" / "release")
-)
 DTYPES = (torch.bfloat16, torch.float16)
 ROUNDING = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
 

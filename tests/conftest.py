@@ -1,40 +1,27 @@
-"""The programs and files that the tests of the model runner use."""
+"""Fixtures: the programs and files that the tests of the program and of the model runner use."""
 
-import os
+import json
 import subprocess
-from pathlib import Path
 
-import numpy as np
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-BUILD = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release"))
-SMOLLM2 = Path(
-    os.environ.get("MOBA_SMOLLM2", ROOT / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf")
-)
-
-
-def existing(path, how):
-    if not path.exists():
-        pytest.fail(f"{path} is missing: {how}")
-    return path
+from builds import BUILD, SMOLLM2, existing
 
 
 @pytest.fixture(scope="session")
 def build_folder():
-    """The build whose programs are tested."""
+    """Return the build whose programs are tested."""
     return existing(BUILD, "`make build` makes it, MOBA_BUILD_DIR names another")
 
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """SmolLM2-135M-Instruct as GGUF Q4_1."""
+    """Return SmolLM2-135M-Instruct as GGUF Q4_1."""
     return existing(SMOLLM2, "`make setup` fetches it, MOBA_SMOLLM2 names another place")
 
 
 @pytest.fixture(scope="session")
 def moba(build_folder):
-    """Runs the program: moba("generate", "-m", ...) gives a CompletedProcess with bytes in stdout and stderr."""
+    """Run the program: moba("generate", "-m", ...) returns a CompletedProcess with bytes in stdout and stderr."""
     program = existing(build_folder / "moba", "`make build` makes it")
 
     def run(*arguments, stdin=b"", timeout=300):
@@ -46,8 +33,22 @@ def moba(build_folder):
 
 
 @pytest.fixture
+def info(moba):
+    """info(model, "--tensors") returns the JSON of `moba info`."""
+
+    def run(path, *flags):
+        done = moba("info", "-m", path, "--json", *flags)
+        assert done.returncode == 0, done.stderr.decode()
+        return json.loads(done.stdout)
+
+    return run
+
+
+@pytest.fixture
 def logits_of(build_folder, tmp_path):
-    """logits_of(model, ids, attn="moba", top_k=3) gives our logits [tokens, vocab] in f32."""
+    """logits_of(model, ids, attn="moba", top_k=3) returns the runner's logits [tokens, vocab] in f32."""
+    import numpy as np  # here, because make gpu-check runs tests/python on machines without numpy
+
     tool = existing(build_folder / "tests" / "logits", "`make build` makes it")
 
     def run(model, ids, **flags):
@@ -60,3 +61,14 @@ def logits_of(build_folder, tmp_path):
         return np.fromfile(out_file, dtype=np.float32).reshape(len(ids), -1)
 
     return run
+
+
+@pytest.fixture
+def one_thread():
+    """Run a test on one thread: in small models, PyTorch's threads would mostly wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -4,13 +4,13 @@ MOBA_BUILD_DIR names the build folder (default build/release), MOBA_SMOLLM2 the 
 """
 
 import json
-import os
 import random
 import subprocess
 import sysconfig
 from pathlib import Path
 
 import pytest
+from builds import BUILD, SMOLLM2
 from gguf import GGUFReader, GGUFWriter, TokenType
 from tokenizers import (
     AddedToken,
@@ -24,11 +24,7 @@ from tokenizers import (
     trainers,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-PROGRAM = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")).absolute() / "moba"
-SMOLLM2 = Path(
-    os.environ.get("MOBA_SMOLLM2", ROOT / "build" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf")
-)
+PROGRAM = BUILD / "moba"
 LICENSE = Path("/usr/share/common-licenses/GPL-3")
 
 LLAMA3 = (
