@@ -1,17 +1,14 @@
 #include "llm/eval/interval.h"
 
-#include <gmock/gmock.h>
+#include <gtest/gtest.h>
 
 #include <cmath>
 #include <vector>
 
-#include "llm/eval/prompt.h"
-
 namespace moba::llm::eval {
 namespace {
 
-// Values from Brown, Cai, DasGupta's formula worked out by hand, as R's prop.test(correct = FALSE) gives
-// them.
+// Values of R's prop.test(correct = FALSE), which uses the same formula (Brown, Cai, DasGupta).
 TEST(Wilson, MatchesKnownIntervals) {
   const Interval none = wilson(0, 10), most = wilson(8, 10), all = wilson(20, 20);
   EXPECT_NEAR(none.low, 0, 1e-12);
@@ -47,37 +44,6 @@ TEST(Bootstrap, EqualPortionsGiveAnIntervalOfWidthZero) {
   const Interval interval = bootstrap({{4, 2}, {4, 2}, {4, 2}});
   EXPECT_EQ(interval.low, 2);
   EXPECT_EQ(interval.high, 2);
-}
-
-TEST(UnitsThatFit, FillsTheLimit) {
-  for (const std::int64_t tokens_a_unit : {1, 3, 17}) {
-    for (const std::int64_t most : {100, 1000, 131072}) {
-      const std::int64_t units = units_that_fit(most, [&](std::int64_t n) { return 40 + n * tokens_a_unit; });
-      const std::int64_t tokens = 40 + units * tokens_a_unit;
-      EXPECT_LE(tokens, most);
-      EXPECT_GT(tokens, most - std::max(most / 256 + 1, tokens_a_unit));
-    }
-  }
-}
-
-TEST(UnitsThatFit, FitsUnevenUnits) {
-  const auto tokens = [](std::int64_t n) { return n < 50 ? n : 50 + 90 * (n - 50); };
-  const std::int64_t units = units_that_fit(1000, tokens);
-  EXPECT_EQ(units, 60);
-}
-
-TEST(UnitsThatFit, ReturnsMinusOneIfNoneFits) {
-  EXPECT_EQ(units_that_fit(39, [](std::int64_t n) { return 40 + n; }), -1);
-}
-
-TEST(UnitsThatFit, TerminatesWhereTokensStopGrowing) {
-  const std::int64_t units =
-      units_that_fit(1000, [](std::int64_t n) { return std::min<std::int64_t>(n, 300); });
-  EXPECT_GE(units, 300);
-}
-
-TEST(Filled, ReplacesEveryPlaceholder) {
-  EXPECT_EQ(filled("{key}: {value}, {key} {other}", {{"key", "{value}"}, {"value", "7"}}), "7: 7, 7 {other}");
 }
 
 }  // namespace
