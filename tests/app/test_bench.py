@@ -1,4 +1,4 @@
-"""moba bench: what it prints, what it refuses; and the peers of benchmarks/ against each other. No figure is a test."""
+"""`moba bench`: its report and its refusals; benchmarks/run.py, and its peers against each other. No time is tested."""
 
 import csv
 import importlib.util
@@ -17,7 +17,7 @@ from builds import BUILD, ROOT
 sys.path.append(str(ROOT / "benchmarks"))
 MOBA = BUILD / "moba"
 
-# What other programs read.
+# Keys of the JSON, a public interface.
 NUMBERS = [
     "tokens",
     "chunk_size",
@@ -60,7 +60,7 @@ def module(name, path):
 
 
 def pairs(tokens, block_size, top_k):
-    """Counts the (query, key) pairs that causal MoBA computes."""
+    """Count the (query, key) pairs that causal MoBA computes."""
     own = [p // block_size for p in range(tokens)]
     return sum(min(top_k - 1, c) * block_size + p + 1 - c * block_size for p, c in enumerate(own))
 
@@ -319,7 +319,7 @@ def test_peer_naive_computes_moba():
     picked = naive.select_blocks(q, k, 32, 3)
     assert picked.sum(1).tolist() == [min(3, p // 32 + 1) for p in range(150)]
     equal = naive.select_blocks(torch.zeros(150, 16), k, 32, 3)
-    assert equal[-1].tolist() == [False, False, True, True, True]  # of equals, the more recent
+    assert equal[-1].tolist() == [False, False, True, True, True]  # the more recent of equal scores
 
 
 def test_growth_extrapolates_quadratic_time():
@@ -335,7 +335,7 @@ def tiny_row():
 
 @pytest.fixture
 def bench_run(tmp_path, monkeypatch, tiny_row):
-    """The full benchmark over two groups of one call each, by a program that prints a row and keeps a list of its calls."""
+    """The full benchmark over two groups of one call each, with a program that prints a row and logs its calls."""
     run = module("run", ROOT / "benchmarks" / "run.py")
     monkeypatch.setattr(
         run,
@@ -367,7 +367,7 @@ def bench_run(tmp_path, monkeypatch, tiny_row):
             )
 
         def calls(self):
-            """Returns whether each call so far was for two heads, and forgets them."""
+            """Return whether each logged call was for two heads, and clear the log."""
             found = (
                 [json.loads(line) for line in self.log.read_text().splitlines()]
                 if self.log.exists()

@@ -1,4 +1,4 @@
-"""`moba eval`: losses against `transformers`, what the JSON of each evaluation holds, and what is refused."""
+"""`moba eval`: losses against `transformers`, the JSON of each evaluation, and refusals."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def byte_model(tmp_path_factory):
 
 
 def byte_characters():
-    """Returns the character of byte i in a byte-level vocabulary."""
+    """Return the character of byte i in a byte-level vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
@@ -92,7 +92,7 @@ def wilson(found, tried):
 
 
 def sequences_of(data):
-    """The files' bytes, cut."""
+    """Return the bytes of the files, cut into sequences."""
     for name in ("a.txt", "b.txt"):
         ids = list((data / name).read_bytes())
         yield from (ids[i : i + SEQ_LEN] for i in range(0, len(ids), SEQ_LEN))
@@ -376,7 +376,7 @@ def test_needle_is_reproducible(moba, byte_model, haystack):
 
 
 def test_shared_prefixes_do_not_change_answers(moba, byte_model, haystack):
-    """Checks that depths that share a prefix give the results of each depth alone."""
+    """Check that depths that share a prefix give the results of each depth alone."""
 
     def answers(depths):
         report = needle(
@@ -459,7 +459,7 @@ def test_ruler_json_has_every_case(moba, byte_model, haystack, tmp_path):
     assert png_size(png)[0] > 300
 
 
-# ---------------------------------------------------------------- what is refused
+# ---------------------------------------------------------------- refusals
 
 NEEDLE, LOSS, RULER = ["needle", "-m", "MODEL"], ["loss", "-m", "MODEL"], ["ruler", "-m", "MODEL"]
 WRONG = {

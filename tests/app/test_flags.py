@@ -21,7 +21,7 @@ NAME = re.compile(r"(?<![\w-])--?[a-zA-Z][\w-]*")
 
 
 def default_in(text):
-    """The default that a line of --help shows, `=40`, `[40]` or `[the same, else 40]`, or None."""
+    """Return the default that a line of --help shows, `=40`, `[40]` or `[the same, else 40]`, or None."""
     found = re.search(r"\[(?:[^\]]*\belse )?([^\[\]]+)\]\s*$", text) or re.search(
         r"^\S+ [A-Z]+=(\S+)", text
     )
@@ -29,7 +29,7 @@ def default_in(text):
 
 
 def options_of(command):
-    """The options in `moba COMMAND --help`: the set of names of each, and its default."""
+    """Return the options in `moba COMMAND --help`: the set of names of each, and its default."""
     assert MOBA.exists(), f"{MOBA} is missing: `make build` makes it, MOBA_BUILD_DIR names another"
     text = subprocess.run(
         [MOBA, *command.split(), "--help"], capture_output=True, text=True, check=True, timeout=60
@@ -49,7 +49,7 @@ def section(command):
 
 
 def documented(command):
-    """The names of the flags in the first column of a section's tables, or in its prose where it has no table."""
+    """Return the names of the flags in the first column of a section's tables, or in its prose where it has no table."""
     text = section(command)
     rows = re.findall(r"^\|([^|]*)\|", text, re.M)
     return set(NAME.findall(" ".join(re.findall(r"`([^`]*)`", " ".join(rows) if rows else text))))

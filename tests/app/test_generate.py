@@ -1,4 +1,4 @@
-"""`moba generate` as a user meets it: flags, streams, exit codes, and what it says when something is wrong."""
+"""`moba generate`: flags, streams, exit codes and error messages."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def generate(moba, smollm2, *flags, tokens=20, stdin=b""):
 
 
 def refused(done, code, *words):
-    """One line on standard error that holds `words`, nothing on standard output."""
+    """Check for one line on standard error that holds `words`, and nothing on standard output."""
     error = done.stderr.decode()
     assert done.returncode == code, error
     assert done.stdout == b""
@@ -195,7 +195,7 @@ def test_threads_do_not_change_the_answer(moba, smollm2):
 
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_sixteen_bits_take_half_the_memory(moba, smollm2, answer, dtype):
-    # In a chat turn "The" leads "L'" by less than bf16 can tell apart; here nothing comes near.
+    # In a chat turn the logits of "The" and "L'" are equal in bf16; here no other token is near.
     half = generate(moba, smollm2, "--no-chat", "-p", "The capital of France is", "--dtype", dtype)
     assert "Paris" in half["text"]
     assert half["peak_rss_bytes"] < answer["peak_rss_bytes"] - 150_000_000
@@ -231,7 +231,7 @@ def test_invalid_utf8_is_a_valid_prompt(moba, smollm2, tmp_path):
 
 
 def test_streamed_text_is_whole_characters(moba, smollm2):
-    """The model is made to repeat what its tokens cut into parts; whatever it writes is whole characters."""
+    """Check that text is streamed in whole characters, also where tokens end within a character."""
     text = "\N{GRINNING FACE} \N{CAT FACE} \N{PILE OF POO} " * 6
     done = moba("generate", "-m", smollm2, "--no-chat", "-p", text, "-n", 24, "--ignore-eos")
     assert any(ord(c) > 0xFFFF for c in done.stdout.decode("utf-8"))
@@ -276,7 +276,7 @@ def test_progress_is_shown_only_on_a_terminal(build_folder, smollm2, tmp_path):
         try:
             while chunk := os.read(reader, 4096):
                 shown += chunk
-        except OSError:  # how Linux says that the other end is closed
+        except OSError:  # Linux's error for a closed other end
             pass
     os.close(reader)
     assert process.returncode == 0

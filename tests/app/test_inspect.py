@@ -1,4 +1,4 @@
-"""`moba inspect`: its page, opened in a browser, against what the same model selects in Python; and what is refused."""
+"""`moba inspect`: its page, opened in a browser, against the selection of the same model in Python; and its refusals."""
 
 import html
 import json
@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 MOBA = BUILD / "moba"
 LAYERS, HEADS, KV_HEADS, BLOCK, TOP_K = 2, 4, 2, 16, 4
-# Text that would end the script it is put into, and characters of more than one byte.
+# Text that would end the script that embeds it, and characters of more than one byte.
 TEXT = "".join(
     f"Line {i}: </script><b>&amp; caf\N{LATIN SMALL LETTER E WITH ACUTE} {i * i}\n"
     for i in range(11)
@@ -94,14 +94,14 @@ def data(page):
 
 @pytest.fixture(scope="module")
 def chosen(page, data):
-    """Shares [layer, head, row, column]."""
+    """Return the shares [layer, head, row, column]."""
     characters = np.frombuffer(script(page, "maps").encode(), dtype=np.uint8)
     return (characters - 48).reshape(LAYERS, HEADS, data["rows"], data["columns"]) / 63
 
 
 @pytest.fixture(scope="module")
 def there(model):
-    """Returns the selection of the package, [layer, head, query, block], and the gate's margins [layer, head, query]."""
+    """Return the selection of the package, [layer, head, query, block], and the gate's margins [layer, head, query]."""
     moba_package.register_moba(moba_package.MoBAConfig(moba_chunk_size=BLOCK, moba_topk=TOP_K))
     attend, seen = ALL_ATTENTION_FUNCTIONS["moba"], []
 
@@ -146,7 +146,7 @@ def test_selection_equals_that_of_the_package(data, chosen, there):
         and data["queries_in_row"] == data["blocks_in_column"] == 1
     )
     differs = (chosen != selected).any(axis=3)
-    assert not (differs & ~(margins < 1e-5)).any()  # but where the gate had next to no preference
+    assert not (differs & ~(margins < 1e-5)).any()  # except where two scores are nearly equal
     assert differs.mean() < 0.01
 
 
@@ -248,7 +248,7 @@ def test_browser_shows_the_values(page, data, chosen, browse):
     )
     assert "<b>" not in element(dom, "about") and not re.search(
         r'(?:src|href)="', dom
-    )  # stands alone
+    )  # nothing is loaded
 
 
 def test_invalid_address_is_ignored(page, data, browse):

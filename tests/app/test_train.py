@@ -44,7 +44,7 @@ def write_config(path, **changes):
 
 
 def text(size, seed=0):
-    """Text in which something can be learnt."""
+    """Return text with a pattern to learn."""
     draw = random.Random(seed)
     words = ["block", "mean", "score", "query", "key", "value", "sink", "route", "of", "the"]
     out = ""
@@ -86,7 +86,7 @@ def arguments(place, out="run", steps=12, **flags):
 
 @pytest.fixture
 def train(moba, place):
-    """train("out", flag=value, ...) trains and gives the lines of its log."""
+    """train("out", flag=value, ...) trains and returns the lines of its log."""
 
     def run(out="run", **flags):
         done = moba(*arguments(place, out, **flags))
@@ -101,12 +101,12 @@ def log_of(folder):
 
 
 def exact(log):
-    """Returns the fields that must be bit-identical."""
+    """Return the fields that must be bit-identical."""
     return [(line["step"], line["loss"], line["grad_norm"]) for line in log]
 
 
 def byte_documents(place, seq_len=128):
-    """Inputs and targets of all sequences that the documents are cut into."""
+    """Return inputs and targets of all sequences of the documents."""
     pieces = []
     for path in sorted((place / "data").iterdir()):
         ids = list(path.read_bytes()) + [END]
@@ -117,7 +117,7 @@ def byte_documents(place, seq_len=128):
 
 
 def loss_there(model, pieces):
-    """Mean loss of all tokens."""
+    """Return the mean loss of all tokens."""
     ids, targets = (np.concatenate([piece[i] for piece in pieces]) for i in range(2))
     return losses_there(model, ids, targets, [len(piece[0]) for piece in pieces]).mean()
 
@@ -172,7 +172,7 @@ def test_fifty_steps_equal_pytorch(place, train):
 
 
 def train_tokenizer_folder(train, place):
-    """The byte tokenizer as a folder: a run writes it."""
+    """Return a folder with the byte tokenizer, written by a run."""
     train("bytes", steps=1)
     return place / "bytes"
 
@@ -271,7 +271,7 @@ def test_lora_resumes_bit_identically_and_saves_the_sum(place, train):
 
 
 def kill_and_resume(moba, place, command, kills, draw, seconds):
-    """Kills runs at random moments, going on from what they leave; returns how often that hit one."""
+    """Kill runs at random moments and resume them; return the number of runs hit."""
     hits = 0
     for _ in range(kills):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -287,7 +287,7 @@ def kill_and_resume(moba, place, command, kills, draw, seconds):
 
 
 def test_killed_runs_resume_bit_identically(place, train, build_folder, moba):
-    """Four kills, or as many as MOBA_TEST_KILLS says, in training and in saving: a checkpoint follows each step."""
+    """Kill four runs, or MOBA_TEST_KILLS, in training and in saving: a checkpoint follows each step."""
     flags = dict(steps=30, save_every=1, attn_schedule="moba:0.5,full:0.5")
     begin = time.monotonic()
     whole = train("whole", **flags)
@@ -331,7 +331,7 @@ def test_interrupted_run_saves_and_resumes(place, train, build_folder, moba):
 
 
 def test_checkpoint_loads_in_transformers(place, train, moba):
-    """The next step's loss is what transformers computes with the checkpoint."""
+    """Check that the next step's loss is that of transformers on the checkpoint."""
     flags = dict(
         steps=6, batch_tokens=2048, save_every=5, keep=3, attn="full", moba_chunk_size=None
     )
@@ -710,7 +710,7 @@ def test_first_nonfinite_layer_is_named(matrix, culprit, place, train, moba):
 
 
 def test_full_disk_keeps_the_last_checkpoint(place, train, build_folder):
-    """Writes fail beyond a size that the weights of a checkpoint exceed."""
+    """Let writes fail beyond a size that the weights of a checkpoint exceed."""
     flags = dict(save_every=4, lr_schedule="constant", warmup=0)
     whole = train("whole", steps=8, **flags)
     train(steps=4, **flags)

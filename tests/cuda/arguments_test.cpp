@@ -1,4 +1,4 @@
-// Calls that the CUDA backend refuses before it launches anything.
+// Arguments that the CUDA backend refuses before it launches a kernel.
 #include <gtest/gtest.h>
 
 #include <functional>

@@ -158,7 +158,8 @@ double unit_of(DType dtype) {
   return dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
 }
 
-/// Error at most thrice that of plain sums of rounded weights, and one rounding of the result.
+/// Checks that the error is at most three times that of plain sums of rounded weights, plus one rounding of
+/// the result.
 void check_gradient(const char* name, const Array& found, const Array& truth, const Array& plain,
                     double slack) {
   double worst = 0;
@@ -215,7 +216,7 @@ TEST_P(CudaBackward, MatchesTheReferenceOnRandomCases) {
 
 INSTANTIATE_TEST_SUITE_P(All, CudaBackward, testing::Range<std::uint64_t>(0, 3));
 
-/// Several tiles of rows, and blocks of several key tiles.
+/// Covers several tiles of rows, and blocks of several key tiles.
 TEST(CudaAttendBackward, ManyTilesMatchTheReference) {
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},
@@ -232,7 +233,7 @@ TEST(CudaAttendBackward, ManyTilesMatchTheReference) {
   }
 }
 
-/// The widest rows share their sums between warps.
+/// At head_dim 256 warps share the sums of a row.
 TEST(CudaAttendBackward, HeadDim256MatchesTheReference) {
   for (const Routing& routing : {Routing{.block_size = 70, .top_k = 2}, Routing::full()}) {
     check_backward(case_of(600, 256, routing, 140, 210));
@@ -368,7 +369,7 @@ TEST(CudaAttendBackward, InvalidArgumentsThrow) {
   }
 }
 
-/// The sm_90a kernels, which are used for block sizes above 64 unless told otherwise.
+/// The sm_90a kernels, which are used for block sizes above 64 unless MOBA_CUDA_ARCH is set.
 class CudaSm90Backward : public OnSm90 {
  protected:
   CudaSm90Backward() { choose("sm90"); }
@@ -426,7 +427,7 @@ TEST_F(CudaSm90Backward, AnyOrderAndAnyWorkspaceGiveTheSameBits) {
   EXPECT_TRUE(backward(b, {.workspace_bytes = roomy.workspace_bytes * 2 / 3}) == expected);
 }
 
-/// Keys after the last of a block are in the same TMA box and must not show.
+/// The TMA box of a block also loads the keys after its last one, which must not affect results.
 TEST_F(CudaSm90Backward, NonFiniteNeighbourSequencesDoNotLeak) {
   Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 50, .top_k = 2}};
   c.sequences = {{0, 40, 80}, {0, 75, 150}};

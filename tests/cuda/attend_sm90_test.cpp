@@ -1,4 +1,4 @@
-// The sm_90a forward kernel, against the oracle, and its choice.
+// The sm_90a forward kernel against the oracle, and the calls that use it.
 #include <string>
 
 #include "device_case.h"
@@ -27,8 +27,8 @@ TEST_F(CudaSm90, MatchesTheOracleOnRandomCases) {
   EXPECT_LE(swaps, selected / 1000);
 }
 
-/// Several key tiles in a work tile, more work tiles than buffers, work tiles with fewer rows than a
-/// warpgroup, tails.
+/// Covers several key tiles in a work tile, more work tiles than buffers, work tiles with fewer rows than a
+/// warpgroup, and tails.
 TEST_F(CudaSm90, ManyTilesMatchTheOracle) {
   choose("sm90");
   const std::vector<Routing> routings = {
@@ -56,7 +56,7 @@ TEST_F(CudaSm90, AnyOrderOfWarpsAndCopiesGivesTheSameBits) {
   for (int i = 0; i < 2; ++i) EXPECT_TRUE(run_on_device(c) == expected);
 }
 
-/// Keys after the last of a block are in the same TMA box and must not show.
+/// The TMA box of a block also loads the keys after its last one, which must not affect results.
 TEST_F(CudaSm90, NonFiniteNeighbourSequencesDoNotLeak) {
   choose("sm90");
   Case c{.seed = 5, .dtype = DType::bf16, .head_dim = 64, .routing = {.block_size = 100, .top_k = 2}};

@@ -11,7 +11,7 @@ namespace {
 
 class CudaAgreement : public testing::TestWithParam<std::uint64_t> {};
 
-/// Swaps of blocks whose scores rounding cannot tell apart are counted, and must stay rare.
+/// Counts swaps of blocks whose scores differ by less than their rounding; they must stay rare.
 TEST_P(CudaAgreement, MatchesTheOracleOnRandomCases) {
   constexpr std::uint64_t kCases = 40;
   std::int64_t swaps = 0, selected = 0;
@@ -27,8 +27,8 @@ TEST_P(CudaAgreement, MatchesTheOracleOnRandomCases) {
 
 INSTANTIATE_TEST_SUITE_P(All, CudaAgreement, testing::Range<std::uint64_t>(0, 4));
 
-/// Several tiles of rows, keys and means; blocks that more rows selected than a tile holds; selections too
-/// long for shared memory, and of several partitions.
+/// Covers several tiles of rows, keys and means; blocks selected by more rows than a tile holds; selections
+/// too long for shared memory, and of several partitions.
 TEST(CudaAttend, ManyTilesMatchTheOracle) {
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},

@@ -1,4 +1,4 @@
-// Decoding over pages on the emulated device, against the reference on contiguous keys.
+// Decode over pages on the emulated device, against the reference on contiguous keys.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -17,15 +17,15 @@ struct Shape {
   std::int64_t kv_heads = 1, group = 1, head_dim = 64, page_tokens = 8;
   Values values = Values::normal;
   bool in_order = false;     // page i of sequence s is page s x table_stride + i, without a table
-  std::int32_t padding = 0;  // sequence s has padding x (s mod 3) tokens of it before its own
+  std::int32_t padding = 0;  // tokens of padding before sequence s, times s mod 3
 };
 
 double unit_of(DType dtype) {
   return dtype == DType::bf16 ? 0x1p-8 : 0x1p-11;
 }
 
-/// Sequences of given lengths, whole and in pages, which lie in no particular order, or in it, among pages of
-/// NaN.
+/// Sequences of given lengths, contiguous and in pages. The pages lie among pages of NaN, shuffled unless
+/// `in_order`.
 struct Paged {
   Paged(std::uint64_t seed, const Shape& of, const Routing& with, std::vector<std::int32_t> tokens)
       : shape(of), routing(with), lengths(std::move(tokens)) {
@@ -80,15 +80,15 @@ struct Paged {
   Paged(const Paged&) = delete;
   Paged& operator=(const Paged&) = delete;
 
-  /// The row of `means` that a block has.
+  /// Row of a block in `means`.
   std::int64_t mean_row(std::size_t sequence, std::int64_t block) const {
     const std::int64_t token = block * routing.block_size;
     const std::int64_t page = table[sequence * static_cast<std::size_t>(cache.table_stride) +
                                     static_cast<std::size_t>(token / shape.page_tokens)];
     return page * means_of_page +
-           std::min(token % shape.page_tokens / routing.block_size, means_of_page - 1);  // where none is read
+           std::min(token % shape.page_tokens / routing.block_size, means_of_page - 1);  // of unread means
   }
-  /// A case whose result is what a call writes.
+  /// Case with the shape of a call's outputs.
   Case result_shape() const {
     return {.dtype = shape.dtype,
             .kv_heads = shape.kv_heads,
@@ -106,7 +106,7 @@ struct Paged {
     decode(on_device(q.view()), cache, routing, outputs, execution);
     return result;
   }
-  /// On the means that the device has computed.
+  /// Decodes with the reference, given the means that the device has computed.
   Result decode_by_reference() const {
     std::vector<std::vector<float>> wide(sequences.size());
     std::vector<CachedSequence> cached;
@@ -187,7 +187,7 @@ void check_decode(const Paged& p) {
   const Result found = p.decode_on_device(), expected = p.decode_by_reference();
   EXPECT_TRUE(found.fences_untouched()) << "wrote outside its outputs";
   const double unit = unit_of(p.shape.dtype);
-  double allowed = 0;  // as weights are rounded
+  double allowed = 0;  // for rounded weights
   for (const Case& c : p.sequences) allowed = std::max(allowed, unit * largest(c.v));
   for (std::int64_t s = 0; s < p.cache.sequences; ++s) {
     for (std::int64_t head = 0; head < p.q.heads(); ++head) {
@@ -226,7 +226,7 @@ TEST(CudaDecode, MatchesTheReference) {
       {{.kv_heads = 2, .group = 2, .page_tokens = 24}, {.block_size = 8, .top_k = 3}},
       {{.group = 2, .page_tokens = 4, .padding = 3}, {.block_size = 8, .top_k = 3, .sink_blocks = 1}},
       {{.group = 2, .page_tokens = 4, .in_order = true}, {.block_size = 4, .top_k = 4}},
-      // A page a sequence, as in a cache that is one tensor.
+      // One page per sequence, as in a cache that is one tensor.
       {{.kv_heads = 2, .group = 2, .page_tokens = 90, .in_order = true, .padding = 5},
        {.block_size = 7, .top_k = 3}},
       {{.group = 3, .page_tokens = 90, .in_order = true, .padding = 5},
@@ -239,8 +239,8 @@ TEST(CudaDecode, MatchesTheReference) {
   }
 }
 
-/// Blocks of several splits, more candidates than a thread block selects from at a time, and full attention
-/// over a long sequence.
+/// Covers blocks of several splits, more candidates than a thread block selects from at a time, and full
+/// attention over a long sequence.
 TEST(CudaDecode, LongSequencesMatchTheReference) {
   check_decode(Paged(1, {.group = 2, .page_tokens = 50}, {.block_size = 350, .top_k = 2}, {1210, 300}));
   check_decode(Paged(2, {.group = 2, .page_tokens = 2}, {.block_size = 2, .top_k = 9}, {1210, 300}));

@@ -10,8 +10,8 @@
 namespace moba::test {
 namespace {
 
-/// A line for tools/gpu_check.py, which compares what the emulation and a device write: the test, the call,
-/// the dtype, and the output's bits.
+/// Writes a line for tools/gpu_check.py, which compares the outputs of the emulation and of a device: the
+/// test, the call, the dtype, and the output's bits.
 void keep(const Case& c, const Result& result) {
   const char* file = std::getenv("MOBA_TEST_RESULTS");
   const auto* test = testing::UnitTest::GetInstance()->current_test_info();

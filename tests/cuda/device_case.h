@@ -18,7 +18,7 @@ Result run_on_device(const Case& c, Execution execution = {});
 Case case_of(std::uint64_t seed, std::int64_t head_dim, const Routing& routing, std::int64_t queries,
              std::int64_t keys);
 
-/// A small case of any kind that the CUDA backend takes. The same seed gives the same case.
+/// Returns a small case of any kind that the CUDA backend supports, the same for the same seed.
 Case random_device_case(std::uint64_t seed);
 
 }  // namespace moba::test

@@ -1,4 +1,4 @@
-// The emulated device in the place of torch's CUDA devices: torch's tensors on the CPU are its tensors.
+// Replaces torch's CUDA devices by the emulated device, whose tensors are torch's CPU tensors.
 #include "device.h"
 
 namespace moba::pytorch {

@@ -1,5 +1,5 @@
-// The PyTorch operators of CUDA tensors on the emulated device, as a library "moba_emulated" of their own
-// whose tensors are torch's on the CPU. tests/python/test_emulated.py loads it.
+// The PyTorch operators of CUDA tensors on the emulated device, registered as "moba_emulated" for torch's CPU
+// tensors. tests/python/test_emulated.py loads this library.
 #include "operators.h"
 
 using namespace moba::pytorch;

@@ -19,7 +19,7 @@
 namespace moba::cuda {
 namespace {
 
-/// Message of the error that a kernel throws.
+/// Returns the message of the error that a kernel throws.
 std::string error_of(int threads, const std::function<void()>& kernel) {
   try {
     emulation::run("wrong", {}, threads, 4096, kernel);
@@ -61,7 +61,7 @@ TEST(Emulation, WarpsExchangeValues) {
   });
 }
 
-/// Product of [16 x 16] and [16 x 8] out of shared memory, with B in either layout.
+/// Checks a product of [16 x 16] and [16 x 8] in shared memory, with B in either layout.
 template <typename T>
 void check_product(bool transposed) {
   float product[16][8];
@@ -196,12 +196,12 @@ TEST(Emulation, NamedBarriersOrderSyncAfterArrive) {
   EXPECT_EQ(second, 2);
 }
 
-/// Small whole numbers, whose products and sums are exact.
+/// Returns small integers, whose products and sums are exact.
 float number_at(int row, int column) {
   return static_cast<float>((row * 5 + column * 3) % 7 - 3);
 }
 
-/// A tile of such numbers, written by all of a warpgroup.
+/// Fills a tile with such numbers; all threads of a warpgroup call it.
 template <typename T, int rows, int head_dim>
 void write_numbers(const tile::SwizzledTile128B<T, rows, head_dim>& to) {
   for (int i = ptx::thread(); i < rows * head_dim; i += ptx::kWarpgroupThreads) {
@@ -211,7 +211,8 @@ void write_numbers(const tile::SwizzledTile128B<T, rows, head_dim>& to) {
   }
 }
 
-/// Rows [64, 128) of a tile by all of them and by themselves; then the first products by its columns.
+/// Checks the products of rows [64, 128) of a tile with all its rows and with themselves (both operands in
+/// shared memory), and of small values with its columns (A in registers).
 template <typename T, int head_dim>
 void check_group_products() {
   using Tile = tile::SwizzledTile128B<T, 128, head_dim>;
@@ -230,7 +231,7 @@ void check_group_products() {
       ptx::wgmma_ss<T>(d_half, tile.k_major_descriptor(64, k), tile.k_major_descriptor(64, k), k > 0);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>(d);
-    // A's first step is of columns 0 to 15 of the product, made small; B's is rows 16 to 31.
+    // A is made of columns 0 to 15 of the product, reduced to small values; B is rows 16 to 31 of the tile.
     std::uint32_t a[4];
     const auto small = [](float value) { return static_cast<float>(static_cast<int>(value) % 4); };
     for (int r = 0; r < 4; ++r)
@@ -275,7 +276,7 @@ TEST(Emulation, WgmmaMatchesTheFragmentLayout) {
   check_group_products<float16, 128>();
 }
 
-/// The manual's 128-byte swizzle and descriptor, spelled out.
+/// Compares the 128-byte swizzle and the descriptor with literals derived from the PTX manual.
 TEST(Emulation, MatrixDescriptorMatchesThePtxManual) {
   EXPECT_EQ(ptx::matrix_descriptor(0x12340, 0x4000, 1024), 0x4000004004001234U);
   using Tile = tile::SwizzledTile128B<bfloat16, 128, 128>;
@@ -317,7 +318,7 @@ TEST(Emulation, TmaZeroFillsOutOfBounds) {
 
 TEST(Emulation, UnwaitedWgmmaThrows) {
   std::string found;
-  for (int i = 0; i < 20 && found.empty(); ++i) {  // some run at once
+  for (int i = 0; i < 20 && found.empty(); ++i) {  // a wgmma may run when it is issued
     found = error_of(ptx::kWarpgroupThreads, [] {
       float d[8][4] = {};
       const std::uint32_t a[4] = {};

@@ -30,7 +30,7 @@ TEST(Geometry, PageOffsetsExceed32Bits) {
   const std::array<std::int32_t, 1> table{kLast};
   const Pages<bfloat16> paged{base, kPage * kRow, kRow, kDim, kPage, table.data(), 0};
   EXPECT_EQ(paged.row(0, kPage - 1, kHeads - 1) - base, kTokens * kRow - kDim);
-  // One page a sequence, and its means.
+  // One page per sequence, and its means.
   const Pages<bfloat16> whole{base, kTokens * kRow, kRow, kDim, kTokens, nullptr, 1};
   EXPECT_EQ(whole.row(63, kTokens - 1, kHeads - 1) - base, 64 * kTokens * kRow - kDim);
   const Pages<bfloat16> means{base, kPages * kRow, kRow, kDim, kTokens, nullptr, 1};

@@ -1,5 +1,5 @@
-// Whole calls on tensors spread as far as 10 million tokens of 64 heads of 256 lie apart, and on a device
-// whose launches fail.
+// Whole calls on tensors with offsets as large as those of 10 million tokens of 64 heads of 256, and on a
+// device whose launches fail.
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
@@ -19,7 +19,7 @@ constexpr std::int64_t kTokens = 10'000'000, kHeads = 64, kMaxElements = kTokens
 
 enum class Spread { compact, far };
 
-/// A tensor of bf16, [.., D], in address space that has memory only where it is written.
+/// A bf16 tensor [.., D] in reserved address space, of which only written pages take memory.
 class Field {
  public:
   Field(std::initializer_list<std::int64_t> sizes, Spread spread) {
@@ -31,10 +31,11 @@ class Field {
       for (std::size_t dim = last; dim-- > 0;)
         tensor_.strides[dim] = tensor_.strides[dim + 1] * tensor_.sizes[dim + 1];
     } else {
-      constexpr std::int64_t kPiece = 8;
-      tensor_.strides[0] = (kMaxElements / (tensor_.sizes[0] - 1) / kPiece + 1) * kPiece;
+      constexpr std::int64_t kVectorElements = 8;
+      tensor_.strides[0] = (kMaxElements / (tensor_.sizes[0] - 1) / kVectorElements + 1) * kVectorElements;
       for (std::size_t dim = 1; dim < last; ++dim)
-        tensor_.strides[dim] = tensor_.strides[dim - 1] / tensor_.sizes[dim] / kPiece * kPiece;
+        tensor_.strides[dim] =
+            tensor_.strides[dim - 1] / tensor_.sizes[dim] / kVectorElements * kVectorElements;
     }
     std::int64_t elements = 1;
     for (std::size_t dim = 0; dim <= last; ++dim) elements += (tensor_.sizes[dim] - 1) * tensor_.strides[dim];
@@ -84,7 +85,7 @@ class Field {
 /// All outputs of the calls.
 using Written = std::vector<std::vector<std::uint16_t>>;
 
-/// Two sequences forward and backward.
+/// Runs two sequences forward and backward.
 Written attend(const Routing& routing, Spread spread, const Execution& execution = {}) {
   const Sequences sequences{{0, 10, 40}, {0, 20, 61}};
   constexpr std::int64_t kQ = 40, kK = 61, kDim = 64;
@@ -101,7 +102,7 @@ Written attend(const Routing& routing, Spread spread, const Execution& execution
   return {out.values(), dq.values(), dk.values(), dv.values()};
 }
 
-/// Three sequences in pages.
+/// Decodes three sequences in pages.
 Written decode_pages(const Routing& routing, Spread spread, const Execution& execution = {}) {
   constexpr std::int64_t kPages = 12, kPageTokens = 8, kDim = 64;
   const Field q({3, 4, kDim}, spread, 5), k({kPages, kPageTokens, 2, kDim}, spread, 6),
@@ -144,7 +145,7 @@ TEST(CudaLimits, DecodeReachesOffsetsBeyond32Bits) {
     EXPECT_EQ(decode_pages(routing, Spread::far), decode_pages(routing, Spread::compact));
 }
 
-/// A call of 10 million tokens, of which nothing is there but its description.
+/// Returns a call on 10 million tokens that have no memory.
 DeviceCall large_task(std::int64_t kv_heads, const Routing& routing) {
   Tensor q{.dtype = DType::bf16, .device = Device::cuda, .rank = 3};
   q.data = reinterpret_cast<void*>(std::uintptr_t{1} << 20);
@@ -156,7 +157,7 @@ DeviceCall large_task(std::int64_t kv_heads, const Routing& routing) {
   return make_call(q, k, k, {.count = 1, .max_seqlen_k = kTokens}, routing);
 }
 
-/// Parts cover all heads and tokens, and what is counted in 32 bits in each fits them.
+/// The slices cover all heads and tokens, and the numbers that each counts in 32 bits fit them.
 TEST(CudaLimits, LargeCallsAreSplitTo32BitEntries) {
   for (const std::int64_t kv_heads : {1, 8, 64}) {
     for (const Routing& routing :
@@ -180,7 +181,7 @@ TEST(CudaLimits, LargeCallsAreSplitTo32BitEntries) {
   }
 }
 
-/// Refuses a slice that cannot be cut: the gradient lists all rows of a kv head at once.
+/// A slice that cannot be split is refused: the gradient lists all rows of a kv head at once.
 TEST(CudaLimits, TooManySelectedBlocksThrow) {
   const DeviceCall call = large_task(1, {.block_size = 128, .top_k = 8});
   const DeviceBatch batch{.count = 1, .max_seqlen_k = kTokens};
@@ -208,7 +209,7 @@ TEST(CudaLimits, TooLargeGridThrows) {
     EXPECT_THROW(stream.launch("none", no_kernel, grid, 32, 0, 0), DeviceFailure);
 }
 
-/// Whichever launch fails, the call that met it says so and gives its memory back, and the next is right.
+/// Each launch fails in turn: its call throws and releases its memory, and the next call is correct.
 TEST(CudaLimits, FailedLaunchThrowsOnce) {
   const Routing routing{.block_size = 8, .top_k = 3};
   std::size_t held = 0;

@@ -1,5 +1,5 @@
-// The backend "cuda" of the tests, whose tensors lie in the host's memory: what a call reads and writes is
-// copied to the device, and what it wrote comes back. The same for a real device and for the emulated one.
+// The backend "cuda" of the tests, whose tensors lie in the host's memory: copies inputs and outputs to the
+// device, real or emulated, and the outputs back.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -39,7 +39,7 @@ void* allocate(std::size_t bytes) {
   require(cudaMalloc(&memory, bytes), "memory for a test");
   return memory;
 }
-/// Waits, as every call of the runtime that is not named after streams does.
+/// Synchronises with the device, as cudaFree does.
 void release(void* memory) {
   static_cast<void>(cudaFree(memory));
 }
@@ -112,7 +112,7 @@ class Mirror {
     return batch;
   }
 
-  /// Notifies the caller's allocator; the memory is the device's.
+  /// Calls the caller's allocator, but returns memory of the device.
   Execution context(Execution execution) {
     if (!execution.scratch.allocate) return execution;
     execution.scratch = {[this, ask = execution.scratch.allocate](std::size_t bytes) -> void* {

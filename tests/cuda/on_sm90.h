@@ -14,8 +14,8 @@
 
 namespace moba::test {
 
-/// A device of capability 9.0 for as long as a test takes, whose kernels the test chooses. On a real one of
-/// another capability the test is skipped.
+/// Emulates a device of capability 9.0 during a test, which may force sm80 or sm90 kernels. On a real device
+/// of another capability the test is skipped.
 class OnSm90 : public testing::Test {
  protected:
   OnSm90() {

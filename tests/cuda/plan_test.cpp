@@ -14,7 +14,7 @@ namespace {
 using test::Case;
 using test::on_device;
 
-/// Full tiles and the remainder of every block: together each entry once.
+/// Returns the entries of one head in `tiles`: those of full tiles or of the blocks' remainders.
 std::vector<std::uint32_t> entries_of(const Plan& plan, const RoutedTile* tiles, int total, std::int64_t head,
                                       std::int64_t choices) {
   std::vector<std::uint32_t> entries;
@@ -27,8 +27,8 @@ std::vector<std::uint32_t> entries_of(const Plan& plan, const RoutedTile* tiles,
   return entries;
 }
 
-/// Several partitions, a block that every row selected, blocks that none did, and rows with fewer selections
-/// than others.
+/// Covers several partitions, a block selected by every row, blocks selected by none, and rows with fewer
+/// selections than others.
 TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
   Case c{.dtype = DType::f16, .kv_heads = 2, .group = 2, .head_dim = 64};
   c.sequences = {{0, 3, 703}, {0, 40, 740}};

@@ -1,5 +1,5 @@
-"""The README's code: Python runs, C++ is compiled against an installed library and runs, command
-lines are accepted by the program."""
+"""The README's code: runs the Python, compiles and runs the C++ with an installed library, and checks that the
+program accepts the command lines."""
 
 import os
 import re
@@ -81,7 +81,7 @@ def test_cpp_snippet_builds_against_an_installed_library_and_runs(cmake, tmp_pat
 
 
 def test_fetch_content_snippet_configures(cmake, tmp_path):
-    """From this source tree, without compiling the library a second time."""
+    """Configure with this source tree, without compiling the library a second time."""
     _, fetched = snippets("cmake")
     source = project(tmp_path / "app", "fetched", fetched)
     here = f"-DFETCHCONTENT_SOURCE_DIR_MOBA={ROOT}"
@@ -90,7 +90,7 @@ def test_fetch_content_snippet_configures(cmake, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Everything that the README's command lines read, in a folder where they may write."""
+    """A folder with the files that the README's command lines read, in which they may write."""
     for name in ("models", "docs", "README.md"):
         (tmp_path / name).symlink_to(ROOT / name)
     return tmp_path

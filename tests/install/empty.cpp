@@ -1,1 +1,1 @@
-// A library that is linked from an archive alone still needs a source.
+// CMake needs a source for a library that is linked from an archive alone.

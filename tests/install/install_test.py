@@ -1,4 +1,4 @@
-"""The library as a stranger uses it: installed, found by find_package, and as a subdirectory."""
+"""The library in a separate project: installed, found by find_package, and as a subdirectory."""
 
 import argparse
 import re
@@ -9,16 +9,16 @@ from pathlib import Path
 
 SUBDIRECTORY = """
 cmake_minimum_required(VERSION 3.25)
-project(stranger LANGUAGES CXX)
+project(consumer LANGUAGES CXX)
 add_subdirectory({source} moba)
 foreach(target moba_program moba_lib_tests)
   if(TARGET ${{target}})
-    message(FATAL_ERROR "${{target}} came along")
+    message(FATAL_ERROR "${{target}} is a target of a subdirectory build")
   endif()
 endforeach()
 file(WRITE ${{CMAKE_BINARY_DIR}}/main.cpp "#include <moba/cache.h>\\nint main() {{}}\\n")
-add_executable(stranger ${{CMAKE_BINARY_DIR}}/main.cpp)
-target_link_libraries(stranger PRIVATE moba::moba)
+add_executable(consumer ${{CMAKE_BINARY_DIR}}/main.cpp)
+target_link_libraries(consumer PRIVATE moba::moba)
 """
 
 
@@ -37,7 +37,7 @@ def check_installed_example(cmake, source, build, folder):
     for header in (source / "include" / "moba").glob("*.h"):
         assert (prefix / "include" / "moba" / header.name).exists(), header.name
 
-    # A copy, so that nothing of the source tree is within reach.
+    # A copy, so that the example cannot use the source tree.
     (folder / "copy").mkdir()
     for file in (source / "examples" / "cpp").iterdir():
         (folder / "copy" / file.name).write_text(file.read_text())
@@ -74,8 +74,8 @@ def check_version_is_honoured(cmake, folder):
 
 
 def check_subdirectory(cmake, source, folder):
-    """Configured alone: what it would compile is what the build already has."""
-    project = folder / "stranger"
+    """Configure without building: the build has compiled the same sources."""
+    project = folder / "consumer"
     project.mkdir()
     (project / "CMakeLists.txt").write_text(SUBDIRECTORY.format(source=source))
     run(cmake, "-S", project, "-B", project / "build")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def names_in(headers):
-    """Functions and classes that the public headers mark with MOBA_EXPORT."""
+    """Return the functions and classes that the public headers mark with MOBA_EXPORT."""
     text = "\n".join(header.read_text() for header in sorted(headers.glob("*.h")))
     functions = re.findall(r"^MOBA_EXPORT [^(;]*?\b(\w+)\(", text, re.MULTILINE)
     classes = re.findall(r"^class MOBA_EXPORT (\w+)", text, re.MULTILINE)

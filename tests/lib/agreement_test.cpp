@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::uint64_t kShards = 8;
 
-/// MOBA_TEST_CASES sets it for `make test-long`.
+/// Cases per shard; `make test-long` sets MOBA_TEST_CASES.
 const std::uint64_t kCasesOfAShard = [] {
   const char* wanted = std::getenv("MOBA_TEST_CASES");
   return wanted == nullptr ? std::uint64_t{300} : std::strtoull(wanted, nullptr, 10);
@@ -39,7 +39,7 @@ TEST_P(Agreement, MatchesTheOracleOnRandomCases) {
   EXPECT_LE(swaps, listed / 1000) << "blocks chosen otherwise within the rounding of scores";
 }
 
-/// Rows with the same selection must come out alike.
+/// Compares rows with the same selection.
 TEST_P(FastAgreement, MatchesTheReferenceOnRandomCases) {
   const auto& [backend, shard] = GetParam();
   for (std::uint64_t i = 0; i < kCasesOfAShard && !HasFailure(); ++i) {
@@ -84,7 +84,7 @@ INSTANTIATE_TEST_SUITE_P(All, FastAgreement,
 
 using LongAgreement = EveryBackend;
 
-/// Enough tokens and blocks for several chunks, ranges and passes of a fast backend.
+/// Uses enough tokens and blocks for several key tiles, ranges and passes of a fast backend.
 TEST_P(LongAgreement, MatchesTheOracleOnLongSequences) {
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},
@@ -107,7 +107,7 @@ TEST_P(LongAgreement, MatchesTheOracleOnLongSequences) {
   }
 }
 
-/// Head dimensions beyond the random cases'.
+/// Covers head dimensions beyond those of the random cases.
 TEST_P(LongAgreement, MatchesTheOracleAtEveryHeadDimension) {
   for (const std::int64_t head_dim : {1, 3, 7, 15, 16, 31, 40, 80, 96, 100, 128, 200, 255, 256}) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {

@@ -8,7 +8,7 @@
 namespace moba::test {
 namespace {
 
-/// Repeated, it is a NaN in every storage type.
+/// Byte of which any repetition is a NaN of a storage type.
 constexpr std::byte kPattern{0xFF};
 /// Elements before the first and after the last.
 constexpr std::int64_t kMargin = 8;

@@ -7,14 +7,14 @@
 
 namespace moba::test {
 
-/// How [tokens, heads, head_dim] lies in memory.
-/// `aligned`: heads before tokens, with gaps of whole 16-byte pieces.
+/// Memory layout of [tokens, heads, head_dim].
+/// `aligned`: heads before tokens, with gaps of whole 16-byte vectors.
 enum class Layout { contiguous, padded, heads_first, reversed, shared_heads, aligned };
 
 const char* name_of(Layout layout);
 
-/// A tensor with its memory. Bytes between and around the elements hold a pattern that reads as NaN, so that
-/// both a read and a write outside show.
+/// A tensor with its memory. Bytes between and around the elements hold a pattern that reads as NaN, to
+/// detect reads and writes outside of them.
 class Array {
  public:
   Array() = default;
@@ -26,7 +26,7 @@ class Array {
   Tensor slice(std::int64_t first, std::int64_t count) const;
   double get(std::int64_t token, std::int64_t head, std::int64_t d) const;
   void set(std::int64_t token, std::int64_t head, std::int64_t d, double value);
-  /// Whether every byte that is no element still holds the pattern.
+  /// Returns whether every byte between and around the elements still holds the pattern.
   bool gaps_untouched() const;
   const std::vector<std::byte>& bytes() const { return bytes_; }
 
@@ -44,10 +44,10 @@ class Array {
   std::vector<std::byte> bytes_;
 };
 
-/// The largest magnitude of any element.
+/// Returns the largest magnitude of any element.
 double largest(const Array& array);
 
-/// The nearest value that `dtype` can hold.
+/// Returns the nearest value that `dtype` can represent.
 double rounded(double value, DType dtype);
 
 }  // namespace moba::test

@@ -39,7 +39,7 @@ Array gradient_for(const Case& c) {
   return other.q;
 }
 
-/// <d_out, attention(c)>: the number whose gradient the backward pass gives.
+/// Returns <d_out, attention(c)>, whose gradients the backward pass computes.
 double loss(const Case& c, const Array& d_out, const Execution& execution) {
   const Result result = run_attention(c, execution);
   double sum = 0;
@@ -52,7 +52,7 @@ double loss(const Case& c, const Array& d_out, const Execution& execution) {
   return sum;
 }
 
-/// The derivative along a random direction of one input, by central differences and by the gradient.
+/// Compares the derivative along a random direction of one input by central differences with the gradient's.
 void check_direction(const Case& c, Array Case::*input, const Array& gradient, const Array& d_out,
                      const Execution& execution, std::mt19937_64& engine) {
   constexpr double kStep = 1e-5;
@@ -103,8 +103,7 @@ TEST(AttendBackward, MatchesFiniteDifferences) {
 
 using BackwardOfBackend = EveryBackend;
 
-/// Logits so large that their rounding exceeds 1: recomputed weights stay at most 1, and so dv at most the
-/// sum of d_out.
+/// Uses logits whose rounding exceeds 1: recomputed weights must not exceed 1, nor dv the sum of d_out.
 TEST_P(BackwardOfBackend, LargeLogitsGiveWeightsOfAtMostOne) {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     const double magnitude = dtype == DType::f16 ? 1e2 : 3e3;
@@ -151,7 +150,7 @@ bool row_is_finite(const Array& array, std::int64_t token, std::int64_t head) {
   return true;
 }
 
-/// Causal attention of one sequence with as many queries as keys: whether a row attends to a key.
+/// Returns whether a row attends to a key, in causal attention of one sequence with as many queries as keys.
 bool attends(const Case& c, const Result& forward, std::int64_t head, std::int64_t query, std::int64_t key) {
   if (key > query) return false;
   if (c.routing.top_k == Routing::kEverything) return true;
@@ -332,7 +331,7 @@ TEST_P(BackwardOfBackend, InvalidSavedSelectionThrows) {
   const Array d_out = gradient_for(c);
   Result forward = run_attention(c, execution());
   Execution tight{.backend = GetParam(), .parallel = serial()};
-  // The smallest workspace that one kv head fits in: four head groups.
+  // The smallest workspace that one kv head fits in: four slices.
   for (std::size_t budget = 1024;; budget += budget / 8) {
     tight.workspace_bytes = budget;
     try {
@@ -355,7 +354,7 @@ TEST_P(BackwardOfBackend, InvalidSavedSelectionThrows) {
   EXPECT_EQ(largest_difference(dv, c.v), 0) << "dv was written";
 }
 
-/// Enough tokens for several chunks, ranges and rounds of a fast backend.
+/// Returns cases with enough tokens for several key tiles, ranges and rounds of a fast backend.
 std::vector<Case> long_cases() {
   const std::vector<Routing> routings = {
       {.block_size = 64, .top_k = 3},

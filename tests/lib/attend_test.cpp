@@ -1,4 +1,4 @@
-// Attention where the result is known without an oracle, and inputs that are ugly on purpose.
+// Attention whose result is known without an oracle, and edge-case inputs.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -109,7 +109,7 @@ TEST_P(Attend, InfiniteKeysAndValuesReachOnlyRowsThatAttendToThem) {
     fill(c);
     c.v.set(20, 0, 3, kInfinity);
     for (std::int64_t d = 0; d < 16; ++d) c.q.set(30, 0, d, std::abs(c.q.get(30, 0, d)));
-    c.k.set(25, 0, 5, -kInfinity);  // a logit of -inf for query 30: it does without key 25
+    c.k.set(25, 0, 5, -kInfinity);  // a logit of -inf for query 30, which ignores key 25
     const Result result = run_attention(c, execution());
     EXPECT_TRUE(std::isfinite(result.out.get(19, 0, 3)));
     for (const std::int64_t token : {20, 22, 24, 30}) {

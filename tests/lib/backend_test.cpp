@@ -1,4 +1,4 @@
-// Which backend runs, and that forcing one from outside takes.
+// Selection of the backend by argument, environment and device.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -9,14 +9,14 @@
 namespace moba::test {
 namespace {
 
-/// Sets MOBA_BACKEND for the length of a test.
+/// Sets MOBA_BACKEND during a test.
 class Forced {
  public:
   explicit Forced(const char* name) { setenv("MOBA_BACKEND", name, 1); }
   ~Forced() { unsetenv("MOBA_BACKEND"); }
 };
 
-/// Only the reference takes f64, so that a call on f64 tells who ran it.
+/// Only the reference supports f64, so an f64 call shows which backend ran.
 Case double_case() {
   Case c{.dtype = DType::f64, .sequences = one_sequence(5)};
   fill(c);

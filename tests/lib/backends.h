@@ -9,14 +9,14 @@
 
 namespace moba::test {
 
-/// The backends of this build that work on the host's memory.
+/// Returns the backends of this build that work on host memory.
 inline std::vector<std::string> host_backends() {
   std::vector<std::string> names = backends();
   std::erase(names, "cuda");
   return names;
 }
 
-/// Runs a test once for every one of them.
+/// Test that MOBA_FOR_EVERY_BACKEND runs once per backend.
 class EveryBackend : public testing::TestWithParam<std::string> {
  protected:
   Execution execution() const { return {.backend = GetParam(), .parallel = serial()}; }

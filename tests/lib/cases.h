@@ -30,19 +30,19 @@ struct Case {
   std::int64_t keys() const { return sequences.cu_seqlens_k.back(); }
 };
 
-/// Everything one needs to see a failing case again.
+/// Returns the parameters that reproduce a failing case.
 std::string describe(const Case& c);
 
 /// Makes q, k and v from the other fields.
 void fill(Case& c);
 
-/// A small case of any kind. The same seed gives the same case.
+/// Returns a small case of any kind, the same for the same seed.
 Case random_case(std::uint64_t seed);
 
-/// A case of one sequence, of normally distributed numbers.
+/// Returns a case of one sequence, of normally distributed values.
 Case plain_case(std::uint64_t seed, std::int64_t queries, std::int64_t keys, const Routing& routing);
 
-/// Outputs of a call. lse and selection are fenced; `fences_untouched` tells whether the fences stand.
+/// Outputs of a call. Fences around lse and selection detect writes outside of them.
 struct Result {
   Array out{};
   std::vector<float> lse{};
@@ -51,7 +51,7 @@ struct Result {
   explicit Result(const Case& c);
   Outputs outputs();
   float lse_at(std::int64_t head, std::int64_t token) const;
-  /// The blocks that a row lists, up to the first -1.
+  /// Returns the selected blocks of a row, up to the first -1.
   std::vector<std::int32_t> row(std::int64_t head, std::int64_t token) const;
   bool fences_untouched() const;
   bool operator==(const Result& other) const;

@@ -1,4 +1,4 @@
-// Bad arguments: every error names its function and argument, and leaves the outputs alone.
+// Invalid arguments: every error names its function and argument, and leaves the outputs unchanged.
 #include <gtest/gtest.h>
 
 #include <functional>
@@ -10,7 +10,7 @@
 namespace moba::test {
 namespace {
 
-/// A good call, to be spoilt in one place.
+/// A valid call; each test makes one argument invalid.
 struct Call {
   Case c = plain_case(1, 12, 12, {.block_size = 4, .top_k = 2});
   Result result{c};
@@ -115,7 +115,7 @@ std::vector<BadCall> bad_calls() {
   };
 }
 
-/// Runs what must throw, and returns the message.
+/// Returns the message of the error that `call` throws.
 std::string message_of(const std::function<void()>& call) {
   try {
     call();

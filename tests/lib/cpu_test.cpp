@@ -1,5 +1,4 @@
-// Tests of what only the CPU backend has: several instruction sets, and two gates that must select the same
-// blocks.
+// The CPU backend's instruction sets, matrix units and two gates, which must select the same blocks.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -23,7 +22,7 @@ constexpr std::int64_t kQueries = 125'000;
 #endif
 constexpr std::int64_t kHeads = 8, kDepth = 32, kBlocks = 640;
 
-/// Sets a variable of the environment for the length of a test.
+/// Sets an environment variable during a test.
 class Environment {
  public:
   Environment(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
@@ -139,7 +138,7 @@ TEST(CpuUnits, F32AsBf16x6MatchesFma) {
   std::ifstream cpuinfo("/proc/cpuinfo");
   const std::string flags(std::istreambuf_iterator<char>(cpuinfo), {});
   const bool has_amx = cpu_target() == "AVX3" && flags.find("amx_bf16") != std::string::npos;
-  EXPECT_EQ(fma != amx, has_amx);  // the forcing took
+  EXPECT_EQ(fma != amx, has_amx);  // the variable took effect
   for (std::size_t i = 0; i < fma.size(); ++i) EXPECT_NEAR(fma[i], amx[i], 2e-6);
 }
 

@@ -1,4 +1,4 @@
-// The cache: prefill in chunks and decode token by token give what one call gives.
+// The cache: prefill in chunks and decode token by token give the results of one call.
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -40,7 +40,7 @@ std::vector<Routing> routings() {
           {.block_size = 100, .top_k = 2}, {.block_size = 8, .top_k = Routing::kEverything}};
 }
 
-/// A result with the rows [first, first + count) of `all`.
+/// Returns the case of queries [first, first + count) and the keys up to the last of them.
 Case part_of(const Case& c, std::int64_t first, std::int64_t count) {
   Case part = c;
   part.sequences = one_sequence(count, first + count);
@@ -62,7 +62,7 @@ Case part_of(const Case& c, std::int64_t first, std::int64_t count) {
   return part;
 }
 
-/// Rows of one decoded token must be those of the oracle, given what chunked prefill selects for it.
+/// Compares the rows of one decoded token with the oracle, given the selection of chunked prefill for it.
 void check_decoded(const Case& c, const KvCache& cache, const Execution& execution, bool exact) {
   Result selected(c), decoded(c);
   attention(c.q.view(), cache, 0, c.routing, selected.outputs(), execution);
@@ -167,8 +167,8 @@ TEST_P(Decode, BatchMatchesEachSequenceAlone) {
   }
 }
 
-/// More candidates than one piece of the gate holds, each three times, so that equal scores lie in different
-/// pieces; lists shorter and longer than what is chosen; blocks of several pieces.
+/// Covers more candidates than one split of the gate holds, each three times, so that equal scores lie in
+/// different splits; lists shorter and longer than the selection; blocks of several splits.
 TEST_P(Decode, ManyBlocksAndTiesMatchTheOracle) {
   const std::vector<Routing> wide = {{.block_size = 2, .top_k = 6},
                                      {.block_size = 1, .top_k = 9, .sink_blocks = 2},
@@ -196,7 +196,7 @@ TEST_P(Decode, ManyBlocksAndTiesMatchTheOracle) {
   }
 }
 
-/// Rows whose largest magnitude is 127 have a scale of 1, so that whole numbers survive 8 bits.
+/// Rows whose largest magnitude is 127 have a scale of 1, so integers are exact in 8 bits.
 TEST_P(Decode, Int8CacheIsExactForIntegers) {
   Case c = small_case(DType::f32, {.block_size = 8, .top_k = 3}, 60);
   c.values = Values::integers;

@@ -13,7 +13,7 @@ namespace {
 
 using Determinism = EveryBackend;
 
-/// Random small cases and one with work for many threads.
+/// Returns small random cases and one with work for many threads.
 std::vector<Case> cases() {
   std::vector<Case> list;
   for (std::uint64_t seed = 7000; seed < 7040; ++seed) list.push_back(random_case(seed));

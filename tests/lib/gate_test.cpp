@@ -1,4 +1,4 @@
-// Tests of the selection where it is known without computing a score.
+// Selections that are known without computing a score.
 #include <gtest/gtest.h>
 
 #include <limits>

@@ -1,4 +1,4 @@
-"""A folder is a layer: no include may point the wrong way (docs: the layers)."""
+"""A folder is a layer: checks that every include is allowed (docs/architecture.md)."""
 
 import re
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 FOLDERS = ["include/moba", "src/reference", "src/cpu", "src/cuda", "src", "python", "llm", "app"]
 TORCH = re.compile(r"(torch|ATen|c10)/")
 
-# What a folder may not include: other folders of the house, by the path a #include would name.
+# Includes that each folder must not have, by the path that #include names.
 FORBIDDEN = {
     "include/moba": ["llm/", "app/", "python/", "reference/", "cpu/", "cuda/"],
     "src": ["llm/", "app/", "python/", "reference/", "cpu/", "cuda/"],
@@ -22,7 +22,7 @@ WITHOUT_TORCH = ["include/moba", "src", "src/reference", "src/cpu", "src/cuda"]
 
 
 def folder_of(path: str) -> str | None:
-    """The most specific layer that a file lies in."""
+    """Return the most specific layer of a file."""
     return next((folder for folder in FOLDERS if path.startswith(folder + "/")), None)
 
 

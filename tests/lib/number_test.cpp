@@ -34,13 +34,13 @@ TYPED_TEST(Number, EveryValueRoundTrips) {
   }
 }
 
-/// No neighbour is nearer, and halfway goes to the even one.
+/// Checks that no neighbour is nearer, and that a midpoint rounds to even.
 TYPED_TEST(Number, RoundsToNearestEven) {
   std::mt19937 engine(1);
   const float largest = float_of(
       TypeParam{std::is_same_v<TypeParam, bfloat16> ? std::uint16_t{0x7F7F} : std::uint16_t{0x7BFF}});
   for (int i = 0; i < 500000; ++i) {
-    // Beside any bits, the middle between two 16-bit values and what lies next to it.
+    // Random bits, or the midpoint of two 16-bit values, or a neighbour of one.
     float value = std::bit_cast<float>(static_cast<std::uint32_t>(engine()));
     if (i % 4 != 0) {
       const TypeParam half{static_cast<std::uint16_t>(engine() & 0x7FFFU)};

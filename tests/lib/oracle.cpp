@@ -46,7 +46,7 @@ void for_each_row(const Case& c, Visit&& visit) {
   }
 }
 
-/// A block's mean, and how far rounding may move each of its elements.
+/// Mean of a block, with a bound on the rounding error of each element.
 struct Mean {
   std::vector<double> value, slack;
 };
@@ -98,7 +98,7 @@ bool contains(const std::vector<std::int32_t>& list, std::int64_t block) {
   return std::find(list.begin(), list.end(), block) != list.end();
 }
 
-/// The blocks that a row must have selected whatever the scores, and how many it chooses beside them among
+/// Blocks that a row selects whatever the scores, and the number of others that it selects from
 /// [first, last).
 struct Duty {
   std::vector<std::int32_t> forced;
@@ -241,14 +241,14 @@ class SelectionCheck {
   std::vector<std::vector<Mean>> means_;
 };
 
-/// Whether a value is right: the same NaN or infinity, or within `tolerance`.
+/// Returns whether both are the same NaN or infinity, or differ by at most `tolerance`.
 bool is_near(double found, double expected, double tolerance) {
   if (std::isnan(expected)) return std::isnan(found);
   if (std::isinf(expected)) return found == expected;
   return std::fabs(found - expected) <= tolerance;
 }
 
-/// The largest finite difference.
+/// Returns the largest finite difference.
 template <typename Real>
 double worst(const std::vector<Real>& found, const std::vector<double>& expected) {
   double most = 0;
@@ -263,7 +263,8 @@ float scale_of(const Case& c) {
   return c.routing.scale.value_or(1 / std::sqrt(static_cast<float>(c.head_dim)));
 }
 
-/// How far f32 may move a logit: some sqrt(D) roundings of the largest sum of |q k|, and a few of its scale.
+/// Bound on the f32 error of a logit: some sqrt(D) roundings of the largest sum of |q k|, and a few of its
+/// scale.
 double logit_rounding(const Case& c) {
   double most = 0;
   for_each_row(c, [&](std::int64_t head, std::int64_t token, const Place& place) {

@@ -5,7 +5,8 @@
 
 #include "cases.h"
 
-/// The specification once more, dense and direct, sharing no code with the library but the number formats.
+/// A second implementation of the specification, dense and direct, which shares no code with the library but
+/// the number formats.
 namespace moba::test {
 
 /// Attention given a selection: [Hq, Tq, D] and [Hq, Tq].
@@ -14,13 +15,13 @@ struct Attended {
   std::vector<Real> out, lse;
 };
 
-/// Softmax attention over the keys that `selected` says were selected, all sums in `Real`. In float it is
-/// what frameworks compute: weights rounded to the storage type before they meet the values.
+/// Computes softmax attention over the keys of the selected blocks, with all sums in `Real`. In float it
+/// rounds as frameworks do: weights are rounded to the storage type before the product with the values.
 template <typename Real>
 Attended<Real> attend_densely(const Case& c, const Result& selected);
 
-/// Fails the test unless every row's blocks are those of highest score, or differ from them by less than the
-/// rounding of scores explains. Returns how many blocks differ from the exact ones.
+/// Fails the test unless every row's blocks have the highest scores, up to the rounding of scores. Returns
+/// the number of blocks that differ from the exact ones.
 std::int64_t check_selection(const Case& c, const Result& result);
 
 /// Fails the test unless out and lse are those of the selected blocks: error at most twice that of a
@@ -32,7 +33,7 @@ inline void check_attended(const Case& c, const Result& result, bool exact) {
   check_attended(c, result, exact ? Rounding::exact : Rounding::fast);
 }
 
-/// Both of the above, and that nothing else was written.
+/// Checks both of the above, and that nothing else was written.
 std::int64_t check_result(const Case& c, const Result& result, Rounding rounding);
 inline std::int64_t check_result(const Case& c, const Result& result, bool exact) {
   return check_result(c, result, exact ? Rounding::exact : Rounding::fast);

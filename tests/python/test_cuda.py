@@ -1,4 +1,4 @@
-"""The operators on a CUDA device, against float64 and the CPU. What needs a device is skipped without one."""
+"""The operators on a CUDA device, against float64 and the CPU. Tests that need a device are skipped without one."""
 
 import moba
 import pytest
@@ -131,7 +131,7 @@ def test_a_thousand_repetitions_give_the_same_bits():
 
 
 def capture(step):
-    """A graph of the step and what it gives, once the step has shown that it makes the host wait for nothing."""
+    """Return a graph of the step and its output, after checking that the step does not synchronise."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_sync_debug_mode("error")
@@ -176,7 +176,7 @@ def test_calls_use_the_current_stream_and_torchs_memory():
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(100_000_000)
-        late = q * 1  # what the call reads is there only after the pause
+        late = q * 1  # the input of the call is ready only after the pause
         found = ops.attention(late, k, v, cu, cu, 64, 3)[0]
     side.synchronize()
     assert torch.equal(found, expected)
@@ -255,7 +255,7 @@ def test_batches_and_varlen_functions_match():
     mask[0, :30] = False
     here = moba.attention(q, k, v, block_size=32, top_k=3, padding_mask=mask)
     found = moba.attention(*there(q, k, v), block_size=32, top_k=3, padding_mask=mask.cuda())
-    assert (found.cpu() != here).any(-1).float().mean() < 0.9  # a bit of rounding, most rows
+    assert (found.cpu() != here).any(-1).float().mean() < 0.9  # rounding, in most rows
     torch.testing.assert_close(found.cpu(), here, atol=4e-2, rtol=2e-2)
     packed = [t[1] for t in there(q, k, v)]
     cu = offsets([150, 50]).cuda()
@@ -337,7 +337,7 @@ def test_decode_steps_of_a_model_match_its_prefill():
             ].float().norm(dim=-1)
             assert (
                 error.median() < 0.05 and (error > 0.3).float().mean() <= 0.1
-            )  # rounding now and then picks another block
+            )  # rounding may select another block
 
 
 @on_gpu

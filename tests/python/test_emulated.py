@@ -94,7 +94,7 @@ def test_decode_takes_strided_caches(emulated):
     same(q, *ahead, torch.cat([means, means], dim=1)[:, :7], begin, end)
     off = torch.cat([keys, keys], dim=-1)[..., 1:65].copy_(keys)  # rows off 16 bytes
     same(q, off, values, means, begin.repeat_interleave(2)[::2], end)
-    for row in range(3):  # a batch of one, whose stride is no multiple of anything
+    for row in range(3):  # a batch of one, whose stride is arbitrary
         one = torch.as_strided(
             keys[row], (1, *keys.shape[1:]), (3, *keys.stride()[1:]), keys[row].storage_offset()
         )

@@ -33,10 +33,10 @@ struct Copy {
 struct Thread {
   Fiber fiber;
   State state = State::ready;
-  const char* name = "";  // of what it waits at
+  const char* name = "";  // of the instruction that it waits at
   void* operands = nullptr;
   void (*body)(void* const*) = nullptr;
-  int together = kLanes;  // threads that the collective is of
+  int together = kLanes;  // threads of the collective
   const void* mbarrier = nullptr;
   unsigned fences = 0;
   int barrier = kNoBarrier;
@@ -146,7 +146,7 @@ class Machine {
   std::vector<std::unique_ptr<Thread>> threads_;
   std::array<Barrier, kBarriers> barriers_{};
   std::vector<Warpgroup> groups_;
-  int running_group_ = 0;  // whose collective runs
+  int running_group_ = 0;  // group of the running collective
   std::vector<Mark> marks_;
   std::size_t shared_bytes_ = 0;
   std::string failure_;
@@ -319,7 +319,7 @@ Mark* Machine::mark(const void* address) {
   return offset < shared_bytes_ ? &marks_[offset / 16] : nullptr;
 }
 
-/// Runs every lane of a warp that can run to where it waits next; false when none could.
+/// Runs each lane of a warp that can run until it waits; returns false if none could.
 bool Machine::step(int warp) {
   bool moved = false;
   const bool backwards = chance();
@@ -398,7 +398,7 @@ void Machine::run(const char* name, Dim grid, int threads, std::size_t shared_by
   tma_loads.clear();
   kernel = &body;
   while (threads_.size() < static_cast<std::size_t>(threads)) threads_.push_back(std::make_unique<Thread>());
-  // Exactly as large as requested, so that AddressSanitizer sees accesses beside it.
+  // Exactly as large as requested, so that AddressSanitizer detects accesses outside.
   const std::unique_ptr<std::byte, void (*)(std::byte*)> shared(
       static_cast<std::byte*>(::operator new (shared_bytes, std::align_val_t{1024})),
       [](std::byte* memory) { ::operator delete (memory, std::align_val_t{1024}); });

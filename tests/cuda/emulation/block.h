@@ -9,7 +9,7 @@
 /// shuffled order. Mistakes that hardware turns into wrong results or a hang are thrown as std::logic_error:
 /// lanes of a warp at different instructions, barriers that cannot open. Shared memory begins as NaN, and an
 /// asynchronous copy completes when it is issued or when it is waited for, at random, so that a missing wait
-/// shows in both directions.
+/// is detected before and after the copy.
 namespace moba::cuda::emulation {
 
 constexpr int kLanes = 32;
@@ -28,7 +28,7 @@ struct Place {
 const Place& here();
 
 /// Executes an instruction of a warp. Every lane calls with its own operands; once all have, `body` runs
-/// once over the 32 of them.
+/// once over all 32.
 void collective(const char* name, void* operands, void (*body)(void* const* lanes));
 
 /// Executes an instruction of a warpgroup: the four warps whose first is a multiple of four.
@@ -63,16 +63,16 @@ void tma_load(std::function<void()> land, const void* barrier, std::int64_t byte
 /// (in units of 16 bytes) before the barrier that publishes it.
 void wrote(const void* shared);
 void fence_proxy_async();
-/// Tests that `shared` is shared memory without writes that are not fenced; otherwise the block fails.
+/// Checks that `shared` is shared memory without unfenced writes; otherwise the block fails.
 bool check_fenced(const void* shared);
 
 /// Compute capability of the emulated device, 80 by default.
 int& capability();
-/// Launches that succeed before one fails, as launches of a runtime may; below 0 none fails.
+/// Number of launches that succeed before one fails; if negative, none fails.
 int& launches_before_failure();
-/// Counts a launch; true for the one that fails.
+/// Counts a launch; returns true for the one that fails.
 bool launch_fails();
-/// Launches of a kernel of that name by this thread.
+/// Returns the number of launches of the kernel of that name by this thread.
 int launches(const char* name);
 
 /// Runs a kernel. MOBA_EMULATION_SEED seeds the order of blocks and warps.

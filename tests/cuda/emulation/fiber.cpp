@@ -41,8 +41,8 @@ void forget_frames(std::byte*) {}
 
 #if defined(__x86_64__)
 
-// swapcontext asks the kernel for the signal mask each time; a kernel of the device switches millions of
-// times. Saves what the calling convention says a function keeps, and changes stacks.
+// Saves the callee-saved registers and changes stacks. swapcontext would make a system call for the signal
+// mask each time, and a device kernel switches millions of times.
 extern "C" void moba_emulation_switch(void** save, void* load);
 asm(R"(
 .text
@@ -70,7 +70,7 @@ moba_emulation_switch:
 
 namespace {
 
-/// A stack on which the switch's pops find zeros and its `ret` finds `entry`.
+/// Prepares a stack on which the switch's pops find zeros and its `ret` finds `entry`.
 void* prepared(std::byte* stack, void (*entry)(), void*) {
   constexpr std::size_t kSavedRegisters = 6;
   auto** top = reinterpret_cast<void**>(stack + kStackBytes) - 2;

@@ -4,8 +4,8 @@
 
 namespace moba::cuda::emulation {
 
-/// Fiber: a stack and a position in the code, as which a device thread runs on the host. Announces every
-/// switch to AddressSanitizer.
+/// Stack and position in the code, as which a device thread runs on the host. Announces every switch to
+/// AddressSanitizer.
 class Fiber {
  public:
   Fiber();

@@ -35,7 +35,7 @@ std::byte* Stream::allocate(std::size_t bytes) {
                                     : ::operator new (bytes, std::align_val_t{ArenaLayout::kAlignment});
   if (memory == nullptr)
     throw DeviceFailure{"scratch gave no memory for " + std::to_string(bytes) + " bytes"};
-  std::memset(memory, 0xFF, bytes);  // as NaN, so that reading before writing shows
+  std::memset(memory, 0xFF, bytes);  // NaN, to detect reads before writes
   return static_cast<std::byte*>(memory);
 }
 

@@ -8,7 +8,8 @@
 namespace moba::llm::eval {
 namespace {
 
-// Values of R's prop.test(correct = FALSE), which uses the same formula (Brown, Cai, DasGupta).
+// Worked out by hand from the formula of Brown, Cai and DasGupta; R's prop.test(correct = FALSE) gives the
+// same.
 TEST(Wilson, MatchesKnownIntervals) {
   const Interval none = wilson(0, 10), most = wilson(8, 10), all = wilson(20, 20);
   EXPECT_NEAR(none.low, 0, 1e-12);

@@ -7,7 +7,7 @@
 
 namespace moba::llm::eval {
 
-/// A folder that is gone at the end of a test.
+/// Temporary folder, removed by the destructor.
 class TemporaryFolder {
  public:
   TemporaryFolder();
@@ -16,17 +16,17 @@ class TemporaryFolder {
   TemporaryFolder& operator=(const TemporaryFolder&) = delete;
 
   const std::filesystem::path& path() const { return path_; }
-  /// Writes a file and gives its path.
+  /// Writes a file and returns its path.
   std::filesystem::path write(const std::string& name, const std::string& text) const;
 
  private:
   std::filesystem::path path_;
 };
 
-/// Token i is byte i.
+/// Returns a tokenizer whose token i is byte i.
 const Tokenizer& byte_tokenizer();
 
-/// Numbered lines of made-up words, no line like another.
+/// Returns numbered lines of made-up words, all different.
 std::string lines_of_text(int lines);
 
 std::size_t count_of(const std::string& text, const std::string& part);

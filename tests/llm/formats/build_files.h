@@ -18,7 +18,7 @@
 
 namespace moba::llm {
 
-/// A test with a folder of its own, gone at the end.
+/// Test with a temporary folder of its own.
 class WithFolder : public ::testing::Test {
  protected:
   WithFolder() {
@@ -30,7 +30,7 @@ class WithFolder : public ::testing::Test {
   ~WithFolder() override { std::filesystem::remove_all(folder_); }
 
   std::filesystem::path write(const std::string& name, std::string_view bytes) const {
-    std::filesystem::remove(folder_ / name);  // quicker than to write over it
+    std::filesystem::remove(folder_ / name);  // faster than overwriting it
     std::ofstream(folder_ / name, std::ios::binary) << bytes;
     return folder_ / name;
   }
@@ -38,7 +38,7 @@ class WithFolder : public ::testing::Test {
   std::filesystem::path folder_;
 };
 
-/// The error message of `action`; empty where there is none.
+/// Returns the error message of `action`, empty if it does not throw.
 inline std::string complaint_of(const std::function<void()>& action) {
   try {
     action();
@@ -59,7 +59,7 @@ inline std::string gguf_string(std::string_view text) {
   return bytes_of(static_cast<std::uint64_t>(text.size())) + std::string(text);
 }
 
-/// Spells a GGUF file, right or wrong.
+/// Builds the bytes of a GGUF file, valid or not.
 class GgufText {
  public:
   GgufText& entry(std::string_view key, GgufType type, const std::string& value) {
@@ -79,7 +79,7 @@ class GgufText {
                  bytes_of(static_cast<std::uint32_t>(element)) + bytes_of(count) + elements);
   }
 
-  /// An F32 tensor of zeros; `shape` with the outermost dimension first.
+  /// Adds an F32 tensor of zeros; `shape` has the outermost dimension first.
   GgufText& tensor(std::string_view name, const std::vector<std::int64_t>& shape) {
     std::uint64_t count = 1;
     tensors_ += gguf_string(name) + bytes_of(static_cast<std::uint32_t>(shape.size()));
@@ -105,8 +105,8 @@ class GgufText {
   std::uint64_t entries_ = 0, count_ = 0, data_bytes_ = 0;
 };
 
-/// Tries `read` on a file cut at every length, and with every byte changed in three ways. It may complain; it
-/// must do nothing worse. Every cut must be noticed.
+/// Calls `read` on the file cut at every length, which must throw DataError, and with every byte changed in
+/// three ways, which must load or throw DataError.
 inline void expect_survival(const std::string& good, const std::function<void(const std::string&)>& read) {
   for (std::size_t size = 0; size < good.size(); ++size) {
     EXPECT_NE(complaint_of([&] { read(good.substr(0, size)); }), "") << "cut at " << size;

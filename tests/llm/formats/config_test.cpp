@@ -5,7 +5,7 @@
 namespace moba::llm {
 namespace {
 
-/// A small model's config.json, some members of which are given (null: left out).
+/// Returns the config.json of a small model, with the members of `changes` (null: left out).
 nlohmann::json config_json(const std::string& type,
                            const nlohmann::json& changes = nlohmann::json::object()) {
   nlohmann::json config{
@@ -156,7 +156,7 @@ TEST(Config, UnsupportedModelsThrow) {
   EXPECT_NE(complaint("llama", {{"num_attention_heads", 5}}), "");
 }
 
-/// GGUF metadata of the same small model.
+/// Returns GGUF metadata of the same small model.
 GgufText config_gguf(const std::string& architecture) {
   GgufText text;
   text.text("general.architecture", architecture);

@@ -1,5 +1,5 @@
 // Writes every tensor of one weights file as f32, in the file's order, to standard output; with --list, their
-// names, types and shapes. What the tests hold against PyPI's gguf and safetensors. With --open, opens a
+// names, types and shapes. The tests compare them with PyPI's gguf and safetensors. With --open, opens a
 // whole model, as the program does first.
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -27,7 +27,7 @@ void list(const std::vector<StoredTensor>& tensors) {
   }
 }
 
-/// Three rows at a time, so that rows in the middle of a tensor are asked for as well.
+/// Reads three rows at a time, so that reads begin in the middle of a tensor as well.
 void dump(const std::vector<StoredTensor>& tensors) {
   constexpr std::int64_t kRows = 3;
   for (const StoredTensor& tensor : tensors) {

@@ -1,4 +1,4 @@
-"""The weight formats against the ecosystem's own readers, and a corpus of broken files that each get one line."""
+"""The weight formats against PyPI's gguf, safetensors and transformers, and a corpus of invalid files."""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ QUANTISED = [
 
 @pytest.fixture
 def dump(build_folder):
-    """dump(path) gives every number of a weights file in f32, in file order; dump(path, "--list") its lines."""
+    """dump(path) returns every number of a weights file in f32, in file order; dump(path, "--list") its lines."""
     tool = existing(build_folder / "tests" / "dump_tensors", "`make build` makes it")
 
     def run(path, *flags):
@@ -51,7 +51,7 @@ def dump(build_folder):
 
 
 def assert_same_bits(ours, theirs):
-    """NaNs may differ in their payload, which no arithmetic defines."""
+    """Check for equal bits, except in the payload of NaNs, which no arithmetic defines."""
     theirs = np.ascontiguousarray(theirs, dtype=np.float32).ravel()
     assert ours.shape == theirs.shape
     same = (ours.view(np.uint32) == theirs.view(np.uint32)) | (np.isnan(ours) & np.isnan(theirs))
@@ -59,7 +59,7 @@ def assert_same_bits(ours, theirs):
 
 
 def write_gguf(path, tensors, version=3):
-    """tensors: [(name, bytes [..., row bytes] u8, type)]"""
+    """Write tensors [(name, bytes [..., row bytes] u8, type)]."""
     writer = GGUFWriter(path, "llama")
     for name, data, kind in tensors:
         writer.add_tensor(name, data, raw_dtype=kind)
@@ -94,7 +94,7 @@ def load_maker():
 @pytest.mark.parametrize("version", [2, 3])
 @pytest.mark.parametrize("kind", FLOATS + QUANTISED, ids=lambda kind: kind.name)
 def test_every_type_equals_gguf(kind, version, tmp_path, dump):
-    """Random bytes: scales of every size, infinite, NaN and subnormal, in tensors of several rows and ranks."""
+    """Use random bytes: scales of every size, infinite, NaN and subnormal, in tensors of several rows and ranks."""
     shapes = [(256,), (7, 512), (3, 2, 768), (1, 256)]
     tensors = [(f"t{i}", random_bytes(kind, shape, seed=i), kind) for i, shape in enumerate(shapes)]
     write_gguf(tmp_path / "m.gguf", tensors, version)
@@ -261,7 +261,7 @@ def assert_describes(found, model):
 
 
 def assert_same_rope(found, rope):
-    """Names differ; what is given must be there, what is not must have the default."""
+    """Compare under either name; a member that is not given must have its default."""
     assert found["theta"] == rope["rope_theta"]
     kind = rope["rope_type"]
     assert found["scaling"] == ("none" if kind == "default" else kind)
@@ -335,7 +335,7 @@ def test_tied_model_may_store_its_head(tmp_path, info):
     assert info(tmp_path)["tied_embeddings"]
 
 
-# Our own process is too large to be the parent: a child's peak counts what it was forked from.
+# A small parent process, because the peak of a child includes that of the process it was forked from.
 PEAK_OF = """
 import resource, subprocess, sys
 code = subprocess.call(sys.argv[1:])
@@ -345,7 +345,7 @@ sys.exit(code)
 
 
 def test_info_reads_headers_only(tmp_path, build_folder):
-    """8 GiB of weights, a hole in the file: hardly any of it becomes resident."""
+    """Check that hardly any of 8 GiB of weights, a hole in the file, becomes resident."""
     maker = load_maker()
     rows = 1 << 28
     header, size = maker.header_of(
@@ -386,7 +386,7 @@ LIMIT = 1 << 30
 
 
 def limit_memory():
-    """Limits the memory that a process allocates; mapped files do not count."""
+    """Limit the memory that a process allocates; mapped files do not count."""
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
 
 
@@ -401,11 +401,11 @@ def complaint(program, *arguments):
     return text
 
 
-EVERY = 12  # bad file is shown to the program itself, which takes longer to start than to refuse
+EVERY = 12  # every 12th file is also given to the program, whose start takes most of the time
 
 
 def test_bad_files_are_refused(bad_files, build_folder):
-    """Each gets exit code 1 and one line, which names the file and says what is wrong."""
+    """Check that each ends with exit code 1 and one line that names the file and the error."""
     manifest = json.loads((bad_files / "manifest.json").read_text())
     assert len({entry["kind"] for entry in manifest}) >= 40
     tool = existing(build_folder / "tests" / "dump_tensors", "`make build` makes it")

@@ -9,7 +9,7 @@
 namespace moba::llm {
 namespace {
 
-/// A model with two heads of four dimensions and one layer.
+/// Returns a model with two heads of four dimensions and one layer.
 GgufText model_gguf(const std::string& architecture = "llama", const std::string& left_out = "") {
   GgufText text;
   text.text("general.architecture", architecture);

@@ -1,5 +1,5 @@
-// Lets the tests see logits: reads token ids (int32) from one file, writes the logits after each of them
-// (f32, [tokens, vocab]) to another.
+// Computes logits for the tests: reads token ids (int32) from one file, and writes the logits after each of
+// them (f32, [tokens, vocab]) to another.
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <fstream>

@@ -1,4 +1,4 @@
-"""Our logits against those of `transformers`, on the same weights."""
+"""Logits of the model runner against those of `transformers`, on the same weights."""
 
 import json
 
@@ -56,7 +56,7 @@ CASES = {
 
 
 def random_model(kind, settings, seed=0):
-    """A model whose every parameter matters: norms away from 1, biases away from 0, activations of order 1."""
+    """Return a model whose every parameter matters: norms away from 1, biases away from 0, activations of order 1."""
     settings = SHAPE | settings
     rope = {"rope_theta": 10000.0, "rope_type": "default"} | settings.pop("rope", {})
     config = getattr(transformers, f"{kind}Config")(**settings, rope_parameters=rope)
@@ -88,13 +88,13 @@ def loaded_there(folder, dtype):
 
 
 def worst_error(ours, theirs):
-    """Largest difference as a share of the range of the logits."""
+    """Return the largest difference as a share of the range of the logits."""
     assert ours.shape == theirs.shape
     return np.abs(ours - theirs).max() / (theirs.max() - theirs.min())
 
 
 def spell_rope_scaling(folder):
-    """Rewrites config.json in the form that older versions of transformers wrote."""
+    """Rewrite config.json in the form that older versions of transformers wrote."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")

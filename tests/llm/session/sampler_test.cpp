@@ -20,7 +20,7 @@ std::map<std::int32_t, double> shares(const Sampling& sampling, const std::vecto
   return shares;
 }
 
-/// Logits of given probabilities.
+/// Returns logits of given probabilities.
 std::vector<float> logits_of(const std::vector<double>& probabilities) {
   std::vector<float> logits;
   for (double p : probabilities) logits.push_back(static_cast<float>(std::log(p)));

@@ -5,7 +5,7 @@
 namespace moba::llm {
 namespace {
 
-/// The output of a stream for `bytes` given one at a time.
+/// Returns the output of a stream for `bytes` given one at a time.
 std::string byte_by_byte(std::string_view bytes) {
   TextStream stream;
   std::string text;

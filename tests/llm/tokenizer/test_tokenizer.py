@@ -1,4 +1,4 @@
-"""Token ids of `moba tokenize` against the ecosystem's own: PyPI tokenizers, sentencepiece and transformers.
+"""Token ids of `moba tokenize` against PyPI's tokenizers, sentencepiece and transformers.
 
 MOBA_BUILD_DIR names the build folder (default build/release), MOBA_SMOLLM2 the GGUF file of SmolLM2.
 """
@@ -76,7 +76,7 @@ def sources():
 
 
 def random_characters(rng, count):
-    """Characters of every plane, assigned or not."""
+    """Return characters of every plane, assigned or not."""
     planes = [
         (0, 0x80),
         (0x80, 0x800),
@@ -162,7 +162,7 @@ def untrained(family):
 
 @pytest.fixture(scope="session", params=FAMILIES)
 def byte_level(request, tmp_path_factory):
-    """A folder with a tokenizer.json of each family, and the same as PyPI tokenizers reads it."""
+    """A folder with a tokenizer.json of each family, and the tokenizer that PyPI's tokenizers reads from it."""
     family = request.param
     tokenizer = untrained(family)
     trainer = trainers.BpeTrainer(
@@ -210,7 +210,7 @@ def test_special_token_flags_equal_tokenizers(byte_level):
 
 
 def test_merges_written_as_text_are_read(byte_level, tmp_path):
-    """Older files write a merge as one string."""
+    """Read merges written as one string, as in older files."""
     _, folder, tokenizer = byte_level
     document = json.loads((folder / "tokenizer.json").read_text())
     document["model"]["merges"] = [" ".join(pair) for pair in document["model"]["merges"]]
@@ -220,7 +220,7 @@ def test_merges_written_as_text_are_read(byte_level, tmp_path):
 
 
 def test_every_single_character_equals_tokenizers(byte_level):
-    """Classes of characters, wherever they come from, agree."""
+    """Check that both sides classify every character alike."""
     family, folder, tokenizer = byte_level
     texts = ["".join(f"a{chr(c)}1 {chr(c)}" for c in range(begin, begin + 64) if not 0xD800 <= c < 0xE000)
              for begin in range(0, 0x33500, 64)]  # fmt: skip
@@ -259,7 +259,7 @@ def test_gguf_byte_level_ids_equal_tokenizers(byte_level, tmp_path):
     family, folder, _ = byte_level
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     document = json.loads(tokenizer.to_str())
-    # GGUF has no single words and no stripping: only what it can say is left.
+    # GGUF cannot express single words and stripping, so these tokens are left out.
     document["added_tokens"] = [
         t for t in document["added_tokens"] if t["content"] not in ("word", "<wide>")
     ]
@@ -334,7 +334,7 @@ def test_repeated_gguf_token_is_refused(tmp_path):
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """SmolLM2's tokenizer, put together from the metadata by hand."""
+    """SmolLM2's tokenizer, built from the GGUF metadata, and its chat template."""
     if not SMOLLM2.exists():
         pytest.skip(f"{SMOLLM2} is not there")
     fields = GGUFReader(SMOLLM2).fields
@@ -363,7 +363,7 @@ def test_smollm2_chat_equals_transformers(smollm2, tmp_path):
 
 
 def test_invalid_utf8_becomes_byte_tokens(smollm2):
-    """The valid text around them is read as ever, and every byte that has a token is there."""
+    """Check that valid text around invalid bytes is encoded as usual, and that bytes with a token are kept."""
     before, after = "one  two", " three 12"
     data = before.encode() + b"\xff\xc3\x28\xed\xa0\x80" + after.encode()
     ids = json.loads(run("-m", SMOLLM2, "--json", data=data))
@@ -378,7 +378,7 @@ def test_invalid_utf8_becomes_byte_tokens(smollm2):
 
 @pytest.fixture(scope="session")
 def sentencepiece_model(tmp_path_factory):
-    """A tokenizer.model in the manner of Llama 2, and sentencepiece's own reading of it."""
+    """A tokenizer.model like that of Llama 2, and the processor that sentencepiece reads from it."""
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("sentencepiece")
@@ -422,7 +422,7 @@ def test_gguf_sentencepiece_ids_equal_sentencepiece(sentencepiece_model, tmp_pat
 
 
 def sentencepiece_in_json(model, legacy):
-    """The same model as a tokenizer.json, the two ways that Llama 2 is found in."""
+    """Return the same model as a tokenizer.json, in either form in which Llama 2 is published."""
     vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
     normal = [
         i

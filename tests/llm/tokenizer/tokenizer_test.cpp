@@ -1,4 +1,4 @@
-// Whole tokenizers, written here as files: what they make of bytes, and what is refused.
+// Whole tokenizers in files written here: their token ids, and files that are refused.
 #include "llm/tokenizer/tokenizer.h"
 
 #include <gtest/gtest.h>
@@ -21,7 +21,7 @@ namespace {
 using nlohmann::json;
 using Ids = std::vector<std::int32_t>;
 
-/// A Hugging Face folder that goes away with the test.
+/// Test with a temporary Hugging Face folder.
 class TokenizerTest : public testing::Test {
  protected:
   void SetUp() override {
@@ -38,7 +38,7 @@ class TokenizerTest : public testing::Test {
     write("tokenizer.json", document.dump());
     return Tokenizer::open(folder_);
   }
-  /// The message that refuses the folder; it names `file` and is one line.
+  /// Returns the message that refuses the folder, after checking that it is one line that names `file`.
   std::string refusal(const std::string& file) const {
     try {
       Tokenizer::open(folder_);
@@ -66,7 +66,7 @@ class TokenizerTest : public testing::Test {
   std::filesystem::path folder_;
 };
 
-/// A byte-level model of the 256 bytes and two merges: "ab", "abab".
+/// Returns a byte-level model of the 256 bytes and two merges: "ab", "abab".
 json byte_level() {
   json vocab = json::object();
   for (int byte = 0; byte < 256; ++byte) {
@@ -241,7 +241,7 @@ std::string field(char tag, const std::string& bytes) {
   return std::string(1, tag) + static_cast<char>(bytes.size()) + bytes;
 }
 
-/// One piece of a tokenizer.model.
+/// Returns one piece of a tokenizer.model.
 std::string piece(const std::string& text, float score, char kind) {
   const std::string number(reinterpret_cast<const char*>(&score), sizeof score);
   return field('\x0A', field('\x0A', text) + '\x15' + number + '\x18' + kind);

@@ -1,5 +1,5 @@
-// Lets the tests see gradients: reads token ids and targets (int32) from files, writes the loss of every
-// token and the gradient of their mean, under the names of the weights.
+// Computes gradients for the tests: reads token ids and targets (int32) from files, and writes the loss of
+// every token and the gradient of their mean, under the names of the weights.
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <cstdio>

@@ -29,7 +29,7 @@ MOBA = dict(block_size=16, top_k=3)
 
 
 def build_model(kind="Llama", seed=0, **changes):
-    """A model whose every parameter matters."""
+    """Return a model whose every parameter matters."""
     settings = SHAPE | {"tie_word_embeddings": False} | changes
     torch.manual_seed(seed)
     model = getattr(transformers, f"{kind}ForCausalLM")(
@@ -72,7 +72,7 @@ def assert_same_gradients(ours, theirs, bound):
 
 @pytest.fixture
 def gradients_of(build_folder, tmp_path):
-    """gradients_of(folder, ids, targets, lengths, block_size=16) gives our losses and gradients."""
+    """gradients_of(folder, ids, targets, lengths, block_size=16) returns the losses and gradients of llm/train."""
     tool = existing(build_folder / "tests" / "gradients", "`make build` makes it")
 
     def run(model, ids, targets, lengths, **flags):

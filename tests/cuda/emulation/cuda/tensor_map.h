@@ -7,7 +7,7 @@
 
 namespace moba::cuda {
 
-/// Replaces src/cuda/tensor_map.h: what cuTensorMapEncodeTiled is given.
+/// Replaces src/cuda/tensor_map.h: the arguments of cuTensorMapEncodeTiled.
 struct TensorMap {
   static constexpr int kColumns = 64;
   const std::byte* data = nullptr;

@@ -2,7 +2,8 @@
 
 #include "cuda/ptx/device.h"
 
-/// Replaces src/cuda/ptx/copy.h: asynchronous copies land when they are issued or when they are waited for.
+/// Replaces src/cuda/ptx/copy.h: asynchronous copies complete when they are issued or when they are waited
+/// for.
 namespace moba::cuda::ptx {
 
 struct alignas(16) Vec16 {

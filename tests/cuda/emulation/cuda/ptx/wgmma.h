@@ -12,14 +12,14 @@ namespace moba::cuda::ptx {
 inline constexpr bool kHasWarpgroups = true;
 constexpr int kWarpgroupThreads = 128;
 
-constexpr std::uint32_t kSharedBegin = 1024;  // what the system keeps of it
+constexpr std::uint32_t kSharedBegin = 1024;  // reserved by the system
 
 MOBA_DEVICE std::uint32_t shared_address(const void* shared) {
   return static_cast<std::uint32_t>(static_cast<const std::byte*>(shared) - emulation::here().shared) +
          kSharedBegin;
 }
 
-/// An element of an operand: row or column `index` and step `k`.
+/// Returns an element of an operand: row or column `index` and step `k`.
 template <typename T>
 float operand_at(std::uint64_t descriptor, bool along_k, int index, int k) {
   const auto field = [&](int bit) { return static_cast<std::uint32_t>(descriptor >> bit & 0x3FFFU) << 4; };
@@ -35,7 +35,7 @@ float operand_at(std::uint64_t descriptor, bool along_k, int index, int k) {
   return unpack_low<T>(bits);
 }
 
-/// sum += left right; not instrumented, as multiply_m16k16.
+/// Computes sum += left right; not instrumented, like multiply_m16k16.
 template <int columns>
 __attribute__((no_sanitize("address", "undefined"))) void multiply_m64k16(const float (&left)[64][16],
                                                                           const float (&right)[16][columns],
@@ -110,7 +110,7 @@ MOBA_DEVICE void wgmma_rs(float (&d)[tiles][4], const std::uint32_t (&a)[4], std
 MOBA_DEVICE void wgmma_commit() {
   emulation::wgmma_commit();
 }
-/// of those that have ended.
+/// Waits until at most `pending` committed groups are running.
 template <int pending = 0, int tiles>
 MOBA_DEVICE void wgmma_wait(float (&)[tiles][4]) {
   emulation::wgmma_wait(pending);
