@@ -107,19 +107,19 @@ def exact(log):
 
 def byte_documents(place, seq_len=128):
     """Return inputs and targets of all sequences of the documents."""
-    pieces = []
+    sequences = []
     for path in sorted((place / "data").iterdir()):
         ids = list(path.read_bytes()) + [END]
         for begin in range(0, len(ids) - 1, seq_len):
-            piece = ids[begin : begin + seq_len + 1]
-            pieces.append((piece[:-1], piece[1:]))
-    return pieces
+            sequence = ids[begin : begin + seq_len + 1]
+            sequences.append((sequence[:-1], sequence[1:]))
+    return sequences
 
 
-def loss_there(model, pieces):
+def loss_there(model, sequences):
     """Return the mean loss of all tokens."""
-    ids, targets = (np.concatenate([piece[i] for piece in pieces]) for i in range(2))
-    return losses_there(model, ids, targets, [len(piece[0]) for piece in pieces]).mean()
+    ids, targets = (np.concatenate([sequence[i] for sequence in sequences]) for i in range(2))
+    return losses_there(model, ids, targets, [len(sequence[0]) for sequence in sequences]).mean()
 
 
 def learning_rate(kind, step, steps, warmup, decay=0, floor=0.1):
@@ -157,11 +157,11 @@ def test_fifty_steps_equal_pytorch(place, train):
         betas=(0.9, 0.95),
         weight_decay=0.1,
     )
-    pieces = byte_documents(place)
+    sequences = byte_documents(place)
     for step, line in enumerate(ours):
         for group in optimiser.param_groups:
             group["lr"] = 1e-2 * learning_rate("cosine", step, 50, 5)
-        loss = loss_there(model, pieces)
+        loss = loss_there(model, sequences)
         optimiser.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

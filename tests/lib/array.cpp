@@ -112,14 +112,14 @@ bool Array::gaps_untouched() const {
 }
 
 double largest(const Array& array) {
-  double most = 0;
+  double max_magnitude = 0;
   for (std::int64_t token = 0; token < array.tokens(); ++token) {
     for (std::int64_t head = 0; head < array.heads(); ++head) {
       for (std::int64_t d = 0; d < array.head_dim(); ++d)
-        most = std::max(most, std::fabs(array.get(token, head, d)));
+        max_magnitude = std::max(max_magnitude, std::fabs(array.get(token, head, d)));
     }
   }
-  return most;
+  return max_magnitude;
 }
 
 double rounded(double value, DType dtype) {

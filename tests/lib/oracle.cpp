@@ -251,12 +251,12 @@ bool is_near(double found, double expected, double tolerance) {
 /// Returns the largest finite difference.
 template <typename Real>
 double worst(const std::vector<Real>& found, const std::vector<double>& expected) {
-  double most = 0;
+  double max_error = 0;
   for (std::size_t i = 0; i < found.size(); ++i) {
     const double error = std::fabs(static_cast<double>(found[i]) - expected[i]);
-    if (std::isfinite(error)) most = std::max(most, error);
+    if (std::isfinite(error)) max_error = std::max(max_error, error);
   }
-  return most;
+  return max_error;
 }
 
 float scale_of(const Case& c) {
@@ -266,16 +266,16 @@ float scale_of(const Case& c) {
 /// Bound on the f32 error of a logit: some sqrt(D) roundings of the largest sum of |q k|, and a few of its
 /// scale.
 double logit_rounding(const Case& c) {
-  double most = 0;
+  double max_sum = 0;
   for_each_row(c, [&](std::int64_t head, std::int64_t token, const Place& place) {
     for (std::int64_t j = place.first_key; j < place.first_key + place.keys; ++j) {
       double magnitude = 0;
       for (std::int64_t d = 0; d < c.head_dim; ++d)
         magnitude += std::fabs(c.q.get(token, head, d) * c.k.get(j, head / c.group, d));
-      if (std::isfinite(magnitude)) most = std::max(most, magnitude);
+      if (std::isfinite(magnitude)) max_sum = std::max(max_sum, magnitude);
     }
   });
-  return kUnit * (4 + 2 * std::sqrt(static_cast<double>(c.head_dim))) * most * std::fabs(scale_of(c));
+  return kUnit * (4 + 2 * std::sqrt(static_cast<double>(c.head_dim))) * max_sum * std::fabs(scale_of(c));
 }
 
 }  // namespace

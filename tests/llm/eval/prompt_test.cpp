@@ -9,12 +9,13 @@ namespace moba::llm::eval {
 namespace {
 
 TEST(UnitsThatFit, FillsTheLimit) {
-  for (const std::int64_t tokens_a_unit : {1, 3, 17}) {
-    for (const std::int64_t most : {100, 1000, 131072}) {
-      const std::int64_t units = units_that_fit(most, [&](std::int64_t n) { return 40 + n * tokens_a_unit; });
-      const std::int64_t tokens = 40 + units * tokens_a_unit;
-      EXPECT_LE(tokens, most);
-      EXPECT_GT(tokens, most - std::max(most / 256 + 1, tokens_a_unit));
+  for (const std::int64_t unit_tokens : {1, 3, 17}) {
+    for (const std::int64_t max_tokens : {100, 1000, 131072}) {
+      const std::int64_t units =
+          units_that_fit(max_tokens, [&](std::int64_t n) { return 40 + n * unit_tokens; });
+      const std::int64_t tokens = 40 + units * unit_tokens;
+      EXPECT_LE(tokens, max_tokens);
+      EXPECT_GT(tokens, max_tokens - std::max(max_tokens / 256 + 1, unit_tokens));
     }
   }
 }

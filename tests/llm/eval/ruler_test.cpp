@@ -39,9 +39,9 @@ class RulerMakerTest : public testing::Test {
 TEST_F(RulerMakerTest, EveryTaskFillsItsLength) {
   for (const std::string& task : ruler_tasks()) {
     const RulerCase made = maker_.make(task, 16384, 0);
-    const std::size_t most = 16384 - static_cast<std::size_t>(ruler_answer_tokens(task));
-    EXPECT_LE(made.prompt.size(), most) << task;
-    EXPECT_GE(made.prompt.size(), most * 95 / 100) << task;
+    const std::size_t max_tokens = 16384 - static_cast<std::size_t>(ruler_answer_tokens(task));
+    EXPECT_LE(made.prompt.size(), max_tokens) << task;
+    EXPECT_GE(made.prompt.size(), max_tokens * 95 / 100) << task;
     EXPECT_FALSE(made.expected.empty()) << task;
     EXPECT_EQ(made.prompt, maker_.make(task, 16384, 0).prompt) << task;
     EXPECT_NE(made.prompt, maker_.make(task, 16384, 1).prompt) << task;
