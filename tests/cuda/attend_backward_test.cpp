@@ -122,7 +122,7 @@ struct Plain {
   void add_block(Backpropagation& b, std::int64_t head, std::int64_t token, std::int64_t begin,
                  std::int64_t end) {
     const Case& c = b.c;
-    const std::int64_t depth = c.head_dim, kv_head = head / c.group;
+    const std::int64_t depth = c.head_dim, kv_head = head / c.heads_per_kv;
     const float scale = c.routing.scale.value_or(1 / std::sqrt(static_cast<float>(depth)));
     const auto at = [](const Array& a, std::int64_t t, std::int64_t h, std::int64_t d) {
       return static_cast<float>(a.get(t, h, d));
@@ -242,7 +242,7 @@ TEST(CudaAttendBackward, HeadDim256MatchesTheReference) {
 
 /// Enough rows select the first block that its gradients are summed in segments.
 TEST(CudaAttendBackward, BlockSelectedByEveryRowMatchesTheReference) {
-  Case c{.seed = 3, .dtype = DType::f16, .group = 8, .head_dim = 64};
+  Case c{.seed = 3, .dtype = DType::f16, .heads_per_kv = 8, .head_dim = 64};
   c.sequences = {{0, 20, 1180}, {0, 20, 1180}};
   c.routing = {.block_size = 2, .top_k = 2, .sink_blocks = 1};
   fill(c);
@@ -263,7 +263,7 @@ TEST(CudaAttendBackward, AnyOrderOfBlocksAndWarpsGivesTheSameBits) {
 }
 
 TEST(CudaAttendBackward, AnyWorkspaceGivesTheSameBitsOrThrows) {
-  Case c{.seed = 11, .dtype = DType::bf16, .kv_heads = 2, .group = 3, .head_dim = 64};
+  Case c{.seed = 11, .dtype = DType::bf16, .kv_heads = 2, .heads_per_kv = 3, .head_dim = 64};
   c.sequences = {{0, 5, 5, 90}, {0, 9, 20, 110}};
   for (const Routing& routing :
        {Routing{.block_size = 16, .top_k = 3}, Routing{.block_size = 16, .top_k = 4, .causal = false}}) {
@@ -408,7 +408,7 @@ TEST_F(CudaSm90Backward, ManyTilesMatchTheReference) {
 }
 
 TEST_F(CudaSm90Backward, BlockSelectedByEveryRowMatchesTheReference) {
-  Case c{.seed = 3, .dtype = DType::f16, .group = 8, .head_dim = 64};
+  Case c{.seed = 3, .dtype = DType::f16, .heads_per_kv = 8, .head_dim = 64};
   c.sequences = {{0, 20, 580}, {0, 20, 580}};
   c.routing = {.block_size = 16, .top_k = 2, .sink_blocks = 1};
   fill(c);
@@ -416,7 +416,7 @@ TEST_F(CudaSm90Backward, BlockSelectedByEveryRowMatchesTheReference) {
 }
 
 TEST_F(CudaSm90Backward, AnyOrderAndAnyWorkspaceGiveTheSameBits) {
-  Case c{.seed = 11, .dtype = DType::bf16, .kv_heads = 2, .group = 3, .head_dim = 128};
+  Case c{.seed = 11, .dtype = DType::bf16, .kv_heads = 2, .heads_per_kv = 3, .head_dim = 128};
   c.sequences = {{0, 5, 5, 90}, {0, 9, 20, 110}};
   c.routing = {.block_size = 40, .top_k = 2};
   fill(c);

@@ -55,7 +55,7 @@ TEST(CudaAttend, BlocksAbove64KeysMatchTheOracle) {
   for (const std::int64_t head_dim : {64, 128}) {
     Case c{.seed = 20 + static_cast<std::uint64_t>(head_dim),
            .dtype = DType::bf16,
-           .group = 2,
+           .heads_per_kv = 2,
            .head_dim = head_dim};
     c.sequences = one_sequence(200, 330);
     c.routing = {.block_size = 80, .top_k = 3};
@@ -82,7 +82,7 @@ TEST(CudaAttend, AnyOrderOfBlocksAndWarpsGivesTheSameBits) {
 }
 
 TEST(CudaAttend, AnyWorkspaceGivesTheSameBitsOrThrows) {
-  Case c{.seed = 11, .dtype = DType::bf16, .kv_heads = 2, .group = 3, .head_dim = 64};
+  Case c{.seed = 11, .dtype = DType::bf16, .kv_heads = 2, .heads_per_kv = 3, .head_dim = 64};
   c.sequences = {{0, 5, 5, 90}, {0, 9, 20, 110}};
   for (const Routing& routing :
        {Routing{.block_size = 16, .top_k = 3}, Routing{.block_size = 16, .top_k = 4, .causal = false}}) {

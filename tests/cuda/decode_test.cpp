@@ -14,7 +14,7 @@ namespace {
 
 struct Shape {
   DType dtype = DType::bf16;
-  std::int64_t kv_heads = 1, group = 1, head_dim = 64, page_tokens = 8;
+  std::int64_t kv_heads = 1, heads_per_kv = 1, head_dim = 64, page_tokens = 8;
   Values values = Values::normal;
   bool in_order = false;     // page i of sequence s is page s x table_stride + i, without a table
   std::int32_t padding = 0;  // tokens of padding before sequence s, times s mod 3
@@ -47,7 +47,7 @@ struct Paged {
       Case& c = sequences.emplace_back(Case{.seed = seed + s,
                                             .dtype = shape.dtype,
                                             .kv_heads = shape.kv_heads,
-                                            .group = shape.group,
+                                            .heads_per_kv = shape.heads_per_kv,
                                             .head_dim = shape.head_dim,
                                             .sequences = one_sequence(1, lengths[s]),
                                             .routing = routing,
@@ -69,7 +69,8 @@ struct Paged {
              .starts = shape.padding > 0 ? starts.data() : nullptr,
              .sequences = static_cast<std::int64_t>(lengths.size()),
              .max_seqlen_k = longest};
-    q = Array(shape.dtype, cache.sequences, shape.kv_heads * shape.group, shape.head_dim, Layout::aligned);
+    q = Array(shape.dtype, cache.sequences, shape.kv_heads * shape.heads_per_kv, shape.head_dim,
+              Layout::aligned);
     for (std::int64_t s = 0; s < cache.sequences; ++s) {
       for (std::int64_t head = 0; head < q.heads(); ++head) {
         for (std::int64_t d = 0; d < shape.head_dim; ++d)
@@ -92,7 +93,7 @@ struct Paged {
   Case result_shape() const {
     return {.dtype = shape.dtype,
             .kv_heads = shape.kv_heads,
-            .group = shape.group,
+            .heads_per_kv = shape.heads_per_kv,
             .head_dim = shape.head_dim,
             .sequences = one_sequence(cache.sequences),
             .routing = routing,
@@ -210,26 +211,29 @@ void check_decode(const Paged& p) {
 TEST(CudaDecode, MatchesTheReference) {
   constexpr auto kEverything = Routing::kEverything;
   const std::vector<std::pair<Shape, Routing>> cases = {
-      {{.group = 1, .page_tokens = 8}, {.block_size = 8, .top_k = 3}},
-      {{.dtype = DType::f16, .kv_heads = 2, .group = 3, .page_tokens = 4}, {.block_size = 8, .top_k = 4}},
-      {{.group = 8, .page_tokens = 16}, {.block_size = 32, .top_k = 2, .sink_blocks = 1}},
-      {{.dtype = DType::f16, .group = 20, .page_tokens = 1}, {.block_size = 1, .top_k = 30}},
-      {{.group = 2, .head_dim = 96, .page_tokens = 5}, {.block_size = 5, .top_k = 6, .sink_blocks = 3}},
-      {{.kv_heads = 2, .group = 4, .head_dim = 128, .page_tokens = 10}, {.block_size = 20, .top_k = 3}},
+      {{.heads_per_kv = 1, .page_tokens = 8}, {.block_size = 8, .top_k = 3}},
+      {{.dtype = DType::f16, .kv_heads = 2, .heads_per_kv = 3, .page_tokens = 4},
+       {.block_size = 8, .top_k = 4}},
+      {{.heads_per_kv = 8, .page_tokens = 16}, {.block_size = 32, .top_k = 2, .sink_blocks = 1}},
+      {{.dtype = DType::f16, .heads_per_kv = 20, .page_tokens = 1}, {.block_size = 1, .top_k = 30}},
+      {{.heads_per_kv = 2, .head_dim = 96, .page_tokens = 5},
+       {.block_size = 5, .top_k = 6, .sink_blocks = 3}},
+      {{.kv_heads = 2, .heads_per_kv = 4, .head_dim = 128, .page_tokens = 10},
+       {.block_size = 20, .top_k = 3}},
       {{.dtype = DType::f16, .head_dim = 256, .page_tokens = 16}, {.block_size = 16, .top_k = 3}},
-      {{.group = 3, .page_tokens = 7}, {.block_size = 21, .top_k = 1}},
-      {{.group = 3, .page_tokens = 7}, {.block_size = 5, .top_k = kEverything}},
-      {{.group = 2, .page_tokens = 4, .values = Values::equal}, {.block_size = 4, .top_k = 5}},
-      {{.group = 2, .page_tokens = 4, .values = Values::integers}, {.block_size = 4, .top_k = 5}},
-      {{.group = 2, .page_tokens = 4}, {.block_size = 4, .top_k = 5, .scale = -0.3F}},
-      {{.group = 2, .page_tokens = 4}, {.block_size = 4, .top_k = 3, .scale = 0.0F}},
-      {{.kv_heads = 2, .group = 2, .page_tokens = 24}, {.block_size = 8, .top_k = 3}},
-      {{.group = 2, .page_tokens = 4, .padding = 3}, {.block_size = 8, .top_k = 3, .sink_blocks = 1}},
-      {{.group = 2, .page_tokens = 4, .in_order = true}, {.block_size = 4, .top_k = 4}},
+      {{.heads_per_kv = 3, .page_tokens = 7}, {.block_size = 21, .top_k = 1}},
+      {{.heads_per_kv = 3, .page_tokens = 7}, {.block_size = 5, .top_k = kEverything}},
+      {{.heads_per_kv = 2, .page_tokens = 4, .values = Values::equal}, {.block_size = 4, .top_k = 5}},
+      {{.heads_per_kv = 2, .page_tokens = 4, .values = Values::integers}, {.block_size = 4, .top_k = 5}},
+      {{.heads_per_kv = 2, .page_tokens = 4}, {.block_size = 4, .top_k = 5, .scale = -0.3F}},
+      {{.heads_per_kv = 2, .page_tokens = 4}, {.block_size = 4, .top_k = 3, .scale = 0.0F}},
+      {{.kv_heads = 2, .heads_per_kv = 2, .page_tokens = 24}, {.block_size = 8, .top_k = 3}},
+      {{.heads_per_kv = 2, .page_tokens = 4, .padding = 3}, {.block_size = 8, .top_k = 3, .sink_blocks = 1}},
+      {{.heads_per_kv = 2, .page_tokens = 4, .in_order = true}, {.block_size = 4, .top_k = 4}},
       // One page per sequence, as in a cache that is one tensor.
-      {{.kv_heads = 2, .group = 2, .page_tokens = 90, .in_order = true, .padding = 5},
+      {{.kv_heads = 2, .heads_per_kv = 2, .page_tokens = 90, .in_order = true, .padding = 5},
        {.block_size = 7, .top_k = 3}},
-      {{.group = 3, .page_tokens = 90, .in_order = true, .padding = 5},
+      {{.heads_per_kv = 3, .page_tokens = 90, .in_order = true, .padding = 5},
        {.block_size = 7, .top_k = kEverything}},
   };
   std::uint64_t seed = 40;
@@ -242,14 +246,15 @@ TEST(CudaDecode, MatchesTheReference) {
 /// Covers blocks of several splits, more candidates than a thread block selects from at a time, and full
 /// attention over a long sequence.
 TEST(CudaDecode, LongSequencesMatchTheReference) {
-  check_decode(Paged(1, {.group = 2, .page_tokens = 50}, {.block_size = 350, .top_k = 2}, {1210, 300}));
-  check_decode(Paged(2, {.group = 2, .page_tokens = 2}, {.block_size = 2, .top_k = 9}, {1210, 300}));
-  check_decode(Paged(3, {.group = 5, .page_tokens = 50}, Routing::full(), {1210, 300}));
+  check_decode(
+      Paged(1, {.heads_per_kv = 2, .page_tokens = 50}, {.block_size = 350, .top_k = 2}, {1210, 300}));
+  check_decode(Paged(2, {.heads_per_kv = 2, .page_tokens = 2}, {.block_size = 2, .top_k = 9}, {1210, 300}));
+  check_decode(Paged(3, {.heads_per_kv = 5, .page_tokens = 50}, Routing::full(), {1210, 300}));
 }
 
 TEST(CudaDecode, MeansMayBeEmptyWithoutSelection) {
   for (const Routing& routing : {Routing{.block_size = 12, .top_k = 1}, Routing::full()}) {
-    Paged p(4, {.group = 2, .page_tokens = 5}, routing, {50, 30});
+    Paged p(4, {.heads_per_kv = 2, .page_tokens = 5}, routing, {50, 30});
     const Result expected = p.decode_on_device();
     p.cache.means = {};
     EXPECT_TRUE(p.decode_on_device() == expected);
@@ -274,7 +279,7 @@ TEST(CudaDecode, IncrementalMeansMatchTheKeys) {
 }
 
 TEST(CudaDecode, AnyOrderAndWorkspaceGiveTheSameBits) {
-  const Paged p(5, {.kv_heads = 2, .group = 3, .page_tokens = 8}, {.block_size = 8, .top_k = 4},
+  const Paged p(5, {.kv_heads = 2, .heads_per_kv = 3, .page_tokens = 8}, {.block_size = 8, .top_k = 4},
                 {90, 50, 13});
   update_means(p.cache, 8, nullptr, 90);
   Profile roomy;
@@ -295,7 +300,8 @@ TEST(CudaDecode, AnyOrderAndWorkspaceGiveTheSameBits) {
 
 /// A query of NaN selects the sinks and the most recent blocks, as in all backends.
 TEST(CudaDecode, NanQueryAffectsOnlyItsRow) {
-  Paged p(6, {.group = 2, .page_tokens = 4}, {.block_size = 4, .top_k = 3, .sink_blocks = 1}, {50, 30});
+  Paged p(6, {.heads_per_kv = 2, .page_tokens = 4}, {.block_size = 4, .top_k = 3, .sink_blocks = 1},
+          {50, 30});
   update_means(p.cache, 4, nullptr, 50);
   const Result before = p.decode_on_device();
   p.q.set(0, 1, 7, std::numeric_limits<double>::quiet_NaN());

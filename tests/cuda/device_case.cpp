@@ -47,7 +47,10 @@ Result run_on_device(const Case& c, Execution execution) {
 
 Case case_of(std::uint64_t seed, std::int64_t head_dim, const Routing& routing, std::int64_t queries,
              std::int64_t keys) {
-  Case c{.seed = seed, .dtype = seed % 2 == 0 ? DType::bf16 : DType::f16, .group = 2, .head_dim = head_dim};
+  Case c{.seed = seed,
+         .dtype = seed % 2 == 0 ? DType::bf16 : DType::f16,
+         .heads_per_kv = 2,
+         .head_dim = head_dim};
   c.sequences = one_sequence(queries, keys);
   c.routing = routing;
   fill(c);

@@ -30,7 +30,7 @@ std::vector<std::uint32_t> entries_of(const Plan& plan, const RoutedTile* tiles,
 /// Covers several partitions, a block selected by every row, blocks selected by none, and rows with fewer
 /// selections than others.
 TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
-  Case c{.dtype = DType::f16, .kv_heads = 2, .group = 2, .head_dim = 64};
+  Case c{.dtype = DType::f16, .kv_heads = 2, .heads_per_kv = 2, .head_dim = 64};
   c.sequences = {{0, 3, 703}, {0, 40, 740}};
   c.routing = {.block_size = 20, .top_k = 5};
   test::fill(c);

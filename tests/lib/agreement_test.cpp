@@ -99,7 +99,7 @@ TEST_P(LongAgreement, MatchesTheOracleOnLongSequences) {
   std::uint64_t seed = 500;
   for (const Routing& routing : routings) {
     for (const std::int64_t queries : {1100, 37}) {
-      Case c{.seed = ++seed, .group = 3, .head_dim = 24, .sequences = one_sequence(queries, 1100)};
+      Case c{.seed = ++seed, .heads_per_kv = 3, .head_dim = 24, .sequences = one_sequence(queries, 1100)};
       c.routing = routing;
       fill(c);
       check_result(c, run_attention(c, execution()), exact());
@@ -111,7 +111,7 @@ TEST_P(LongAgreement, MatchesTheOracleOnLongSequences) {
 TEST_P(LongAgreement, MatchesTheOracleAtEveryHeadDimension) {
   for (const std::int64_t head_dim : {1, 3, 7, 15, 16, 31, 40, 80, 96, 100, 128, 200, 255, 256}) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
-      Case c{.dtype = dtype, .group = 2, .head_dim = head_dim, .sequences = one_sequence(45)};
+      Case c{.dtype = dtype, .heads_per_kv = 2, .head_dim = head_dim, .sequences = one_sequence(45)};
       c.routing = {.block_size = 8, .top_k = 3};
       c.q_layout = Layout::padded;
       fill(c);

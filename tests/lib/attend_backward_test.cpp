@@ -133,14 +133,14 @@ bool same(const Differentiated& a, const Differentiated& b) {
 }
 
 double largest_difference(const Array& a, const Array& b) {
-  double most = 0;
+  double max_difference = 0;
   for (std::int64_t token = 0; token < a.tokens(); ++token) {
     for (std::int64_t head = 0; head < a.heads(); ++head) {
       for (std::int64_t d = 0; d < a.head_dim(); ++d)
-        most = std::max(most, std::fabs(a.get(token, head, d) - b.get(token, head, d)));
+        max_difference = std::max(max_difference, std::fabs(a.get(token, head, d) - b.get(token, head, d)));
     }
   }
-  return most;
+  return max_difference;
 }
 
 bool row_is_finite(const Array& array, std::int64_t token, std::int64_t head) {
@@ -167,7 +167,7 @@ TEST_P(BackwardOfBackend, NonFiniteInputsReachOnlyGradientsThatDependOnThem) {
         for (const double bad : {std::nan(""), HUGE_VAL}) {
           Case c = plain_case(static_cast<std::uint64_t>(place) + 5, kTokens, kTokens, routing);
           c.dtype = dtype;
-          c.group = 2;
+          c.heads_per_kv = 2;
           c.head_dim = 40;
           fill(c);
           Array d_out = gradient_for(c);
@@ -324,7 +324,7 @@ TEST_P(BackwardOfBackend, SavedSelectionMayHaveAnyStride) {
 }
 
 TEST_P(BackwardOfBackend, InvalidSavedSelectionThrows) {
-  Case c{.seed = 5, .kv_heads = 4, .group = 2, .head_dim = 16};
+  Case c{.seed = 5, .kv_heads = 4, .heads_per_kv = 2, .head_dim = 16};
   c.sequences = one_sequence(120);
   c.routing = {.block_size = 4, .top_k = 3};
   fill(c);
@@ -369,7 +369,10 @@ std::vector<Case> long_cases() {
   std::vector<Case> list;
   for (const Routing& routing : routings) {
     for (const std::int64_t queries : {1300, 300}) {
-      Case c{.seed = 600 + list.size(), .group = 2, .head_dim = 24, .sequences = one_sequence(queries, 1300)};
+      Case c{.seed = 600 + list.size(),
+             .heads_per_kv = 2,
+             .head_dim = 24,
+             .sequences = one_sequence(queries, 1300)};
       c.routing = routing;
       c.out_layout = Layout::padded;
       fill(c);

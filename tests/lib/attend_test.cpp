@@ -44,7 +44,7 @@ TEST_P(Attend, QueriesBeforeTheFirstKeyAttendToNothing) {
 }
 
 TEST_P(Attend, EmptySequencesMatchTheOracle) {
-  Case c{.kv_heads = 2, .group = 3, .head_dim = 20};
+  Case c{.kv_heads = 2, .heads_per_kv = 3, .head_dim = 20};
   c.sequences = {{0, 0, 30, 30, 30, 55, 60, 60}, {0, 0, 30, 30, 37, 62, 62, 62}};
   for (const Routing& routing :
        {Routing{.block_size = 8, .top_k = 2}, Routing::full(),
@@ -81,7 +81,7 @@ TEST_P(Attend, FutureKeysDoNotAffectTheOutput) {
                    kInfinity = std::numeric_limits<double>::infinity();
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     for (const double future : {1e4, kInfinity, kNaN}) {
-      Case c{.seed = 6, .dtype = dtype, .group = 3, .sequences = one_sequence(64)};
+      Case c{.seed = 6, .dtype = dtype, .heads_per_kv = 3, .sequences = one_sequence(64)};
       c.routing = {.block_size = 16, .top_k = 2};
       fill(c);
       const Result before = run_attention(c, execution());
@@ -128,7 +128,7 @@ TEST_P(Attend, HugeLogitsStayFinite) {
 }
 
 TEST_P(Attend, SequencesDoNotAttendToEachOther) {
-  Case together{.kv_heads = 2, .group = 2, .sequences = {{0, 40, 70}, {0, 40, 90}}};
+  Case together{.kv_heads = 2, .heads_per_kv = 2, .sequences = {{0, 40, 70}, {0, 40, 90}}};
   together.routing = {.block_size = 8, .top_k = 3};
   fill(together);
   const Result expected = run_attention(together, execution());

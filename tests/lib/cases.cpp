@@ -140,7 +140,7 @@ Case random_case(std::uint64_t seed) {
   Case c{.seed = seed};
   c.dtype = random.one_of({DType::f32, DType::f32, DType::bf16, DType::f16});
   c.kv_heads = random.one_of<std::int64_t>({1, 1, 2, 3});
-  c.group = random.one_of<std::int64_t>({1, 1, 3, 8});
+  c.heads_per_kv = random.one_of<std::int64_t>({1, 1, 3, 8});
   c.head_dim = random.one_of<std::int64_t>({1, 2, 7, 16, 17, 32, 40, 64, 80});
   c.sequences = random_sequences(random);
   c.routing = random_routing(random);

@@ -17,7 +17,7 @@ enum class Values { normal, large, integers, equal, few_keys, specials };
 struct Case {
   std::uint64_t seed = 0;
   DType dtype = DType::f32;
-  std::int64_t kv_heads = 1, group = 1, head_dim = 16;
+  std::int64_t kv_heads = 1, heads_per_kv = 1, head_dim = 16;
   Sequences sequences{};
   Routing routing{};
   Values values = Values::normal;
@@ -25,7 +25,7 @@ struct Case {
   Layout out_layout = Layout::contiguous;
   Array q{}, k{}, v{};
 
-  std::int64_t q_heads() const { return kv_heads * group; }
+  std::int64_t q_heads() const { return kv_heads * heads_per_kv; }
   std::int64_t queries() const { return sequences.cu_seqlens_q.back(); }
   std::int64_t keys() const { return sequences.cu_seqlens_k.back(); }
 };

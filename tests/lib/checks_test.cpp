@@ -23,7 +23,7 @@ struct Call {
 
 struct BadCall {
   const char* message;
-  std::function<void(Call&)> spoil;
+  std::function<void(Call&)> invalidate;
 };
 
 std::vector<BadCall> bad_calls() {
@@ -134,7 +134,7 @@ TEST(Checks, InvalidCallsThrowAndWriteNothing) {
   for (const BadCall& bad : bad_calls()) {
     Call call;
     const Result unwritten = call.result;
-    bad.spoil(call);
+    bad.invalidate(call);
     expect_message(message_of([&] { call.run(); }), std::string("attention: ") + bad.message);
     EXPECT_TRUE(call.result == unwritten) << bad.message;
   }
@@ -167,7 +167,7 @@ TEST(Checks, InvalidSelectBlocksArgumentsThrow) {
 
 struct BadBackward {
   const char* message;
-  std::function<void(Tensor& d_out, Saved& saved, Gradients& gradients)> spoil;
+  std::function<void(Tensor& d_out, Saved& saved, Gradients& gradients)> invalidate;
 };
 
 TEST(Checks, InvalidBackwardArgumentsThrow) {
@@ -194,7 +194,7 @@ TEST(Checks, InvalidBackwardArgumentsThrow) {
     Tensor d_out_view = d_out.view();
     Saved saved{.out = call.outputs.out, .lse = call.outputs.lse};
     Gradients gradients{dq.view(), dk.view(), dv.view()};
-    bad.spoil(d_out_view, saved, gradients);
+    bad.invalidate(d_out_view, saved, gradients);
     expect_message(message_of([&] {
                      attention_backward(d_out_view, call.q, call.k, call.v, saved, call.c.sequences,
                                         call.c.routing, gradients);

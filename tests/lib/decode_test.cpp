@@ -26,7 +26,7 @@ void append(KvCache& cache, const Case& c, std::int64_t first, std::int64_t coun
 }
 
 Case small_case(DType dtype, const Routing& routing, std::int64_t tokens = 83) {
-  Case c{.seed = 11, .dtype = dtype, .kv_heads = 2, .group = 3, .head_dim = 20};
+  Case c{.seed = 11, .dtype = dtype, .kv_heads = 2, .heads_per_kv = 3, .head_dim = 20};
   c.sequences = one_sequence(tokens);
   c.routing = routing;
   c.k_layout = Layout::padded;

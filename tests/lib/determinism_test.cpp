@@ -17,7 +17,11 @@ using Determinism = EveryBackend;
 std::vector<Case> cases() {
   std::vector<Case> list;
   for (std::uint64_t seed = 7000; seed < 7040; ++seed) list.push_back(random_case(seed));
-  Case c{.seed = 1, .kv_heads = 2, .group = 2, .head_dim = 20, .sequences = {{0, 700, 730}, {0, 700, 1000}}};
+  Case c{.seed = 1,
+         .kv_heads = 2,
+         .heads_per_kv = 2,
+         .head_dim = 20,
+         .sequences = {{0, 700, 730}, {0, 700, 1000}}};
   c.routing = {.block_size = 16, .top_k = 4};
   fill(c);
   list.push_back(c);

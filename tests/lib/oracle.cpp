@@ -158,7 +158,7 @@ class SelectionCheck {
         }
       }
     }
-    return means_[static_cast<std::size_t>(head / case_.group)];
+    return means_[static_cast<std::size_t>(head / case_.heads_per_kv)];
   }
 
   void check(std::int64_t head, std::int64_t token, const Place& place) {
@@ -207,10 +207,11 @@ class SelectionCheck {
       for (const std::int32_t missed : best) {
         if (contains(row, missed)) continue;
         const auto t = static_cast<std::size_t>(taken), m = static_cast<std::size_t>(missed);
-        const bool explained = scores[t].value != scores[m].value
-                                   ? scores[m].value - scores[t].value <= scores[m].bound + scores[t].bound
-                                   : taken > missed || (scores[t].bound > 0 &&
-                                                        !same_keys(place, head / case_.group, taken, missed));
+        const bool explained =
+            scores[t].value != scores[m].value
+                ? scores[m].value - scores[t].value <= scores[m].bound + scores[t].bound
+                : taken > missed ||
+                      (scores[t].bound > 0 && !same_keys(place, head / case_.heads_per_kv, taken, missed));
         if (!explained)
           return fail(head, token,
                       "takes block " + std::to_string(taken) + " with score " +
@@ -271,7 +272,7 @@ double logit_rounding(const Case& c) {
     for (std::int64_t j = place.first_key; j < place.first_key + place.keys; ++j) {
       double magnitude = 0;
       for (std::int64_t d = 0; d < c.head_dim; ++d)
-        magnitude += std::fabs(c.q.get(token, head, d) * c.k.get(j, head / c.group, d));
+        magnitude += std::fabs(c.q.get(token, head, d) * c.k.get(j, head / c.heads_per_kv, d));
       if (std::isfinite(magnitude)) max_sum = std::max(max_sum, magnitude);
     }
   });
@@ -289,7 +290,7 @@ Attended<Real> attend_densely(const Case& c, const Result& selected) {
   const Real scale = scale_of(c);
   std::vector<Real> weights;
   for_each_row(c, [&](std::int64_t head, std::int64_t token, const Place& place) {
-    const std::int64_t kv_head = head / c.group;
+    const std::int64_t kv_head = head / c.heads_per_kv;
     const std::vector<std::int32_t> blocks = selected.row(head, token);
     weights.assign(static_cast<std::size_t>(place.keys), -std::numeric_limits<Real>::infinity());
     Real largest = -std::numeric_limits<Real>::infinity();
