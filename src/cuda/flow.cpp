@@ -14,7 +14,7 @@ struct Memory {
   Starts starts{};
   void* means = nullptr;
   SelectionRows selection{};
-  std::uint64_t* best = nullptr;
+  std::uint64_t* heaps = nullptr;
   Plan plan{};
   Partials partials{};
 };
@@ -26,7 +26,7 @@ Memory carve(ArenaLayout& layout, const DeviceCall& call, const DeviceBatch& bat
     memory.means = layout.take<std::uint16_t>(slice.heads() * call.max_blocks() * call.head_dim);
     memory.selection =
         outputs.selection != nullptr ? rows_in(outputs, call) : carve_selection(layout, call, slice);
-    memory.best = carve_gate(layout, call, slice);
+    memory.heaps = carve_gate(layout, call, slice);
   }
   if (outputs.out.data != nullptr) {
     memory.plan = carve_plan(layout, call, slice);
@@ -61,7 +61,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBa
     const Batch on_device = lay_out(stream, call, batch, slice, memory.starts);
     if (call.needs_scores()) {
       centroids(stream, call, slice, on_device, memory.means);
-      gate(stream, call, slice, on_device, memory.means, memory.best, memory.selection);
+      gate(stream, call, slice, on_device, memory.means, memory.heaps, memory.selection);
     }
     if (outputs.selection != nullptr && !call.needs_scores())
       write_unscored_selection(stream, call, slice, on_device, rows_in(outputs, call));

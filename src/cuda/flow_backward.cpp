@@ -18,7 +18,7 @@ struct Memory {
   SelectionRows selection{};
 
   void* means = nullptr;
-  std::uint64_t* best = nullptr;
+  std::uint64_t* heaps = nullptr;
 
   Plan plan{};
   DkvPlan keys{};
@@ -48,7 +48,7 @@ Memory carve(std::byte* arena, const DeviceCall& call, const DeviceBatch& batch,
   ArenaLayout routing = layout, by_key = layout, by_row = layout;
   if (selects(call, saved)) {
     memory.means = routing.take<std::uint16_t>(all.heads() * call.max_blocks() * call.head_dim);
-    memory.best = carve_gate(routing, call, all);
+    memory.heaps = carve_gate(routing, call, all);
   }
   memory.plan = carve_plan(by_key, call, all);
   memory.keys = carve_dkv_plan(by_key, call, all);
@@ -96,7 +96,7 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
       compute_delta(stream, call, all, backward, memory.sums);
       if (selects(call, saved)) {
         centroids(stream, call, all, on_device, memory.means);
-        gate(stream, call, all, on_device, memory.means, memory.best, memory.selection);
+        gate(stream, call, all, on_device, memory.means, memory.heaps, memory.selection);
       }
       plan(stream, call, all, on_device, memory.selection, memory.plan);
       plan_dkv(stream, call, all, on_device, memory.plan, memory.keys);

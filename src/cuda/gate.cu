@@ -1,25 +1,33 @@
-// Scores and selects in one pass: a thread block holds a tile of rows, the tensor cores compute its products
-// with 64 means at a time, and scores above the minimum of a row's top-k heap enter that heap.
+// Scores and selects in one pass: a thread block holds a tile of rows, whose queries stay in registers; the
+// tensor cores compute their products with a group of means at a time, and the scores that reach the
+// threshold of their row enter its running top-k (tile/topk.h).
 #include "cuda/gate.h"
 
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/warp.h"
-#include "cuda/tile/order.h"
 #include "cuda/tile/swizzled_tile.h"
+#include "cuda/tile/topk.h"
 #include "selection.h"
 
 namespace moba::cuda {
 namespace {
 
-/// Tile shape, as in sm80/attend.cu.
+/// Shape of a tile: as many warps as keep the queries of a warp in 64 registers.
 template <int head_dim>
 struct TileShape {
   static constexpr int kWarps = head_dim > 128 ? 8 : 4;
   static constexpr int kThreads = kWarps * ptx::kLanes;
-  static constexpr int kRowTiles = kTileRows / (16 * kWarps);
-  static constexpr int kMeans = head_dim > 128 ? 32 : 64;
-  static constexpr int kBlocksPerMultiprocessor = head_dim > 128 ? 1 : 2;
+  static constexpr int kWarpRows = kTileRows / kWarps, kRowTiles = kWarpRows / 16;
+  static constexpr int kMeans = head_dim > 128 ? 32 : 64;  // of a stage of the pipeline
+  static constexpr int kGroupTiles = 4, kGroup = 8 * kGroupTiles;
+  static constexpr int kStages = 2;
+  static constexpr int kBlocksPerMultiprocessor = head_dim > 128 ? 1 : 3;
+  using TopK = tile::TopK<kRowTiles, kGroupTiles>;
+
+  /// Elements of the queries, and of the stages of means that take their place.
+  static constexpr int kElements = std::max(kTileRows, kStages* kMeans) * head_dim;
+  static constexpr std::size_t kBytes = kElements * 2 + kWarps * sizeof(typename TopK::Memory);
 };
 
 /// Tests that the heaps fit into shared memory beside the tiles.
@@ -33,100 +41,55 @@ struct GateParams {
   const T* means;  // [heads, max_blocks, D]
   Batch batch;
   std::int64_t block_size, max_blocks, max_tiles;
-  std::int64_t heads_per_kv, head0, rows;
+  std::int64_t heads_per_kv, head0;
   std::int32_t token0, token1;
   std::int32_t width, sinks;
   bool causal, own_block;
-  std::uint64_t* best;  // [heads, max_tiles * kTileRows, width], null: in shared memory
+  tile::Key* heaps;  // [heads, max_tiles, warps, width, rows of a warp]; null: in shared memory
   SelectionRows selection;
 };
 
-/// Score and block as one number, so that the better candidate is the larger: of equal scores the more
-/// recent block; a NaN counts as -inf; 0 is an empty entry.
-using Key = std::uint64_t;
-
-MOBA_DEVICE Key key_of(std::uint32_t order, std::int32_t block) {
-  return static_cast<Key>(order) << 32 | static_cast<std::uint32_t>(block);
-}
-/// Returns the lowest score that can enter a heap with that root.
-MOBA_DEVICE float threshold_of(Key root) {
-  const auto order = static_cast<std::uint32_t>(root >> 32);
-  if (order == 0) return -ptx::infinity();
-  if (order == tile::kForced) return ptx::infinity();
-  return ptx::uint_as_float(order >> 31 != 0 ? order & 0x7FFFFFFFU : ~order);
-}
-
-/// Places `key` at position `i` of a min-heap and sifts it down.
-MOBA_DEVICE void sift_down(Key* heap, std::int32_t width, std::int32_t i, Key key) {
-  for (std::int32_t child = 2 * i + 1; child < width; child = 2 * i + 1) {
-    if (child + 1 < width && heap[child + 1] < heap[child]) ++child;
-    if (heap[child] >= key) break;
-    heap[i] = heap[child];
-    i = child;
-  }
-  heap[i] = key;
-}
-
-/// Candidate blocks of a row: [0, count), and its own block where it is not causal.
-struct Candidates {
-  std::int32_t count = 0, own = -1;
-};
-
 template <typename T>
-MOBA_DEVICE Candidates candidates_of(const GateParams<T>& p, const Tile& tile, int row) {
+MOBA_DEVICE std::int32_t own_block_of(const GateParams<T>& p, const Tile& tile, int row) {
   const std::int32_t position = tile.position_of(row, p.heads_per_kv);
-  const std::int32_t own = position < 0 ? -1 : static_cast<std::int32_t>(position / p.block_size);
-  if (p.causal) return {own < 0 ? 0 : own, -1};
-  return {static_cast<std::int32_t>(divide_up(tile.keys, p.block_size)), p.own_block ? own : -1};
+  return position < 0 ? -1 : static_cast<std::int32_t>(position / p.block_size);
 }
 
-/// Pushes the scores of a row against means [first, first + columns) to its heap. The four lanes that share
-/// the row take turns.
-template <int column_tiles>
-MOBA_DEVICE void push_scores(Key* heap, std::int32_t width, const float (&scores)[column_tiles][4], int half,
-                             const Candidates& candidates, std::int32_t sinks, std::int32_t first) {
-  const int own_lane = ptx::lane() % 4;
-  const auto block_at = [&](int j, int e) { return first + 8 * j + own_lane * 2 + e; };
-  const auto is_forced = [&](std::int32_t block) { return block < sinks || block == candidates.own; };
-  float threshold = threshold_of(heap[0]);
-  const auto may_enter = [&](int j, int e) {
-    const std::int32_t block = block_at(j, e);
-    return block < candidates.count && (!(scores[j][2 * half + e] < threshold) || is_forced(block));
-  };
+/// Returns the candidates of a row, of which the first are behind the sinks.
+template <typename T>
+MOBA_DEVICE tile::Candidates candidates_of(const GateParams<T>& p, const Tile& tile, int row) {
+  const std::int32_t own = own_block_of(p, tile, row);
+  if (p.causal) return {p.sinks, own < 0 ? 0 : own, -1};
+  return {p.sinks, static_cast<std::int32_t>(divide_up(tile.keys, p.block_size)), p.own_block ? own : -1};
+}
 
-  bool any = false;
-  MOBA_UNROLL
-  for (int j = 0; j < column_tiles; ++j) any = any || may_enter(j, 0) || may_enter(j, 1);
-  if (ptx::ballot(any) == 0) return;
-  MOBA_UNROLL
-  for (int j = 0; j < column_tiles; ++j) {
-    MOBA_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      const bool enters = may_enter(j, e);
-      if (ptx::ballot(enters) == 0) continue;
-      const std::int32_t block = block_at(j, e);
-      const Key key =
-          key_of(is_forced(block) ? tile::kForced : tile::order_of(scores[j][2 * half + e]), block);
-      for (int turn = 0; turn < 4; ++turn) {
-        if (enters && own_lane == turn && key > heap[0]) sift_down(heap, width, 0, key);
-        ptx::syncwarp();
-      }
-      threshold = threshold_of(heap[0]);
-      ptx::syncwarp();
-    }
+/// Fills the heap of a row with its forced blocks, sinks and own, above empty entries; that of a missing row
+/// so that nothing enters.
+template <int stride>
+MOBA_DEVICE void init_heap(const tile::Heap<stride>& heap, const tile::Candidates& candidates,
+                           bool is_missing) {
+  const std::int32_t blocks = candidates.last, sinks = candidates.first < blocks ? candidates.first : blocks;
+  const std::int32_t own = candidates.own >= sinks ? candidates.own : -1;
+  const std::int32_t forced = sinks + (own >= 0 ? 1 : 0);
+  for (std::int32_t i = 0; i < heap.size; ++i) {
+    const std::int32_t n = i - (heap.size - forced);  // of the forced blocks, ascending
+    heap[i] = is_missing ? tile::key_of(tile::kForced, 0)
+              : n < 0    ? 0
+                         : tile::key_of(tile::kForced, n < sinks ? n : own);
   }
 }
 
 /// Writes the blocks of a heap in ascending order, then the row's own block if causal.
-MOBA_DEVICE void write_row(Key* heap, std::int32_t width, std::int32_t own, std::int32_t* to,
+template <int heap_stride>
+MOBA_DEVICE void write_row(const tile::Heap<heap_stride>& heap, std::int32_t own, std::int32_t* to,
                            std::int64_t stride) {
-  constexpr Key kNone = ~Key{0};
-  for (std::int32_t i = 0; i < width; ++i) heap[i] = heap[i] == 0 ? kNone : heap[i] & 0xFFFFFFFFU;
-  for (std::int32_t i = width / 2 - 1; i >= 0; --i) sift_down(heap, width, i, heap[i]);
+  constexpr tile::Key kNone = ~tile::Key{0};
+  for (std::int32_t i = 0; i < heap.size; ++i) heap[i] = heap[i] == 0 ? kNone : heap[i] & 0xFFFFFFFFU;
+  for (std::int32_t i = heap.size / 2 - 1; i >= 0; --i) heap.sift_down(i, heap[i]);
   std::int64_t count = 0;
-  for (; count < width && heap[0] != kNone; ++count) {
-    to[count] = static_cast<std::int32_t>(static_cast<std::uint32_t>(heap[0]));
-    sift_down(heap, width, 0, kNone);
+  for (; count < heap.size && heap.root() != kNone; ++count) {
+    to[count] = static_cast<std::int32_t>(static_cast<std::uint32_t>(heap.root()));
+    heap.sift_down(0, kNone);
   }
   if (own >= 0) to[count++] = own;
   for (; count < stride; ++count) to[count] = -1;
@@ -136,67 +99,99 @@ template <typename T, int head_dim>
 MOBA_KERNEL(TileShape<head_dim>::kThreads, TileShape<head_dim>::kBlocksPerMultiprocessor)
 gate_kernel(MOBA_GRID_CONSTANT GateParams<T> p) {
   using C = TileShape<head_dim>;
-  constexpr int kRowTiles = C::kRowTiles, kMeanTiles = C::kMeans / 8;
-  const auto index = static_cast<std::int32_t>(ptx::block_x());
+  using TopK = typename C::TopK;
+  constexpr int kRowTiles = C::kRowTiles;
+  const std::int32_t tiles = p.batch.tile_starts[p.batch.sequences];
   const std::int64_t head = ptx::block_y();
-  if (index >= p.batch.tile_starts[p.batch.sequences]) return;
+  // The last queries have the most candidates and come first.
+  const std::int32_t index = tiles - 1 - static_cast<std::int32_t>(ptx::block_x());
+  if (index < 0) return;
   const Tile tile = tile_at(p.batch, index, p.token0, p.token1, p.heads_per_kv);
-
-  const tile::SwizzledTile<T, head_dim> q{reinterpret_cast<T*>(ptx::shared())};
-  T* means_memory = q.data + kTileRows * head_dim;  // two buffers
-  const auto buffer = [&](int which) {
-    return tile::SwizzledTile<T, head_dim>{means_memory + which * C::kMeans * head_dim};
+  const auto q_head_of = [&](std::int64_t row) {
+    return (p.head0 + head) * p.heads_per_kv + row % p.heads_per_kv;
   };
-  Key* heaps = p.best != nullptr ? p.best + (head * p.max_tiles + index) * kTileRows * p.width
-                                 : reinterpret_cast<Key*>(means_memory + 2 * C::kMeans * head_dim);
-  for (std::int64_t i = ptx::thread(); i < std::int64_t{kTileRows} * p.width; i += C::kThreads) heaps[i] = 0;
+  const auto token_of = [&](std::int64_t row) { return p.token0 + row / p.heads_per_kv; };
 
+  auto* const elements = reinterpret_cast<T*>(ptx::shared());
+  auto* const memory = reinterpret_cast<typename TopK::Memory*>(elements + C::kElements);
+  const tile::SwizzledTile<T, head_dim> q{elements};
   tile::gather_rows<kTileRows, C::kThreads>(q, [&](int r) -> const T* {
-    if (r >= tile.count) return nullptr;
     const std::int64_t row = tile.first_row + r;
-    return p.q.row(p.token0 + row / p.heads_per_kv, (p.head0 + head) * p.heads_per_kv + row % p.heads_per_kv);
+    return r < tile.count ? p.q.row(token_of(row), q_head_of(row)) : nullptr;
   });
-  // The last row has the most candidates.
-  const std::int32_t max_candidates = candidates_of(p, tile, tile.count - 1).count;
-  const T* means = p.means + mean_offset(head, p.max_blocks, p.batch.block_starts[tile.sequence], head_dim);
-  const auto load = [&](std::int32_t first) {
-    tile::load_rows<C::kMeans, C::kThreads>(buffer(first / C::kMeans % 2),
-                                            means + static_cast<std::int64_t>(first) * head_dim, head_dim,
-                                            max_candidates - first);
-    ptx::cp_async_commit();
-  };
-  load(0);
-
-  const int warp_row = ptx::warp() * 16 * kRowTiles;
-  for (std::int32_t first = 0; first < max_candidates; first += C::kMeans) {
-    ptx::cp_async_wait<0>();
-    ptx::syncthreads();  // this buffer is full, the other one is no longer read
-    if (first + C::kMeans < max_candidates) load(first + C::kMeans);
-    if (warp_row >= tile.count) continue;
-    float scores[kRowTiles][kMeanTiles][4] = {};
-    tile::gemm_nt(scores, q, warp_row, buffer(first / C::kMeans % 2));
-    MOBA_UNROLL
-    for (int i = 0; i < kRowTiles; ++i) {
-      MOBA_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_row + 16 * i + 8 * half + ptx::lane() / 4;
-        const Candidates candidates = row < tile.count ? candidates_of(p, tile, row) : Candidates{};
-        push_scores(heaps + static_cast<std::int64_t>(row) * p.width, p.width, scores[i], half, candidates,
-                    p.sinks, first);
-      }
-    }
-  }
+  ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   ptx::syncthreads();
-  for (int row = ptx::thread(); row < tile.count; row += C::kThreads) {
-    const std::int32_t position = tile.position_of(row, p.heads_per_kv);
-    const std::int64_t own = p.causal && position >= 0 ? position / p.block_size : -1;
-    const std::int64_t slice_row = tile.first_row + row;
-    write_row(heaps + static_cast<std::int64_t>(row) * p.width, p.width, static_cast<std::int32_t>(own),
-              p.selection.of((p.head0 + head) * p.heads_per_kv + slice_row % p.heads_per_kv,
-                             p.token0 + slice_row / p.heads_per_kv),
-              p.selection.stride);
+  const int warp_row = ptx::warp() * C::kWarpRows;
+  std::uint32_t queries[head_dim / 16][kRowTiles][4];
+  MOBA_UNROLL
+  for (int k = 0; k < head_dim / 16; ++k) {
+    MOBA_UNROLL
+    for (int i = 0; i < kRowTiles; ++i) load_a(queries[k][i], q, warp_row + 16 * i, k, ptx::lane());
   }
+  ptx::syncthreads();  // the means take the place of the queries
+
+  // Lane r of a warp keeps the heap of row r.
+  const int lane_row = warp_row + ptx::lane();
+  const bool has_row = ptx::lane() < C::kWarpRows && lane_row < tile.count;
+  tile::Key* const heaps = p.heaps != nullptr ? p.heaps + (head * p.max_tiles + index) * kTileRows * p.width
+                                              : reinterpret_cast<tile::Key*>(memory + C::kWarps);
+  TopK topk{memory[ptx::warp()], {heaps + std::int64_t{warp_row} * p.width + ptx::lane(), p.width}};
+  if (ptx::lane() < C::kWarpRows)
+    init_heap(topk.heap, candidates_of(p, tile, has_row ? lane_row : 0), !has_row);
+  topk.merge();  // of nothing: it sets the thresholds
+
+  // Rows ascend, so the first and last of a warp bound the candidates of all.
+  const int last_row = std::min(warp_row + C::kWarpRows, static_cast<int>(tile.count)) - 1;
+  const tile::Candidates first_candidates = candidates_of(p, tile, std::min(warp_row, last_row)),
+                         last_candidates = candidates_of(p, tile, last_row);
+  const std::int32_t warp_blocks = warp_row < tile.count ? last_candidates.last : 0;
+  const std::int32_t max_blocks = candidates_of(p, tile, tile.count - 1).last;
+  const auto needs_mask = [&](std::int32_t first) {
+    const std::int32_t end = first + C::kGroup;
+    return first < p.sinks || end > first_candidates.last ||
+           (p.own_block && end > first_candidates.own && first <= last_candidates.own);
+  };
+
+  const auto allowed = [&](std::int32_t first) {
+    std::uint32_t mask = 0;
+    MOBA_UNROLL
+    for (int unit = 0; unit < TopK::kUnits; ++unit) {
+      const tile::Candidates candidates = candidates_of(p, tile, warp_row + TopK::row_of(unit));
+      MOBA_UNROLL
+      for (int column = 0; column < TopK::kColumns; ++column) {
+        if (candidates.has(TopK::block_at(first, column))) mask |= 1U << (unit * TopK::kColumns + column);
+      }
+    }
+    return mask;
+  };
+
+  const T* means = p.means + mean_offset(head, p.max_blocks, p.batch.block_starts[tile.sequence], head_dim);
+  const auto stage = [&](std::int32_t first) {
+    return tile::SwizzledTile<T, head_dim>{elements + first / C::kMeans % C::kStages * C::kMeans * head_dim};
+  };
+  const auto load = [&](std::int32_t first) {
+    tile::load_rows<C::kMeans, C::kThreads>(stage(first), means + static_cast<std::int64_t>(first) * head_dim,
+                                            head_dim, max_blocks - first);
+    ptx::cp_async_commit();
+  };
+  if (max_blocks > 0) load(0);
+  for (std::int32_t first = 0; first < max_blocks; first += C::kGroup) {
+    if (first % C::kMeans == 0) {
+      ptx::cp_async_wait<0>();
+      ptx::syncthreads();  // this stage is full, the other one is no longer read
+      if (first + C::kMeans < max_blocks) load(first + C::kMeans);
+    }
+    if (first >= warp_blocks) continue;
+    float scores[kRowTiles][C::kGroupTiles][4] = {};
+    tile::gemm_nt(scores, queries, stage(first), first % C::kMeans);
+    topk.push(scores, first, needs_mask(first) ? allowed(first) : ~0U);
+  }
+  topk.merge();
+  if (!has_row) return;
+  const std::int64_t row = tile.first_row + lane_row;
+  write_row(topk.heap, p.causal ? own_block_of(p, tile, lane_row) : -1,
+            p.selection.of(q_head_of(row), token_of(row)), p.selection.stride);
 }
 
 constexpr int kListThreads = 128;
@@ -237,7 +232,7 @@ SelectionRows carve_selection(ArenaLayout& layout, const DeviceCall& call, const
 }
 
 void gate(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
-          const void* means, std::uint64_t* best, const SelectionRows& selection) {
+          const void* means, std::uint64_t* heaps, const SelectionRows& selection) {
   with_type(call, [&]<typename T, int head_dim>() {
     using C = TileShape<head_dim>;
     const GateParams<T> params{.q = view_of<const T>(call.q),
@@ -248,20 +243,18 @@ void gate(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const 
                                .max_tiles = call.max_tiles(slice),
                                .heads_per_kv = call.heads_per_kv,
                                .head0 = slice.head0,
-                               .rows = call.rows(slice),
                                .token0 = static_cast<std::int32_t>(slice.token0),
                                .token1 = static_cast<std::int32_t>(slice.token1),
                                .width = static_cast<std::int32_t>(call.width()),
                                .sinks = static_cast<std::int32_t>(call.routing.sink_blocks),
                                .causal = call.routing.causal,
                                .own_block = call.routing.own_block,
-                               .best = best,
+                               .heaps = heaps,
                                .selection = selection};
-    const std::size_t tiles = (kTileRows + 2 * C::kMeans) * head_dim * sizeof(T);
-    const std::size_t heaps =
-        best == nullptr ? static_cast<std::size_t>(kTileRows * call.width()) * sizeof(std::uint64_t) : 0;
+    const std::size_t heap_bytes =
+        heaps == nullptr ? static_cast<std::size_t>(kTileRows * call.width()) * sizeof(tile::Key) : 0;
     stream.launch("gate", gate_kernel<T, head_dim>, {params.max_tiles, slice.heads()}, C::kThreads,
-                  tiles + heaps, params);
+                  C::kBytes + heap_bytes, params);
   });
 }
 

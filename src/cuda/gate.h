@@ -4,7 +4,7 @@
 
 namespace moba::cuda {
 
-/// Scratch memory for the top-k lists of rows with long lists; short ones stay in registers.
+/// Scratch memory for the heaps of long top-k lists; short ones are in shared memory, and this is null.
 std::uint64_t* carve_gate(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice);
 
 /// The slice's rows in scratch memory.
@@ -13,7 +13,7 @@ SelectionRows carve_selection(ArenaLayout& layout, const DeviceCall& call, const
 /// Scores every query against the means of its candidates and keeps the best in `selection`. No score is ever
 /// stored.
 void gate(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
-          const void* means, std::uint64_t* best, const SelectionRows& selection);
+          const void* means, std::uint64_t* heaps, const SelectionRows& selection);
 
 /// Writes the selection of a call that needs no scores: every visible block if dense, else the own block.
 void write_unscored_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice,

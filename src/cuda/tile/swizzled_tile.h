@@ -124,6 +124,28 @@ MOBA_DEVICE void gemm_nt(float (&sums)[row_tiles][column_tiles][4], const Swizzl
   }
 }
 
+/// The same with A in registers, as load_a loads them for each step of 16 elements, and rows
+/// [right_row, right_row + columns) of `right`.
+template <typename T, int head_dim, int row_tiles, int column_tiles>
+MOBA_DEVICE void gemm_nt(float (&sums)[row_tiles][column_tiles][4],
+                         const std::uint32_t (&left)[head_dim / 16][row_tiles][4],
+                         const SwizzledTile<T, head_dim>& right, int right_row) {
+  const int lane = ptx::lane();
+  MOBA_UNROLL
+  for (int k = 0; k < head_dim / 16; ++k) {
+    MOBA_UNROLL
+    for (int j = 0; j < column_tiles; j += 2) {
+      std::uint32_t b[4];
+      load_b(b, right, right_row + 8 * j, k, lane);
+      MOBA_UNROLL
+      for (int i = 0; i < row_tiles; ++i) {
+        ptx::mma_m16n8k16<T>(sums[i][j], left[k][i], b[0], b[1]);
+        ptx::mma_m16n8k16<T>(sums[i][j + 1], left[k][i], b[2], b[3]);
+      }
+    }
+  }
+}
+
 /// Computes sums += A B with A in registers (`weights`, in the accumulator layout) and B the columns of
 /// `rows` from vector `first_vec` on.
 template <typename T, int head_dim, int row_tiles, int weight_tiles, int column_tiles>
