@@ -20,6 +20,8 @@ std::size_t attend_shared_bytes(std::int64_t head_dim);
 void attend(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
             const Plan& plan, const Partials& partials, const Outputs& outputs);
 
+/// Returns whether the build, the device and the head dimension allow sm90 kernels.
+bool has_sm90(std::int64_t head_dim);
 /// Returns whether the sm90 kernels run the call: if they support it and a tile of 128 keys would be over
 /// half full, unless MOBA_CUDA_ARCH is "sm80" or "sm90". Throws ArgumentError if it is "sm90" and they do
 /// not.

@@ -61,7 +61,8 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBa
     const Batch on_device = lay_out(stream, call, batch, slice, memory.starts);
     if (call.needs_scores()) {
       centroids(stream, call, slice, on_device, memory.means);
-      gate(stream, call, slice, on_device, memory.means, memory.heaps, memory.selection);
+      (gate_uses_sm90(call) ? gate_sm90 : gate)(stream, call, slice, on_device, memory.means, memory.heaps,
+                                                memory.selection);
     }
     if (outputs.selection != nullptr && !call.needs_scores())
       write_unscored_selection(stream, call, slice, on_device, rows_in(outputs, call));

@@ -96,7 +96,8 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
       compute_delta(stream, call, all, backward, memory.sums);
       if (selects(call, saved)) {
         centroids(stream, call, all, on_device, memory.means);
-        gate(stream, call, all, on_device, memory.means, memory.heaps, memory.selection);
+        (gate_uses_sm90(call) ? gate_sm90 : gate)(stream, call, all, on_device, memory.means, memory.heaps,
+                                                  memory.selection);
       }
       plan(stream, call, all, on_device, memory.selection, memory.plan);
       plan_dkv(stream, call, all, on_device, memory.plan, memory.keys);

@@ -15,6 +15,12 @@ SelectionRows carve_selection(ArenaLayout& layout, const DeviceCall& call, const
 void gate(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
           const void* means, std::uint64_t* heaps, const SelectionRows& selection);
 
+/// Returns whether gate_sm90 runs the call: if has_sm90, unless MOBA_CUDA_ARCH is "sm80".
+bool gate_uses_sm90(const DeviceCall& call);
+/// The same on sm90.
+void gate_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+               const void* means, std::uint64_t* heaps, const SelectionRows& selection);
+
 /// Writes the selection of a call that needs no scores: every visible block if dense, else the own block.
 void write_unscored_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
                               const Batch& batch, const SelectionRows& selection);

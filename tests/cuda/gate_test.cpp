@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "device_case.h"
+#include "on_sm90.h"
 
 /// The gate against the reference's selection. Queries and keys are small integers, so that means and scores
 /// are exact in any order of summation and equal scores are frequent.
@@ -64,7 +65,17 @@ const std::vector<std::pair<std::string, Score>>& scores() {
   return all;
 }
 
-TEST(CudaGate, AnyOrderOfScoresSelectsAsTheReference) {
+class CudaGate : public OnSm90, public testing::WithParamInterface<const char*> {
+ protected:
+  CudaGate() {
+    if (GetParam() == std::string("sm80")) choose("sm80");
+  }
+  void SetUp() override {
+    if (GetParam() == std::string("sm90")) OnSm90::SetUp();
+  }
+};
+
+TEST_P(CudaGate, AnyOrderOfScoresSelectsAsTheReference) {
   for (const auto& [name, score] : scores()) {
     expect_reference(scored_case({.block_size = 2, .top_k = 8}, 70, 600, 64, score), name);
     expect_reference(scored_case({.block_size = 2, .top_k = 6, .sink_blocks = 3}, 70, 600, 128, score), name);
@@ -77,7 +88,7 @@ TEST(CudaGate, AnyOrderOfScoresSelectsAsTheReference) {
   }
 }
 
-TEST(CudaGate, ManyBlocksSelectAsTheReference) {
+TEST_P(CudaGate, ManyBlocksSelectAsTheReference) {
   const Score zero = [](std::int64_t) { return 0.0; };
   for (const std::int64_t top_k : {2, 3, 8, 17, 40, 100}) {
     expect_reference(scored_case({.block_size = 1, .top_k = top_k}, 50, 1500, 64, zero, 7),
@@ -86,7 +97,7 @@ TEST(CudaGate, ManyBlocksSelectAsTheReference) {
 }
 
 /// Queries before the first key, few candidates, and sinks beyond them.
-TEST(CudaGate, RowsWithFewCandidatesSelectThemAll) {
+TEST_P(CudaGate, RowsWithFewCandidatesSelectThemAll) {
   const Score periodic = [](std::int64_t token) { return static_cast<double>(token % 5); };
   for (const std::int64_t sinks : {0, 2, 5}) {
     expect_reference(
@@ -100,6 +111,9 @@ TEST(CudaGate, RowsWithFewCandidatesSelectThemAll) {
   batch.sequences = {{0, 7, 7, 90}, {0, 40, 41, 150}};
   expect_reference(batch, "several sequences");
 }
+
+INSTANTIATE_TEST_SUITE_P(Kernels, CudaGate, testing::Values("sm80", "sm90"),
+                         [](const auto& kernels) { return std::string(kernels.param); });
 
 }  // namespace
 }  // namespace moba::test

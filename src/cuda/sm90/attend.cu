@@ -77,14 +77,6 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
   });
 }
 
-/// Waits until this warpgroup may issue products; `pingpong_arrive` lets the other one issue.
-MOBA_DEVICE void pingpong_wait(int warpgroup) {
-  ptx::bar_sync(kPingpong + warpgroup, kConsumerWarpgroups * ptx::kWarpgroupThreads);
-}
-MOBA_DEVICE void pingpong_arrive(int warpgroup) {
-  ptx::bar_arrive(kPingpong + 1 - warpgroup, kConsumerWarpgroups * ptx::kWarpgroupThreads);
-}
-
 /// Main loop of the consumer warpgroups.
 template <typename T, int head_dim>
 MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
@@ -190,13 +182,16 @@ bool has_map(const Tensor& t) {
 
 }  // namespace
 
+bool has_sm90(std::int64_t head_dim) {
+  return kIsBuilt && current_hardware().capability == 90 && (head_dim == 64 || head_dim == 128);
+}
+
 bool uses_sm90(const DeviceCall& call) {
   const char* forced = std::getenv("MOBA_CUDA_ARCH");
   const std::string_view choice = forced == nullptr ? "" : forced;
   if (!choice.empty() && choice != "sm80" && choice != "sm90")
     refuse("MOBA_CUDA_ARCH", "expected sm80 or sm90, got ", choice);
-  const bool can = kIsBuilt && current_hardware().capability == 90 &&
-                   (call.head_dim == 64 || call.head_dim == 128) && has_map(call.k) && has_map(call.v);
+  const bool can = has_sm90(call.head_dim) && has_map(call.k) && has_map(call.v);
   if (choice == "sm90" && !can) {
     refuse("MOBA_CUDA_ARCH",
            "expected sm80 where a build for sm_90a, compute capability 9.0, head_dim 64 or 128, or positive "

@@ -97,6 +97,14 @@ MOBA_DEVICE void warpgroup_sync(int warpgroup) {
   ptx::bar_sync(kWarpgroupSync + warpgroup, ptx::kWarpgroupThreads);
 }
 
+/// Waits until this warpgroup may issue products; `pingpong_arrive` lets the other one issue.
+MOBA_DEVICE void pingpong_wait(int warpgroup) {
+  ptx::bar_sync(kPingpong + warpgroup, kConsumerWarpgroups * ptx::kWarpgroupThreads);
+}
+MOBA_DEVICE void pingpong_arrive(int warpgroup) {
+  ptx::bar_arrive(kPingpong + 1 - warpgroup, kConsumerWarpgroups * ptx::kWarpgroupThreads);
+}
+
 /// Zeroes the rows from `valid` on, which belong to other blocks: 0 * inf is not 0. Each warpgroup writes
 /// them for itself.
 template <typename T, int rows, int head_dim>

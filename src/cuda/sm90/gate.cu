@@ -1,0 +1,201 @@
+// The gate on sm_90a. Warpgroup 0 is the producer: it gathers the queries of a tile and loads means by TMA.
+// The consumer warpgroups hold 64 rows each and take turns to issue their products, so that one selects
+// (tile/topk.h) while the tensor cores compute the scores of the other.
+#include <algorithm>
+#include <cstdlib>
+#include <string_view>
+
+#include "cuda/attend.h"
+#include "cuda/gate_rows.h"
+#include "cuda/sm90/pipeline.h"
+
+namespace moba::cuda {
+namespace sm90::gating {
+
+inline constexpr int kMeans = 128;  // of a tile
+inline constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+template <typename T>
+struct Params {
+  TensorMap means;
+  GateParams<T> gate;
+  std::int64_t heads;  // of the slice
+
+  /// Calls run(tile, index of the tile, head) for every work tile of this thread block; tiles of the last
+  /// queries, which have the most candidates, come first.
+  template <typename Run>
+  MOBA_DEVICE void for_own_rows(std::int32_t tiles, Run&& run) const {
+    for_own_tiles(tiles * heads, [&](std::int64_t work) {
+      const auto index = static_cast<std::int32_t>(tiles - 1 - work / heads);
+      run(tile_at(gate.batch, index, gate.token0, gate.token1, gate.heads_per_kv), index, work % heads);
+    });
+  }
+};
+
+template <typename T, int head_dim>
+struct Shared {
+  static constexpr int kStages = head_dim > 64 ? 3 : 4;  // tiles of means
+  using Rows = tile::SwizzledTile128B<T, kTileRows, head_dim>;
+  using Means = tile::SwizzledTile128B<T, kMeans, head_dim>;
+  using TopK = tile::TopK<1, 4>;
+
+  struct Control {
+    typename TopK::Memory topk[kConsumerWarps];
+    std::int64_t q_offsets[2][kTileRows];
+    StageBarriers q[2], means[kStages];
+  };
+  static constexpr std::size_t kBytes = 2 * Rows::kBytes + kStages * Means::kBytes + sizeof(Control);
+
+  std::byte* memory;
+
+  MOBA_DEVICE Rows q(int buffer) const { return {memory + buffer * Rows::kBytes}; }
+  MOBA_DEVICE Means means(int stage) const { return {memory + 2 * Rows::kBytes + stage * Means::kBytes}; }
+  MOBA_DEVICE Control& control() const { return *reinterpret_cast<Control*>(means(kStages).data); }
+  MOBA_DEVICE tile::Key* heaps() const { return reinterpret_cast<tile::Key*>(&control() + 1); }
+};
+
+/// Producer of the queries. Called by kGatherThreads threads, numbered by `thread`.
+template <typename T, int head_dim>
+MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int32_t tiles,
+                        int thread) {
+  PipelineState<2> buffer;
+  p.for_own_rows(tiles, [&](const Tile& tile, std::int32_t, std::int64_t head) {
+    StageBarriers& barriers = shared.control().q[buffer.index];
+    std::int64_t* offsets = shared.control().q_offsets[buffer.index];
+    ptx::mbarrier_wait(&barriers.empty, buffer.phase ^ 1U);
+    for (int r = thread; r < kTileRows; r += kGatherThreads)
+      offsets[r] = r < tile.count ? p.gate.query(tile, head, r) - p.gate.q.data : kNoRow;
+    ptx::bar_sync(kRowTableReady, kGatherThreads);
+    gather_rows(shared.q(buffer.index), p.gate.q.data, offsets, thread);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    ptx::fence_proxy_async();
+    ptx::mbarrier_arrive(&barriers.full);
+    buffer.advance();
+  });
+}
+
+/// Producer of the means. Called by one thread.
+template <typename T, int head_dim>
+MOBA_DEVICE void load_means(const Params<T>& p, const Shared<T, head_dim>& shared, std::int32_t tiles) {
+  using Means = typename Shared<T, head_dim>::Means;
+  PipelineState<Shared<T, head_dim>::kStages> stage;
+  p.for_own_rows(tiles, [&](const Tile& tile, std::int32_t, std::int64_t head) {
+    const std::int32_t end = candidates_of(p.gate, tile, tile.count - 1).last;
+    for (std::int32_t first = 0; first < end; first += kMeans, stage.advance()) {
+      StageBarriers& barriers = shared.control().means[stage.index];
+      ptx::mbarrier_wait(&barriers.empty, stage.phase ^ 1U);
+      ptx::mbarrier_arrive_expect_tx(&barriers.full, Means::kBytes);
+      tma_load_tile(shared.means(stage.index), p.means, head,
+                    p.gate.batch.block_starts[tile.sequence] + first, &barriers.full);
+    }
+  });
+}
+
+/// Main loop of the consumer warpgroups.
+template <typename T, int head_dim>
+MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim>& shared, std::int32_t tiles,
+                        int warpgroup) {
+  using S = Shared<T, head_dim>;
+  using TopK = typename S::TopK;
+  typename S::Control& control = shared.control();
+  const int first_row = warpgroup * kWarpgroupRows;
+  const int warp = warpgroup * 4 + ptx::warp() % 4;
+  PipelineState<2> buffer;
+  PipelineState<S::kStages> stage;
+  if (warpgroup == 1) pingpong_arrive(warpgroup);
+  p.for_own_rows(tiles, [&](const Tile& tile, std::int32_t index, std::int64_t head) {
+    const std::int32_t end = warp_uniform(candidates_of(p.gate, tile, tile.count - 1).last);
+    const bool has_rows = warp_uniform(first_row < tile.count ? 1 : 0) != 0;
+    tile::Key* const heaps = p.gate.heaps != nullptr
+                                 ? p.gate.heaps + (head * p.gate.max_tiles + index) * kTileRows * p.gate.width
+                                 : shared.heaps();
+    WarpRows<T, TopK> rows(p.gate, tile, head, warp * TopK::kRows, control.topk[warp], heaps);
+    ptx::mbarrier_wait(&control.q[buffer.index].full, buffer.phase);
+    for (std::int32_t first = 0; first < end; first += kMeans, stage.advance()) {
+      float scores[kMeans / 8][4];
+      ptx::mbarrier_wait(&control.means[stage.index].full, stage.phase);
+      pingpong_wait(warpgroup);
+      if (has_rows) {
+        ptx::wgmma_fence();
+        issue_qk(scores, shared.q(buffer.index), first_row, shared.means(stage.index));
+        pingpong_arrive(warpgroup);
+        ptx::wgmma_wait(scores);
+      } else {
+        pingpong_arrive(warpgroup);
+      }
+      consumer_release(control.means[stage.index].empty);
+      if (!has_rows) continue;
+      MOBA_UNROLL
+      for (int group = 0; group < kMeans / rows.kGroup; ++group) {
+        constexpr int kTiles = WarpRows<T, TopK>::kGroup / 8;
+        float group_scores[1][kTiles][4];
+        MOBA_UNROLL
+        for (int i = 0; i < kTiles * 4; ++i)
+          group_scores[0][i / 4][i % 4] = scores[group * kTiles + i / 4][i % 4];
+        if (first + group * rows.kGroup < rows.end()) rows.push(group_scores, first + group * rows.kGroup);
+      }
+    }
+    consumer_release(control.q[buffer.index].empty);
+    buffer.advance();
+    rows.finish();
+    ptx::syncwarp();  // the next tile's heaps take their place
+  });
+  if (warpgroup == 0) pingpong_wait(warpgroup);  // matches the last arrive of warpgroup 1
+}
+
+template <typename T, int head_dim>
+MOBA_KERNEL(kThreads, 1)
+gate_kernel(MOBA_GRID_CONSTANT Params<T> p) {
+  if constexpr (ptx::kHasWarpgroups) {
+    const Shared<T, head_dim> shared{ptx::shared()};
+    const std::int32_t tiles = warp_uniform(p.gate.batch.tile_starts[p.gate.batch.sequences]);
+    if (ptx::thread() == 0) {
+      auto& control = shared.control();
+      for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
+      for (StageBarriers& barriers : control.means) barriers.init(1);
+      ptx::fence_proxy_async();
+    }
+    ptx::syncthreads();
+    const int warpgroup = warp_uniform(ptx::thread() / ptx::kWarpgroupThreads);
+    if (warpgroup == 0) {
+      ptx::warpgroup_reg_dealloc<kProducerRegisters>();
+      if (ptx::thread() == 0) load_means(p, shared, tiles);
+      if (ptx::warp() > 0) load_q(p, shared, tiles, ptx::thread() - ptx::kLanes);
+    } else {
+      ptx::warpgroup_reg_alloc<kConsumerRegisters>();
+      select(p, shared, tiles, warpgroup - 1);
+    }
+  }
+}
+
+}  // namespace sm90::gating
+
+bool gate_uses_sm90(const DeviceCall& call) {
+  const char* forced = std::getenv("MOBA_CUDA_ARCH");
+  return has_sm90(call.head_dim) && (forced == nullptr || std::string_view(forced) != "sm80");
+}
+
+void gate_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+               const void* means, std::uint64_t* heaps, const SelectionRows& selection) {
+  with_type(call, [&]<typename T, int head_dim>() {
+    if constexpr (head_dim == 64 || head_dim == 128) {
+      const Tensor rows{.data = const_cast<void*>(means),
+                        .dtype = call.k.dtype,
+                        .device = Device::cuda,
+                        .rank = 3,
+                        .sizes = {call.max_blocks(), slice.heads(), head_dim},
+                        .strides = {head_dim, call.max_blocks() * head_dim, 1}};
+      const sm90::gating::Params<T> params{
+          .means = tensor_map(rows, sm90::gating::kMeans),
+          .gate = gate_params<T>(call, slice, batch, means, heaps, selection),
+          .heads = slice.heads()};
+      const std::int64_t blocks = current_hardware().multiprocessors;
+      stream.launch("gate_sm90", sm90::gating::gate_kernel<T, head_dim>,
+                    {std::min(blocks, call.max_tiles(slice) * slice.heads())}, sm90::kThreads,
+                    sm90::gating::Shared<T, head_dim>::kBytes + shared_heap_bytes(call), params);
+    }
+  });
+}
+
+}  // namespace moba::cuda
