@@ -4,7 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "moba/error.h"
+#include "src/errors.h"
 
 namespace moba::pytorch {
 
@@ -16,9 +16,9 @@ std::shared_ptr<void> guard_device(std::int32_t device) {
   return std::make_shared<torch::stable::accelerator::DeviceGuard>(device);
 }
 
-/// This function of torch's stable ABI exists in CUDA builds of torch alone, so it is looked up when the
-/// first CUDA tensor arrives.
-void* current_stream(const std::string& function, std::int32_t device) {
+/// Looks up the function of torch's stable ABI when the first CUDA tensor arrives: only CUDA builds of torch
+/// have it.
+void* current_stream(std::int32_t device) {
   using GetStream = AOTITorchError (*)(std::int32_t, void**);
   static const GetStream get_stream = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
@@ -27,7 +27,7 @@ void* current_stream(const std::string& function, std::int32_t device) {
                : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
   if (get_stream == nullptr)
-    throw Error(function + ": q: expected a torch built with CUDA, got one without libtorch_cuda.so");
+    refuse("q", "expected a torch built with CUDA, got one without libtorch_cuda.so");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(get_stream(device, &stream));
   return stream;

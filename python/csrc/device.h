@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <string>
 
 namespace moba::pytorch {
 
@@ -13,7 +12,7 @@ bool is_cuda_type(std::int32_t type);
 /// Makes a device the current one for as long as the result lives.
 std::shared_ptr<void> guard_device(std::int32_t device);
 
-/// Returns the current stream of a device; `function` begins the messages of errors.
-void* current_stream(const std::string& function, std::int32_t device);
+/// Returns the current stream of a device; throws ArgumentError if this torch was built without CUDA.
+void* current_stream(std::int32_t device);
 
 }  // namespace moba::pytorch

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <memory>
-#include <utility>
 
 #include "device.h"
 #include "moba/cuda.h"
@@ -11,49 +10,48 @@
 
 namespace moba::pytorch {
 
-/// Returns `call`; throws Error unless libmoba was built with its CUDA backend.
-inline Call require_cuda_build(Call call) {
+/// Returns the CUDA device of q; throws ArgumentError if q is on another device or libmoba was built without
+/// its CUDA backend.
+inline TorchDevice cuda_device_of(const TorchTensor& q) {
   const std::vector<std::string> built = backends();
   if (std::find(built.begin(), built.end(), "cuda") == built.end()) {
-    throw Error(
-        call.function +
-        ": q: expected a CPU tensor, got a CUDA one: this package was built without CUDA (pip install . "
-        "-Ccmake.define.MOBA_BUILD_CUDA=ON builds it in)");
+    refuse("q",
+           "expected a CPU tensor, got a CUDA one: this package was built without CUDA (pip install . "
+           "-Ccmake.define.MOBA_BUILD_CUDA=ON builds it in)");
   }
-  return call;
+  const TorchDevice device = device_of(q);
+  if (!device.is_cuda()) refuse("q", "expected a CUDA tensor, got one on ", device.text());
+  return device;
 }
 
 /// A call on a CUDA device. Offsets stay on the device, unread; the number of packed keys bounds the longest
 /// sequence.
-class DeviceCall : public Call {
+class DeviceCall : public OperatorCall {
  public:
   DeviceSequences sequences{};
 
-  DeviceCall(Call call, const TorchTensor& q, const TorchTensor& k, const TorchTensor& cu_seqlens_q,
-             const TorchTensor& cu_seqlens_k)
-      : DeviceCall(std::move(call), q) {
+  DeviceCall(const Routing& call_routing, const TorchTensor& q, const TorchTensor& k,
+             const TorchTensor& cu_seqlens_q, const TorchTensor& cu_seqlens_k)
+      : DeviceCall(call_routing, q) {
     const std::int32_t* q_starts = list("cu_seqlens_q", cu_seqlens_q);
     const std::int32_t* k_starts = list("cu_seqlens_k", cu_seqlens_k);
     if (cu_seqlens_q.size(0) == 0)
-      throw Error(function + ": cu_seqlens_q: expected at least one entry (0), got an empty list");
+      refuse("cu_seqlens_q", "expected at least one entry (0), got an empty list");
     if (cu_seqlens_q.size(0) != cu_seqlens_k.size(0)) {
-      throw Error(function + ": cu_seqlens_k: expected " + std::to_string(cu_seqlens_q.size(0)) +
-                  " entries (as cu_seqlens_q), got " + std::to_string(cu_seqlens_k.size(0)));
+      refuse("cu_seqlens_k", "expected ", cu_seqlens_q.size(0), " entries (as cu_seqlens_q), got ",
+             cu_seqlens_k.size(0));
     }
     sequences = {.cu_seqlens_q = q_starts,
                  .cu_seqlens_k = k_starts,
                  .count = cu_seqlens_q.size(0) - 1,
                  .max_seqlen_k = k.dim() > 0 ? k.size(0) : 0};
   }
-  DeviceCall(Call call, const TorchTensor& q)
-      : Call(require_cuda_build(std::move(call))), guard_(guard_device(device_of(q).index)) {
-    device = device_of(q);
-    if (!device.is_cuda()) throw Error(function + ": q: expected a CUDA tensor, got one on " + device.text());
-  }
+  DeviceCall(const Routing& call_routing, const TorchTensor& q)
+      : OperatorCall{call_routing, cuda_device_of(q)}, guard_(guard_device(device.index)) {}
 
   /// Returns the elements of a one-dimensional int32 tensor, made contiguous for the duration of the call.
   const std::int32_t* list(const char* name, const TorchTensor& t) {
-    check_offsets(function, name, t, device);
+    check_offsets(name, t, device);
     lists_.push_back(t.size(0) > 1 && t.stride(0) != 1 ? torch::stable::contiguous(t) : t);
     return static_cast<const std::int32_t*>(lists_.back().data_ptr());
   }
@@ -61,7 +59,7 @@ class DeviceCall : public Call {
   Execution execution(const std::string& backend, DType) {
     Execution execution;
     execution.backend = backend;
-    execution.stream = current_stream(function, device.index);
+    execution.stream = current_stream(device.index);
     execution.scratch = {
         [this](std::size_t bytes) { return held_.emplace_back(bytes_of(bytes, device)).data_ptr(); },
         [this](void* memory, std::size_t) {

@@ -3,16 +3,15 @@
 
 #include <atomic>
 #include <optional>
-#include <utility>
 
 #include "tensors.h"
 
 namespace moba::pytorch {
 
-/// Returns the elements of an int32 tensor [sequences + 1]; throws Error for another dtype, rank or device.
-inline std::vector<std::int32_t> offsets_of(const std::string& function, const char* name,
-                                            const TorchTensor& t) {
-  check_offsets(function, name, t, {});
+/// Returns the elements of an int32 tensor [sequences + 1]; throws ArgumentError for another dtype, rank or
+/// device.
+inline std::vector<std::int32_t> offsets_of(const char* name, const TorchTensor& t) {
+  check_offsets(name, t, {});
   std::vector<std::int32_t> offsets(static_cast<std::size_t>(t.size(0)));
   const auto* data = static_cast<const std::int32_t*>(t.data_ptr());
   const std::int64_t stride = t.stride(0);
@@ -80,19 +79,19 @@ class Scratch {
 };
 
 /// A call on the CPU, whose offsets are copied.
-class HostCall : public Call {
+class HostCall : public OperatorCall {
  public:
   Sequences sequences{};
 
-  HostCall(Call call, const TorchTensor& q, const TorchTensor& k, const TorchTensor& cu_seqlens_q,
-           const TorchTensor& cu_seqlens_k)
-      : HostCall(std::move(call)) {
-    require_device(function, "q", q, device);
-    require_device(function, "k", k, device);
-    sequences.cu_seqlens_q = offsets_of(function, "cu_seqlens_q", cu_seqlens_q);
-    sequences.cu_seqlens_k = offsets_of(function, "cu_seqlens_k", cu_seqlens_k);
+  HostCall(const Routing& call_routing, const TorchTensor& q, const TorchTensor& k,
+           const TorchTensor& cu_seqlens_q, const TorchTensor& cu_seqlens_k)
+      : HostCall(call_routing) {
+    require_device("q", q, device);
+    require_device("k", k, device);
+    sequences.cu_seqlens_q = offsets_of("cu_seqlens_q", cu_seqlens_q);
+    sequences.cu_seqlens_k = offsets_of("cu_seqlens_k", cu_seqlens_k);
   }
-  explicit HostCall(Call call) : Call(std::move(call)) {}
+  explicit HostCall(const Routing& call_routing) : OperatorCall{call_routing} {}
 
   /// Returns the execution on torch's threads; float64 without a backend runs on the reference, its only one.
   Execution execution(const std::string& backend, DType dtype) {

@@ -2,15 +2,20 @@
 
 using namespace moba::pytorch;
 
+/// Returns the message of the last argument error that an operator threw on this thread, or "".
+extern "C" __attribute__((visibility("default"))) const char* moba_last_argument_error() {
+  return last_argument_error.c_str();
+}
+
 STABLE_TORCH_LIBRARY(moba, library) {
   define_operators(library);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moba, CPU, library) {
-  library.impl("attention", TORCH_BOX(&attention<HostCall>));
-  library.impl("attention_backward", TORCH_BOX(&attention_backward<HostCall>));
-  library.impl("decode", TORCH_BOX(&decode));
-  library.impl("select", TORCH_BOX(&select_blocks<HostCall>));
+  implement<"attention", attention<HostCall>>(library);
+  implement<"attention_backward", attention_backward<HostCall>>(library);
+  implement<"decode", decode>(library);
+  implement<"select", select_blocks<HostCall>>(library);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moba, CUDA, library) {

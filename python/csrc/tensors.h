@@ -14,6 +14,7 @@
 
 #include "device.h"
 #include "moba/attention.h"
+#include "src/errors.h"
 
 namespace moba::pytorch {
 
@@ -45,11 +46,10 @@ inline TorchDevice device_of(const TorchTensor& t) {
   return device;
 }
 
-inline void require_device(const std::string& function, const char* name, const TorchTensor& t,
-                           const TorchDevice& device) {
+/// Throws ArgumentError unless `t` is on that device.
+inline void require_device(const char* name, const TorchTensor& t, const TorchDevice& device) {
   if (device_of(t) != device)
-    throw Error(function + ": " + name + ": expected device " + device.text() + " (that of q), got " +
-                device_of(t).text());
+    refuse(name, "expected device ", device.text(), " (that of q), got ", device_of(t).text());
 }
 
 /// Returns a new contiguous tensor, uninitialised.
@@ -78,7 +78,7 @@ inline std::string sizes_text(const TorchTensor& t) {
   return text + "]";
 }
 
-inline DType dtype_of(const std::string& function, const char* name, const TorchTensor& t) {
+inline DType dtype_of(const char* name, const TorchTensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::f32;
@@ -89,8 +89,8 @@ inline DType dtype_of(const std::string& function, const char* name, const Torch
     case ScalarType::Double:
       return DType::f64;
     default:
-      throw Error(function + ": " + name + ": expected float32, bfloat16, float16 or float64, got " +
-                  torch::headeronly::toString(t.scalar_type()));
+      refuse(name, "expected float32, bfloat16, float16 or float64, got ",
+             torch::headeronly::toString(t.scalar_type()));
   }
 }
 
@@ -99,16 +99,14 @@ inline DType dtype_of(const std::string& function, const char* name, const Torch
 /// device, if its rows are not aligned to 16 bytes.
 class Argument {
  public:
-  Argument(const std::string& function, const char* name, const TorchTensor& given, const TorchDevice& device,
-           int rank = 3)
+  Argument(const char* name, const TorchTensor& given, const TorchDevice& device, int rank = 3)
       : tensor_(given) {
-    require_device(function, name, given, device);
+    require_device(name, given, device);
     if (given.dim() != rank) {
-      throw Error(function + ": " + name + ": expected " +
-                  (rank == 3 ? "[tokens" : "[sequences, tokens or blocks") +
-                  ", heads, head_dim], got sizes " + sizes_text(given));
+      refuse(name, "expected ", rank == 3 ? "[tokens" : "[sequences, tokens or blocks",
+             ", heads, head_dim], got sizes ", sizes_text(given));
     }
-    view_.dtype = pytorch::dtype_of(function, name, given);
+    view_.dtype = pytorch::dtype_of(name, given);
     if (!has_usable_strides(given, device)) {
       std::vector<std::int64_t> sizes;
       sizes.reserve(static_cast<std::size_t>(rank));
@@ -158,19 +156,17 @@ inline TorchTensor empty_like(const Argument& model, const TorchDevice& device) 
   return empty({sizes[0], sizes[1], sizes[2]}, model.tensor().scalar_type(), device);
 }
 
-/// Throws Error unless `t` is int32 [sequences + 1] on that device.
-inline void check_offsets(const std::string& function, const char* name, const TorchTensor& t,
-                          const TorchDevice& device) {
-  require_device(function, name, t, device);
+/// Throws ArgumentError unless `t` is int32 [sequences + 1] on that device.
+inline void check_offsets(const char* name, const TorchTensor& t, const TorchDevice& device) {
+  require_device(name, t, device);
   if (t.dim() != 1 || t.scalar_type() != ScalarType::Int) {
-    throw Error(function + ": " + name + ": expected int32 [sequences + 1], got " +
-                torch::headeronly::toString(t.scalar_type()) + " " + sizes_text(t));
+    refuse(name, "expected int32 [sequences + 1], got ", torch::headeronly::toString(t.scalar_type()), " ",
+           sizes_text(t));
   }
 }
 
 /// State of a call, common to all devices.
-struct Call {
-  std::string function;
+struct OperatorCall {
   Routing routing{};
   TorchDevice device{};
 

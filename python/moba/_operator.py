@@ -1,12 +1,16 @@
 """Load the compiled operators and register shapes, gradients, autocast and vmap for them."""
 
+import ctypes
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-torch.ops.load_library(str(next(Path(__file__).parent.glob("libmoba_torch.*"))))
+_LIBRARY_PATH = str(next(Path(__file__).parent.glob("libmoba_torch.*")))
+torch.ops.load_library(_LIBRARY_PATH)
+_last_argument_error = ctypes.CDLL(_LIBRARY_PATH).moba_last_argument_error
+_last_argument_error.restype = ctypes.c_char_p
 
 _attention = torch.ops.moba.attention.default
 _attention_backward = torch.ops.moba.attention_backward.default
@@ -53,26 +57,18 @@ def _check_tensors(function: str, *tensors: Tensor) -> None:
             )
 
 
-_LIBRARY_NAMES = {"select": "select_blocks"}
-"""Operators whose function in the library has another name."""
-
-
-def _operator_error(function: str, error: Exception) -> Exception:
-    """Return the exception to raise for one of the compiled code: ValueError for an argument, RuntimeError for a failure of the
-    device. torch raises both as RuntimeError since 2.15, and as ValueError before."""
-    name, _, message = str(error).partition(": ")
-    if name not in (function, _LIBRARY_NAMES.get(function)):
-        return error
-    if message.startswith("CUDA: "):
-        return RuntimeError(f"{function}: {message}")
-    return ValueError(f"{function}: {message.removeprefix('cache.')}")
+def _operator_error(error: Exception) -> Exception:
+    """Return ValueError for an argument that the compiled code refused, which torch raises as RuntimeError since 2.15; any
+    other error as it is."""
+    message = _last_argument_error().decode()
+    return ValueError(message) if message and message in str(error) else error
 
 
 _checks = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
 
 
 def _register_checks(function: str) -> None:
-    """Check the arguments of every call of the operator that is not traced, on every backend."""
+    """Check the arguments of every call of the operator on every backend, unless it is traced."""
     operator = getattr(torch.ops.moba, function).default
     count = len(_TENSORS[function])
 
@@ -81,7 +77,7 @@ def _register_checks(function: str) -> None:
         try:
             return operator.redispatch(keyset - _checks, *arguments)
         except (RuntimeError, ValueError) as error:
-            raise _operator_error(function, error) from None
+            raise _operator_error(error) from None
 
     _library.impl(function, checked, "BackendSelect", with_keyset=True)
 
@@ -283,7 +279,7 @@ def _with_gradient(
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if gradient and torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
-            "attention: torch.func cannot differentiate it; torch.autograd.grad can"
+            "attention: q, k, v: expected torch.autograd.grad, got torch.func.grad"
         )
     _check_no_tangent("attention", q, k, v)
     try:
@@ -292,33 +288,38 @@ def _with_gradient(
         with torch._C._AutoDispatchBelowAutograd():
             return _attention.redispatch(keyset, *arguments)
     except (RuntimeError, ValueError) as error:
-        raise _operator_error("attention", error) from None
+        raise _operator_error(error) from None
 
 
 def _check_no_tangent(function, *tensors):
     """Raise for forward-mode derivatives, which would silently be 0."""
     if forward_ad._current_level < 0:
         return
-    for t in tensors:
-        if isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None:
+    for name, t in zip(_TENSORS[function], tensors):
+        if forward_ad.unpack_dual(t).tangent is not None:
             raise NotImplementedError(
-                f"{function}: forward-mode derivatives (torch.func.jvp) are not supported; torch.autograd.grad is"
+                f"{function}: {name}: expected torch.autograd.grad, got a tangent of a forward-mode derivative (torch.func.jvp)"
             )
+
+
+_NO_DERIVATIVE = {
+    "attention_backward": "d_out: expected a first derivative of attention, got a second one",
+    "decode": "q, k, v: expected no backward pass (decode has no derivative), got one",
+}
 
 
 class _NotDifferentiable(torch.autograd.Function):
     """Operator without a derivative."""
 
     @staticmethod
-    def forward(ctx, operator, keyset, *arguments):
+    def forward(ctx, function, operator, keyset, *arguments):
+        ctx.function = function
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset, *arguments)
 
     @staticmethod
     def backward(ctx, *gradients):
-        raise NotImplementedError(
-            "moba::decode has no derivative, and moba::attention no second one"
-        )
+        raise NotImplementedError(f"{ctx.function}: {_NO_DERIVATIVE[ctx.function]}")
 
 
 def _register_not_differentiable(function):
@@ -330,7 +331,7 @@ def _register_not_differentiable(function):
         if torch.is_grad_enabled() and any(
             isinstance(t, Tensor) and t.requires_grad for t in arguments
         ):
-            return _NotDifferentiable.apply(operator, keyset, *arguments)
+            return _NotDifferentiable.apply(function, operator, keyset, *arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator.redispatch(keyset, *arguments)
 

@@ -11,7 +11,7 @@ std::shared_ptr<void> guard_device(std::int32_t) {
   return nullptr;
 }
 
-void* current_stream(const std::string&, std::int32_t) {
+void* current_stream(std::int32_t) {
   return nullptr;
 }
 

@@ -6,6 +6,7 @@ import random
 import moba
 import pytest
 import torch
+from moba import _operator
 from packed import batch
 
 ops = moba.ops
@@ -166,6 +167,18 @@ def test_wrong_dtypes_of_backward_and_select_raise_type_error():
         TypeError, match="^select: cu_seqlens_k: expected torch.int32, got torch.int64"
     ):
         ops.select(q, k, cu, cu.long(), 4, 2)
+
+
+def test_argument_errors_that_torch_raises_as_runtime_error_become_value_error():
+    q, _, _, cu, _ = batch([16])
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    with pytest.raises((ValueError, RuntimeError), match="^select: block_size: ") as refused:
+        ops.select.redispatch(keys, q, q, cu, cu, 0, 2)
+    message = str(refused.value)
+    converted = _operator._operator_error(RuntimeError(f"{message}\nC++ stack trace"))
+    assert type(converted) is ValueError and str(converted) == message
+    other = RuntimeError("attention: CUDA: out of memory")
+    assert _operator._operator_error(other) is other
 
 
 def test_integers_have_no_gradient():
