@@ -32,8 +32,8 @@ class MoBAConfig:
             raise TypeError(
                 f"MoBAConfig: full_layers: expected layer numbers, got {self.full_layers!r}"
             ) from None
-        least = {"moba_chunk_size": 1, "moba_topk": 1, "full_tail": 0, "sink_blocks": 0}
-        for name, low in least.items():
+        minimum = {"moba_chunk_size": 1, "moba_topk": 1, "full_tail": 0, "sink_blocks": 0}
+        for name, low in minimum.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"MoBAConfig: {name}: expected an int, got {value!r}")

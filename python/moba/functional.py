@@ -105,8 +105,8 @@ def attention(
     """Compute Mixture of Block Attention of a batch.
 
     `q` [B, Sq, Hq, D], `k` and `v` [B, Sk, Hkv, D], of one dtype and any strides; `Hq % Hkv == 0`; causal queries are the last
-    of the keys. Every query attends to `top_k` blocks of `block_size` tokens, its own included (or to what `config` says, of
-    which the routing counts here). `padding_mask` [B, Sk]: true at tokens, false at padding on either side; queries that are
+    of the keys. Every query attends to `top_k` blocks of `block_size` tokens, its own included; `config` gives both instead (its
+    `full_layers`, `full_tail` and `decode` have no effect here). `padding_mask` [B, Sk]: true at tokens, false at padding on either side; queries that are
     padding get 0. `scale` of the logits, D^-0.5 unless given.
 
     Returns `out` [B, Sq, Hq, D]; with `return_lse` also the natural logarithm of each softmax denominator [B, Hq, Sq]; with

@@ -13,15 +13,15 @@ def selection_mask(
 ) -> Tensor:
     """Compute the mask of the keys that each query sees: bool [H, Lq, Lk], for one sequence `q` [Lq, H, D], `k` [Lk, H, D].
 
-    Its own block up to itself, and of the complete blocks before it the `top_k - 1` whose mean key scores highest; sinks
-    first; of equal scores the more recent.
+    A query sees its own block up to itself, and of the complete blocks before it the `top_k - 1` whose mean key scores
+    highest: sink blocks first, and of equal scores the more recent block.
     """
     queries, keys = q.shape[0], k.shape[0]
     blocks = keys // block_size
     position = torch.arange(keys - queries, keys, device=q.device)
     own = position // block_size
     key = torch.arange(keys, device=q.device)
-    chosen = torch.zeros(q.shape[1], queries, blocks + 1, dtype=torch.bool, device=q.device)
+    selected = torch.zeros(q.shape[1], queries, blocks + 1, dtype=torch.bool, device=q.device)
     if blocks > 0 and top_k > 1:
         means = (
             k[: blocks * block_size]
@@ -43,10 +43,10 @@ def selection_mask(
             .argsort(dim=-1, descending=True, stable=True)
         )
         best = blocks - 1 - order[..., : top_k - 1]
-        chosen.scatter_(2, best, True)
-        chosen[..., :blocks] &= candidate
-    chosen.scatter_(2, own.clamp(0, blocks).expand(q.shape[1], -1)[..., None], True)
-    return chosen[..., (key // block_size).clamp(max=blocks)] & (key <= position[:, None])
+        selected.scatter_(2, best, True)
+        selected[..., :blocks] &= candidate
+    selected.scatter_(2, own.clamp(0, blocks).expand(q.shape[1], -1)[..., None], True)
+    return selected[..., (key // block_size).clamp(max=blocks)] & (key <= position[:, None])
 
 
 def naive_varlen(
@@ -62,13 +62,13 @@ def naive_varlen(
 ) -> Tensor:
     """Compute causal MoBA of a packed batch, with a mask of all queries and keys in memory."""
     v = v.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    pieces = [
+    outs = [
         torch.einsum("hqk,khd->qhd", weights, v[keys].float()).to(q.dtype)
         for _, keys, weights in naive_weights(
             q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks, scale
         )
     ]
-    return torch.cat(pieces) if pieces else torch.zeros_like(q)
+    return torch.cat(outs) if outs else torch.zeros_like(q)
 
 
 def naive_weights(

@@ -51,7 +51,7 @@ def moba_mask(
         raise NotImplementedError(_OTHER_MASK)
     if kv_offset != 0:
         raise NotImplementedError(
-            f"moba: cache: expected a full one, got one that has dropped its first {kv_offset} tokens"
+            f"moba_mask: kv_offset: expected 0 (a full cache), got {kv_offset} (a cache that has dropped its first tokens)"
         )
     in_step = not isinstance(q_offset, Tensor)
     if attention_mask is None:
@@ -72,7 +72,7 @@ def moba_mask(
 
 
 _OTHER_MASK = (
-    "moba: attention_mask: expected causal attention within each sequence, got another pattern (a sliding window, packed "
+    "moba_mask: attention_mask: expected causal attention within each sequence, got another pattern (a sliding window, packed "
     "documents beside padding or in chunks, or a mask of the model's own). When compiling without a cache, pass an "
     "attention_mask: without one, position_ids may stand for packed documents"
 )
@@ -111,7 +111,7 @@ def _documents(
     attention_mask: Tensor | None, options: dict[str, Any], query: Tensor, key: Tensor
 ) -> Tensor | None:
     """Return the lengths of packed documents, int32 [documents], or None: from the mask, from `cu_seq_lens_q` of
-    `transformers`' DataCollatorWithFlattening, or from position_ids of one row that start again."""
+    `transformers`' DataCollatorWithFlattening, or from position_ids of one row that restart."""
     if attention_mask is not None and attention_mask.dim() == 1:
         return attention_mask
     batch, _, queries, _ = query.shape
@@ -121,13 +121,13 @@ def _documents(
         other = options.get("cu_seq_lens_k")
         if batch != 1 or queries != keys or attention_mask is not None:
             raise NotImplementedError(
-                "moba: cu_seq_lens_q: expected one row of whole packed documents without padding, got "
+                "moba_layer: cu_seq_lens_q: expected one row of whole packed documents without padding, got "
                 f"{batch} rows of {queries} queries and {keys} keys"
                 + (" and an attention_mask" if attention_mask is not None else "")
             )
         if other is not None and other is not offsets and other.shape != offsets.shape:
             raise ValueError(
-                f"moba: cu_seq_lens_k: expected {list(offsets.shape)} offsets (as cu_seq_lens_q), got {list(other.shape)}"
+                f"moba_layer: cu_seq_lens_k: expected {list(offsets.shape)} offsets (as cu_seq_lens_q), got {list(other.shape)}"
             )
         return offsets.diff().to(torch.int32)
     positions = options.get("position_ids")
@@ -138,7 +138,7 @@ def _documents(
 
 def _documents_of_positions(positions: Tensor, queries: int, keys: int) -> Tensor | None:
     """Return the lengths of the documents of `positions` [1, queries], which begin where positions do not rise by one; None
-    if there is one."""
+    for a single document."""
     if positions.dim() != 2 or positions.shape != (1, queries) or torch.compiler.is_compiling():
         return None
     if positions.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -150,7 +150,7 @@ def _documents_of_positions(positions: Tensor, queries: int, keys: int) -> Tenso
         return None
     if queries != keys:
         raise NotImplementedError(
-            f"moba: position_ids: expected positions that rise by one after {keys - queries} tokens in the cache, got packed "
+            f"moba_layer: position_ids: expected positions that rise by one after {keys - queries} tokens in the cache, got packed "
             "documents"
         )
     return lengths
@@ -162,7 +162,7 @@ def _spans(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         return whole_spans(batch, queries, key.shape[2], query.device)
     if attention_mask.dtype != torch.int32 or attention_mask.shape != (batch, 1, 1, 4):
         raise ValueError(
-            "moba: attention_mask: expected a padding mask [batch, tokens] (4D masks are not supported), got "
+            "moba_layer: attention_mask: expected a padding mask [batch, tokens] (4D masks are not supported), got "
             f"{attention_mask.dtype} {list(attention_mask.shape)}"
         )
     return attention_mask[:, 0, 0]
@@ -173,15 +173,17 @@ def _refuse(
 ) -> None:
     if dropout:
         raise NotImplementedError(
-            f"moba: dropout: expected an attention_dropout of 0, got {dropout}"
+            f"moba_layer: dropout: expected an attention_dropout of 0, got {dropout}"
         )
     if is_causal is False or not getattr(module, "is_causal", True):
         raise NotImplementedError(
-            "moba: is_causal: expected a causal layer of a decoder, got one that is not causal"
+            "moba_layer: is_causal: expected a causal layer of a decoder, got one that is not causal"
         )
     for name in ("sliding_window", "softcap", "position_bias", "s_aux", "cache"):
         if options.get(name) is not None:
-            raise NotImplementedError(f"moba: {name}: expected None, got a layer that sets it")
+            raise NotImplementedError(
+                f"moba_layer: {name}: expected None, got a layer that sets it"
+            )
 
 
 def _is_full(config: MoBAConfig, module: Module, queries: int) -> bool:
@@ -212,12 +214,12 @@ def moba_layer(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute one layer's attention: `query` [B, Hq, Sq, D], `key` and `value` [B, Hkv, Sk, D]. Returns [B, Sq, Hq, D] and,
     from the naive implementation with output_attentions, the weights [B, Hq, Sq, Sk]."""
-    check_tensors("moba", query, key, value, "[batch, heads, tokens, head_dim]")
+    check_tensors("moba_layer", query, key, value, "[batch, heads, tokens, head_dim]")
     _refuse(module, dropout, is_causal, options)
     weights = bool(options.get("output_attentions"))
     if weights and not naive:
         raise NotImplementedError(
-            'moba: output_attentions: expected False, got True; attn_implementation="moba_naive" returns weights'
+            'moba_layer: output_attentions: expected False, got True; attn_implementation="moba_naive" returns weights'
         )
     queries, rows = query.shape[2], (query.shape[2], key.shape[2])
     documents = _documents(attention_mask, options, query, key)
