@@ -1,8 +1,8 @@
-#include <bit>
 #include <cassert>
 #include <cstring>
 
 #include "llm/formats/tensor.h"
+#include "src/number.h"
 
 // Products and sums are rounded one by one, as PyPI's gguf rounds them: this file is compiled without
 // contraction to fused multiply-adds.
@@ -18,16 +18,8 @@ std::uint16_t load_u16(const Byte* bytes) {
   return static_cast<std::uint16_t>(bytes[0] | bytes[1] << 8);
 }
 
-float float_of_half(std::uint16_t half) {
-  const std::uint32_t sign = (half & 0x8000U) << 16, magnitude = half & 0x7FFFU;
-  if (magnitude >= 0x7C00U) return std::bit_cast<float>(sign | 0x7F800000U | (magnitude & 0x3FFU) << 13);
-  // The exponent is 112 too small in its new place; the product is exact, subnormals included.
-  const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112F;
-  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(scaled));
-}
-
 float half_at(const Byte* bytes) {
-  return float_of_half(load_u16(bytes));
+  return float_of(float16{load_u16(bytes)});
 }
 
 void f32(const Byte* in, float* out) {
@@ -39,7 +31,7 @@ void f16(const Byte* in, float* out) {
 }
 
 void bf16(const Byte* in, float* out) {
-  *out = std::bit_cast<float>(static_cast<std::uint32_t>(load_u16(in)) << 16);
+  *out = float_of(bfloat16{load_u16(in)});
 }
 
 void q4_0(const Byte* in, float* out) {  // d, 16 x two nibbles

@@ -1,6 +1,5 @@
 #include "llm/model/elementwise.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/silu.h>
 
 #include <algorithm>
@@ -8,18 +7,10 @@
 #include <type_traits>
 #include <vector>
 
-// One source, compiled for each instruction set and chosen when the program starts.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MOBA_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define MOBA_CLONES
-#endif
+#include "llm/model/rows.h"
 
 namespace moba::llm {
 namespace {
-
-/// Elements below which a second thread costs more than it brings.
-constexpr std::int64_t kGrain = 16384;
 
 MOBA_CLONES void normalise(const float* x, const float* weight, std::int64_t width, float eps, float* out) {
   float sum = 0;
@@ -39,7 +30,7 @@ MOBA_CLONES void rotate(float* head, const float* cosines, const float* sines, s
   }
 }
 
-/// Runs `body(float*)` on `width` elements that may be stored in 16 bits.
+/// Calls `body(float*)` on `width` elements, converted from and to 16 bits if necessary.
 template <typename T, typename Body>
 void as_floats(T* values, std::int64_t width, std::vector<float>& scratch, const Body& body) {
   if constexpr (std::is_same_v<T, float>) {
@@ -86,7 +77,7 @@ void norm_and_rotate_rows(const at::Tensor& qkv, const HeadsShape& shape, const 
   }
 }
 
-/// Calls `body` with a value of the working dtype's type.
+/// Calls `body` with a value of the tensor's C++ type.
 template <typename Body>
 void with_type_of(const at::Tensor& tensor, const Body& body) {
   switch (tensor.scalar_type()) {
@@ -99,15 +90,11 @@ void with_type_of(const at::Tensor& tensor, const Body& body) {
   }
 }
 
-std::int64_t rows_a_task(std::int64_t width) {
-  return std::max<std::int64_t>(1, kGrain / width);
-}
-
 }  // namespace
 
 void rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, const at::Tensor& out) {
   with_type_of(x, [&](auto type) {
-    at::parallel_for(0, x.size(0), rows_a_task(x.size(1)), [&](std::int64_t first, std::int64_t last) {
+    for_rows(x.size(0), x.size(1), [&](std::int64_t first, std::int64_t last) {
       rms_norm_rows<decltype(type)>(x, weight.const_data_ptr<float>(), static_cast<float>(eps), out, first,
                                     last);
     });
@@ -119,7 +106,7 @@ void norm_and_rotate(const at::Tensor& qkv, const HeadsShape& shape, const at::T
   const float* norms[] = {q_norm.defined() ? q_norm.const_data_ptr<float>() : nullptr,
                           k_norm.defined() ? k_norm.const_data_ptr<float>() : nullptr};
   with_type_of(qkv, [&](auto type) {
-    at::parallel_for(0, qkv.size(0), rows_a_task(qkv.size(1)), [&](std::int64_t first, std::int64_t last) {
+    for_rows(qkv.size(0), qkv.size(1), [&](std::int64_t first, std::int64_t last) {
       norm_and_rotate_rows<decltype(type)>(qkv, shape, norms[0], norms[1], table, first, last);
     });
   });
@@ -128,9 +115,9 @@ void norm_and_rotate(const at::Tensor& qkv, const HeadsShape& shape, const at::T
 void swiglu(const at::Tensor& gate_up) {
   const std::int64_t width = gate_up.size(1) / 2;
   // A few rows at a time stay in the core's cache between the two steps.
-  at::parallel_for(0, gate_up.size(0), rows_a_task(width), [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t row = first; row < last; row += rows_a_task(width)) {
-      const at::Tensor rows = gate_up.narrow(0, row, std::min(rows_a_task(width), last - row));
+  for_rows(gate_up.size(0), width, [&](std::int64_t first, std::int64_t last) {
+    for (std::int64_t row = first; row < last; row += rows_per_task(width)) {
+      const at::Tensor rows = gate_up.narrow(0, row, std::min(rows_per_task(width), last - row));
       at::Tensor gate = rows.narrow(1, 0, width);
       at::silu_(gate).mul_(rows.narrow(1, width, width));
     }

@@ -16,8 +16,8 @@ struct HeadsShape {
 };
 
 /// In place on `qkv` [n, (Hq + 2 Hkv) * D], queries before keys before values: queries and keys are
-/// normalised per head where `q_norm` and `k_norm` [D] are given (both or neither), then turned by `table`
-/// [n, D] as rope_rows() makes it.
+/// normalised per head if `q_norm` and `k_norm` [D] are given (both or neither), then rotated by `table` [n,
+/// D] of rope_rows().
 void norm_and_rotate(const at::Tensor& qkv, const HeadsShape& shape, const at::Tensor& q_norm,
                      const at::Tensor& k_norm, const float* table);
 

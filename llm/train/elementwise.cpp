@@ -1,7 +1,5 @@
 #include "llm/train/elementwise.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -10,28 +8,23 @@
 #include <type_traits>
 #include <vector>
 
-// One source, compiled for each instruction set and chosen when the program starts.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MOBA_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define MOBA_CLONES
-#endif
+#include "llm/model/rows.h"
+#include "src/constants.h"
+#include "src/number.h"
 
 namespace moba::llm::train {
 namespace {
 
-/// Elements below which a second thread costs more than it brings.
-constexpr std::int64_t kGrain = 16384;
-/// Rows whose share of a sum over tokens is added up by itself.
+/// Rows whose share of a sum over tokens is summed separately.
 constexpr std::int64_t kRowsOfSum = 256;
 
 /// e^x to 2 units in the last place, in arithmetic that the compiler can vectorise: 2^n times a polynomial in
-/// what is left, |r| <= ln(2) / 2. NaN stays NaN.
+/// the remainder, |r| <= ln(2) / 2. NaN stays NaN.
 [[gnu::always_inline]] inline float exponential(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
-  const float shifted = x * 1.44269504f + kRounder;
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to an integer
+  const float shifted = x * kLog2E + kRounder;
   const float n = shifted - kRounder;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln(2) in two parts
   float p = 1.9875691500e-4f;
@@ -49,18 +42,14 @@ constexpr std::int64_t kRowsOfSum = 256;
   return 1.0f / (1.0f + exponential(-x));
 }
 
-MOBA_CLONES void widen(const std::uint16_t* from, std::int64_t width, float* to) {
+MOBA_CLONES void load_f32(const bfloat16* from, std::int64_t width, float* to) {
 #pragma omp simd
-  for (std::int64_t i = 0; i < width; ++i) to[i] = std::bit_cast<float>(std::uint32_t{from[i]} << 16);
+  for (std::int64_t i = 0; i < width; ++i) to[i] = float_of(from[i]);
 }
 
-MOBA_CLONES void narrow(const float* from, std::int64_t width, std::uint16_t* to) {
+MOBA_CLONES void store_f32(const float* from, std::int64_t width, bfloat16* to) {
 #pragma omp simd
-  for (std::int64_t i = 0; i < width; ++i) {
-    const auto bits = std::bit_cast<std::uint32_t>(from[i]);
-    const std::uint32_t even = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-    to[i] = static_cast<std::uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : even);
-  }
+  for (std::int64_t i = 0; i < width; ++i) to[i] = to_bfloat16(from[i]);
 }
 
 MOBA_CLONES float sum_of_squares(const float* x, std::int64_t width) {
@@ -80,7 +69,7 @@ MOBA_CLONES void normalise(const float* x, const float* weight, float inverse, s
   for (std::int64_t i = 0; i < width; ++i) out[i] = x[i] * inverse * weight[i];
 }
 
-/// The share of x in the norm's derivative: mean(x * weight * dy) * inverse^2.
+/// Returns the coefficient of x in the norm's derivative: mean(x * weight * dy) * inverse^2.
 MOBA_CLONES float projection(const float* x, const float* weight, const float* dy, std::int64_t width) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -141,7 +130,7 @@ MOBA_CLONES void scale_row(float* x, std::int64_t width, float factor) {
   for (std::int64_t i = 0; i < width; ++i) x[i] *= factor;
 }
 
-/// A row as floats, in place or in a scratch that store() writes back.
+/// A row as floats, in place or in scratch memory that store() writes back.
 template <typename T>
 class Row {
  public:
@@ -149,20 +138,20 @@ class Row {
     if constexpr (!std::is_same_v<T, float>) scratch_.resize(static_cast<std::size_t>(width));
   }
 
-  /// A row that will be written in full without being read.
-  float* blank(T* row) {
+  /// Returns a row to be overwritten.
+  float* uninitialised(T* row) {
     if constexpr (std::is_same_v<T, float>) return row;
     return scratch_.data();
   }
   float* load(T* row) {
     if constexpr (std::is_same_v<T, float>) return row;
-    widen(reinterpret_cast<const std::uint16_t*>(row), width_, scratch_.data());
+    load_f32(reinterpret_cast<const bfloat16*>(row), width_, scratch_.data());
     return scratch_.data();
   }
   const float* load(const T* row) { return load(const_cast<T*>(row)); }
   void store(T* row) {
     if constexpr (!std::is_same_v<T, float>) {
-      narrow(scratch_.data(), width_, reinterpret_cast<std::uint16_t*>(row));
+      store_f32(scratch_.data(), width_, reinterpret_cast<bfloat16*>(row));
     }
   }
 
@@ -176,20 +165,15 @@ T* row_of(const at::Tensor& tensor, std::int64_t row) {
   return static_cast<T*>(tensor.data_ptr()) + row * tensor.stride(0);
 }
 
-/// Calls `body` with a value of the working dtype's type.
+/// Calls `body` with a value of the tensor's C++ type.
 template <typename Body>
 void with_type_of(const at::Tensor& tensor, const Body& body) {
   if (tensor.scalar_type() == at::kBFloat16) return body(at::BFloat16());
   body(float());
 }
 
-template <typename Body>
-void for_rows(std::int64_t rows, std::int64_t width, const Body& body) {
-  at::parallel_for(0, rows, std::max<std::int64_t>(1, kGrain / width), body);
-}
-
-/// Calls `body(first, last, sums)` for stretches of rows that do not depend on the number of threads, and
-/// adds the sums [width] of all, in order, to `total` where it is defined.
+/// Calls `body(first, last, sums)` for ranges of rows that do not depend on the number of threads, and adds
+/// the sums [width] of all, in order, to `total` if it is defined.
 template <typename Body>
 void sum_over_rows(std::int64_t rows, std::int64_t width, const at::Tensor& total, const Body& body) {
   const std::int64_t parts = (rows + kRowsOfSum - 1) / kRowsOfSum;
@@ -216,7 +200,7 @@ void rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, const a
       for (std::int64_t row = first; row < last; ++row) {
         const auto* from = row_of<float>(x, row);
         T* place = row_of<T>(out, row);
-        normalise(from, w, inverse_rms(from, width, static_cast<float>(eps)), width, to.blank(place));
+        normalise(from, w, inverse_rms(from, width, static_cast<float>(eps)), width, to.uninitialised(place));
         to.store(place);
       }
     });
@@ -277,7 +261,7 @@ void swiglu(const at::Tensor& gate_up, const at::Tensor& out) {
       for (std::int64_t row = first; row < last; ++row) {
         const T* from = row_of<T>(gate_up, row);
         T* place = row_of<T>(out, row);
-        gated(gate.load(from), up.load(from + width), width, to.blank(place));
+        gated(gate.load(from), up.load(from + width), width, to.uninitialised(place));
         to.store(place);
       }
     });
@@ -319,7 +303,7 @@ void convert(const at::Tensor& x, const at::Tensor& out) {
   const std::int64_t width = x.size(1);
   for_rows(x.size(0), width, [&](std::int64_t first, std::int64_t last) {
     for (std::int64_t row = first; row < last; ++row) {
-      narrow(row_of<float>(x, row), width, row_of<std::uint16_t>(out, row));
+      store_f32(row_of<float>(x, row), width, row_of<bfloat16>(out, row));
     }
   });
 }
@@ -336,7 +320,7 @@ void embed(const at::Tensor& table, std::span<const std::int32_t> tokens, const 
 
 void embed_backward(const at::Tensor& d_out, std::span<const std::int32_t> tokens,
                     const at::Tensor& d_table) {
-  // Each thread takes some of the columns of all tokens, so that a row's sum has one order.
+  // Each thread takes a range of columns of all tokens, so that a row's sum has one order.
   at::parallel_for(0, d_table.size(1), 64, [&](std::int64_t first, std::int64_t last) {
     for (std::size_t t = 0; t < tokens.size(); ++t) {
       float* to = row_of<float>(d_table, tokens[t]) + first;
