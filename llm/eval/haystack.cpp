@@ -16,7 +16,7 @@ namespace fs = std::filesystem;
 
 constexpr std::size_t kMaxBytes = std::size_t{64} << 20;
 
-/// /usr/lib/python3.11 or the like; the last in alphabetical order.
+/// Returns /usr/lib/python3.11 or the like; the last in alphabetical order.
 fs::path python_library() {
   fs::path found;
   std::error_code ignored;
@@ -25,7 +25,7 @@ fs::path python_library() {
       found = std::max(found, path);
   }
   if (!found.empty()) return found;
-  throw DataError("--data: expected files or folders with text, got none given and no Python in /usr/lib");
+  throw DataError("--data: expected files or folders with text, got no paths and no Python in /usr/lib");
 }
 
 std::string names_of(const std::vector<fs::path>& paths) {
@@ -55,7 +55,7 @@ Haystack Haystack::open(std::vector<fs::path> paths, std::int64_t seed) {
     if (haystack.text_.size() >= kMaxBytes) break;
   }
   if (used == 0)
-    throw DataError(fmt::format("--data {}: expected text, got none with text in them", names_of(paths)));
+    throw DataError(fmt::format("--data {}: expected files with text, got none", names_of(paths)));
   haystack.source_ = fmt::format("{}{} ({} files, {:.1f} MiB)", names_of(paths),
                                  is_default ? ", Python's standard library" : "", used,
                                  static_cast<double>(haystack.text_.size()) / (1 << 20));

@@ -11,18 +11,15 @@
 #include "llm/error.h"
 
 namespace moba::llm {
-namespace {
 
-[[noreturn]] void fail(const std::filesystem::path& path) {
-  throw DataError(
-      fmt::format("{}: cannot be written: {}", path.string(), std::generic_category().message(errno)));
+void fail_to_write(const std::filesystem::path& path) {
+  throw DataError(fmt::format("{}: expected a writable file, got {}", path.string(),
+                              std::generic_category().message(errno)));
 }
-
-}  // namespace
 
 OutputFile::OutputFile(const std::filesystem::path& path)
     : path_(path), file_(open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
-  if (file_ < 0) fail(path_);
+  if (file_ < 0) fail_to_write(path_);
 }
 
 OutputFile::~OutputFile() {
@@ -30,22 +27,22 @@ OutputFile::~OutputFile() {
 }
 
 void OutputFile::write(const void* bytes, std::size_t count) {
-  constexpr std::size_t kMax = std::size_t{1} << 30;  // of one call; Linux takes little more
+  constexpr std::size_t kMax = std::size_t{1} << 30;  // of one call; Linux's limit is slightly higher
   const auto* next = static_cast<const char*>(bytes);
   while (count > 0) {
     const ssize_t written = ::write(file_, next, std::min(count, kMax));
     if (written < 0 && errno == EINTR) continue;
-    if (written < 0) fail(path_);
+    if (written < 0) fail_to_write(path_);
     next += written;
     count -= static_cast<std::size_t>(written);
   }
 }
 
 void OutputFile::finish() {
-  if (fsync(file_) != 0) fail(path_);
+  if (fsync(file_) != 0) fail_to_write(path_);
   const int file = file_;
   file_ = -1;
-  if (close(file) != 0) fail(path_);
+  if (close(file) != 0) fail_to_write(path_);
 }
 
 void write_file(const std::filesystem::path& path, std::string_view text) {
@@ -56,10 +53,10 @@ void write_file(const std::filesystem::path& path, std::string_view text) {
 
 void sync_folder(const std::filesystem::path& folder) {
   const int file = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (file < 0) fail(folder);
+  if (file < 0) fail_to_write(folder);
   const int failed = fsync(file);
   close(file);
-  if (failed != 0) fail(folder);
+  if (failed != 0) fail_to_write(folder);
 }
 
 }  // namespace moba::llm

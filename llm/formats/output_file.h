@@ -6,8 +6,11 @@
 
 namespace moba::llm {
 
-/// A file that is written from the start and is safe on disk once finish() has returned. Whatever fails is a
-/// DataError that names the file.
+/// Throws DataError for a file or folder that could not be written, with the reason in errno.
+[[noreturn]] void fail_to_write(const std::filesystem::path& path);
+
+/// A file that is written from the start and is on disk once finish() has returned. Every member throws
+/// DataError where it fails.
 class OutputFile {
  public:
   explicit OutputFile(const std::filesystem::path& path);
@@ -24,10 +27,10 @@ class OutputFile {
   int file_;
 };
 
-/// The whole of a small file.
+/// Writes a small file and syncs it to disk.
 void write_file(const std::filesystem::path& path, std::string_view text);
 
-/// Makes durable what was created, renamed or removed in a folder.
+/// Syncs a folder to disk: files created, renamed or removed in it.
 void sync_folder(const std::filesystem::path& folder);
 
 }  // namespace moba::llm

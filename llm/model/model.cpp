@@ -152,8 +152,8 @@ at::Tensor Model::Impl::embed(std::span<const std::int32_t> tokens) const {
   const std::size_t row = static_cast<std::size_t>(config.hidden) * size_of(dtype);
   for (std::size_t t = 0; t < tokens.size(); ++t) {
     if (tokens[t] < 0 || tokens[t] >= config.vocab) {
-      throw DataError(fmt::format("token id {}: expected less than the {} rows of the model's embedding",
-                                  tokens[t], config.vocab));
+      throw DataError(fmt::format("tokens: expected ids below {} (the rows of the embedding), got {}",
+                                  config.vocab, tokens[t]));
     }
     std::memcpy(
         static_cast<char*>(x.data_ptr()) + t * row,
@@ -196,7 +196,7 @@ std::vector<float> Model::forward(std::span<const std::int32_t> tokens, std::int
     layer.qkv(normed, qkv);
     norm_and_rotate(qkv, heads, layer.q_norm, layer.k_norm, table.data());
 
-    if (l + 1 == c.layers) {  // past its keys and values, only the answered tokens need the last layer
+    if (l + 1 == c.layers) {  // past its keys and values, the last layer computes only the tokens with logits
       x = last_rows(x, answered);
       normed = last_rows(normed, answered);
       attended = last_rows(attended, answered);

@@ -50,9 +50,9 @@ bool contains(const std::array<Range, N>& ranges, char32_t c) {
   return it != ranges.end() && it->first <= c;
 }
 
-/// A character of the same class and the same number of bytes.
+/// Returns a character of the same class and the same number of bytes.
 char32_t stand_in(char32_t c) {
-  constexpr char32_t kMongolianVowelSeparator = 0x180E;  // a space to Perl, to Unicode no longer
+  constexpr char32_t kMongolianVowelSeparator = 0x180E;  // a space in Perl, no longer one in Unicode
   constexpr char32_t kZeroWidthSpace = 0x200B;           // neither letter, number nor space, three bytes
   if (c == kMongolianVowelSeparator) return kZeroWidthSpace;
   if (contains(kNewLetters, c)) return c < 0x10000 ? 0x4E00 : 0x20000;
@@ -82,8 +82,8 @@ struct MatchContextDeleter {
   void operator()(pcre2_match_context* context) const { pcre2_match_context_free(context); }
 };
 
-/// Allows the steps back that a greedy run needs (`\s*[\r\n]+` gives back every space of the text), and not
-/// the exponential number that a hostile expression takes.
+/// Returns the limit of steps: enough for the backtracking of a greedy run (`\s*[\r\n]+` gives back every
+/// space of the text), too few for the exponential number that a pathological expression takes.
 std::uint32_t match_limit(std::size_t text_size) {
   return static_cast<std::uint32_t>(
       std::min<std::size_t>(10'000'000 + 16 * text_size, std::numeric_limits<std::uint32_t>::max()));
@@ -130,7 +130,7 @@ Pattern::Pattern(const std::string& expression, bool literal, std::string origin
                                 llm::quoted(expression), pcre2_message(error), offset));
   }
   code_ = std::shared_ptr<const void>(code, CodeDeleter{});
-  pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // where this fails, matching is slower and the same
+  pcre2_jit_compile(code, PCRE2_JIT_COMPLETE);  // optional: without it matching is slower
 }
 
 std::vector<Span> Pattern::find_all(std::string_view subject) const {
@@ -154,9 +154,8 @@ std::vector<Span> Pattern::find_all(std::string_view subject) const {
     if (rc == PCRE2_ERROR_NOMATCH) break;
     if (rc < 0) {
       throw DataError(
-          fmt::format("{}: expected a regular expression that matches within a sane number of steps, "
-                      "got {} ({})",
-                      origin_, llm::quoted(expression_), pcre2_message(rc)));
+          fmt::format("{}: expected a regular expression that matches within {} steps, got {} ({})", origin_,
+                      match_limit(subject.size()), llm::quoted(expression_), pcre2_message(rc)));
     }
     const PCRE2_SIZE* bounds = pcre2_get_ovector_pointer(data.get());
     const Span span{bounds[0], std::max(bounds[0], bounds[1])};  // \K can put an end before its start

@@ -18,7 +18,7 @@ namespace fs = std::filesystem;
 
 constexpr std::string_view kPrefix = "step-";
 constexpr std::size_t kDigits = 8;
-/// The name of an unfinished save, and a checkpoint that is being removed.
+/// Suffix of a checkpoint that is being written or removed.
 constexpr const char* kHalfDone = ".part";
 constexpr const char* kLast = "last";
 
@@ -28,7 +28,7 @@ bool is_checkpoint(const fs::path& path) {
          name.find_first_not_of("0123456789", kPrefix.size()) == std::string::npos;
 }
 
-/// A link that replaces whatever has its name, at once.
+/// Creates a link, atomically replacing any file of its name.
 void link(const fs::path& target, const fs::path& name) {
   const fs::path half_done = name.string() + kHalfDone;
   fs::remove(half_done);
@@ -96,7 +96,8 @@ void Checkpoints::save(std::int64_t step, std::int64_t keep,
   } catch (const fs::filesystem_error& error) {
     std::error_code ignored;
     fs::remove_all(half_done, ignored);
-    throw DataError(fmt::format("{}: cannot be saved: {}", place.string(), error.code().message()));
+    throw DataError(
+        fmt::format("{}: expected a writable folder, got {}", place.string(), error.code().message()));
   } catch (const DataError&) {
     std::error_code ignored;
     fs::remove_all(half_done, ignored);

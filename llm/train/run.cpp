@@ -35,7 +35,7 @@ constexpr const char* kStateFile = "train_state.json";
 constexpr const char* kOptimiserFile = "optimizer.safetensors";
 constexpr const char* kLogFile = "log.jsonl";
 
-/// A model to be trained, as it was found.
+/// The model that training starts from.
 struct SourceModel {
   ModelConfig config;
   nlohmann::ordered_json document = nlohmann::ordered_json::object();  // config.json; empty for GGUF
@@ -68,7 +68,7 @@ SourceModel open_source(const RunSettings& settings) {
   return source;
 }
 
-/// Squeezes positions so that `seq_len` of them fit where the model had fewer.
+/// Divides positions (linear RoPE scaling) so that `seq_len` of them fit the model's context.
 void grow_context(ModelConfig& config, const RunSettings& settings, const Run::Log& log) {
   RopeScaling& rope = config.rope;
   const bool grows = settings.seq_len > config.context;
@@ -76,10 +76,9 @@ void grow_context(ModelConfig& config, const RunSettings& settings, const Run::L
   const double factor = settings.rope_factor.value_or(grows ? needed : 1);
   if (factor != 1) {
     if (rope.kind != RopeScaling::Kind::none && rope.kind != RopeScaling::Kind::linear) {
-      throw UsageError(
-          fmt::format("--seq-len {}: expected at most {}, the model's context, as its RoPE scaling "
-                      "is not linear",
-                      settings.seq_len, config.context));
+      throw UsageError(fmt::format(
+          "--seq-len: expected at most {} (the model's context; its RoPE scaling is not linear), got {}",
+          config.context, settings.seq_len));
     }
     rope.factor *= factor;
     rope.kind = RopeScaling::Kind::linear;
@@ -92,34 +91,35 @@ std::string gibibytes(double bytes) {
   return fmt::format("{:.3g} GiB", bytes / (1 << 30));
 }
 
-/// A model that does not fit is refused before anything is taken for it.
+/// Throws DataError for a model that does not fit into memory, before anything is allocated.
 void check_memory(const ModelConfig& config, const ModelSettings& computing, const std::string& name) {
   const double needed = bytes_needed(config, computing);
   const double machine =
       static_cast<double>(sysconf(_SC_PHYS_PAGES)) * static_cast<double>(sysconf(_SC_PAGESIZE));
   if (needed <= machine) return;
-  throw DataError(
-      fmt::format("{}: expected a model and a --batch-tokens that this machine's {} hold, got what "
-                  "needs {}",
-                  name, gibibytes(machine), gibibytes(needed)));
+  throw DataError(fmt::format(
+      "{}: expected a model and --batch-tokens that fit this machine's {} of memory, got a need of {}", name,
+      gibibytes(machine), gibibytes(needed)));
 }
 
-/// A folder that one run at a time writes to, made if it is not there.
+/// Creates the folder of a run if it is missing, and locks it against other runs.
 class DirectoryLock {
  public:
   explicit DirectoryLock(const fs::path& folder) {
     std::error_code error;
     fs::create_directories(folder, error);
     if (error || !fs::is_directory(folder)) {
-      throw DataError(fmt::format("--out {}: cannot be made: {}", folder.string(), error.message()));
+      throw DataError(fmt::format("--out: expected a folder that can be created, got {}: {}", folder.string(),
+                                  error.message()));
     }
     file_ = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (file_ < 0 || flock(file_, LOCK_EX | LOCK_NB) == 0) return;
     close(file_);
-    throw DataError(fmt::format("--out {}: expected a folder that no other run writes to, got one that does",
-                                folder.string()));
+    throw DataError(
+        fmt::format("--out: expected a folder that no other run writes to, got {}, locked by another run",
+                    folder.string()));
   }
-  ~DirectoryLock() { close(file_); }  // which gives the folder free, as the end of the process does
+  ~DirectoryLock() { close(file_); }  // releases the lock, as the end of the process does
   DirectoryLock(const DirectoryLock&) = delete;
   DirectoryLock& operator=(const DirectoryLock&) = delete;
 
@@ -298,7 +298,7 @@ void Run::Impl::resume(const fs::path& checkpoint) {
   for (const auto& [key, value] : ours.items()) {
     const auto found = theirs.value().find(key);
     if (found != theirs.value().end() && *found == nlohmann::json(value)) continue;
-    throw UsageError(fmt::format("{}: expected {}, what {} was trained with, got {}", key,
+    throw UsageError(fmt::format("{}: expected {} (that of {}), got {}", key,
                                  found == theirs.value().end() ? "nothing" : found->dump(),
                                  checkpoint.string(), value.dump()));
   }
@@ -319,7 +319,7 @@ void Run::Impl::resume(const fs::path& checkpoint) {
   position = {state.at("epoch").integer(), state.at("batch").integer()};
 }
 
-/// Keeps the lines up to the checkpoint's step.
+/// Opens the log, with the lines up to the checkpoint's step.
 void Run::Impl::open_log() {
   const fs::path path = settings.out / kLogFile, half_done = path.string() + ".part";
   std::string kept;
@@ -341,7 +341,7 @@ void Run::Impl::check_space() {
   const auto copies = static_cast<double>(std::max<std::int64_t>(1, settings.keep + 1 - checkpoints.count()));
   const auto free = static_cast<double>(fs::space(settings.out).available);
   if (free < copies * bytes) {
-    throw DataError(fmt::format("--out {}: expected {} free for {:.0f} checkpoints, got {}",
+    throw DataError(fmt::format("--out {}: expected {} of free space for {:.0f} checkpoints, got {}",
                                 settings.out.string(), gibibytes(copies * bytes), copies, gibibytes(free)));
   }
 }
@@ -378,7 +378,7 @@ std::vector<Routing> Run::Impl::routings(AttentionMode attend) const {
   return all;
 }
 
-/// The loss or a gradient is no finite number: says where that began.
+/// Throws DataError that names the first tensor that is not finite.
 void Run::Impl::fail_at_step(double loss, const std::vector<Batch>& batches,
                              const std::vector<Routing>& routings) {
   std::string where;
@@ -471,7 +471,7 @@ void Run::train(const std::function<void(const StepRecord&)>& on_step,
   while (run.step < run.settings.steps) {
     const StepRecord record = run.do_step();
     run.log_file << record.json() << '\n' << std::flush;
-    if (!run.log_file) throw DataError((run.settings.out / kLogFile).string() + ": cannot be written");
+    if (!run.log_file) fail_to_write(run.settings.out / kLogFile);
     on_step(record);
     const bool stops = should_stop();
     if (stops || run.step == run.settings.steps || run.step % run.settings.save_every == 0) run.save();
