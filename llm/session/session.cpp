@@ -95,9 +95,9 @@ std::vector<float> Session::prefill(std::span<const std::int32_t> tokens, const 
                     .progress = [&](double tokens_read) {
                       if (progress) progress(static_cast<double>(first) + tokens_read);
                     }};
-    const std::vector<float> answers =
+    const std::vector<float> step_logits =
         read(tokens.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(last - first)), step);
-    result.insert(result.end(), answers.begin(), answers.end());
+    result.insert(result.end(), step_logits.begin(), step_logits.end());
   }
   return result;
 }

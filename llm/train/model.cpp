@@ -25,7 +25,7 @@
 namespace moba::llm::train {
 namespace {
 
-/// Logits computed at a time: 64 MiB of f32.
+/// Logits in memory at a time: 64 MiB of f32.
 constexpr std::int64_t kLogits = std::int64_t{1} << 24;
 
 /// d += left^T right, `d` in f32: [n, a]^T [n, b].
@@ -62,7 +62,7 @@ struct Adapter {
 /// y = x W^T + b.
 struct Linear {
   at::Tensor weight, bias;      // [outputs, inputs], [outputs] or undefined, in the working dtype
-  at::Tensor d_weight, d_bias;  // f32; undefined where they are not trained
+  at::Tensor d_weight, d_bias;  // f32; undefined if they are not trained
   std::vector<Adapter> adapters;
 
   void operator()(const at::Tensor& x, at::Tensor y) const {
@@ -92,14 +92,14 @@ struct Norm {
 
 struct Layer {
   Norm attention_norm, mlp_norm;
-  Norm q_norm, k_norm;  // undefined where the model has none
+  Norm q_norm, k_norm;  // undefined if the model has none
   Linear qkv, output, gate_up, down;
 };
 
 /// The activations that a layer's backward pass reads besides its input.
 struct Saved {
   at::Tensor qkv;                       // [n, (Hq + 2 Hkv) D], normalised and rotated
-  at::Tensor raw_qk;                    // [n, (Hq + Hkv) D], before; only where heads are normalised
+  at::Tensor raw_qk;                    // [n, (Hq + Hkv) D], before; only if heads are normalised
   at::Tensor attended;                  // [n, Hq D]
   at::Tensor lse;                       // [Hq n]
   at::Tensor selection;                 // [Hq n K], for routings that are not dense
@@ -151,7 +151,7 @@ struct Model::Impl {
   std::vector<float> table, inverse_table;            // of this batch, [n, D]
 
   std::vector<at::Tensor> stream;  // the residual stream before each layer and after the last, [n, H]
-  std::vector<Saved> saved;        // one a layer, or one for all where they are computed again
+  std::vector<Saved> saved;        // one per layer, or one for all if they are recomputed
   at::Tensor normed, d_working;    // [n, H], working dtype
   at::Tensor d;                    // [n, H], gradient of the residual stream
   at::Tensor hidden, d_qkv, d_attended, logits;
@@ -226,7 +226,7 @@ Linear Model::Impl::linear_of(const std::string& prefix, const std::vector<Linea
   Linear linear;
   std::int64_t row = 0;
   const auto merge = [](const at::Tensor& above, const at::Tensor& below) {
-    // Neighbours in the flat array: one view over both.
+    // Adjacent in the flat array: one view over both.
     if (!above.defined()) return below;
     std::vector<std::int64_t> sizes(below.sizes().begin(), below.sizes().end());
     sizes[0] += above.size(0);
@@ -254,7 +254,7 @@ Linear Model::Impl::linear_of(const std::string& prefix, const std::vector<Linea
   return linear;
 }
 
-/// Gives every part of the model its place in the flat arrays.
+/// Sets every tensor of the model to its part of the flat arrays.
 void Model::Impl::bind() {
   const bool is_f32 = settings.dtype == DType::f32;
   working = is_f32 ? values : at::empty({layout.size()}, working_type());
@@ -311,14 +311,14 @@ void Model::Impl::allocate() {
   logits = work({std::min(n, std::max<std::int64_t>(1, kLogits / config.vocab)), config.vocab});
 }
 
-/// Brings the working copies up to date.
+/// Updates the working copies.
 void Model::Impl::refresh() {
   if (settings.dtype == DType::f32) return;
   working.copy_(values);
   if (settings.lora) working_adapters.copy_(adapters);
 }
 
-/// Heads [first_head, first_head + heads) of `tokens` [n, *], as [n, heads, D] for libmoba.
+/// Returns heads [first_head, first_head + heads) of `tokens` [n, *], as [n, heads, D] for libmoba.
 Tensor Model::Impl::heads_of(const at::Tensor& tokens, std::int64_t first_head, std::int64_t heads) const {
   return {.data = static_cast<char*>(tokens.data_ptr()) +
                   static_cast<std::size_t>(first_head * config.head_dim) * size_of(settings.dtype),
@@ -328,7 +328,7 @@ Tensor Model::Impl::heads_of(const at::Tensor& tokens, std::int64_t first_head, 
           .strides = {tokens.stride(0), config.head_dim, 1}};
 }
 
-/// Rotary tables of a batch, and the embedding of its tokens.
+/// Computes the rotary tables of a batch, and the embedding of its tokens.
 void Model::Impl::start(const Batch& batch) {
   std::int64_t max_seqlen = 0;
   for (std::size_t s = 1; s < batch.cu_seqlens.size(); ++s)
@@ -425,7 +425,7 @@ void Model::Impl::mlp_second_half(const Batch& batch, std::size_t l) {
                 rows(stream[l + 1], batch));
 }
 
-/// Losses of all tokens; the gradient of the residual stream after the last layer is left in `d`.
+/// Returns the losses of all tokens; leaves the gradient of the residual stream after the last layer in `d`.
 std::vector<float> Model::Impl::loss(const Batch& batch, float scale) {
   const at::Tensor x = rows(stream.back(), batch), y = rows(normed, batch), gradient = rows(d, batch);
   rms_norm(x, norm.weight, config.norm_eps, y);
@@ -433,21 +433,21 @@ std::vector<float> Model::Impl::loss(const Batch& batch, float scale) {
   const std::int64_t step = logits.size(0);
   for (std::int64_t first = 0; first < batch.size(); first += step) {
     const std::int64_t count = std::min(step, batch.size() - first);
-    const at::Tensor answers = logits.narrow(0, 0, count);
+    const at::Tensor logits_rows = logits.narrow(0, 0, count);
     at::Tensor read = y.narrow(0, first, count);
-    head(read, answers);
-    const auto from = static_cast<std::size_t>(first), some = static_cast<std::size_t>(count);
-    cross_entropy(answers, std::span(batch.targets).subspan(from, some), scale,
-                  std::span(losses).subspan(from, some));
-    head.backward_parameters(read, answers);
-    at::mm_out(read, answers, head.weight);  // `y` becomes its gradient
+    head(read, logits_rows);
+    const auto from = static_cast<std::size_t>(first), chunk_size = static_cast<std::size_t>(count);
+    cross_entropy(logits_rows, std::span(batch.targets).subspan(from, chunk_size), scale,
+                  std::span(losses).subspan(from, chunk_size));
+    head.backward_parameters(read, logits_rows);
+    at::mm_out(read, logits_rows, head.weight);  // `y` becomes its gradient
   }
   at::Tensor(gradient).zero_();
   rms_norm_backward(x, norm.weight, config.norm_eps, y, gradient, norm.d_weight);
   return losses;
 }
 
-/// The stream's gradient as matrix products read it.
+/// Returns the stream's gradient in the working dtype.
 at::Tensor Model::Impl::d_for_products(const Batch& batch) {
   if (settings.dtype == DType::f32) return rows(d, batch);
   convert(rows(d, batch), rows(d_working, batch));
@@ -600,7 +600,7 @@ std::vector<float> Model::forward_backward(const Batch& batch, std::span<const R
   }
   std::vector<float> losses = impl_->loss(batch, scale);
   for (std::size_t l = layers; l-- > 0;) {
-    if (impl_->settings.recompute && l + 1 < layers) {  // the last layer's are still there
+    if (impl_->settings.recompute && l + 1 < layers) {  // those of the last layer are still in memory
       impl_->attention_half(batch, l, routings[l]);
       impl_->mlp_first_half(batch, l);
     }

@@ -10,10 +10,10 @@
 namespace moba::llm::train {
 namespace {
 
-/// Batches that a piece is tried on before another is begun.
+/// Open batches of first fit; a segment that fits none of them begins another.
 constexpr std::size_t kOpen = 64;
 
-/// std::shuffle with a result that the standard library has no say in.
+/// std::shuffle, identical on every standard library.
 template <typename T>
 void shuffle(std::vector<T>& values, std::mt19937_64& random) {
   for (std::size_t i = values.size(); i > 1; --i) std::swap(values[i - 1], values[random() % i]);
@@ -29,32 +29,32 @@ Packing::Packing(const Corpus& corpus, const PackingSettings& settings)
     for (std::int64_t first = 0; first < predicted; first += settings.seq_len) {
       const std::int64_t count = std::min(settings.seq_len, predicted - first);
       const bool counts = !settings.completion_only || first + count >= documents[d].prompt;
-      if (counts) pieces_.push_back({d, first, count});
+      if (counts) segments_.push_back({d, first, count});
     }
   }
-  if (pieces_.empty()) throw DataError("--data: expected a text of at least two tokens, got none");
+  if (segments_.empty()) throw DataError("--data: expected a text of at least two tokens, got none");
 }
 
-/// First fit, in random order.
+/// Packs the segments by first fit, in random order.
 void Packing::plan(std::int64_t epoch) {
   std::seed_seq seed{settings_.seed, settings_.seed >> 32, static_cast<std::uint64_t>(epoch)};
   std::mt19937_64 random(seed);
-  std::vector<std::size_t> order(pieces_.size());
+  std::vector<std::size_t> order(segments_.size());
   std::iota(order.begin(), order.end(), std::size_t{0});
   shuffle(order, random);
 
   struct Open {
     std::int64_t left;
-    std::vector<std::size_t> pieces;
+    std::vector<std::size_t> segments;
   };
   std::vector<Open> open;
   batches_.clear();
   const auto close = [&](std::vector<Open>::iterator batch) {
-    batches_.push_back(std::move(batch->pieces));
+    batches_.push_back(std::move(batch->segments));
     open.erase(batch);
   };
   for (const std::size_t index : order) {
-    const std::int64_t count = pieces_[index].count;
+    const std::int64_t count = segments_[index].count;
     auto place =
         std::find_if(open.begin(), open.end(), [&](const Open& batch) { return batch.left >= count; });
     if (place == open.end()) {
@@ -62,7 +62,7 @@ void Packing::plan(std::int64_t epoch) {
       if (open.size() == kOpen) close(std::min_element(open.begin(), open.end(), fuller));
       place = open.insert(open.end(), {settings_.batch_tokens, {}});
     }
-    place->pieces.push_back(index);
+    place->segments.push_back(index);
     place->left -= count;
     if (place->left == 0) close(place);
   }
@@ -71,15 +71,16 @@ void Packing::plan(std::int64_t epoch) {
   planned_ = epoch;
 }
 
-void Packing::add_piece(const Piece& piece, Batch& batch) const {
-  const Corpus::Document& document = corpus_.documents()[piece.document];
-  const std::size_t begin = batch.tokens.size(), count = static_cast<std::size_t>(piece.count);
+void Packing::add_segment(const Segment& segment, Batch& batch) const {
+  const Corpus::Document& document = corpus_.documents()[segment.document];
+  const std::size_t begin = batch.tokens.size(), count = static_cast<std::size_t>(segment.count);
   batch.tokens.resize(begin + count);
   batch.targets.resize(begin + count);
-  corpus_.read(document, piece.first, piece.count, batch.tokens.data() + begin);
-  corpus_.read(document, piece.first + 1, piece.count, batch.targets.data() + begin);
+  corpus_.read(document, segment.first, segment.count, batch.tokens.data() + begin);
+  corpus_.read(document, segment.first + 1, segment.count, batch.targets.data() + begin);
   if (settings_.completion_only) {
-    const std::int64_t prompt = std::clamp<std::int64_t>(document.prompt - 1 - piece.first, 0, piece.count);
+    const std::int64_t prompt =
+        std::clamp<std::int64_t>(document.prompt - 1 - segment.first, 0, segment.count);
     std::fill_n(batch.targets.begin() + static_cast<std::ptrdiff_t>(begin), prompt, -1);
   }
   batch.cu_seqlens.push_back(static_cast<std::int32_t>(batch.tokens.size()));
@@ -88,8 +89,8 @@ void Packing::add_piece(const Piece& piece, Batch& batch) const {
 Batch Packing::next(DataPosition& position) {
   if (planned_ != position.epoch) plan(position.epoch);
   Batch batch;
-  for (const std::size_t piece : batches_[static_cast<std::size_t>(position.batch)])
-    add_piece(pieces_[piece], batch);
+  for (const std::size_t segment : batches_[static_cast<std::size_t>(position.batch)])
+    add_segment(segments_[segment], batch);
   if (++position.batch == static_cast<std::int64_t>(batches_.size())) position = {position.epoch + 1, 0};
   return batch;
 }
