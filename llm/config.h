@@ -33,14 +33,13 @@ inline std::vector<std::int64_t> layers_in(const std::vector<LayerRange>& ranges
   return layers;
 }
 
-/// The attention of a model that was trained with MoBA; in config.json under the names of the program's
-/// flags.
+/// The attention of a model that was trained with MoBA; config.json names its fields as the program's flags.
 struct TrainedAttention {
   std::int64_t block_size = 0, top_k = 0, sink_blocks = 0, full_tail = 0;
   std::vector<LayerRange> full_layers;
 };
 
-/// The shape of a Llama-family model, whatever file it came from.
+/// The shape of a Llama-family model, from any file format.
 struct ModelConfig {
   std::string architecture;  // "llama", "mistral", "qwen2", "qwen3"
   std::int64_t layers = 0, hidden = 0, intermediate = 0, heads = 0, kv_heads = 0, head_dim = 0;

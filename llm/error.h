@@ -4,13 +4,13 @@
 
 namespace moba::llm {
 
-/// A file that is not what it should be. The message names the file, what was expected and what was found.
+/// An invalid file: "file: expected X, got Y".
 class DataError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
 
-/// A flag or setting that cannot be met. The message names it.
+/// An invalid flag or setting: "--flag: expected X, got Y".
 class UsageError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

@@ -6,7 +6,8 @@
 
 namespace moba::llm {
 
-/// Most memory this process has held. getrusage's figure would include what its parent had before exec.
+/// Returns the peak resident memory of this process in bytes; getrusage's would include its parent's before
+/// exec.
 inline std::int64_t peak_rss_bytes() {
   std::ifstream status("/proc/self/status");
   for (std::string line; std::getline(status, line);) {

@@ -4,7 +4,7 @@
 
 namespace moba::llm {
 
-/// Measures the seconds since it was made.
+/// Measures the seconds since its construction.
 class Stopwatch {
  public:
   double seconds() const { return std::chrono::duration<double>(Clock::now() - start_).count(); }
@@ -14,7 +14,7 @@ class Stopwatch {
   Clock::time_point start_ = Clock::now();
 };
 
-/// Adds the seconds of its scope to a total.
+/// Adds the seconds of its scope to `total`.
 class ScopedTimer {
  public:
   explicit ScopedTimer(double& total) : total_(total) {}

@@ -9,7 +9,7 @@
 namespace moba::llm::eval {
 
 std::int64_t GreedyGenerator::shared_with(const std::vector<std::int32_t>& prompt) const {
-  // The tail of a prompt is read by another attention variant than what comes before it.
+  // The tail of a prompt is read with another attention variant than the rest.
   const std::int64_t tail = settings_.prefill == AttentionMode::full ? 0 : settings_.full_tail;
   const auto differs = std::mismatch(cached_.begin(), cached_.end(), prompt.begin(), prompt.end()).first;
   const auto cached = static_cast<std::int64_t>(cached_.size()),

@@ -10,15 +10,15 @@
 
 namespace moba::llm::eval {
 
-/// Answers prompts by greedy decoding, one after the other. The prefix that a prompt shares with the one
-/// before it stays in the cache and is not computed again.
+/// Generates answers to prompts by greedy decoding, one after the other. The prefix that a prompt shares with
+/// the previous one stays in the cache and is not computed again.
 class GreedyGenerator {
  public:
   GreedyGenerator(const Model& model, const Tokenizer& tokenizer, const SessionSettings& settings)
       : settings_(settings), tokenizer_(tokenizer), session_(model, settings) {}
 
   /// Returns the likeliest answer up to an end token, `max_tokens` tokens, or the first text for which
-  /// `is_enough` is true. It holds whole characters only.
+  /// `is_enough` is true. It ends with a complete character.
   std::string generate(const std::vector<std::int32_t>& prompt, std::int64_t max_tokens,
                        const Session::Progress& progress,
                        const std::function<bool(const std::string&)>& is_enough = {});

@@ -10,12 +10,12 @@ struct Interval {
   double low, high;
 };
 
-/// The interval of a share: `successes` of `tried` (Wilson's score interval). Successes may be fractional,
-/// means of values between 0 and 1; these vary less than yes and no, so the interval is then wider than it
-/// need be.
+/// Returns the interval of a proportion: `successes` of `tried` (Wilson's score interval). Successes may be
+/// fractional, sums of scores between 0 and 1; these vary less than 0 and 1 do, so the interval is then too
+/// wide.
 Interval wilson(double successes, std::int64_t tried);
 
-/// A sum over some tokens that belong together, such as the losses of one sequence.
+/// A sum over tokens that belong together, such as the losses of one sequence.
 struct Portion {
   double sum = 0;
   std::int64_t count = 0;
@@ -26,11 +26,11 @@ struct Portion {
   }
 };
 
-/// Sum over count of all portions; NaN of none.
+/// Returns the sum of all portions over their count; NaN without portions.
 double mean(const std::vector<Portion>& portions);
 
-/// The interval of the mean, were other portions of the same kind drawn: percentiles of 1000 draws with
-/// replacement, the same in every run. Needs two portions.
+/// Returns the bootstrap interval of the mean: percentiles of 1000 resamples of the portions, the same in
+/// every run. Needs two portions.
 Interval bootstrap(const std::vector<Portion>& portions);
 
 }  // namespace moba::llm::eval

@@ -13,7 +13,7 @@ namespace {
 
 using Tokens = std::vector<std::int32_t>;
 
-/// Logits of this many tokens and all words are in memory at a time: 16 Mi numbers.
+/// Logits in memory at a time: 64 MiB of f32.
 std::size_t tokens_at_a_time(std::size_t vocab) {
   return std::clamp<std::size_t>((std::size_t{1} << 24) / vocab, 16, 2048);
 }

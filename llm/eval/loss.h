@@ -12,37 +12,37 @@
 
 namespace moba::llm::eval {
 
-/// The settings by which texts become sequences to predict.
+/// Settings for cutting texts into sequences.
 struct SequenceSettings {
-  /// Most tokens of a sequence. What a document has beyond them is another sequence.
+  /// Maximum of tokens in a sequence; longer documents become several sequences.
   std::int64_t seq_len = 2048;
-  /// The documents are one stream, so that every sequence but the last is full.
+  /// Joins the documents to one stream, so that every sequence but the last is full.
   bool join = false;
-  /// Stop when the sequences have this many tokens together.
+  /// Limit of the tokens of all sequences.
   std::int64_t max_tokens = 0;
   /// Seed of the order of the files.
   std::int64_t seed = 0;
 };
 
-/// Sequences of at least two tokens from text files, each file a document that begins with what the tokenizer
-/// puts before every text. Throws DataError.
+/// Reads sequences of at least two tokens from text files, each file a document that begins with the special
+/// tokens that the tokenizer puts before a text. Throws DataError.
 std::vector<std::vector<std::int32_t>> sequences_of(const std::vector<std::filesystem::path>& paths,
                                                     const Tokenizer& tokenizer,
                                                     const SequenceSettings& settings);
 
-/// -log p of every token of a sequence but the first, given those before it: [tokens - 1], in nats. Every
-/// token is read in the session's prefill mode; what the session held is forgotten.
+/// Returns -log p of every token of a sequence but the first, given those before it: [tokens - 1], in nats.
+/// Every token is read in the session's prefill mode; clears the session first.
 std::vector<double> token_losses(Session& session, std::span<const std::int32_t> tokens,
                                  const Parallel& parallel, const Session::Progress& progress);
 
-/// -log softmax(logits)[token].
+/// Returns -log softmax(logits)[token].
 double loss_of(std::span<const float> logits, std::int32_t token);
 
 /// The losses under one attention variant, by sequence.
 struct Losses {
-  /// One portion a sequence, all its tokens.
+  /// One portion per sequence, of all its tokens.
   std::vector<Portion> all;
-  /// One portion a full sequence, its last tokens.
+  /// One portion per full sequence, of its last tokens.
   std::vector<Portion> trailing;
   /// [buckets][sequences]: by position in the sequence.
   std::vector<std::vector<Portion>> positions;
@@ -52,7 +52,7 @@ struct Losses {
 struct Positions {
   std::int64_t seq_len, trailing, buckets;
 
-  /// The bucket of a position; the first tokens are those from begin_of(bucket) on.
+  /// Returns the bucket of a position; bucket b begins at position begin_of(b).
   std::int64_t bucket_of(std::int64_t position) const { return position * buckets / seq_len; }
   std::int64_t begin_of(std::int64_t bucket) const { return (bucket * seq_len + buckets - 1) / buckets; }
 };

@@ -14,7 +14,7 @@ namespace {
 
 constexpr const char* kDigits = "0123456789";
 
-/// Returns the beginning of the line that `at` lies in; in text that is all one line, where its word does.
+/// Returns the beginning of the line that `at` lies in; in text of a single line, that of the word.
 std::size_t beginning_at(const std::string& text, std::size_t at) {
   constexpr std::size_t kFar = 2000;
   if (at == 0 || at >= text.size()) return at;

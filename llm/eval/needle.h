@@ -14,7 +14,7 @@ namespace moba::llm::eval {
 struct NeedleSettings {
   std::string needle, question;
   std::int64_t digits = 7;
-  /// Kept free for the answer, within a length.
+  /// Tokens of a length that are kept free for the answer.
   std::int64_t answer_tokens = 32;
   bool chat = false;
   std::int64_t seed = 0;
@@ -22,7 +22,7 @@ struct NeedleSettings {
 
 inline constexpr const char* kNeedle = "The magic number of {key} is {value}.";
 inline constexpr const char* kChatQuestion = "What is the magic number of {key}?";
-/// A model without chat turns goes on where the question leaves off.
+/// A model without chat turns continues the question.
 inline constexpr const char* kBareQuestion =
     "What is the magic number of {key}?\nThe magic number of {key} is";
 
@@ -31,17 +31,17 @@ struct NeedleCase {
   std::vector<std::int32_t> prompt;
 };
 
-/// Makes prompts: lines of text, one of them the needle, then the question. All depths of one length and
+/// Creates prompts: lines of text, one of them the needle, then the question. All depths of one length and
 /// sample have the same text around them.
 class NeedleMaker {
  public:
-  /// `haystack` and `tokenizer` outlive this.
+  /// `haystack` and `tokenizer` must outlive this object.
   NeedleMaker(const Haystack& haystack, const Tokenizer& tokenizer, NeedleSettings settings)
       : haystack_(haystack), tokenizer_(tokenizer), settings_(std::move(settings)) {}
 
-  /// A prompt of nearly `length` tokens, room for the answer included, with the needle after the share
-  /// `depth` of the text, at the beginning of a line. Throws UsageError for a length that cannot hold the
-  /// question, DataError where there is too little text.
+  /// Returns a prompt of nearly `length` tokens, room for the answer included, with the needle after the
+  /// share `depth` of the text, at the beginning of a line. Throws UsageError for a length that cannot hold
+  /// the question, DataError if the text is too short.
   NeedleCase make(std::int64_t length, double depth, std::int64_t sample);
 
  private:
@@ -54,12 +54,12 @@ class NeedleMaker {
   std::int64_t length_ = -1, sample_ = -1;
 };
 
-/// `text` with `line` as a line of its own after the share `depth` of it, where a line begins.
+/// Returns `text` with `line` inserted at the beginning of a line after the share `depth` of it.
 std::string planted(const std::string& text, const std::string& line, double depth);
 
-/// The first number in an answer, as its digits; empty where there is none.
+/// Returns the digits of the first number in an answer, or "".
 std::string first_number(const std::string& answer);
-/// Returns whether something follows the first number, so that it is complete.
+/// Returns whether the first number is complete: another character follows it.
 bool has_whole_number(const std::string& answer);
 
 }  // namespace moba::llm::eval

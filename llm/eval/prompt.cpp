@@ -42,7 +42,7 @@ std::int64_t units_that_fit(std::int64_t max_tokens,
       if (units >= exceeds.units) units = (fits.units + exceeds.units) / 2;
     }
     const Try next{units, tokens_with(units)};
-    if (next.tokens <= fits.tokens) break;  // there is no more to add
+    if (next.tokens <= fits.tokens) break;  // all units are in
     const double slope =
         static_cast<double>(next.tokens - fits.tokens) / static_cast<double>(units - fits.units);
     tokens_a_unit = slope;

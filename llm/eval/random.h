@@ -9,13 +9,14 @@
 
 namespace moba::llm::eval {
 
-/// Draws that are the same on every machine: of the standard's generators alone, not its distributions.
+/// Random numbers that are the same on every machine: from the standard's generators without its
+/// distributions.
 class Random {
  public:
-  /// The key that distinguishes this case: the user's seed, the length, the number of the sample, ...
+  /// `key` distinguishes this case: the user's seed, the length, the number of the sample, ...
   Random(std::initializer_list<std::int64_t> parts) : engine_(seeded(parts)) {}
 
-  /// 0 to count - 1; so few that what the remainder favours cannot be seen.
+  /// Returns 0 to count - 1; `count` is so small that the bias of the remainder is negligible.
   std::int64_t below(std::int64_t count) {
     return static_cast<std::int64_t>(engine_() % static_cast<std::uint64_t>(count));
   }
@@ -28,7 +29,7 @@ class Random {
     for (std::size_t i = values.size(); i > 1; --i)
       std::swap(values[i - 1], values[static_cast<std::size_t>(below(static_cast<std::int64_t>(i)))]);
   }
-  /// A number of this many digits, the first not 0.
+  /// Returns a number of this many digits, the first not 0.
   std::string number(std::int64_t digits) {
     std::string text(1, static_cast<char>('1' + below(9)));
     while (static_cast<std::int64_t>(text.size()) < digits) text += static_cast<char>('0' + below(10));

@@ -12,7 +12,7 @@ namespace {
 constexpr std::int64_t kChunk = 2048;
 constexpr std::int64_t kMaxRows = 512;
 
-/// Ends a forward pass whose logits are not needed.
+/// Thrown to end a forward pass whose logits are not needed.
 struct LastLayerSeen {};
 
 std::int64_t parts(std::int64_t whole, std::int64_t part) {
@@ -44,7 +44,7 @@ const float* row_of(const Tensor& tensor, std::int64_t token, std::int64_t head)
   return static_cast<const float*>(tensor.data) + token * tensor.strides[0] + head * tensor.strides[1];
 }
 
-/// The mean keys of the complete blocks of one layer, which grow as it reads.
+/// The mean keys of the complete blocks of one layer, updated while it reads.
 class BlockMeans {
  public:
   BlockMeans(std::int64_t block_size, std::int64_t heads, std::int64_t head_dim)
@@ -59,7 +59,7 @@ class BlockMeans {
     }
   }
 
-  /// The score of a complete block.
+  /// Returns the score of a complete block.
   float score(const float* q, std::int64_t block, std::int64_t head) const {
     const float* sum = sums_.data() + block * width_ + head * head_dim_;
     float score = 0;
@@ -80,7 +80,7 @@ Place place_of(std::int64_t block, std::int64_t own) {
                             : Place::far;
 }
 
-/// Writes down one layer's choices for queries [first, first + q.sizes[0]).
+/// Records one layer's selection for queries [first, first + q.sizes[0]).
 class Recorder {
  public:
   Recorder(RoutingMap& map, const Routing& moba) : map_(map), moba_(moba) {}

@@ -12,19 +12,19 @@
 
 namespace moba::llm::eval {
 
-/// The place of a selected block: the query's own; else the first of the text; else the one before the own;
-/// else any other.
+/// The place of a selected block: the query's own; else the first of the text; else the one before the own
+/// one; else any other.
 enum class Place : std::uint8_t { current, sink, recent, far };
 inline constexpr std::size_t kPlaces = 4;
 
 /// The selection of one head.
 struct HeadMap {
-  /// [rows][columns]: how many times a query of the row selected a block of the column.
+  /// [rows][columns]: the number of times that a query of the row selected a block of the column.
   std::vector<std::uint32_t> chosen;
   /// Counts over all selected blocks.
   std::array<std::int64_t, kPlaces> places{};
-  /// [rows]: by how much the last block that the gate took scored above the first that it left, where it had
-  /// a choice. Scores are unscaled products of a query with a block's mean key, in f32.
+  /// [rows]: the lowest selected score minus the highest rejected one, for queries with more candidates than
+  /// top_k. Scores are unscaled products of a query with a block's mean key, in f32.
   std::vector<Portion> margins;
 };
 
@@ -37,10 +37,10 @@ struct RoutingMap {
 
 struct RoutingMapSettings {
   Routing moba;
-  /// [layers]: these attend to everything; what the gate would select there is recorded all the same.
+  /// [layers]: layers with dense attention; the map records what the gate would select there.
   std::vector<bool> reads_fully;
   int threads = 1;
-  /// Most rows times columns of all heads together.
+  /// Limit of rows times columns over all heads.
   std::int64_t max_cells = std::int64_t{3} << 20;
 };
 

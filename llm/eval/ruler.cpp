@@ -25,12 +25,12 @@ using Texts = std::vector<std::string>;
 constexpr const char* kNoise =
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.";
 
-/// The parts of a prompt, and the random choices of this case, which start anew for every size tried.
+/// The parts of a prompt, and the random numbers of this case, which start anew for every size tried.
 struct Source {
   Random random;
   std::int64_t length;  // of prompt and answer, in tokens
-  std::string text;     // real text, as much as is asked for
-  const Texts& words;   // from real text
+  std::string text;     // from the haystack, of the requested size
+  const Texts& words;   // from the haystack
 };
 
 struct Draft {
@@ -67,7 +67,7 @@ std::string niah_needle(const Niah& task, const std::string& key, const std::str
                      key, value);
 }
 
-/// Needles among `units` lines of filler, or in the text there is.
+/// Plants needles among `units` lines of filler, or in the draft's text.
 std::string niah_context(const Niah& task, const Texts& needles, Source& source, std::int64_t units,
                          const std::function<std::string()>& other_needle) {
   if (task.filler == Filler::text) {
@@ -75,7 +75,7 @@ std::string niah_context(const Niah& task, const Texts& needles, Source& source,
     for (std::size_t i = 0; i < depths.size(); ++i) depths[i] = static_cast<double>(i) / 39;
     source.random.shuffle(depths);
     depths.resize(needles.size());
-    std::sort(depths.rbegin(), depths.rend());  // from the back, so that what is planted moves no later place
+    std::sort(depths.rbegin(), depths.rend());  // from the back, so that planting moves no later place
     std::string text = source.text;
     for (std::size_t i = 0; i < needles.size(); ++i) text = planted(text, needles[i], depths[i]);
     return text;
@@ -106,7 +106,7 @@ Draft niah(const Niah& task, Source source, std::int64_t units) {
   Texts needles, queries, expected;
   for (int k = 0; k < task.keys; ++k) {
     const std::string key = new_key();
-    const bool is_asked = k < task.queries;  // needles are shuffled: which of them these are shows nowhere
+    const bool is_asked = k < task.queries;  // needles are shuffled, so their order gives nothing away
     if (is_asked) queries.push_back(key);
     for (int v = 0; v < task.values; ++v) {
       const std::string value = new_value();
@@ -150,7 +150,7 @@ Draft chain(Random& random, std::int64_t lines, int letters) {
     if (used.insert(name).second) names.push_back(name);
   }
   const std::string value = random.number(5);
-  std::vector<std::int64_t> places;  // of the assignments: in their order, each before some line of noise
+  std::vector<std::int64_t> places;  // of the assignments: in their order, each before a line of noise
   for (int i = 0; i <= kHops; ++i) places.push_back(random.below(lines + 1));
   std::sort(places.begin(), places.end());
 
@@ -175,7 +175,7 @@ Draft chain(Random& random, std::int64_t lines, int letters) {
       names};
 }
 
-/// An example that is worked out, then the question.
+/// Adds a worked example, then the question.
 Draft after_example(const Draft& example, const std::string& answer, Draft draft) {
   draft.prompt.text = example.prompt.text + example.prompt.answer_start + answer + "\n\n" + draft.prompt.text;
   return draft;
@@ -192,7 +192,7 @@ struct Frequencies {
   int common, uncommon;
 };
 
-/// A numbered list in which ten words are more frequent than the `others`.
+/// Returns a numbered list in which ten words are more frequent than the `others`.
 Draft word_list(Source& source, std::int64_t others, const Frequencies& times) {
   constexpr std::int64_t kCommon = 10;
   const auto needed = static_cast<std::size_t>(kCommon + others);
@@ -232,7 +232,7 @@ Draft common_words(Source source, std::int64_t others) {
                        word_list(source, others, is_short ? Frequencies{6, 1} : Frequencies{30, 3}));
 }
 
-/// Words of random letters whose frequencies fall with the square of their rank; the first is dots.
+/// Returns words of random letters whose frequencies fall with the square of their rank; the first is dots.
 Draft frequent_words(Source source, std::int64_t count) {
   constexpr double kZeta = std::numbers::pi * std::numbers::pi / 6;
   const std::int64_t vocabulary = std::max<std::int64_t>(source.length / 50, 4);
@@ -259,12 +259,12 @@ Draft frequent_words(Source source, std::int64_t count) {
       {words[1], words[2], words[3]}};
 }
 
-// ---- all of them
+// ---- the table of tasks
 
 struct Task {
   const char* name;
   std::int64_t answer_tokens;
-  /// True where `units` count tokens of real text instead of lines or words.
+  /// True if `units` count tokens of the haystack instead of lines or words.
   bool takes_text;
   std::function<Draft(const Source&, std::int64_t units)> draft;
 };

@@ -6,7 +6,7 @@
 
 namespace moba::llm::eval {
 
-/// A name for a fact, such as "amber-otter": one of some sixty thousand.
+/// Returns a name for a fact, such as "amber-otter": one of about sixty thousand.
 std::string random_name(Random& random);
 
 }  // namespace moba::llm::eval

@@ -42,7 +42,7 @@ class Keys {
   }
 
  private:
-  /// A size; some files list it layer by layer.
+  /// Returns a size, which files may list layer by layer.
   static std::int64_t size_from(const GgufValue& value) {
     constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
     std::int64_t size = 0;

@@ -52,7 +52,7 @@ std::optional<double> number_if_there(const JsonValue& object, const std::string
   return value->number();
 }
 
-/// YaRN takes a zero for "not given", as `transformers` does.
+/// In YaRN a zero means unset, as in `transformers`.
 double beta_or(const JsonValue& object, const std::string& key, double otherwise) {
   const auto value = number_if_there(object, key);
   return value && *value != 0 ? positive(object.at(key)) : otherwise;
@@ -101,7 +101,7 @@ void read_scaling(const JsonValue& root, const JsonValue& rope, ModelConfig& con
   }
 }
 
-/// `rope_scaling`, the older spelling, wins over `rope_parameters`, as it does in `transformers`.
+/// `rope_scaling`, the older name, takes precedence over `rope_parameters`, as in `transformers`.
 std::optional<JsonValue> rope_of(const JsonValue& root) {
   const auto older = root.find("rope_scaling");
   return older && !older->object().empty() ? older : root.find("rope_parameters");
@@ -123,7 +123,7 @@ void read_rope(const JsonValue& root, ModelConfig& config) {
   read_scaling(root, *rope, config);
 }
 
-/// A window as long as the context cuts nothing off.
+/// A window as long as the context is full attention.
 void refuse_window(const JsonValue& root, std::optional<std::int64_t> otherwise, std::int64_t context) {
   const auto value = root.find("sliding_window");
   const bool is_null = root.object().contains("sliding_window") && !value;
@@ -133,7 +133,7 @@ void refuse_window(const JsonValue& root, std::optional<std::int64_t> otherwise,
             fmt::format("a sliding window of {} tokens{}", *window, value ? "" : ", the default"));
 }
 
-/// In Qwen models some layers may slide, by a list or from a layer on.
+/// In Qwen models single layers may have sliding windows, by a list or from a layer on.
 bool has_sliding_layers(const JsonValue& root, std::int64_t layers) {
   if (const auto types = root.find("layer_types")) {
     bool slides = false;

@@ -38,7 +38,7 @@ const char* name_of(GgufType type) {
   return kNames[static_cast<std::size_t>(type)];
 }
 
-/// Bytes of one value; 0 for those whose length the file tells.
+/// Returns the bytes of one value; 0 for types of variable length.
 std::uint64_t width_of(GgufType type) {
   constexpr std::uint64_t kWidths[] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
   return kWidths[static_cast<std::size_t>(type)];
@@ -77,7 +77,7 @@ std::optional<Storage> storage_of(std::uint32_t ggml_type) {
   }
 }
 
-/// Names of the types that files hold but we do not read, for the message.
+/// Names of unsupported types, for the message.
 std::string other_type(std::uint32_t ggml_type) {
   static const std::unordered_map<std::uint32_t, const char*> names{
       {9, "Q8_1"},   {15, "Q8_K"},   {16, "IQ2_XXS"}, {17, "IQ2_XS"}, {18, "IQ3_XXS"},
@@ -99,7 +99,7 @@ struct GgufFile::Impl {
   std::vector<StoredTensor> tensors;
 };
 
-/// Walks the headers of one file from front to back.
+/// Reads the headers of one file from front to back.
 class GgufReader {
  public:
   explicit GgufReader(GgufFile::Impl& target) : target_(target), rest_(target.file.bytes()) {}
@@ -200,7 +200,7 @@ class GgufReader {
     return before.first(before.size() - rest_.size());
   }
 
-  /// A model that is spread over several files says so in its first.
+  /// Throws DataError for a model that is split into several files.
   void refuse_parts() const {
     const auto count = target_.metadata.find("split.count");
     if (count == target_.metadata.end() || count->second.integer() <= 1) return;
@@ -246,7 +246,7 @@ class GgufReader {
     return static_cast<std::uint64_t>(alignment);
   }
 
-  /// Gives every tensor its bytes: the data begin at the first aligned byte after the headers.
+  /// Sets the bytes of every tensor: the data begin at the first aligned byte after the headers.
   void place_tensors() {
     const std::uint64_t align = alignment();
     const auto file = target_.file.bytes();
@@ -359,7 +359,7 @@ bool is_number(GgufType type) {
   return is_integer(type) || type == GgufType::f32 || type == GgufType::f64;
 }
 
-/// Element `index`; u64 beyond 2^63 - 1 comes out negative.
+/// Returns element `index`; u64 beyond 2^63 - 1 becomes negative.
 std::int64_t integer_at(GgufType type, std::span<const std::byte> bytes, std::uint64_t index) {
   const std::byte* at = bytes.data() + index * width_of(type);
   switch (type) {

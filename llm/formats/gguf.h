@@ -29,8 +29,8 @@ enum class GgufType : std::uint32_t {
   f64
 };
 
-/// One metadata value, still in the file's memory: nothing is copied until it is asked for. Reading it as
-/// something that it is not is a DataError that names the file and the key.
+/// A view of one metadata value in the mapped file. Reading it as another type throws a DataError that names
+/// the file and the key.
 class GgufValue {
  public:
   std::string_view string() const;
@@ -39,13 +39,13 @@ class GgufValue {
   double number() const;         // a float or an integer of any width
 
   bool is_array() const { return type_ == GgufType::array; }
-  /// Elements of an array; 1 otherwise.
+  /// Returns the number of elements of an array; 1 otherwise.
   std::uint64_t count() const { return count_; }
   std::vector<std::string_view> strings() const;
   std::vector<std::int64_t> integers() const;
   std::vector<float> numbers() const;
 
-  /// The file and the key, as errors name them.
+  /// Returns the file and the key, for errors.
   std::string where() const;
   [[noreturn]] void fail(std::string_view expected, std::string_view found) const;
 
@@ -58,19 +58,19 @@ class GgufValue {
   const std::string* file_ = nullptr;
   std::string_view key_;
   GgufType type_ = GgufType::u8;
-  GgufType element_ = GgufType::u8;  // what an array holds; `type_` again otherwise
+  GgufType element_ = GgufType::u8;  // the type of an array's elements; `type_` otherwise
   std::uint64_t count_ = 1;
   std::span<const std::byte> bytes_;  // of the elements, without type and count
 };
 
-/// A GGUF file (version 2 or 3, little-endian): its metadata and where its tensors lie. Opening reads the
-/// headers only and checks every length and offset in them. Everything returned points into the mapping and
-/// is good for as long as a copy of the file object is.
+/// A GGUF file (version 2 or 3, little-endian): its metadata and tensors. Opening reads the headers only and
+/// checks every length and offset in them. All results point into the mapping and are valid as long as a copy
+/// of the file object.
 class GgufFile {
  public:
   /// Throws DataError.
   static GgufFile open(const std::filesystem::path& path);
-  /// Returns whether the file starts as a GGUF file does.
+  /// Returns whether the file begins with GGUF's magic number.
   static bool is_gguf(const std::filesystem::path& path);
 
   const std::string& name() const;
@@ -79,7 +79,7 @@ class GgufFile {
   const std::vector<StoredTensor>& tensors() const;
 
   std::optional<GgufValue> find(std::string_view key) const;
-  /// A key that must be there: a DataError otherwise.
+  /// Returns the value of a key; throws DataError if it is missing.
   GgufValue at(std::string_view key) const;
 
  private:

@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kDeepest = 64;
 
-/// A document as an error message can show it.
+/// Returns a short form of a document for error messages.
 std::string shown(const nlohmann::json& value) {
   using Json = nlohmann::json;
   switch (value.type()) {

@@ -9,16 +9,16 @@
 
 namespace moba::llm {
 
-/// The document that `text`, a part of `file`, spells. A DataError for what is not JSON, is nested deeper
-/// than 64 levels, or names a member of its outermost object twice.
+/// Parses `text`, a part of `file`. Throws DataError for invalid JSON, for a nesting of more than 64 levels
+/// and for a member that the outermost object has twice.
 nlohmann::json parse_json(std::string_view text, const std::string& file);
 
-/// The document in a file of at most `max_bytes`. Throws DataError.
+/// Parses a file of at most `max_bytes`. Throws DataError.
 nlohmann::json load_json(const std::filesystem::path& file,
                          std::uint64_t max_bytes = std::uint64_t{64} << 20);
 
-/// A place in a JSON file, which has to outlive it. What is not as expected is a DataError that names the
-/// file and the place.
+/// A value in a JSON document, which has to outlive it. Members throw a DataError that names the file and the
+/// place unless the value is as expected.
 class JsonValue {
  public:
   /// The whole document of a file.
@@ -35,9 +35,9 @@ class JsonValue {
   std::int64_t integer() const;
   double number() const;
 
-  /// A member of this object, which must be there and not null.
+  /// Returns a member of this object, which must exist and not be null.
   JsonValue at(const std::string& key) const;
-  /// A member of this object; nothing where it is missing or null.
+  /// Returns a member of this object, or nothing if it is missing or null.
   std::optional<JsonValue> find(const std::string& key) const;
   JsonValue element(std::size_t index) const;
 

@@ -41,7 +41,7 @@ std::string last_error() {
 
 MappedFile::MappedFile(const std::filesystem::path& path) : name_(path.string()) {
   const Descriptor file(
-      open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));  // a pipe must not make us wait
+      open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));  // opening a pipe must not block
   struct stat status {};
   if (file.number() < 0 || fstat(file.number(), &status) != 0) fail(name_, last_error());
   if (S_ISDIR(status.st_mode)) fail(name_, "a folder");

@@ -7,10 +7,10 @@
 
 namespace moba::llm {
 
-/// A whole file, readable as memory for as long as this object lives.
+/// A memory-mapped file, valid as long as this object.
 class MappedFile {
  public:
-  /// Throws DataError for what cannot be opened or is not a regular file.
+  /// Throws DataError for a file that cannot be opened or is not a regular file.
   explicit MappedFile(const std::filesystem::path& path);
   ~MappedFile();
   MappedFile(const MappedFile&) = delete;

@@ -5,9 +5,9 @@
 
 namespace moba::llm {
 
-/// Text from a file as a message can hold it: on one line, not longer than 80 bytes of it.
+/// Returns text from a file for a message: on one line, its first 80 bytes.
 std::string one_line(std::string_view text);
-/// The same in quotes.
+/// Returns it in quotes.
 std::string quoted(std::string_view text);
 
 }  // namespace moba::llm

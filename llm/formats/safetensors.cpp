@@ -55,7 +55,7 @@ StoredTensor read_tensor(const std::string& name, const JsonValue& entry, std::s
   return tensor;
 }
 
-/// Sorts into file order; what the tensors leave out or share is an error.
+/// Sorts into file order. Throws DataError for gaps and overlaps between tensors.
 void check_tiling(std::vector<StoredTensor>& tensors, std::span<const std::byte> data,
                   const std::string& file) {
   std::sort(tensors.begin(), tensors.end(), [](const StoredTensor& a, const StoredTensor& b) {

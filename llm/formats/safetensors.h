@@ -11,7 +11,7 @@ namespace moba::llm {
 
 /// A safetensors file of f32, f16 and bf16 tensors, in file order. Opening reads the header only, and checks
 /// that the tensors fill the rest of the file without gap or overlap, as the format demands. The tensors are
-/// good for as long as a copy of `file` is.
+/// valid as long as a copy of `file`.
 struct SafetensorsFile {
   /// Throws DataError.
   static SafetensorsFile open(const std::filesystem::path& path);

@@ -8,7 +8,7 @@
 
 namespace moba::llm {
 
-/// Bytes that a tensor of this shape takes, or nothing where that does not fit 63 bits or a row is no whole
+/// Returns the bytes of a tensor of this shape, or nothing if they do not fit 63 bits or a row is not a whole
 /// number of blocks. No size may be negative.
 inline std::optional<std::uint64_t> stored_bytes(Storage storage, const std::vector<std::int64_t>& shape) {
   const StorageBlock block = block_of(storage);

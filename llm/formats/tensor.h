@@ -28,7 +28,7 @@ enum class Storage : std::uint8_t {
 
 std::string_view name_of(Storage storage);
 
-/// A storage type packs `values` numbers into `bytes` bytes; rows are whole blocks.
+/// The block of a storage type: `values` numbers in `bytes` bytes. Rows are whole blocks.
 struct StorageBlock {
   std::int64_t values, bytes;
 };
@@ -41,14 +41,14 @@ struct StoredTensor {
   std::vector<std::int64_t> shape;
   std::span<const std::byte> bytes;
 
-  /// Numbers in all; the readers have checked that they fit `bytes`.
+  /// Returns the number of elements; the readers have checked that they fit `bytes`.
   std::int64_t count() const;
-  /// Numbers in a row, the last dimension.
+  /// Returns the elements in a row, the last dimension.
   std::int64_t row_length() const { return shape.empty() ? 1 : shape.back(); }
 };
 
-/// Rows [first, first + count) of `tensor` (its last dimension is a row) as f32, into `count * row_length()`
-/// floats. Equal to `gguf.quants.dequantize` of PyPI's `gguf`, bit for bit.
+/// Converts rows [first, first + count) of `tensor` (its last dimension is a row) to f32, into `count *
+/// row_length()` floats. Equal to `gguf.quants.dequantize` of PyPI's `gguf`, bit for bit.
 void dequantise(const StoredTensor& tensor, std::int64_t first, std::int64_t count, float* out);
 
 }  // namespace moba::llm

@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::string_view kLayers = "model.layers.";
 
-/// Names without ".weight" or ".bias"; those of layers without their number.
+/// Pairs of names without ".weight" or ".bias"; those of layers without their number.
 constexpr std::pair<std::string_view, std::string_view> kNames[] = {
     {kEmbeddingName, "token_embd"},
     {kFinalNormName, "output_norm"},

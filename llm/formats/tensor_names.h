@@ -12,10 +12,10 @@ namespace moba::llm {
 
 using VisitTensor = std::function<void(const std::string& name, const std::vector<std::int64_t>& shape)>;
 
-/// Every tensor that a model of this shape needs, by its Hugging Face name.
+/// Calls `visit` for every tensor of a model of this shape, by its Hugging Face name.
 void for_each_tensor(const ModelConfig& config, const VisitTensor& visit);
 
-/// The GGUF name of a Hugging Face tensor; the name itself where it has no other.
+/// Returns the GGUF name of a Hugging Face tensor, or the name itself if it has no other.
 std::string gguf_name(std::string_view hugging_face_name);
 
 }  // namespace moba::llm

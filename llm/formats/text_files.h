@@ -8,20 +8,19 @@
 
 namespace moba::llm {
 
-/// A file that should hold text.
+/// A text file.
 struct TextFile {
   std::filesystem::path path;
-  bool is_named;  // on the command line, not found in a folder
+  bool is_named;  // given on the command line, not found in a folder
 };
 
-/// The files behind --data: those named, and those in named folders and their subfolders in alphabetical
-/// order, where hidden ones and the folder `besides` are passed over. Throws DataError for a path without a
-/// file.
+/// Returns the files of --data: those given, and those in given folders and their subfolders in alphabetical
+/// order, except hidden ones and the folder `besides`. Throws DataError for a path that does not exist.
 std::vector<TextFile> find_text_files(const std::vector<std::filesystem::path>& paths,
                                       const std::filesystem::path& besides = {});
 
-/// The bytes of a file as text; nothing for a file of a folder that is empty or binary (it holds a zero
-/// byte). Throws DataError for one that was named.
+/// Returns the bytes of a file as text; "" for an empty or binary file of a folder (it holds a zero byte).
+/// Throws DataError for such a file if it is given by name.
 std::string_view text_in(const TextFile& file, const MappedFile& mapped);
 
 }  // namespace moba::llm

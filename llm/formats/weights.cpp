@@ -25,7 +25,7 @@ struct Weights::Impl {
   std::vector<WeightFile> files;
   std::vector<StoredTensor> tensors;
   std::unordered_map<std::string_view, const StoredTensor*> by_name;
-  // The mappings that the tensors point into: one of the two.
+  // The mappings of the tensors: one of the two.
   std::optional<GgufFile> gguf;
   std::vector<SafetensorsFile> safetensors;
 
@@ -59,7 +59,7 @@ struct Weights::Impl {
     return safetensors.emplace_back(std::move(file));
   }
 
-  /// The index says which tensor is in which file; the files must say the same.
+  /// Reads a folder with an index; the files must hold the tensors that the index names.
   void read_index(const std::filesystem::path& folder) {
     const auto path = folder / "model.safetensors.index.json";
     const nlohmann::json document = load_json(path);
@@ -81,7 +81,7 @@ struct Weights::Impl {
     }
   }
 
-  /// A file beside the index, not one somewhere else.
+  /// Returns the name of a file, which must be in the folder of the index.
   static std::string shard_name(const JsonValue& value) {
     const std::string& shard = value.string();
     const bool is_plain = !shard.empty() && shard != "." && shard != ".." &&

@@ -20,19 +20,19 @@ struct WeightFile {
 /// The weights of one model, memory-mapped: a Hugging Face folder or a GGUF file. Opening reads headers only.
 class Weights {
  public:
-  /// Throws DataError, also where a tensor that the configuration calls for is missing or has another shape.
+  /// Throws DataError, also for a tensor of the configuration that is missing or has another shape.
   static Weights open(const std::filesystem::path& path);
 
   const ModelConfig& config() const;
-  /// The files that hold the tensors.
+  /// Returns the files of the tensors.
   const std::vector<WeightFile>& files() const;
-  /// Every tensor under the name that its file gives it, in file order.
+  /// Returns every tensor under its name in the file, in file order.
   const std::vector<StoredTensor>& tensors() const;
-  /// The tensor that plays the part of this Hugging Face name ("model.layers.0.self_attn.q_proj.weight"), or
-  /// null. GGUF's own names are translated.
+  /// Returns the tensor with this Hugging Face name ("model.layers.0.self_attn.q_proj.weight"), or null.
+  /// GGUF's names are translated.
   const StoredTensor* find(std::string_view hugging_face_name) const;
-  /// Row `row` of the Hugging Face tensor lies at this row of the stored one. GGUF's Llama files interleave
-  /// the rotary halves of q and k; everywhere else this is the identity.
+  /// Returns the row of the stored tensor that holds row `row` of the Hugging Face tensor. GGUF's Llama files
+  /// interleave the rotary halves of q and k; everywhere else this is the identity.
   std::int64_t stored_row(std::string_view hugging_face_name, std::int64_t row) const;
 
  private:

@@ -47,7 +47,7 @@ void add_attention(nlohmann::ordered_json& json, const TrainedAttention& moba) {
 nlohmann::ordered_json config_json(const ModelConfig& config) {
   if (!config.rope_divisors.empty()) {
     throw UsageError(
-        "-m/--model: expected RoPE scaling that config.json can spell, got divisors of single frequencies, "
+        "-m/--model: expected RoPE scaling that config.json can express, got divisors of single frequencies, "
         "as GGUF files of Llama 3 have them: train from the Hugging Face folder");
   }
   const std::string& name = config.architecture;

@@ -6,8 +6,8 @@
 
 namespace moba::llm {
 
-/// The `config.json` of `transformers` that describes a model of this shape, its weights in f32: what
-/// read_config() reads back. Throws UsageError for RoPE divisors, which only GGUF can spell.
+/// Returns the `config.json` of `transformers` for a model of this shape with weights in f32, the inverse of
+/// read_config(). Throws UsageError for RoPE divisors, which only GGUF can express.
 nlohmann::ordered_json config_json(const ModelConfig& config);
 
 }  // namespace moba::llm

@@ -8,7 +8,7 @@ namespace moba::llm {
 
 void write_safetensors(const std::filesystem::path& path, const std::vector<NamedTensor>& tensors) {
   nlohmann::ordered_json header;
-  header["__metadata__"]["format"] = "pt";  // transformers refuses files that do not say so
+  header["__metadata__"]["format"] = "pt";  // required by transformers
   std::size_t end = 0;
   for (const NamedTensor& tensor : tensors) {
     const std::size_t begin = end;
@@ -16,7 +16,7 @@ void write_safetensors(const std::filesystem::path& path, const std::vector<Name
     header[tensor.name] = {{"dtype", "F32"}, {"shape", tensor.shape}, {"data_offsets", {begin, end}}};
   }
   std::string text = header.dump();
-  text.resize((text.size() + 7) / 8 * 8, ' ');  // data begin on a whole number of doubles
+  text.resize((text.size() + 7) / 8 * 8, ' ');  // data are aligned to 8 bytes
   const std::uint64_t length = text.size();
 
   OutputFile file(path);

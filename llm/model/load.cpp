@@ -12,10 +12,10 @@
 namespace moba::llm {
 namespace {
 
-/// Floats converted at a time: they stay in the core's cache on their way to the working dtype.
+/// Floats converted at a time, so that they stay in the core's cache.
 constexpr std::int64_t kChunk = 65536;
 
-/// Lets the kernel take back the mapped pages of a tensor that will not be read again.
+/// Releases the mapped pages of a tensor that will not be read again.
 void release_pages(const StoredTensor& tensor) {
   const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
   const auto first = reinterpret_cast<std::uintptr_t>(tensor.bytes.data()) / page * page;

@@ -9,8 +9,8 @@
 
 namespace moba::llm {
 
-/// Turns stored tensors into working ones, under their Hugging Face names. Weights::open has checked that
-/// they are there and of the shapes asked for.
+/// Converts stored tensors to the working dtype, by their Hugging Face names. Weights::open has checked that
+/// they exist and have the requested shapes.
 class Loader {
  public:
   Loader(const Weights& weights, at::ScalarType dtype) : weights_(weights), dtype_(dtype) {}
@@ -19,11 +19,11 @@ class Loader {
     std::string name;
     std::int64_t rows;
   };
-  /// Matrices below one another, [sum of rows, columns]: one product instead of several.
+  /// Concatenates matrices by rows, [sum of rows, columns]: one product instead of several.
   at::Tensor matrix(const std::vector<Part>& parts, std::int64_t columns) const;
-  /// Vectors after one another, in the working dtype.
+  /// Concatenates vectors, in the working dtype.
   at::Tensor bias(const std::vector<Part>& parts) const;
-  /// A vector in f32.
+  /// Returns a vector in f32.
   at::Tensor norm(const std::string& name, std::int64_t size) const;
 
  private:

@@ -13,28 +13,28 @@
 
 namespace moba::llm {
 
-/// Attends one layer and extends its KV cache: `k` and `v` [n, Hkv, D] of n new tokens, `q` and
-/// `out` [m, Hq, D] of the last m <= n of them (m = 0 where no output is needed). Rotary
-/// positions are already applied. Whatever the callee throws ends the forward pass.
+/// Attends one layer and extends its KV cache: `k` and `v` [n, Hkv, D] of n new tokens, `q` and `out` [m, Hq,
+/// D] of the last m <= n of them (m = 0 where no output is needed). Rotary positions are already applied. An
+/// exception of the callee ends the forward pass.
 using AttentionFn = std::function<void(std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v,
                                        const Tensor& out)>;
 
 /// The tokens of a forward pass whose logits are returned.
 enum class Logits : std::uint8_t { none, last, all };
 
-/// The weights of a Llama-family decoder in one working dtype, and the walk through its layers. Knows nothing
-/// of caches, routings or chunks.
+/// The weights of a Llama-family decoder in one working dtype, and its forward pass. Independent of caches,
+/// routings and chunks.
 class Model {
  public:
-  /// Converts every tensor once, a few rows at a time, and lets go of the mapped pages behind it. `dtype` is
-  /// f32, bf16 or f16.
+  /// Converts every tensor once, a few rows at a time, and releases the mapped pages. `dtype` is f32, bf16 or
+  /// f16.
   static Model load(const Weights& weights, DType dtype);
 
   const ModelConfig& config() const;
   DType dtype() const;
 
   /// Reads `tokens`, the first of them at position `first`. Returns logits [rows, vocab], where rows is 0, 1
-  /// or tokens.size() as `logits` asks. Throws DataError for an id outside the vocabulary.
+  /// or tokens.size() according to `logits`. Throws DataError for an id outside the vocabulary.
   std::vector<float> forward(std::span<const std::int32_t> tokens, std::int64_t first,
                              const AttentionFn& attend, Logits logits) const;
 
@@ -43,7 +43,7 @@ class Model {
   std::shared_ptr<const Impl> impl_;
 };
 
-/// Threads that every Model of this process computes with, at least 1.
+/// Sets the number of threads of every Model of this process, at least 1.
 void use_threads(int threads);
 
 }  // namespace moba::llm

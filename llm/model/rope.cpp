@@ -7,7 +7,7 @@
 namespace moba::llm {
 namespace {
 
-/// Llama 3: slow waves are stretched by `factor`, fast ones kept, those between blended.
+/// Llama 3: divides low frequencies by `factor`, keeps high ones and interpolates between them.
 double llama3_frequency(double frequency, const RopeScaling& scaling) {
   const double turns = static_cast<double>(scaling.original_context) * frequency / (2 * std::numbers::pi);
   if (turns < scaling.low_freq_factor) return frequency / scaling.factor;
@@ -17,7 +17,7 @@ double llama3_frequency(double frequency, const RopeScaling& scaling) {
   return (1 - blend) * frequency / scaling.factor + blend * frequency;
 }
 
-/// YaRN's ramp: which dimensions keep their frequency (below `low`) and which are stretched (above `high`).
+/// YaRN's ramp: dimensions below `low` keep their frequency, those above `high` have it divided.
 struct Ramp {
   double low, high;
 
@@ -40,7 +40,7 @@ Ramp yarn_ramp(const ModelConfig& config) {
   }
   low = std::max(low, 0.0);
   high = std::min(high, dim - 1);
-  if (low == high) high += 0.001;  // a step, without dividing by zero
+  if (low == high) high += 0.001;  // avoids a division by zero
   return {low, high};
 }
 
@@ -90,7 +90,7 @@ std::vector<float> rope_rows(const Rope& rope, std::int64_t first, std::int64_t 
   for (std::int64_t t = 0; t < count; ++t) {
     float* row = rows.data() + static_cast<std::size_t>(t) * 2 * half;
     for (std::size_t i = 0; i < half; ++i) {
-      // A float product, as the models were trained with.
+      // A product in f32, as in training.
       const float angle = static_cast<float>(first + t) * rope.frequencies[i];
       row[i] = static_cast<float>(std::cos(static_cast<double>(angle)) * rope.magnitude);
       row[half + i] = static_cast<float>(std::sin(static_cast<double>(angle)) * rope.magnitude);

@@ -6,10 +6,10 @@
 
 namespace moba::llm {
 
-/// The settings by which the next token is drawn. The filters are applied in this order, before the
-/// temperature, as llama.cpp does.
+/// The settings of sampling. The filters are applied in this order, before the temperature, as llama.cpp
+/// does.
 struct Sampling {
-  /// 0: the likeliest token, always.
+  /// 0: greedy, always the likeliest token.
   double temperature = 0;
   /// Keep this many of the likeliest tokens; 0: all.
   std::int64_t top_k = 40;
@@ -25,7 +25,7 @@ class Sampler {
  public:
   explicit Sampler(const Sampling& sampling) : sampling_(sampling), random_(sampling.seed) {}
 
-  /// The next token's id. Equal logits: the lower id first; a NaN counts as -inf.
+  /// Returns the next token's id. Of equal logits the lower id comes first; a NaN counts as -inf.
   std::int32_t operator()(std::span<const float> logits);
 
  private:

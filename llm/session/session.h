@@ -26,7 +26,8 @@ struct SessionSettings {
   AttentionMode decode = AttentionMode::full;
   /// Blocks, top-k and sink of the layers that are in mode moba.
   Routing moba{.block_size = 256, .top_k = 4, .sink_blocks = 1};
-  /// The last tokens of a prompt are read in mode full: what a model never trained with MoBA needs.
+  /// Number of last tokens of a prompt that are read in mode full, for models that were not trained with
+  /// MoBA.
   std::int64_t full_tail = 128;
   /// Layers that are in mode full throughout.
   std::vector<LayerRange> full_layers;
@@ -36,19 +37,19 @@ struct SessionSettings {
   int threads = 1;
 };
 
-/// Throws UsageError for settings that a model of this shape cannot meet.
+/// Throws UsageError for settings that do not fit a model of this shape.
 void check(const SessionSettings& settings, const ModelConfig& config);
 
-/// Seconds spent inside the attention: filling the caches and asking them.
+/// Seconds spent in attention: extending the caches and attending.
 struct AttentionSeconds {
   double prefill = 0, decode = 0;
 };
 
-/// One conversation: a model, what it has read (a paged cache for each layer), and how it attends.
+/// One conversation: a model, a paged KV cache for each layer, and the attention settings.
 class Session {
  public:
-  /// Called after each layer of each chunk with the share of the prompt that is read, in tokens. May throw to
-  /// give up; the session is of no use then.
+  /// Called after each layer of each chunk with the part of the prompt that is read, in tokens. May throw to
+  /// abort, after which the session is invalid.
   using Progress = std::function<void(double tokens_read)>;
 
   /// Throws UsageError as check() does.
@@ -61,13 +62,13 @@ class Session {
   /// Reads one token in the decode mode and returns the logits [vocab] after it.
   std::vector<float> decode(std::int32_t token);
 
-  /// Forgets all but the first `tokens` of what was read.
+  /// Truncates the caches to the first `tokens` tokens.
   void rewind(std::int64_t tokens);
 
   /// Tokens read so far.
   std::int64_t length() const { return length_; }
   AttentionSeconds attention_seconds() const { return seconds_; }
-  /// Logits of a token.
+  /// The size of the vocabulary.
   std::int64_t vocab() const { return model_.config().vocab; }
 
  private:

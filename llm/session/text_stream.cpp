@@ -7,7 +7,7 @@ namespace {
 
 constexpr std::string_view kReplacement = "\xEF\xBF\xBD";
 
-/// The continuation of a leading byte (The Unicode Standard, table 3-7): how many bytes in all, and the range
+/// Properties of a leading byte (The Unicode Standard, table 3-7): the bytes of the character, and the range
 /// of the second.
 struct Lead {
   std::size_t length;
@@ -26,7 +26,7 @@ Lead lead_of(unsigned char byte) {
   return {0};
 }
 
-/// Bytes at the start of `text` that belong to one character, cut short where the text ends or goes wrong.
+/// Returns the number of bytes at the start of `text` that are a character or a valid prefix of one.
 std::size_t fitting_bytes(std::string_view text, const Lead& lead) {
   std::size_t fitting = 1;
   while (fitting < lead.length && fitting < text.size()) {
@@ -49,7 +49,7 @@ std::string TextStream::push(std::string_view bytes) {
     const Lead lead = lead_of(static_cast<unsigned char>(rest.front()));
     const std::size_t fitting = fitting_bytes(rest, lead);
     const bool complete = fitting == lead.length;
-    if (!complete && lead.length > 0 && fitting == rest.size()) break;  // more may come
+    if (!complete && lead.length > 0 && fitting == rest.size()) break;  // the rest may follow
     text += complete ? rest.substr(0, fitting) : kReplacement;
     done += fitting;
   }

@@ -5,11 +5,11 @@
 
 namespace moba::llm {
 
-/// Turns the bytes of tokens, which may end inside a character, into complete UTF-8. Bytes that can be no
-/// part of a character become U+FFFD.
+/// Turns the bytes of tokens, which may end inside a character, into complete UTF-8. Invalid bytes become
+/// U+FFFD.
 class TextStream {
  public:
-  /// The characters that are complete now.
+  /// Adds bytes; returns the characters that are complete.
   std::string push(std::string_view bytes);
   /// Returns the remaining text at the end, its unfinished character replaced.
   std::string finish();

@@ -10,7 +10,7 @@ std::int64_t edge(std::int32_t node, char byte) {
   return std::int64_t{node} * 256 + static_cast<unsigned char>(byte);
 }
 
-/// Bytes of the last character of `text`, 0 for none.
+/// Returns the bytes of the last character of `text`, 0 for none.
 std::size_t last_character_size(std::string_view text) {
   for (std::size_t size = 1; size <= std::min<std::size_t>(4, text.size()); ++size) {
     if (utf8_size(text.substr(text.size() - size)) == size) return size;
@@ -87,7 +87,7 @@ std::vector<Segment> AddedTokens::split(std::string_view text,
     }
     Span span{std::max(at, done), end};
     at = end;
-    if (span.begin >= span.end) continue;  // the spaces that the last token took were the whole of this one
+    if (span.begin >= span.end) continue;  // the previous token includes all of this one
     if (token->special && !allows(span)) continue;
     if (token->single_word &&
         (ends_with(text.substr(0, span.begin), is_word) || begins_with(text.substr(span.end), is_word))) {

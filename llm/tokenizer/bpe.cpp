@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::int32_t kNone = -1;
 
-/// A node of the list that a word is while it is merged.
+/// A node of the linked list of a word's symbols.
 struct Symbol {
   std::int32_t id;  // kNone: a text without a token
   std::int32_t previous;
@@ -25,9 +25,9 @@ struct Symbol {
 struct Candidate {
   Merge merge;
   std::int32_t left;
-  std::int32_t size;  // of both together: symbols only grow, so it tells whether they are still the two
+  std::int32_t size;  // of both: symbols only grow, so another size means that one was merged
 
-  bool operator<(const Candidate& other) const {  // std::priority_queue gives the greatest
+  bool operator<(const Candidate& other) const {  // std::priority_queue returns the greatest
     return merge.rank != other.merge.rank ? merge.rank > other.merge.rank : left > other.left;
   }
 };
@@ -43,7 +43,7 @@ class Word {
         {id, index - 1, kNone, static_cast<std::int32_t>(begin), static_cast<std::int32_t>(size)});
   }
 
-  /// Joins neighbours, the lowest rank first, until no two are left that `find_merge(left, right)` joins.
+  /// Merges neighbours, the lowest rank first, until `find_merge(left, right)` has no merge for any two.
   template <class FindMerge>
   void merge_all(const FindMerge& find_merge) {
     std::vector<Candidate> found;
@@ -103,11 +103,11 @@ bool all_have_tokens(std::string_view text, const ByteTokens& tokens) {
                      [&](char c) { return tokens[static_cast<unsigned char>(c)] != kNone; });
 }
 
-/// The symbols that the merges of `model` begin from.
+/// Returns the symbols that the merges of `model` begin from.
 Word first_symbols(const Bpe& model, std::string_view text) {
   Word word;
   word.reserve(text.size());
-  Span unknown;  // waits for its neighbours, to be fused with them
+  Span unknown;  // kept to be fused with its neighbours
   const auto flush = [&] {
     if (!unknown.empty()) word.add(model.unknown, unknown.begin, unknown.size());
     unknown = {};

@@ -18,7 +18,7 @@ bool has(std::string_view text, std::string_view marker) {
   return text.find(marker) != std::string::npos;
 }
 
-/// The value of a Jinja string literal.
+/// Returns the value of a Jinja string literal.
 std::string unescaped(std::string_view literal) {
   std::string text;
   for (std::size_t i = 0; i < literal.size(); ++i) {
@@ -32,7 +32,7 @@ std::string unescaped(std::string_view literal) {
   return text;
 }
 
-/// The first stretch of `source` between `begin` and the next `end` that stays within one literal.
+/// Returns the first part of `source` between `begin` and the next `end` that lies within one literal.
 std::optional<std::string> literal_between(const std::string& source, std::string_view begin,
                                            std::string_view end) {
   for (std::size_t at = source.find(begin); at != std::string::npos; at = source.find(begin, at + 1)) {
@@ -63,8 +63,8 @@ bool trims_content(const std::string& source) {
   return !trim.find_all(class_stand_in(source)).empty();
 }
 
-/// The BOS token, where the template writes one: by its variable, or by its text (SmolLM2's BOS is ChatML's
-/// mark).
+/// Returns the BOS token if the template writes one: by its variable, or by its text (SmolLM2's BOS is
+/// ChatML's mark).
 std::string bos_text(const Tokenizer& tokenizer) {
   const std::string bos = tokenizer.piece(tokenizer.bos(), true);
   const std::string& source = tokenizer.chat_template();
@@ -95,8 +95,8 @@ Parts chatml(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
   return parts;
 }
 
-/// The lines that Llama 3.1 and later put before every system turn: the dates, today's being the one that the
-/// template itself names, so that a prompt is the same every day.
+/// Returns the lines that Llama 3.1 and later put before every system turn: the dates, with the template's
+/// default for today, so that a prompt is the same every day.
 std::string llama3_dates(const std::string& source) {
   const auto knowledge = literal_between(source, "Cutting Knowledge Date: ", "\\n");
   if (!knowledge) return "";

@@ -9,7 +9,7 @@
 
 namespace moba::llm {
 
-/// Puts `text` before whatever is not empty.
+/// Prepends `text` unless the input is empty.
 struct Prepend {
   std::string text;
 };
@@ -18,7 +18,7 @@ struct Replace {
   std::string to;
 };
 
-/// The normalisation of a text before it is split: the steps in order.
+/// The steps of normalising a text before it is split, in order.
 using Normalizer = std::vector<std::variant<UnicodeForm, Prepend, Replace>>;
 
 std::string normalize(std::string_view text, const Normalizer& steps);

@@ -13,7 +13,7 @@ struct Part {
   bool is_match;
 };
 
-/// The matches and what lies between them, covering `size` bytes.
+/// Returns the matches and the text between them, covering `size` bytes.
 std::vector<Part> parts_of(const std::vector<Span>& matches, std::size_t size, bool invert) {
   std::vector<Part> parts;
   std::size_t end = 0;
@@ -49,7 +49,7 @@ std::vector<Part> joined(const std::vector<Part>& parts, SplitBehavior behavior)
     }
     if (join) {
       out.back().span.end = part.span.end;
-      // Joined to one neighbour, a match takes no other.
+      // A match that is joined to one neighbour is not joined to the other.
       out.back().is_match = part.is_match;
     } else {
       out.push_back(part);
@@ -73,7 +73,7 @@ void apply(Pieces& pieces, const Split& step, bool) {
   pieces.spans = std::move(spans);
 }
 
-/// Writes every piece anew.
+/// Rewrites every word.
 template <class Rewrite>
 void rewrite(Pieces& pieces, const Rewrite& rewritten) {
   Pieces out;

@@ -16,32 +16,32 @@ enum class SplitBehavior { kRemoved, kIsolated, kMergedWithPrevious, kMergedWith
 struct Split {
   Pattern pattern;
   SplitBehavior behavior = SplitBehavior::kIsolated;
-  bool invert = false;  // what lies between the matches counts as the match
+  bool invert = false;  // the text between matches counts as the match
 };
 
-/// A space before every piece that begins with none.
+/// Prepends a space to every word without one.
 struct AddPrefixSpace {};
 
-/// Spaces written as a visible mark, and one mark put before the text.
+/// Writes spaces as a visible mark, and prepends one mark to the text.
 struct Metaspace {
   enum class Prepend { kAlways, kFirst, kNever };
   std::string mark;
   Prepend prepend = Prepend::kAlways;
 };
 
-/// Cuts a text into the pieces that merges stay within: the steps in order.
+/// The steps of splitting a text into words, which merges stay within, in order.
 using PreTokenizer = std::vector<std::variant<Split, AddPrefixSpace, Metaspace>>;
 
-/// A text and the pieces it is cut into, in order, none empty.
+/// A text and its words, in order, none empty.
 struct Pieces {
   std::string text;
   std::vector<Span> spans;
 };
 
-/// `at_start`: nothing came before `text` in the input.
+/// `at_start`: `text` is the beginning of the input.
 Pieces pre_tokenize(std::string text, bool at_start, const PreTokenizer& steps);
 
-/// The GPT-2 pattern, which is ByteLevel's own.
+/// The pattern of GPT-2, which ByteLevel uses.
 inline constexpr const char* kGpt2Pattern =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 

@@ -19,18 +19,18 @@ constexpr const char* kQwen2Pattern =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr const char* kDigit = R"(\p{N})";
 
-/// The patterns of a name in `tokenizer.ggml.pre`. The patterns split one after the other.
+/// The patterns of a name in `tokenizer.ggml.pre`, which split one after the other.
 struct PreTokenizerKind {
   std::string_view name;
   std::array<const char*, 2> patterns;
   bool nfc = false;
   bool ignore_merges = false;
-  bool add_bos = false;  // where the file does not say
+  bool add_bos = false;  // the default if the file has no value
 };
 
 constexpr std::array<PreTokenizerKind, 9> kKinds{{
     {"gpt-2", {kGpt2Pattern}},
-    // Files of converters that knew no better: read as GPT-2, as `transformers` does.
+    // Written by old converters: read as GPT-2, as `transformers` does.
     {"default", {kGpt2Pattern}},
     {"smollm", {kDigit, kGpt2Pattern}},
     {"starcoder", {kDigit, kGpt2Pattern}},
@@ -46,7 +46,7 @@ bool flag(const GgufFile& file, const char* key, bool otherwise) {
   return value ? value->boolean() : otherwise;
 }
 
-/// The id under `key`; -1 where there is none.
+/// Returns the id under `key`, or -1.
 std::int32_t token_id(const GgufFile& file, const char* key, const TokenizerData& data) {
   const auto value = file.find(key);
   if (!value) return -1;
@@ -56,7 +56,7 @@ std::int32_t token_id(const GgufFile& file, const char* key, const TokenizerData
   return static_cast<std::int32_t>(id);
 }
 
-/// The kinds of the `count` tokens: where the file does not say, all are plain.
+/// Returns the kinds of the `count` tokens; all are plain if the file has no list.
 std::vector<PieceKind> token_kinds(const GgufFile& file, std::size_t count) {
   const auto types = file.find("tokenizer.ggml.token_type");
   if (!types) return std::vector<PieceKind>(count, PieceKind::kNormal);
@@ -80,7 +80,7 @@ bool is_special(PieceKind kind) {
   return kind == PieceKind::kControl || kind == PieceKind::kUnknown;
 }
 
-/// A token of a byte-level model: written in the byte alphabet, unless it is found in texts as it stands.
+/// Returns a token of a byte-level model: in the byte alphabet, unless it is an added token.
 void add_byte_level_token(std::string_view text, std::int32_t id, PieceKind kind, TokenizerData& data,
                           Bpe& bpe) {
   const bool found = is_special(kind) || kind == PieceKind::kUserDefined;
@@ -208,7 +208,7 @@ Json pre_tokenizer_json(const PreTokenizerKind& kind, bool add_prefix_space) {
   return {{"type", "Sequence"}, {"pretokenizers", steps}};
 }
 
-/// A template that puts `before` and `after` around a text.
+/// Returns a template that adds `before` and `after` around a text.
 Json post_processor_json(const TokenizerData& data) {
   if (data.before.empty() && data.after.empty()) return nullptr;
   Json single = Json::array(), tokens = Json::object();

@@ -12,7 +12,7 @@
 namespace moba::llm {
 namespace {
 
-/// The largest tokenizer files known have some 40 MB.
+/// The largest known tokenizer files have about 40 MB.
 constexpr std::size_t kLargestFile = std::size_t{1} << 29;
 
 bool flag(const JsonValue& node, const char* key, bool otherwise) {
@@ -34,7 +34,7 @@ void for_each(const JsonValue& list, const Visit& visit) {
   node.at("type").fail(fmt::format("one of {}", supported), llm::quoted(node.at("type").string()));
 }
 
-/// The members of a Sequence, or the one component itself.
+/// Returns the members of a Sequence, or the component itself.
 template <class Visit>
 void for_each_component(const JsonValue& node, const std::string& list, const Visit& visit, int depth = 0) {
   constexpr int kDeepest = 8;
@@ -105,7 +105,7 @@ void read_metaspace(const JsonValue& node, PreTokenizer& steps) {
   }
 }
 
-/// Returns whether the model is one of bytes.
+/// Returns whether the model is byte-level.
 bool read_pre_tokenizer(const JsonValue& root, PreTokenizer& steps) {
   bool byte_level = false;
   for_each_component(root, "pretokenizers", [&](const JsonValue& node) {
@@ -139,7 +139,7 @@ void read_vocab(const JsonValue& vocab, std::size_t count, TokenizerData& data) 
   }
 }
 
-/// The two halves of a merge, written as "a b" or as ["a", "b"].
+/// Returns the two halves of a merge, written as "a b" or as ["a", "b"].
 std::pair<std::string, std::string> read_merge(const JsonValue& node) {
   if (const auto* text = node.value().get_ptr<const std::string*>()) {
     const std::size_t space = text->find(' ');
@@ -210,7 +210,7 @@ Bpe read_bpe(const JsonValue& node, bool byte_level, TokenizerData& data) {
   return bpe;
 }
 
-/// The decoding of tokens of models that are not byte-level.
+/// The decoders of models that are not byte-level.
 void read_decoder(const JsonValue& root, TokenizerData& data) {
   std::string mark;
   bool from_bytes = false;
@@ -257,7 +257,7 @@ void read_added_token(const JsonValue& node, std::size_t count, TokenizerData& d
   add_found_token(data, token);
 }
 
-/// The tokens that a template puts around one text.
+/// Returns the tokens that a template adds around one text.
 void read_template(const JsonValue& node, TokenizerData& data) {
   std::vector<std::int32_t> before;
   std::vector<std::int32_t> after;
@@ -292,12 +292,12 @@ void read_post_processor(const JsonValue& root, TokenizerData& data) {
   });
 }
 
-/// A token's text, written as such or as an object with its `content`.
+/// Returns a token's text, a string or an object with its `content`.
 std::string token_text(const JsonValue& node) {
   return node.value().is_object() ? node.at("content").string() : node.string();
 }
 
-/// The ids of a model's configuration; eos_token_id is a number or a list of them.
+/// Returns ids of a model's configuration; eos_token_id is a number or a list of numbers.
 void read_config_ids(const JsonValue& config, TokenizerData& data) {
   const auto bos = config.find("bos_token_id");
   if (bos && data.bos < 0 && bos->integer() >= 0 &&
@@ -313,7 +313,7 @@ void read_config_ids(const JsonValue& config, TokenizerData& data) {
   }
 }
 
-/// A template's source: a text, or a list of named ones of which `default` counts.
+/// Returns a template's source: a text, or a list of named ones of which `default` counts.
 std::string read_chat_template(const JsonValue& node) {
   if (!node.value().is_array()) return node.string();
   std::string source;

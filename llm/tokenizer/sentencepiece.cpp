@@ -16,7 +16,7 @@ namespace {
 
 constexpr std::string_view kSpaceMark = "\xE2\x96\x81";  // U+2581
 
-/// The distinct scores, best first: a piece's rank is its score's place here.
+/// The distinct scores, best first: a piece's rank is the index of its score here.
 std::vector<float> distinct_scores(const std::vector<ScoredPiece>& pieces, const std::string& where) {
   std::vector<float> scores;
   for (const ScoredPiece& piece : pieces) {
@@ -31,7 +31,7 @@ std::vector<float> distinct_scores(const std::vector<ScoredPiece>& pieces, const
   return scores;
 }
 
-/// The text of a piece.
+/// Returns the bytes of a piece.
 std::string piece_bytes(const ScoredPiece& piece, const std::string& where) {
   if (piece.kind != PieceKind::kByte) {
     return piece.kind == PieceKind::kControl ? piece.text : replace_all(piece.text, kSpaceMark, " ");
@@ -77,7 +77,7 @@ class ProtobufFields {
  public:
   ProtobufFields(std::string_view message, const std::string& where) : rest_(message), where_(where) {}
 
-  std::uint64_t number = 0;  // of the field that next() came to
+  std::uint64_t number = 0;  // of the current field
   std::uint64_t varint = 0;  // its value, if it is a number
   std::string_view bytes;    // or, if it is a text, a message or a float
 
@@ -139,8 +139,7 @@ class ProtobufFields {
   const std::string& where_;
 };
 
-/// The settings of a model file, besides its pieces, that decide how texts are encoded. The defaults are the
-/// format's own.
+/// The settings of a model file that affect encoding, besides its pieces. The defaults are the format's.
 struct ModelSettings {
   std::uint64_t model_type = 1;
   std::int64_t bos = 1;

@@ -12,7 +12,7 @@ struct Tokenizer::Impl {
 
   bool has(std::int32_t id) const { return id >= 0 && static_cast<std::size_t>(id) < data.tokens.size(); }
 
-  /// Merges of a text that holds no added token. `at_start`: nothing came before it in the input.
+  /// Encodes a text without added tokens. `at_start`: it is the beginning of the input.
   void encode_plain(std::string_view text, bool at_start, std::vector<std::int32_t>& ids) const {
     const Pieces pieces = pre_tokenize(std::string(text), at_start, data.pre_tokenizer);
     std::visit(
@@ -22,7 +22,7 @@ struct Tokenizer::Impl {
         data.model);
   }
 
-  /// `may_be_special`: the stretches of `text` that may spell special tokens, in order.
+  /// `may_be_special`: the parts of `text` that may spell special tokens, in order.
   std::vector<std::int32_t> encode(std::string_view text, const std::vector<Span>& may_be_special) const {
     const auto allows = [&](Span span) {
       const auto after = std::upper_bound(may_be_special.begin(), may_be_special.end(), span.begin,

@@ -12,7 +12,7 @@ namespace moba::llm {
 
 void place_token(TokenizerData& data, std::int64_t id, Token token, std::size_t count,
                  const std::string& where) {
-  // Some vocabularies leave gaps; none a million wide.
+  // Vocabularies may have gaps, but none of a million ids.
   const auto limit = static_cast<std::int64_t>(count) + (1 << 20);
   if (id < 0 || id >= limit) {
     throw DataError(fmt::format("{}: expected ids from 0 to {} ({} tokens), got {} for {}", where, limit - 1,

@@ -8,7 +8,7 @@
 
 namespace moba::llm::train {
 
-/// AdamW (arXiv 1711.05101) as PyTorch's computes it; weight decay on matrices alone.
+/// AdamW (arXiv 1711.05101) as PyTorch computes it; weight decay on matrices alone.
 class AdamW {
  public:
   struct Settings {
@@ -17,10 +17,10 @@ class AdamW {
 
   AdamW(const Parameters& parameters, const Settings& settings);
 
-  /// Step number `step`, counted from 1.
+  /// Takes step number `step`, counted from 1.
   void update(std::int64_t step, double learning_rate);
 
-  /// Running means of the gradient and of its square.
+  /// Return the running means of the gradient and of its square.
   std::span<float> means() { return means_; }
   std::span<float> squares() { return squares_; }
 
@@ -30,8 +30,8 @@ class AdamW {
   std::vector<float> means_, squares_;
 };
 
-/// Euclidean norm of all gradients; where it is above `max_norm`, they are scaled down to that. 0: any norm
-/// goes.
+/// Returns the Euclidean norm of all gradients, after scaling them down to `max_norm` if it is larger. 0: no
+/// limit.
 double clip(const Parameters& parameters, double max_norm);
 
 void clear_gradients(const Parameters& parameters);

@@ -5,10 +5,10 @@
 
 namespace moba::llm::train {
 
-/// Sequences laid end to end, none of which sees another.
+/// Packed sequences, which do not attend to one another.
 struct Batch {
   std::vector<std::int32_t> tokens;
-  /// The target of each token; -1 where it does not count for the loss.
+  /// The target of each token; -1 if it does not count for the loss.
   std::vector<std::int32_t> targets;
   /// Cumulative sequence lengths, from 0 to the number of tokens.
   std::vector<std::int32_t> cu_seqlens{0};

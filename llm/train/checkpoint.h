@@ -12,23 +12,23 @@
 
 namespace moba::llm::train {
 
-/// The folder of a run: its checkpoints `step-00000100`, each a Hugging Face folder with what training needs
-/// to go on; `last`, a link to the newest; and links to the files of that, so that the folder of a run is a
-/// model too.
+/// The folder of a run: its checkpoints `step-00000100`, each a Hugging Face folder and the state of
+/// training; `last`, a link to the newest; and links to the files of that, so that the folder of a run is a
+/// model, too.
 class Checkpoints {
  public:
   explicit Checkpoints(std::filesystem::path folder) : folder_(std::move(folder)) {}
 
-  /// The newest, if there is one. What is there is whole: it got its name when all was on disk.
+  /// Returns the newest, if there is one. A checkpoint is complete: it gets its name once all is on disk.
   std::optional<std::filesystem::path> newest() const;
   std::int64_t count() const;
 
-  /// `write` fills a folder, which then becomes the checkpoint of `step`; all but the last `keep` go. Throws
-  /// DataError, and leaves the others as they were.
+  /// Creates the checkpoint of `step`, a folder that `write` fills, and removes all but the last `keep`.
+  /// Throws DataError, leaving the others unchanged.
   void save(std::int64_t step, std::int64_t keep,
             const std::function<void(const std::filesystem::path&)>& write) const;
 
-  /// Removes what an interrupted save() has left.
+  /// Removes the remains of an interrupted save().
   void tidy() const;
 
  private:
@@ -37,7 +37,7 @@ class Checkpoints {
   std::filesystem::path folder_;
 };
 
-/// Numbers known by the names of a layout's tensors: a section of the optimiser's file.
+/// A section of the optimiser's file: a number for every parameter, under the names of the layout.
 struct Section {
   std::string name;
   const Layout* layout;
@@ -45,7 +45,7 @@ struct Section {
 };
 
 void write_sections(const std::filesystem::path& path, const std::vector<Section>& sections);
-/// Throws DataError for a file that is not whole or has other tensors.
+/// Throws DataError for an incomplete file or one with other tensors.
 void read_sections(const std::filesystem::path& path, const std::vector<Section>& sections);
 
 }  // namespace moba::llm::train

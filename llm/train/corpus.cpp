@@ -24,7 +24,7 @@ namespace fs = std::filesystem;
 
 constexpr int kVersion = 1;
 constexpr const char* kIndex = "index.json";
-/// Bytes of one shard, about.
+/// Approximate bytes of one shard.
 constexpr std::int64_t kShardBytes = std::int64_t{1} << 30;
 constexpr std::int64_t kLogBytes = std::int64_t{64} << 20;
 
@@ -64,7 +64,7 @@ class ShardWriter {
     append(ids, prompt);
   }
 
-  /// The shards that were written, for the index.
+  /// Returns the shards that were written, for the index.
   nlohmann::json finish() {
     finish_shard();
     return shards_;
@@ -105,14 +105,14 @@ class ShardWriter {
   const TextTokens& tokens_;
   bool is_wide_;
   std::optional<OutputFile> file_;
-  std::vector<std::int64_t> documents_;  // where each begins, and how much of it is the prompt
+  std::vector<std::int64_t> documents_;  // of each its first token and the tokens of its prompt
   std::string packed_;
   nlohmann::json shards_ = nlohmann::json::array();
   std::int64_t in_shard_ = 0, total_ = 0;
   Fingerprint fingerprint_;
 };
 
-/// Adds the documents of a file; false for one that has none or is binary.
+/// Adds the documents of a file; returns false if it has none or is binary.
 bool add_file(const TextFile& source, ShardWriter& writer) {
   const MappedFile file(source.path);
   const std::string_view text = text_in(source, file);
@@ -175,7 +175,7 @@ struct Corpus::Impl {
     const MappedFile places(folder / (stem + ".documents"));
     const auto expect = [](const MappedFile& file, std::int64_t bytes) {
       if (static_cast<std::int64_t>(file.bytes().size()) != bytes) {
-        throw DataError(fmt::format("{}: expected {} bytes, got {} (remove its folder to have it made again)",
+        throw DataError(fmt::format("{}: expected {} bytes, got {} (remove its folder to tokenise again)",
                                     file.name(), bytes, file.bytes().size()));
       }
     };

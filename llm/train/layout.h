@@ -9,9 +9,9 @@
 
 namespace moba::llm::train {
 
-/// The places of named tensors in one flat array of floats: matrices first, which weight decay applies to,
-/// then vectors, which it does not. So an optimiser is two loops, and matrices that follow one another (q, k,
-/// v; gate, up) are one matrix too.
+/// The offsets of named tensors in one flat array of floats: matrices first, which weight decay applies to,
+/// then vectors, which it does not. So an optimiser is two loops, and consecutive matrices (q, k, v; gate,
+/// up) are one matrix, too.
 class Layout {
  public:
   struct Entry {
@@ -20,13 +20,13 @@ class Layout {
     std::int64_t offset, count;
   };
 
-  /// Matrices are to be added before vectors.
+  /// Adds a tensor, matrices before vectors.
   void add(const std::string& name, const std::vector<std::int64_t>& shape);
 
   const std::vector<Entry>& entries() const { return entries_; }
-  /// The entry of this name, which must be there.
+  /// Returns the entry of this name, which must exist.
   const Entry& at(std::string_view name) const;
-  /// Floats in matrices, and in all.
+  /// Returns the number of floats in matrices, and in all.
   std::int64_t matrices() const { return matrices_; }
   std::int64_t size() const { return size_; }
 
@@ -35,7 +35,7 @@ class Layout {
   std::int64_t matrices_ = 0, size_ = 0;
 };
 
-/// Every tensor of a model of this shape, under its Hugging Face name.
+/// Returns the layout of all tensors of a model of this shape, under their Hugging Face names.
 Layout layout_of(const ModelConfig& config);
 
 }  // namespace moba::llm::train

@@ -16,12 +16,12 @@
 
 namespace moba::llm::train {
 
-/// Low-rank adapters (arXiv 2106.09685): W + alpha / rank * B A in place of W, of which A [rank, inputs] and
-/// B [outputs, rank] alone are trained.
+/// Low-rank adapters (arXiv 2106.09685): W + alpha / rank * B A in place of W, of which only A [rank, inputs]
+/// and B [outputs, rank] are trained.
 struct LoraSettings {
   std::int64_t rank = 8;
   double alpha = 16;
-  /// Linear layers that get one, by the last part of their name ("q_proj").
+  /// Linear layers with adapters, by the last part of their name ("q_proj").
   std::vector<std::string> targets{"q_proj",    "k_proj",  "v_proj",   "o_proj",
                                    "gate_proj", "up_proj", "down_proj"};
 
@@ -31,54 +31,54 @@ struct LoraSettings {
 struct ModelSettings {
   /// The dtype of matrix products and attention, f32 or bf16. Parameters and gradients are f32.
   DType dtype = DType::f32;
-  /// Keep only the input of each layer for the backward pass, which computes the rest again.
+  /// Keeps only the input of each layer for the backward pass, which computes the rest again.
   bool recompute = false;
   int threads = 1;
-  /// Most tokens of a batch; memory is taken for them once.
+  /// Maximum of tokens in a batch; memory is allocated for them once.
   std::int64_t max_tokens = 0;
   std::optional<LoraSettings> lora;
 };
 
-/// Bytes that training a model of this shape takes, about: parameters with their gradients and means, and
-/// activations.
+/// Returns approximately the bytes that training a model of this shape takes: parameters with their gradients
+/// and means, and activations.
 double bytes_needed(const ModelConfig& config, const ModelSettings& settings);
 
-/// Named tensors and what is known of each number in them.
+/// Named tensors with their values and gradients.
 struct Parameters {
   const Layout* layout;
   std::span<float> values, gradients;
 };
 
-/// A Llama-family decoder that learns: one forward and backward pass over a batch, written out layer by
-/// layer. Tensors have the names and shapes of the model that llm/model runs.
+/// A trainable Llama-family decoder: one forward and backward pass over a batch, written out layer by layer.
+/// Tensors have the names and shapes of the model that llm/model runs.
 class Model {
  public:
   Model(const ModelConfig& config, const ModelSettings& settings);
 
-  /// Matrices drawn from a normal distribution, norms 1, biases 0: `transformers`' way to begin.
+  /// Draws matrices from a normal distribution, sets norms to 1 and biases to 0, as transformers initialises.
   void initialise(double deviation, std::uint64_t seed);
   void load(const Weights& weights);
-  /// Draws the adapters' A; their B begin at 0.
+  /// Draws the adapters' A and sets their B to 0.
   void initialise_adapters(std::uint64_t seed);
 
   const ModelConfig& config() const;
   const Layout& layout() const;
-  /// Every weight, adapters merged: as the model is to be saved.
+  /// Returns every weight for saving, with the adapters merged.
   std::vector<float> merged() const;
-  /// The trained parameters: every weight, or the adapters.
+  /// Returns the trained parameters: every weight, or the adapters.
   Parameters trained();
-  /// To be called after the trained values have changed, before the next pass.
+  /// Updates the working copies; call it after the trained values have changed.
   void values_changed();
 
-  /// Adds `scale` * the gradient of the sum of the batch's losses to the gradients. Layer l attends as
-  /// `routings[l]` says. Returns the loss of every token, 0 where its target is -1.
+  /// Adds `scale` * the gradient of the sum of the batch's losses to the gradients. Layer l attends with
+  /// `routings[l]`. Returns the loss of every token, 0 where its target is -1.
   std::vector<float> forward_backward(const Batch& batch, std::span<const Routing> routings, float scale);
 
-  /// Finds the place in the forward pass of `batch` where a number that is not finite turns up first ("the
-  /// output of layer 3's MLP"); empty where all are.
+  /// Returns the first part of the forward pass of `batch` with a value that is not finite ("the output of
+  /// layer 3's MLP"), or "".
   std::string first_non_finite(const Batch& batch, std::span<const Routing> routings);
 
-  /// Spent inside attention so far, forward and backward.
+  /// Returns the seconds spent in attention so far, forward and backward.
   double attention_seconds() const;
 
   ~Model();

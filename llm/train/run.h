@@ -18,10 +18,10 @@
 namespace moba::llm::train {
 
 struct RunSettings {
-  /// The model to train: a new one of this shape (config.json), or this one (Hugging Face folder or GGUF
-  /// file).
+  /// The model to train: a new one with the shape of `config` (config.json), or `model` (Hugging Face folder
+  /// or GGUF file).
   std::filesystem::path config, model;
-  /// Empty: the model's, or bytes.
+  /// Empty: the model's tokenizer, or bytes if it has none.
   std::filesystem::path tokenizer;
   std::vector<std::filesystem::path> data;
   std::filesystem::path out;
@@ -29,7 +29,7 @@ struct RunSettings {
 
   std::int64_t steps = 0;
   std::int64_t seq_len = 1024;
-  /// Tokens of a step at most, in `accumulate` batches one after the other.
+  /// Maximum of tokens in a step, in `accumulate` batches one after the other.
   std::int64_t batch_tokens = 0;
   std::int64_t accumulate = 1;
   std::int64_t seed = 0;
@@ -42,7 +42,7 @@ struct RunSettings {
   AttentionSchedule schedule{{}};
   Routing moba;
   std::vector<LayerRange> full_layers;
-  /// Positions are divided by this; unset: by as much as seq_len exceeds the model's context.
+  /// Divisor of positions; unset: seq_len over the model's context if that is above 1.
   std::optional<double> rope_factor;
   ModelSettings computing;
 };
@@ -54,36 +54,36 @@ struct StepRecord {
   std::string_view attention;
   std::int64_t tokens = 0;  // of this step
   double seconds = 0, tokens_per_second = 0;
-  /// The part of the seconds in the forward and backward pass and the optimiser.
+  /// Seconds in the forward and backward pass and the optimiser.
   double compute_seconds = 0;
-  /// The share of the time inside attention.
+  /// Share of `seconds` in attention.
   double attention_share = 0;
   double memory_gib = 0;
   std::int64_t epoch = 0;
 
-  /// A line of log.jsonl.
+  /// Returns the line of log.jsonl.
   std::string json() const;
 };
 
-/// A training run: made once, then step after step until it is done or told to stop.
+/// A training run.
 class Run {
  public:
   using Log = std::function<void(const std::string&)>;
 
-  /// Reads or makes everything that the first step needs. Throws UsageError or DataError for whatever can be
-  /// known to fail before it. `log` is given what a user should know.
+  /// Prepares everything that the first step needs. Throws UsageError or DataError for every failure that can
+  /// be detected beforehand. `log` receives notes to the user.
   Run(const RunSettings& settings, const Log& log);
   ~Run();
 
-  /// Steps that are done; above 0 at the start of a run that goes on.
+  /// Returns the number of completed steps, above 0 at the start of a resumed run.
   std::int64_t step() const;
   std::int64_t steps() const;
   std::int64_t data_tokens() const;
   std::int64_t parameters() const;
   std::int64_t trained_parameters() const;
 
-  /// Trains until all steps are done or `should_stop()`, and saves. Throws DataError where the loss is no
-  /// number, and where a checkpoint cannot be written.
+  /// Trains until all steps are done or `should_stop()`, and saves. Throws DataError for a loss or gradient
+  /// that is not finite, and for a file that cannot be written.
   void train(const std::function<void(const StepRecord&)>& on_step, const std::function<bool()>& should_stop);
 
  private:

@@ -64,7 +64,7 @@ AttentionMode AttentionSchedule::at(std::int64_t step, std::int64_t steps) const
   double end = 0;
   for (const Part& part : parts_) {
     end += part.share;
-    // Rounded: 0.9 of 10 steps is 9 of them, whatever the sum of shares is in binary.
+    // Rounded: 0.9 of 10 steps is 9 in spite of binary fractions.
     if (step < std::llround(end * static_cast<double>(steps))) return part.attend;
   }
   return parts_.back().attend;

@@ -16,13 +16,13 @@ struct LearningRate {
   double floor = 0.1;
   std::int64_t steps = 1, warmup = 0, decay = 0;
 
-  /// At step `step`, counted from 0.
+  /// Returns the rate at step `step`, counted from 0.
   double at(std::int64_t step) const;
 };
 
 enum class AttentionMode : std::uint8_t { full, moba };
 
-/// The attention mode of each part of a run: shares of the run, one after the other.
+/// The attention modes of a run: consecutive shares of its steps.
 class AttentionSchedule {
  public:
   struct Part {
@@ -32,10 +32,10 @@ class AttentionSchedule {
 
   /// Throws UsageError for shares that are not positive or do not add up to 1.
   explicit AttentionSchedule(std::vector<Part> parts);
-  /// From "moba:0.9,full:0.1"; UsageErrors name `flag`.
+  /// Parses "moba:0.9,full:0.1"; UsageErrors name `flag`.
   static AttentionSchedule parse(const char* flag, const std::string& text);
 
-  /// At step `step` of `steps`, counted from 0.
+  /// Returns the mode at step `step` of `steps`, counted from 0.
   AttentionMode at(std::int64_t step, std::int64_t steps) const;
   bool uses(AttentionMode attend) const;
 

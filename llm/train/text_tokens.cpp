@@ -22,12 +22,12 @@ namespace {
 constexpr std::int32_t kBytes = 256;
 constexpr const char* kEndOfText = "<|endoftext|>";
 
-/// The files that `transformers` expects beside the weights.
+/// Files that `transformers` expects beside the weights.
 constexpr const char* kTokenizerFiles[] = {
     "tokenizer.json",    "tokenizer.model",     "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "generation_config.json"};
 
-/// Byte-level BPE without a merge.
+/// Returns a byte-level BPE without merges.
 nlohmann::ordered_json byte_tokenizer_json() {
   nlohmann::ordered_json vocab = nlohmann::ordered_json::object();
   for (int byte = 0; byte < kBytes; ++byte) {
@@ -74,7 +74,7 @@ std::string_view text_of(const MappedFile& file) {
 struct TextTokens::Impl {
   std::optional<Tokenizer> tokenizer;  // without one, bytes
   std::filesystem::path origin;        // its folder or GGUF file
-  nlohmann::ordered_json from_gguf;    // its tokenizer.json, where it came without
+  nlohmann::ordered_json from_gguf;    // the tokenizer.json of a GGUF file
   std::string identity;
 };
 

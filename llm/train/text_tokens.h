@@ -9,23 +9,23 @@
 
 namespace moba::llm::train {
 
-/// Turns texts into the tokens to train on: a tokenizer's files, or the bytes themselves.
+/// Encodes texts for training, with a tokenizer or as bytes.
 class TextTokens {
  public:
   /// Token i is byte i; token 256 ends a document.
   static TextTokens bytes();
-  /// From a Hugging Face folder or a GGUF file. Throws DataError.
+  /// Opens the tokenizer of a Hugging Face folder or a GGUF file. Throws DataError.
   static TextTokens open(const std::filesystem::path& model);
 
-  /// The tokens of a text, after what the tokenizer puts before every text (a BOS token, say) where it is the
-  /// `beginning` of a document. Special tokens that the text spells out stay text.
+  /// Returns the tokens of a text, at the `beginning` of a document after the tokenizer's special tokens
+  /// (such as BOS). Special tokens spelled out in the text stay text.
   std::vector<std::int32_t> encode(std::string_view text, bool beginning) const;
-  /// The token that ends a document; -1 where the tokenizer has none.
+  /// Returns the token that ends a document, or -1.
   std::int32_t end() const;
   std::int64_t vocab_size() const;
-  /// Tells one tokenizer from another.
+  /// Returns a fingerprint of the tokenizer.
   const std::string& identity() const;
-  /// Writes the files that make `transformers` and llm/tokenizer read texts in the same way.
+  /// Writes the files from which `transformers` and llm/tokenizer load this tokenizer.
   void save(const std::filesystem::path& folder) const;
 
  private:
