@@ -14,6 +14,7 @@
 
 #include "device.h"
 #include "moba/attention.h"
+#include "moba/cuda.h"
 #include "src/errors.h"
 
 namespace moba::pytorch {
@@ -170,11 +171,11 @@ struct OperatorCall {
   Routing routing{};
   TorchDevice device{};
 
-  /// Returns the width of a row of the operator's selection, from shapes alone, as torch.compile needs it: at
-  /// least the width that libmoba writes, which follows from the longest sequence.
+  /// Returns the width of a row of the operator's selection, from shapes alone, as torch.compile needs it:
+  /// that of `keys` packed keys in one sequence, the longest that the batch may hold.
   std::int64_t width(std::int64_t keys) const {
     if (routing.block_size < 1 || routing.top_k < 1) return 0;  // refused by the library
-    return std::min(routing.top_k, keys == 0 ? 0 : (keys - 1) / routing.block_size + 1);
+    return selection_width(DeviceSequences{.max_seqlen_k = keys}, routing);
   }
 };
 
