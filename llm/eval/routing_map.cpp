@@ -123,8 +123,8 @@ RoutingMap map_routing(const Model& model, std::span<const std::int32_t> tokens,
   const Recorder recorder(map, settings.moba);
   Execution execution;
   execution.parallel = openmp(settings.threads);
-  Routing everything = Routing::full();
-  everything.block_size = settings.moba.block_size;
+  Routing dense = Routing::full();
+  dense.block_size = settings.moba.block_size;
 
   std::vector<KvCache> caches;
   std::vector<BlockMeans> means;
@@ -156,7 +156,7 @@ RoutingMap map_routing(const Model& model, std::span<const std::int32_t> tokens,
                                  head * config.kv_heads / config.heads, means[l], scores);
         }
       });
-      if (settings.reads_fully[l]) attention(q, caches[l], 0, everything, {.out = out}, execution);
+      if (settings.reads_fully[l]) attention(q, caches[l], 0, dense, {.out = out}, execution);
       progress(static_cast<double>(first) +
                static_cast<double>(count * (layer + 1)) / static_cast<double>(config.layers));
       if (layer + 1 == config.layers) throw LastLayerSeen();

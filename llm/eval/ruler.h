@@ -10,7 +10,7 @@
 namespace moba::llm::eval {
 
 /// RULER's tasks (arXiv 2404.06654) except qa_1 and qa_2, which need SQuAD and HotpotQA: prompts in the
-/// wording of the paper's appendix, tasks as it configures them, with our texts and words.
+/// wording of the paper's appendix, tasks as it configures them, with texts and words of this project.
 const std::vector<std::string>& ruler_tasks();
 
 struct RulerCase {

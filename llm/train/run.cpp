@@ -210,7 +210,7 @@ Run::Impl::Impl(const RunSettings& with, const Log& log)
   begin();
   if (newest) {
     resume(*newest);
-    log(fmt::format("going on from {}", newest->string()));
+    log(fmt::format("resuming from {}", newest->string()));
   }
   check_space();
   open_log();

@@ -52,7 +52,7 @@ class Routing:
         """Return the layers that have a selection, ascending."""
         return sorted(self._selections)
 
-    def wants(self, module: torch.nn.Module) -> bool:
+    def covers(self, module: torch.nn.Module) -> bool:
         return module in self._modules
 
     def add(self, layer: int, selection: Tensor) -> None:
@@ -72,4 +72,4 @@ def routing(model: torch.nn.Module) -> Iterator[Routing]:
 
 
 def records_of(module: torch.nn.Module) -> list[Routing]:
-    return [record for record in _records if record.wants(module)]
+    return [record for record in _records if record.covers(module)]
