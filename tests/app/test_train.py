@@ -668,7 +668,7 @@ def test_damaged_checkpoints_are_refused(case, place, train, moba):
 def test_checkpoints_of_another_run_are_refused(place, train, moba):
     train(steps=3)
     refuse(moba, place, 2, "--out", "or --resume, got step-00000003")
-    refuse(moba, place, 2, "--seed: expected 0, what", "got 5", resume=True, seed=5)
+    refuse(moba, place, 2, "--seed: expected 0 (that of", "got 5", resume=True, seed=5)
     refuse(moba, place, 2, "--lora-rank: expected null", "got 2", resume=True, lora_rank=2)
     write_config(place / "tiny.json", hidden_size=64)
     refuse(moba, place, 1, "expected a model of the shape of", "tiny.json", resume=True)
