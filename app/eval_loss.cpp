@@ -12,7 +12,7 @@
 #include "app/program.h"
 #include "app/progress.h"
 #include "llm/error.h"
-#include "llm/stopwatch.h"
+#include "src/stopwatch.h"
 
 namespace moba::app {
 namespace {
@@ -82,7 +82,7 @@ void predict(const Subject& subject, const llm::Model& model, const Sequences& s
     std::vector<std::vector<double>> losses;
     for (std::size_t w = 0; w < sessions.size(); ++w) {
       progress.name(subject.variants[w].name + ":");
-      const llm::Stopwatch stopwatch;
+      const Stopwatch stopwatch;
       losses.push_back(llm::eval::token_losses(sessions[w], sequence, parallel,
                                                [&](double read) { progress(done + read); }));
       predictions[w].seconds += stopwatch.seconds();

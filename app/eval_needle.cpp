@@ -13,7 +13,7 @@
 #include "app/progress.h"
 #include "llm/error.h"
 #include "llm/eval/greedy_generator.h"
-#include "llm/stopwatch.h"
+#include "src/stopwatch.h"
 
 namespace moba::app {
 namespace {
@@ -133,7 +133,7 @@ void find_needles(const Subject& subject, const llm::Model& model, const Grid& g
         for (std::size_t d = 0; d < cases.size(); ++d) {
           progress.name(fmt::format("{}, {} at {:.0f}%:", subject.variants[w].name,
                                     size_text(grid.lengths[l]), 100 * grid.depths[d]));
-          const llm::Stopwatch stopwatch;
+          const Stopwatch stopwatch;
           const std::string answer = generator.generate(
               cases[d].prompt, predict, [&](double read) { progress(done + read); },
               llm::eval::has_whole_number);

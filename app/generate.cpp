@@ -20,8 +20,8 @@
 #include "llm/formats/weights.h"
 #include "llm/memory.h"
 #include "llm/session/text_stream.h"
-#include "llm/stopwatch.h"
 #include "llm/tokenizer/tokenizer.h"
+#include "src/stopwatch.h"
 
 namespace moba::app {
 namespace {
@@ -107,7 +107,7 @@ Generation generate(const GenerateSettings& settings, const llm::Weights& weight
   result.prompt = prompt_tokens(settings, tokenizer);
 
   llm::use_threads(settings.session.threads);
-  const llm::Stopwatch load;
+  const Stopwatch load;
   llm::Session session(llm::Model::load(weights, settings.dtype), settings.session);
   result.load_seconds = load.seconds();
 
@@ -115,11 +115,11 @@ Generation generate(const GenerateSettings& settings, const llm::Weights& weight
   std::vector<float> logits;
   {
     ProgressLine progress("reading", static_cast<double>(result.prompt.size()));
-    const llm::Stopwatch prefill;
+    const Stopwatch prefill;
     logits = session.prefill(result.prompt, std::ref(progress));
     result.prefill_seconds = prefill.seconds();
   }
-  const llm::Stopwatch decode;
+  const Stopwatch decode;
   result.finish = write_answer(settings, tokenizer, session, std::move(logits), result);
   result.decode_seconds = decode.seconds();
   result.attention = session.attention_seconds();

@@ -11,8 +11,8 @@
 #include "app/commands.h"
 #include "app/plot/loss_plot.h"
 #include "app/train_settings.h"
-#include "llm/stopwatch.h"
 #include "llm/train/run.h"
+#include "src/stopwatch.h"
 
 namespace moba::app {
 namespace {
@@ -58,7 +58,7 @@ class Progress {
 
   bool terminal_ = isatty(STDOUT_FILENO) == 1;
   std::int64_t first_, steps_;
-  llm::Stopwatch stopwatch_;
+  Stopwatch stopwatch_;
 };
 
 int train(const TrainFlags& flags) {

@@ -10,15 +10,13 @@
 #include "app/bench/data.h"
 #include "app/bench/problem.h"
 #include "llm/error.h"
-#include "llm/stopwatch.h"
 #include "moba/cache.h"
+#include "src/stopwatch.h"
 
 namespace moba::bench {
 namespace {
 
 using Samples = std::vector<std::span<std::byte>>;
-
-using llm::seconds_of;
 
 Recipe recipe_of(const Setting& setting, const std::vector<Choice>& choices, const Conditions& conditions) {
   Recipe recipe{setting.pattern, conditions.seed, setting.heads / setting.kv_heads, setting.tokens};

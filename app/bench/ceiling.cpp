@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "app/bench/bf16_peak.h"
-#include "llm/stopwatch.h"
+#include "src/stopwatch.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "app/bench/ceiling.cpp"
@@ -78,8 +78,6 @@ constexpr std::size_t kBuffer = std::size_t{1} << 30, kSlice = std::size_t{4} <<
 /// Work comes in small tasks, so that a thread that starts late costs little.
 constexpr std::int64_t kTasksPerThread = 32, kTaskRounds = 20000;
 constexpr double kSeconds = 0.05;
-
-using llm::seconds_of;
 
 /// `task(sink)` does some operations and returns how many; the result is the best rate of all threads in
 /// GFLOP/s, over about kSeconds.

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "llm/error.h"
-#include "llm/stopwatch.h"
+#include "src/stopwatch.h"
 
 namespace moba::llm {
 

@@ -19,8 +19,8 @@
 #include "llm/formats/layer.h"
 #include "llm/model/elementwise.h"
 #include "llm/model/rope.h"
-#include "llm/stopwatch.h"
 #include "llm/train/elementwise.h"
+#include "src/stopwatch.h"
 
 namespace moba::llm::train {
 namespace {

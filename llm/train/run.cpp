@@ -21,10 +21,10 @@
 #include "llm/formats/write_config.h"
 #include "llm/formats/write_safetensors.h"
 #include "llm/memory.h"
-#include "llm/stopwatch.h"
 #include "llm/train/checkpoint.h"
 #include "llm/train/corpus.h"
 #include "llm/train/packing.h"
+#include "src/stopwatch.h"
 
 namespace moba::llm::train {
 namespace {

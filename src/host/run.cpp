@@ -4,6 +4,7 @@
 
 #include "selection.h"
 #include "split.h"
+#include "stopwatch.h"
 
 namespace moba::host {
 
@@ -27,12 +28,7 @@ Run::~Run() {
 
 template <typename Stage>
 auto Run::timed(double Profile::*seconds, Stage&& stage) {
-  struct Stopwatch {
-    double& total;
-    std::chrono::steady_clock::time_point begin = std::chrono::steady_clock::now();
-    ~Stopwatch() { total += std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); }
-  };
-  const Stopwatch stopwatch{profile_.*seconds};
+  const ScopedTimer timer(profile_.*seconds);
   return stage();
 }
 

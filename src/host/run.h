@@ -1,7 +1,5 @@
 #pragma once
 
-#include <chrono>
-
 #include "backend.h"
 
 namespace moba::host {

@@ -2,7 +2,7 @@
 
 #include <chrono>
 
-namespace moba::llm {
+namespace moba {
 
 /// Measures the seconds since its construction.
 class Stopwatch {
@@ -35,4 +35,4 @@ double seconds_of(Work&& work) {
   return stopwatch.seconds();
 }
 
-}  // namespace moba::llm
+}  // namespace moba
