@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstdio>
 #include <functional>
-#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -18,6 +17,7 @@
 #include "app/bench/report.h"
 #include "app/commands.h"
 #include "app/flags.h"
+#include "app/program.h"
 #include "llm/error.h"
 #include "moba/error.h"
 
@@ -29,39 +29,28 @@ using bench::Pass;
 using bench::Pattern;
 using llm::UsageError;
 
-constexpr std::int64_t kMaxTokens = std::int64_t{1} << 30, kMaxHeads = 1024, kMaxDim = 256;
+constexpr std::int64_t kMaxHeads = 1024, kMaxDim = 256, kMaxBytes = std::int64_t{1} << 40;
+
+enum class Format : std::uint8_t { table, csv, json };
 
 struct BenchFlags {
-  std::vector<std::string> tokens{"8k"}, chunk_sizes{"512"};
-  std::vector<std::int64_t> topks{3};
-  std::vector<std::string> dtypes{"f32"}, passes{"forward"}, routings{"independent"};
-  std::int64_t heads = 1, kv_heads = 0, head_dim = 128, threads = 0, runs = 5;
-  double sample = 1, budget = 0;
-  std::uint64_t seed = 1;
-  std::string output = "table", workspace = "256m";
+  std::vector<Pass> passes{Pass::forward};
+  std::vector<std::int64_t> tokens{8192}, chunk_sizes{512}, topks{3};
+  std::vector<DType> dtypes{DType::f32};
+  std::vector<Pattern> patterns{Pattern::independent};
+  bench::Setting shape;
+  bench::Conditions conditions{.seed = 1, .workspace_bytes = std::size_t{256} << 20};
+  double budget = 0;
+  Format format = Format::table;
 };
-
-template <typename T>
-T word_from(const char* flag, const std::string& word, const std::vector<T>& choices) {
-  std::string words;
-  for (const T choice : choices) {
-    if (word == name_of(choice)) return choice;
-    words += fmt::format("{}{}", words.empty() ? "" : "|", name_of(choice));
-  }
-  throw UsageError(fmt::format("{}: expected {}, got '{}'", flag, words, word));
-}
 
 /// Lists of one length are pairs; otherwise every chunk size goes with every top-k.
 std::vector<Choice> choices_from(const BenchFlags& flags) {
-  std::vector<std::int64_t> sizes;
-  for (const std::string& text : flags.chunk_sizes)
-    sizes.push_back(size_from("--chunk-size", text, kMaxTokens));
-  for (const std::int64_t topk : flags.topks) in_range("--topk", topk, 0, kMaxTokens);
   std::vector<Choice> choices;
-  const bool pairs = sizes.size() == flags.topks.size();
-  for (std::size_t i = 0; i < sizes.size(); ++i) {
+  const bool pairs = flags.chunk_sizes.size() == flags.topks.size();
+  for (std::size_t i = 0; i < flags.chunk_sizes.size(); ++i) {
     for (std::size_t j = 0; j < flags.topks.size(); ++j) {
-      if (!pairs || i == j) choices.push_back({sizes[i], flags.topks[j]});
+      if (!pairs || i == j) choices.push_back({flags.chunk_sizes[i], flags.topks[j]});
     }
   }
   return choices;
@@ -91,30 +80,18 @@ void check_possible(const bench::Setting& setting, const std::vector<Choice>& ch
   }
 }
 
+/// Every combination of passes, dtypes, patterns and lengths.
 std::vector<bench::Setting> settings_from(const BenchFlags& flags) {
-  bench::Setting base{.share = flags.sample};
-  base.heads = in_range("--heads", flags.heads, 1, kMaxHeads);
-  base.kv_heads = in_range("--kv-heads", flags.kv_heads == 0 ? flags.heads : flags.kv_heads, 1, kMaxHeads);
-  base.head_dim = in_range("--head-dim", flags.head_dim, 1, kMaxDim);
-  if (base.heads % base.kv_heads != 0)
-    throw UsageError(
-        fmt::format("--kv-heads: expected a divisor of {} heads, got {}", base.heads, base.kv_heads));
-  if (!(flags.sample > 0 && flags.sample <= 1))
-    throw UsageError(fmt::format("--sample: expected a share above 0, at most 1, got {}", flags.sample));
-
   std::vector<bench::Setting> settings;
-  for (const std::string& pass : flags.passes) {
-    for (const std::string& dtype : flags.dtypes) {
-      for (const std::string& routing : flags.routings) {
-        for (const std::string& tokens : flags.tokens) {
-          bench::Setting setting = base;
-          setting.pass =
-              word_from<Pass>("--pass", pass, {Pass::forward, Pass::backward, Pass::gate, Pass::decode});
-          setting.dtype =
-              word_from<DType>("--dtype", dtype, {DType::f32, DType::bf16, DType::f16, DType::i8});
-          setting.pattern = word_from<Pattern>("--routing", routing,
-                                               {Pattern::independent, Pattern::clustered, Pattern::sink});
-          setting.tokens = size_from("--tokens", tokens, kMaxTokens);
+  for (const Pass pass : flags.passes) {
+    for (const DType dtype : flags.dtypes) {
+      for (const Pattern pattern : flags.patterns) {
+        for (const std::int64_t tokens : flags.tokens) {
+          bench::Setting setting = flags.shape;
+          setting.pass = pass;
+          setting.dtype = dtype;
+          setting.pattern = pattern;
+          setting.tokens = tokens;
           settings.push_back(setting);
         }
       }
@@ -123,31 +100,26 @@ std::vector<bench::Setting> settings_from(const BenchFlags& flags) {
   return settings;
 }
 
+std::string text_of(const std::vector<bench::Row>& rows, Format format) {
+  return format == Format::table ? bench::table_text(rows)
+         : format == Format::csv ? bench::csv_text(rows)
+                                 : bench::json_text(rows);
+}
+
 /// One line on a terminal, rewritten; nothing elsewhere.
 void show_progress(const std::string& text) {
   static const bool terminal = isatty(STDERR_FILENO) == 1;
   if (terminal) std::fputs(fmt::format("\r{}\033[K", text).c_str(), stderr);
 }
 
-int run(const BenchFlags& flags) {
-  using Text = std::string (*)(const std::vector<bench::Row>&);
-  const std::map<std::string, Text> outputs{
-      {"table", bench::table_text}, {"csv", bench::csv_text}, {"json", bench::json_text}};
-  const auto output = outputs.find(flags.output);
-  if (output == outputs.end())
-    throw UsageError(fmt::format("-o/--output: expected table|csv|json, got '{}'", flags.output));
-
-  bench::Conditions conditions;
-  conditions.threads = flags.threads == 0
-                           ? openmp().threads
-                           : static_cast<int>(in_range("-t/--threads", flags.threads, 1, 1024));
-  conditions.runs = static_cast<int>(in_range("-n/--runs", flags.runs, 5, 1000));
-  if (!(flags.budget >= 0))
-    throw UsageError(fmt::format("--budget: expected seconds, 0: no limit, got {}", flags.budget));
+int run(const FlagTable& table, BenchFlags& flags) {
+  bench::Setting& shape = flags.shape;
+  if (!table.given("--kv-heads")) shape.kv_heads = shape.heads;
+  if (shape.heads % shape.kv_heads != 0)
+    throw UsageError(
+        fmt::format("--kv-heads: expected a divisor of {} heads, got {}", shape.heads, shape.kv_heads));
+  bench::Conditions& conditions = flags.conditions;
   if (flags.budget > 0) conditions.budget_seconds = flags.budget;
-  conditions.seed = flags.seed;
-  conditions.workspace_bytes =
-      static_cast<std::size_t>(size_from("--workspace", flags.workspace, std::int64_t{1} << 40));
   const std::vector<Choice> choices = choices_from(flags);
   const std::vector<bench::Setting> settings = settings_from(flags);
   for (const bench::Setting& setting : settings) check_possible(setting, choices, conditions);
@@ -162,54 +134,63 @@ int run(const BenchFlags& flags) {
     throw UsageError(error.what());  // what the library cannot do with these flags
   }
   show_progress("");
-  std::fputs(output->second(rows).c_str(), stdout);
-  if (std::fflush(stdout) != 0) throw llm::DataError("standard output: cannot be written");
+  print(text_of(rows, flags.format));
   return 0;
+}
+
+void add_flags(FlagTable& table, BenchFlags& flags) {
+  const Words<Pass> passes{{"forward", Pass::forward},
+                           {"backward", Pass::backward},
+                           {"gate", Pass::gate},
+                           {"decode", Pass::decode}};
+  const Words<DType> dtypes{
+      {"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}, {"i8", DType::i8}};
+  const Words<Pattern> patterns{
+      {"independent", Pattern::independent}, {"clustered", Pattern::clustered}, {"sink", Pattern::sink}};
+  const Words<Format> formats{{"table", Format::table}, {"csv", Format::csv}, {"json", Format::json}};
+  table.choice("--pass", flags.passes, passes, "Passes to time");
+  table.size("--tokens", flags.tokens, {1, kMaxTokens}, "Sequence lengths, such as 8k or 1m");
+  table.size("--chunk-size", flags.chunk_sizes, {1, kMaxTokens}, "Block sizes in tokens");
+  table.number(
+      "--topk", flags.topks, {0, kMaxTokens},
+      "Blocks that a query attends to, its own included; 0: full attention. As many values as --chunk-size "
+      "make pairs; otherwise each is combined with each");
+  table.number("--heads", flags.shape.heads, {1, kMaxHeads}, "Query heads");
+  table
+      .number("--kv-heads", flags.shape.kv_heads, {1, kMaxHeads}, "Key and value heads, a divisor of --heads")
+      .default_text("as --heads");
+  table.number("--head-dim", flags.shape.head_dim, {1, kMaxDim}, "Head dimension");
+  table.choice("--dtype", flags.dtypes, dtypes, "Data types; i8 is for the KV cache of decode");
+  table.choice(
+      "--routing", flags.patterns, patterns,
+      "Routing patterns: each query its own blocks, neighbouring queries the same, nearly all block 0");
+  table.number("--sample", flags.shape.share, {1e-9, 1},
+               "Share of the queries to compute, in evenly spread ranges; times are scaled to all of them");
+  add_threads_flag(table, flags.conditions.threads, openmp().threads);
+  table.number("-n,--runs", flags.conditions.runs, {5, 1000}, "Timed runs of each row");
+  table.number(
+      "--budget", flags.budget, {0, 1e9},
+      "Maximum seconds for the timed runs of a row, estimated from the run that is checked; a slow row has "
+      "fewer of them, or that run alone; 0: no limit");
+  table.number("--seed", flags.conditions.seed, {0, kMaxSeed}, "Random seed of the data");
+  table.size("--workspace", flags.conditions.workspace_bytes, {1, kMaxBytes},
+             "Maximum scratch memory in bytes, such as 256m");
+  table.choice("-o,--output", flags.format, formats, "Output format");
 }
 
 }  // namespace
 
 CLI::App* add_bench(CLI::App& parent, std::function<int()>& action) {
   CLI::App* command = parent.add_subcommand("bench", "Time attention alone, against the machine's own limit");
+  const auto table = std::make_shared<FlagTable>(*command);
   const auto flags = std::make_shared<BenchFlags>();
-  const auto list = [&](const char* name, auto& values, const char* help) {
-    command->add_option(name, values, help)->delimiter(',')->capture_default_str();
-  };
-  list("--pass", flags->passes, "forward, backward, gate, decode");
-  list("--tokens", flags->tokens, "Lengths; 8k is 8192, 1m 1048576");
-  list("--chunk-size", flags->chunk_sizes, "Tokens in a block");
-  list("--topk", flags->topks,
-       "Blocks a token attends to, its own included; 0: all. As many as chunk sizes: pairs; otherwise each "
-       "with each");
-  command->add_option("--heads", flags->heads, "Query heads")->capture_default_str();
-  command->add_option("--kv-heads", flags->kv_heads, "Key and value heads [as many as --heads]");
-  command->add_option("--head-dim", flags->head_dim, "Head dimension")->capture_default_str();
-  list("--dtype", flags->dtypes, "f32, bf16, f16; i8 for a decode's cache");
-  list("--routing", flags->routings,
-       "Routing pattern of the queries: independent, clustered (neighbours the same), sink (all of them "
-       "block 0)");
-  command
-      ->add_option("--sample", flags->sample,
-                   "Compute this share of the queries, in spread ranges, and scale the time to all")
-      ->capture_default_str();
-  command->add_option("-t,--threads", flags->threads, "Threads [as many as there are cores]");
-  command->add_option("-n,--runs", flags->runs, "Timed runs of every row, at least 5")->capture_default_str();
-  command
-      ->add_option(
-          "--budget", flags->budget,
-          "Seconds for the timed runs of a row: a slow one gets fewer of them, or none but the run that is "
-          "checked; 0: no limit")
-      ->capture_default_str();
-  command->add_option("--seed", flags->seed, "Seed of the data")->capture_default_str();
-  command->add_option("--workspace", flags->workspace, "Most scratch memory, in bytes")
-      ->capture_default_str();
-  command->add_option("-o,--output", flags->output, "table, csv or json")->capture_default_str();
+  add_flags(*table, *flags);
   command->footer(
       "Before timing, sampled rows are compared with the reference backend; a wrong result ends the "
       "program.\n"
       "Example: full attention and two choices of blocks, at two lengths\n"
       "  moba bench --tokens 8k,32k --chunk-size 512,512,128 --topk 0,3,8");
-  command->callback([flags, &action] { action = [flags] { return run(*flags); }; });
+  command->callback([=, &action] { action = [=] { return run(*table, *flags); }; });
   return command;
 }
 

@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
-#include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
@@ -19,16 +18,21 @@
 // The flags, output and set-up that the evaluations share.
 namespace moba::app {
 
-struct EvalFlags {
-  SessionFlags session;
-  std::vector<std::string> attention{"full", "moba"};
-  std::vector<std::string> data;
+/// The variables of the flags that the evaluations share.
+struct EvalFlags : SessionFlags {
+  std::vector<llm::AttentionMode> attention{llm::AttentionMode::full, llm::AttentionMode::moba};
+  std::vector<std::filesystem::path> data;
   std::int64_t seed = 0;
   bool json = false;
   std::optional<std::string> png;
 };
 
-void add_flags(CLI::App& command, EvalFlags& flags, const std::string& data_help);
+/// Adds the flags that come before those of an evaluation.
+void add_flags(FlagTable& table, EvalFlags& flags);
+/// Adds --attn and the flags of the attention.
+void add_attention_flags(FlagTable& table, EvalFlags& flags, bool decodes);
+/// Adds --data, --lengths and --no-chat.
+void add_haystack_flags(FlagTable& table, EvalFlags& flags, std::vector<std::int64_t>& lengths, bool& chat);
 
 /// One of the attention variants that are compared.
 struct Variant {
@@ -44,27 +48,22 @@ struct Subject {
 };
 
 /// Checks the flags and opens the model's files. Throws UsageError and DataError.
-Subject open_subject(const EvalFlags& flags);
+Subject open_subject(const FlagTable& table, EvalFlags& flags);
 
 /// Reads the weights and sets the threads.
 llm::Model load_model(const Subject& subject, const EvalFlags& flags);
 
-std::vector<std::filesystem::path> paths_of(const EvalFlags& flags);
-
-/// "8k,32k" as tokens, ascending, no two alike. Says on standard error which are beyond the model's context.
-std::vector<std::int64_t> lengths_from(const std::vector<std::string>& texts, const Subject& subject);
-
-/// 8192 as "8k"; what is no multiple of 1024 as it is.
-std::string size_text(std::int64_t tokens);
+/// Sorts the lengths. Throws UsageError where two are equal. Says on standard error which are beyond the
+/// model's context.
+void sort_lengths(std::vector<std::int64_t>& lengths, const Subject& subject);
 
 /// "0.950 (0.835 to 0.986)".
 std::string share_text(double share, const llm::eval::Interval& interval);
 
-/// The parts of every evaluation's JSON that say what was asked: task, model, seed, and the settings of each
-/// variant.
-nlohmann::ordered_json json_head(const char* task, const EvalFlags& flags, const Subject& subject);
+/// Returns the settings in an evaluation's JSON: task, model, seed, and the attention of each variant.
+Json json_head(const char* task, const FlagTable& table, EvalFlags& flags, const Subject& subject);
 
-void print_json(const nlohmann::ordered_json& json);
+void print_json(const Json& json);
 
 /// Each adds itself to `moba eval`.
 CLI::App* add_eval_loss(CLI::App& parent, std::function<int()>& action);

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <memory>
 
@@ -21,14 +22,11 @@ using llm::eval::Losses;
 using llm::eval::Portion;
 using llm::eval::Positions;
 using Sequences = std::vector<std::vector<std::int32_t>>;
-using Json = nlohmann::ordered_json;
 
-struct LossFlags {
-  EvalFlags common;
-  std::string seq_len = "2k";
-  std::optional<std::string> trailing, max_tokens;
-  std::int64_t buckets = 16;
-  bool join = false;
+struct LossFlags : EvalFlags {
+  llm::eval::SequenceSettings sequences;
+  std::optional<std::string> trailing;
+  std::int64_t trailing_tokens = 0, buckets = 16;
 };
 
 /// The losses under one attention variant.
@@ -54,7 +52,7 @@ Estimate estimate(const std::vector<Portion>& portions) {
 /// "2k" tokens, or a share of the sequence such as 0.1.
 std::int64_t trailing_from(const std::optional<std::string>& text, std::int64_t seq_len) {
   if (!text) return std::max<std::int64_t>(1, seq_len / 16);  // the paper's 2K of 32K
-  if (text->find('.') == std::string::npos) return size_from("--trailing", *text, seq_len - 1);
+  if (text->find('.') == std::string::npos) return size_from("--trailing", *text, {1, seq_len - 1});
   double share = 0;
   const char* end = text->data() + text->size();
   const auto parsed = std::from_chars(text->data(), end, share);
@@ -106,8 +104,8 @@ std::string difference_line(const char* what, const Estimate& difference, double
                      100 * difference.value / base);
 }
 
-std::string table(const Subject& subject, const Positions& positions,
-                  const std::vector<Prediction>& predictions) {
+std::string text_table(const Subject& subject, const Positions& positions,
+                       const std::vector<Prediction>& predictions) {
   const Losses& first = predictions.front().losses;
   const Estimate base = estimate(first.all), base_trailing = estimate(first.trailing);
   std::string text =
@@ -184,14 +182,9 @@ Json difference_json(const std::vector<Portion>& portions, const std::vector<Por
   return json;
 }
 
-Json to_json(const LossFlags& flags, const Subject& subject, const Positions& positions,
+Json to_json(Json json, const Subject& subject, const Positions& positions,
              const std::vector<Prediction>& predictions, bool complete) {
   const Losses& first = predictions.front().losses;
-  Json json = json_head("loss", flags.common, subject);
-  json["data"] = flags.common.data;
-  json["seq_len"] = positions.seq_len;
-  json["trailing_tokens"] = positions.trailing;
-  json["join"] = flags.join;
   json["sequences"] = first.all.size();
   json["full_sequences"] = first.trailing.size();
   json["complete"] = complete;
@@ -228,23 +221,19 @@ void draw(const std::string& png, const Subject& subject, const Positions& posit
   draw_curves(png, "Loss by position, nats a token", curves, "position in the sequence, tokens");
 }
 
-int loss(const LossFlags& flags) {
-  llm::eval::SequenceSettings cut;
-  cut.seq_len = size_from("--seq-len", flags.seq_len);
-  if (cut.seq_len < 2) throw llm::UsageError("--seq-len: expected at least 2, got 1");
-  cut.join = flags.join;
-  cut.seed = flags.common.seed;
-  if (flags.max_tokens)
-    cut.max_tokens =
-        size_from("--max-tokens", *flags.max_tokens, std::numeric_limits<std::int64_t>::max() / 2);
-  const Positions positions{cut.seq_len, trailing_from(flags.trailing, cut.seq_len),
-                            in_range("--buckets", flags.buckets, 1, cut.seq_len)};
+int loss(const FlagTable& table, LossFlags& flags) {
+  const std::int64_t seq_len = flags.sequences.seq_len;
+  if (flags.buckets > seq_len)
+    throw llm::UsageError(fmt::format("--buckets: expected 1 to {}, got {}", seq_len, flags.buckets));
+  flags.trailing_tokens = trailing_from(flags.trailing, seq_len);
+  flags.sequences.seed = flags.seed;
+  const Positions positions{seq_len, flags.trailing_tokens, flags.buckets};
 
-  Subject subject = open_subject(flags.common);
+  Subject subject = open_subject(table, flags);
   for (Variant& variant : subject.variants)
     variant.session.full_tail = 0;  // no full tail: every token uses the variant
-  const Sequences sequences = sequences_of(paths_of(flags.common), subject.tokenizer, cut);
-  const llm::Model model = load_model(subject, flags.common);
+  const Sequences sequences = sequences_of(flags.data, subject.tokenizer, flags.sequences);
+  const llm::Model model = load_model(subject, flags);
   std::vector<Prediction> predictions(subject.variants.size());
   note_interrupts();
   bool complete = true;
@@ -254,12 +243,14 @@ int loss(const LossFlags& flags) {
     complete = false;
   }
   if (predictions.front().losses.all.empty()) return kInterruptedCode;
-  if (flags.common.json) {
-    print_json(to_json(flags, subject, positions, predictions, complete));
+  if (flags.json) {
+    Json head = json_head("loss", table, flags, subject);
+    head.update(table.json("Sequences"));
+    print_json(to_json(std::move(head), subject, positions, predictions, complete));
   } else {
-    print(table(subject, positions, predictions));
+    print(text_table(subject, positions, predictions));
   }
-  if (flags.common.png) draw(*flags.common.png, subject, positions, predictions);
+  if (flags.png) draw(*flags.png, subject, positions, predictions);
   return complete ? 0 : kInterruptedCode;
 }
 
@@ -267,24 +258,37 @@ int loss(const LossFlags& flags) {
 
 CLI::App* add_eval_loss(CLI::App& parent, std::function<int()>& action) {
   CLI::App* command = parent.add_subcommand("loss", "Loss and perplexity of texts, by position, at the end");
+  const auto table = std::make_shared<FlagTable>(*command);
   const auto flags = std::make_shared<LossFlags>();
-  add_flags(*command, flags->common, "Text files and folders; each file is a document");
-  command->get_option("--data")->required();
-  command->add_option("--seq-len", flags->seq_len, "Most tokens of a sequence; 8k is 8192")
-      ->capture_default_str();
-  command->add_flag("--join", flags->join, "Join the documents, so that sequences are full");
-  command->add_option("--max-tokens", flags->max_tokens, "Stop after this many, such as 1m [all]");
-  command->add_option(
-      "--trailing", flags->trailing,
-      "Tokens at the end of full sequences whose loss is told apart, or their share such as 0.1 "
-      "[a sixteenth]");
-  add_number(*command, "--buckets", flags->buckets, "Parts of a sequence for the loss by position")
-      ->capture_default_str();
-  add_block_flags(*command, flags->common.session);
+  add_flags(*table, *flags);
+
+  table->group("Sequences");
+  llm::eval::SequenceSettings& sequences = flags->sequences;
+  table->value("--data", flags->data, "PATH", "Text files and folders; each file is a document")
+      .required()
+      .json();
+  table
+      ->size("--seq-len", sequences.seq_len, {2, kMaxTokens}, "Maximum sequence length in tokens, such as 8k")
+      .json();
+  table
+      ->value(
+          "--trailing", flags->trailing, "SIZE",
+          "Tokens at the end of full sequences whose loss is also reported on its own, or their share such "
+          "as 0.1")
+      .default_text("a sixteenth of --seq-len");
+  table->report("trailing_tokens", [flags = flags.get()] { return Json(flags->trailing_tokens); });
+  table->toggle("--join", sequences.join, "Concatenate the documents, so that all sequences are full").json();
+  table
+      ->size("--max-tokens", sequences.max_tokens, {1, std::numeric_limits<std::int64_t>::max() / 2},
+             "Stop after this many tokens, such as 1m")
+      .default_text("all");
+  table->number("--buckets", flags->buckets, {1, kMaxTokens},
+                "Buckets of positions for the loss by position");
+  add_attention_flags(*table, *flags, /*decodes=*/false);
   command->footer(
       "Example: what MoBA costs at 8192 tokens\n"
       "  moba eval loss -m model --data books/ --seq-len 8k --attn full,moba --png loss.png\n");
-  command->callback([flags, &action] { action = [flags] { return loss(*flags); }; });
+  command->callback([=, &action] { action = [=] { return loss(*table, *flags); }; });
   return command;
 }
 

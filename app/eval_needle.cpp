@@ -23,13 +23,10 @@ using llm::eval::NeedleCase;
 using llm::eval::NeedleMaker;
 using llm::eval::NeedleSettings;
 
-struct NeedleFlags {
-  EvalFlags common;
-  std::vector<std::string> lengths{"8k"};
-  std::int64_t depths = 10, per_cell = 1, digits = 7, predict = 32;
-  std::string needle = llm::eval::kNeedle;
-  std::optional<std::string> question;
-  bool no_chat = false;
+struct NeedleFlags : EvalFlags {
+  std::vector<std::int64_t> lengths{8192};
+  std::int64_t depths = 10, per_cell = 1;
+  NeedleSettings needle{.needle = llm::eval::kNeedle, .question = "", .chat = true};
 };
 
 struct Sample {
@@ -96,22 +93,19 @@ std::string unescaped(const std::string& text) {
   return out;
 }
 
-NeedleSettings settings_from(const NeedleFlags& flags, const Subject& subject) {
-  NeedleSettings settings;
-  settings.chat = llm::eval::asks_by_chat(subject.tokenizer, flags.no_chat);
-  settings.needle = unescaped(flags.needle);
-  settings.question =
-      unescaped(flags.question.value_or(settings.chat ? llm::eval::kChatQuestion : llm::eval::kBareQuestion));
-  settings.digits = in_range("--digits", flags.digits, 1, 18);
-  settings.answer_tokens = in_range("-n/--predict", flags.predict, 1, 4096);
-  settings.seed = flags.common.seed;
+void complete(const FlagTable& table, const Subject& subject, std::int64_t seed, NeedleSettings& settings) {
+  settings.chat = llm::eval::asks_by_chat(subject.tokenizer, !settings.chat);
+  if (!table.given("--question-template"))
+    settings.question = settings.chat ? llm::eval::kChatQuestion : llm::eval::kBareQuestion;
+  settings.needle = unescaped(settings.needle);
+  settings.question = unescaped(settings.question);
+  settings.seed = seed;
   for (const auto& [flag, text, mark] : {std::tuple("--needle-template", settings.needle, "{value}"),
                                          std::tuple("--needle-template", settings.needle, "{key}"),
                                          std::tuple("--question-template", settings.question, "{key}")}) {
     if (text.find(mark) == std::string::npos)
       throw UsageError(fmt::format("{}: expected {} in it, got '{}'", flag, mark, text));
   }
-  return settings;
 }
 
 /// Fills `findings`, one for each variant, cell by cell. Throws Interrupted with what is done in them.
@@ -152,7 +146,7 @@ double share(std::int64_t found, std::int64_t tried) {
   return tried > 0 ? static_cast<double>(found) / static_cast<double>(tried) : 0;
 }
 
-std::string table(const Subject& subject, const Grid& grid, const std::vector<Findings>& findings) {
+std::string text_table(const Subject& subject, const Grid& grid, const std::vector<Findings>& findings) {
   std::string text;
   for (std::size_t w = 0; w < findings.size(); ++w) {
     const std::int64_t found = findings[w].found(), tried = findings[w].tried();
@@ -173,15 +167,12 @@ std::string table(const Subject& subject, const Grid& grid, const std::vector<Fi
   return text;
 }
 
-nlohmann::ordered_json to_json(const Cell& cell, const std::string& variant) {
+Json to_json(const Cell& cell, const std::string& variant) {
   const auto tried = static_cast<std::int64_t>(cell.samples.size());
-  nlohmann::ordered_json json{{"attn", variant},
-                              {"length", cell.length},
-                              {"depth", cell.depth},
-                              {"accuracy", share(cell.found(), tried)},
-                              {"found", cell.found()},
-                              {"tried", tried},
-                              {"samples", nlohmann::json::array()}};
+  Json json{{"attn", variant},         {"length", cell.length},
+            {"depth", cell.depth},     {"accuracy", share(cell.found(), tried)},
+            {"found", cell.found()},   {"tried", tried},
+            {"samples", Json::array()}};
   for (const Sample& sample : cell.samples) {
     json["samples"].push_back({{"tokens", sample.tokens},
                                {"key", sample.key},
@@ -192,19 +183,10 @@ nlohmann::ordered_json to_json(const Cell& cell, const std::string& variant) {
   return json;
 }
 
-nlohmann::ordered_json to_json(const NeedleFlags& flags, const NeedleSettings& settings,
-                               const Subject& subject, const std::string& haystack,
-                               const std::vector<Findings>& findings, bool complete) {
-  nlohmann::ordered_json json = json_head("needle", flags.common, subject);
-  json["haystack"] = haystack;
-  json["chat"] = settings.chat;
-  json["needle_template"] = settings.needle;
-  json["question_template"] = settings.question;
-  json["digits"] = settings.digits;
-  json["predict"] = settings.answer_tokens;
+Json to_json(Json json, const Subject& subject, const std::vector<Findings>& findings, bool complete) {
   json["complete"] = complete;
   std::int64_t found = 0, tried = 0;
-  nlohmann::ordered_json by_variant = nlohmann::json::array(), cells = nlohmann::json::array();
+  Json by_variant = Json::array(), cells = Json::array();
   for (std::size_t w = 0; w < findings.size(); ++w) {
     const llm::eval::Interval interval =
         llm::eval::wilson(static_cast<double>(findings[w].found()), findings[w].tried());
@@ -247,20 +229,17 @@ void draw(const std::string& png, const Subject& subject, const Grid& grid,
   draw_heatmaps(png, "Needle in a haystack: facts found, %", maps, "depth", "tokens");
 }
 
-int needle(const NeedleFlags& flags) {
-  const Grid grid_of_flags{{},
-                           depths_from(in_range("--depths", flags.depths, 1, 1000)),
-                           in_range("--per-cell", flags.per_cell, 1, 100000)};
-  const Subject subject = open_subject(flags.common);
-  const NeedleSettings settings = settings_from(flags, subject);
-  Grid grid = grid_of_flags;
-  grid.lengths = lengths_from(flags.lengths, subject);
-  const llm::eval::Haystack haystack = llm::eval::Haystack::open(paths_of(flags.common), flags.common.seed);
+int needle(const FlagTable& table, NeedleFlags& flags) {
+  const Subject subject = open_subject(table, flags);
+  complete(table, subject, flags.seed, flags.needle);
+  sort_lengths(flags.lengths, subject);
+  const Grid grid{flags.lengths, depths_from(flags.depths), flags.per_cell};
+  const llm::eval::Haystack haystack = llm::eval::Haystack::open(flags.data, flags.seed);
   std::fprintf(stderr, "haystack: %s\n", haystack.source().c_str());
-  NeedleMaker maker(haystack, subject.tokenizer, settings);
+  NeedleMaker maker(haystack, subject.tokenizer, flags.needle);
   for (const std::int64_t length : {grid.lengths.front(), grid.lengths.back()})
     maker.make(length, 0, 0);  // what cannot be made is told before the weights are read
-  const llm::Model model = load_model(subject, flags.common);
+  const llm::Model model = load_model(subject, flags);
 
   std::vector<Findings> findings(subject.variants.size());
   for (Findings& finding : findings) {
@@ -271,16 +250,19 @@ int needle(const NeedleFlags& flags) {
   note_interrupts();
   bool complete = true;
   try {
-    find_needles(subject, model, grid, settings.answer_tokens, maker, findings);
+    find_needles(subject, model, grid, flags.needle.answer_tokens, maker, findings);
   } catch (const Interrupted&) {
     complete = false;
   }
-  if (flags.common.json) {
-    print_json(to_json(flags, settings, subject, haystack.source(), findings, complete));
+  if (flags.json) {
+    Json head = json_head("needle", table, flags, subject);
+    head["haystack"] = haystack.source();
+    head.update(table.json("Needles"));
+    print_json(to_json(std::move(head), subject, findings, complete));
   } else {
-    print(table(subject, grid, findings));
+    print(text_table(subject, grid, findings));
   }
-  if (flags.common.png) draw(*flags.common.png, subject, grid, findings);
+  if (flags.png) draw(*flags.png, subject, grid, findings);
   return complete ? 0 : kInterruptedCode;
 }
 
@@ -289,32 +271,31 @@ int needle(const NeedleFlags& flags) {
 CLI::App* add_eval_needle(CLI::App& parent, std::function<int()>& action) {
   CLI::App* command =
       parent.add_subcommand("needle", "Plant a fact in a long text and ask for it: lengths by depths");
+  const auto table = std::make_shared<FlagTable>(*command);
   const auto flags = std::make_shared<NeedleFlags>();
-  add_flags(*command, flags->common,
-            "Text to hide in: files and folders [the sources of Python's standard library]");
-  command->add_option("--lengths", flags->lengths, "Tokens of prompt and answer; 8k is 8192")
-      ->delimiter(',')
-      ->capture_default_str();
-  add_number(*command, "--depths", flags->depths,
-             "How many places, from the beginning of the text to its end")
-      ->capture_default_str();
-  add_number(*command, "--per-cell", flags->per_cell, "Facts at every length and depth")
-      ->capture_default_str();
-  add_number(*command, "--digits", flags->digits, "Digits of the number")->capture_default_str();
-  add_number(*command, "-n,--predict", flags->predict, "Most tokens of the answer")->capture_default_str();
-  command->add_option("--needle-template", flags->needle, "The line with the fact, with {key} and {value}")
-      ->capture_default_str();
-  command->add_option(
-      "--question-template", flags->question,
-      "What follows the text, with {key} [a question; without chat turns also the beginning of "
-      "its answer]");
-  command->add_flag("--no-chat", flags->no_chat, "Give the model the bare text, without chat turns");
-  add_answer_flags(*command, flags->common.session);
-  add_block_flags(*command, flags->common.session);
+  add_flags(*table, *flags);
+
+  table->group("Needles");
+  NeedleSettings& needle_settings = flags->needle;
+  add_haystack_flags(*table, *flags, flags->lengths, needle_settings.chat);
+  table->number("--depths", flags->depths, {1, 1000},
+                "Depths of the needle, evenly spaced from start to end of the text");
+  table->number("--per-cell", flags->per_cell, {1, 100000}, "Needles at each length and depth");
+  table
+      ->value("--needle-template", needle_settings.needle, "TEXT",
+              "Sentence with the needle, with {key} and {value}")
+      .json();
+  table->value("--question-template", needle_settings.question, "TEXT", "Question after the text, with {key}")
+      .default_text("a question; without a chat template also the beginning of its answer")
+      .json();
+  table->number("--digits", needle_settings.digits, {1, 18}, "Digits of the value, a random number").json();
+  table->number("-n,--predict", needle_settings.answer_tokens, {1, 4096}, "Maximum tokens to generate")
+      .json();
+  add_attention_flags(*table, *flags, /*decodes=*/true);
   command->footer(
       "Example: full attention and MoBA side by side, with a picture\n"
       "  moba eval needle -m model --lengths 8k,32k --depths 10 --attn full,moba --png needle.png\n");
-  command->callback([flags, &action] { action = [flags] { return needle(*flags); }; });
+  command->callback([=, &action] { action = [=] { return needle(*table, *flags); }; });
   return command;
 }
 

@@ -20,13 +20,12 @@ namespace {
 
 using llm::eval::RulerCase;
 using llm::eval::RulerMaker;
-using Json = nlohmann::ordered_json;
 
-struct RulerFlags {
-  EvalFlags common;
-  std::vector<std::string> tasks = llm::eval::ruler_tasks(), lengths{"4k"};
+struct RulerFlags : EvalFlags {
+  std::vector<std::string> tasks = llm::eval::ruler_tasks();
+  std::vector<std::int64_t> lengths{4096};
   std::int64_t samples = 10;
-  bool no_chat = false;
+  bool chat = true;
 };
 
 struct Sample {
@@ -99,8 +98,8 @@ const Cell& cell_at(const std::vector<Cell>& cells, std::size_t variant, const s
   });
 }
 
-std::string table(const Subject& subject, const std::vector<std::string>& tasks,
-                  const std::vector<std::int64_t>& lengths, const std::vector<Cell>& cells) {
+std::string text_table(const Subject& subject, const std::vector<std::string>& tasks,
+                       const std::vector<std::int64_t>& lengths, const std::vector<Cell>& cells) {
   std::string text = fmt::format("{:<18}", "task");
   for (const Variant& variant : subject.variants) {
     for (const std::int64_t length : lengths)
@@ -130,11 +129,7 @@ void put_score(Json& json, const Score& score) {
   json["tried"] = score.tried;
 }
 
-Json to_json(const RulerFlags& flags, const Subject& subject, bool chat, const std::string& haystack,
-             const std::vector<Cell>& cells, bool complete) {
-  Json json = json_head("ruler", flags.common, subject);
-  json["haystack"] = haystack;
-  json["chat"] = chat;
+Json to_json(Json json, const Subject& subject, const std::vector<Cell>& cells, bool complete) {
   json["complete"] = complete;
   Score all;
   Json by_variant = Json::array(), by_cell = Json::array();
@@ -181,40 +176,38 @@ void draw(const std::string& png, const Subject& subject, const std::vector<std:
   draw_heatmaps(png, "RULER: expected strings found, %", maps, "task", "tokens");
 }
 
-int ruler(const RulerFlags& flags) {
-  const std::int64_t samples = in_range("--samples", flags.samples, 1, 100000);
-  for (auto task = flags.tasks.begin(); task != flags.tasks.end(); ++task) {
-    llm::eval::ruler_answer_tokens(*task);  // throws where there is no such task
-    if (std::find(flags.tasks.begin(), task, *task) != task)
-      throw llm::UsageError(fmt::format("--tasks: expected each once, got {} again", *task));
-  }
-  const Subject subject = open_subject(flags.common);
-  const std::vector<std::int64_t> lengths = lengths_from(flags.lengths, subject);
-  const bool chat = llm::eval::asks_by_chat(subject.tokenizer, flags.no_chat);
-  const llm::eval::Haystack haystack = llm::eval::Haystack::open(paths_of(flags.common), flags.common.seed);
+int ruler(const FlagTable& table, RulerFlags& flags) {
+  check_distinct("--tasks", flags.tasks);
+  const Subject subject = open_subject(table, flags);
+  sort_lengths(flags.lengths, subject);
+  flags.chat = llm::eval::asks_by_chat(subject.tokenizer, !flags.chat);
+  const llm::eval::Haystack haystack = llm::eval::Haystack::open(flags.data, flags.seed);
   std::fprintf(stderr, "haystack: %s\n", haystack.source().c_str());
-  const RulerMaker maker(haystack, subject.tokenizer, chat, flags.common.seed);
+  const RulerMaker maker(haystack, subject.tokenizer, flags.chat, flags.seed);
   std::vector<Cell> cells;
   for (const std::string& task : flags.tasks) {
-    for (const std::int64_t length : lengths) {
+    for (const std::int64_t length : flags.lengths) {
       maker.make(task, length, 0);  // what cannot be made is told before the weights are read
       for (std::size_t w = 0; w < subject.variants.size(); ++w) cells.push_back({w, task, length, {}});
     }
   }
-  const llm::Model model = load_model(subject, flags.common);
+  const llm::Model model = load_model(subject, flags);
   note_interrupts();
   bool complete = true;
   try {
-    answer_all(subject, model, maker, samples, cells);
+    answer_all(subject, model, maker, flags.samples, cells);
   } catch (const Interrupted&) {
     complete = false;
   }
-  if (flags.common.json) {
-    print_json(to_json(flags, subject, chat, haystack.source(), cells, complete));
+  if (flags.json) {
+    Json head = json_head("ruler", table, flags, subject);
+    head["haystack"] = haystack.source();
+    head.update(table.json("Tasks"));
+    print_json(to_json(std::move(head), subject, cells, complete));
   } else {
-    print(table(subject, flags.tasks, lengths, cells));
+    print(text_table(subject, flags.tasks, flags.lengths, cells));
   }
-  if (flags.common.png) draw(*flags.common.png, subject, flags.tasks, lengths, cells);
+  if (flags.png) draw(*flags.png, subject, flags.tasks, flags.lengths, cells);
   return complete ? 0 : kInterruptedCode;
 }
 
@@ -222,22 +215,19 @@ int ruler(const RulerFlags& flags) {
 
 CLI::App* add_eval_ruler(CLI::App& parent, std::function<int()>& action) {
   CLI::App* command = parent.add_subcommand("ruler", "RULER's tasks that need no outside corpus");
+  const auto table = std::make_shared<FlagTable>(*command);
   const auto flags = std::make_shared<RulerFlags>();
-  add_flags(*command, flags->common,
-            "Text to hide in: files and folders [the sources of Python's standard library]");
-  command->add_option("--tasks", flags->tasks, "Which of them")->delimiter(',')->capture_default_str();
-  command->add_option("--lengths", flags->lengths, "Tokens of prompt and answer; 8k is 8192")
-      ->delimiter(',')
-      ->capture_default_str();
-  add_number(*command, "--samples", flags->samples, "Prompts of every task and length")
-      ->capture_default_str();
-  command->add_flag("--no-chat", flags->no_chat, "Give the model the bare text, without chat turns");
-  add_answer_flags(*command, flags->common.session);
-  add_block_flags(*command, flags->common.session);
+  add_flags(*table, *flags);
+
+  table->group("Tasks");
+  add_haystack_flags(*table, *flags, flags->lengths, flags->chat);
+  table->choice("--tasks", flags->tasks, words_of(flags->tasks), "Tasks of RULER").default_text("all");
+  table->number("--samples", flags->samples, {1, 100000}, "Prompts of each task and length");
+  add_attention_flags(*table, *flags, /*decodes=*/true);
   command->footer(
       "Example: two tasks at two lengths\n"
       "  moba eval ruler -m model --tasks niah_single_2,vt --lengths 4k,8k --samples 20 --png ruler.png\n");
-  command->callback([flags, &action] { action = [flags] { return ruler(*flags); }; });
+  command->callback([=, &action] { action = [=] { return ruler(*table, *flags); }; });
   return command;
 }
 

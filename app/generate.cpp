@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <functional>
 #include <memory>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -126,19 +125,19 @@ Generation generate(const GenerateSettings& settings, const llm::Weights& weight
   return result;
 }
 
-void print_json(const GenerateSettings& settings, const Generation& result) {
-  const nlohmann::ordered_json json{{"text", result.text},
-                                    {"finish", name_of(result.finish)},
-                                    {"prompt_ids", result.prompt},
-                                    {"generated_ids", result.generated},
-                                    {"load_seconds", result.load_seconds},
-                                    {"prefill_seconds", result.prefill_seconds},
-                                    {"decode_seconds", result.decode_seconds},
-                                    {"attention_seconds", result.attention.prefill},
-                                    {"decode_attention_seconds", result.attention.decode},
-                                    {"peak_rss_bytes", llm::peak_rss_bytes()},
-                                    {"settings", to_json(settings)}};
-  print(json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n");
+void print_json(const Json& settings, const Generation& result) {
+  const Json json{{"text", result.text},
+                  {"finish", name_of(result.finish)},
+                  {"prompt_ids", result.prompt},
+                  {"generated_ids", result.generated},
+                  {"load_seconds", result.load_seconds},
+                  {"prefill_seconds", result.prefill_seconds},
+                  {"decode_seconds", result.decode_seconds},
+                  {"attention_seconds", result.attention.prefill},
+                  {"decode_attention_seconds", result.attention.decode},
+                  {"peak_rss_bytes", llm::peak_rss_bytes()},
+                  {"settings", settings}};
+  print(json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
 void print_summary(const Generation& result) {
@@ -154,8 +153,8 @@ void print_summary(const Generation& result) {
   std::fputs(line.c_str(), stderr);
 }
 
-int run(const GenerateFlags& flags) {
-  GenerateSettings settings = settings_from(flags);
+int run(const FlagTable& flags, GenerateSettings& settings) {
+  complete(flags, settings);
   const llm::Weights weights = llm::Weights::open(settings.model);
   if (settings.context == 0) settings.context = weights.config().context;
   check(settings.session, weights.config());
@@ -163,7 +162,7 @@ int run(const GenerateFlags& flags) {
   try {
     const Generation result = generate(settings, weights, tokenizer);
     if (settings.json) {
-      print_json(settings, result);
+      print_json(flags.json(), result);
     } else {
       print("\n");
       print_summary(result);
@@ -179,13 +178,14 @@ int run(const GenerateFlags& flags) {
 
 CLI::App* add_generate(CLI::App& parent, std::function<int()>& action) {
   CLI::App* command = parent.add_subcommand("generate", "Read a prompt or a long document and answer");
-  const auto flags = std::make_shared<GenerateFlags>();
-  add_flags(*command, *flags);
+  const auto flags = std::make_shared<FlagTable>(*command);
+  const auto settings = std::make_shared<GenerateSettings>();
+  add_flags(*flags, *settings);
   command->footer(
       "Example: ask about a long document, reading it with MoBA\n"
       "  moba generate -m SmolLM2-135M-Instruct.Q4_1.gguf -f report.txt -p \"What did the audit find?\" "
       "--attn moba\n");
-  command->callback([flags, &action] { action = [flags] { return run(*flags); }; });
+  command->callback([=, &action] { action = [=] { return run(*flags, *settings); }; });
   return command;
 }
 

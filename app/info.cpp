@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "app/commands.h"
+#include "app/flags.h"
 #include "app/program.h"
 #include "llm/error.h"
 #include "llm/formats/gguf.h"
@@ -28,7 +29,6 @@
 namespace moba::app {
 namespace {
 
-using Json = nlohmann::ordered_json;
 namespace fs = std::filesystem;
 
 /// The surroundings of the weights: parts of the file or folder, not of the model.
@@ -281,24 +281,17 @@ int run_info(const InfoOptions& options) {
 }
 
 CLI::App* add_info(CLI::App& parent, std::function<int()>& action) {
-  const auto options = std::make_shared<InfoOptions>();
   CLI::App* command = parent.add_subcommand("info", "Show what a weights file holds, from its headers alone");
-  command->add_option("-m,--model", options->model, "Weights: a GGUF file or a Hugging Face folder")
-      ->required()
-      ->type_name("PATH");
-  command->add_flag("--tensors", options->tensors, "List every tensor too");
-  const auto choose = [options](const std::string& word) {
-    if (word != "table" && word != "json") {
-      throw CLI::ValidationError("-o/--output", fmt::format("expected table or json, got {}", word));
-    }
-    options->json = word == "json";
-  };
-  CLI::Option* output =
-      command->add_option_function<std::string>("-o,--output", choose, "How to print it [table]")
-          ->type_name("table|json");
-  command->add_flag("--json", options->json, "The same as -o json")->excludes(output);
+  const auto table = std::make_shared<FlagTable>(*command);
+  const auto options = std::make_shared<InfoOptions>();
+  const Words<bool> outputs{{"table", false}, {"json", true}};
+  table->value("-m,--model", options->model, "PATH", "Model: a GGUF file or a Hugging Face folder")
+      .required();
+  table->toggle("--tensors", options->tensors, "List every tensor too");
+  table->choice("-o,--output", options->json, outputs, "Output format");
+  table->toggle("--json", options->json, "Same as -o json").excludes("--output");
   command->footer("Example:\n  moba info -m SmolLM2-135M-Instruct.Q4_1.gguf --tensors");
-  command->callback([options, &action] { action = [options] { return run_info(*options); }; });
+  command->callback([=, &action] { action = [=, keep = table] { return run_info(*options); }; });
   return command;
 }
 

@@ -14,7 +14,6 @@
 
 #include "app/commands.h"
 #include "app/document.h"
-#include "app/flags.h"
 #include "app/inspect_page.h"
 #include "app/plot/picture.h"
 #include "app/progress.h"
@@ -37,15 +36,10 @@ using llm::eval::RoutingMap;
 /// Most bytes of block texts on a page.
 constexpr std::size_t kMaxText = std::size_t{1} << 20;
 
-const std::map<std::string, llm::AttentionMode> kModes{{"full", llm::AttentionMode::full},
-                                                       {"moba", llm::AttentionMode::moba}};
-
-struct InspectFlags {
-  SessionFlags session;
-  llm::AttentionMode attention = llm::AttentionMode::moba;
+struct InspectFlags : SessionFlags {
   std::optional<std::string> prompt, file;
   std::vector<std::string> outputs{"routing.html"};
-  bool no_chat = false;
+  bool chat = true;
 };
 
 /// The contents of a page or a picture.
@@ -216,7 +210,7 @@ std::vector<std::int32_t> tokens_from(const InspectFlags& flags, const llm::Toke
   std::string text = flags.file ? read_document(*flags.file) : *flags.prompt;
   if (flags.file && flags.prompt) text += "\n\n" + *flags.prompt;
   std::vector<std::int32_t> tokens =
-      llm::eval::tokens_of({text, ""}, tokenizer, llm::eval::asks_by_chat(tokenizer, flags.no_chat));
+      llm::eval::tokens_of({text, ""}, tokenizer, llm::eval::asks_by_chat(tokenizer, !flags.chat));
   if (tokens.empty()) {
     throw UsageError(fmt::format("{}: expected at least one token, got an empty text",
                                  flags.file ? "-f/--file" : "-p/--prompt"));
@@ -224,25 +218,21 @@ std::vector<std::int32_t> tokens_from(const InspectFlags& flags, const llm::Toke
   return tokens;
 }
 
-int inspect(const InspectFlags& flags) {
+int inspect(const FlagTable& table, InspectFlags& flags) {
   if (!flags.prompt && !flags.file) throw UsageError("expected -p/--prompt or -f/--file, got neither");
-  for (const std::string& output : flags.outputs) {
-    if (!output.ends_with(".html") && !output.ends_with(".png"))
-      throw UsageError(
-          fmt::format("-o/--output: expected a name that ends in .html or .png, got {}", output));
-  }
+  complete(table, flags);
   Inspection inspection;
-  // The gate's selection is recorded in every attention mode.
-  inspection.session = sessions_from(flags.session, {llm::AttentionMode::moba}).front();
-  const llm::Weights weights = llm::Weights::open(flags.session.model);
+  inspection.session = flags.session;
+  inspection.session.prefill = llm::AttentionMode::moba;  // the gate's selection is recorded in every mode
+  const llm::Weights weights = llm::Weights::open(flags.model);
   const llm::ModelConfig& config = weights.config();
   check(inspection.session, config);
-  const llm::Tokenizer tokenizer = llm::Tokenizer::open(flags.session.model);
+  const llm::Tokenizer tokenizer = llm::Tokenizer::open(flags.model);
   inspection.tokens = tokens_from(flags, tokenizer);
   inspection.texts = block_texts(tokenizer, inspection.tokens, inspection.session.moba.block_size);
-  inspection.model = std::filesystem::absolute(flags.session.model).lexically_normal().filename().string();
+  inspection.model = std::filesystem::absolute(flags.model).lexically_normal().filename().string();
   inspection.reads_fully.assign(static_cast<std::size_t>(config.layers),
-                                flags.attention == llm::AttentionMode::full);
+                                flags.session.prefill == llm::AttentionMode::full);
   for (const llm::LayerRange& range : inspection.session.full_layers) {
     std::fill(inspection.reads_fully.begin() + range.first, inspection.reads_fully.begin() + range.last + 1,
               true);
@@ -270,24 +260,34 @@ int inspect(const InspectFlags& flags) {
 
 CLI::App* add_inspect(CLI::App& parent, std::function<int()>& action) {
   CLI::App* command = parent.add_subcommand("inspect", "Show which blocks every layer and head selects");
+  const auto table = std::make_shared<FlagTable>(*command);
   const auto flags = std::make_shared<InspectFlags>();
-  add_model_flags(*command, flags->session);
-  command->add_option("-p,--prompt", flags->prompt, "A text to read");
-  command->add_option("-f,--file", flags->file, "A file with it, put before the prompt; -: standard input");
-  command
-      ->add_option("-o,--output", flags->outputs,
-                   "Where to write a page (.html) or a picture (.png), or both")
-      ->delimiter(',')
-      ->capture_default_str();
-  command->add_flag("--no-chat", flags->no_chat, "Give the model the bare text, without chat turns");
-  add_choice(*command, "--attn", flags->attention, kModes,
-             "Attention for the prefill; the gate's selection is recorded with full, too [moba]");
-  command->get_option("--attn")->group("Attention");
-  add_block_flags(*command, flags->session);
+  add_model_flag(*table, *flags);
+  table->value("-p,--prompt", flags->prompt, "TEXT", "Text to read");
+  table->value("-f,--file", flags->file, "PATH", "File with text, read before that of -p; -: standard input");
+  const auto has_known_type = [](const std::string& path) {
+    const bool is_known = path.ends_with(".html") || path.ends_with(".png");
+    return is_known ? "" : fmt::format("expected a name that ends in .html or .png, got {}", path);
+  };
+  table
+      ->value("-o,--output", flags->outputs, "PATH",
+              "Files to write, separated by commas: a page (.html), a picture (.png)")
+      .comma_separated()
+      .check(CLI::Validator(has_known_type, ""));
+  add_threads_flag(*table, flags->session.threads);
+  table->toggle("--no-chat", flags->chat, "Do not apply the chat template");
+
+  table->group("Attention");
+  flags->session.prefill = llm::AttentionMode::moba;
+  const Words<llm::AttentionMode> modes{{"full", llm::AttentionMode::full},
+                                        {"moba", llm::AttentionMode::moba}};
+  table->choice("--attn", flags->session.prefill, modes,
+                "Attention for prefill; the selection of the gate is recorded with full attention too");
+  add_attention_flags(*table, *flags, /*decodes=*/false);
   command->footer(
       "Example: a page that opens in any browser\n"
       "  moba inspect -m model.gguf -f report.txt -o routing.html\n");
-  command->callback([flags, &action] { action = [flags] { return inspect(*flags); }; });
+  command->callback([=, &action] { action = [=] { return inspect(*table, *flags); }; });
   return command;
 }
 

@@ -4,38 +4,41 @@
 
 #include <algorithm>
 
-#include "app/flags.h"
 #include "llm/error.h"
 
 namespace moba::app {
 
-void add_routing_flags(CLI::App& command, RoutingFlags& flags, const RoutingDefaults& defaults) {
-  const std::string group = "Attention";
-  add_number(command, "--moba-chunk-size", flags.block_size,
-             fmt::format("Tokens in a block [{}]", defaults.block_size))
-      ->group(group);
-  add_number(command, "--moba-topk", flags.top_blocks,
-             fmt::format("Blocks a token attends to, its own included [{}]", defaults.top_blocks))
-      ->group(group);
-  add_number(command, "--moba-sink", flags.sink,
-             fmt::format("First blocks that are always selected, counted in top-k [{}]", defaults.sink))
-      ->group(group);
-  command
-      .add_option("--moba-full-layers", flags.full_layers,
-                  fmt::format("Layers that stay full, such as 0,27-29 [{}]", defaults.full_layers))
-      ->group(group);
+void add_routing_flags(FlagTable& flags, Routing& routing, const char* default_text,
+                       const Flag::Condition& is_sparse) {
+  flags.number("--moba-chunk-size", routing.block_size, {1, kMaxTokens}, "Block size in tokens")
+      .default_text(default_text)
+      .json(is_sparse);
+  flags
+      .number("--moba-topk", routing.top_k, {1, kMaxTokens},
+              "Blocks that a query attends to, its own included")
+      .default_text(default_text)
+      .json(is_sparse);
+  flags
+      .number("--moba-sink", routing.sink_blocks, {0, kMaxTokens},
+              "Attention sinks: first blocks that every query selects, counted in --moba-topk")
+      .default_text(default_text)
+      .json(is_sparse);
 }
 
-void read_routing(const RoutingFlags& flags, Routing& routing, std::vector<llm::LayerRange>& full_layers) {
-  routing.block_size = in_range("--moba-chunk-size", flags.block_size, 1, kMaxTokens, routing.block_size);
-  routing.top_k = in_range("--moba-topk", flags.top_blocks, 1, kMaxTokens, routing.top_k);
+void add_full_layers_flag(FlagTable& flags, std::vector<llm::LayerRange>& full_layers,
+                          const char* default_text, const Flag::Condition& is_sparse) {
+  flags.layers("--moba-full-layers", full_layers, "Layers with full attention, such as 0,27-29")
+      .default_text(default_text)
+      .json(is_sparse);
+}
+
+void limit_sink(const FlagTable& flags, Routing& routing) {
   const std::int64_t max_sinks = routing.top_k - 1;
-  if (flags.sink && (*flags.sink < 0 || *flags.sink > max_sinks)) {
+  if (flags.given("--moba-sink") && routing.sink_blocks > max_sinks) {
     throw llm::UsageError(fmt::format("--moba-sink: expected 0 to {}, one less than --moba-topk {}, got {}",
-                                      max_sinks, routing.top_k, *flags.sink));
+                                      max_sinks, routing.top_k, routing.sink_blocks));
   }
-  routing.sink_blocks = flags.sink.value_or(std::min(routing.sink_blocks, max_sinks));
-  if (flags.full_layers) full_layers = layer_ranges("--moba-full-layers", *flags.full_layers);
+  routing.sink_blocks = std::min(routing.sink_blocks, max_sinks);
 }
 
 }  // namespace moba::app

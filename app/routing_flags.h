@@ -1,33 +1,22 @@
 #pragma once
 
-#include <CLI/CLI.hpp>
-#include <cstdint>
-#include <optional>
-#include <string>
 #include <vector>
 
+#include "app/flags.h"
 #include "llm/config.h"
 #include "moba/attention.h"
 
-// The flags of MoBA's blocks, which every subcommand shares that runs or trains a model.
+// The flags of MoBA's blocks, for every subcommand that runs or trains a model.
 namespace moba::app {
 
-/// Before they are checked; unset where a default applies.
-struct RoutingFlags {
-  std::optional<std::int64_t> block_size, top_blocks, sink;
-  std::optional<std::string> full_layers;
-};
+/// Adds --moba-chunk-size, --moba-topk and --moba-sink, with `routing` as their default. `default_text`
+/// describes the defaults, "{}" being the value. They are in the JSON where `is_sparse`.
+void add_routing_flags(FlagTable& flags, Routing& routing, const char* default_text = "{}",
+                       const Flag::Condition& is_sparse = {});
+void add_full_layers_flag(FlagTable& flags, std::vector<llm::LayerRange>& full_layers,
+                          const char* default_text = "{}", const Flag::Condition& is_sparse = {});
 
-/// The defaults as --help names them.
-struct RoutingDefaults {
-  const char *block_size, *top_blocks, *sink, *full_layers;
-};
-
-/// Adds --moba-chunk-size, --moba-topk, --moba-sink and --moba-full-layers.
-void add_routing_flags(CLI::App& command, RoutingFlags& flags, const RoutingDefaults& defaults);
-
-/// Overwrites the defaults in `routing` and `full_layers` by the flags that are set. Throws UsageError,
-/// naming the flag, for values out of range.
-void read_routing(const RoutingFlags& flags, Routing& routing, std::vector<llm::LayerRange>& full_layers);
+/// Lowers a default of --moba-sink below --moba-topk. Throws UsageError if the flag itself is not below it.
+void limit_sink(const FlagTable& flags, Routing& routing);
 
 }  // namespace moba::app

@@ -1,48 +1,31 @@
 #pragma once
 
-#include <CLI/CLI.hpp>
-#include <cstdint>
-#include <map>
-#include <nlohmann/json.hpp>
-#include <optional>
 #include <string>
-#include <vector>
 
-#include "app/routing_flags.h"
+#include "app/flags.h"
 #include "llm/session/session.h"
 #include "moba/tensor.h"
 
-// The flags of every subcommand that runs a model: which one, how it attends, on how many threads.
+// The flags of every subcommand that runs a model.
 namespace moba::app {
 
-inline const std::map<std::string, llm::AttentionMode> kAttentionModes{
-    {"full", llm::AttentionMode::full},
-    {"moba", llm::AttentionMode::moba},
-    {"moba-naive", llm::AttentionMode::moba_naive}};
+extern const Words<llm::AttentionMode> kAttentionModes;
 
-/// Before they are checked; unset where a default applies.
+/// The variables of these flags.
 struct SessionFlags {
   std::string model;
-  llm::AttentionMode decode = llm::AttentionMode::full;
-  RoutingFlags routing;
-  std::optional<std::int64_t> full_tail, threads;
   DType dtype = DType::f32;
+  llm::SessionSettings session;
 };
 
-/// Adds -m and -t.
-void add_model_flags(CLI::App& command, SessionFlags& flags);
-void add_dtype_flag(CLI::App& command, SessionFlags& flags);
-/// Adds --moba-chunk-size, --moba-topk, --moba-sink and --moba-full-layers.
-void add_block_flags(CLI::App& command, SessionFlags& flags);
-/// Adds --decode and --moba-full-tail.
-void add_answer_flags(CLI::App& command, SessionFlags& flags);
+/// Adds -m, --model.
+void add_model_flag(FlagTable& flags, SessionFlags& settings);
+void add_dtype_flag(FlagTable& flags, SessionFlags& settings);
+/// Adds the --moba flags and, for a subcommand that decodes, --decode and --moba-full-tail.
+void add_attention_flags(FlagTable& flags, SessionFlags& settings, bool decodes);
 
-/// Returns one session's settings for each attention variant of the prefill. The --moba flags are accepted
-/// and idle where every variant is full. Throws UsageError, naming the flag, for values out of range.
-std::vector<llm::SessionSettings> sessions_from(const SessionFlags& flags,
-                                                const std::vector<llm::AttentionMode>& prefills);
-
-/// Adds --decode and what is in force of the --moba flags, under their names.
-void add_attention(nlohmann::ordered_json& json, const llm::SessionSettings& session);
+/// Applies the defaults that config.json of the model has, and checks the flags against each other. The
+/// --moba flags are accepted and idle where attention is full. Throws UsageError.
+void complete(const FlagTable& flags, SessionFlags& settings);
 
 }  // namespace moba::app

@@ -9,11 +9,13 @@
 #include <iterator>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
 #include "app/commands.h"
+#include "app/flags.h"
 #include "app/program.h"
 #include "llm/error.h"
 #include "llm/tokenizer/tokenizer.h"
@@ -23,18 +25,17 @@ namespace {
 
 struct TokenizeFlags {
   std::string model;
-  std::string prompt;
+  std::optional<std::string> prompt;
   std::string file = "-";
-  bool has_prompt = false;
-  bool no_special = false;
-  bool no_parse_special = false;
+  bool special = true;
+  bool parse_special = true;
   bool chat = false;
   bool lines = false;
   bool json = false;
 };
 
 std::string read_text(const TokenizeFlags& flags) {
-  if (flags.has_prompt) return flags.prompt;
+  if (flags.prompt) return *flags.prompt;
   if (std::filesystem::is_directory(flags.file)) {
     throw llm::DataError(fmt::format("-f/--file: expected a file, got the folder '{}'", flags.file));
   }
@@ -57,7 +58,7 @@ std::vector<llm::Turn> turns_of(const nlohmann::json& line) {
 std::vector<std::int32_t> encode(const llm::Tokenizer& tokenizer, const std::string& text,
                                  const TokenizeFlags& flags) {
   if (flags.chat) return apply_chat_template(tokenizer, {{"user", text}});
-  return tokenizer.encode(text, !flags.no_special, !flags.no_parse_special);
+  return tokenizer.encode(text, flags.special, flags.parse_special);
 }
 
 std::vector<std::int32_t> encode_line(const llm::Tokenizer& tokenizer, std::string_view line,
@@ -120,33 +121,26 @@ int tokenize(const TokenizeFlags& flags) {
 }  // namespace
 
 CLI::App* add_tokenize(CLI::App& parent, std::function<int()>& action) {
+  CLI::App* command = parent.add_subcommand("tokenize", "Show the tokens that a model reads a text as");
+  const auto table = std::make_shared<FlagTable>(*command);
   const auto flags = std::make_shared<TokenizeFlags>();
-  CLI::App* app = parent.add_subcommand("tokenize", "Show the tokens that a model reads a text as");
-  app->add_option("-m,--model", flags->model, "GGUF file or Hugging Face folder")
-      ->required()
-      ->type_name("PATH");
-  CLI::Option* prompt = app->add_option("-p,--prompt", flags->prompt, "Text")->type_name("TEXT");
-  CLI::Option* file = app->add_option("-f,--file", flags->file, "File with the text; - is standard input")
-                          ->type_name("PATH")
-                          ->capture_default_str();
-  prompt->excludes(file);
-  app->add_flag("--no-special", flags->no_special, "Add no BOS or EOS token");
-  app->add_flag("--no-parse-special", flags->no_parse_special,
-                "Special tokens written in the text stay text");
-  app->add_flag("--chat", flags->chat, "The text is a user's turn: show it in the model's chat form")
-      ->excludes("--no-special")
-      ->excludes("--no-parse-special");
-  app->add_flag(
+  table->value("-m,--model", flags->model, "PATH", "Model: a GGUF file or a Hugging Face folder").required();
+  table->value("-p,--prompt", flags->prompt, "TEXT", "Text to tokenize");
+  table->value("-f,--file", flags->file, "PATH", "File with the text; -: standard input")
+      .excludes("--prompt");
+  table->toggle("--no-special", flags->special, "Do not add the BOS and EOS tokens");
+  table->toggle("--no-parse-special", flags->parse_special, "Read special tokens in the text as text");
+  table->toggle("--chat", flags->chat, "Apply the chat template to the text as one user turn")
+      .excludes("--no-special")
+      .excludes("--no-parse-special");
+  table->toggle(
       "--lines", flags->lines,
-      "One JSON string a line in (with --chat also a list of {\"role\", \"content\"}), one JSON list of ids "
-      "a line out");
-  app->add_flag("--json", flags->json, "Print the ids as a JSON list");
-  app->footer("Example:\n  moba tokenize -m SmolLM2-135M-Instruct.Q4_1.gguf -p 'Hello, world!'");
-  app->callback([flags, prompt, &action] {
-    flags->has_prompt = prompt->count() > 0;
-    action = [flags] { return tokenize(*flags); };
-  });
-  return app;
+      "Read one JSON string a line, or with --chat a list of {\"role\", \"content\"}, and print one JSON "
+      "list of ids a line");
+  table->toggle("--json", flags->json, "Print the ids as a JSON list");
+  command->footer("Example:\n  moba tokenize -m SmolLM2-135M-Instruct.Q4_1.gguf -p 'Hello, world!'");
+  command->callback([=, &action] { action = [=, keep = table] { return tokenize(*flags); }; });
+  return command;
 }
 
 }  // namespace moba::app

@@ -61,8 +61,8 @@ class Progress {
   Stopwatch stopwatch_;
 };
 
-int train(const TrainFlags& flags) {
-  const llm::train::RunSettings settings = settings_from(flags);
+int train(const FlagTable& flags, TrainSettings& settings) {
+  complete(flags, settings);
   Run run(settings, [](const std::string& line) { std::fprintf(stderr, "%s\n", line.c_str()); });
   if (run.step() >= run.steps()) {
     std::fprintf(stderr, "nothing to do: all %lld steps are done\n", static_cast<long long>(run.steps()));
@@ -97,13 +97,14 @@ int train(const TrainFlags& flags) {
 
 CLI::App* add_train(CLI::App& parent, std::function<int()>& action) {
   CLI::App* command = parent.add_subcommand("train", "Train a model, from scratch or further");
-  const auto flags = std::make_shared<TrainFlags>();
-  add_flags(*command, *flags);
+  const auto flags = std::make_shared<FlagTable>(*command);
+  const auto settings = std::make_shared<TrainSettings>();
+  add_flags(*flags, *settings);
   command->footer(
       "Example: nine tenths of the steps with MoBA, the last with full attention\n"
       "  moba train --config llama-tiny.json --data books/ --out run1 --steps 1000 --seq-len 8192 \\\n"
       "    --attn-schedule moba:0.9,full:0.1\n");
-  command->callback([flags, &action] { action = [flags] { return train(*flags); }; });
+  command->callback([=, &action] { action = [=] { return train(*flags, *settings); }; });
   return command;
 }
 
