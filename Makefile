@@ -6,7 +6,7 @@ JOBS ?= $(shell nproc)
 PYTHON := .venv/bin/python
 SOURCES = git ls-files '*.h' '*.cpp' '*.cu'
 
-.PHONY: help setup build python demo test test-cpp test-asan test-tsan test-python test-long cuda gpu-check neon bench format lint lint-fast install-test clean
+.PHONY: help setup build docs python demo test test-cpp test-asan test-tsan test-python test-long cuda gpu-check neon bench format lint lint-fast install-test clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | \
@@ -19,6 +19,9 @@ build:  ## build the program, build/release/moba; installs nothing, reports what
 	@tools/setup.sh --check packages python
 	@cmake --preset release --log-level=ERROR >/dev/null
 	cmake --build build/release -j$(JOBS) --target moba_program
+
+docs: build  ## write the tables of flags in docs/command-line.md
+	$(PYTHON) tools/flag_tables.py
 
 python: setup  ## install the PyTorch package into .venv
 	@echo "installing the Python package moba into .venv"
