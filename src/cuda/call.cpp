@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 
+#include "cuda/architectures.h"
 #include "cuda/attend.h"
 #include "errors.h"
 #include "split.h"
@@ -12,16 +13,14 @@
 namespace moba::cuda {
 namespace {
 
-constexpr int kMinCapability = 80;
 constexpr std::int64_t kMaxHeads = 65535;   // a grid's second dimension
 constexpr std::int64_t kRowAlignment = 16;  // bytes that a thread moves at once
 
 void check_device(std::int64_t head_dim) {
   const Hardware device = current_hardware();
-  if (device.capability < kMinCapability) {
-    refuse("backend", "expected a device of compute capability 8.0 or newer for cuda, got " +
-                          std::to_string(device.capability / 10) + "." +
-                          std::to_string(device.capability % 10));
+  if (!any_runs_on(built_architectures(), device.capability)) {
+    refuse("backend", "expected a device that the kernels of cuda are compiled for (", built_architectures(),
+           "), got compute capability ", device.capability / 10, ".", device.capability % 10);
   }
   check_shared(head_dim, attend_shared_bytes(head_dim));
 }

@@ -6,6 +6,7 @@
 #include <array>
 #include <bit>
 
+#include "cuda/architectures.h"
 #include "errors.h"
 
 namespace moba::cuda {
@@ -35,6 +36,10 @@ Hardware current_hardware() {
       .capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
                     attribute(cudaDevAttrComputeCapabilityMinor, device),
       .shared_bytes = static_cast<std::size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))};
+}
+
+std::string_view built_architectures() {
+  return MOBA_CUDA_ARCHITECTURES;
 }
 
 bool is_on_device(const void* pointer) {

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <new>
 
+#include "cuda/architectures.h"
 #include "moba/error.h"
 
 namespace moba::cuda {
@@ -13,6 +14,10 @@ Hardware current_hardware() {
   return {.multiprocessors = 2,
           .capability = capability,
           .shared_bytes = std::size_t{capability >= 90 ? 227U : 163U} << 10};
+}
+
+std::string_view built_architectures() {
+  return "80-real,90a-real,90-virtual";
 }
 
 bool is_on_device(const void*) {
