@@ -6,7 +6,7 @@ JOBS ?= $(shell nproc)
 PYTHON := .venv/bin/python
 SOURCES = git ls-files '*.h' '*.cpp' '*.cu'
 
-.PHONY: help setup build docs python demo test test-cpp test-asan test-tsan test-python test-long cuda gpu-check neon bench format lint lint-fast install-test clean
+.PHONY: help setup build docs python demo test test-cpp test-asan test-tsan test-python test-long cuda gpu-kit gpu-check neon bench format lint lint-fast install-test clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | \
@@ -58,6 +58,10 @@ test-long: test-cpp python  ## run tens of thousands more generated cases
 cuda: setup  ## build the CUDA backend with nvcc, without a GPU; prints the registers of its kernels
 	@cmake --preset cuda --log-level=ERROR >/dev/null
 	cmake --build build/cuda -j$(JOBS)
+
+ARCH ?= 90
+gpu-kit: setup  ## build one folder that checks an NVIDIA GPU without compiling; ARCH=80 names another chip; needs nvcc, no GPU
+	$(PYTHON) tools/gpu_kit.py --arch $(ARCH) --jobs $(JOBS)
 
 gpu-check:  ## build, test and measure the CUDA backend on a machine with an NVIDIA GPU; needs no network
 	@$(firstword $(wildcard $(PYTHON)) python3) tools/gpu_check.py
