@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Count the instructions of the CUDA gate without a GPU.
 
-Compiles src/cuda/gate.cu and disassembles it. For each head_dim, prints registers, spilled bytes, bytes of code, and
-instructions per score: those of the products (MMA and operand loads), those of the filter, which every score passes,
-and those of appending, per score of a group that passes as a whole. Needs nvcc and nvdisasm (PyPI:
-nvidia-cuda-nvdisasm).
+Compiles the gate for sm_80 and sm_90a and disassembles it. For each kernel and head_dim, prints registers, spilled
+bytes, bytes of code, and instructions per score: those of the products (MMA and operand loads), those of the filter,
+which every score passes, and those of appending, per score of a group that passes as a whole. Needs nvcc and nvdisasm
+(PyPI: nvidia-cuda-nvdisasm).
 
-    benchmarks/cuda_code.py --arch sm_90a --nvdisasm PATH
+    benchmarks/cuda_code.py --nvdisasm PATH
 """
 
 import argparse
@@ -19,17 +19,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?(\w+)")
-LANES, MMA_SCORES, MMA_DEPTH, APPENDED = 32, 16 * 8, 16, 8
-"""Scores and depth of an mma.m16n8k16; scores that an append block of gate.cu covers per lane."""
+MMA_DEPTH = 16
+# Scores per lane of an instruction: mma.m16n8k16, and wgmma.m64n128k16, which four warps issue.
+SCORES = {"HMMA": 16 * 8 // 32, "HGMMA": 64 * 128 // 128}
+# Scores per lane of a block that appends, and of a block that filters on sm_80 and sm_90a.
+APPENDED = 8
+KERNELS = {"sm_80": ("sm80/gate.cu", "HMMA", 32), "sm_90a": ("sm90/gate.cu", "HGMMA", 16)}
 
 
-def compile_gate(nvcc, arch, folder):
+def compile_gate(nvcc, arch, source, folder):
     """Return the cubin's path, and registers and spilled bytes by mangled kernel name."""
     cubin = Path(folder) / "gate.cubin"
     command = [nvcc, "-std=c++20", "--expt-relaxed-constexpr", "-O3", f"-arch={arch}", "-cubin"]
-    command += ["-Xptxas", "-v", "-I", ROOT / "include", "-I", ROOT / "src"]
+    command += ["-Xptxas", "-v", "-DMOBA_CUDA_SM90", "-I", ROOT / "include", "-I", ROOT / "src"]
     done = subprocess.run(
-        [*command, ROOT / "src/cuda/gate.cu", "-o", cubin], capture_output=True, text=True
+        [*command, ROOT / "src/cuda" / source, "-o", cubin], capture_output=True, text=True
     )
     if done.returncode != 0:
         sys.exit(f"cuda_code: nvcc failed:\n{done.stderr}")
@@ -56,31 +60,23 @@ def basic_blocks(lines):
         yield block
 
 
-def count(blocks, head_dim):
+def count(blocks, head_dim, mma, filtered):
     """Return instructions per score of products, filter and appending."""
     counted = [(len(block), Counter(block)) for block in blocks]
-    products, mma = max(((size, c["HMMA"]) for size, c in counted), key=lambda pair: pair[1])
-    scores = mma * MMA_SCORES // LANES // (head_dim // MMA_DEPTH)
-    filters = [size for size, c in counted if c["FSETP"] >= scores]
+    products, issued = max(((size, c[mma]) for size, c in counted), key=lambda pair: pair[1])
+    scores = issued * SCORES[mma] // (head_dim // MMA_DEPTH)
+    filters = [size for size, c in counted if c["FSETP"] >= filtered]
     appends = [size for size, c in counted if c["STS"] == APPENDED]
-    units = scores // APPENDED
-    return products / scores, min(filters) / scores, sum(appends[:units]) / scores
+    return products / scores, min(filters) / filtered, max(appends) / APPENDED
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", default="sm_90a", help="as nvcc names it [sm_90a]")
-    parser.add_argument("--nvcc", default="nvcc")
-    parser.add_argument("--nvdisasm", default="nvdisasm")
-    options = parser.parse_args()
+def print_kernel(nvcc, nvdisasm, arch):
+    source, mma, filtered = KERNELS[arch]
     with tempfile.TemporaryDirectory() as folder:
-        cubin, usage = compile_gate(options.nvcc, options.arch, folder)
+        cubin, usage = compile_gate(nvcc, arch, source, folder)
         text = subprocess.run(
-            [options.nvdisasm, "-c", cubin], capture_output=True, text=True, check=True
+            [nvdisasm, "-c", cubin], capture_output=True, text=True, check=True
         ).stdout
-    print(f"gate, {options.arch}, bf16: instructions per score\n")
-    print("| head_dim | registers | spilled | code | products | filter | append |")
-    print("|---|---|---|---|---|---|---|")
     for section in text.split("\n.text.")[1:]:
         name, *lines = section.splitlines()
         name = name.rstrip(":")
@@ -90,8 +86,22 @@ def main():
         head_dim = int(found.group(1))
         code = 16 * sum(bool(INSTRUCTION.match(line)) for line in lines)
         registers, spilled = usage[name]
-        parts = " | ".join(f"{part:.1f}" for part in count(basic_blocks(lines), head_dim))
-        print(f"| {head_dim} | {registers} | {spilled} B | {code / 1024:.0f} KiB | {parts} |")
+        # Tiles at head_dim 256 are half as high.
+        of_filter = filtered // 2 if head_dim == 256 else filtered
+        parts = count(basic_blocks(lines), head_dim, mma, of_filter)
+        cells = [arch, head_dim, registers, f"{spilled} B", f"{code / 1024:.0f} KiB"]
+        print("| " + " | ".join(map(str, [*cells, *(f"{part:.1f}" for part in parts)])) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nvcc", default="nvcc")
+    parser.add_argument("--nvdisasm", default="nvdisasm")
+    options = parser.parse_args()
+    print("| kernel | head_dim | registers | spilled | code | products | filter | append |")
+    print("|---|---|---|---|---|---|---|---|")
+    for arch in KERNELS:
+        print_kernel(options.nvcc, options.nvdisasm, arch)
 
 
 if __name__ == "__main__":

@@ -132,10 +132,10 @@ struct WarpRows {
   /// Mask of the scores of a group that are those of candidates.
   MOBA_DEVICE std::uint32_t allowed(std::int32_t first) const {
     std::uint32_t mask = 0;
-    MOBA_UNROLL
+    MOBA_NO_UNROLL
     for (int unit = 0; unit < TopK::kUnits; ++unit) {
       const tile::Candidates candidates = candidates_of(p, tile, warp_row + TopK::row_of(unit));
-      MOBA_UNROLL
+      MOBA_NO_UNROLL
       for (int column = 0; column < TopK::kColumns; ++column) {
         if (candidates.has(TopK::block_at(first, column))) mask |= 1U << (unit * TopK::kColumns + column);
       }

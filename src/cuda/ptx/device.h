@@ -17,6 +17,7 @@
 /// Qualifies the single parameter of a kernel, a plain struct.
 #define MOBA_GRID_CONSTANT const __grid_constant__
 #define MOBA_UNROLL _Pragma("unroll")
+#define MOBA_NO_UNROLL _Pragma("unroll 1")
 #endif
 
 /// Qualifies functions of host and device.

@@ -13,7 +13,7 @@ namespace moba::cuda {
 namespace sm90::gating {
 
 inline constexpr int kMeans = 128;  // of a tile
-inline constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+inline constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 
 template <typename T>
 struct Params {

@@ -12,6 +12,7 @@
 #define MOBA_KERNEL(threads, blocks_per_multiprocessor) void
 #define MOBA_GRID_CONSTANT const
 #define MOBA_UNROLL
+#define MOBA_NO_UNROLL
 #define MOBA_HOST_DEVICE inline
 
 namespace moba::cuda::ptx {
