@@ -53,7 +53,7 @@ def check_installed_example(cmake, source, build, folder):
     run(cmake, "--build", example)
 
     lines = run(example / "example").splitlines()
-    pattern = r"top-k +(\d+): +[\d.]+ ms, largest difference from full ([\d.]+), the last token reads blocks ([\d ]+)"
+    pattern = r"top-k +(\d+): +[\d.]+ ms, largest difference from full ([\d.]+), the last token selects blocks ([\d ]+)"
     (every, same, _), (few, other, blocks) = (
         re.fullmatch(pattern, line).groups() for line in lines
     )
