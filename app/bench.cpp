@@ -24,9 +24,9 @@
 namespace moba::app {
 namespace {
 
-using bench::Choice;
 using bench::Pass;
 using bench::Pattern;
+using bench::Variant;
 using llm::UsageError;
 
 constexpr std::int64_t kMaxHeads = 1024, kMaxDim = 256, kMaxBytes = std::int64_t{1} << 40;
@@ -45,33 +45,33 @@ struct BenchFlags {
 };
 
 /// Lists of one length are pairs; otherwise every chunk size goes with every top-k.
-std::vector<Choice> choices_from(const BenchFlags& flags) {
-  std::vector<Choice> choices;
+std::vector<Variant> variants_from(const BenchFlags& flags) {
+  std::vector<Variant> variants;
   const bool pairs = flags.chunk_sizes.size() == flags.topks.size();
   for (std::size_t i = 0; i < flags.chunk_sizes.size(); ++i) {
     for (std::size_t j = 0; j < flags.topks.size(); ++j) {
-      if (!pairs || i == j) choices.push_back({flags.chunk_sizes[i], flags.topks[j]});
+      if (!pairs || i == j) variants.push_back({flags.chunk_sizes[i], flags.topks[j]});
     }
   }
-  return choices;
+  return variants;
 }
 
-void check_possible(const bench::Setting& setting, const std::vector<Choice>& choices,
+void check_possible(const bench::Setting& setting, const std::vector<Variant>& variants,
                     const bench::Conditions& conditions) {
   if (setting.dtype == DType::i8 && setting.pass != Pass::decode)
     throw UsageError(fmt::format("--dtype i8: expected --pass decode, got {}", name_of(setting.pass)));
   if (setting.share < 1 && setting.pass != Pass::forward)
     throw UsageError(fmt::format("--sample: expected --pass forward, got {}", name_of(setting.pass)));
-  for (const Choice& choice : choices) {
+  for (const Variant& variant : variants) {
     if (setting.pass == Pass::gate &&
-        (choice.topk < 2 || choice.chunk_size * choice.topk >= setting.tokens)) {
+        (variant.topk < 2 || variant.chunk_size * variant.topk >= setting.tokens)) {
       throw UsageError(
           fmt::format("--pass gate: expected a top-k of 2 or more and more blocks than that, got (chunk {}, "
                       "topk {}) of {} tokens",
-                      choice.chunk_size, choice.topk, setting.tokens));
+                      variant.chunk_size, variant.topk, setting.tokens));
     }
   }
-  const double needed = needed_bytes(setting, choices, conditions),
+  const double needed = needed_bytes(setting, variants, conditions),
                available = static_cast<double>(bench::available_memory());
   if (available > 0 && needed > available) {
     throw UsageError(fmt::format("--tokens {}: {} of {} needs {:.1f} GiB; {:.1f} GiB are free",
@@ -120,14 +120,14 @@ int run(const FlagTable& table, BenchFlags& flags) {
         fmt::format("--kv-heads: expected a divisor of {} heads, got {}", shape.heads, shape.kv_heads));
   bench::Conditions& conditions = flags.conditions;
   if (flags.budget > 0) conditions.budget_seconds = flags.budget;
-  const std::vector<Choice> choices = choices_from(flags);
+  const std::vector<Variant> variants = variants_from(flags);
   const std::vector<bench::Setting> settings = settings_from(flags);
-  for (const bench::Setting& setting : settings) check_possible(setting, choices, conditions);
+  for (const bench::Setting& setting : settings) check_possible(setting, variants, conditions);
 
   std::vector<bench::Row> rows;
   try {
     for (const bench::Setting& setting : settings) {
-      for (bench::Row& row : measure(setting, choices, conditions, show_progress))
+      for (bench::Row& row : measure(setting, variants, conditions, show_progress))
         rows.push_back(std::move(row));
     }
   } catch (const Error& error) {
@@ -188,7 +188,7 @@ CLI::App* add_bench(CLI::App& parent, std::function<int()>& action) {
   command->footer(
       "Before timing, sampled rows are compared with the reference backend; a wrong result ends the "
       "program.\n"
-      "Example: full attention and two choices of blocks, at two lengths\n"
+      "Example: full attention and two block sizes, at two lengths\n"
       "  moba bench --tokens 8k,32k --chunk-size 512,512,128 --topk 0,3,8");
   command->callback([=, &action] { action = [=] { return run(*table, *flags); }; });
   return command;

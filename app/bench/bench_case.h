@@ -19,12 +19,12 @@ struct Checked {
   Profile stages;
 };
 
-/// One choice of blocks, ready to be run again and again on the data of its setting.
+/// One variant of block size and top-k, to be run repeatedly on the data of its setting.
 class BenchCase {
  public:
   virtual ~BenchCase() = default;
   /// Runs once over poisoned outputs, compares sampled rows with the reference backend and counts the work.
-  /// Throws llm::DataError that names the row where the answers differ.
+  /// Throws llm::DataError that names the row where the results differ.
   virtual Checked check() = 0;
   /// Runs once; returns the seconds that count and adds up those of the stages.
   virtual double run(Profile& stages) = 0;
@@ -32,13 +32,14 @@ class BenchCase {
   virtual std::vector<std::span<std::byte>> sample() = 0;
 };
 
-/// Makes the data and one case per choice. `ceiling` serves to empty the caches before decoded tokens.
+/// Makes the data and one case per variant. `ceiling` serves to empty the caches before decoded tokens.
 std::vector<std::unique_ptr<BenchCase>> make_bench_cases(const Setting& setting,
-                                                         const std::vector<Choice>& choices,
+                                                         const std::vector<Variant>& variants,
                                                          const Conditions& conditions,
                                                          const Parallel& parallel, Ceiling& ceiling);
 
 /// The minimum memory that the cases take, scratch included.
-double needed_bytes(const Setting& setting, const std::vector<Choice>& choices, const Conditions& conditions);
+double needed_bytes(const Setting& setting, const std::vector<Variant>& variants,
+                    const Conditions& conditions);
 
 }  // namespace moba::bench

@@ -20,16 +20,16 @@ struct Score {
   double value = 0, bound = 0;
 };
 
-Score score_of(const Problem& problem, std::int64_t query_row, std::int64_t head, std::int64_t block_size,
+Score score_of(const Inputs& inputs, std::int64_t query_row, std::int64_t head, std::int64_t block_size,
                std::int64_t block) {
-  const auto [pass, tokens, heads, kv_heads, head_dim, dtype, pattern, share] = problem.setting;
+  const auto [pass, tokens, heads, kv_heads, head_dim, dtype, pattern, share] = inputs.setting;
   double value = 0, query_norm = 0, mean_norm = 0;
   for (std::int64_t d = 0; d < head_dim; ++d) {
     double mean = 0;
     for (std::int64_t key = block * block_size; key < (block + 1) * block_size; ++key)
-      mean += get(problem.k.tensor, (key * kv_heads + head / problem.group()) * head_dim + d);
+      mean += get(inputs.k.tensor, (key * kv_heads + head / inputs.heads_per_kv()) * head_dim + d);
     mean /= static_cast<double>(block_size);
-    const double query = get(problem.q.tensor, (query_row * heads + head) * head_dim + d);
+    const double query = get(inputs.q.tensor, (query_row * heads + head) * head_dim + d);
     value += query * mean;
     query_norm += query * query;
     mean_norm += mean * mean;
@@ -68,21 +68,21 @@ double gradient_tolerance(DType dtype) {
   return dtype == DType::f32 ? 2e-3 : dtype == DType::f16 ? 2e-2 : 6e-2;
 }
 
-bool tied(const Problem& problem, const Choice& choice, const Blocks& found, const Blocks& expected,
+bool tied(const Inputs& inputs, const Variant& variant, const Blocks& found, const Blocks& expected,
           std::int64_t head, std::int64_t row) {
   std::vector<std::int32_t> is(found.of(head, row).begin(), found.of(head, row).end()),
       should(expected.of(head, row).begin(), expected.of(head, row).end()), extra, missing;
   if (is == should) return false;
   std::set_difference(is.begin(), is.end(), should.begin(), should.end(), std::back_inserter(extra));
   std::set_difference(should.begin(), should.end(), is.begin(), is.end(), std::back_inserter(missing));
-  const std::int64_t query = found.slice.offset + row, blocks = problem.setting.tokens / choice.chunk_size;
-  const double rounding = problem.setting.dtype == DType::f32 ? 1e-5 : 1e-2;
+  const std::int64_t query = found.slice.offset + row, blocks = inputs.setting.tokens / variant.chunk_size;
+  const double rounding = inputs.setting.dtype == DType::f32 ? 1e-5 : 1e-2;
   bool close = extra.size() == missing.size();
   for (std::size_t i = 0; close && i < extra.size(); ++i) {
     close = extra[i] >= 0 && extra[i] < blocks && missing[i] >= 0 && missing[i] < blocks;
     if (!close) break;
-    const Score a = score_of(problem, query, head, choice.chunk_size, extra[i]);
-    const Score b = score_of(problem, query, head, choice.chunk_size, missing[i]);
+    const Score a = score_of(inputs, query, head, variant.chunk_size, extra[i]);
+    const Score b = score_of(inputs, query, head, variant.chunk_size, missing[i]);
     close = std::fabs(a.value - b.value) <= rounding * std::max(a.bound, b.bound);
   }
   if (!close) {
@@ -92,25 +92,25 @@ bool tied(const Problem& problem, const Choice& choice, const Blocks& found, con
   return true;
 }
 
-void check_probes(const Problem& problem, const Choice& choice, const Blocks& blocks, const Tensor* out,
+void check_probes(const Inputs& inputs, const Variant& variant, const Blocks& blocks, const Tensor* out,
                   Checked& checked) {
-  const Setting& s = problem.setting;
-  for (const Slice& probe : problem.probes) {
+  const Setting& s = inputs.setting;
+  for (const Slice& probe : inputs.probes) {
     if (probe.first < blocks.slice.first || probe.end() > blocks.slice.end()) continue;
-    const Tensor q = rows_of(problem.q.tensor, probe.offset, probe.count);
-    Blocks expected(problem, choice, probe);
+    const Tensor q = rows_of(inputs.q.tensor, probe.offset, probe.count);
+    Blocks expected(inputs, variant, probe);
     const Array reference(s.dtype, probe.count, s.heads, s.head_dim);
     const Sequences sequence = one_sequence(probe.count, probe.end());
     if (out != nullptr) {
-      attention(q, problem.keys(probe.end()), problem.values(probe.end()), sequence, routing_of(choice),
-                {.out = reference.tensor, .selection = expected.data()}, problem.reference());
+      attention(q, inputs.keys(probe.end()), inputs.values(probe.end()), sequence, routing_of(variant),
+                {.out = reference.tensor, .selection = expected.data()}, inputs.reference());
     } else {
-      select_blocks(q, problem.keys(probe.end()), sequence, routing_of(choice), expected.data(),
-                    problem.reference());
+      select_blocks(q, inputs.keys(probe.end()), sequence, routing_of(variant), expected.data(),
+                    inputs.reference());
     }
-    const Blocks found = blocks.cut(problem, choice, probe);
+    const Blocks found = blocks.cut(inputs, variant, probe);
     const auto differs = [&](std::int64_t row, std::int64_t head) {
-      return tied(problem, choice, found, expected, head, row);
+      return tied(inputs, variant, found, expected, head, row);
     };
     for (std::int64_t row = 0; row < probe.count; ++row) {
       for (std::int64_t head = 0; head < s.heads; ++head) checked.ties += differs(row, head);

@@ -3,7 +3,7 @@
 #include <functional>
 
 #include "app/bench/bench_case.h"
-#include "app/bench/problem.h"
+#include "app/bench/inputs.h"
 
 namespace moba::bench {
 
@@ -21,12 +21,12 @@ double gradient_tolerance(DType dtype);
 
 /// Returns whether the blocks of a probe's row differ from the reference's by nothing but ties within
 /// rounding. Throws llm::DataError where they differ by more.
-bool tied(const Problem& problem, const Choice& choice, const Blocks& found, const Blocks& expected,
+bool tied(const Inputs& inputs, const Variant& variant, const Blocks& found, const Blocks& expected,
           std::int64_t head, std::int64_t row);
 
 /// Compares the probes that lie in the slice of `blocks` with the reference: selection always, `out`
 /// [queries, heads, head_dim] where it is given. Adds up rows and ties.
-void check_probes(const Problem& problem, const Choice& choice, const Blocks& blocks, const Tensor* out,
+void check_probes(const Inputs& inputs, const Variant& variant, const Blocks& blocks, const Tensor* out,
                   Checked& checked);
 
 }  // namespace moba::bench

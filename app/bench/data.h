@@ -7,7 +7,7 @@
 
 namespace moba::bench {
 
-/// The tensor of a problem that is filled.
+/// The tensor that is filled.
 enum class Role : std::uint8_t { query, key, value, d_out };
 
 /// The parameters of the data.

@@ -54,14 +54,14 @@ void time_once(BenchCase& bench_case, const Bytes& expected, Times& times) {
     throw llm::DataError("a timed run gave other values than the one that was checked");
 }
 
-std::string title(const Setting& s, const Choice& choice) {
-  return fmt::format("{} of {} tokens, chunk {}, topk {}, {}", name_of(s.pass), s.tokens, choice.chunk_size,
-                     choice.topk, name_of(s.dtype));
+std::string title(const Setting& s, const Variant& variant) {
+  return fmt::format("{} of {} tokens, chunk {}, topk {}, {}", name_of(s.pass), s.tokens, variant.chunk_size,
+                     variant.topk, name_of(s.dtype));
 }
 
 }  // namespace
 
-std::vector<Row> measure(const Setting& setting, const std::vector<Choice>& choices,
+std::vector<Row> measure(const Setting& setting, const std::vector<Variant>& variants,
                          const Conditions& conditions,
                          const std::function<void(const std::string&)>& progress) {
   const Parallel parallel = openmp(conditions.threads);
@@ -73,15 +73,15 @@ std::vector<Row> measure(const Setting& setting, const std::vector<Choice>& choi
   };
 
   progress(fmt::format("{} of {} tokens: making the data", name_of(setting.pass), setting.tokens));
-  const auto all = make_bench_cases(setting, choices, conditions, parallel, ceiling);
+  const auto all = make_bench_cases(setting, variants, conditions, parallel, ceiling);
   std::vector<Row> rows;
   std::vector<Bytes> expected;
   std::vector<Times> times;
   for (std::size_t i = 0; i < all.size(); ++i) {
-    progress(title(setting, choices[i]) + ": checking the answer");
+    progress(title(setting, variants[i]) + ": checking the result");
     const Checked checked = all[i]->check();
     rows.push_back({.setting = setting,
-                    .choice = choices[i],
+                    .variant = variants[i],
                     .threads = conditions.threads,
                     .work = checked.work,
                     .checked_rows = checked.rows,
@@ -93,7 +93,7 @@ std::vector<Row> measure(const Setting& setting, const std::vector<Choice>& choi
   for (int run = 0; run < conditions.runs; ++run) {
     for (std::size_t i = 0; i < all.size(); ++i) {
       if (run >= times[i].runs) continue;
-      progress(fmt::format("{}: run {} of {}", title(setting, choices[i]), run + 1, times[i].runs));
+      progress(fmt::format("{}: run {} of {}", title(setting, variants[i]), run + 1, times[i].runs));
       measure_ceiling();
       time_once(*all[i], expected[i], times[i]);
     }

@@ -8,9 +8,9 @@
 
 namespace moba::bench {
 
-/// Verifies, then times: one row a choice, in rounds that take the choices in turn. `progress` is told what
-/// is going on. Throws llm::DataError when an answer is wrong or changes from run to run.
-std::vector<Row> measure(const Setting& setting, const std::vector<Choice>& choices,
+/// Verifies, then times all variants, alternating between them: one row per variant. `progress` receives a
+/// line before each step. Throws llm::DataError when a result is wrong or changes from run to run.
+std::vector<Row> measure(const Setting& setting, const std::vector<Variant>& variants,
                          const Conditions& conditions,
                          const std::function<void(const std::string&)>& progress);
 

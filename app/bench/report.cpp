@@ -29,7 +29,7 @@ std::vector<std::string> cells(const Row& row) {
   const std::string heads =
       s.heads == s.kv_heads ? fmt::format("{}", s.heads) : fmt::format("{}/{}", s.heads, s.kv_heads);
   const std::string blocks =
-      row.choice.topk == 0 ? "full" : fmt::format("({}, {})", row.choice.chunk_size, row.choice.topk);
+      row.variant.topk == 0 ? "full" : fmt::format("({}, {})", row.variant.chunk_size, row.variant.topk);
   const std::string rate = s.pass == Pass::decode
                                ? fmt::format("{:.1f} GB/s", row.work.read_bytes / row.median() / 1e9)
                                : fmt::format("{:.0f} GF/s", row.gflops());
@@ -56,8 +56,8 @@ nlohmann::ordered_json to_json(const Row& row) {
   const Setting& s = row.setting;
   return {{"pass", name_of(s.pass)},
           {"tokens", s.tokens},
-          {"chunk_size", row.choice.chunk_size},
-          {"topk", row.choice.topk},
+          {"chunk_size", row.variant.chunk_size},
+          {"topk", row.variant.topk},
           {"heads", s.heads},
           {"kv_heads", s.kv_heads},
           {"head_dim", s.head_dim},

@@ -21,11 +21,11 @@ const char* name_of(Pass pass);
 const char* name_of(Pattern pattern);
 
 /// Blocks of `chunk_size` tokens, `topk` of them a query; 0: all.
-struct Choice {
+struct Variant {
   std::int64_t chunk_size = 512, topk = 3;
 };
 
-/// Data that several choices are compared on.
+/// Data that several variants are compared on.
 struct Setting {
   Pass pass = Pass::forward;
   std::int64_t tokens = 0, heads = 1, kv_heads = 1, head_dim = 128;
@@ -59,7 +59,7 @@ struct Ceilings {
 
 struct Row {
   Setting setting;
-  Choice choice;
+  Variant variant;
   int threads = 1;
   /// By run, ascending.
   std::vector<double> seconds{};

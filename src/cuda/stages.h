@@ -15,7 +15,7 @@ namespace moba::cuda {
 struct DeviceCall : CallShape {
   Tensor q{}, k{}, v{};
   std::int64_t sequences = 0, keys = 0;  // keys: Tk
-  /// Whether rows attend to keys without a score: those of their own block, or all.
+  /// Returns whether rows attend to keys without a score: those of their own block, or all.
   bool has_diagonal() const { return routing.causal || is_dense; }
   /// Partial results of a row: one for each selected block, then that of its diagonal keys.
   std::int64_t ranks() const { return width() + (has_diagonal() ? 1 : 0); }

@@ -1,4 +1,4 @@
-#include "app/bench/problem.h"
+#include "app/bench/inputs.h"
 
 #include <algorithm>
 #include <cmath>
@@ -28,12 +28,12 @@ std::vector<Slice> slices_of(const Setting& setting) {
   return slices;
 }
 
-/// Rows of a probe, by how many keys a row sees under the widest of the choices.
-std::int64_t probe_rows(const Setting& setting, const std::vector<Choice>& choices) {
+/// Rows of a probe, by how many keys a row sees under the widest of the variants.
+std::int64_t probe_rows(const Setting& setting, const std::vector<Variant>& variants) {
   std::int64_t keys = 1;
-  for (const Choice& choice : choices)
-    keys = std::max(keys,
-                    is_dense(choice, setting.tokens) ? setting.tokens / 2 : choice.topk * choice.chunk_size);
+  for (const Variant& variant : variants)
+    keys = std::max(
+        keys, is_dense(variant, setting.tokens) ? setting.tokens / 2 : variant.topk * variant.chunk_size);
   return std::clamp<std::int64_t>(kProbePairs / kProbes / keys, 1, kProbeRows);
 }
 
@@ -53,34 +53,35 @@ std::vector<Slice> probes_of(const std::vector<Slice>& slices, std::int64_t max_
 
 }  // namespace
 
-Execution Problem::execution(Profile* profile) const {
+Execution Inputs::execution(Profile* profile) const {
   return {.parallel = parallel, .workspace_bytes = conditions.workspace_bytes, .profile = profile};
 }
 
-Execution Problem::reference() const {
+Execution Inputs::reference() const {
   return {.backend = "reference", .parallel = parallel, .workspace_bytes = kReferenceWorkspace};
 }
 
-Problem make_problem(const Setting& setting, const std::vector<Choice>& choices, const Conditions& conditions,
-                     const Parallel& parallel) {
-  Problem problem{.setting = setting, .conditions = conditions, .parallel = parallel};
-  problem.slices = slices_of(setting);
-  problem.probes = probes_of(problem.slices, probe_rows(setting, choices));
-  return problem;
+Inputs make_inputs(const Setting& setting, const std::vector<Variant>& variants, const Conditions& conditions,
+                   const Parallel& parallel) {
+  Inputs inputs{.setting = setting, .conditions = conditions, .parallel = parallel};
+  inputs.slices = slices_of(setting);
+  inputs.probes = probes_of(inputs.slices, probe_rows(setting, variants));
+  return inputs;
 }
 
-Routing routing_of(const Choice& choice) {
-  return choice.topk == 0 ? Routing::full() : Routing{.block_size = choice.chunk_size, .top_k = choice.topk};
+Routing routing_of(const Variant& variant) {
+  return variant.topk == 0 ? Routing::full()
+                           : Routing{.block_size = variant.chunk_size, .top_k = variant.topk};
 }
 
-bool is_dense(const Choice& choice, std::int64_t tokens) {
-  return choice.topk == 0 || (tokens - 1) / choice.chunk_size < choice.topk;
+bool is_dense(const Variant& variant, std::int64_t tokens) {
+  return variant.topk == 0 || (tokens - 1) / variant.chunk_size < variant.topk;
 }
 
-Blocks::Blocks(const Problem& problem, const Choice& choice, const Slice& part) : slice(part) {
-  if (is_dense(choice, problem.setting.tokens)) return;
-  width = selection_width(one_sequence(slice.count, slice.end()), routing_of(choice));
-  blocks.resize(static_cast<std::size_t>(problem.setting.heads * slice.count * width));
+Blocks::Blocks(const Inputs& inputs, const Variant& variant, const Slice& part) : slice(part) {
+  if (is_dense(variant, inputs.setting.tokens)) return;
+  width = selection_width(one_sequence(slice.count, slice.end()), routing_of(variant));
+  blocks.resize(static_cast<std::size_t>(inputs.setting.heads * slice.count * width));
 }
 
 std::span<const std::int32_t> Blocks::of(std::int64_t head, std::int64_t row) const {
@@ -88,10 +89,10 @@ std::span<const std::int32_t> Blocks::of(std::int64_t head, std::int64_t row) co
   return std::span(blocks).subspan(static_cast<std::size_t>(head * slice.count + row) * size, size);
 }
 
-Blocks Blocks::cut(const Problem& problem, const Choice& choice, const Slice& part) const {
-  Blocks result(problem, choice, part);
+Blocks Blocks::cut(const Inputs& inputs, const Variant& variant, const Slice& part) const {
+  Blocks result(inputs, variant, part);
   auto to = result.blocks.begin();
-  for (std::int64_t head = 0; head < problem.setting.heads && width > 0; ++head) {
+  for (std::int64_t head = 0; head < inputs.setting.heads && width > 0; ++head) {
     for (std::int64_t row = 0; row < part.count; ++row) {
       const auto from = of(head, part.first - slice.first + row);
       to = std::copy_n(from.begin(), result.width, to);
@@ -100,37 +101,37 @@ Blocks Blocks::cut(const Problem& problem, const Choice& choice, const Slice& pa
   return result;
 }
 
-Work work_of(const Problem& problem, const Choice& choice, const Blocks& blocks) {
+Work work_of(const Inputs& inputs, const Variant& variant, const Blocks& blocks) {
   const Slice& slice = blocks.slice;
-  const std::int64_t size = choice.chunk_size;
+  const std::int64_t size = variant.chunk_size;
   double pairs = 0, scored = 0;
   for (std::int64_t row = 0; row < slice.count; ++row) {
     const std::int64_t position = slice.first + row, own = position / size;
     if (blocks.width == 0) {
-      pairs += static_cast<double>(problem.setting.heads * (position + 1));
+      pairs += static_cast<double>(inputs.setting.heads * (position + 1));
       continue;
     }
-    if (own >= choice.topk && choice.topk > 1) scored += static_cast<double>(problem.setting.heads * own);
-    for (std::int64_t head = 0; head < problem.setting.heads; ++head) {
+    if (own >= variant.topk && variant.topk > 1) scored += static_cast<double>(inputs.setting.heads * own);
+    for (std::int64_t head = 0; head < inputs.setting.heads; ++head) {
       for (const std::int32_t block : blocks.of(head, row)) {
         if (block >= 0) pairs += static_cast<double>(block == own ? position + 1 - own * size : size);
       }
     }
   }
-  const auto depth = static_cast<double>(problem.setting.head_dim);
+  const auto depth = static_cast<double>(inputs.setting.head_dim);
   return {.attention_flops = 4 * depth * pairs, .gate_flops = 2 * depth * scored};
 }
 
-Work whole_work(const Problem& problem, const Choice& choice) {
-  const bool dense = is_dense(choice, problem.setting.tokens);
-  const std::int64_t size = choice.chunk_size;
+Work whole_work(const Inputs& inputs, const Variant& variant) {
+  const bool dense = is_dense(variant, inputs.setting.tokens);
+  const std::int64_t size = variant.chunk_size;
   double pairs = 0, scored = 0;
-  for (std::int64_t position = 0; position < problem.setting.tokens; ++position) {
-    const std::int64_t own = position / size, others = std::min(choice.topk - 1, own);
+  for (std::int64_t position = 0; position < inputs.setting.tokens; ++position) {
+    const std::int64_t own = position / size, others = std::min(variant.topk - 1, own);
     pairs += static_cast<double>(dense ? position + 1 : others * size + position + 1 - own * size);
-    if (!dense && own >= choice.topk && choice.topk > 1) scored += static_cast<double>(own);
+    if (!dense && own >= variant.topk && variant.topk > 1) scored += static_cast<double>(own);
   }
-  const auto depth = static_cast<double>(problem.setting.heads * problem.setting.head_dim);
+  const auto depth = static_cast<double>(inputs.setting.heads * inputs.setting.head_dim);
   return {.attention_flops = 4 * depth * pairs, .gate_flops = 2 * depth * scored};
 }
 
