@@ -261,6 +261,25 @@ TEST(CudaDecode, MeansMayBeEmptyWithoutSelection) {
   }
 }
 
+/// Torch's tensors without elements have no address.
+TEST(CudaDecode, PagesWithoutTokensMayBeNull) {
+  const Case c{.dtype = DType::bf16, .head_dim = 64, .sequences = one_sequence(3)};
+  Array q(DType::bf16, 3, 1, 64);
+  Result result(c);
+  Tensor pages{.dtype = DType::bf16, .device = Device::cuda, .rank = 4, .sizes = {3, 0, 1, 64}};
+  pages.strides = {64, 64, 64, 1};
+  const std::vector<std::int32_t> lengths(3);
+  const PagedCache cache{
+      .k = pages, .v = pages, .means = pages, .table_stride = 1, .lengths = lengths.data(), .sequences = 3};
+  for (const Routing& routing : {Routing{.block_size = 8, .top_k = 3}, Routing::full()}) {
+    decode(on_device(q.view()), cache, routing,
+           {.out = on_device(result.out.view()), .lse = result.outputs().lse});
+    EXPECT_EQ(largest(result.out), 0);
+    for (std::int64_t s = 0; s < 3; ++s)
+      EXPECT_EQ(result.lse_at(0, s), -std::numeric_limits<float>::infinity());
+  }
+}
+
 TEST(CudaDecode, IncrementalMeansMatchTheKeys) {
   const Paged p(9, {.kv_heads = 2, .page_tokens = 4, .padding = 3}, {.block_size = 8, .top_k = 2},
                 {40, 7, 64, 9, 0});
