@@ -5,6 +5,7 @@
 
 #include "cuda/stages.h"
 #include "device_case.h"
+#include "mirror.h"
 #include "number.h"
 
 namespace moba::cuda {
@@ -22,19 +23,23 @@ TEST(Centroids, MatchTheMeansOfTheKeys) {
         c.routing = {.block_size = block_size, .top_k = 1};
         test::fill(c);
         const DeviceBatch starts = batch_of(c.sequences);
-        const DeviceCall call =
-            make_call(on_device(c.q.view()), on_device(c.k.view()), on_device(c.v.view()), starts, c.routing);
+        test::Mirror mirror;
+        const auto placed = [&](const test::Array& array) { return mirror.read(on_device(array.view())); };
+        const DeviceCall call = make_call(placed(c.q), placed(c.k), placed(c.v), starts, c.routing);
         Stream stream({});
         std::vector<std::int32_t> q_starts(5), k_starts(5), blocks(5), tiles(5);
         const WorkSlice slice{1, 2, 0, call.tokens};
-        const Batch batch = lay_out(stream, call, starts, slice,
-                                    {q_starts.data(), k_starts.data(), blocks.data(), tiles.data()});
+        const auto list = [&](std::vector<std::int32_t>& of) { return mirror.write(of.data(), 5); };
+        const Batch batch =
+            lay_out(stream, call, starts, slice, {list(q_starts), list(k_starts), list(blocks), list(tiles)});
+        std::vector<std::uint16_t> means(static_cast<std::size_t>(call.max_blocks() * head_dim));
+        centroids(stream, call, slice, batch,
+                  mirror.write(means.data(), static_cast<std::int64_t>(means.size())));
+        mirror.copy_back();
         EXPECT_EQ(k_starts, c.sequences.cu_seqlens_k);
         EXPECT_EQ(blocks.back(), divide_up(5, block_size) + divide_up(200, block_size));
         EXPECT_EQ(tiles, (std::vector<std::int32_t>{0, 0, 1, 1, 3}));
 
-        std::vector<std::uint16_t> means(static_cast<std::size_t>(call.max_blocks() * head_dim));
-        centroids(stream, call, slice, batch, means.data());
         std::size_t at = 0;
         for (const auto& [first, last] : {std::pair{0, 5}, std::pair{5, 205}}) {
           for (std::int64_t begin = first; begin < last; begin += block_size) {

@@ -3,9 +3,10 @@
 #include "cases.h"
 #include "moba/cuda.h"
 
-/// Cases on the emulated device, whose memory is the host's.
+/// Cases on the device. Their tensors lie in host memory, and the tests' backend copies them (mirror.cpp).
 namespace moba::test {
 
+/// Marks a tensor as one of the device.
 inline Tensor on_device(Tensor t) {
   t.device = Device::cuda;
   return t;

@@ -1,4 +1,5 @@
-// Replaces torch's CUDA devices by the emulated device, whose tensors are torch's CPU tensors.
+// Replaces torch's CUDA devices by the emulated device: torch's CPU tensors, which the backend of mirror.cpp
+// copies to and fro.
 #include "device.h"
 
 namespace moba::pytorch {

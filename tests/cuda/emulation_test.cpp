@@ -15,6 +15,7 @@
 #include "cuda/ptx/wgmma.h"
 #include "cuda/tile/scan.h"
 #include "cuda/tile/swizzled_tile_128b.h"
+#include "emulation/memory.h"
 
 namespace moba::cuda {
 namespace {
@@ -28,6 +29,17 @@ std::string error_of(int threads, const std::function<void()>& kernel) {
   }
   return "";
 }
+
+/// Words of 7 in device memory.
+class DeviceWords {
+ public:
+  explicit DeviceWords(std::size_t count) : words_(count, 7), range_(words_.data(), 4 * count) {}
+  const std::uint32_t* data() const { return words_.data(); }
+
+ private:
+  std::vector<std::uint32_t> words_;
+  emulation::DeviceRange range_;
+};
 
 TEST(Emulation, EveryThreadOfEveryBlockRunsOnce) {
   std::vector<int> seen(3 * 2 * 64);
@@ -112,7 +124,7 @@ TEST(Emulation, PairsRoundToNearest) {
 }
 
 TEST(Emulation, CpAsyncHasCompletedAfterItsWait) {
-  std::vector<std::uint32_t> from(64 * 4, 7);
+  const DeviceWords from(64 * 4);
   emulation::run("copy", {}, 64, 64 * 16, [&] {
     const std::byte* to = ptx::shared() + ptx::thread() * 16;
     ptx::cp_async_16(ptx::shared(), static_cast<std::uint32_t>(ptx::thread()) * 16,
@@ -124,7 +136,7 @@ TEST(Emulation, CpAsyncHasCompletedAfterItsWait) {
 }
 
 TEST(Emulation, MissingWaitIsDetected) {
-  const std::vector<std::uint32_t> from(64 * 4, 7);
+  const DeviceWords from(64 * 4);
   int poisoned = 0;
   emulation::run("copy", {}, 64, 64 * 16, [&] {
     const std::byte* to = ptx::shared() + ptx::thread() * 16;
@@ -135,6 +147,28 @@ TEST(Emulation, MissingWaitIsDetected) {
     ptx::cp_async_wait<0>();
   });
   EXPECT_GT(poisoned, 0);
+}
+
+TEST(Emulation, CopyFromHostMemoryThrows) {
+  const std::vector<std::uint32_t> from(4, 7);
+  const std::string error = error_of(32, [&] {
+    ptx::cp_async_16(ptx::shared(), 0, from.data(), false);
+    if (ptx::thread() == 0) ptx::cp_async_16(ptx::shared(), 0, from.data(), true);
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+  });
+  EXPECT_NE(error.find("a copy reads memory of the host"), std::string::npos) << error;
+}
+
+TEST(Emulation, DeviceMemoryIsWhatItAllocated) {
+  auto* const memory = static_cast<std::byte*>(emulation::allocate(100));
+  EXPECT_TRUE(emulation::is_device_memory(memory));
+  EXPECT_TRUE(emulation::is_device_memory(memory + 99));
+  EXPECT_FALSE(emulation::is_device_memory(memory + 100));
+  EXPECT_FALSE(emulation::is_device_memory(memory - 1));
+  EXPECT_FALSE(emulation::is_device_memory(nullptr));
+  emulation::release(memory);
+  EXPECT_FALSE(emulation::is_device_memory(memory));
 }
 
 TEST(Emulation, DivergentWarpThrows) {
@@ -173,7 +207,7 @@ TEST(Emulation, BarrierWithTwoThreadCountsThrows) {
 }
 
 TEST(Emulation, UnwaitedCopyThrows) {
-  const std::vector<std::uint32_t> from(4, 7);
+  const DeviceWords from(4);
   const std::string error = error_of(32, [&] {
     if (ptx::thread() == 0) ptx::cp_async_16(ptx::shared(), 0, from.data(), true);
   });
@@ -329,7 +363,7 @@ TEST(Emulation, UnwaitedWgmmaThrows) {
 }
 
 TEST(Emulation, UnfencedOperandThrows) {
-  const std::vector<std::uint32_t> from(4, 7);
+  const DeviceWords from(4);
   for (const bool fences : {false, true}) {
     const std::string error = error_of(ptx::kWarpgroupThreads, [&] {
       ptx::cp_async_16(ptx::shared(), 0, from.data(), true);

@@ -6,11 +6,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <optional>
 #include <random>
 
 #include "cuda/flow.h"
 #include "cuda/stages.h"
 #include "emulation/block.h"
+#include "emulation/memory.h"
+#include "mirror.h"
 
 namespace moba::cuda {
 namespace {
@@ -19,7 +22,7 @@ constexpr std::int64_t kTokens = 10'000'000, kHeads = 64, kMaxElements = kTokens
 
 enum class Spread { compact, far };
 
-/// A bf16 tensor [.., D] in reserved address space, of which only written pages take memory.
+/// A bf16 tensor [.., D] in reserved address space of the device, of which only written pages take memory.
 class Field {
  public:
   Field(std::initializer_list<std::int64_t> sizes, Spread spread) {
@@ -43,6 +46,7 @@ class Field {
     tensor_.data =
         mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (tensor_.data == MAP_FAILED) throw std::runtime_error("no address space for a test");
+    range_.emplace(tensor_.data, bytes_);
   }
   Field(std::initializer_list<std::int64_t> sizes, Spread spread, std::uint64_t seed) : Field(sizes, spread) {
     std::mt19937_64 random(seed);
@@ -56,7 +60,10 @@ class Field {
       }
     });
   }
-  ~Field() { munmap(tensor_.data, bytes_); }
+  ~Field() {
+    range_.reset();
+    munmap(tensor_.data, bytes_);
+  }
   Field(const Field&) = delete;
   Field& operator=(const Field&) = delete;
 
@@ -80,6 +87,7 @@ class Field {
 
   Tensor tensor_{};
   std::size_t bytes_ = 0;
+  std::optional<emulation::DeviceRange> range_{};
 };
 
 /// All outputs of the calls.
@@ -92,11 +100,13 @@ Written attend(const Routing& routing, Spread spread, const Execution& execution
   const Field q({kQ, 4, kDim}, spread, 1), k({kK, 2, kDim}, spread, 2), v({kK, 2, kDim}, spread, 3),
       d_out({kQ, 4, kDim}, spread, 4), out({kQ, 4, kDim}, spread), dq({kQ, 4, kDim}, spread),
       dk({kK, 2, kDim}, spread), dv({kK, 2, kDim}, spread);
-  std::vector<float> lse(static_cast<std::size_t>(kQ) * 4);
+  std::vector<float> rows(static_cast<std::size_t>(kQ) * 4);
+  test::Mirror mirror;
+  float* const lse = mirror.read(rows.data(), kQ * 4);
   named("attention", [&] {
-    attention(q.view(), k.view(), v.view(), batch_of(sequences), routing,
-              {.out = out.view(), .lse = lse.data()}, execution);
-    attention_backward(d_out.view(), q.view(), k.view(), v.view(), {.out = out.view(), .lse = lse.data()},
+    attention(q.view(), k.view(), v.view(), batch_of(sequences), routing, {.out = out.view(), .lse = lse},
+              execution);
+    attention_backward(d_out.view(), q.view(), k.view(), v.view(), {.out = out.view(), .lse = lse},
                        batch_of(sequences), routing, {dq.view(), dk.view(), dv.view()}, execution);
   });
   return {out.values(), dq.values(), dk.values(), dv.values()};
@@ -110,13 +120,14 @@ Written decode_pages(const Routing& routing, Spread spread, const Execution& exe
       out({3, 4, kDim}, spread);
   const std::vector<std::int32_t> table{11, 0, 5, 2, 7, 1, 9, 3, 10, 4, 8, 6}, lengths{30, 9, 25},
       starts{0, 2, 5};
+  test::Mirror mirror;
   const PagedCache cache{.k = k.view(),
                          .v = v.view(),
                          .means = means.view(),
-                         .page_table = table.data(),
+                         .page_table = mirror.read(table.data(), kPages),
                          .table_stride = 4,
-                         .lengths = lengths.data(),
-                         .starts = starts.data(),
+                         .lengths = mirror.read(lengths.data(), 3),
+                         .starts = mirror.read(starts.data(), 3),
                          .sequences = 3,
                          .max_seqlen_k = 30};
   named("decode", [&] {
@@ -145,10 +156,11 @@ TEST(CudaLimits, DecodeReachesOffsetsBeyond32Bits) {
     EXPECT_EQ(decode_pages(routing, Spread::far), decode_pages(routing, Spread::compact));
 }
 
-/// Returns a call on 10 million tokens that have no memory.
+/// Returns a call on 10 million tokens that have addresses of the device, but no memory.
 DeviceCall large_task(std::int64_t kv_heads, const Routing& routing) {
   Tensor q{.dtype = DType::bf16, .device = Device::cuda, .rank = 3};
   q.data = reinterpret_cast<void*>(std::uintptr_t{1} << 20);
+  static const emulation::DeviceRange range(q.data, sizeof(std::uint16_t) * kMaxElements);
   q.sizes = {kTokens, kHeads, 256};
   q.strides = {kHeads * 256, 256, 1};
   Tensor k = q;
@@ -215,11 +227,11 @@ TEST(CudaLimits, FailedLaunchThrowsOnce) {
   std::size_t held = 0;
   const Execution counted{.scratch = {[&](std::size_t bytes) {
                                         held += bytes;
-                                        return std::aligned_alloc(ArenaLayout::kAlignment, bytes);
+                                        return emulation::allocate(bytes);
                                       },
                                       [&](void* memory, std::size_t bytes) {
                                         held -= bytes;
-                                        std::free(memory);
+                                        emulation::release(memory);
                                       }}};
   for (const auto& call : {attend, decode_pages}) {
     const Written expected = call(routing, Spread::compact, {});

@@ -1,144 +1,118 @@
-// The backend "cuda" of the tests, whose tensors lie in the host's memory: copies inputs and outputs to the
-// device, real or emulated, and the outputs back.
+// The backend "cuda" of the tests: its tensors lie in host memory, and a Mirror copies them to the device.
+#include "mirror.h"
+
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <deque>
-#include <map>
 #include <stdexcept>
 
 #include "backend.h"
 #include "cuda/flow.h"
 
-#ifndef MOBA_CUDA_EMULATION
+#ifdef MOBA_CUDA_EMULATION
+#include <cstring>
+
+#include "emulation/memory.h"
+#else
 #include <cuda_runtime_api.h>
+
+#include <string>
 #endif
 
 namespace moba {
-namespace {
+namespace test {
 
 #ifdef MOBA_CUDA_EMULATION
 
-void* allocate(std::size_t bytes) {
-  return std::malloc(bytes);
+void* device_allocate(std::size_t bytes) {
+  return cuda::emulation::allocate(bytes);
 }
-void release(void* memory) {
-  std::free(memory);
+void device_release(void* memory) {
+  cuda::emulation::release(memory);
 }
-void transfer(void* to, const void* from, std::size_t bytes) {
+void device_transfer(void* to, const void* from, std::size_t bytes) {
   std::memcpy(to, from, bytes);
 }
 
 #else
 
+namespace {
+
 void require(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
-void* allocate(std::size_t bytes) {
+
+}  // namespace
+
+void* device_allocate(std::size_t bytes) {
   void* memory = nullptr;
-  require(cudaMalloc(&memory, bytes), "memory for a test");
+  require(cudaMalloc(&memory, std::max<std::size_t>(bytes, 1)), "memory for a test");
   return memory;
 }
-/// Synchronises with the device, as cudaFree does.
-void release(void* memory) {
+void device_release(void* memory) {
   static_cast<void>(cudaFree(memory));
 }
-void transfer(void* to, const void* from, std::size_t bytes) {
+void device_transfer(void* to, const void* from, std::size_t bytes) {
   require(cudaMemcpy(to, from, bytes, cudaMemcpyDefault), "a copy for a test");
 }
 
 #endif
 
-constexpr std::uintptr_t kRow = 16;
+Mirror::Buffer::Buffer(std::byte* on_host, std::size_t count)
+    : host(on_host),
+      bytes(count),
+      shift(reinterpret_cast<std::uintptr_t>(on_host) % kAlignment),
+      memory(static_cast<std::byte*>(device_allocate(shift + count))) {
+  device_transfer(device(), host, bytes);
+}
 
-/// Copy of host memory on the device, at the same offset from a multiple of 16 bytes.
-struct Buffer {
-  Buffer(std::byte* on_host, std::size_t count)
-      : host(on_host),
-        bytes(count),
-        shift(reinterpret_cast<std::uintptr_t>(on_host) % kRow),
-        memory(static_cast<std::byte*>(allocate(shift + count))) {
-    transfer(device(), host, bytes);
+Tensor Mirror::read(Tensor t) {
+  const std::size_t bytes = size_of(t.dtype);
+  std::int64_t low = 0, high = 1;
+  for (std::size_t dim = 0; dim < static_cast<std::size_t>(t.rank); ++dim) {
+    if (t.sizes[dim] == 0) return t;
+    const std::int64_t reach = (t.sizes[dim] - 1) * t.strides[dim];
+    (reach < 0 ? low : high) += reach;
   }
-  ~Buffer() { release(memory); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
+  if (t.data == nullptr) return t;
+  auto* const first = static_cast<std::byte*>(t.data) + low * static_cast<std::int64_t>(bytes);
+  const Buffer& buffer = buffers_.emplace_back(first, static_cast<std::size_t>(high - low) * bytes);
+  t.data = buffer.device() - low * static_cast<std::int64_t>(bytes);
+  return t;
+}
 
-  std::byte* device() const { return memory + shift; }
+Execution Mirror::context(Execution execution) {
+  if (!execution.scratch.allocate) return execution;
+  execution.scratch = {[this, ask = execution.scratch.allocate](std::size_t bytes) -> void* {
+                         void* const theirs = ask(bytes);
+                         if (theirs == nullptr) return nullptr;
+                         void* const memory = device_allocate(bytes);
+                         theirs_[memory] = theirs;
+                         return memory;
+                       },
+                       [this, tell = execution.scratch.release](void* memory, std::size_t bytes) {
+                         tell(theirs_.at(memory), bytes);
+                         device_release(memory);
+                       }};
+  return execution;
+}
 
-  std::byte* host;
-  std::size_t bytes, shift;
-  std::byte* memory;
-  bool written = false;
-};
-
-class Mirror {
- public:
-  Tensor read(Tensor t) {
-    const std::size_t bytes = size_of(t.dtype);
-    std::int64_t low = 0, high = 1;
-    for (std::size_t dim = 0; dim < static_cast<std::size_t>(t.rank); ++dim) {
-      if (t.sizes[dim] == 0) return t;
-      const std::int64_t reach = (t.sizes[dim] - 1) * t.strides[dim];
-      (reach < 0 ? low : high) += reach;
-    }
-    if (t.data == nullptr) return t;
-    auto* const first = static_cast<std::byte*>(t.data) + low * static_cast<std::int64_t>(bytes);
-    const Buffer& buffer = buffers_.emplace_back(first, static_cast<std::size_t>(high - low) * bytes);
-    t.data = buffer.device() - low * static_cast<std::int64_t>(bytes);
-    return t;
+void Mirror::copy_back() const {
+  for (const Buffer& buffer : buffers_) {
+    if (buffer.written) device_transfer(buffer.host, buffer.device(), buffer.bytes);
   }
+}
 
-  template <typename T>
-  T* read(T* list, std::int64_t count) {
-    if (list == nullptr || count == 0) return list;
-    auto* const first = reinterpret_cast<std::byte*>(const_cast<std::remove_const_t<T>*>(list));
-    return reinterpret_cast<T*>(
-        buffers_.emplace_back(first, static_cast<std::size_t>(count) * sizeof(T)).device());
-  }
+}  // namespace test
 
-  template <typename... What>
-  auto write(What... what) {
-    const std::size_t before = buffers_.size();
-    const auto there = read(what...);
-    if (buffers_.size() > before) buffers_.back().written = true;
-    return there;
-  }
+namespace {
 
-  DeviceBatch starts(DeviceBatch batch) {
-    if (!batch.on_device) return batch;
-    batch.q_starts = read(batch.q_starts, batch.count + 1);
-    batch.k_starts = read(batch.k_starts, batch.count + 1);
-    return batch;
-  }
+using test::Mirror;
 
-  /// Calls the caller's allocator, but returns memory of the device.
-  Execution context(Execution execution) {
-    if (!execution.scratch.allocate) return execution;
-    execution.scratch = {[this, ask = execution.scratch.allocate](std::size_t bytes) -> void* {
-                           void* const theirs = ask(bytes);
-                           if (theirs == nullptr) return nullptr;
-                           void* const memory = allocate(bytes);
-                           theirs_[memory] = theirs;
-                           return memory;
-                         },
-                         [this, tell = execution.scratch.release](void* memory, std::size_t bytes) {
-                           tell(theirs_.at(memory), bytes);
-                           release(memory);
-                         }};
-    return execution;
-  }
-
-  void copy_back() const {
-    for (const Buffer& buffer : buffers_) {
-      if (buffer.written) transfer(buffer.host, buffer.device(), buffer.bytes);
-    }
-  }
-
- private:
-  std::deque<Buffer> buffers_;
-  std::map<void*, void*> theirs_;
-};
+DeviceBatch starts(Mirror& mirror, DeviceBatch batch) {
+  if (!batch.on_device) return batch;
+  batch.q_starts = mirror.read(batch.q_starts, batch.count + 1);
+  batch.k_starts = mirror.read(batch.k_starts, batch.count + 1);
+  return batch;
+}
 
 /// Elements of a selection; `stride` as in Outputs.
 std::int64_t selected(const DeviceBatch& batch, const Routing& routing, const Tensor& q,
@@ -155,7 +129,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBa
       .lse = mirror.write(outputs.lse, q.sizes[0] * q.sizes[1]),
       .selection = mirror.write(outputs.selection, selected(batch, routing, q, outputs.selection_stride)),
       .selection_stride = outputs.selection_stride};
-  cuda::attention(mirror.read(q), mirror.read(k), mirror.read(v), mirror.starts(batch), routing, there,
+  cuda::attention(mirror.read(q), mirror.read(k), mirror.read(v), starts(mirror, batch), routing, there,
                   mirror.context(execution));
   mirror.copy_back();
 }
@@ -171,7 +145,7 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
       .selection_stride = saved.selection_stride};
   const Gradients there{mirror.write(gradients.dq), mirror.write(gradients.dk), mirror.write(gradients.dv)};
   cuda::attention_backward(mirror.read(d_out), mirror.read(q), mirror.read(k), mirror.read(v), forward,
-                           mirror.starts(batch), routing, there, mirror.context(execution));
+                           starts(mirror, batch), routing, there, mirror.context(execution));
   mirror.copy_back();
 }
 

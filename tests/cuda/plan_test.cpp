@@ -6,6 +6,7 @@
 #include <map>
 
 #include "device_case.h"
+#include "mirror.h"
 #include "selection.h"
 
 namespace moba::cuda {
@@ -35,8 +36,9 @@ TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
   c.routing = {.block_size = 20, .top_k = 5};
   test::fill(c);
   const DeviceBatch starts = batch_of(c.sequences);
-  const DeviceCall call =
-      make_call(on_device(c.q.view()), on_device(c.k.view()), on_device(c.v.view()), starts, c.routing);
+  test::Mirror mirror;
+  const auto placed = [&](const test::Array& array) { return mirror.read(on_device(array.view())); };
+  const DeviceCall call = make_call(placed(c.q), placed(c.k), placed(c.v), starts, c.routing);
   const WorkSlice slice{0, 2, 1, call.tokens};
   const std::int64_t rows = call.rows(slice), choices = rows * call.width();
   const std::int64_t stride = call.selection_width;
@@ -70,7 +72,10 @@ TEST(Plan, ListsTheRowsOfEveryBlockInOrder) {
   ArenaLayout layout(arena.data());
   const Batch batch = lay_out(stream, call, starts, slice, carve_starts(layout, call, starts));
   const Plan plan = carve_plan(layout, call, slice);
-  cuda::plan(stream, call, slice, batch, selected, plan);
+  cuda::plan(stream, call, slice, batch,
+             rows_in(mirror.read(selection.data(), static_cast<std::int64_t>(selection.size())), call, slice,
+                     stride),
+             plan);
 
   for (std::int64_t head = 0; head < 2; ++head) {
     const std::uint32_t* offsets = plan.offsets + head * (call.max_blocks() + 1);

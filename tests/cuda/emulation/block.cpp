@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "emulation/fiber.h"
+#include "emulation/memory.h"
 
 namespace moba::cuda::emulation {
 namespace {
@@ -473,6 +474,10 @@ void barrier_arrive(int id, int threads) {
 
 void cp_async(void* to, const void* from, int bytes) {
   Machine& m = machine();
+  if (bytes > 0 && !is_device_memory(from)) {
+    m.fail_later("a copy reads memory of the host");
+    return;
+  }
   const Copy copy{to, from, bytes};
   if (m.chance()) {
     land(copy);

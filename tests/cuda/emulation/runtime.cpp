@@ -1,10 +1,11 @@
-// Runtime of the emulated device: memory is the host's, and a launch returns after the kernel has ended.
+// Runtime of the emulated device: its own memory, and launches that return after the kernel has ended.
 #include "cuda/runtime.h"
 
 #include <cstring>
-#include <new>
+#include <stdexcept>
 
 #include "cuda/architectures.h"
+#include "emulation/memory.h"
 #include "moba/error.h"
 
 namespace moba::cuda {
@@ -20,8 +21,8 @@ std::string_view built_architectures() {
   return "80-real,90a-real,90-virtual";
 }
 
-bool is_on_device(const void*) {
-  return true;
+bool is_on_device(const void* pointer) {
+  return emulation::is_device_memory(pointer);
 }
 
 TensorMap tensor_map(const Tensor& t, int rows) {
@@ -32,14 +33,15 @@ TensorMap tensor_map(const Tensor& t, int rows) {
 }
 
 void Stream::fill(void* to, int value, std::size_t bytes) {
+  if (bytes > 0 && !is_on_device(to)) throw DeviceFailure{"memory cannot be set: it is the host's"};
   std::memset(to, value, bytes);
 }
 
 std::byte* Stream::allocate(std::size_t bytes) {
-  void* memory = scratch_->allocate ? scratch_->allocate(bytes)
-                                    : ::operator new (bytes, std::align_val_t{ArenaLayout::kAlignment});
+  void* memory = scratch_->allocate ? scratch_->allocate(bytes) : emulation::allocate(bytes);
   if (memory == nullptr)
     throw DeviceFailure{"scratch gave no memory for " + std::to_string(bytes) + " bytes"};
+  if (!is_on_device(memory)) throw std::logic_error("scratch gave memory of the host");
   std::memset(memory, 0xFF, bytes);  // NaN, to detect reads before writes
   return static_cast<std::byte*>(memory);
 }
@@ -48,7 +50,7 @@ void Stream::release(std::byte* memory, std::size_t bytes) noexcept {
   if (scratch_->release) {
     scratch_->release(memory, bytes);
   } else {
-    ::operator delete (memory, std::align_val_t{ArenaLayout::kAlignment});
+    emulation::release(memory);
   }
 }
 
