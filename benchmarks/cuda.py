@@ -254,19 +254,25 @@ class Cache:
             assert error < 1e-2, f"{choice}: the output of head {head} is off by {error:.2e}"
 
 
-def captured(function):
-    """Return a CUDA graph of `function`, whose replay excludes the host's time."""
-    import torch
+class Captured:
+    """A CUDA graph of `function`, whose replay excludes the host's time. Keeps `function`, which holds the inputs: the graph
+    reads their memory but does not own it."""
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return graph
+    def __init__(self, function):
+        import torch
+
+        self.function = function
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            function()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            function()
+
+    def __call__(self):
+        self.graph.replay()
 
 
 def interleaved(functions, rounds=5, seconds=20.0):
@@ -471,7 +477,6 @@ class Bench:
         source, target = self.copied()
         choices = [(128, 8), (4096, 12)]
         steps = {"copy": lambda: target.copy_(source)}
-        graphs = []  # keeps their memory
         for choice in choices:
             means = [layer.means(choice[0]) for layer in layers]
             layers[0].verify(choice, means[0])
@@ -479,8 +484,7 @@ class Bench:
             def step(choice=choice, means=means):
                 return [layer.decode(choice, own) for layer, own in zip(layers, means)]
 
-            graphs.append(captured(step))
-            steps[choice] = graphs[-1].replay
+            steps[choice] = Captured(step)
         times = interleaved(steps, rounds=20)
         bytes_a_second = 2 * source.nbytes / times["copy"]["ms"] * 1e3
         for choice in choices:

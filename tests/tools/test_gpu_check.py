@@ -7,7 +7,9 @@ import platform
 import re
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -171,6 +173,47 @@ def test_wrong_decoding_fails_verification(monkeypatch, choice):
     )
     with pytest.raises(AssertionError, match="off by"):
         cache.verify(choice, means)
+
+
+def test_replayed_graphs_read_live_memory(monkeypatch):
+    made, replayed = [], []
+
+    class Cache(bench.Cache):
+        def __init__(self, tokens, heads):
+            super().__init__(tokens, 2)
+
+        def means(self, block_size):
+            means = super().means(block_size)
+            made.append(weakref.ref(means))
+            return means
+
+    class Graph:
+        def replay(self):
+            replayed.append(all(means() is not None for means in made))
+
+    for name, fake in (
+        ("Stream", mock.MagicMock),
+        ("CUDAGraph", Graph),
+        ("current_stream", mock.MagicMock),
+        ("stream", mock.MagicMock()),
+        ("graph", mock.MagicMock()),
+    ):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name, fake in (
+        ("DEVICE", "cpu"),
+        ("MI", 8192),
+        ("Cache", Cache),
+        (
+            "interleaved",
+            lambda calls, rounds: {
+                n: (c(), {"ms": 1, "spread": 0, "runs": 1})[1] for n, c in calls.items()
+            },
+        ),
+    ):
+        monkeypatch.setattr(bench, name, fake)
+    rows = list(bench.Bench.decode(object.__new__(bench.Bench)))
+    assert [row["choice"] for row in rows] == [(128, 8), (4096, 12)]
+    assert replayed == [True, True] and len(made) == 6
 
 
 def test_decode_bytes_are_counted():
