@@ -44,6 +44,19 @@ MOBA_DEVICE void store_row_table(const DqParams<T>& p, const WorkTile& work, Row
   }
 }
 
+/// Adds the poison of the keys to dS, before the mask.
+template <int row_tiles, int key_tiles>
+MOBA_DEVICE void add_poison(float (&ds)[row_tiles][key_tiles][4], const float* poison) {
+  MOBA_UNROLL
+  for (int i = 0; i < row_tiles; ++i) {
+    MOBA_UNROLL
+    for (int j = 0; j < key_tiles; ++j) {
+      MOBA_UNROLL
+      for (int e = 0; e < 4; ++e) ds[i][j][e] += poison[8 * j + ptx::lane() % 4 * 2 + e % 2];
+    }
+  }
+}
+
 /// Writes this warp's rows of dq from 16-byte vector `first_vec` on, through its rows of q's shared memory.
 template <int head_dim, typename T, typename Rows, int row_tiles, int column_tiles>
 MOBA_DEVICE void store_dq(const DqParams<T>& p, const Rows& q, const std::uint32_t* slots,

@@ -6,6 +6,7 @@
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
 #include "cuda/ptx/warp.h"
+#include "cuda/tile/nonfinite.h"
 #include "cuda/tile/swizzled_tile.h"
 
 /// Key tiles of the dk/dv pass: their rows, and the epilogue that writes their gradients.
@@ -210,7 +211,14 @@ MOBA_DEVICE bool is_unmasked(const DkvParams<T>& p, const KeyTile& key_tile, std
          key_tile.count;
 }
 
-/// Recomputes P = exp2(log2_scale * S - lse) in place; columns are rows of q.
+/// Tests that rows of a tile that is not unmasked see different keys: diagonal ones, under a causal mask.
+template <int rows, typename T>
+MOBA_DEVICE bool is_mixed(const DkvParams<T>& p, const KeyTile& key_tile, std::uint32_t first) {
+  return p.causal && key_tile.diagonal > 0 && first + rows > key_tile.routed;
+}
+
+/// Recomputes P = exp2(log2_scale * S - lse) in place, at most 1 whatever the rounding of lse; columns are
+/// rows of q.
 template <int tiles>
 MOBA_DEVICE void recompute_p(float (&products)[tiles][4], const LseDelta* sums, float log2_scale) {
   MOBA_UNROLL
@@ -218,7 +226,7 @@ MOBA_DEVICE void recompute_p(float (&products)[tiles][4], const LseDelta* sums, 
     MOBA_UNROLL
     for (int e = 0; e < 4; ++e) {
       const float lse = sums[8 * j + ptx::lane() % 4 * 2 + e % 2].lse;
-      products[j][e] = ptx::exp2(ptx::fma(products[j][e], log2_scale, -lse));
+      products[j][e] = ptx::exp2(ptx::at_most_zero(ptx::fma(products[j][e], log2_scale, -lse)));
     }
   }
 }
@@ -247,6 +255,17 @@ MOBA_DEVICE void apply_mask(float (&probs)[tiles][4], const std::int32_t* visibl
         probs[j][e] = 0;
     }
   }
+}
+
+/// Isolates NaN and infinity in mixed tiles of q and d_out: their rows get an LSE of NaN, which makes P and
+/// dS NaN for the keys that they see. Called by `threads` threads.
+template <int threads, int rows, typename Rows>
+MOBA_DEVICE void isolate_nonfinite_rows(const Rows& q, const Rows& d_out, int thread, LseDelta* sums) {
+  const auto report = [&](int row, bool found) {
+    if (found) sums[row] = {ptx::nan(), ptx::nan()};
+  };
+  tile::isolate_nonfinite<threads, rows>(q, thread, report);
+  tile::isolate_nonfinite<threads, rows>(d_out, thread, report);
 }
 
 struct alignas(16) Vec4F32 {

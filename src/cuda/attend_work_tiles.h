@@ -6,6 +6,7 @@
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
 #include "cuda/ptx/warp.h"
+#include "cuda/tile/nonfinite.h"
 #include "cuda/tile/softmax.h"
 
 /// Work tiles of attention and of dq, and the epilogue that writes their rows. Routed tiles come first, full
@@ -47,6 +48,15 @@ struct WorkTile {
   std::int32_t count = 0;
   std::int32_t first_key = 0;  // of the sequence, packed
   std::int32_t begin = 0, end = 0, all_begin = 0, all_end = 0;
+
+  /// Tests that some row does not see some of the `keys` keys from `key` on.
+  MOBA_DEVICE bool is_masked(std::int32_t key, std::int32_t keys) const {
+    return key < all_begin || key + keys > all_end;
+  }
+  /// Tests that rows see different ones of them. Other keys that no row sees are after `end`.
+  MOBA_DEVICE bool is_mixed(std::int32_t key, std::int32_t keys) const {
+    return diagonal && is_masked(key, keys);
+  }
 };
 
 /// Row of a work tile.
@@ -160,11 +170,11 @@ MOBA_DEVICE void negate(float (&logits)[row_tiles][key_tiles][4]) {
   }
 }
 
-/// Masks logits of keys outside the range of the tile or, in a diagonal tile, of the row. `key` is the key
-/// of the first column.
-template <int row_tiles, int key_tiles>
-MOBA_DEVICE void apply_mask(float (&logits)[row_tiles][key_tiles][4], const KeyRange* bounds,
-                            const WorkTile& work, std::int32_t key, int warp_row) {
+/// Calls visit(value, column, is_visible) for each key of a tile and row: the rows of a diagonal tile see the
+/// keys of `bounds`, those of a routed one all keys of the work tile. `key` is the key of the first column.
+template <int row_tiles, int key_tiles, typename Visit>
+MOBA_DEVICE void for_keys(float (&values)[row_tiles][key_tiles][4], const KeyRange* bounds,
+                          const WorkTile& work, std::int32_t key, int warp_row, Visit&& visit) {
   MOBA_UNROLL
   for (int i = 0; i < row_tiles; ++i) {
     MOBA_UNROLL
@@ -175,12 +185,31 @@ MOBA_DEVICE void apply_mask(float (&logits)[row_tiles][key_tiles][4], const KeyR
       for (int j = 0; j < key_tiles; ++j) {
         MOBA_UNROLL
         for (int e = 0; e < 2; ++e) {
-          const std::int32_t column = key + 8 * j + ptx::lane() % 4 * 2 + e;
-          if (column < visible.begin || column >= visible.end) logits[i][j][2 * half + e] = -ptx::infinity();
+          const int column = 8 * j + ptx::lane() % 4 * 2 + e;
+          visit(values[i][j][2 * half + e], column,
+                key + column >= visible.begin && key + column < visible.end);
         }
       }
     }
   }
+}
+
+/// Masks logits of keys that a row does not see.
+template <int row_tiles, int key_tiles>
+MOBA_DEVICE void apply_mask(float (&logits)[row_tiles][key_tiles][4], const KeyRange* bounds,
+                            const WorkTile& work, std::int32_t key, int warp_row) {
+  for_keys(logits, bounds, work, key, warp_row, [](float& logit, int, bool is_visible) {
+    if (!is_visible) logit = -ptx::infinity();
+  });
+}
+
+/// Adds the poison of the keys that a row sees to its weights.
+template <int row_tiles, int key_tiles>
+MOBA_DEVICE void add_poison(float (&weights)[row_tiles][key_tiles][4], const float* poison,
+                            const KeyRange* bounds, const WorkTile& work, std::int32_t key, int warp_row) {
+  for_keys(weights, bounds, work, key, warp_row, [&](float& weight, int column, bool is_visible) {
+    if (is_visible) weight += poison[column];
+  });
 }
 
 /// Copies the rows of this warp from shared memory to the output or to their slots.

@@ -199,6 +199,70 @@ void check_backward(const Case& c) {
   check_gradient("dv", found.dv, truth.dv, plain.gradients.dv, 0);
 }
 
+/// Logits of which LSE, in f32, is off by more than 1: weights that are recomputed from it stay at most 1.
+void check_large_logits(std::int64_t head_dim) {
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    const double magnitude = dtype == DType::f16 ? 1e4 : 3e4;
+    for (const Routing& routing : {Routing::full(), Routing{.block_size = 16, .top_k = 3}}) {
+      Case c = case_of(3, head_dim, routing, 100, 100);
+      c.dtype = dtype;
+      fill(c);
+      for (std::int64_t token = 0; token < 100; ++token) {
+        for (std::int64_t d = 0; d < head_dim; ++d) {
+          c.k.set(token, 0, d, magnitude * c.k.get(token, 0, d));
+          for (std::int64_t head = 0; head < c.q_heads(); ++head)
+            c.q.set(token, head, d, magnitude * c.q.get(token, head, d));
+        }
+      }
+      Backpropagation b(c);
+      for (std::int64_t token = 0; token < 100; ++token) {
+        for (std::int64_t head = 0; head < c.q_heads(); ++head) {
+          for (std::int64_t d = 0; d < head_dim; ++d) b.d_out.set(token, head, d, 1);
+        }
+      }
+      const Differentiated found = backward(b);
+      EXPECT_LE(largest(found.dv), 100 * c.heads_per_kv + 1) << describe(c);
+      EXPECT_TRUE(std::isfinite(largest(found.dq)) && std::isfinite(largest(found.dk))) << describe(c);
+    }
+  }
+}
+
+/// A NaN and an infinity in q, k, v or d_out reach only the gradients that depend on them, NaN all of those.
+void check_non_finite_backward(std::int64_t head_dim, const Routing& routing) {
+  constexpr std::int64_t kTokens = 150, kBad = 70;
+  for (const int place : {0, 1, 2, 3}) {  // in q, k, v, d_out
+    for (const double bad : {std::nan(""), HUGE_VAL}) {
+      Case c = case_of(static_cast<std::uint64_t>(place) + 5, head_dim, routing, kTokens, kTokens);
+      const std::int64_t bad_head = place == 0 || place == 3 ? 1 : 0;
+      if (place < 3) (place == 0 ? c.q : place == 1 ? c.k : c.v).set(kBad, bad_head, 3, bad);
+      Backpropagation b(c);
+      if (place == 3) b.d_out.set(kBad, bad_head, 3, bad);
+      const Differentiated found = backward(b);
+      const std::string where = describe(c) + " place " + std::to_string(place);
+      std::vector<bool> key_depends(kTokens, false);
+      for (std::int64_t head = 0; head < c.q_heads(); ++head) {
+        for (std::int64_t query = 0; query < kTokens; ++query) {
+          const bool depends = place == 0 || place == 3 ? query == kBad && head == bad_head
+                                                        : attends(c, b.forward, head, query, kBad);
+          EXPECT_TRUE(depends || row_is_finite(found.dq, query, head)) << where << " query " << query;
+          EXPECT_FALSE(depends && std::isnan(bad) && row_is_finite(found.dq, query, head))
+              << where << " query " << query;
+          for (std::int64_t key = 0; depends && key <= query; ++key) {
+            if (attends(c, b.forward, head, query, key)) key_depends[static_cast<std::size_t>(key)] = true;
+          }
+        }
+      }
+      for (std::int64_t key = 0; key < kTokens; ++key) {
+        const bool depends = key_depends[static_cast<std::size_t>(key)];
+        EXPECT_TRUE(depends || (row_is_finite(found.dk, key, 0) && row_is_finite(found.dv, key, 0)))
+            << where << " key " << key;
+        EXPECT_FALSE(depends && std::isnan(bad) && row_is_finite(found.dk, key, 0))
+            << where << " key " << key;
+      }
+    }
+  }
+}
+
 Case random_backward_case(std::uint64_t seed) {
   Case c = random_device_case(seed);
   if (c.values == Values::specials) c.values = Values::normal;
@@ -247,6 +311,17 @@ TEST(CudaAttendBackward, BlockSelectedByEveryRowMatchesTheReference) {
   c.routing = {.block_size = 2, .top_k = 2, .sink_blocks = 1};
   fill(c);
   check_backward(c);
+}
+
+TEST(CudaAttendBackward, LargeLogitsGiveWeightsOfAtMostOne) {
+  for (const std::int64_t head_dim : {64, 256}) check_large_logits(head_dim);
+}
+
+TEST(CudaAttendBackward, NonFiniteInputsReachOnlyGradientsThatDependOnThem) {
+  for (const std::int64_t head_dim : {64, 96, 128, 256})
+    check_non_finite_backward(head_dim, {.block_size = 32, .top_k = 3});
+  for (const Routing& routing : {Routing::full(), Routing{.block_size = 7, .top_k = 2}})
+    check_non_finite_backward(64, routing);
 }
 
 TEST(CudaAttendBackward, RecomputedSelectionGivesTheSameBits) {
@@ -425,6 +500,17 @@ TEST_F(CudaSm90Backward, AnyOrderAndAnyWorkspaceGiveTheSameBits) {
   const Differentiated expected = backward(b, {.profile = &roomy});
   EXPECT_TRUE(backward(b) == expected);
   EXPECT_TRUE(backward(b, {.workspace_bytes = roomy.workspace_bytes * 2 / 3}) == expected);
+}
+
+TEST_F(CudaSm90Backward, LargeLogitsGiveWeightsOfAtMostOne) {
+  check_large_logits(64);
+}
+
+TEST_F(CudaSm90Backward, NonFiniteInputsReachOnlyGradientsThatDependOnThem) {
+  check_non_finite_backward(128, {.block_size = 100, .top_k = 2});
+  for (const Routing& routing :
+       {Routing::full(), Routing{.block_size = 32, .top_k = 3}, Routing{.block_size = 7, .top_k = 2}})
+    check_non_finite_backward(64, routing);
 }
 
 /// The TMA box of a block also loads the keys after its last one, which must not affect results.

@@ -73,6 +73,14 @@ TEST_F(CudaSm90, NonFiniteNeighbourSequencesDoNotLeak) {
   }
 }
 
+TEST_F(CudaSm90, NonFiniteInputsReachOnlyRowsThatDependOnThem) {
+  choose("sm90");
+  check_non_finite_forward(128, {.block_size = 100, .top_k = 2});
+  for (const Routing& routing :
+       {Routing::full(), Routing{.block_size = 32, .top_k = 3}, Routing{.block_size = 7, .top_k = 2}})
+    check_non_finite_forward(64, routing);
+}
+
 #ifdef MOBA_CUDA_EMULATION
 bool was_used(const Case& c) {
   constexpr const char* kKernel = "attend_sm90";

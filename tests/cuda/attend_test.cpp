@@ -64,6 +64,13 @@ TEST(CudaAttend, BlocksAbove64KeysMatchTheOracle) {
   }
 }
 
+TEST(CudaAttend, NonFiniteInputsReachOnlyRowsThatDependOnThem) {
+  for (const std::int64_t head_dim : {64, 96, 128, 256})
+    check_non_finite_forward(head_dim, {.block_size = 32, .top_k = 3});
+  for (const Routing& routing : {Routing::full(), Routing{.block_size = 7, .top_k = 2}})
+    check_non_finite_forward(64, routing);
+}
+
 TEST(CudaAttend, ManyShortSequencesMatchTheOracle) {
   Case c{.seed = 3, .dtype = DType::f16, .head_dim = 64, .routing = {.block_size = 2, .top_k = 2}};
   c.sequences = {{0}, {0}};

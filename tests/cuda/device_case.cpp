@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <fstream>
 #include <random>
@@ -55,6 +56,48 @@ Case case_of(std::uint64_t seed, std::int64_t head_dim, const Routing& routing, 
   c.routing = routing;
   fill(c);
   return c;
+}
+
+bool attends(const Case& c, const Result& forward, std::int64_t head, std::int64_t query, std::int64_t key) {
+  if (key > query) return false;
+  if (c.routing.top_k == Routing::kEverything) return true;
+  const std::vector<std::int32_t> blocks = forward.row(head, query);
+  return std::find(blocks.begin(), blocks.end(), key / c.routing.block_size) != blocks.end();
+}
+
+bool row_is_finite(const Array& array, std::int64_t token, std::int64_t head) {
+  for (std::int64_t d = 0; d < array.head_dim(); ++d) {
+    if (!std::isfinite(array.get(token, head, d))) return false;
+  }
+  return true;
+}
+
+void check_non_finite_forward(std::int64_t head_dim, const Routing& routing) {
+  constexpr std::int64_t kTokens = 150, kBad = 70;
+  for (const int place : {0, 1, 2}) {  // in q, k, v
+    for (const double bad : {std::nan(""), HUGE_VAL}) {
+      Case c = case_of(static_cast<std::uint64_t>(place) + 5, head_dim, routing, kTokens, kTokens);
+      const std::int64_t bad_head = place == 0 ? 1 : 0;
+      (place == 0 ? c.q : place == 1 ? c.k : c.v).set(kBad, bad_head, 3, bad);
+      const Result found = run_on_device(c);
+      for (std::int64_t head = 0; head < c.q_heads(); ++head) {
+        for (std::int64_t query = 0; query < kTokens; ++query) {
+          const bool depends =
+              place == 0 ? query == kBad && head == bad_head : attends(c, found, head, query, kBad);
+          const std::string where =
+              describe(c) + " place " + std::to_string(place) + " query " + std::to_string(query);
+          if (!depends || place == 2) {
+            EXPECT_TRUE(std::isfinite(found.lse_at(head, query))) << where;
+          }
+          if (!depends) {
+            EXPECT_TRUE(row_is_finite(found.out, query, head)) << where;
+          } else if (std::isnan(bad) || place == 2) {  // a logit of -inf is a weight of 0
+            EXPECT_FALSE(row_is_finite(found.out, query, head)) << where;
+          }
+        }
+      }
+    }
+  }
 }
 
 Case random_device_case(std::uint64_t seed) {

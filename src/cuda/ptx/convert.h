@@ -55,9 +55,18 @@ MOBA_DEVICE float fma(float a, float b, float c) {
 MOBA_DEVICE float fmax(float a, float b) {
   return fmaxf(a, b);
 }
+/// Minimum of x and 0; NaN of a NaN.
+MOBA_DEVICE float at_most_zero(float x) {
+  float result;
+  asm("min.NaN.f32 %0, %1, 0f00000000;" : "=f"(result) : "f"(x));
+  return result;
+}
 
 MOBA_DEVICE float infinity() {
   return uint_as_float(0x7F800000U);
+}
+MOBA_DEVICE float nan() {
+  return uint_as_float(0x7FC00000U);
 }
 
 }  // namespace moba::cuda::ptx

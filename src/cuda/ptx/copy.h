@@ -26,6 +26,10 @@ template <int pending>
 MOBA_DEVICE void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
+/// Zeroes 16 bytes at shared + offset.
+MOBA_DEVICE void zero_vec(std::byte* shared, std::uint32_t offset) {
+  *reinterpret_cast<Vec16*>(shared + offset) = {0, 0, 0, 0};
+}
 /// Loads from global memory that is read once (no L1 allocation).
 MOBA_DEVICE Vec16 load_streaming(const void* from) {
   Vec16 v;

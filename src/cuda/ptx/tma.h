@@ -58,9 +58,5 @@ MOBA_DEVICE void tma_load_3d(std::byte* to, const TensorMap& map, int column, in
       "l"(&map), "r"(column), "r"(head), "r"(token), "r"(address_of(barrier))
       : "memory");
 }
-/// Zeroes 16 bytes at shared + offset.
-MOBA_DEVICE void zero_vec(std::byte* shared, std::uint32_t offset) {
-  *reinterpret_cast<Vec16*>(shared + offset) = {0, 0, 0, 0};
-}
 
 }  // namespace moba::cuda::ptx

@@ -30,13 +30,14 @@ struct Shared {
   static constexpr int kKeys = TileShape<head_dim>::kKeys, kKeyElements = kKeys * head_dim;
   static constexpr std::size_t kBytes =
       (kTileRows * head_dim + 4 * kKeyElements) * sizeof(T) +
-      kTileRows * (sizeof(std::int64_t) + sizeof(KeyRange) + sizeof(std::uint32_t));
+      kTileRows * (sizeof(std::int64_t) + sizeof(KeyRange) + sizeof(std::uint32_t)) + kKeys * sizeof(float);
 
   tile::SwizzledTile<T, head_dim> q;
   T* keys;                  // two buffers of k, each followed by v
   std::int64_t* q_offsets;  // [kTileRows], kNoRow from `count` on
   KeyRange* bounds;         // [kTileRows], keys that a diagonal row sees
   std::uint32_t* slots;     // [kTileRows]
+  float* poison;            // [kKeys], of the values of a mixed tile
 
   MOBA_DEVICE explicit Shared(std::byte* memory) {
     q.data = reinterpret_cast<T*>(memory);
@@ -44,6 +45,7 @@ struct Shared {
     q_offsets = reinterpret_cast<std::int64_t*>(keys + 4 * kKeyElements);
     bounds = reinterpret_cast<KeyRange*>(q_offsets + kTileRows);
     slots = reinterpret_cast<std::uint32_t*>(bounds + kTileRows);
+    poison = reinterpret_cast<float*>(slots + kTileRows);
   }
   MOBA_DEVICE tile::SwizzledTile<T, head_dim> k(int buffer) const {
     return {keys + 2 * buffer * kKeyElements};
@@ -96,13 +98,18 @@ MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>
     ptx::cp_async_wait<0>();
     ptx::syncthreads();  // this buffer is full, the other one is no longer read
     if (key + C::kKeys < work.end) load(key + C::kKeys, buffer ^ 1);
+    const bool mixed = work.is_mixed(key, C::kKeys);
+    if (mixed) {
+      tile::isolate_nonfinite<C::kThreads, C::kKeys>(shared.v(buffer), ptx::thread(), shared.poison);
+      ptx::syncthreads();
+    }
     if (!has_rows) continue;
     float logits[kRowTiles][kKeyTiles][4] = {};
     tile::gemm_nt(logits, shared.q, warp_row, shared.k(buffer));
     if (p.scale.negate) negate(logits);
-    if (key < work.all_begin || key + C::kKeys > work.all_end)
-      apply_mask(logits, shared.bounds, work, key, warp_row);
+    if (work.is_masked(key, C::kKeys)) apply_mask(logits, shared.bounds, work, key, warp_row);
     softmax.update(logits, out, p.scale.scale);
+    if (mixed) add_poison(logits, shared.poison, shared.bounds, work, key, warp_row);
     tile::gemm_rs(out, logits, shared.v(buffer));
   }
   ptx::cp_async_wait<0>();

@@ -161,6 +161,12 @@ MOBA_DEVICE void mainloop(const DkvParams<T>& p, const Shared<T, head_dim>& shar
   for (std::uint32_t first = 0; first < key_tile.rows(); first += C::kRows, buffer ^= 1) {
     ptx::cp_async_wait<0>();
     ptx::syncthreads();  // this buffer is full, the other one is no longer read
+    const bool unmasked = is_unmasked<C::kRows>(p, key_tile, first);
+    if (!unmasked && is_mixed<C::kRows>(p, *shared.key_tile, first)) {  // read again: saves registers
+      isolate_nonfinite_rows<C::kThreads, C::kRows>(shared.q(buffer), shared.d_out(buffer), mine,
+                                                    shared.lse_delta(buffer));
+      ptx::syncthreads();
+    }
     if (first + C::kRows < key_tile.rows()) gather(buffer ^ 1);
     const std::uint32_t ahead = first + 2 * C::kRows + static_cast<std::uint32_t>(mine);
     std::uint32_t entry = kNoEntry;
@@ -169,9 +175,7 @@ MOBA_DEVICE void mainloop(const DkvParams<T>& p, const Shared<T, head_dim>& shar
       entry = entry_at(key_tile, ahead);
       next = lse_delta_of(p, key_tile, shared.row_infos(buffer ^ 1)[mine]);
     }
-    if (warp_key < key_tile.count)
-      accumulate_dk_dv(p, shared, buffer, is_unmasked<C::kRows>(p, key_tile, first), warp_key, first_vec, dk,
-                       dv);
+    if (warp_key < key_tile.count) accumulate_dk_dv(p, shared, buffer, unmasked, warp_key, first_vec, dk, dv);
     if (owns_row) {
       shared.lse_delta(buffer ^ 1)[mine] = next;
       shared.visible_keys(buffer ^ 1)[mine] = shared.row_infos(buffer ^ 1)[mine].visible_keys;

@@ -83,7 +83,8 @@ struct Shared {
   static constexpr int kRowElements = C::kRows * head_dim, kKeyElements = C::kKeys * head_dim;
   static constexpr std::size_t kBytes =
       (2 * kRowElements + 4 * kKeyElements) * sizeof(T) + sizeof(WorkTile) +
-      C::kRows * (2 * sizeof(std::int64_t) + sizeof(LseDelta) + sizeof(KeyRange) + sizeof(std::uint32_t));
+      C::kRows * (2 * sizeof(std::int64_t) + sizeof(LseDelta) + sizeof(KeyRange) + sizeof(std::uint32_t)) +
+      C::kKeys * sizeof(float);
 
   tile::SwizzledTile<T, head_dim> q, d_out;
   T* keys;                                  // two buffers of k, each followed by v
@@ -92,6 +93,7 @@ struct Shared {
   LseDelta* lse_delta;                      // [kRows]
   KeyRange* bounds;                         // [kRows], keys that a row sees
   std::uint32_t* slots;                     // [kRows]
+  float* poison;                            // [kKeys], of a mixed tile
 
   MOBA_DEVICE explicit Shared(std::byte* memory) {
     q.data = reinterpret_cast<T*>(memory);
@@ -103,6 +105,7 @@ struct Shared {
     lse_delta = reinterpret_cast<LseDelta*>(d_out_offsets + C::kRows);
     bounds = reinterpret_cast<KeyRange*>(lse_delta + C::kRows);
     slots = reinterpret_cast<std::uint32_t*>(bounds + C::kRows);
+    poison = reinterpret_cast<float*>(slots + C::kRows);
   }
   MOBA_DEVICE tile::SwizzledTile<T, head_dim> k(int buffer) const {
     return {keys + 2 * buffer * kKeyElements};
@@ -112,7 +115,8 @@ struct Shared {
   }
 };
 
-/// Recomputes P and computes dS = P * (dP - delta); `ds` holds dP on entry.
+/// Recomputes P, at most 1 whatever the rounding of LSE, and computes dS = P * (dP - delta); `ds` holds dP
+/// on entry.
 template <typename T, int head_dim, int row_tiles, int key_tiles>
 MOBA_DEVICE void compute_ds(float (&ds)[row_tiles][key_tiles][4],
                             const float (&logits)[row_tiles][key_tiles][4], const Shared<T, head_dim>& shared,
@@ -126,7 +130,7 @@ MOBA_DEVICE void compute_ds(float (&ds)[row_tiles][key_tiles][4],
       for (int j = 0; j < key_tiles; ++j) {
         MOBA_UNROLL
         for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          const float weight = ptx::exp2(ptx::fma(logits[i][j][e], scale, -row_stats.lse));
+          const float weight = ptx::exp2(ptx::at_most_zero(ptx::fma(logits[i][j][e], scale, -row_stats.lse)));
           ds[i][j][e] = weight * (ds[i][j][e] - row_stats.delta);
         }
       }
@@ -189,12 +193,18 @@ MOBA_DEVICE void mainloop(const DqParams<T>& p, const Shared<T, head_dim>& share
     ptx::cp_async_wait<0>();
     ptx::syncthreads();  // this buffer is full, the other one is no longer read
     if (key + C::kKeys < work.end) load(key + C::kKeys, buffer ^ 1);
+    const bool mixed = work.is_mixed(key, C::kKeys);
+    if (mixed) {
+      tile::isolate_nonfinite<C::kThreads, C::kKeys>(shared.k(buffer), ptx::thread(), shared.poison);
+      ptx::syncthreads();
+    }
     if (!has_rows) continue;
     float logits[kRowTiles][kKeyTiles][4] = {}, ds[kRowTiles][kKeyTiles][4] = {};
     tile::gemm_nt(logits, shared.q, warp_row, shared.k(buffer));
     tile::gemm_nt(ds, shared.d_out, warp_row, shared.v(buffer));
     compute_ds(ds, logits, shared, p.log2_scale, warp_row);
-    if (key < work.all_begin || key + C::kKeys > work.all_end) apply_mask(ds, shared, key, warp_row);
+    if (mixed) add_poison(ds, shared.poison);
+    if (work.is_masked(key, C::kKeys)) apply_mask(ds, shared, key, warp_row);
     tile::gemm_rs(dq, ds, shared.k(buffer), first_vec);
   }
   ptx::cp_async_wait<0>();

@@ -37,6 +37,7 @@ struct Shared {
   struct Control {
     RowTable tables[2];
     StageBarriers q[2], k[kStages], v[kStages];
+    float poison[kStages][kKeys];  // of the values of mixed tiles
   };
   static constexpr std::size_t kBytes = 2 * Rows::kBytes + 2 * kStages * Keys::kBytes + sizeof(Control);
 
@@ -67,7 +68,7 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
       }
       if (thread == 0) table.work = work;
     });
-    ptx::bar_sync(kRowTableReady, kGatherThreads);
+    ptx::bar_sync(kGatherSync, kGatherThreads);
     gather_rows(shared.q(buffer.index), p.attend.q.data, table.q_offsets, thread);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
@@ -99,6 +100,7 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
     softmax.init();
     for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
       const auto k = shared.k(stage.index), v = shared.v(stage.index);
+      const bool mixed = work.is_mixed(key, kKeys);
       float logits[1][kKeys / 8][4];
       ptx::mbarrier_wait(&control.k[stage.index].full, stage.phase);
       pingpong_wait(warpgroup);
@@ -108,15 +110,16 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
         pingpong_arrive(warpgroup);
         ptx::wgmma_wait(logits[0]);
         if (p.attend.scale.negate) negate(logits);
-        if (key < work.all_begin || key + kKeys > work.all_end)
-          apply_mask(logits, table.bounds, work, key, warp_row);
+        if (work.is_masked(key, kKeys)) apply_mask(logits, table.bounds, work, key, warp_row);
         softmax.update(logits, out, p.attend.scale.scale);
       } else {
         pingpong_arrive(warpgroup);
       }
       consumer_release(control.k[stage.index].empty);
       ptx::mbarrier_wait(&control.v[stage.index].full, stage.phase);
+      if (mixed) isolate_nonfinite(v, control.poison[stage.index]);
       if (has_rows) {
+        if (mixed) add_poison(logits, control.poison[stage.index], table.bounds, work, key, warp_row);
         if (key + kKeys > work.end) zero_rows_from(v, work.end - key, warpgroup);
         std::uint32_t probs[kKeys / 16][4];
         pack_p_as_a_operand<T>(probs, logits[0]);

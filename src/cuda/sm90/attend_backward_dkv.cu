@@ -87,9 +87,19 @@ template <typename T, int head_dim>
 MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
                         int thread) {
   auto& control = shared.control();
-  const auto producer_commit = [](StageBarriers& barriers) {
+  /// A gathered tile that is not published yet.
+  struct Gathered {
+    int stage = -1;
+    bool mixed = false;
+  };
+  const auto publish = [&](const Gathered& tile) {
+    if (tile.mixed) {
+      ptx::bar_sync(kGatherSync, kGatherThreads);  // the copies of all threads have completed
+      isolate_nonfinite_rows<kGatherThreads, kRows>(shared.q(tile.stage), shared.d_out(tile.stage), thread,
+                                                    control.tables[tile.stage].lse_delta);
+    }
     ptx::fence_proxy_async();
-    ptx::mbarrier_arrive(&barriers.full);
+    ptx::mbarrier_arrive(&control.q[tile.stage].full);
   };
   const bool owns_row = thread < kRows;
   PipelineState<Shared<T, head_dim>::kStages> stage;
@@ -108,33 +118,33 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
       entry = entry_at(key_tile, static_cast<std::uint32_t>(thread));
       fetch_row(0);
     }
-    StageBarriers* pending = nullptr;
+    Gathered pending;
     for (std::uint32_t first = 0; first < key_tile.rows(); first += kRows, stage.advance()) {
-      StageBarriers& barriers = control.q[stage.index];
       RowTable& table = control.tables[stage.index];
-      ptx::mbarrier_wait(&barriers.empty, stage.phase ^ 1U);
+      const bool unmasked = is_unmasked<kRows>(p.dkv, key_tile, first);
+      ptx::mbarrier_wait(&control.q[stage.index].empty, stage.phase ^ 1U);
       if (owns_row) {
         const bool exists = row_info.row != kNoEntry;
         table.lse_delta[thread] = lse_delta;
         table.visible_keys[thread] = row_info.visible_keys;
         table.q_offsets[thread] = exists ? row_info.q : kNoRow;
         table.d_out_offsets[thread] = exists ? row_info.d_out : kNoRow;
-        if (thread == 0) table.unmasked = is_unmasked<kRows>(p.dkv, key_tile, first);
+        if (thread == 0) table.unmasked = unmasked;
         fetch_row(first + kRows);
       }
-      ptx::bar_sync(kRowTableReady, kGatherThreads);
+      ptx::bar_sync(kGatherSync, kGatherThreads);
       gather_rows(shared.q(stage.index), p.dkv.q.data, table.q_offsets, thread);
       gather_rows(shared.d_out(stage.index), p.dkv.d_out.data, table.d_out_offsets, thread);
       ptx::cp_async_commit();
-      if (pending != nullptr) {
+      if (pending.stage >= 0) {
         ptx::cp_async_wait<1>();
-        producer_commit(*pending);
+        publish(pending);
       }
-      pending = &barriers;
+      pending = {stage.index, !unmasked && is_mixed<kRows>(p.dkv, key_tile, first)};
     }
-    if (pending == nullptr) return;  // no query sees these keys
+    if (pending.stage < 0) return;  // no query sees these keys
     ptx::cp_async_wait<0>();
-    producer_commit(*pending);
+    publish(pending);
   });
 }
 

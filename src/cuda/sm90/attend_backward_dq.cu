@@ -35,6 +35,7 @@ struct Shared {
   struct Control {
     RowTable tables[2];
     StageBarriers q[2], k[kStages], v[kStages];
+    float poison[kStages][kKeys];  // of mixed tiles
   };
   static constexpr std::size_t kBytes = 4 * Rows::kBytes + 2 * kStages * Keys::kBytes + sizeof(Control);
 
@@ -60,7 +61,7 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
       store_row_table<kTileRows, kGatherThreads>(p.dq, work, row_of, table, thread);
       if (thread == 0) table.work = work;
     });
-    ptx::bar_sync(kRowTableReady, kGatherThreads);
+    ptx::bar_sync(kGatherSync, kGatherThreads);
     gather_rows(shared.q(buffer.index), p.dq.attend.q.data, table.q_offsets, thread);
     gather_rows(shared.d_out(buffer.index), p.dq.d_out.data, table.d_out_offsets, thread);
     ptx::cp_async_commit();
@@ -86,13 +87,14 @@ struct ThreadRows {
   }
 };
 
-/// Recomputes P = exp2(log2_scale * S - lse) in place.
+/// Recomputes P = exp2(log2_scale * S - lse) in place, at most 1 whatever the rounding of lse.
 MOBA_DEVICE void recompute_p(float (&products)[kKeys / 8][4], const ThreadRows& rows, float log2_scale) {
   MOBA_UNROLL
   for (int j = 0; j < kKeys / 8; ++j) {
     MOBA_UNROLL
     for (int e = 0; e < 4; ++e)
-      products[j][e] = ptx::exp2(ptx::fma(products[j][e], log2_scale, -rows.lse_delta[e / 2].lse));
+      products[j][e] =
+          ptx::exp2(ptx::at_most_zero(ptx::fma(products[j][e], log2_scale, -rows.lse_delta[e / 2].lse)));
   }
 }
 
@@ -139,24 +141,27 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
     float dq[1][head_dim / 8][4] = {};
     for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
       const auto k = shared.k(stage.index), v = shared.v(stage.index);
-      float probs[kKeys / 8][4], ds[kKeys / 8][4];
+      float probs[kKeys / 8][4], ds[1][kKeys / 8][4];
       ptx::mbarrier_wait(&control.k[stage.index].full, stage.phase);
       ptx::mbarrier_wait(&control.v[stage.index].full, stage.phase);
+      const bool mixed = work.is_mixed(key, kKeys);
+      if (mixed) isolate_nonfinite(k, control.poison[stage.index]);
       if (has_rows) {
         ptx::wgmma_fence();
         issue_qk(probs, q, first_row, k);
-        issue_qk(ds, d_out, first_row, v);
+        issue_qk(ds[0], d_out, first_row, v);
         ptx::wgmma_wait<1>(probs);
         recompute_p(probs, rows, p.dq.log2_scale);
-        ptx::wgmma_wait(ds);
+        ptx::wgmma_wait(ds[0]);
       }
       consumer_release(control.v[stage.index].empty);
       if (has_rows) {
-        compute_ds(ds, probs, rows);
-        if (key < work.all_begin || key + kKeys > work.all_end) apply_mask(ds, rows, key);
+        compute_ds(ds[0], probs, rows);
+        if (mixed) add_poison(ds, control.poison[stage.index]);
+        if (work.is_masked(key, kKeys)) apply_mask(ds[0], rows, key);
         if (key + kKeys > work.end) zero_rows_from(k, work.end - key, warpgroup);
         std::uint32_t ds_operand[kKeys / 16][4];
-        pack_p_as_a_operand<T>(ds_operand, ds);
+        pack_p_as_a_operand<T>(ds_operand, ds[0]);
         ptx::wgmma_fence();
         issue_pv(dq[0], ds_operand, k);
         ptx::wgmma_wait(dq[0]);

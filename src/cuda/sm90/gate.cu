@@ -65,7 +65,7 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
     ptx::mbarrier_wait(&barriers.empty, buffer.phase ^ 1U);
     for (int r = thread; r < kTileRows; r += kGatherThreads)
       offsets[r] = r < tile.count ? p.gate.query(tile, head, r) - p.gate.q.data : kNoRow;
-    ptx::bar_sync(kRowTableReady, kGatherThreads);
+    ptx::bar_sync(kGatherSync, kGatherThreads);
     gather_rows(shared.q(buffer.index), p.gate.q.data, offsets, thread);
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();

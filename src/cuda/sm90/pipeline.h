@@ -7,6 +7,7 @@
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/tma.h"
 #include "cuda/ptx/warp.h"
+#include "cuda/tile/nonfinite.h"
 #include "cuda/tile/swizzled_tile_128b.h"
 
 /// Pipeline of the warp-specialised sm_90a kernels. A thread block is persistent and takes every n-th work
@@ -23,8 +24,9 @@ inline constexpr int kThreads = (1 + kConsumerWarpgroups) * ptx::kWarpgroupThrea
 inline constexpr int kGatherThreads = ptx::kWarpgroupThreads - ptx::kLanes;  // threads that gather rows
 inline constexpr int kConsumerWarps = kConsumerWarpgroups * ptx::kWarpgroupThreads / ptx::kLanes;
 
-/// Named barriers; kPingpong and kWarpgroupSync are the first of one each per consumer warpgroup.
-inline constexpr int kRowTableReady = 1, kPingpong = 2, kWarpgroupSync = 4;
+/// Named barriers: of the threads that gather rows, of both consumer warpgroups, and the first of one each
+/// per consumer warpgroup.
+inline constexpr int kGatherSync = 1, kPingpong = 2, kWarpgroupSync = 4, kConsumerSync = 6;
 
 /// mbarriers of a stage: the producer waits for `empty`, consumers wait for `full`.
 struct StageBarriers {
@@ -103,6 +105,20 @@ MOBA_DEVICE void pingpong_wait(int warpgroup) {
 }
 MOBA_DEVICE void pingpong_arrive(int warpgroup) {
   ptx::bar_arrive(kPingpong + 1 - warpgroup, kConsumerWarpgroups * ptx::kWarpgroupThreads);
+}
+
+/// Barrier of both consumer warpgroups.
+MOBA_DEVICE void consumer_sync() {
+  ptx::bar_sync(kConsumerSync, kConsumerWarpgroups * ptx::kWarpgroupThreads);
+}
+
+/// tile::isolate_nonfinite by all consumers, in a tile of keys that TMA has loaded and wgmma will read.
+template <typename T, int rows, int head_dim>
+MOBA_DEVICE void isolate_nonfinite(const tile::SwizzledTile128B<T, rows, head_dim>& tile, float* poison) {
+  tile::isolate_nonfinite<kConsumerWarpgroups * ptx::kWarpgroupThreads, rows>(
+      tile, ptx::thread() - ptx::kWarpgroupThreads, poison);
+  ptx::fence_proxy_async();
+  consumer_sync();
 }
 
 /// Zeroes the rows from `valid` on, which belong to other blocks: 0 * inf is not 0. Each warpgroup writes

@@ -13,6 +13,7 @@ constexpr int kVecElements = 8;
 /// XOR, so that the same vector of eight consecutive rows, as ldmatrix reads it, covers all 32 banks.
 template <typename T, int head_dim>
 struct SwizzledTile {
+  using Element = T;
   static constexpr int kVecs = head_dim / kVecElements;
   static constexpr int kSwizzle = kVecs % 8 == 0 ? 8 : 4;
   static_assert(kVecs % kSwizzle == 0);

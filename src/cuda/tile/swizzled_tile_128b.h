@@ -9,7 +9,8 @@ namespace moba::cuda::tile {
 /// swizzle of TMA and wgmma. Aligned to 1024 bytes.
 template <typename T, int rows, int head_dim>
 struct SwizzledTile128B {
-  static constexpr int kRows = rows;
+  using Element = T;
+  static constexpr int kRows = rows, kVecs = head_dim / kVecElements;
   static constexpr int kRowBytes = 128, kColumns = kRowBytes / 2, kPanels = head_dim / kColumns;
   static constexpr std::uint32_t kPanelBytes = rows * kRowBytes, kBytes = kPanels * kPanelBytes;
   static constexpr std::uint32_t kCoreBytes = 8 * kRowBytes;

@@ -45,9 +45,15 @@ MOBA_DEVICE float fma(float a, float b, float c) {
 MOBA_DEVICE float fmax(float a, float b) {
   return std::fmax(a, b);
 }
+MOBA_DEVICE float at_most_zero(float x) {
+  return x > 0 ? 0 : x;
+}
 
 MOBA_DEVICE float infinity() {
   return uint_as_float(0x7F800000U);
+}
+MOBA_DEVICE float nan() {
+  return uint_as_float(0x7FC00000U);
 }
 
 }  // namespace moba::cuda::ptx

@@ -20,6 +20,10 @@ template <int pending>
 MOBA_DEVICE void cp_async_wait() {
   emulation::cp_async_wait(pending);
 }
+MOBA_DEVICE void zero_vec(std::byte* shared, std::uint32_t offset) {
+  *reinterpret_cast<Vec16*>(shared + offset) = {0, 0, 0, 0};
+  emulation::wrote(shared + offset);
+}
 MOBA_DEVICE Vec16 load_streaming(const void* from) {
   return *static_cast<const Vec16*>(from);
 }

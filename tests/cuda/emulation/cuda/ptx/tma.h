@@ -44,9 +44,5 @@ MOBA_DEVICE void tma_load_3d(std::byte* to, const TensorMap& map, int column, in
   };
   emulation::tma_load(land, barrier, map.rows * 128);
 }
-MOBA_DEVICE void zero_vec(std::byte* shared, std::uint32_t offset) {
-  std::memset(shared + offset, 0, 16);
-  emulation::wrote(shared + offset);
-}
 
 }  // namespace moba::cuda::ptx
