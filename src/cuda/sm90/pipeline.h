@@ -24,6 +24,10 @@ inline constexpr int kThreads = (1 + kConsumerWarpgroups) * ptx::kWarpgroupThrea
 inline constexpr int kGatherThreads = ptx::kWarpgroupThreads - ptx::kLanes;  // threads that gather rows
 inline constexpr int kConsumerWarps = kConsumerWarpgroups * ptx::kWarpgroupThreads / ptx::kLanes;
 
+/// Lanes of a consumer warp that arrive when it releases a stage. 32 show whether an error of racecheck is
+/// the tool's (docs/cuda.md).
+inline constexpr int kReleasingLanes = 1;
+
 /// Named barriers: of the threads that gather rows, of both consumer warpgroups, and the first of one each
 /// per consumer warpgroup.
 inline constexpr int kGatherSync = 1, kPingpong = 2, kWarpgroupSync = 4, kConsumerSync = 6;
@@ -35,7 +39,7 @@ struct StageBarriers {
   /// Initialises both. Called by one thread, which fences afterwards.
   MOBA_DEVICE void init(int producers) {
     ptx::mbarrier_init(&full, producers);
-    ptx::mbarrier_init(&empty, kConsumerWarps);
+    ptx::mbarrier_init(&empty, kConsumerWarps * kReleasingLanes);
   }
 };
 
@@ -88,10 +92,11 @@ MOBA_DEVICE void gather_rows(const tile::SwizzledTile128B<T, rows, head_dim>& to
   }
 }
 
-/// Arrives once per warp after all of its lanes have read the stage.
+/// Arrives for a warp after all of its lanes have read the stage: syncwarp orders their reads before the
+/// arrival, which releases them.
 MOBA_DEVICE void consumer_release(ptx::Mbarrier& empty) {
   ptx::syncwarp();
-  if (ptx::lane() == 0) ptx::mbarrier_arrive(&empty);
+  if (ptx::lane() < kReleasingLanes) ptx::mbarrier_arrive(&empty);
 }
 
 /// Barrier of one consumer warpgroup.
