@@ -68,13 +68,14 @@ void add_flags(FlagTable& flags, TrainSettings& settings) {
       .default_text("the model's; for a new model, bytes");
   flags
       .value("--data", settings.data, "PATH",
-             "Text files, .jsonl files with a document in each line, and folders of them")
+             "Text files, .jsonl files with a document in each line ({\"text\"}, {\"messages\"} or "
+             "{\"prompt\", \"completion\"}), and folders of them")
       .required();
   flags.value("--out", settings.out, "PATH", "Folder for checkpoints and log").required();
   flags.toggle("--resume", settings.resume, "Resume from the newest checkpoint in --out, if there is one");
   flags.choice("--loss", settings.completion_only, losses,
                "Tokens that count in the loss: all, or those of the completions of "
-               "{\"prompt\", \"completion\"} lines");
+               "{\"prompt\", \"completion\"} lines and of the assistant's turns of {\"messages\"} lines");
 
   flags.group("Steps");
   flags.number("--steps", settings.steps, {1, kMaxTokens}, "Optimizer steps of the whole run").required();

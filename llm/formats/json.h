@@ -27,6 +27,8 @@ class JsonValue {
   const nlohmann::json& value() const { return *value_; }
   const std::string& where() const { return where_; }
   [[noreturn]] void fail(std::string_view expected, std::string_view found) const;
+  /// Fails with a short form of the value as what was found.
+  [[noreturn]] void fail(std::string_view expected) const;
 
   const nlohmann::json::object_t& object() const;
   const nlohmann::json::array_t& array() const;
@@ -44,7 +46,6 @@ class JsonValue {
  private:
   JsonValue(const nlohmann::json& value, std::string where, const char* separator)
       : value_(&value), where_(std::move(where)), separator_(separator) {}
-  [[noreturn]] void fail(std::string_view expected) const;
 
   const nlohmann::json* value_;
   std::string where_;

@@ -3,16 +3,31 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "llm/error.h"
 #include "llm/formats/quoted.h"
 #include "llm/tokenizer/pattern.h"
 #include "llm/tokenizer/tokenizer.h"
+#include "llm/tokenizer/utf8.h"
 
 namespace moba::llm {
 namespace {
 
-using Parts = std::vector<TextPart>;
+/// The text of a conversation.
+struct Rendered {
+  std::vector<TextPart> parts;
+  std::vector<Span> answers;  // the parts of each assistant turn after its header
+
+  void special(std::string text) { parts.push_back({std::move(text), true}); }
+  void plain(std::string text) { parts.push_back({std::move(text), false}); }
+  /// Adds the text of a turn and the special token that ends it.
+  void content(const std::string& role, std::string text, std::string end) {
+    plain(std::move(text));
+    special(std::move(end));
+    if (role == "assistant") answers.push_back({parts.size() - 2, parts.size()});
+  }
+};
 
 bool has(std::string_view text, std::string_view marker) {
   return text.find(marker) != std::string::npos;
@@ -76,23 +91,69 @@ bool begins_with_system(const std::vector<Turn>& turns) {
   return !turns.empty() && turns.front().role == "system";
 }
 
-Parts chatml(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
+/// Returns `text` without the newlines at its beginning or end.
+std::string without_newlines(const std::string& text, bool at_begin, bool at_end) {
+  const std::size_t begin = at_begin ? text.find_first_not_of('\n') : 0;
+  if (begin == std::string::npos) return "";
+  const std::size_t last = at_end ? text.find_last_not_of('\n') : text.size() - 1;
+  return last == std::string::npos ? "" : text.substr(begin, last + 1 - begin);
+}
+
+/// Writes an assistant turn as Qwen3's template does: an earlier turn loses its reasoning, and the last one
+/// has a block of it, empty if there is none. `is_open`: no user turn follows.
+std::string qwen3_answer(const std::string& text, bool is_open, bool is_last) {
+  constexpr std::string_view kBegin = "<think>", kEnd = "</think>";
+  std::string reasoning, answer = text;
+  if (has(text, kEnd)) {
+    reasoning = without_newlines(text.substr(0, text.find(kEnd)), false, true);
+    if (const std::size_t begin = reasoning.rfind(kBegin); begin != std::string::npos)
+      reasoning = reasoning.substr(begin + kBegin.size());
+    reasoning = without_newlines(reasoning, true, false);
+    answer = without_newlines(text.substr(text.rfind(kEnd) + kEnd.size()), true, false);
+  }
+  if (!is_open || (!is_last && reasoning.empty())) return answer;
+  return fmt::format("<think>\n{}\n</think>\n\n{}", without_newlines(reasoning, true, true),
+                     without_newlines(answer, true, false));
+}
+
+/// Returns the turns with the assistant's as the template rewrites their reasoning.
+std::vector<Turn> with_reasoning(const std::string& source, std::vector<Turn> turns) {
+  if (!has(source, "</think>")) return turns;
+  std::size_t after_user = turns.size();
+  for (std::size_t i = 0; i < turns.size(); ++i)
+    if (turns[i].role == "user") after_user = i + 1;
+  for (std::size_t i = 0; i < turns.size(); ++i) {
+    if (turns[i].role != "assistant") continue;
+    if (!has(source, "ns.last_query_index")) {
+      throw UsageError(
+          "the model's chat template: expected Qwen3's reasoning blocks or none in assistant turns, got "
+          "others");
+    }
+    turns[i].text = qwen3_answer(turns[i].text, i >= after_user, i + 1 == turns.size());
+  }
+  return turns;
+}
+
+Rendered chatml(const Tokenizer& tokenizer, const std::vector<Turn>& turns, bool add_generation_prompt) {
   const std::string& source = tokenizer.chat_template();
   const bool trim = trims_content(source);
-  Parts parts{{bos_text(tokenizer), true}};
+  Rendered chat;
+  chat.special(bos_text(tokenizer));
   const auto say = [&](const Turn& turn) {
-    parts.push_back({"<|im_start|>", true});
-    parts.push_back({turn.role + "\n" + (trim ? trimmed(turn.text) : turn.text), false});
-    parts.push_back({"<|im_end|>", true});
-    parts.push_back({"\n", false});
+    chat.special("<|im_start|>");
+    chat.plain(turn.role + "\n");
+    chat.content(turn.role, trim ? trimmed(turn.text) : turn.text, "<|im_end|>");
+    chat.plain("\n");
   };
   auto system = literal_between(source, "<|im_start|>system\\n", "<|im_end|>");
   if (!system) system = literal_between(source, "<|im_start|>system\n", "<|im_end|>");
   if (system && !begins_with_system(turns)) say({"system", *system});
-  for (const Turn& turn : turns) say(turn);
-  parts.push_back({"<|im_start|>", true});
-  parts.push_back({"assistant\n", false});
-  return parts;
+  for (const Turn& turn : with_reasoning(source, turns)) say(turn);
+  if (add_generation_prompt) {
+    chat.special("<|im_start|>");
+    chat.plain("assistant\n");
+  }
+  return chat;
 }
 
 /// Returns the lines that Llama 3.1 and later put before every system turn: the dates, with the template's
@@ -106,20 +167,20 @@ std::string llama3_dates(const std::string& source) {
                      today ? fmt::format("Today Date: {}\n", *today) : "");
 }
 
-Parts llama3(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
+Rendered llama3(const Tokenizer& tokenizer, const std::vector<Turn>& turns, bool add_generation_prompt) {
   const std::string& source = tokenizer.chat_template();
   const bool trim = trims_content(source);
-  Parts parts{{bos_text(tokenizer), true}};
+  Rendered chat;
+  chat.special(bos_text(tokenizer));
   const auto head = [&](const std::string& role) {
-    parts.push_back({"<|start_header_id|>", true});
-    parts.push_back({role, false});
-    parts.push_back({"<|end_header_id|>", true});
-    parts.push_back({"\n\n", false});
+    chat.special("<|start_header_id|>");
+    chat.plain(role);
+    chat.special("<|end_header_id|>");
+    chat.plain("\n\n");
   };
   const auto say = [&](const std::string& role, const std::string& text) {
     head(role);
-    parts.push_back({text, false});
-    parts.push_back({"<|eot_id|>", true});
+    chat.content(role, text, "<|eot_id|>");
   };
   const std::string dates = llama3_dates(source);
   const bool has_system = begins_with_system(turns);
@@ -128,17 +189,17 @@ Parts llama3(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
     const bool first_system = has_system && &turn == &turns.front();
     say(turn.role, (first_system ? dates : "") + (trim ? trimmed(turn.text) : turn.text));
   }
-  head("assistant");
-  return parts;
+  if (add_generation_prompt) head("assistant");
+  return chat;
 }
 
-Parts llama2(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
+Rendered llama2(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
   const std::string bos = bos_text(tokenizer);
   const std::string eos =
       tokenizer.end_tokens().empty() ? "" : tokenizer.piece(tokenizer.end_tokens().front(), true);
   const bool has_system = begins_with_system(turns);
   std::string system = has_system ? fmt::format("<<SYS>>\n{}\n<</SYS>>\n\n", turns.front().text) : "";
-  Parts parts;
+  Rendered chat;
   bool users_turn = true;
   for (std::size_t i = has_system ? 1 : 0; i < turns.size(); ++i) {
     const Turn& turn = turns[i];
@@ -147,22 +208,21 @@ Parts llama2(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
                                    llm::quoted(turn.role), i));
     }
     if (users_turn) {
-      parts.push_back({bos, true});
-      parts.push_back({fmt::format("[INST] {} [/INST]", trimmed(system + turn.text)), false});
+      chat.special(bos);
+      chat.plain(fmt::format("[INST] {} [/INST]", trimmed(system + turn.text)));
       system.clear();
     } else {
-      parts.push_back({fmt::format(" {} ", trimmed(turn.text)), false});
-      parts.push_back({eos, true});
+      chat.content("assistant", fmt::format(" {} ", trimmed(turn.text)), eos);
     }
     users_turn = !users_turn;
   }
-  return parts;
+  return chat;
 }
 
-Parts rendered(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
+Rendered rendered(const Tokenizer& tokenizer, const std::vector<Turn>& turns, bool add_generation_prompt) {
   const std::string_view form = chat_form(tokenizer.chat_template());
-  if (form == "ChatML") return chatml(tokenizer, turns);
-  if (form == "Llama 3") return llama3(tokenizer, turns);
+  if (form == "ChatML") return chatml(tokenizer, turns, add_generation_prompt);
+  if (form == "Llama 3") return llama3(tokenizer, turns, add_generation_prompt);
   if (form == "Llama 2") return llama2(tokenizer, turns);
   throw UsageError(fmt::format(
       "the model's chat template: expected ChatML, Llama 3 or Llama 2, got {}; use --no-chat", form));
@@ -179,7 +239,19 @@ std::string_view chat_form(std::string_view source) {
 }
 
 std::vector<std::int32_t> apply_chat_template(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
-  return tokenizer.encode(rendered(tokenizer, turns));
+  return tokenizer.encode(rendered(tokenizer, turns, true).parts);
+}
+
+ChatTokens encode_chat(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
+  const Rendered chat = rendered(tokenizer, turns, false);
+  std::vector<std::size_t> begins;
+  ChatTokens tokens{tokenizer.encode(chat.parts, &begins), {}};
+  begins.push_back(tokens.ids.size());
+  for (const Span& answer : chat.answers) {
+    tokens.answers.push_back(
+        {static_cast<std::int64_t>(begins[answer.begin]), static_cast<std::int64_t>(begins[answer.end])});
+  }
+  return tokens;
 }
 
 }  // namespace moba::llm

@@ -22,29 +22,60 @@ struct Tokenizer::Impl {
         data.model);
   }
 
-  /// `may_be_special`: the parts of `text` that may spell special tokens, in order.
-  std::vector<std::int32_t> encode(std::string_view text, const std::vector<Span>& may_be_special) const {
+  /// Encodes a segment of `text`; `parse_special`: normalised special tokens in it are parsed.
+  std::vector<std::int32_t> encode(std::string_view text, const Segment& segment, bool parse_special) const {
+    if (segment.id >= 0) return {segment.id};
+    std::vector<std::int32_t> ids;
+    const std::string normalized = normalize(segment.span.of(text), data.normalizer);
+    const auto allows = [parse_special](Span) { return parse_special; };
+    for (const Segment& inner : data.added_normalized.split(normalized, allows)) {
+      if (inner.id >= 0) {
+        ids.push_back(inner.id);
+      } else {
+        encode_plain(inner.span.of(normalized), segment.span.begin == 0 && inner.span.begin == 0, ids);
+      }
+    }
+    return ids;
+  }
+
+  /// Returns the number of tokens of a segment, encoded as `ids`, that end before `cut` inside it: those
+  /// whose bytes the tokens of the text before it have, too, if perhaps in other tokens. A special token
+  /// counts where it begins.
+  std::size_t tokens_before(std::size_t cut, std::string_view text, const Segment& segment,
+                            bool parse_special, const std::vector<std::int32_t>& ids) const {
+    if (segment.id >= 0) return 1;
+    const auto bytes = [&](std::int32_t id) {
+      return data.tokens[static_cast<std::size_t>(id)].bytes.size();
+    };
+    std::size_t left = 0, count = 0;
+    for (const std::int32_t id : encode(text, {{segment.span.begin, cut}, -1}, parse_special))
+      left += bytes(id);
+    for (; count < ids.size() && bytes(ids[count]) <= left; ++count) left -= bytes(ids[count]);
+    return count;
+  }
+
+  /// `may_be_special`: the parts of `text` that may spell special tokens, in order. If `cuts` is not null,
+  /// its ascending offsets into `text` become the numbers of tokens before them.
+  std::vector<std::int32_t> encode(std::string_view text, const std::vector<Span>& may_be_special,
+                                   std::vector<std::size_t>* cuts = nullptr) const {
     const auto allows = [&](Span span) {
       const auto after = std::upper_bound(may_be_special.begin(), may_be_special.end(), span.begin,
                                           [](std::size_t at, const Span& part) { return at < part.begin; });
       return after != may_be_special.begin() && span.end <= std::prev(after)->end;
     };
     std::vector<std::int32_t> ids;
+    std::size_t passed = 0;  // of the cuts
     for (const Segment& segment : data.added.split(text, allows)) {
-      if (segment.id >= 0) {
-        ids.push_back(segment.id);
-        continue;
-      }
-      const std::string normalized = normalize(segment.span.of(text), data.normalizer);
       const bool may = allows(segment.span);
-      for (const Segment& inner : data.added_normalized.split(normalized, [may](Span) { return may; })) {
-        if (inner.id >= 0) {
-          ids.push_back(inner.id);
-        } else {
-          encode_plain(inner.span.of(normalized), segment.span.begin == 0 && inner.span.begin == 0, ids);
-        }
+      const std::vector<std::int32_t> of_segment = encode(text, segment, may);
+      for (; cuts != nullptr && passed < cuts->size() && (*cuts)[passed] < segment.span.end; ++passed) {
+        std::size_t& cut = (*cuts)[passed];
+        const bool inside = cut > segment.span.begin;
+        cut = ids.size() + (inside ? tokens_before(cut, text, segment, may, of_segment) : 0);
       }
+      ids.insert(ids.end(), of_segment.begin(), of_segment.end());
     }
+    for (; cuts != nullptr && passed < cuts->size(); ++passed) (*cuts)[passed] = ids.size();
     return ids;
   }
 };
@@ -67,15 +98,18 @@ std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool add_spec
   return ids;
 }
 
-std::vector<std::int32_t> Tokenizer::encode(const std::vector<TextPart>& parts) const {
+std::vector<std::int32_t> Tokenizer::encode(const std::vector<TextPart>& parts,
+                                            std::vector<std::size_t>* begins) const {
   std::string text;
   std::vector<Span> may_be_special;
+  if (begins != nullptr) begins->clear();
   for (const TextPart& part : parts) {
     const std::size_t begin = text.size();
+    if (begins != nullptr) begins->push_back(begin);
     text += part.text;
     if (part.parse_special) may_be_special.push_back({begin, text.size()});
   }
-  return impl_->encode(text, may_be_special);
+  return impl_->encode(text, may_be_special, begins);
 }
 
 std::string Tokenizer::piece(std::int32_t id, bool show_special) const {

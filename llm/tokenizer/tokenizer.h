@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
@@ -28,8 +29,10 @@ class Tokenizer {
   /// if there is none. `parse_special` encodes special tokens spelled out in the text as such. `add_special`
   /// adds the tokens of the file's post-processor (such as BOS).
   std::vector<std::int32_t> encode(std::string_view text, bool add_special, bool parse_special) const;
-  /// Encodes the concatenated parts, without added special tokens.
-  std::vector<std::int32_t> encode(const std::vector<TextPart>& parts) const;
+  /// Encodes the concatenated parts, without added special tokens. If `begins` is not null, it receives for
+  /// each part the number of tokens before it. A token of text on both sides of a beginning comes after it.
+  std::vector<std::int32_t> encode(const std::vector<TextPart>& parts,
+                                   std::vector<std::size_t>* begins = nullptr) const;
   /// Returns the bytes of one token: "" for an unused id, and for a special token unless `show_special`.
   std::string piece(std::int32_t id, bool show_special = false) const;
   std::string decode(const std::vector<std::int32_t>& ids, bool show_special = false) const;
@@ -65,5 +68,20 @@ struct Turn {
 /// of the model's template, recognised by its markers, with the template's default system turn. Text inside
 /// turns never becomes a special token. Throws UsageError, naming --no-chat, for another template or none.
 std::vector<std::int32_t> apply_chat_template(const Tokenizer& tokenizer, const std::vector<Turn>& turns);
+
+/// Tokens [begin, end).
+struct TokenRange {
+  std::int64_t begin, end;
+};
+
+/// A whole conversation as tokens.
+struct ChatTokens {
+  std::vector<std::int32_t> ids;
+  /// Tokens of each assistant turn after its header: the text and the end-of-turn token.
+  std::vector<TokenRange> answers;
+};
+
+/// Encodes a whole conversation for training, in the form of `apply_chat_template` and with the same errors.
+ChatTokens encode_chat(const Tokenizer& tokenizer, const std::vector<Turn>& turns);
 
 }  // namespace moba::llm

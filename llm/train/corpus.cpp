@@ -16,13 +16,14 @@
 #include "llm/formats/output_file.h"
 #include "llm/formats/text_files.h"
 #include "llm/train/fingerprint.h"
+#include "llm/train/messages.h"
 
 namespace moba::llm::train {
 namespace {
 
 namespace fs = std::filesystem;
 
-constexpr int kVersion = 1;
+constexpr int kVersion = 2;
 constexpr const char* kIndex = "index.json";
 /// Approximate bytes of one shard.
 constexpr std::int64_t kShardBytes = std::int64_t{1} << 30;
@@ -34,34 +35,70 @@ nlohmann::json stamp_of(const TextFile& source) {
           fs::last_write_time(source.path).time_since_epoch().count()};
 }
 
-struct Text {
-  std::string prompt, rest;
+/// The tokens of a document, and the ranges that the loss on completions counts.
+struct Encoded {
+  std::vector<std::int32_t> ids;
+  std::vector<TokenRange> completions;
 };
 
-Text read_line(std::string_view line, const std::string& where) {
+Encoded encode_text(const TextTokens& tokens, const std::string& prompt, const std::string& rest) {
+  std::vector<std::int32_t> ids = tokens.encode(prompt.empty() ? rest : prompt, true);
+  std::int64_t begin = 0;
+  if (!prompt.empty()) {
+    begin = static_cast<std::int64_t>(ids.size());
+    const std::vector<std::int32_t> after = tokens.encode(rest, false);
+    ids.insert(ids.end(), after.begin(), after.end());
+  }
+  const std::int32_t end = tokens.end();
+  if (end >= 0 && (ids.empty() || ids.back() != end)) ids.push_back(end);
+  const auto count = static_cast<std::int64_t>(ids.size());
+  return {std::move(ids), {{begin, count}}};
+}
+
+Encoded encode_conversation(const TextTokens& tokens, const JsonValue& line) {
+  const Messages messages = read_messages(line);
+  try {
+    ChatTokens chat = tokens.encode_chat(messages.turns);
+    Encoded encoded{std::move(chat.ids), {}};
+    for (std::size_t i = 0; i < chat.answers.size(); ++i)
+      if (messages.counts[i]) encoded.completions.push_back(chat.answers[i]);
+    return encoded;
+  } catch (const UsageError& error) {
+    throw DataError(fmt::format("{}: {}", line.where(), error.what()));
+  }
+}
+
+Encoded encode_line(const TextTokens& tokens, std::string_view line, const std::string& where) {
   const nlohmann::json document = parse_json(line, where);
   const JsonValue root(document, where);
-  if (const auto text = root.find("text")) return {"", text->string()};
-  return {root.at("prompt").string(), root.at("completion").string()};
+  if (const auto text = root.find("text")) return encode_text(tokens, "", text->string());
+  if (root.find("messages")) return encode_conversation(tokens, root);
+  if (!root.find("prompt")) root.fail("a member 'text', 'messages' or 'prompt'", "none");
+  return encode_text(tokens, root.at("prompt").string(), root.at("completion").string());
 }
 
 /// Writes the tokens of documents into shards.
 class ShardWriter {
  public:
-  ShardWriter(fs::path folder, const TextTokens& tokens)
-      : folder_(std::move(folder)), tokens_(tokens), is_wide_(tokens.vocab_size() > 65536) {}
+  ShardWriter(fs::path folder, bool is_wide) : folder_(std::move(folder)), is_wide_(is_wide) {}
 
-  void add(const Text& text) {
-    std::vector<std::int32_t> ids = tokens_.encode(text.prompt.empty() ? text.rest : text.prompt, true);
-    std::int64_t prompt = 0;
-    if (!text.prompt.empty()) {
-      prompt = static_cast<std::int64_t>(ids.size());
-      const std::vector<std::int32_t> rest = tokens_.encode(text.rest, false);
-      ids.insert(ids.end(), rest.begin(), rest.end());
+  void add(const Encoded& document) {
+    const auto count = static_cast<std::int64_t>(document.ids.size());
+    if (!file_) file_.emplace(folder_ / fmt::format("shard-{:05}.tokens", shards_.size()));
+    const std::int64_t place[] = {in_shard_, static_cast<std::int64_t>(document.completions.size())};
+    documents_.insert(documents_.end(), std::begin(place), std::end(place));
+    completions_.insert(completions_.end(), document.completions.begin(), document.completions.end());
+    packed_.clear();
+    for (const std::int32_t id : document.ids) {
+      const auto value = static_cast<std::uint32_t>(id);
+      packed_.append(reinterpret_cast<const char*>(&value), is_wide_ ? 4 : 2);  // little-endian
     }
-    const std::int32_t end = tokens_.end();
-    if (end >= 0 && (ids.empty() || ids.back() != end)) ids.push_back(end);
-    append(ids, prompt);
+    file_->write(packed_);
+    fingerprint_.add(packed_);
+    fingerprint_.add(fingerprinted(document.completions, count));
+    in_shard_ += count;
+    total_ += count;
+    if (in_shard_ * (is_wide_ ? 4 : 2) >= kShardBytes) finish_shard();
   }
 
   /// Returns the shards that were written, for the index.
@@ -73,21 +110,15 @@ class ShardWriter {
   std::string fingerprint() const { return fingerprint_.text(); }
 
  private:
-  void append(const std::vector<std::int32_t>& ids, std::int64_t prompt) {
-    if (!file_) file_.emplace(folder_ / fmt::format("shard-{:05}.tokens", shards_.size()));
-    const std::int64_t place[] = {in_shard_, prompt};
-    documents_.insert(documents_.end(), std::begin(place), std::end(place));
-    packed_.clear();
-    for (const std::int32_t id : ids) {
-      const auto value = static_cast<std::uint32_t>(id);
-      packed_.append(reinterpret_cast<const char*>(&value), is_wide_ ? 4 : 2);  // little-endian
+  /// Returns the beginnings and ends of completions without an end that is the document's, so that the
+  /// fingerprint of prompts with completions is that of earlier versions, whose runs resume.
+  static std::string fingerprinted(const std::vector<TokenRange>& completions, std::int64_t count) {
+    std::string text;
+    for (const auto& [begin, end] : completions) {
+      text += fmt::format("{}{}", text.empty() ? "" : ",", begin);
+      if (end != count) text += fmt::format(",{}", end);
     }
-    file_->write(packed_);
-    fingerprint_.add(packed_);
-    fingerprint_.add(std::to_string(prompt));
-    in_shard_ += static_cast<std::int64_t>(ids.size());
-    total_ += static_cast<std::int64_t>(ids.size());
-    if (in_shard_ * (is_wide_ ? 4 : 2) >= kShardBytes) finish_shard();
+    return text;
   }
 
   void finish_shard() {
@@ -96,29 +127,36 @@ class ShardWriter {
     file_.reset();
     write_file(folder_ / fmt::format("shard-{:05}.documents", shards_.size()),
                {reinterpret_cast<const char*>(documents_.data()), documents_.size() * sizeof(std::int64_t)});
-    shards_.push_back({{"tokens", in_shard_}, {"documents", documents_.size() / 2}});
+    write_file(
+        folder_ / fmt::format("shard-{:05}.completions", shards_.size()),
+        {reinterpret_cast<const char*>(completions_.data()), completions_.size() * sizeof(TokenRange)});
+    shards_.push_back(
+        {{"tokens", in_shard_}, {"documents", documents_.size() / 2}, {"completions", completions_.size()}});
     documents_.clear();
+    completions_.clear();
     in_shard_ = 0;
   }
 
   fs::path folder_;
-  const TextTokens& tokens_;
   bool is_wide_;
   std::optional<OutputFile> file_;
-  std::vector<std::int64_t> documents_;  // of each its first token and the tokens of its prompt
+  std::vector<std::int64_t> documents_;  // of each its first token and its number of completions
+  std::vector<TokenRange> completions_;
   std::string packed_;
   nlohmann::json shards_ = nlohmann::json::array();
   std::int64_t in_shard_ = 0, total_ = 0;
   Fingerprint fingerprint_;
 };
 
-/// Adds the documents of a file; returns false if it has none or is binary.
-bool add_file(const TextFile& source, ShardWriter& writer) {
+/// Adds the documents of a file; returns false if it has none or is binary. `unanswered` becomes the first
+/// line, of any file, whose document has no completion.
+bool add_file(const TextFile& source, const TextTokens& tokens, ShardWriter& writer,
+              std::string& unanswered) {
   const MappedFile file(source.path);
   const std::string_view text = text_in(source, file);
   if (text.empty()) return false;
   if (source.path.extension() != ".jsonl") {
-    writer.add({"", std::string(text)});
+    writer.add(encode_text(tokens, "", std::string(text)));
     return true;
   }
   std::size_t number = 0;
@@ -128,7 +166,10 @@ bool add_file(const TextFile& source, ShardWriter& writer) {
     begin = end + 1;
     ++number;
     if (line.find_first_not_of(" \t\r") == std::string_view::npos) continue;
-    writer.add(read_line(line, fmt::format("--data {}, line {}", file.name(), number)));
+    const std::string where = fmt::format("--data {}:{}", file.name(), number);
+    const Encoded document = encode_line(tokens, line, where);
+    if (document.completions.empty() && unanswered.empty()) unanswered = where;
+    writer.add(document);
   }
   return true;
 }
@@ -138,10 +179,11 @@ void build(const std::vector<TextFile>& sources, const nlohmann::json& key, cons
   const fs::path half_done = cache.string() + ".part";
   fs::remove_all(half_done);
   fs::create_directories(half_done);
-  ShardWriter writer(half_done, tokens);
+  ShardWriter writer(half_done, tokens.vocab_size() > 65536);
+  std::string unanswered;
   std::int64_t left_out = 0, logged = 0;
   for (const TextFile& source : sources) {
-    if (!add_file(source, writer)) ++left_out;
+    if (!add_file(source, tokens, writer, unanswered)) ++left_out;
     if (writer.total() - logged >= kLogBytes) {
       logged = writer.total();
       log(fmt::format("tokenised {} Mi tokens", logged >> 20));
@@ -150,6 +192,7 @@ void build(const std::vector<TextFile>& sources, const nlohmann::json& key, cons
   nlohmann::json index = key;
   index["shards"] = writer.finish();
   index["fingerprint"] = writer.fingerprint();
+  if (!unanswered.empty()) index["unanswered"] = unanswered;
   write_file(half_done / kIndex, index.dump() + "\n");
   fs::remove_all(cache);
   fs::rename(half_done, cache);
@@ -166,13 +209,15 @@ struct Corpus::Impl {
   };
   std::vector<Shard> shards;
   std::vector<Document> documents;
+  std::vector<TokenRange> completions;
   std::int64_t tokens = 0;
   std::string fingerprint;
 
-  void add_shard(const fs::path& folder, std::int64_t count, std::int64_t document_count, bool is_wide) {
+  void add_shard(const fs::path& folder, std::int64_t count, std::int64_t document_count,
+                 std::int64_t completion_count, bool is_wide) {
     const std::string stem = fmt::format("shard-{:05}", shards.size());
     auto mapped = std::make_unique<MappedFile>(folder / (stem + ".tokens"));
-    const MappedFile places(folder / (stem + ".documents"));
+    const MappedFile places(folder / (stem + ".documents")), ranges(folder / (stem + ".completions"));
     const auto expect = [](const MappedFile& file, std::int64_t bytes) {
       if (static_cast<std::int64_t>(file.bytes().size()) != bytes) {
         throw DataError(fmt::format("{}: expected {} bytes, got {} (remove its folder to tokenise again)",
@@ -181,11 +226,23 @@ struct Corpus::Impl {
     };
     expect(*mapped, count * (is_wide ? 4 : 2));
     expect(places, document_count * 16);
+    expect(ranges, completion_count * 16);
+    std::size_t completion = completions.size();
+    completions.resize(completion + static_cast<std::size_t>(completion_count));
+    if (completion_count > 0)
+      std::memcpy(completions.data() + completion, ranges.bytes().data(), ranges.bytes().size());
     std::vector<std::int64_t> numbers(static_cast<std::size_t>(document_count) * 2);
     if (!numbers.empty()) std::memcpy(numbers.data(), places.bytes().data(), places.bytes().size());
     for (std::size_t i = 0; i < numbers.size(); i += 2) {
       const std::int64_t end = i + 2 < numbers.size() ? numbers[i + 2] : count;
-      documents.push_back({shards.size(), numbers[i], end - numbers[i], numbers[i + 1]});
+      const auto own = static_cast<std::size_t>(numbers[i + 1]);
+      documents.push_back({shards.size(), numbers[i], end - numbers[i], completion, own});
+      completion += own;
+    }
+    if (completion != completions.size()) {
+      throw DataError(
+          fmt::format("{}: expected {} completions, got others (remove its folder to tokenise again)",
+                      places.name(), completion_count));
     }
     tokens += count;
     shards.push_back({std::move(mapped), is_wide});
@@ -193,7 +250,7 @@ struct Corpus::Impl {
 };
 
 Corpus Corpus::open(const std::vector<fs::path>& paths, const TextTokens& tokens, const fs::path& cache,
-                    const Log& log) {
+                    bool completion_only, const Log& log) {
   const std::vector<TextFile> sources = find_text_files(paths, cache.parent_path());
   nlohmann::json key{{"version", kVersion},
                      {"tokenizer", tokens.identity()},
@@ -219,7 +276,12 @@ Corpus Corpus::open(const std::vector<fs::path>& paths, const TextTokens& tokens
   for (std::size_t s = 0; s < shards.array().size(); ++s) {
     const JsonValue shard = shards.element(s);
     impl->add_shard(cache, shard.at("tokens").integer(), shard.at("documents").integer(),
-                    index.at("token_bytes").integer() == 4);
+                    shard.at("completions").integer(), index.at("token_bytes").integer() == 4);
+  }
+  if (const auto unanswered = index.find("unanswered"); unanswered && completion_only) {
+    throw DataError(
+        fmt::format("{}: messages: expected an assistant turn to count with --loss completion, got none",
+                    unanswered->string()));
   }
   impl->fingerprint = index.at("fingerprint").string();
   if (impl->tokens == 0) throw DataError("--data: expected text files, got none with text in them");
@@ -230,6 +292,9 @@ Corpus Corpus::open(const std::vector<fs::path>& paths, const TextTokens& tokens
 
 const std::vector<Corpus::Document>& Corpus::documents() const {
   return impl_->documents;
+}
+std::span<const TokenRange> Corpus::completions(const Document& document) const {
+  return std::span(impl_->completions).subspan(document.completion, document.completions);
 }
 std::int64_t Corpus::tokens() const {
   return impl_->tokens;

@@ -4,6 +4,7 @@
 #include <filesystem>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -12,25 +13,29 @@
 namespace moba::llm::train {
 
 /// Texts as tokens, memory-mapped, one document after the other. A text file is a document; a file that ends
-/// in .jsonl has one in each line, {"text": ...} or {"prompt": ..., "completion": ...}. The end-of-text token
-/// closes every document.
+/// in .jsonl has one in each line: {"text": ...}, {"messages": ...} or {"prompt": ..., "completion": ...}.
+/// The end-of-text token closes every document but conversations, which end as the chat template does.
 class Corpus {
  public:
   struct Document {
     std::size_t shard;
-    std::int64_t begin, count;  // tokens
-    std::int64_t prompt;        // tokens of the prompt among them
+    std::int64_t begin, count;            // tokens
+    std::size_t completion, completions;  // the first of its ranges of completions, and their number
   };
   /// Receives the files of a folder that are left out, and the progress of tokenising.
   using Log = std::function<void(const std::string&)>;
 
   /// Opens the tokens of `paths`, files or folders with their subfolders, in `cache`, and tokenises again if
   /// it holds none or those of other files, contents or another tokenizer. Leaves out hidden, empty and
-  /// binary files of a folder, and the folder of `cache`; throws DataError for such a file given by name.
+  /// binary files of a folder, and the folder of `cache`; throws DataError for such a file given by name, and
+  /// with `completion_only` for a conversation without an assistant turn.
   static Corpus open(const std::vector<std::filesystem::path>& paths, const TextTokens& tokens,
-                     const std::filesystem::path& cache, const Log& log);
+                     const std::filesystem::path& cache, bool completion_only, const Log& log);
 
   const std::vector<Document>& documents() const;
+  /// Returns the tokens of a document that the loss on completions counts, as ascending ranges within it: all
+  /// of a text, the completion of a prompt, the assistant turns of a conversation.
+  std::span<const TokenRange> completions(const Document& document) const;
   std::int64_t tokens() const;
   /// Returns a fingerprint of the contents.
   const std::string& fingerprint() const;

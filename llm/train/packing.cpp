@@ -28,11 +28,19 @@ Packing::Packing(const Corpus& corpus, const PackingSettings& settings)
     const std::int64_t predicted = documents[d].count - 1;
     for (std::int64_t first = 0; first < predicted; first += settings.seq_len) {
       const std::int64_t count = std::min(settings.seq_len, predicted - first);
-      const bool counts = !settings.completion_only || first + count >= documents[d].prompt;
+      const bool counts = !settings.completion_only || has_completion(documents[d], first + 1, count);
       if (counts) segments_.push_back({d, first, count});
     }
   }
   if (segments_.empty()) throw DataError("--data: expected a text of at least two tokens, got none");
+}
+
+/// Returns whether a completion has one of the tokens [first, first + count) of a document.
+bool Packing::has_completion(const Corpus::Document& document, std::int64_t first, std::int64_t count) const {
+  const auto ranges = corpus_.completions(document);
+  return std::any_of(ranges.begin(), ranges.end(), [&](const TokenRange& range) {
+    return std::max(range.begin, first) < std::min(range.end, first + count);
+  });
 }
 
 /// Packs the segments by first fit, in random order.
@@ -79,9 +87,16 @@ void Packing::add_segment(const Segment& segment, Batch& batch) const {
   corpus_.read(document, segment.first, segment.count, batch.tokens.data() + begin);
   corpus_.read(document, segment.first + 1, segment.count, batch.targets.data() + begin);
   if (settings_.completion_only) {
-    const std::int64_t prompt =
-        std::clamp<std::int64_t>(document.prompt - 1 - segment.first, 0, segment.count);
-    std::fill_n(batch.targets.begin() + static_cast<std::ptrdiff_t>(begin), prompt, -1);
+    const auto targets = batch.targets.begin() + static_cast<std::ptrdiff_t>(begin);
+    std::int64_t last = 0;  // of the targets before it, those of completions are kept
+    for (const TokenRange& range : corpus_.completions(document)) {
+      const auto target_of = [&](std::int64_t token) {
+        return std::clamp<std::int64_t>(token - 1 - segment.first, 0, segment.count);
+      };
+      std::fill(targets + last, targets + target_of(range.begin), -1);
+      last = target_of(range.end);
+    }
+    std::fill(targets + last, targets + segment.count, -1);
   }
   batch.cu_seqlens.push_back(static_cast<std::int32_t>(batch.tokens.size()));
 }

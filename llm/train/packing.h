@@ -14,7 +14,7 @@ struct PackingSettings {
   std::int64_t seq_len = 1024;
   /// Maximum of tokens in a batch, at least seq_len.
   std::int64_t batch_tokens = 1024;
-  /// Counts only the tokens after a prompt for the loss.
+  /// Counts only the tokens of completions for the loss.
   bool completion_only = false;
   std::uint64_t seed = 0;
 };
@@ -39,6 +39,7 @@ class Packing {
     std::size_t document;
     std::int64_t first, count;
   };
+  bool has_completion(const Corpus::Document& document, std::int64_t first, std::int64_t count) const;
   void plan(std::int64_t epoch);
   void add_segment(const Segment& segment, Batch& batch) const;
 

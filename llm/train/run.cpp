@@ -190,7 +190,7 @@ Run::Impl::Impl(const RunSettings& with, const Log& log)
       source(open_source(settings)),
       tokens(open_tokens(settings)),
       lock(settings.out),
-      corpus(Corpus::open(settings.data, tokens, settings.out / "data", log)),
+      corpus(Corpus::open(settings.data, tokens, settings.out / "data", settings.completion_only, log)),
       packing(corpus, packing_settings()),
       model(config_of_run(log), model_settings()),
       optimiser(model.trained(), settings.adamw),

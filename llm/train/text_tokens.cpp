@@ -122,6 +122,19 @@ std::vector<std::int32_t> TextTokens::encode(std::string_view text, bool beginni
   return ids;
 }
 
+ChatTokens TextTokens::encode_chat(const std::vector<Turn>& turns) const {
+  const std::string_view form = impl_->tokenizer ? chat_form(impl_->tokenizer->chat_template()) : "none";
+  if (form == "none" || form == "another") {
+    throw UsageError(fmt::format(
+        "chat: expected a tokenizer with a chat template (ChatML, Llama 3 or Llama 2), got {}; name an "
+        "instruct model, or a folder with a tokenizer and such a chat_template.jinja, as --tokenizer",
+        !impl_->tokenizer   ? "bytes"
+        : form == "another" ? "another template"
+                            : "none"));
+  }
+  return llm::encode_chat(*impl_->tokenizer, turns);
+}
+
 std::int32_t TextTokens::end() const {
   if (!impl_->tokenizer) return kBytes;
   const auto& ends = impl_->tokenizer->end_tokens();

@@ -7,6 +7,8 @@
 #include <string_view>
 #include <vector>
 
+#include "llm/tokenizer/tokenizer.h"
+
 namespace moba::llm::train {
 
 /// Encodes texts for training, with a tokenizer or as bytes.
@@ -20,6 +22,9 @@ class TextTokens {
   /// Returns the tokens of a text, at the `beginning` of a document after the tokenizer's special tokens
   /// (such as BOS). Special tokens spelled out in the text stay text.
   std::vector<std::int32_t> encode(std::string_view text, bool beginning) const;
+  /// Returns the tokens of a conversation in the form of the tokenizer's chat template. Throws UsageError for
+  /// bytes, a tokenizer without a supported template, and turns that the template does not take.
+  ChatTokens encode_chat(const std::vector<Turn>& turns) const;
   /// Returns the token that ends a document, or -1.
   std::int32_t end() const;
   std::int64_t vocab_size() const;

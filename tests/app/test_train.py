@@ -558,8 +558,12 @@ BAD = {
     "binary file": (1, binary_file, ["0.txt", "expected a text file, got a binary one"]),
     "no text at all": (1, folder_of_nothing, ["--data: expected text files, got none"]),
     "no such data": (1, flags(data="nowhere"), ["--data nowhere: expected a file or a folder"]),
-    "not JSON": (1, bad_lines('{"text": "a"}', "{"), ["bad.jsonl, line 2: expected JSON"]),
-    "no text member": (1, bad_lines('{"prompt": "a"}'), ["bad.jsonl, line 1", "'completion'"]),
+    "not JSON": (1, bad_lines('{"text": "a"}', "{"), ["bad.jsonl:2: expected JSON"]),
+    "no text member": (
+        1,
+        bad_lines('{"prompt": "a"}'),
+        ["bad.jsonl:1: expected a member", "'completion'"],
+    ),
     "heads do not divide": (
         1,
         config_with(num_attention_heads=5),
