@@ -17,10 +17,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="how many to generate")
     arguments = parser.parse_args()
     try:
-        moba.register_moba(moba.MoBAConfig(arguments.moba_chunk_size, arguments.moba_topk))
+        routing = moba.MoBAConfig(arguments.moba_chunk_size, arguments.moba_topk)
     except ValueError as error:
         parser.error(str(error))
 
+    moba.register_moba()
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         model = AutoModelForCausalLM.from_pretrained(
@@ -28,6 +29,8 @@ def main() -> None:
         )
     except OSError as error:
         parser.error(f"--model {arguments.model}: {error}")
+    model.config.moba_chunk_size = routing.moba_chunk_size
+    model.config.moba_topk = routing.moba_topk
     inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
     with torch.inference_mode():
         ids = model.generate(**inputs, max_new_tokens=arguments.tokens, do_sample=False)

@@ -1,6 +1,7 @@
 """Routing of a model's attention layers, as plain data."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -49,3 +50,31 @@ class MoBAConfig:
                 raise TypeError(f"MoBAConfig: full_layers: expected layer numbers, got {layer!r}")
         if self.decode not in ("full", "moba"):
             raise ValueError(f'MoBAConfig: decode: expected "full" or "moba", got {self.decode!r}')
+
+
+_IN_MODEL = {  # field: attribute of a model's config, as `moba train` writes it to config.json
+    "moba_chunk_size": "moba_chunk_size",
+    "moba_topk": "moba_topk",
+    "full_layers": "moba_full_layers",
+    "full_tail": "moba_full_tail",
+    "sink_blocks": "moba_sink",
+    "decode": "moba_decode",
+}
+
+
+def config_of(model_config: Any) -> MoBAConfig | None:
+    """Return the configuration in a model's config of `transformers`, or None if it has neither `moba_chunk_size` nor
+    `moba_topk`. Raises TypeError or ValueError naming the attribute."""
+    attributes = getattr(model_config, "__dict__", {})
+    if attributes.get("moba_chunk_size") is None and attributes.get("moba_topk") is None:
+        return None
+    fields: dict[str, Any] = {"moba_chunk_size": None, "moba_topk": None}
+    for field, attribute in _IN_MODEL.items():
+        value = attributes.get(attribute)
+        if value is not None:
+            fields[field] = value
+    try:
+        return MoBAConfig(**fields)
+    except (TypeError, ValueError) as error:
+        _, field, wrong = str(error).split(": ", 2)
+        raise type(error)(f"moba_layer: config.{_IN_MODEL[field]}: {wrong}") from None

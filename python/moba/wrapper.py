@@ -1,5 +1,6 @@
 """MoBA as an attention implementation of `transformers` models."""
 
+import re
 from functools import partial
 from typing import Any
 
@@ -9,24 +10,54 @@ from torch.nn import Module
 
 from . import ops
 from ._operator import means_dtype
-from .config import MoBAConfig
+from .config import MoBAConfig, config_of
 from .functional import EVERYTHING, check_tensors, flatten, varlen
 from .moba_naive import naive_varlen, naive_weights
 from .modes import current_mode, records_of
 from .padding import cu_seqlens_of, spans_of_documents, spans_of_mask, split_tail, whole_spans
 
 
-def register_moba(cfg: MoBAConfig) -> None:
-    """Register "moba" and "moba_naive" as attention implementations of `transformers`, with their masks:
-    `from_pretrained(..., attn_implementation="moba")`. Calling it again replaces `cfg` for existing models, too."""
+def register_moba(cfg: MoBAConfig | None = None, name: str = "moba") -> None:
+    """Register attention implementations of `transformers`, with their masks: "moba" and "moba_naive", for
+    `from_pretrained(..., attn_implementation="moba")`, or another `name`, such as "moba-16x3", and that followed by "_naive".
+
+    A model with "moba" has the configuration in its `model.config`, the attributes that `moba train` writes:
+    `moba_chunk_size`, `moba_topk` and, with MoBAConfig's defaults, `moba_sink`, `moba_full_tail`, `moba_full_layers` and
+    `moba_decode`. Without the first two it has `cfg`, the default of all such models; None is no default. A model with
+    another name has the `cfg` of that name. Calling it again replaces `cfg` for existing models, too."""
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
-    if not isinstance(cfg, MoBAConfig):
+    is_default = name == "moba"
+    if not (isinstance(cfg, MoBAConfig) or (cfg is None and is_default)):
         raise TypeError(f"register_moba: cfg: expected a MoBAConfig, got {type(cfg).__name__}")
-    for name, naive in (("moba", False), ("moba_naive", True)):
-        AttentionInterface.register(name, partial(moba_layer, cfg, naive))
-        AttentionMaskInterface.register(name, moba_mask)
+    if not isinstance(name, str):
+        raise TypeError(f"register_moba: name: expected a str, got {type(name).__name__}")
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            'register_moba: name: expected "moba" followed by letters, digits, ".", "_" or "-", without "_naive", "flash", '
+            f'"flex" and "sdpa" (which have a meaning), got {name!r}'
+        )
+    for suffix, naive in (("", False), ("_naive", True)):
+        layer = partial(_default_layer if is_default else moba_layer, cfg, naive)
+        AttentionInterface.register(name + suffix, layer)
+        AttentionMaskInterface.register(name + suffix, moba_mask)
+
+
+_NAME = re.compile(r"(?!.*(?:_naive|flash|flex|sdpa))moba[A-Za-z0-9._-]*")
+
+
+def _default_layer(
+    default: MoBAConfig | None, naive: bool, module: Module, *tensors: Any, **options: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Compute `moba_layer` with the configuration of the model, or else the default."""
+    config = config_of(getattr(module, "config", None)) or default
+    if config is None:
+        raise ValueError(
+            "moba_layer: config: expected moba_chunk_size and moba_topk in model.config, or a default from "
+            "register_moba(MoBAConfig(...)), got neither"
+        )
+    return moba_layer(config, naive, module, *tensors, **options)
 
 
 def moba_mask(

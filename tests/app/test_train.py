@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from losses import losses_there
+from moba.config import MoBAConfig, config_of
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -369,7 +370,8 @@ def test_trained_attention_is_the_default(place, train, moba):
     said = ("moba_chunk_size", "moba_topk", "moba_sink", "moba_full_tail", "moba_full_layers")
     config = json.loads((place / "run" / "config.json").read_text())
     assert [config[name] for name in said] == [16, 3, 1, 0, [1]]
-    transformers.AutoModelForCausalLM.from_pretrained(place / "run")
+    there = transformers.AutoModelForCausalLM.from_pretrained(place / "run").config
+    assert config_of(there) == MoBAConfig(16, 3, sink_blocks=1, full_layers=(1,))
 
     def settings(*flags, model=place / "run"):
         command = (

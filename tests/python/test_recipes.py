@@ -20,7 +20,14 @@ def test_every_recipe_runs(capsys):
         for code in re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL):
             exec(compile(code, section.splitlines()[0], "exec"), names)
             run.append(section.splitlines()[0])
-    assert set(run) == {"Use", "Train", "Hybrid layers", "Sparse decode", "Inspect routing"}
+    assert set(run) == {
+        "Use",
+        "Several models",
+        "Train",
+        "Hybrid layers",
+        "Sparse decode",
+        "Inspect routing",
+    }
     assert "layer 3: the last token's heads select blocks" in capsys.readouterr().out
 
 
