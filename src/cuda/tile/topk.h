@@ -147,12 +147,11 @@ struct TopK {
     for (int unit = 0; unit < kUnits; ++unit) {
       const std::uint32_t bits = passing >> unit * kColumns & ((1U << kColumns) - 1);
       if (ptx::ballot(bits != 0) == 0) continue;
-      Candidate* to = &memory.buffer[byte_of(counts + before, unit)][row_of(unit)];
+      std::uint32_t slot = byte_of(counts + before, unit);
       MOBA_UNROLL
       for (int column = 0; column < kColumns; ++column) {
         if ((bits >> column & 1) == 0) continue;
-        *to = {score_at(unit, column), block_at(first, column)};
-        to += kRows;
+        memory.buffer[slot++][row_of(unit)] = {score_at(unit, column), block_at(first, column)};
       }
     }
     counts += added;
