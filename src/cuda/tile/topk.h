@@ -72,7 +72,7 @@ struct TopK {
 
   /// In shared memory, of one warp.
   struct Memory {
-    Candidate buffer[kBuffer][kRows];
+    Candidate buffer[kBuffer + 1][kRows];  // and the place after a full buffer, which stays unused
     float threshold[kRows];
     std::uint32_t count[kRows];
   };
@@ -147,11 +147,12 @@ struct TopK {
     for (int unit = 0; unit < kUnits; ++unit) {
       const std::uint32_t bits = passing >> unit * kColumns & ((1U << kColumns) - 1);
       if (ptx::ballot(bits != 0) == 0) continue;
-      std::uint32_t slot = byte_of(counts + before, unit);
+      Candidate* to = &memory.buffer[byte_of(counts + before, unit)][row_of(unit)];
       MOBA_UNROLL
       for (int column = 0; column < kColumns; ++column) {
         if ((bits >> column & 1) == 0) continue;
-        memory.buffer[slot++][row_of(unit)] = {score_at(unit, column), block_at(first, column)};
+        *to = {score_at(unit, column), block_at(first, column)};
+        to += kRows;
       }
     }
     counts += added;
