@@ -52,7 +52,8 @@ struct RowStream {
       if (next == nullptr) return;
       from = next + (at - count) * next_stride;
     }
-    prefetch_l1(from, depth * sizeof(T));
+    // Not prefetch_l1: GCC's code for that call makes f32 decode 4% slower.
+    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
   }
 };
 
