@@ -76,7 +76,8 @@ std::string host_argument(const std::function<void()>& call) {
   try {
     named("call", call);
   } catch (const Error& error) {
-    const std::string message = error.what(), end = ": expected device memory, got a host pointer";
+    std::string message = error.what();
+    const std::string end = ": expected device memory, got a host pointer";
     if (message.ends_with(end)) return message.substr(6, message.size() - 6 - end.size());
     return message;
   }

@@ -51,8 +51,8 @@ void expect_reference(const Case& c, const std::string& what) {
 const std::vector<std::pair<std::string, Score>>& scores() {
   constexpr double kInfinity = std::numeric_limits<double>::infinity();
   static const std::vector<std::pair<std::string, Score>> all{
-      {"rising", [](std::int64_t token) { return static_cast<double>(token / 8); }},
-      {"falling", [](std::int64_t token) { return -static_cast<double>(token / 8); }},
+      {"rising", [](std::int64_t token) { return std::floor(static_cast<double>(token) / 8); }},
+      {"falling", [](std::int64_t token) { return -std::floor(static_cast<double>(token) / 8); }},
       {"equal", [](std::int64_t) { return 1.0; }},
       {"lowest", [=](std::int64_t) { return -kInfinity; }},
       {"periodic", [](std::int64_t token) { return static_cast<double>(token % 37 - 18); }},
