@@ -32,6 +32,7 @@ TEST(Mean, IsOverTokensNotSequences) {
 
 TEST(Bootstrap, ContainsTheMeanAndIsReproducible) {
   std::vector<Portion> portions;
+  portions.reserve(50);
   for (int i = 0; i < 50; ++i) portions.push_back({static_cast<double>(i % 7), 1});
   const Interval first = bootstrap(portions), again = bootstrap(portions);
   EXPECT_EQ(first.low, again.low);

@@ -12,7 +12,6 @@ namespace {
 
 using testing::EndsWith;
 using testing::HasSubstr;
-using testing::StartsWith;
 using testing::ThrowsMessage;
 
 TEST(Planted, InsertsAtTheBeginningOfALine) {

@@ -23,6 +23,7 @@ std::map<std::int32_t, double> shares(const Sampling& sampling, const std::vecto
 /// Returns logits of given probabilities.
 std::vector<float> logits_of(const std::vector<double>& probabilities) {
   std::vector<float> logits;
+  logits.reserve(probabilities.size());
   for (double p : probabilities) logits.push_back(static_cast<float>(std::log(p)));
   return logits;
 }
@@ -98,6 +99,7 @@ TEST(Sampler, SeedsAreReproducible) {
     sampling.seed = seed;
     Sampler sampler(sampling);
     std::vector<std::int32_t> ids;
+    ids.reserve(20);
     for (int i = 0; i < 20; ++i) ids.push_back(sampler(flat));
     return ids;
   };

@@ -43,7 +43,7 @@ class TokenizerTest : public testing::Test {
     try {
       Tokenizer::open(folder_);
     } catch (const DataError& error) {
-      const std::string message = error.what();
+      std::string message = error.what();
       EXPECT_NE(message.find(file.empty() ? folder_.string() : (folder_ / file).string()), std::string::npos)
           << message;
       EXPECT_NE(message.find("expected"), std::string::npos) << message;
