@@ -57,7 +57,7 @@ def useful(tokens, choice, per_pair):
 
 
 def row(what, value, unit, detail="", **more):
-    """Return a row of the report. `more` goes to the JSON only: the block setting and what benchmarks/targets.py needs."""
+    """Return a row of the result. `more` goes to the JSON only: the block setting and what benchmarks/targets.py needs."""
     return {"what": what, "value": value, "unit": unit, "detail": detail, **more}
 
 

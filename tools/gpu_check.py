@@ -300,7 +300,7 @@ def execute_each(tasks, seconds, cwd, concurrent, limit):
 
 
 def test_result(path):
-    """Return the result of one test in the report of its process: passed, skipped and the blocks swapped by rounding."""
+    """Return the result of one test, read from the JSON that its process wrote: passed, skipped and the blocks swapped by rounding."""
     suites = json.loads(path.read_text())["testsuites"]
     tests = [test for suite in suites for test in suite["testsuite"]]
     return {

@@ -19,28 +19,27 @@ namespace moba::pytorch {
 inline thread_local std::string last_argument_error;
 
 /// Returns the message of an error of libmoba, "function: message", without the function's name.
-inline std::string_view without_function(std::string_view message) {
-  return message.substr(message.find(": ") + 2);
+inline std::string without_function(std::string_view message) {
+  return std::string(message.substr(message.find(": ") + 2));
 }
 
 /// Runs the body of the operator `name`. Errors of arguments leave it as Error "name: argument: expected X,
 /// got Y", failures of the device as DeviceError "name: message"; libmoba's own get the operator's name.
 template <typename Body>
 auto named_operator(std::string_view name, const Body& body) {
-  const auto message_of = [&](std::string_view message) {
-    return std::string(name).append(": ").append(message);
-  };
   try {
-    try {
-      return body();
-    } catch (const Error& error) {
-      throw ArgumentError{std::string(without_function(error.what()))};
-    }
-  } catch (const ArgumentError& error) {
-    last_argument_error = message_of(error.message);
-    throw Error(last_argument_error);
-  } catch (const DeviceError& error) {
-    throw DeviceError(message_of(without_function(error.what())));
+    return named(name, [&] {
+      try {
+        return body();
+      } catch (const Error& error) {
+        throw ArgumentError{without_function(error.what())};
+      } catch (const DeviceError& error) {
+        throw DeviceFailure{without_function(error.what())};
+      }
+    });
+  } catch (const Error& error) {
+    last_argument_error = error.what();
+    throw;
   }
 }
 

@@ -19,6 +19,10 @@ struct GateParams {
   tile::Key* heaps;  // [heads, max_tiles, warps, width, rows of a warp]; null: in shared memory
   SelectionRows selection;
 
+  /// Returns the heaps of tile `index`: `shared`, or those in global memory.
+  MOBA_DEVICE tile::Key* heaps_of(std::int64_t head, std::int32_t index, tile::Key* shared) const {
+    return heaps == nullptr ? shared : heaps + (head * max_tiles + index) * kTileRows * width;
+  }
   /// Returns row r of a tile.
   MOBA_DEVICE const T* query(const Tile& tile, std::int64_t head, int r) const {
     const std::int64_t row = tile.first_row + r;

@@ -81,11 +81,10 @@ MOBA_HOST_DEVICE std::int32_t sequence_of(const std::int32_t* starts, std::int32
   return low;
 }
 
-/// Returns the end of the blocks that a token may select by score: its own block if causal, otherwise that of
-/// the sequence.
-MOBA_HOST_DEVICE std::int64_t scored_end(const Batch& batch, std::int32_t token, std::int64_t block_size,
-                                         bool causal) {
-  const std::int32_t s = sequence_of(batch.q_starts, batch.sequences, token);
+/// Returns the end of the blocks that a token of sequence `s` may select by score: its own block if causal,
+/// otherwise that of the sequence.
+MOBA_HOST_DEVICE std::int64_t scored_end(const Batch& batch, std::int32_t s, std::int32_t token,
+                                         std::int64_t block_size, bool causal) {
   const std::int32_t keys = batch.k_starts[s + 1] - batch.k_starts[s];
   if (!causal) return divide_up(keys, block_size);
   const std::int32_t position = token + keys - batch.q_starts[s + 1];

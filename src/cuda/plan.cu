@@ -38,8 +38,10 @@ MOBA_DEVICE std::int32_t scored_block(const PlanParams& p, std::int64_t head, st
   const std::int64_t row = index / p.width, q_head = (p.head0 + head) * p.heads_per_kv + row % p.heads_per_kv;
   const auto token = static_cast<std::int32_t>(p.token0 + row / p.heads_per_kv);
   const std::int32_t block = p.selection.of(q_head, token)[index % p.width];
-  if (block < 0 || block >= scored_end(p.batch, token, p.block_size, p.causal)) return -1;
-  return p.batch.block_starts[sequence_of(p.batch.q_starts, p.batch.sequences, token)] + block;
+  if (block < 0) return -1;
+  const std::int32_t s = sequence_of(p.batch.q_starts, p.batch.sequences, token);
+  if (block >= scored_end(p.batch, s, token, p.block_size, p.causal)) return -1;
+  return p.batch.block_starts[s] + block;
 }
 
 MOBA_KERNEL(kThreads, 4) count_kernel(MOBA_GRID_CONSTANT PlanParams p) {

@@ -43,6 +43,21 @@ MOBA_DEVICE void wgmma_fence() {
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, " \
   "%52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
+/// The instruction for the number of tiles and the type, of the MOBA_MULTIPLY_64 and _128 defined at its
+/// place.
+#define MOBA_MULTIPLY_TILES                           \
+  if constexpr (tiles == 8) {                         \
+    if constexpr (std::is_same_v<T, bfloat16>) {      \
+      MOBA_MULTIPLY_64("bf16");                       \
+    } else {                                          \
+      MOBA_MULTIPLY_64("f16");                        \
+    }                                                 \
+  } else if constexpr (std::is_same_v<T, bfloat16>) { \
+    MOBA_MULTIPLY_128("bf16");                        \
+  } else {                                            \
+    MOBA_MULTIPLY_128("f16");                         \
+  }
+
 /// Issues d = A B^T or d += A B^T, both operands K-major in shared memory.
 template <typename T, int tiles>
 MOBA_DEVICE void wgmma_ss(float (&d)[tiles][4], std::uint64_t a, std::uint64_t b, bool add) {
@@ -61,19 +76,7 @@ MOBA_DEVICE void wgmma_ss(float (&d)[tiles][4], std::uint64_t a, std::uint64_t b
       "}, %64, %65, add, 1, 1, 0, 0;\n}"                                               \
       : MOBA_SUMS_128                                                                  \
       : "l"(a), "l"(b), "r"(static_cast<int>(add)))
-  if constexpr (tiles == 8) {
-    if constexpr (std::is_same_v<T, bfloat16>) {
-      MOBA_MULTIPLY_64("bf16");
-    } else {
-      MOBA_MULTIPLY_64("f16");
-    }
-  } else {
-    if constexpr (std::is_same_v<T, bfloat16>) {
-      MOBA_MULTIPLY_128("bf16");
-    } else {
-      MOBA_MULTIPLY_128("f16");
-    }
-  }
+  MOBA_MULTIPLY_TILES
 #undef MOBA_MULTIPLY_64
 #undef MOBA_MULTIPLY_128
 }
@@ -92,19 +95,7 @@ MOBA_DEVICE void wgmma_rs(float (&d)[tiles][4], const std::uint32_t (&a)[4], std
                "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"                                      \
                : MOBA_SUMS_128                                                                  \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-  if constexpr (tiles == 8) {
-    if constexpr (std::is_same_v<T, bfloat16>) {
-      MOBA_MULTIPLY_64("bf16");
-    } else {
-      MOBA_MULTIPLY_64("f16");
-    }
-  } else {
-    if constexpr (std::is_same_v<T, bfloat16>) {
-      MOBA_MULTIPLY_128("bf16");
-    } else {
-      MOBA_MULTIPLY_128("f16");
-    }
-  }
+  MOBA_MULTIPLY_TILES
 #undef MOBA_MULTIPLY_64
 #undef MOBA_MULTIPLY_128
 }
@@ -122,6 +113,7 @@ MOBA_DEVICE void wgmma_wait(float (&d)[tiles][4]) {
     asm volatile("wgmma.wait_group.sync.aligned %64;" : MOBA_SUMS_128 : "n"(pending) : "memory");
   }
 }
+#undef MOBA_MULTIPLY_TILES
 #undef MOBA_SUMS_OF
 #undef MOBA_SUMS_64
 #undef MOBA_SUMS_128

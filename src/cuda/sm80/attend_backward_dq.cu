@@ -255,7 +255,8 @@ sum_dq_slots_kernel(MOBA_GRID_CONSTANT AddParams<T> p) {
   const std::int64_t q_head = (p.head0 + head) * p.heads_per_kv + row % p.heads_per_kv;
   // Slots of entries that the plan left out are empty; the diagonal slot is always filled.
   const std::int32_t* selected = p.selection.of(q_head, token);
-  const std::int64_t end = scored_end(p.batch, token, p.block_size, p.causal);
+  const std::int32_t s = sequence_of(p.batch.q_starts, p.batch.sequences, token);
+  const std::int64_t end = scored_end(p.batch, s, token, p.block_size, p.causal);
   const T* slot = p.slots + (head * p.rows + row) * p.ranks * head_dim + column * kElements;
   float sum[kElements] = {};
   for (std::int64_t rank = 0; rank < p.ranks; ++rank, slot += head_dim) {

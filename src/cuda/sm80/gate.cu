@@ -64,8 +64,7 @@ gate_kernel(MOBA_GRID_CONSTANT GateParams<T> p) {
     ptx::cp_async_commit();
   };
   if (max_blocks > 0) load(0);
-  tile::Key* const heaps = p.heaps != nullptr ? p.heaps + (head * p.max_tiles + index) * kTileRows * p.width
-                                              : reinterpret_cast<tile::Key*>(memory + C::kWarps);
+  tile::Key* const heaps = p.heaps_of(head, index, reinterpret_cast<tile::Key*>(memory + C::kWarps));
   WarpRows<T, typename C::TopK> rows(p, tile, head, warp_row, memory[ptx::warp()], heaps);
   for (std::int32_t first = 0; first < max_blocks; first += C::kGroup) {
     if (first % C::kMeans == 0) {

@@ -232,22 +232,14 @@ attend_backward_dkv_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
     const Shared<T, head_dim> shared{ptx::shared()};
     const std::int64_t work_tiles = warp_uniform(p.work_tiles());
-    if (ptx::thread() == 0) {
-      auto& control = shared.control();
-      control.kv.init(1);
-      for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
-      ptx::fence_proxy_async();
-    }
-    ptx::syncthreads();
-    const int warpgroup = warp_uniform(ptx::thread() / ptx::kWarpgroupThreads);
-    if (warpgroup == 0) {
-      ptx::warpgroup_reg_dealloc<kProducerRegisters>();
-      if (ptx::thread() == 0) load_kv(p, shared, work_tiles);
-      if (ptx::warp() > 0) load_q(p, shared, work_tiles, ptx::thread() - ptx::kLanes);
-    } else {
-      ptx::warpgroup_reg_alloc<kConsumerRegisters>();
-      consume(p, shared, work_tiles, warpgroup - 1);
-    }
+    specialise_warpgroups<kProducerRegisters, kConsumerRegisters>(
+        [&] {
+          auto& control = shared.control();
+          control.kv.init(1);
+          for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
+        },
+        [&] { load_kv(p, shared, work_tiles); }, [&](int thread) { load_q(p, shared, work_tiles, thread); },
+        [&](int warpgroup) { consume(p, shared, work_tiles, warpgroup); });
   }
 }
 

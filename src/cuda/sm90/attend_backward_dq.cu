@@ -64,10 +64,7 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
     ptx::bar_sync(kGatherSync, kGatherThreads);
     gather_rows(shared.q(buffer.index), p.dq.attend.q.data, table.q_offsets, thread);
     gather_rows(shared.d_out(buffer.index), p.dq.d_out.data, table.d_out_offsets, thread);
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
-    ptx::fence_proxy_async();
-    ptx::mbarrier_arrive(&barriers.full);
+    producer_commit(barriers.full);
     buffer.advance();
   });
 }
@@ -183,23 +180,16 @@ attend_backward_dq_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
     const Shared<T, head_dim> shared{ptx::shared()};
     const std::int64_t work_tiles = warp_uniform(p.dq.attend.work_tiles());
-    if (ptx::thread() == 0) {
-      auto& control = shared.control();
-      for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
-      for (StageBarriers& barriers : control.k) barriers.init(1);
-      for (StageBarriers& barriers : control.v) barriers.init(1);
-      ptx::fence_proxy_async();
-    }
-    ptx::syncthreads();
-    const int warpgroup = warp_uniform(ptx::thread() / ptx::kWarpgroupThreads);
-    if (warpgroup == 0) {
-      ptx::warpgroup_reg_dealloc<kProducerRegisters>();
-      if (ptx::thread() == 0) load_kv(p.k_map, p.v_map, p.dq.attend, shared, work_tiles);
-      if (ptx::warp() > 0) load_q(p, shared, work_tiles, ptx::thread() - ptx::kLanes);
-    } else {
-      ptx::warpgroup_reg_alloc<kConsumerRegisters>();
-      consume(p, shared, work_tiles, warpgroup - 1);
-    }
+    specialise_warpgroups<kProducerRegisters, kConsumerRegisters>(
+        [&] {
+          auto& control = shared.control();
+          for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
+          for (StageBarriers& barriers : control.k) barriers.init(1);
+          for (StageBarriers& barriers : control.v) barriers.init(1);
+        },
+        [&] { load_kv(p.k_map, p.v_map, p.dq.attend, shared, work_tiles); },
+        [&](int thread) { load_q(p, shared, work_tiles, thread); },
+        [&](int warpgroup) { consume(p, shared, work_tiles, warpgroup); });
   }
 }
 

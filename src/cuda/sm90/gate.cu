@@ -67,10 +67,7 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
       offsets[r] = r < tile.count ? p.gate.query(tile, head, r) - p.gate.q.data : kNoRow;
     ptx::bar_sync(kGatherSync, kGatherThreads);
     gather_rows(shared.q(buffer.index), p.gate.q.data, offsets, thread);
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
-    ptx::fence_proxy_async();
-    ptx::mbarrier_arrive(&barriers.full);
+    producer_commit(barriers.full);
     buffer.advance();
   });
 }
@@ -107,9 +104,7 @@ MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim>& shared, s
   p.for_own_rows(tiles, [&](const Tile& tile, std::int32_t index, std::int64_t head) {
     const std::int32_t end = warp_uniform(candidates_of(p.gate, tile, tile.count - 1).last);
     const bool has_rows = warp_uniform(first_row < tile.count ? 1 : 0) != 0;
-    tile::Key* const heaps = p.gate.heaps != nullptr
-                                 ? p.gate.heaps + (head * p.gate.max_tiles + index) * kTileRows * p.gate.width
-                                 : shared.heaps();
+    tile::Key* const heaps = p.gate.heaps_of(head, index, shared.heaps());
     WarpRows<T, TopK> rows(p.gate, tile, head, warp * TopK::kRows, control.topk[warp], heaps);
     ptx::mbarrier_wait(&control.q[buffer.index].full, buffer.phase);
     for (std::int32_t first = 0; first < end; first += kMeans, stage.advance()) {
@@ -150,22 +145,14 @@ gate_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
     const Shared<T, head_dim> shared{ptx::shared()};
     const std::int32_t tiles = warp_uniform(p.gate.batch.tile_starts[p.gate.batch.sequences]);
-    if (ptx::thread() == 0) {
-      auto& control = shared.control();
-      for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
-      for (StageBarriers& barriers : control.means) barriers.init(1);
-      ptx::fence_proxy_async();
-    }
-    ptx::syncthreads();
-    const int warpgroup = warp_uniform(ptx::thread() / ptx::kWarpgroupThreads);
-    if (warpgroup == 0) {
-      ptx::warpgroup_reg_dealloc<kProducerRegisters>();
-      if (ptx::thread() == 0) load_means(p, shared, tiles);
-      if (ptx::warp() > 0) load_q(p, shared, tiles, ptx::thread() - ptx::kLanes);
-    } else {
-      ptx::warpgroup_reg_alloc<kConsumerRegisters>();
-      select(p, shared, tiles, warpgroup - 1);
-    }
+    specialise_warpgroups<kProducerRegisters, kConsumerRegisters>(
+        [&] {
+          auto& control = shared.control();
+          for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
+          for (StageBarriers& barriers : control.means) barriers.init(1);
+        },
+        [&] { load_means(p, shared, tiles); }, [&](int thread) { load_q(p, shared, tiles, thread); },
+        [&](int warpgroup) { select(p, shared, tiles, warpgroup); });
   }
 }
 

@@ -56,6 +56,13 @@ struct PipelineState {
   }
 };
 
+/// Marks a value as warp-uniform: the compiler serialises wgmma around branches that it believes may
+/// diverge.
+template <std::integral N>
+MOBA_DEVICE N warp_uniform(N value) {
+  return ptx::shfl(value, 0);
+}
+
 template <typename Run>
 MOBA_DEVICE void for_own_tiles(std::int64_t work_tiles, Run&& run) {
   for (std::int64_t index = ptx::block_x(); index < work_tiles; index += ptx::blocks_x()) run(index);
@@ -99,6 +106,36 @@ MOBA_DEVICE void consumer_release(ptx::Mbarrier& empty) {
   if (ptx::lane() < kReleasingLanes) ptx::mbarrier_arrive(&empty);
 }
 
+/// Waits for this thread's cp.async copies, publishes them to wgmma and arrives.
+MOBA_DEVICE void producer_commit(ptx::Mbarrier& full) {
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  ptx::fence_proxy_async();
+  ptx::mbarrier_arrive(&full);
+}
+
+/// Body of a warp-specialised kernel. One thread calls init(), which initialises the barriers; then one
+/// thread of the producer warpgroup calls load(), its other warps gather(thread), and the consumers
+/// consume(warpgroup).
+template <int producer_registers, int consumer_registers, typename Init, typename Load, typename Gather,
+          typename Consume>
+MOBA_DEVICE void specialise_warpgroups(Init&& init, Load&& load, Gather&& gather, Consume&& consume) {
+  if (ptx::thread() == 0) {
+    init();
+    ptx::fence_proxy_async();
+  }
+  ptx::syncthreads();
+  const int warpgroup = warp_uniform(ptx::thread() / ptx::kWarpgroupThreads);
+  if (warpgroup == 0) {
+    ptx::warpgroup_reg_dealloc<producer_registers>();
+    if (ptx::thread() == 0) load();
+    if (ptx::warp() > 0) gather(ptx::thread() - ptx::kLanes);
+  } else {
+    ptx::warpgroup_reg_alloc<consumer_registers>();
+    consume(warpgroup - 1);
+  }
+}
+
 /// Barrier of one consumer warpgroup.
 MOBA_DEVICE void warpgroup_sync(int warpgroup) {
   ptx::bar_sync(kWarpgroupSync + warpgroup, ptx::kWarpgroupThreads);
@@ -137,13 +174,6 @@ MOBA_DEVICE void zero_rows_from(const tile::SwizzledTile128B<T, rows, head_dim>&
     ptx::zero_vec(tile.data, tile.start(i / kVecs, i % kVecs));
   ptx::fence_proxy_async();
   warpgroup_sync(warpgroup);
-}
-
-/// Marks a value as warp-uniform: the compiler serialises wgmma around branches that it believes may
-/// diverge.
-template <std::integral N>
-MOBA_DEVICE N warp_uniform(N value) {
-  return ptx::shfl(value, 0);
 }
 
 /// Issues S = A B^T of the 64 rows of `left` from `row` on with all rows of `right`.
