@@ -51,7 +51,7 @@ Subject open_subject(const FlagTable& table, EvalFlags& flags) {
 
 llm::Model load_model(const Subject& subject, const EvalFlags& flags) {
   llm::use_threads(subject.variants.front().session.threads);
-  return llm::Model::load(subject.weights, flags.dtype);
+  return llm::Model::load(subject.weights, {.dtype = flags.dtype});
 }
 
 void sort_lengths(std::vector<std::int64_t>& lengths, const Subject& subject) {

@@ -107,7 +107,7 @@ Generation generate(const GenerateSettings& settings, const llm::Weights& weight
 
   llm::use_threads(settings.session.threads);
   const Stopwatch load;
-  llm::Session session(llm::Model::load(weights, settings.dtype), settings.session);
+  llm::Session session(llm::Model::load(weights, {.dtype = settings.dtype}), settings.session);
   result.load_seconds = load.seconds();
 
   note_interrupts();

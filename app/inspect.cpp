@@ -239,7 +239,7 @@ int inspect(const FlagTable& table, InspectFlags& flags) {
   }
 
   llm::use_threads(inspection.session.threads);
-  const llm::Model model = llm::Model::load(weights, DType::f32);
+  const llm::Model model = llm::Model::load(weights, {.dtype = DType::f32});
   note_interrupts();
   try {
     ProgressLine progress("reading", static_cast<double>(inspection.tokens.size()));

@@ -8,6 +8,9 @@
 /// Shared by the kernels and by the measurement of their ceiling.
 namespace moba {
 
+/// The CPU's own products of bf16.
+enum class Bf16Unit : std::uint8_t { none, avx512_bf16, amx };
+
 /// Returns whether the environment variable selects `name`, or selects nothing and `name` is `preferred`.
 inline bool environment_selects(const char* variable, std::string_view name, bool preferred) {
   const char* selected = std::getenv(variable);
@@ -50,12 +53,33 @@ inline const CpuFeatures& cpu_features() {
   return features;
 }
 
+/// Returns the fastest bf16 products that the CPU, the operating system and MOBA_CPU_BF16 (amx, avx512_bf16,
+/// none) allow; none where those in f32 are faster.
+inline Bf16Unit bf16_unit() {
+  constexpr const char* kVariable = "MOBA_CPU_BF16";
+  const CpuFeatures& cpu = cpu_features();
+  if (environment_selects(kVariable, "amx", true) && cpu.amx) return Bf16Unit::amx;
+  if (environment_selects(kVariable, "avx512_bf16", cpu.fast_avx512_bf16) && cpu.avx512_bf16)
+    return Bf16Unit::avx512_bf16;
+  return Bf16Unit::none;
+}
+
 /// Configuration of eight AMX tiles of 16 rows by 64 bytes, palette 1.
 struct AmxTileConfig {
   std::uint8_t palette = 1, start_row = 0, reserved[14] = {};
   std::uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   std::uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+
+}  // namespace moba
+
+#else
+
+namespace moba {
+
+inline Bf16Unit bf16_unit() {
+  return Bf16Unit::none;
+}
 
 }  // namespace moba
 #endif

@@ -54,10 +54,14 @@ __attribute__((target("avx512f,avx512bf16"))) double multiply_avx512(std::int64_
 
 const Bf16Peak* detect() {
   static constexpr Bf16Peak kAmx{"amx_bf16", multiply_amx}, kAvx512{"avx512_bf16", multiply_avx512};
-  constexpr const char* kVariable = "MOBA_CPU_BF16";
-  const CpuFeatures& cpu = cpu_features();
-  if (environment_selects(kVariable, "amx", true) && cpu.amx) return &kAmx;
-  if (environment_selects(kVariable, "avx512_bf16", cpu.fast_avx512_bf16) && cpu.avx512_bf16) return &kAvx512;
+  switch (bf16_unit()) {
+    case Bf16Unit::amx:
+      return &kAmx;
+    case Bf16Unit::avx512_bf16:
+      return &kAvx512;
+    case Bf16Unit::none:
+      return nullptr;
+  }
   return nullptr;
 }
 

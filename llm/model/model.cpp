@@ -122,12 +122,12 @@ struct Model::Impl {
   std::vector<float> logits(const at::Tensor& x) const;
 };
 
-Model Model::load(const Weights& weights, DType dtype) {
+Model Model::load(const Weights& weights, const Arithmetic& arithmetic) {
   const ModelConfig& config = weights.config();
-  const Loader load(weights, scalar_type(dtype));
+  const Loader load(weights, scalar_type(arithmetic.dtype));
   auto impl = std::make_shared<Impl>();
   impl->config = config;
-  impl->dtype = dtype;
+  impl->dtype = arithmetic.dtype;
   impl->rope = make_rope(config);
   const LinearShape embedding{std::string(kEmbeddingName), config.vocab, config.hidden};
   impl->embedding = load_linear(load, "", {embedding}).weight;

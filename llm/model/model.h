@@ -9,6 +9,7 @@
 
 #include "llm/config.h"
 #include "llm/formats/weights.h"
+#include "llm/model/arithmetic.h"
 #include "moba/tensor.h"
 
 namespace moba::llm {
@@ -26,9 +27,8 @@ enum class Logits : std::uint8_t { none, last, all };
 /// routings and chunks.
 class Model {
  public:
-  /// Converts every tensor once, a few rows at a time, and releases the mapped pages. `dtype` is f32, bf16 or
-  /// f16.
-  static Model load(const Weights& weights, DType dtype);
+  /// Converts every tensor once, a few rows at a time, and releases the mapped pages.
+  static Model load(const Weights& weights, const Arithmetic& arithmetic);
 
   const ModelConfig& config() const;
   DType dtype() const;

@@ -234,11 +234,14 @@ constexpr Int8Tiles kAvx512Vnni{"avx512_vnni", kDotRows, vnni_multiply, no_op, n
 }  // namespace
 
 const Bf16Tiles* bf16_tiles() {
-  constexpr const char* kVariable = "MOBA_CPU_BF16";
-  if (environment_selects(kVariable, kAmxBf16.name, true) && cpu_features().amx) return &kAmxBf16;
-  if (environment_selects(kVariable, kAvx512Bf16.name, cpu_features().fast_avx512_bf16) &&
-      cpu_features().avx512_bf16)
-    return &kAvx512Bf16;
+  switch (bf16_unit()) {
+    case Bf16Unit::amx:
+      return &kAmxBf16;
+    case Bf16Unit::avx512_bf16:
+      return &kAvx512Bf16;
+    case Bf16Unit::none:
+      return nullptr;
+  }
   return nullptr;
 }
 

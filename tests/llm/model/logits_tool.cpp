@@ -31,7 +31,8 @@ int run(const std::string& model, const std::string& ids_path, const std::string
         std::int64_t prefilled, const moba::llm::SessionSettings& settings) {
   const std::vector<std::int32_t> ids = read_all<std::int32_t>(ids_path);
   moba::llm::use_threads(settings.threads);
-  moba::llm::Session session(moba::llm::Model::load(moba::llm::Weights::open(model), dtype), settings);
+  moba::llm::Session session(moba::llm::Model::load(moba::llm::Weights::open(model), {.dtype = dtype}),
+                             settings);
 
   std::ofstream out(out_path, std::ios::binary);
   const auto write = [&](const std::vector<float>& logits) {
