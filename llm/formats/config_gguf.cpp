@@ -8,6 +8,7 @@
 #include <string>
 
 #include "llm/error.h"
+#include "llm/formats/dequantise.h"
 #include "llm/formats/quoted.h"
 #include "llm/formats/read_config.h"
 

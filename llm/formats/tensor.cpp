@@ -71,4 +71,9 @@ std::int64_t StoredTensor::count() const {
   return count;
 }
 
+std::int64_t StoredTensor::row_bytes() const {
+  const StorageBlock block = block_of(storage);
+  return row_length() / block.values * block.bytes;
+}
+
 }  // namespace moba::llm

@@ -45,10 +45,8 @@ struct StoredTensor {
   std::int64_t count() const;
   /// Returns the elements in a row, the last dimension.
   std::int64_t row_length() const { return shape.empty() ? 1 : shape.back(); }
+  /// Returns the bytes of a row; rows follow one another.
+  std::int64_t row_bytes() const;
 };
-
-/// Converts rows [first, first + count) of `tensor` (its last dimension is a row) to f32, into `count *
-/// row_length()` floats. Equal to `gguf.quants.dequantize` of PyPI's `gguf`, bit for bit.
-void dequantise(const StoredTensor& tensor, std::int64_t first, std::int64_t count, float* out);
 
 }  // namespace moba::llm

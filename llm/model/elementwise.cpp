@@ -1,90 +1,149 @@
 #include "llm/model/elementwise.h"
 
-#include <ATen/ops/silu.h>
-
-#include <algorithm>
 #include <cmath>
-#include <type_traits>
-#include <vector>
 
+#include "llm/formats/instruction_set.h"
 #include "llm/model/rows.h"
+#include "moba/tensor.h"
+#include "src/number.h"
 
-namespace moba::llm {
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "llm/model/elementwise.cpp"
+#include <hwy/foreach_target.h>
+// foreach_target first
+#include <hwy/contrib/math/math-inl.h>
+#include <hwy/highway.h>
+
+HWY_BEFORE_NAMESPACE();
+namespace moba::llm::HWY_NAMESPACE {
 namespace {
 
-MOBA_CLONES void normalise(const float* x, const float* weight, std::int64_t width, float eps, float* out) {
+namespace hn = hwy::HWY_NAMESPACE;
+
+template <class D>
+HWY_INLINE hn::Vec<D> load(D d, const float* in) {
+  return hn::LoadU(d, in);
+}
+
+template <class D>
+HWY_INLINE hn::Vec<D> load(D d, const bfloat16* in) {
+  const hn::RebindToUnsigned<D> du;
+  const hn::Rebind<std::uint16_t, D> d16;
+  const auto bits = hn::PromoteTo(du, hn::LoadU(d16, reinterpret_cast<const std::uint16_t*>(in)));
+  return hn::BitCast(d, hn::ShiftLeft<16>(bits));
+}
+
+// Without conversion instructions Highway 1.0 cuts f16 off instead of rounding it.
+template <class D>
+HWY_INLINE hn::Vec<D> load(D d, const float16* in) {
+#if HWY_TARGET == HWY_SCALAR
+  return hn::Set(d, float_of(*in));
+#else
+  return hn::PromoteTo(
+      d, hn::LoadU(hn::Rebind<hwy::float16_t, D>(), reinterpret_cast<const hwy::float16_t*>(in)));
+#endif
+}
+
+template <class D>
+HWY_INLINE void store(D d, hn::Vec<D> values, float* out) {
+  hn::StoreU(values, d, out);
+}
+
+template <class D>
+HWY_INLINE void store(D /*d*/, hn::Vec<D> values, bfloat16* out) {
+  const hn::RebindToUnsigned<D> du;
+  const hn::RebindToSigned<D> di;
+  const hn::Rebind<std::uint16_t, D> d16;
+  const auto bits = hn::BitCast(du, values);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1U));
+  const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7FFFU)));
+  const auto kept =
+      hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(values)), hn::Or(bits, hn::Set(du, 0x400000U)), rounded);
+  hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di, hn::ShiftRight<16>(kept))), d16,
+             reinterpret_cast<std::uint16_t*>(out));
+}
+
+template <class D>
+HWY_INLINE void store(D d, hn::Vec<D> values, float16* out) {
+#if HWY_TARGET == HWY_SCALAR
+  *out = to_float16(hn::GetLane(values));
+  (void)d;
+#else
+  const hn::Rebind<hwy::float16_t, D> d16;
+  hn::StoreU(hn::DemoteTo(d16, values), d16, reinterpret_cast<hwy::float16_t*>(out));
+  (void)d;
+#endif
+}
+
+/// Calls `body(d, i)` for vectors of tag `d` that cover [0, width).
+template <typename Body>
+HWY_INLINE void each_vector(std::int64_t width, const Body& body) {
+  const hn::ScalableTag<float> d;
+  const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
+  std::int64_t i = 0;
+  for (; i + lanes <= width; i += lanes) body(d, i);
+  for (const hn::CappedTag<float, 1> one; i < width; ++i) body(one, i);
+}
+
+template <typename In, typename Out>
+void normalise(const In* x, const float* weight, std::int64_t width, float eps, Out* out) {
+  const hn::ScalableTag<float> d;
+  auto sums = hn::Zero(d);
   float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (std::int64_t i = 0; i < width; ++i) sum += x[i] * x[i];
-  const float scale = 1.0f / std::sqrt(sum / static_cast<float>(width) + eps);
-#pragma omp simd
-  for (std::int64_t i = 0; i < width; ++i) out[i] = x[i] * scale * weight[i];
-}
-
-MOBA_CLONES void rotate(float* head, const float* cosines, const float* sines, std::int64_t half) {
-#pragma omp simd
-  for (std::int64_t i = 0; i < half; ++i) {
-    const float first = head[i], second = head[half + i];
-    head[i] = first * cosines[i] - second * sines[i];
-    head[half + i] = second * cosines[i] + first * sines[i];
-  }
-}
-
-/// Calls `body(float*)` on `width` elements, converted from and to 16 bits if necessary.
-template <typename T, typename Body>
-void as_floats(T* values, std::int64_t width, std::vector<float>& scratch, const Body& body) {
-  if constexpr (std::is_same_v<T, float>) {
-    body(values);
-  } else {
-    scratch.assign(values, values + width);
-    body(scratch.data());
-    for (std::int64_t i = 0; i < width; ++i) values[i] = static_cast<T>(scratch[static_cast<std::size_t>(i)]);
-  }
-}
-
-template <typename T>
-void rms_norm_rows(const at::Tensor& x, const float* weight, float eps, const at::Tensor& out,
-                   std::int64_t first, std::int64_t last) {
-  const std::int64_t width = x.size(1);
-  std::vector<float> scratch(static_cast<std::size_t>(width));
-  for (std::int64_t row = first; row < last; ++row) {
-    const T* from = x.const_data_ptr<T>() + row * x.stride(0);
-    T* to = out.mutable_data_ptr<T>() + row * out.stride(0);
-    if constexpr (std::is_same_v<T, float>) {
-      normalise(from, weight, width, eps, to);
+  each_vector(width, [&](auto tag, std::int64_t i) HWY_ATTR {
+    const auto v = load(tag, x + i);
+    if constexpr (std::is_same_v<decltype(tag), hn::ScalableTag<float>>) {
+      sums = hn::MulAdd(v, v, sums);
     } else {
-      std::copy(from, from + width, to);
-      as_floats(to, width, scratch, [&](float* values) { normalise(values, weight, width, eps, values); });
+      sum += hn::GetLane(hn::Mul(v, v));
     }
-  }
+  });
+  sum += hn::GetLane(hn::SumOfLanes(d, sums));
+  const float scale = 1.0F / std::sqrt(sum / static_cast<float>(width) + eps);
+  each_vector(width, [&](auto tag, std::int64_t i) HWY_ATTR {
+    store(tag, hn::Mul(hn::Mul(load(tag, x + i), hn::Set(tag, scale)), load(tag, weight + i)), out + i);
+  });
 }
 
 template <typename T>
-void norm_and_rotate_rows(const at::Tensor& qkv, const HeadsShape& shape, const float* q_norm,
-                          const float* k_norm, const float* table, std::int64_t first, std::int64_t last) {
-  const std::int64_t dim = shape.head_dim, half = dim / 2;
-  std::vector<float> scratch;
-  for (std::int64_t row = first; row < last; ++row) {
-    const float* cosines = table + row * dim;
-    for (std::int64_t h = 0; h < shape.q_heads + shape.kv_heads; ++h) {
-      const float* norm = h < shape.q_heads ? q_norm : k_norm;
-      T* head = qkv.mutable_data_ptr<T>() + row * qkv.stride(0) + h * dim;
-      as_floats(head, dim, scratch, [&](float* values) {
-        if (norm) normalise(values, norm, dim, static_cast<float>(shape.eps), values);
-        rotate(values, cosines, cosines + half, half);
-      });
-    }
-  }
+void rotate(T* head, const float* cosines, const float* sines, std::int64_t half) {
+  each_vector(half, [&](auto tag, std::int64_t i) HWY_ATTR {
+    const auto first = load(tag, head + i), second = load(tag, head + half + i);
+    const auto cosine = load(tag, cosines + i), sine = load(tag, sines + i);
+    store(tag, hn::Sub(hn::Mul(first, cosine), hn::Mul(second, sine)), head + i);
+    store(tag, hn::Add(hn::Mul(second, cosine), hn::Mul(first, sine)), head + half + i);
+  });
 }
 
-/// Calls `body` with a value of the tensor's C++ type.
+template <typename T>
+void gate(T* gate, const T* up, std::int64_t width) {
+  each_vector(width, [&](auto tag, std::int64_t i) HWY_ATTR {
+    const auto g = load(tag, gate + i);
+    const auto silu = hn::Div(g, hn::Add(hn::Set(tag, 1.0F), hn::Exp(tag, hn::Neg(g))));
+    store(tag, hn::Mul(silu, load(tag, up + i)), gate + i);
+  });
+}
+
+template <typename T>
+void add_row(float* x, const T* y, std::int64_t width) {
+  each_vector(width, [&](auto tag, std::int64_t i)
+                         HWY_ATTR { store(tag, hn::Add(load(tag, x + i), load(tag, y + i)), x + i); });
+}
+
+/// The rows of a tensor, in the library's types.
+template <typename T>
+T* row_of(const at::Tensor& tensor, std::int64_t row) {
+  return static_cast<T*>(tensor.data_ptr()) + row * tensor.stride(0);
+}
+
+/// Calls `body` with a value of the tensor's type.
 template <typename Body>
 void with_type_of(const at::Tensor& tensor, const Body& body) {
   switch (tensor.scalar_type()) {
     case at::kBFloat16:
-      return body(at::BFloat16());
+      return body(bfloat16());
     case at::kHalf:
-      return body(at::Half());
+      return body(float16());
     default:
       return body(float());
   }
@@ -92,12 +151,68 @@ void with_type_of(const at::Tensor& tensor, const Body& body) {
 
 }  // namespace
 
+void rms_norm_rows(const at::Tensor& x, const at::Tensor& weight, float eps, const at::Tensor& out,
+                   std::int64_t first, std::int64_t last) {
+  with_type_of(out, [&](auto type) HWY_ATTR {
+    for (std::int64_t row = first; row < last; ++row) {
+      normalise(row_of<float>(x, row), weight.const_data_ptr<float>(), x.size(1), eps,
+                row_of<decltype(type)>(out, row));
+    }
+  });
+}
+
+void norm_and_rotate_rows(const at::Tensor& qkv, const HeadsShape& shape, const float* q_norm,
+                          const float* k_norm, const float* table, std::int64_t first, std::int64_t last) {
+  const std::int64_t dim = shape.head_dim, half = dim / 2;
+  with_type_of(qkv, [&](auto type) HWY_ATTR {
+    for (std::int64_t row = first; row < last; ++row) {
+      const float* cosines = table + row * dim;
+      auto* head = row_of<decltype(type)>(qkv, row);
+      for (std::int64_t h = 0; h < shape.q_heads + shape.kv_heads; ++h, head += dim) {
+        const float* norm = h < shape.q_heads ? q_norm : k_norm;
+        if (norm) normalise(head, norm, dim, static_cast<float>(shape.eps), head);
+        rotate(head, cosines, cosines + half, half);
+      }
+    }
+  });
+}
+
+void swiglu_rows(const at::Tensor& gate_up, std::int64_t first, std::int64_t last) {
+  const std::int64_t width = gate_up.size(1) / 2;
+  with_type_of(gate_up, [&](auto type) HWY_ATTR {
+    for (std::int64_t row = first; row < last; ++row) {
+      auto* values = row_of<decltype(type)>(gate_up, row);
+      gate(values, values + width, width);
+    }
+  });
+}
+
+void add_rows(const at::Tensor& x, const at::Tensor& y, std::int64_t first, std::int64_t last) {
+  with_type_of(y, [&](auto type) HWY_ATTR {
+    for (std::int64_t row = first; row < last; ++row) {
+      add_row(row_of<float>(x, row), row_of<decltype(type)>(y, row), x.size(1));
+    }
+  });
+}
+
+}  // namespace moba::llm::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace moba::llm {
+namespace {
+
+HWY_EXPORT(rms_norm_rows);
+HWY_EXPORT(norm_and_rotate_rows);
+HWY_EXPORT(swiglu_rows);
+HWY_EXPORT(add_rows);
+
+}  // namespace
+
 void rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, const at::Tensor& out) {
-  with_type_of(x, [&](auto type) {
-    for_rows(x.size(0), x.size(1), [&](std::int64_t first, std::int64_t last) {
-      rms_norm_rows<decltype(type)>(x, weight.const_data_ptr<float>(), static_cast<float>(eps), out, first,
-                                    last);
-    });
+  choose_instruction_set();
+  for_rows(x.size(0), x.size(1), [&](std::int64_t first, std::int64_t last) {
+    HWY_DYNAMIC_DISPATCH(rms_norm_rows)(x, weight, static_cast<float>(eps), out, first, last);
   });
 }
 
@@ -105,23 +220,22 @@ void norm_and_rotate(const at::Tensor& qkv, const HeadsShape& shape, const at::T
                      const at::Tensor& k_norm, const float* table) {
   const float* norms[] = {q_norm.defined() ? q_norm.const_data_ptr<float>() : nullptr,
                           k_norm.defined() ? k_norm.const_data_ptr<float>() : nullptr};
-  with_type_of(qkv, [&](auto type) {
-    for_rows(qkv.size(0), qkv.size(1), [&](std::int64_t first, std::int64_t last) {
-      norm_and_rotate_rows<decltype(type)>(qkv, shape, norms[0], norms[1], table, first, last);
-    });
+  for_rows(qkv.size(0), qkv.size(1), [&](std::int64_t first, std::int64_t last) {
+    HWY_DYNAMIC_DISPATCH(norm_and_rotate_rows)(qkv, shape, norms[0], norms[1], table, first, last);
   });
 }
 
 void swiglu(const at::Tensor& gate_up) {
-  const std::int64_t width = gate_up.size(1) / 2;
-  // A few rows at a time stay in the core's cache between the two steps.
-  for_rows(gate_up.size(0), width, [&](std::int64_t first, std::int64_t last) {
-    for (std::int64_t row = first; row < last; row += rows_per_task(width)) {
-      const at::Tensor rows = gate_up.narrow(0, row, std::min(rows_per_task(width), last - row));
-      at::Tensor gate = rows.narrow(1, 0, width);
-      at::silu_(gate).mul_(rows.narrow(1, width, width));
-    }
+  for_rows(gate_up.size(0), gate_up.size(1) / 2, [&](std::int64_t first, std::int64_t last) {
+    HWY_DYNAMIC_DISPATCH(swiglu_rows)(gate_up, first, last);
+  });
+}
+
+void add(const at::Tensor& x, const at::Tensor& y) {
+  for_rows(x.size(0), x.size(1), [&](std::int64_t first, std::int64_t last) {
+    HWY_DYNAMIC_DISPATCH(add_rows)(x, y, first, last);
   });
 }
 
 }  // namespace moba::llm
+#endif

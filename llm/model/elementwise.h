@@ -6,7 +6,9 @@
 
 namespace moba::llm {
 
-/// out = x / rms(x) * weight, row by row: `x` and `out` [n, H] in the working dtype, `weight` [H] in f32.
+// Activations are [n, columns] in f32, bf16 or f16, with any row stride; arithmetic is in f32.
+
+/// out = x / rms(x) * weight, row by row: `x` [n, H] and `weight` [H] in f32.
 void rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, const at::Tensor& out);
 
 /// The shape of the heads of one layer, and the epsilon of their norms.
@@ -23,5 +25,8 @@ void norm_and_rotate(const at::Tensor& qkv, const HeadsShape& shape, const at::T
 
 /// In place on `gate_up` [n, 2 I]: the first half of each row becomes silu(first) * second.
 void swiglu(const at::Tensor& gate_up);
+
+/// x += y, `x` [n, H] in f32.
+void add(const at::Tensor& x, const at::Tensor& y);
 
 }  // namespace moba::llm

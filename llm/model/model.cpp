@@ -3,21 +3,19 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstring>
 #include <string>
 #include <utility>
 
 #include "llm/error.h"
+#include "llm/formats/dequantise.h"
 #include "llm/formats/layer.h"
 #include "llm/model/elementwise.h"
-#include "llm/model/load.h"
+#include "llm/model/few_rows.h"
+#include "llm/model/linear.h"
 #include "llm/model/rope.h"
 
 namespace moba::llm {
@@ -34,24 +32,9 @@ at::ScalarType scalar_type(DType dtype) {
   }
 }
 
-/// y = x W^T + b.
-struct Linear {
-  at::Tensor weight;  // [outputs, inputs]
-  at::Tensor bias;    // [outputs], or undefined
-
-  void operator()(const at::Tensor& x, at::Tensor& y) const {
-    if (bias.defined()) {
-      at::addmm_out(y, bias, x, weight.t());
-    } else {
-      at::mm_out(y, x, weight.t());
-    }
-  }
-
-  void add_to(at::Tensor& y, const at::Tensor& x) const {
-    y.addmm_(x, weight.t());
-    if (bias.defined()) y.add_(bias);
-  }
-};
+DType dtype_of(at::ScalarType type) {
+  return type == at::kBFloat16 ? DType::bf16 : type == at::kHalf ? DType::f16 : DType::f32;
+}
 
 struct Layer {
   at::Tensor attention_norm, mlp_norm;  // [hidden]
@@ -62,39 +45,30 @@ struct Layer {
   Linear down;                          // intermediate -> hidden
 };
 
-Linear load_linear(const Loader& load, const std::string& prefix, const std::vector<LinearShape>& group) {
-  std::vector<Loader::Part> weights, biases;
-  for (const LinearShape& linear : group) {
-    weights.push_back({prefix + linear.name + ".weight", linear.outputs});
-    if (linear.has_bias) biases.push_back({prefix + linear.name + ".bias", linear.outputs});
-  }
-  return {load.matrix(weights, group.front().inputs), biases.empty() ? at::Tensor() : load.bias(biases)};
-}
-
-at::Tensor load_norm(const Loader& load, const std::string& prefix, const NormShape& norm) {
-  return load.norm(prefix + norm.name + ".weight", norm.size);
-}
-
-Layer load_layer(const Loader& load, const ModelConfig& config, std::int64_t index) {
+Layer load_layer(const Weights& weights, std::int64_t index) {
   const std::string prefix = layer_prefix(index);
-  const LayerShape shape = layer_shape(config);
+  const LayerShape shape = layer_shape(weights.config());
+  const auto norm = [&](const NormShape& n) {
+    return load_vector(weights, prefix + n.name + ".weight", n.size);
+  };
   Layer layer;
-  layer.attention_norm = load_norm(load, prefix, shape.attention_norm);
-  layer.mlp_norm = load_norm(load, prefix, shape.mlp_norm);
-  layer.qkv = load_linear(load, prefix, shape.qkv);
-  layer.output = load_linear(load, prefix, shape.output);
-  layer.gate_up = load_linear(load, prefix, shape.gate_up);
-  layer.down = load_linear(load, prefix, shape.down);
+  layer.attention_norm = norm(shape.attention_norm);
+  layer.mlp_norm = norm(shape.mlp_norm);
+  layer.qkv = Linear(weights, prefix, shape.qkv);
+  layer.output = Linear(weights, prefix, shape.output);
+  layer.gate_up = Linear(weights, prefix, shape.gate_up);
+  layer.down = Linear(weights, prefix, shape.down);
   if (!shape.qk_norms.empty()) {
-    layer.q_norm = load_norm(load, prefix, shape.qk_norms[0]);
-    layer.k_norm = load_norm(load, prefix, shape.qk_norms[1]);
+    layer.q_norm = norm(shape.qk_norms[0]);
+    layer.k_norm = norm(shape.qk_norms[1]);
   }
   return layer;
 }
 
 /// Columns [first_head * D, (first_head + heads) * D) of `tokens` [n, *], as [n, heads, D] for libmoba.
-Tensor heads_of(const at::Tensor& tokens, DType dtype, std::int64_t first_head, std::int64_t heads,
+Tensor heads_of(const at::Tensor& tokens, std::int64_t first_head, std::int64_t heads,
                 std::int64_t head_dim) {
+  const DType dtype = dtype_of(tokens.scalar_type());
   return {.data = static_cast<char*>(tokens.data_ptr()) +
                   static_cast<std::size_t>(first_head * head_dim) * size_of(dtype),
           .dtype = dtype,
@@ -103,6 +77,22 @@ Tensor heads_of(const at::Tensor& tokens, DType dtype, std::int64_t first_head, 
           .strides = {tokens.stride(0), head_dim, 1}};
 }
 
+/// The activations of one layer, for n tokens.
+struct Activations {
+  at::Tensor normed;    // [n, hidden]
+  at::Tensor qkv;       // [n, (Hq + 2 Hkv) * D]
+  at::Tensor attended;  // [n, Hq * D]
+  at::Tensor gate_up;   // [n, 2 * intermediate]
+  at::Tensor added;     // [n, hidden], what is added to the residual stream
+
+  Activations(std::int64_t n, const ModelConfig& c, at::ScalarType dtype)
+      : normed(at::empty({n, c.hidden}, dtype)),
+        qkv(at::empty({n, (c.heads + 2 * c.kv_heads) * c.head_dim}, dtype)),
+        attended(at::empty({n, c.heads * c.head_dim}, dtype)),
+        gate_up(at::empty({n, 2 * c.intermediate}, dtype)),
+        added(at::empty({n, c.hidden}, dtype)) {}
+};
+
 at::Tensor last_rows(const at::Tensor& tensor, std::int64_t rows) {
   return tensor.narrow(0, tensor.size(0) - rows, rows);
 }
@@ -110,109 +100,112 @@ at::Tensor last_rows(const at::Tensor& tensor, std::int64_t rows) {
 }  // namespace
 
 struct Model::Impl {
-  ModelConfig config;
-  DType dtype = DType::f32;
+  Weights weights;
+  Arithmetic arithmetic;
   Rope rope;
-  at::Tensor embedding;  // [vocab, hidden]
+  const StoredTensor* embedding = nullptr;  // [vocab, hidden]
   std::vector<Layer> layers;
   at::Tensor norm;  // [hidden]
   Linear head;      // hidden -> vocab
 
+  Impl(const Weights& w, const Arithmetic& a) : weights(w), arithmetic(a), rope(make_rope(w.config())) {}
+
+  const ModelConfig& config() const { return weights.config(); }
+  /// The dtype of the activations of `rows` rows.
+  at::ScalarType dtype_for(std::int64_t rows) const {
+    return rows <= kFewRows ? at::kFloat : scalar_type(arithmetic.dtype);
+  }
   at::Tensor embed(std::span<const std::int32_t> tokens) const;
   std::vector<float> logits(const at::Tensor& x) const;
 };
 
 Model Model::load(const Weights& weights, const Arithmetic& arithmetic) {
   const ModelConfig& config = weights.config();
-  const Loader load(weights, scalar_type(arithmetic.dtype));
-  auto impl = std::make_shared<Impl>();
-  impl->config = config;
-  impl->dtype = arithmetic.dtype;
-  impl->rope = make_rope(config);
-  const LinearShape embedding{std::string(kEmbeddingName), config.vocab, config.hidden};
-  impl->embedding = load_linear(load, "", {embedding}).weight;
-  for (std::int64_t i = 0; i < config.layers; ++i) impl->layers.push_back(load_layer(load, config, i));
-  impl->norm = load_norm(load, "", {std::string(kFinalNormName), config.hidden});
-  const LinearShape head{std::string(kHeadName), config.vocab, config.hidden};
-  impl->head.weight = config.tied_embeddings ? impl->embedding : load_linear(load, "", {head}).weight;
+  auto impl = std::make_shared<Impl>(weights, arithmetic);
+  const std::string embedding(kEmbeddingName), head(kHeadName);
+  impl->embedding = weights.find(embedding + ".weight");
+  for (std::int64_t i = 0; i < config.layers; ++i) impl->layers.push_back(load_layer(weights, i));
+  impl->norm = load_vector(weights, std::string(kFinalNormName) + ".weight", config.hidden);
+  impl->head =
+      Linear(weights, "", {{config.tied_embeddings ? embedding : head, config.vocab, config.hidden}});
   Model model;
   model.impl_ = std::move(impl);
   return model;
 }
 
 const ModelConfig& Model::config() const {
-  return impl_->config;
+  return impl_->config();
 }
 DType Model::dtype() const {
-  return impl_->dtype;
+  return impl_->arithmetic.dtype;
 }
 
 at::Tensor Model::Impl::embed(std::span<const std::int32_t> tokens) const {
-  at::Tensor x = at::empty({static_cast<std::int64_t>(tokens.size()), config.hidden}, embedding.options());
-  const std::size_t row = static_cast<std::size_t>(config.hidden) * size_of(dtype);
-  for (std::size_t t = 0; t < tokens.size(); ++t) {
-    if (tokens[t] < 0 || tokens[t] >= config.vocab) {
+  const at::Tensor x = at::empty({static_cast<std::int64_t>(tokens.size()), config().hidden}, at::kFloat);
+  float* row = x.mutable_data_ptr<float>();
+  for (const std::int32_t token : tokens) {
+    if (token < 0 || token >= config().vocab) {
       throw DataError(fmt::format("tokens: expected ids below {} (the rows of the embedding), got {}",
-                                  config.vocab, tokens[t]));
+                                  config().vocab, token));
     }
-    std::memcpy(
-        static_cast<char*>(x.data_ptr()) + t * row,
-        static_cast<const char*>(embedding.const_data_ptr()) + static_cast<std::size_t>(tokens[t]) * row,
-        row);
+    dequantise(*embedding, token, 1, row);
+    row += config().hidden;
   }
   return x;
 }
 
 std::vector<float> Model::Impl::logits(const at::Tensor& x) const {
-  at::Tensor normed = at::empty_like(x);
-  rms_norm(x, norm, config.norm_eps, normed);
-  at::Tensor result = at::empty({x.size(0), config.vocab}, x.options());
-  head(normed, result);
-  result = result.to(at::kFloat);
-  const float* first = result.const_data_ptr<float>();
-  return {first, first + result.numel()};
+  const at::TensorOptions options = x.options().dtype(dtype_for(x.size(0)));
+  const at::Tensor normed = at::empty({x.size(0), config().hidden}, options);
+  rms_norm(x, norm, config().norm_eps, normed);
+  const at::Tensor result = at::empty({x.size(0), config().vocab}, options);
+  head(normed, result, arithmetic);
+  const at::Tensor wide = result.to(at::kFloat);
+  const float* first = wide.const_data_ptr<float>();
+  return {first, first + wide.numel()};
 }
 
 std::vector<float> Model::forward(std::span<const std::int32_t> tokens, std::int64_t first,
                                   const AttentionFn& attend, Logits logits) const {
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
-  const ModelConfig& c = impl_->config;
+  const ModelConfig& c = config();
+  const Arithmetic& arithmetic = impl_->arithmetic;
   const HeadsShape heads{c.heads, c.kv_heads, c.head_dim, c.norm_eps};
   const auto n = static_cast<std::int64_t>(tokens.size());
   const std::int64_t answered = logits == Logits::all    ? n
                                 : logits == Logits::last ? std::min<std::int64_t>(n, 1)
                                                          : 0;
 
-  at::Tensor x = impl_->embed(tokens);
-  at::Tensor normed = at::empty_like(x);
-  at::Tensor qkv = at::empty({n, (c.heads + 2 * c.kv_heads) * c.head_dim}, x.options());
-  at::Tensor attended = at::empty({n, c.heads * c.head_dim}, x.options());
-  at::Tensor gate_up = at::empty({n, 2 * c.intermediate}, x.options());
+  at::Tensor x = impl_->embed(tokens);  // the residual stream, in f32
+  Activations a(n, c, impl_->dtype_for(n));
   const std::vector<float> table = rope_rows(impl_->rope, first, n);
 
   for (std::int64_t l = 0; l < c.layers; ++l) {
     const Layer& layer = impl_->layers[static_cast<std::size_t>(l)];
-    rms_norm(x, layer.attention_norm, c.norm_eps, normed);
-    layer.qkv(normed, qkv);
-    norm_and_rotate(qkv, heads, layer.q_norm, layer.k_norm, table.data());
+    rms_norm(x, layer.attention_norm, c.norm_eps, a.normed);
+    layer.qkv(a.normed, a.qkv, arithmetic);
+    norm_and_rotate(a.qkv, heads, layer.q_norm, layer.k_norm, table.data());
 
-    if (l + 1 == c.layers) {  // past its keys and values, the last layer computes only the tokens with logits
-      x = last_rows(x, answered);
-      normed = last_rows(normed, answered);
-      attended = last_rows(attended, answered);
-      gate_up = last_rows(gate_up, answered);
-    }
-    attend(l, heads_of(last_rows(qkv, x.size(0)), impl_->dtype, 0, c.heads, c.head_dim),
-           heads_of(qkv, impl_->dtype, c.heads, c.kv_heads, c.head_dim),
-           heads_of(qkv, impl_->dtype, c.heads + c.kv_heads, c.kv_heads, c.head_dim),
-           heads_of(attended, impl_->dtype, 0, c.heads, c.head_dim));
+    const bool is_last = l + 1 == c.layers;  // past its keys and values computes only the tokens with logits
+    if (is_last) x = last_rows(x, answered);
+    const at::Tensor attended = last_rows(a.attended, x.size(0));
+    attend(l, heads_of(last_rows(a.qkv, x.size(0)), 0, c.heads, c.head_dim),
+           heads_of(a.qkv, c.heads, c.kv_heads, c.head_dim),
+           heads_of(a.qkv, c.heads + c.kv_heads, c.kv_heads, c.head_dim),
+           heads_of(attended, 0, c.heads, c.head_dim));
     if (x.size(0) == 0) return {};
-    layer.output.add_to(x, attended);
+    if (is_last) {
+      a = Activations(answered, c, impl_->dtype_for(answered));
+      a.attended.copy_(attended);
+    }
+    layer.output(a.attended, a.added, arithmetic);
+    add(x, a.added);
 
-    rms_norm(x, layer.mlp_norm, c.norm_eps, normed);
-    layer.gate_up(normed, gate_up);
-    swiglu(gate_up);
-    layer.down.add_to(x, gate_up.narrow(1, 0, c.intermediate));
+    rms_norm(x, layer.mlp_norm, c.norm_eps, a.normed);
+    layer.gate_up(a.normed, a.gate_up, arithmetic);
+    swiglu(a.gate_up);
+    layer.down(a.gate_up.narrow(1, 0, c.intermediate), a.added, arithmetic);
+    add(x, a.added);
   }
   return impl_->logits(x);
 }

@@ -15,19 +15,19 @@
 namespace moba::llm {
 
 /// Attends one layer and extends its KV cache: `k` and `v` [n, Hkv, D] of n new tokens, `q` and `out` [m, Hq,
-/// D] of the last m <= n of them (m = 0 where no output is needed). Rotary positions are already applied. An
-/// exception of the callee ends the forward pass.
+/// D] of the last m <= n of them (m = 0 where no output is needed), in f32 or the model's dtype. Rotary
+/// positions are already applied. An exception of the callee ends the forward pass.
 using AttentionFn = std::function<void(std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v,
                                        const Tensor& out)>;
 
 /// The tokens of a forward pass whose logits are returned.
 enum class Logits : std::uint8_t { none, last, all };
 
-/// The weights of a Llama-family decoder in one working dtype, and its forward pass. Independent of caches,
+/// The weights of a Llama-family decoder, and its forward pass. Independent of caches,
 /// routings and chunks.
 class Model {
  public:
-  /// Converts every tensor once, a few rows at a time, and releases the mapped pages.
+  /// Keeps the weights mapped, as the files have them.
   static Model load(const Weights& weights, const Arithmetic& arithmetic);
 
   const ModelConfig& config() const;

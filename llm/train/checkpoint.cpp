@@ -7,6 +7,7 @@
 #include <system_error>
 
 #include "llm/error.h"
+#include "llm/formats/dequantise.h"
 #include "llm/formats/output_file.h"
 #include "llm/formats/safetensors.h"
 #include "llm/formats/write_safetensors.h"

@@ -16,6 +16,7 @@
 #include <random>
 #include <utility>
 
+#include "llm/formats/dequantise.h"
 #include "llm/formats/layer.h"
 #include "llm/model/elementwise.h"
 #include "llm/model/rope.h"

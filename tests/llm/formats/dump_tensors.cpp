@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "llm/error.h"
+#include "llm/formats/dequantise.h"
 #include "llm/formats/gguf.h"
 #include "llm/formats/safetensors.h"
 #include "llm/formats/weights.h"

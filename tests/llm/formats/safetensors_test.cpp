@@ -1,6 +1,7 @@
 #include "llm/formats/safetensors.h"
 
 #include "build_files.h"
+#include "llm/formats/dequantise.h"
 
 namespace moba::llm {
 namespace {

@@ -1,0 +1,307 @@
+#include "llm/model/few_rows.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "llm/formats/instruction_set.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "llm/model/few_rows.cpp"
+#include <hwy/foreach_target.h>
+// foreach_target first
+#include <hwy/cache_control.h>
+#include <hwy/highway.h>
+
+#include "llm/formats/unpack-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace moba::llm::HWY_NAMESPACE {
+namespace {
+
+using F32 = hn::ScalableTag<float>;
+using Vec = hn::Vec<F32>;
+/// The sums of 32 bytes: a vector of 256 bits, for which three ports of current CPUs multiply, where two do
+/// for 512.
+using F32x8 = hn::CappedTag<float, 8>;
+using I32x8 = hn::CappedTag<std::int32_t, 8>;
+
+constexpr std::int64_t kLanes = hn::MaxLanes(F32());
+constexpr std::int64_t kGroup = 32;
+/// How far ahead of a row memory is fetched: hardware stops at the ends of pages, which files have every 4
+/// KiB.
+constexpr std::int64_t kPrefetchBytes = 4096, kCacheLine = 64;
+
+#undef MOBA_HAS_BYTE_PRODUCTS
+#if HWY_TARGET <= HWY_AVX2 && HWY_ARCH_X86
+#define MOBA_HAS_BYTE_PRODUCTS 1
+#else
+#define MOBA_HAS_BYTE_PRODUCTS 0
+#endif
+
+template <class Format>
+constexpr int kMaxQ = Format::kOffset == 128 ? 255 : 63;
+
+#if MOBA_HAS_BYTE_PRODUCTS
+/// Sums of four neighbouring products of 32 integers up to kMaxQ and levels.
+template <int kMaxQ>
+HWY_INLINE hn::Vec<I32x8> products(Bytes32 q, const std::int8_t* level) {
+  const auto a = reinterpret_cast<__m256i>(q);
+  const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(level));
+#if HWY_TARGET <= HWY_AVX3_DL
+  return hn::Vec<I32x8>{_mm256_dpbusd_epi32(_mm256_setzero_si256(), a, b)};
+#else
+  if constexpr (kMaxQ < 128) {
+    return hn::Vec<I32x8>{_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1))};
+  } else {  // sums of two products do not fit 16 bits
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xFF)),
+                                           _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+    return hn::Vec<I32x8>{_mm256_add_epi32(even, odd)};
+  }
+#endif
+}
+
+/// The scale of each lane of products().
+template <std::int64_t kScaleGroup>
+HWY_INLINE hn::Vec<F32x8> lane_scales(const float* scale, std::int64_t group) {
+  const F32x8 d;
+  if constexpr (kScaleGroup == kGroup) return hn::Set(d, scale[group]);
+  return hn::ConcatLowerLower(d, hn::Set(d, scale[2 * group + 1]), hn::Set(d, scale[2 * group]));
+}
+#endif
+
+/// The scales and minimums of a row of `blocks` blocks.
+template <class Format>
+HWY_INLINE void row_scales(const Byte* HWY_RESTRICT in, std::int64_t blocks, float* HWY_RESTRICT scale,
+                           float* HWY_RESTRICT minimum) {
+  constexpr std::int64_t kScales = Format::kValues / Format::kGroup;
+  std::int64_t i = 0;
+#if MOBA_HAS_BYTE_PRODUCTS
+  if constexpr (kScales == 1) {
+    const hn::CappedTag<std::uint32_t, 8> d32;
+    const hn::Rebind<hwy::float16_t, F32x8> d16;
+    const F32x8 d;
+    const auto offsets =
+        hn::Mul(hn::Iota(I32x8(), 0), hn::Set(I32x8(), static_cast<std::int32_t>(Format::kBytes)));
+    for (; i + 8 <= blocks; i += 8, in += 8 * Format::kBytes) {
+      const auto both = hn::GatherOffset(d32, reinterpret_cast<const std::uint32_t*>(in), offsets);
+      const hn::Rebind<std::uint16_t, F32x8> du16;
+      const auto low = hn::And(both, hn::Set(d32, 0xFFFFU));
+      hn::StoreU(hn::PromoteTo(d, hn::BitCast(d16, hn::DemoteTo(du16, hn::BitCast(I32x8(), low)))), d,
+                 scale + i);
+      if constexpr (Format::kHasMinimum) {
+        const auto high = hn::ShiftRight<16>(both);
+        hn::StoreU(hn::PromoteTo(d, hn::BitCast(d16, hn::DemoteTo(du16, hn::BitCast(I32x8(), high)))), d,
+                   minimum + i);
+      }
+    }
+  }
+#endif
+  for (; i < blocks; ++i, in += Format::kBytes)
+    Format::scales(in, scale + i * kScales, minimum + i * kScales);
+}
+
+/// Row `row` of rounded activations times a row of weights, whose scales were read.
+template <class Format>
+float int8_dot(const Byte* HWY_RESTRICT in, const float* HWY_RESTRICT w_scale,
+               const float* HWY_RESTRICT w_minimum, const FewRows& x, std::int64_t row,
+               float* HWY_RESTRICT combined) {
+  constexpr std::int64_t kPerGroup = kGroup / Format::kGroup;  // scales in a group of 32
+  constexpr auto kOffset = static_cast<float>(Format::kOffset);
+  const float* HWY_RESTRICT x_scale =
+      (kPerGroup == 1 ? x.scale.data() : x.half_scale.data()) + row * x.groups * kPerGroup;
+  const float* HWY_RESTRICT x_sum =
+      (kPerGroup == 1 ? x.sum.data() : x.half_sum.data()) + row * x.groups * kPerGroup;
+  const std::int8_t* level = x.level.data() + row * x.groups * kGroup;
+  const std::int64_t blocks = x.columns / Format::kValues;
+#if MOBA_HAS_BYTE_PRODUCTS
+  const F32x8 d;
+  auto sum0 = hn::Zero(d), sum1 = sum0, shifts = sum0;
+  for (std::int64_t i = 0; i < x.columns / Format::kGroup;
+       i += 8) {  // whole vectors: all arrays are padded with zeros
+    const auto scale = hn::LoadU(d, w_scale + i);
+    hn::StoreU(hn::Mul(scale, hn::LoadU(d, x_scale + i)), d, combined + i);
+    auto shift = hn::Mul(scale, hn::Set(d, -kOffset));
+    if constexpr (Format::kHasMinimum) shift = hn::LoadU(d, w_minimum + i);
+    shifts = hn::MulAdd(shift, hn::LoadU(d, x_sum + i), shifts);
+  }
+  const auto add = [&](const Byte* block, auto g, std::int64_t group, auto& sum) HWY_ATTR {
+    const Bytes32 q = Format::template group<g>(block);
+    const auto product = hn::ConvertTo(d, products<kMaxQ<Format>>(q, level + group * kGroup));
+    sum = hn::MulAdd(product, lane_scales<Format::kGroup>(combined, group), sum);
+  };
+  if constexpr (Format::kValues == kGroup) {
+    const std::integral_constant<int, 0> first;
+    std::int64_t i = 0;
+    for (; i + 2 <= blocks; i += 2, in += 2 * Format::kBytes) {
+      add(in, first, i, sum0);
+      add(in + Format::kBytes, first, i + 1, sum1);
+    }
+    if (i < blocks) add(in, first, i, sum0);
+  } else {
+    for (std::int64_t i = 0; i < blocks; ++i, in += Format::kBytes) {
+      each_group<Format>(
+          [&](auto g) HWY_ATTR { add(in, g, i * (Format::kValues / kGroup) + g, g % 2 == 0 ? sum0 : sum1); });
+    }
+  }
+  return hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(sum0, sum1), shifts)));
+#else
+  (void)combined;
+  float sum = 0;
+  for (std::int64_t i = 0; i < blocks; ++i, in += Format::kBytes) {
+    each_group<Format>([&](auto g) {
+      const Bytes32 q = Format::template group<g>(in);
+      const std::int64_t first = i * Format::kValues + g * kGroup;
+      for (std::int64_t part = 0; part < kPerGroup; ++part) {
+        std::int32_t product = 0;
+        for (std::int64_t j = part * Format::kGroup; j < (part + 1) * Format::kGroup; ++j)
+          product += static_cast<std::int32_t>(q[j]) * level[first + j];
+        const std::int64_t at = first / Format::kGroup + part;
+        sum += w_scale[at] * x_scale[at] * static_cast<float>(product);
+        sum += (Format::kHasMinimum ? w_minimum[at] : -kOffset * w_scale[at]) * x_sum[at];
+      }
+    });
+  }
+  return sum;
+#endif
+}
+
+/// x . w, where `load(d, i)` returns a vector of the weights' row from element i on.
+template <typename Load>
+HWY_INLINE float f32_dot(const float* HWY_RESTRICT x, std::int64_t columns, const Load& load) {
+  const F32 d;
+  Vec sum[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
+  std::int64_t i = 0;
+  for (; i + 4 * kLanes <= columns; i += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {
+      const std::int64_t at = i + part * kLanes;
+      sum[part] = hn::MulAdd(hn::LoadU(d, x + at), load(d, at), sum[part]);
+    }
+  }
+  for (; i + kLanes <= columns; i += kLanes) sum[0] = hn::MulAdd(hn::LoadU(d, x + i), load(d, i), sum[0]);
+  float rest = 0;
+  for (const hn::CappedTag<float, 1> one; i < columns; ++i) rest += x[i] * hn::GetLane(load(one, i));
+  return rest + hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(sum[0], sum[1]), hn::Add(sum[2], sum[3]))));
+}
+
+float stored_dot(const float* x, std::int64_t columns, Storage storage, const Byte* w) {
+  if (storage == Storage::f32)
+    return f32_dot(x, columns, [w](auto d, std::int64_t i) HWY_ATTR { return f32_at(d, w, i); });
+  if (storage == Storage::f16)
+    return f32_dot(x, columns, [w](auto d, std::int64_t i) HWY_ATTR { return f16_at(d, w, i); });
+  return f32_dot(x, columns, [w](auto d, std::int64_t i) HWY_ATTR { return bf16_at(d, w, i); });
+}
+
+/// The scales of a row of weights, or its values.
+struct RowScratch {
+  std::vector<float> scale, minimum, combined, values;
+
+  void resize(std::int64_t columns) {
+    values.resize(static_cast<std::size_t>(columns));
+    for (auto* v : {&scale, &minimum, &combined})
+      v->assign(static_cast<std::size_t>(columns / 16 + 16), 0.0F);
+  }
+};
+
+}  // namespace
+
+void multiply(const FewRows& x, const StoredTensor& weight, const std::int32_t* source, std::int64_t first,
+              std::int64_t last, float* y, std::int64_t y_stride) {
+  const auto* base = reinterpret_cast<const Byte*>(weight.bytes.data());
+  const std::int64_t row_bytes = weight.row_bytes();
+  const auto each_row = [&](const auto& body) HWY_ATTR {
+    for (std::int64_t i = first; i < last; ++i) {
+      const Byte* row = base + (source ? source[i] : i) * row_bytes;
+      for (std::int64_t line = 0; line < row_bytes; line += kCacheLine)
+        hwy::Prefetch(row + kPrefetchBytes + line);
+      body(row, y + i);
+    }
+  };
+  if (weight.storage == Storage::f32 || weight.storage == Storage::f16 || weight.storage == Storage::bf16) {
+    each_row([&](const Byte* row, float* out) HWY_ATTR {
+      for (std::int64_t r = 0; r < x.rows; ++r) {
+        out[r * y_stride] = stored_dot(x.values + r * x.stride, x.columns, weight.storage, row);
+      }
+    });
+    return;
+  }
+  thread_local RowScratch scratch;
+  scratch.resize(x.columns);
+  with_format(weight.storage, [&](auto format) HWY_ATTR {
+    using Format = decltype(format);
+    each_row([&](const Byte* row, float* out) HWY_ATTR {
+      if (x.is_rounded) {
+        row_scales<Format>(row, x.columns / Format::kValues, scratch.scale.data(), scratch.minimum.data());
+        for (std::int64_t r = 0; r < x.rows; ++r) {
+          out[r * y_stride] = int8_dot<Format>(row, scratch.scale.data(), scratch.minimum.data(), x, r,
+                                               scratch.combined.data());
+        }
+        return;
+      }
+      for (std::int64_t i = 0; i < x.columns; i += Format::kValues, row += Format::kBytes) {
+        float* to = scratch.values.data() + i;
+        each_value<Format>(row, [to](int j, auto d, auto v) HWY_ATTR { hn::StoreU(v, d, to + j); });
+      }
+      const auto* values = reinterpret_cast<const Byte*>(scratch.values.data());
+      for (std::int64_t r = 0; r < x.rows; ++r) {
+        out[r * y_stride] = stored_dot(x.values + r * x.stride, x.columns, Storage::f32, values);
+      }
+    });
+  });
+}
+
+}  // namespace moba::llm::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace moba::llm {
+namespace {
+
+HWY_EXPORT(multiply);
+
+constexpr std::int64_t kGroup = 32;
+
+}  // namespace
+
+void round_to_int8(FewRows& x) {
+  // Padded to the vectors in which scales and sums are read.
+  x.groups = (x.columns / kGroup + 7) / 8 * 8;
+  const auto groups = static_cast<std::size_t>(x.rows * x.groups);
+  x.level.assign(groups * kGroup, 0);
+  x.scale.assign(groups, 0.0F);
+  x.sum.assign(groups, 0.0F);
+  x.half_scale.assign(groups * 2, 0.0F);
+  x.half_sum.assign(groups * 2, 0.0F);
+  for (std::int64_t row = 0; row < x.rows; ++row) {
+    for (std::int64_t group = 0; group < x.columns / kGroup; ++group) {
+      const float* from = x.values + row * x.stride + group * kGroup;
+      const auto place = static_cast<std::size_t>(row * x.groups + group);
+      float largest = 0;
+      for (std::int64_t i = 0; i < kGroup; ++i) largest = std::max(largest, std::fabs(from[i]));
+      const float scale = largest / 127, inverse = largest > 0 ? 127 / largest : 0.0F;
+      std::int32_t sums[2] = {0, 0};
+      for (std::int64_t i = 0; i < kGroup; ++i) {
+        const auto level = static_cast<std::int32_t>(std::lrint(from[i] * inverse));
+        x.level[place * kGroup + static_cast<std::size_t>(i)] = static_cast<std::int8_t>(level);
+        sums[i / 16] += level;
+      }
+      x.scale[place] = scale;
+      for (std::size_t half = 0; half < 2; ++half) {
+        x.half_scale[place * 2 + half] = scale;
+        x.half_sum[place * 2 + half] = scale * static_cast<float>(sums[half]);
+      }
+      x.sum[place] = scale * static_cast<float>(sums[0] + sums[1]);
+    }
+  }
+  x.is_rounded = true;
+}
+
+void multiply_few_rows(const FewRows& x, const StoredTensor& weight, const std::int32_t* source,
+                       std::int64_t first, std::int64_t last, float* y, std::int64_t y_stride) {
+  choose_instruction_set();
+  HWY_DYNAMIC_DISPATCH(multiply)(x, weight, source, first, last, y, y_stride);
+}
+
+}  // namespace moba::llm
+#endif
