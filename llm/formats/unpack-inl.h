@@ -57,7 +57,6 @@ HWY_INLINE float half_at(const Byte* in) {
 }
 
 /// 32 integers of 8 bits, in the vectors that the instruction set has.
-using Bytes16 [[gnu::vector_size(16)]] = Byte;
 using Bytes32 [[gnu::vector_size(32)]] = Byte;
 using Words32 [[gnu::vector_size(32)]] = std::uint32_t;
 
@@ -79,22 +78,29 @@ HWY_INLINE Bytes32 bits_of(Bytes32 bytes) {
 
 /// The low four bits of 16 bytes, then the high ones.
 HWY_INLINE Bytes32 nibbles_of_16(const Byte* in) {
-  Bytes16 half;
-  std::memcpy(&half, in, sizeof half);
-  const Bytes32 both = __builtin_shufflevector(half, half, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14,
-                                               15, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
+  // One load; compilers shuffle instead.
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in));
+  const auto both = reinterpret_cast<Words32>(_mm256_broadcastsi128_si256(half));
+#else
+  Words32 both;
+  std::memcpy(&both, in, 16);
+  std::memcpy(reinterpret_cast<Byte*>(&both) + 16, in, 16);
+#endif
   const Words32 shifts = {0, 0, 0, 0, 4, 4, 4, 4};
-  return reinterpret_cast<Bytes32>(reinterpret_cast<Words32>(both) >> shifts) & Byte{0xF};
+  return reinterpret_cast<Bytes32>(both >> shifts) & Byte{0xF};
 }
 
 /// 0x10 where one of the 32 bits is set.
 HWY_INLINE Bytes32 fifth_bits(const Byte* in) {
-  const Byte a = in[0], b = in[1], c = in[2], e = in[3];
-  const Bytes32 bytes = {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b,
-                         c, c, c, c, c, c, c, c, e, e, e, e, e, e, e, e};
+  std::uint32_t bits;
+  std::memcpy(&bits, in, sizeof bits);
+  const Bytes32 bytes = reinterpret_cast<Bytes32>(Words32{} + bits);
+  const Bytes32 places = {0,  0,  0,  0,  0,  0,  0,  0,  1,  1,  1,  1,  1,  1,  1,  1,
+                          18, 18, 18, 18, 18, 18, 18, 18, 19, 19, 19, 19, 19, 19, 19, 19};
   const Bytes32 bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128,
                        1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
-  return reinterpret_cast<Bytes32>((bytes & bit) != 0) & Byte{0x10};
+  return reinterpret_cast<Bytes32>((__builtin_shuffle(bytes, places) & bit) != 0) & Byte{0x10};
 }
 
 /// A format's values in groups of 32: value i of a group is scale * (q[i] - kOffset) + minimum. A scale and a

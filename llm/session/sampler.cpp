@@ -17,6 +17,19 @@ bool likelier(const Candidate& a, const Candidate& b) {
   return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
 }
 
+/// The likeliest token; of equals the first.
+std::int32_t argmax(std::span<const float> logits) {
+  std::size_t best = 0;
+  float max = -std::numeric_limits<float>::infinity();
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    if (logits[i] > max) {  // false for a NaN
+      best = i;
+      max = logits[i];
+    }
+  }
+  return static_cast<std::int32_t>(best);
+}
+
 std::vector<Candidate> candidates_of(std::span<const float> logits) {
   std::vector<Candidate> candidates;
   candidates.reserve(logits.size());
@@ -75,9 +88,9 @@ double uniform(std::mt19937_64& random) {
 }  // namespace
 
 std::int32_t Sampler::operator()(std::span<const float> logits) {
-  std::vector<Candidate> candidates = candidates_of(logits);
-  if (sampling_.temperature == 0) return std::min_element(candidates.begin(), candidates.end(), likelier)->id;
+  if (sampling_.temperature == 0) return argmax(logits);
 
+  std::vector<Candidate> candidates = candidates_of(logits);
   keep_top_k(candidates, sampling_.top_k);
   if (sampling_.top_p < 1) keep_top_p(candidates, sampling_.top_p);
   if (sampling_.min_p > 0) keep_min_p(candidates, sampling_.min_p);
