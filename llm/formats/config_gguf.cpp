@@ -15,10 +15,10 @@
 namespace moba::llm {
 namespace {
 
-/// The metadata of one architecture: keys begin with its name.
+/// The metadata whose keys begin with a name, mostly that of the architecture.
 class Keys {
  public:
-  Keys(const GgufFile& file, const std::string& architecture) : file_(file), prefix_(architecture + ".") {}
+  Keys(const GgufFile& file, const std::string& name) : file_(file), prefix_(name + ".") {}
 
   std::optional<GgufValue> find(const std::string& key) const { return file_.find(prefix_ + key); }
 
@@ -27,6 +27,11 @@ class Keys {
   std::int64_t size_or(const std::string& key, std::int64_t otherwise) const {
     const auto value = find(key);
     return value ? size_from(*value) : otherwise;
+  }
+
+  std::int64_t count_or_none(const std::string& key) const {
+    const auto value = find(key);
+    return !value || value->integer() == 0 ? 0 : size_from(*value);
   }
 
   double positive_or(const std::string& key, double otherwise) const {
@@ -150,6 +155,28 @@ void read_sizes(const GgufFile& file, const Keys& keys, ModelConfig& config) {
   config.vocab = embeddings->shape.front();
 }
 
+/// Returns the settings of the training with MoBA, which are named as in config.json, with "moba." for
+/// "moba_".
+std::optional<TrainedAttention> trained_attention(const GgufFile& file, std::int64_t layers) {
+  const Keys keys(file, "moba");
+  if (!keys.find("chunk_size") && !keys.find("topk")) return std::nullopt;
+  TrainedAttention moba{.block_size = keys.size("chunk_size"),
+                        .top_k = keys.size("topk"),
+                        .sink_blocks = keys.count_or_none("sink"),
+                        .full_tail = keys.count_or_none("full_tail"),
+                        .full_layers = {}};
+  if (moba.sink_blocks >= moba.top_k) {
+    keys.find("sink")->fail(fmt::format("fewer than moba.topk {}", moba.top_k),
+                            std::to_string(moba.sink_blocks));
+  }
+  const auto full = keys.find("full_layers");
+  for (const std::int64_t layer : full ? full->integers() : std::vector<std::int64_t>()) {
+    if (layer < 0 || layer >= layers) full->fail(fmt::format("0 to {}", layers - 1), std::to_string(layer));
+    moba.full_layers.push_back({layer, layer});
+  }
+  return moba;
+}
+
 }  // namespace
 
 ModelConfig read_config(const GgufFile& file) {
@@ -174,6 +201,7 @@ ModelConfig read_config(const GgufFile& file) {
   config.mlp_bias = tensor_of(file, "blk.0.ffn_gate.bias");
   config.qk_norm = name == "qwen3";
   config.tied_embeddings = !tensor_of(file, "output.weight");
+  config.moba = trained_attention(file, config.layers);
   return config;
 }
 

@@ -79,15 +79,15 @@ class GgufText {
                  bytes_of(static_cast<std::uint32_t>(element)) + bytes_of(count) + elements);
   }
 
-  /// Adds an F32 tensor of zeros; `shape` has the outermost dimension first.
-  GgufText& tensor(std::string_view name, const std::vector<std::int64_t>& shape) {
+  /// Adds a tensor of zeros, with the bytes of an F32 one; `shape` has the outermost dimension first.
+  GgufText& tensor(std::string_view name, const std::vector<std::int64_t>& shape, std::uint32_t type = 0) {
     std::uint64_t count = 1;
     tensors_ += gguf_string(name) + bytes_of(static_cast<std::uint32_t>(shape.size()));
     for (auto size = shape.rbegin(); size != shape.rend(); ++size) {
       tensors_ += bytes_of(static_cast<std::uint64_t>(*size));
       count *= static_cast<std::uint64_t>(*size);
     }
-    tensors_ += bytes_of(std::uint32_t{0}) + bytes_of(data_bytes_);
+    tensors_ += bytes_of(type) + bytes_of(data_bytes_);
     data_bytes_ += (count * 4 + 31) / 32 * 32;
     ++count_;
     return *this;

@@ -214,6 +214,46 @@ TEST_F(GgufConfig, ReadsRopeScaling) {
   EXPECT_NE(complaint_gguf(config_gguf("llama").tensor("rope_freqs.weight", {4})), "");
 }
 
+TEST_F(GgufConfig, ReadsMobaSettings) {
+  EXPECT_FALSE(parsed_gguf(config_gguf("llama")).moba);
+  const auto trained =
+      parsed_gguf(config_gguf("llama").u32("moba.chunk_size", 128).u32("moba.topk", 16)).moba;
+  ASSERT_TRUE(trained);
+  EXPECT_EQ(trained->block_size, 128);
+  EXPECT_EQ(trained->top_k, 16);
+  EXPECT_EQ(trained->sink_blocks, 0);
+  EXPECT_EQ(trained->full_tail, 0);
+  EXPECT_TRUE(trained->full_layers.empty());
+  const auto all = parsed_gguf(config_gguf("qwen3")
+                                   .u32("moba.chunk_size", 64)
+                                   .u32("moba.topk", 3)
+                                   .u32("moba.sink", 1)
+                                   .u32("moba.full_tail", 32)
+                                   .array("moba.full_layers", GgufType::u32, 1, bytes_of(1)))
+                       .moba;
+  ASSERT_TRUE(all);
+  EXPECT_EQ(all->sink_blocks, 1);
+  EXPECT_EQ(all->full_tail, 32);
+  EXPECT_EQ(layers_in(all->full_layers), std::vector<std::int64_t>{1});
+}
+
+TEST_F(GgufConfig, InvalidMobaSettingsThrow) {
+  const auto expect = [&](const GgufText& text, const std::string& error) {
+    EXPECT_EQ(complaint_gguf(text), (folder_ / "m").string() + ": " + error);
+  };
+  GgufText text = config_gguf("llama");
+  expect(text.u32("moba.topk", 3), "expected metadata 'moba.chunk_size', got none");
+  text = config_gguf("llama").u32("moba.topk", 3);
+  expect(GgufText(text).u32("moba.chunk_size", 0),
+         "metadata 'moba.chunk_size': expected 1 to 2147483647, got 0");
+  text.u32("moba.chunk_size", 64);
+  expect(GgufText(text).u32("moba.sink", 3), "metadata 'moba.sink': expected fewer than moba.topk 3, got 3");
+  expect(GgufText(text).array("moba.full_layers", GgufType::i32, 1, bytes_of(2)),
+         "metadata 'moba.full_layers': expected 0 to 1, got 2");
+  expect(GgufText(text).text("moba.full_layers", "0"),
+         "metadata 'moba.full_layers': expected an array of integers, got string");
+}
+
 TEST_F(GgufConfig, UnsupportedModelsThrow) {
   EXPECT_NE(complaint_gguf(config_gguf("gemma3")), "");
   EXPECT_NE(complaint_gguf(config_gguf("llama").u32("llama.expert_count", 8)), "");

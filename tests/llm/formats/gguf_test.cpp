@@ -117,6 +117,45 @@ TEST_F(Gguf, DamagedFilesLoadOrThrow) {
   });
 }
 
+TEST_F(Gguf, RowsOfPartialBlocksThrow) {
+  constexpr std::uint32_t kQ8 = 8, kQ4K = 12;
+  const auto complaint = [&](const std::vector<std::int64_t>& shape, std::uint32_t type) {
+    return complaint_of([&] { GgufFile::open(write("t.gguf", GgufText().tensor("w", shape, type).str())); });
+  };
+  const std::string expected = (folder_ / "t.gguf").string() +
+                               ": expected tensor 'w' with rows of whole blocks and a size of 63 bits, got ";
+  EXPECT_EQ(complaint({2, 32}, kQ8), "");
+  EXPECT_EQ(complaint({32, 48}, kQ8), expected + "Q8_0 [32, 48]");
+  EXPECT_EQ(complaint({2, 256}, kQ4K), "");
+  EXPECT_EQ(complaint({256, 128}, kQ4K), expected + "Q4_K [256, 128]");
+  EXPECT_EQ(complaint({16}, kQ4K), expected + "Q4_K [16]");
+}
+
+TEST_F(Gguf, UnsupportedTensorTypesThrow) {
+  const auto complaint = [&](std::uint32_t type) {
+    return complaint_of([&] { GgufFile::open(write("t.gguf", GgufText().tensor("w", {256}, type).str())); });
+  };
+  const std::string expected =
+      (folder_ / "t.gguf").string() +
+      ": expected F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 or Q2_K to Q6_K in tensor 'w', got ";
+  EXPECT_EQ(complaint(20), expected + "IQ4_NL");
+  EXPECT_EQ(complaint(28), expected + "F64");
+  EXPECT_EQ(complaint(4), expected + "type 4");
+  EXPECT_EQ(complaint(0xFFFFFFFF), expected + "type 4294967295");
+}
+
+TEST_F(Gguf, SizesBeyondTheFileThrow) {
+  const std::int64_t huge = std::int64_t{1} << 40;
+  std::string bytes = GgufText().tensor("w", {2, 32}).str();
+  const std::size_t size = bytes.find(bytes_of(std::int64_t{32}));
+  bytes.replace(size, 8, bytes_of(huge));
+  const auto path = write("t.gguf", bytes);
+  EXPECT_EQ(complaint_of([&] { GgufFile::open(path); }),
+            path.string() +
+                ": expected tensor 'w' (F32 [2, 1099511627776]), 8796093022208 bytes at offset 0, "
+                "got 256 bytes of data");
+}
+
 TEST_F(Gguf, RecognisesGgufFiles) {
   EXPECT_TRUE(GgufFile::is_gguf(write("a", "GGUF")));
   EXPECT_FALSE(GgufFile::is_gguf(write("b", "GGU")));
