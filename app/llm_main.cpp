@@ -1,4 +1,7 @@
 // The subcommands that run a model, started by `moba`.
+#include <cstdio>
+#include <cstdlib>
+
 #include "app/commands.h"
 #include "app/program.h"
 
@@ -10,5 +13,7 @@ int main(int argc, char** argv) {
   moba::app::add_generate(app, action);
   moba::app::add_inspect(app, action);
   moba::app::add_train(app, action);
-  return moba::app::run(app, action, argc, argv);
+  const int code = moba::app::run(app, action, argc, argv);
+  std::fflush(nullptr);
+  std::_Exit(code);  // LibTorch's static objects take longer to destroy than the first token to write
 }

@@ -140,9 +140,10 @@ constexpr bool stands_for_itself(unsigned char byte) {
 
 struct ByteAlphabet {
   std::array<char32_t, 256> characters{};
-  std::unordered_map<char32_t, unsigned char> bytes;
+  std::array<std::int16_t, 0x200> bytes{};  // by character; -1 for none
 
-  ByteAlphabet() {
+  constexpr ByteAlphabet() {
+    bytes.fill(-1);
     char32_t next = 0x100;
     for (int byte = 0; byte < 256; ++byte) {
       const auto value = static_cast<unsigned char>(byte);
@@ -152,10 +153,7 @@ struct ByteAlphabet {
   }
 };
 
-const ByteAlphabet& byte_alphabet() {
-  static const ByteAlphabet alphabet;
-  return alphabet;
-}
+constexpr ByteAlphabet kByteAlphabet;
 
 }  // namespace
 
@@ -217,7 +215,7 @@ void SentencePieceBpe::encode(std::string_view text, std::vector<std::int32_t>& 
 }
 
 char32_t byte_character(unsigned char byte) {
-  return byte_alphabet().characters[byte];
+  return kByteAlphabet.characters[byte];
 }
 
 std::optional<std::string> bytes_of_characters(std::string_view token) {
@@ -225,9 +223,10 @@ std::optional<std::string> bytes_of_characters(std::string_view token) {
   while (!token.empty()) {
     const std::size_t size = utf8_size(token);
     if (size == 0) return std::nullopt;
-    const auto it = byte_alphabet().bytes.find(utf8_decode(token.substr(0, size)));
-    if (it == byte_alphabet().bytes.end()) return std::nullopt;
-    bytes += static_cast<char>(it->second);
+    const char32_t character = utf8_decode(token.substr(0, size));
+    const int byte = character < kByteAlphabet.bytes.size() ? kByteAlphabet.bytes[character] : -1;
+    if (byte < 0) return std::nullopt;
+    bytes += static_cast<char>(byte);
     token.remove_prefix(size);
   }
   return bytes;

@@ -53,7 +53,8 @@ constexpr ByteTokens no_byte_tokens() {
 
 /// Byte-pair encoding with a list of merges, over the bytes of a word or over its characters.
 struct Bpe {
-  TokenIds vocab;  // by the tokens' bytes if `byte_level`, else by their text
+  /// By the tokens' text; if `byte_level`, by their bytes, and only needed with `ignore_merges`.
+  TokenIds vocab;
   MergeTable merges;
   ByteTokens byte_tokens = no_byte_tokens();  // fallback for characters outside `vocab`
   bool byte_level = false;

@@ -93,7 +93,7 @@ void add_byte_level_token(std::string_view text, std::int32_t id, PieceKind kind
     add_found_token(data, added);
   } else if (const auto bytes = bytes_of_characters(text)) {
     token.bytes = *bytes;
-    bpe.vocab.emplace(*bytes, id);
+    if (bpe.ignore_merges) bpe.vocab.emplace(*bytes, id);
     if (bytes->size() == 1) bpe.byte_tokens[static_cast<unsigned char>(bytes->front())] = id;
   }
 }
@@ -101,6 +101,7 @@ void add_byte_level_token(std::string_view text, std::int32_t id, PieceKind kind
 void read_merges(const GgufValue& merges, const TokenIds& ids, MergeTable& table) {
   const auto lines = merges.strings();
   table.reserve(lines.size());
+  std::string merged;
   for (std::size_t rank = 0; rank < lines.size(); ++rank) {
     const std::string_view line = lines[rank];
     const std::size_t space = line.find(' ');
@@ -116,7 +117,8 @@ void read_merges(const GgufValue& merges, const TokenIds& ids, MergeTable& table
     const std::string_view right = line.substr(space + 1);
     const std::int32_t left_id = id(left);
     const std::int32_t right_id = id(right);
-    table.set(left_id, right_id, {static_cast<std::int32_t>(rank), id(std::string(left).append(right))});
+    merged.assign(left).append(right);
+    table.set(left_id, right_id, {static_cast<std::int32_t>(rank), id(merged)});
   }
 }
 
@@ -129,11 +131,14 @@ TokenizerData read_byte_level(const GgufFile& file) {
   Bpe bpe;
   bpe.byte_level = true;
   bpe.ignore_merges = kind.ignore_merges;
+  const std::string where = list.where();
+  data.tokens.reserve(texts.size());
+  data.ids.reserve(texts.size());
   for (std::size_t i = 0; i < texts.size(); ++i) {
     const std::string text(texts[i]);
     const auto id = static_cast<std::int32_t>(i);
     const auto shown = is_special(kinds[i]) ? Token::Kind::kSpecial : Token::Kind::kText;
-    place_token(data, id, {text, text, shown}, texts.size(), list.where());
+    place_token(data, id, {text, text, shown}, texts.size(), where);
     add_byte_level_token(text, id, kinds[i], data, bpe);
   }
   read_merges(file.at("tokenizer.ggml.merges"), data.ids, bpe.merges);
