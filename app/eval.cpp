@@ -13,6 +13,7 @@ void add_flags(FlagTable& table, EvalFlags& flags) {
   const Words<bool> outputs{{"table", false}, {"json", true}};
   add_model_flag(table, flags);
   add_dtype_flag(table, flags);
+  add_kv_dtype_flag(table, flags);
   add_threads_flag(table, flags.session.threads);
   table.number("--seed", flags.seed, {0, kMaxSeed}, "Random seed of the evaluation").json();
   table.choice("-o,--output", flags.json, outputs, "Format of the results");
@@ -24,7 +25,13 @@ void add_attention_flags(FlagTable& table, EvalFlags& flags, bool decodes) {
   table.choice(
       "--attn", flags.attention, kAttentionModes,
       "Attention variants for prefill, each evaluated; moba-naive is MoBA on the reference backend, slow");
-  add_attention_flags(table, static_cast<SessionFlags&>(flags), decodes);
+  llm::SessionSettings& session = flags.session;
+  if (decodes) {
+    table.choice("--decode", session.decode, kDecodeModes, "Attention for decode").json();
+  } else {
+    table.report("decode", [&session] { return Json(name_of(session.decode)); });
+  }
+  add_moba_flags(table, flags, /*has_tail=*/decodes);
 }
 
 void add_haystack_flags(FlagTable& table, EvalFlags& flags, std::vector<std::int64_t>& lengths, bool& chat) {
@@ -35,7 +42,8 @@ void add_haystack_flags(FlagTable& table, EvalFlags& flags, std::vector<std::int
 }
 
 Subject open_subject(const FlagTable& table, EvalFlags& flags) {
-  complete(table, flags);
+  llm::Weights weights = llm::Weights::open(flags.model);
+  complete(table, weights.config(), flags);
   std::vector<Variant> variants;
   std::vector<std::string_view> names;
   for (const llm::AttentionMode mode : flags.attention) {
@@ -44,14 +52,13 @@ Subject open_subject(const FlagTable& table, EvalFlags& flags) {
     names.push_back(name_of(mode));
   }
   check_distinct("--attn", names);
-  llm::Weights weights = llm::Weights::open(flags.model);
   for (const Variant& variant : variants) check(variant.session, weights.config());
   return {std::move(weights), llm::Tokenizer::open(flags.model), std::move(variants)};
 }
 
 llm::Model load_model(const Subject& subject, const EvalFlags& flags) {
   llm::use_threads(subject.variants.front().session.threads);
-  return llm::Model::load(subject.weights, {.dtype = flags.dtype});
+  return llm::Model::load(subject.weights, flags.arithmetic);
 }
 
 void sort_lengths(std::vector<std::int64_t>& lengths, const Subject& subject) {
@@ -71,6 +78,7 @@ std::string share_text(double share, const llm::eval::Interval& interval) {
 Json json_head(const char* task, const FlagTable& table, EvalFlags& flags, const Subject& subject) {
   Json json{{"task", task}};
   json.update(table.json("Options"));
+  json["requested"] = table.requested();
   json["settings"] = Json::array();
   for (const Variant& variant : subject.variants) {
     flags.session = variant.session;

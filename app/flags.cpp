@@ -106,14 +106,16 @@ Flag& Flag::default_text(std::string_view text) {
   return *this;
 }
 
-Flag& Flag::json(Condition condition, std::string key) {
-  if (key.empty()) {
-    key = option_->get_lnames().front();
-    if (key.starts_with("no-")) key.erase(0, 3);
-    std::replace(key.begin(), key.end(), '-', '_');
-  }
-  table_->report(std::move(key), value_, std::move(condition));
+Flag& Flag::json(Condition condition) {
+  table_->report(key(), value_, std::move(condition));
   return *this;
+}
+
+std::string Flag::key() const {
+  std::string key = option_->get_lnames().front();
+  if (key.starts_with("no-")) key.erase(0, 3);
+  std::replace(key.begin(), key.end(), '-', '_');
+  return key;
 }
 
 std::string Flag::markdown() const {
@@ -182,6 +184,12 @@ Json FlagTable::json(std::string_view group) const {
     const bool is_asked = group.empty() || report.group == group;
     if (is_asked && (!report.condition || report.condition())) json[report.key] = report.value();
   }
+  return json;
+}
+
+Json FlagTable::requested() const {
+  Json json;
+  for (const Flag* flag : automatic_) json[flag->key()] = flag->value();
   return json;
 }
 

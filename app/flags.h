@@ -27,6 +27,9 @@ namespace moba::app {
 inline constexpr std::int64_t kMaxTokens = std::numeric_limits<std::int32_t>::max();
 inline constexpr std::int64_t kMaxSeed = std::numeric_limits<std::int64_t>::max();
 
+/// The word of a flag whose value the program chooses.
+inline constexpr const char* kAuto = "auto";
+
 using Json = nlohmann::ordered_json;
 
 /// Inclusive bounds.
@@ -79,10 +82,13 @@ class Flag {
   Flag& check(const CLI::Validator& validator);
   /// Describes a default that is no constant. "{}" stands for the present value of the variable.
   Flag& default_text(std::string_view text);
-  /// Writes the variable into the table's JSON where `condition` holds, as `key`; empty: the flag's name.
-  Flag& json(Condition condition = {}, std::string key = {});
+  /// Writes the variable into the table's JSON where `condition` holds.
+  Flag& json(Condition condition = {});
 
   const std::string& group() const { return option_->get_group(); }
+  /// Returns the key of the flag in JSON: its name.
+  std::string key() const;
+  Json value() const { return value_(); }
   /// Returns "| names | default | meaning |".
   std::string markdown() const;
 
@@ -112,6 +118,7 @@ class FlagTable {
   /// A number of tokens or bytes, such as 8k or 1m.
   template <typename T>
   Flag& size(const char* names, T& variable, Range<std::int64_t> range, const char* help);
+  /// An optional variable has one more word, auto, for none.
   template <typename T>
   Flag& choice(const char* names, T& variable, const Words<Element<T>>& words, const char* help);
   /// Anything that CLI11 converts: texts, paths, lists of them (one argument each).
@@ -132,6 +139,8 @@ class FlagTable {
 
   /// Returns the values in force, in the order of declaration: of one group or of all.
   Json json(std::string_view group = {}) const;
+  /// Returns the words of the flags that may be auto, as they were requested.
+  Json requested() const;
   /// Returns a table of the flags for each group, under its name except for the first.
   std::string markdown() const;
 
@@ -150,6 +159,7 @@ class FlagTable {
   CLI::App& command_;
   std::string group_;
   std::deque<Flag> flags_;
+  std::vector<const Flag*> automatic_;
   std::vector<Report> reports_;
 };
 
@@ -248,13 +258,25 @@ Flag& FlagTable::choice(const char* names, T& variable, const Words<Element<T>>&
   };
   Words<std::string> texts;
   std::string listed;
+  if constexpr (kIsOptional<T>) {
+    listed = kAuto;
+    texts.emplace_back(kAuto, "");
+  }
   for (const auto& [word, value] : words) {
     texts.emplace_back(word, text_of(value));
     listed += (listed.empty() ? "" : kIsList<T> ? "," : "|") + word;
   }
-  Flag& flag = add(names, variable, listed, help, word_of,
-                   [&variable, word_of] { return Json(written(variable, word_of)); });
+  Flag& flag = add(names, variable, listed, help, word_of, [&variable, word_of] {
+    if constexpr (kIsOptional<T>) {
+      if (!variable) return Json(kAuto);
+    }
+    return Json(written(variable, word_of));
+  });
   if constexpr (kIsList<T>) flag.comma_separated();
+  if constexpr (kIsOptional<T>) {
+    flag.default_text(kAuto);
+    automatic_.push_back(&flag);
+  }
   return flag.check(one_of(texts, (kIsList<T> ? "some of " : "") + listed));
 }
 

@@ -27,6 +27,9 @@ namespace {
 
 using llm::UsageError;
 
+/// Prompts beyond this many tokens are worth advice on attention.
+constexpr std::int64_t kLongPrompt = 4096;
+
 enum class Finish : std::uint8_t { end_token, length, context, interrupted };
 
 const char* name_of(Finish finish) {
@@ -100,14 +103,35 @@ Finish write_answer(const GenerateSettings& settings, const llm::Tokenizer& toke
   return finish;
 }
 
+/// Chooses the attention where it is left to the program, and says so if that may be worth a flag.
+void choose_attention(GenerateSettings& settings, const llm::ModelConfig& config, std::int64_t prompt) {
+  const std::int64_t answer = settings.predict < 0 ? settings.context : settings.predict;
+  const llm::AttentionChoice choice =
+      llm::choose_attention({.prefill = settings.prefill,
+                             .decode = settings.decode,
+                             .prompt_tokens = prompt,
+                             .total_tokens = std::min(settings.context, prompt + answer),
+                             .moba = settings.session.moba,
+                             .trained = config.moba});
+  settings.session.prefill = choice.prefill;
+  settings.session.decode = choice.decode;
+  settings.reason = choice.reason;
+  if (choice.reason == llm::AttentionReason::not_trained && prompt > kLongPrompt) {
+    std::fprintf(
+        stderr,
+        "note: --attn moba reads long prompts faster; this model was not trained with it, so check its "
+        "quality with `moba eval`\n");
+  }
+}
+
 Generation generate(const GenerateSettings& settings, const llm::Weights& weights,
-                    const llm::Tokenizer& tokenizer) {
+                    const llm::Tokenizer& tokenizer, std::vector<std::int32_t> prompt) {
   Generation result;
-  result.prompt = prompt_tokens(settings, tokenizer);
+  result.prompt = std::move(prompt);
 
   llm::use_threads(settings.session.threads);
   const Stopwatch load;
-  llm::Session session(llm::Model::load(weights, {.dtype = settings.dtype}), settings.session);
+  llm::Session session(llm::Model::load(weights, settings.arithmetic), settings.session);
   result.load_seconds = load.seconds();
 
   note_interrupts();
@@ -140,32 +164,47 @@ void print_json(const Json& settings, const Generation& result) {
   print(json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
-void print_summary(const Generation& result) {
+/// "full attention", or "moba attention, full in decode".
+std::string attention_text(const llm::SessionSettings& session) {
+  const std::string prefill = fmt::format("{} attention", name_of(session.prefill));
+  return session.prefill == session.decode
+             ? prefill
+             : fmt::format("{}, {} in decode", prefill, name_of(session.decode));
+}
+
+void print_summary(const GenerateSettings& settings, const Generation& result) {
   const auto prompt = static_cast<double>(result.prompt.size());
   const auto generated = static_cast<double>(result.generated.size());
   const auto rate = [](double tokens, double seconds) { return seconds > 0 ? tokens / seconds : 0.0; };
   const std::string line = fmt::format(
       "prompt {} tokens in {:.2f} s ({:.0f}/s, attention {:.2f} s); answer {} tokens in {:.2f} s ({:.1f}/s); "
-      "peak memory {:.2f} GiB\n",
+      "{}, KV cache {}, {}; peak memory {:.2f} GiB\n",
       result.prompt.size(), result.prefill_seconds, rate(prompt, result.prefill_seconds),
       result.attention.prefill, result.generated.size(), result.decode_seconds,
-      rate(generated, result.decode_seconds), static_cast<double>(llm::peak_rss_bytes()) / (1 << 30));
+      rate(generated, result.decode_seconds), name_of(settings.arithmetic.dtype),
+      name_of(settings.session.kv_dtype.value()), attention_text(settings.session),
+      static_cast<double>(llm::peak_rss_bytes()) / (1 << 30));
   std::fputs(line.c_str(), stderr);
 }
 
 int run(const FlagTable& flags, GenerateSettings& settings) {
   complete(flags, settings);
   const llm::Weights weights = llm::Weights::open(settings.model);
+  complete(flags, weights.config(), settings);
   if (settings.context == 0) settings.context = weights.config().context;
   check(settings.session, weights.config());
   const llm::Tokenizer tokenizer = llm::Tokenizer::open(settings.model);
+  std::vector<std::int32_t> prompt = prompt_tokens(settings, tokenizer);
+  choose_attention(settings, weights.config(), static_cast<std::int64_t>(prompt.size()));
   try {
-    const Generation result = generate(settings, weights, tokenizer);
+    const Generation result = generate(settings, weights, tokenizer, std::move(prompt));
     if (settings.json) {
-      print_json(flags.json(), result);
+      Json json = flags.json();
+      json["requested"] = flags.requested();
+      print_json(json, result);
     } else {
       print("\n");
-      print_summary(result);
+      print_summary(settings, result);
     }
     return result.finish == Finish::interrupted ? kInterruptedCode : 0;
   } catch (const Interrupted&) {

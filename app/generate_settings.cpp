@@ -23,6 +23,7 @@ void add_flags(FlagTable& flags, GenerateSettings& settings) {
       .json();
   add_threads_flag(flags, settings.session.threads);
   add_dtype_flag(flags, settings);
+  add_kv_dtype_flag(flags, settings);
   flags
       .toggle("--no-chat", settings.chat,
               "Do not apply the chat template; needed for a model whose template is not supported")
@@ -49,11 +50,18 @@ void add_flags(FlagTable& flags, GenerateSettings& settings) {
       .json(is_random);
 
   flags.group("Attention");
-  flags
-      .choice("--attn", settings.session.prefill, kAttentionModes,
-              "Attention for prefill; moba-naive is MoBA on the reference backend, slow, for comparison")
-      .json();
-  add_attention_flags(flags, settings, /*decodes=*/true);
+  const llm::SessionSettings& session = settings.session;
+  flags.choice("--attn", settings.prefill, kAttentionModes,
+               "Attention for prefill; auto: moba for long prompts if the model was trained with MoBA, else "
+               "full; moba-naive is MoBA on the reference backend, slow, for comparison");
+  flags.report("attn", [&session] { return Json(name_of(session.prefill)); });
+  flags.report("attn_reason", [&settings] { return Json(name_of(settings.reason)); });
+  flags.choice(
+      "--decode", settings.decode, kDecodeModes,
+      "Attention for decode; auto: moba for long contexts if the model was trained with MoBA, unless "
+      "--attn full, else full");
+  flags.report("decode", [&session] { return Json(name_of(session.decode)); });
+  add_moba_flags(flags, settings, /*has_tail=*/true);
 }
 
 void complete(const FlagTable& flags, GenerateSettings& settings) {
@@ -63,7 +71,6 @@ void complete(const FlagTable& flags, GenerateSettings& settings) {
     for (const char* flag : {"--top-k", "--top-p", "--min-p"}) flags.refuse(flag, "without --temp above 0");
   }
   if (!flags.given("--seed")) settings.sampling.seed = std::random_device()();
-  complete(flags, static_cast<SessionFlags&>(settings));
 }
 
 }  // namespace moba::app

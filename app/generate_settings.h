@@ -5,6 +5,7 @@
 #include <string>
 
 #include "app/session_flags.h"
+#include "llm/session/choose_attention.h"
 #include "llm/session/sampler.h"
 
 namespace moba::app {
@@ -18,13 +19,18 @@ struct GenerateSettings : SessionFlags {
   std::int64_t predict = -1;
   /// Maximum tokens of prompt and answer together; 0: as many as the model was trained for.
   std::int64_t context = 0;
+  /// Attention; unset: auto.
+  std::optional<llm::AttentionMode> prefill, decode;
+  /// The reason for the attention in prefill, once it is chosen.
+  llm::AttentionReason reason = llm::AttentionReason::requested;
   bool chat = true, ignore_eos = false, json = false;
   llm::Sampling sampling;
 };
 
 void add_flags(FlagTable& flags, GenerateSettings& settings);
 
-/// Fills in the defaults that are no constants and checks the flags against each other. Throws UsageError.
+/// Fills in the defaults that depend neither on the model nor on the prompt and checks the flags against each
+/// other. Throws UsageError.
 void complete(const FlagTable& flags, GenerateSettings& settings);
 
 }  // namespace moba::app

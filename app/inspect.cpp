@@ -220,12 +220,12 @@ std::vector<std::int32_t> tokens_from(const InspectFlags& flags, const llm::Toke
 
 int inspect(const FlagTable& table, InspectFlags& flags) {
   if (!flags.prompt && !flags.file) throw UsageError("expected -p/--prompt or -f/--file, got neither");
-  complete(table, flags);
+  const llm::Weights weights = llm::Weights::open(flags.model);
+  const llm::ModelConfig& config = weights.config();
+  complete(table, config, flags);
   Inspection inspection;
   inspection.session = flags.session;
   inspection.session.prefill = llm::AttentionMode::moba;  // the gate's selection is recorded in every mode
-  const llm::Weights weights = llm::Weights::open(flags.model);
-  const llm::ModelConfig& config = weights.config();
   check(inspection.session, config);
   const llm::Tokenizer tokenizer = llm::Tokenizer::open(flags.model);
   inspection.tokens = tokens_from(flags, tokenizer);
@@ -239,7 +239,7 @@ int inspect(const FlagTable& table, InspectFlags& flags) {
   }
 
   llm::use_threads(inspection.session.threads);
-  const llm::Model model = llm::Model::load(weights, {.dtype = DType::f32});
+  const llm::Model model = llm::Model::load(weights, flags.arithmetic);
   note_interrupts();
   try {
     ProgressLine progress("reading", static_cast<double>(inspection.tokens.size()));
@@ -275,6 +275,7 @@ CLI::App* add_inspect(CLI::App& parent, std::function<int()>& action) {
       .comma_separated()
       .check(CLI::Validator(has_known_type, ""));
   add_threads_flag(*table, flags->session.threads);
+  add_dtype_flag(*table, *flags);
   table->toggle("--no-chat", flags->chat, "Do not apply the chat template");
 
   table->group("Attention");
@@ -283,7 +284,7 @@ CLI::App* add_inspect(CLI::App& parent, std::function<int()>& action) {
                                         {"moba", llm::AttentionMode::moba}};
   table->choice("--attn", flags->session.prefill, modes,
                 "Attention for prefill; the selection of the gate is recorded with full attention too");
-  add_attention_flags(*table, *flags, /*decodes=*/false);
+  add_moba_flags(*table, *flags, /*has_tail=*/false);
   command->footer(
       "Example: a page that opens in any browser\n"
       "  moba inspect -m model.gguf -f report.txt -o routing.html\n");

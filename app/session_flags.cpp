@@ -1,26 +1,14 @@
 #include "app/session_flags.h"
 
 #include "app/routing_flags.h"
-#include "llm/formats/read_config.h"
 
 namespace moba::app {
-namespace {
 
 using llm::AttentionMode;
 
-/// Returns the MoBA settings in config.json, if the model is a Hugging Face folder that was trained with
-/// MoBA.
-std::optional<llm::TrainedAttention> trained_attention(const std::filesystem::path& model) {
-  const std::filesystem::path file = model / "config.json";
-  if (!std::filesystem::is_regular_file(file)) return std::nullopt;
-  const nlohmann::json document = llm::load_json(file);
-  return llm::read_config(llm::JsonValue(document, file.string())).moba;
-}
-
-}  // namespace
-
 const Words<AttentionMode> kAttentionModes{
     {"full", AttentionMode::full}, {"moba", AttentionMode::moba}, {"moba-naive", AttentionMode::moba_naive}};
+const Words<AttentionMode> kDecodeModes{{"full", AttentionMode::full}, {"moba", AttentionMode::moba}};
 
 void add_model_flag(FlagTable& flags, SessionFlags& settings) {
   flags.value("-m,--model", settings.model, "PATH", "Model: a GGUF file or a Hugging Face folder")
@@ -30,24 +18,31 @@ void add_model_flag(FlagTable& flags, SessionFlags& settings) {
 
 void add_dtype_flag(FlagTable& flags, SessionFlags& settings) {
   const Words<DType> dtypes{{"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}};
-  flags.choice("--dtype", settings.dtype, dtypes, "Data type of weights, activations and KV cache").json();
+  flags.choice(
+      "--dtype", settings.dtype, dtypes,
+      "Data type of the activations and of matrix products; auto: the fastest at bf16's accuracy or "
+      "better, in which single tokens may be multiplied in int8 with the blocks of quantised weights");
+  flags.report("dtype", [&settings] { return Json(name_of(settings.arithmetic.dtype)); });
+  flags.report("int8_decode", [&settings] { return Json(settings.arithmetic.int8_decode); });
 }
 
-void add_attention_flags(FlagTable& flags, SessionFlags& settings, bool decodes) {
+void add_kv_dtype_flag(FlagTable& flags, SessionFlags& settings) {
+  const Words<DType> dtypes{
+      {"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}, {"i8", DType::i8}};
+  flags.choice("--kv-dtype", settings.kv_dtype, dtypes,
+               "Data type of the KV cache; auto: that of --dtype, f16 where --dtype auto is f32");
+  flags.report("kv_dtype", [&settings] { return Json(name_of(settings.session.kv_dtype.value())); });
+}
+
+void add_moba_flags(FlagTable& flags, SessionFlags& settings, bool has_tail) {
   llm::SessionSettings& session = settings.session;
   const auto prefill_is_sparse = [&session] { return session.prefill != AttentionMode::full; };
   const auto is_sparse = [&session] {
     return session.prefill != AttentionMode::full || session.decode != AttentionMode::full;
   };
   constexpr const char* kDefault = "the model's, else {}";
-  const Words<AttentionMode> decode_modes{{"full", AttentionMode::full}, {"moba", AttentionMode::moba}};
-  if (decodes) {
-    flags.choice("--decode", session.decode, decode_modes, "Attention for decode").json();
-  } else {
-    flags.report("decode", [&session] { return Json(name_of(session.decode)); });
-  }
   add_routing_flags(flags, session.moba, kDefault, is_sparse);
-  if (decodes) {
+  if (has_tail) {
     flags
         .number("--moba-full-tail", session.full_tail, {0, kMaxTokens},
                 "Last tokens of the prompt whose queries use full attention")
@@ -60,9 +55,12 @@ void add_attention_flags(FlagTable& flags, SessionFlags& settings, bool decodes)
   add_full_layers_flag(flags, session.full_layers, kDefault, is_sparse);
 }
 
-void complete(const FlagTable& flags, SessionFlags& settings) {
+void complete(const FlagTable& flags, const llm::ModelConfig& config, SessionFlags& settings) {
   llm::SessionSettings& session = settings.session;
-  if (const auto trained = trained_attention(settings.model)) {
+  settings.arithmetic = settings.dtype ? llm::Arithmetic{.dtype = *settings.dtype} : llm::best_arithmetic();
+  const bool halves = !settings.dtype && settings.arithmetic.dtype == DType::f32;
+  session.kv_dtype = settings.kv_dtype.value_or(halves ? DType::f16 : settings.arithmetic.dtype);
+  if (const auto& trained = config.moba) {
     const auto use = [&](const char* flag, auto& variable, const auto& value) {
       if (!flags.given(flag)) variable = value;
     };

@@ -1,31 +1,35 @@
 #pragma once
 
+#include <optional>
 #include <string>
 
 #include "app/flags.h"
+#include "llm/model/arithmetic.h"
 #include "llm/session/session.h"
 #include "moba/tensor.h"
 
 // The flags of every subcommand that runs a model.
 namespace moba::app {
 
-extern const Words<llm::AttentionMode> kAttentionModes;
+extern const Words<llm::AttentionMode> kAttentionModes, kDecodeModes;
 
 /// The variables of these flags.
 struct SessionFlags {
   std::string model;
-  DType dtype = DType::f32;
+  std::optional<DType> dtype, kv_dtype;  // unset: auto
+  llm::Arithmetic arithmetic;            // set by complete()
   llm::SessionSettings session;
 };
 
 /// Adds -m, --model.
 void add_model_flag(FlagTable& flags, SessionFlags& settings);
 void add_dtype_flag(FlagTable& flags, SessionFlags& settings);
-/// Adds the --moba flags and, for a subcommand that decodes, --decode and --moba-full-tail.
-void add_attention_flags(FlagTable& flags, SessionFlags& settings, bool decodes);
+void add_kv_dtype_flag(FlagTable& flags, SessionFlags& settings);
+/// Adds the --moba flags; --moba-full-tail only if `has_tail`.
+void add_moba_flags(FlagTable& flags, SessionFlags& settings, bool has_tail);
 
-/// Applies the defaults that config.json of the model has, and checks the flags against each other. The
-/// --moba flags are accepted and idle where attention is full. Throws UsageError.
-void complete(const FlagTable& flags, SessionFlags& settings);
+/// Applies the defaults of the model and of the machine, and checks the flags against each other. The --moba
+/// flags are accepted and idle where attention is full. Throws UsageError.
+void complete(const FlagTable& flags, const llm::ModelConfig& config, SessionFlags& settings);
 
 }  // namespace moba::app

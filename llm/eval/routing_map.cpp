@@ -5,6 +5,7 @@
 #include <functional>
 
 #include "moba/cache.h"
+#include "src/number.h"
 
 namespace moba::llm::eval {
 namespace {
@@ -40,8 +41,13 @@ RoutingMap empty_map(const ModelConfig& config, std::int64_t tokens, const Routi
   return map;
 }
 
-const float* row_of(const Tensor& tensor, std::int64_t token, std::int64_t head) {
-  return static_cast<const float*>(tensor.data) + token * tensor.strides[0] + head * tensor.strides[1];
+/// Reads the row of one token and head, in f32.
+void load_row(const Tensor& tensor, std::int64_t token, std::int64_t head, std::vector<float>& row) {
+  const std::int64_t first = token * tensor.strides[0] + head * tensor.strides[1];
+  row.resize(static_cast<std::size_t>(tensor.sizes[2]));
+  for (std::size_t d = 0; d < row.size(); ++d) {
+    row[d] = static_cast<float>(load(tensor.data, tensor.dtype, first + static_cast<std::int64_t>(d)));
+  }
 }
 
 /// The mean keys of the complete blocks of one layer, updated while it reads.
@@ -51,10 +57,14 @@ class BlockMeans {
       : block_size_(block_size), width_(heads * head_dim), head_dim_(head_dim) {}
 
   void append(const Tensor& k) {
+    std::vector<float> row;
     for (std::int64_t token = 0; token < k.sizes[0]; ++token) {
       if (length_ % block_size_ == 0) sums_.resize(sums_.size() + static_cast<std::size_t>(width_));
       float* sum = sums_.data() + length_ / block_size_ * width_;
-      for (std::int64_t i = 0; i < width_; ++i) sum[i] += row_of(k, token, i / head_dim_)[i % head_dim_];
+      for (std::int64_t head = 0; head < k.sizes[1]; ++head) {
+        load_row(k, token, head, row);
+        for (const float value : row) *sum++ += value;
+      }
       ++length_;
     }
   }
@@ -149,11 +159,12 @@ RoutingMap map_routing(const Model& model, std::span<const std::int32_t> tokens,
       attention(q, caches[l], 0, settings.moba, {.out = out, .selection = selection.data()}, execution);
       execution.parallel.run(config.heads, [&](std::int64_t head, int) {
         HeadMap& head_map = map.layers[l][static_cast<std::size_t>(head)];
-        std::vector<float> scores;
+        std::vector<float> scores, query;
         for (std::int64_t i = 0; i < count; ++i) {
           recorder.record(head_map, first + i, selection.data() + (head * count + i) * width, width);
-          recorder.record_margin(head_map, first + i, row_of(q, i, head),
-                                 head * config.kv_heads / config.heads, means[l], scores);
+          load_row(q, i, head, query);
+          recorder.record_margin(head_map, first + i, query.data(), head * config.kv_heads / config.heads,
+                                 means[l], scores);
         }
       });
       if (settings.reads_fully[l]) attention(q, caches[l], 0, dense, {.out = out}, execution);

@@ -42,7 +42,7 @@ Session::Session(Model model, const SessionSettings& settings)
   const KvCache::Shape shape{.kv_heads = config.kv_heads,
                              .head_dim = config.head_dim,
                              .block_size = settings_.moba.block_size,
-                             .dtype = model_.dtype()};
+                             .dtype = settings_.kv_dtype.value_or(model_.dtype())};
   for (std::int64_t l = 0; l < config.layers; ++l) caches_.emplace_back(shape);
 }
 

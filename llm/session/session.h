@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -31,6 +32,8 @@ struct SessionSettings {
   std::int64_t full_tail = 128;
   /// Layers that are in mode full throughout.
   std::vector<LayerRange> full_layers;
+  /// The storage type of the KV cache: f32, bf16, f16 or i8; unset: the dtype of the model.
+  std::optional<DType> kv_dtype;
   /// Tokens read at a time. Bounds memory; the result does not depend on it.
   std::int64_t chunk = 2048;
   /// Threads of the attention; use_threads() sets those of the model.

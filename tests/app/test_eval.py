@@ -67,8 +67,8 @@ def data(tmp_path_factory, text):
     return folder
 
 
-def evaluate(moba, *arguments):
-    done = moba("eval", *arguments, "-o", "json", "-t", 2)
+def evaluate(moba, *arguments, dtype="f32"):
+    done = moba("eval", *arguments, "--dtype", dtype, "-o", "json", "-t", 2)
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
 
@@ -196,6 +196,19 @@ def test_selecting_every_block_equals_full_attention(moba, byte_model, data):
         6,
     )
     assert abs(report["differences"][0]["loss"]) < 1e-5
+
+
+def test_rounded_caches_change_the_loss_little(moba, byte_model, data, loss_report):
+    flags = ["--data", data, "--seq-len", SEQ_LEN, "--attn", "full"]
+    exact = loss_report["by_attn"][0]["loss"]
+    assert [loss_report[key] for key in ("dtype", "kv_dtype")] == ["f32", "f32"]
+    for dtype, kv_dtype in [("f32", "i8"), ("f16", "bf16"), ("auto", "f16")]:
+        report = evaluate(
+            moba, "loss", "-m", byte_model, *flags, "--kv-dtype", kv_dtype, dtype=dtype
+        )
+        assert report["kv_dtype"] == kv_dtype and report["dtype"] in ("f32", "bf16", "f16")
+        assert report["requested"] == {"dtype": dtype, "kv_dtype": kv_dtype}
+        assert 0 < abs(report["by_attn"][0]["loss"] - exact) < 0.02 * exact
 
 
 def test_one_sequence_has_no_interval(moba, byte_model, data):

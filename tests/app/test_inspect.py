@@ -63,13 +63,20 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("page")
+    inspect(model, f"{folder}/page.html,{folder}/page.png", "f32")
+    return folder / "page.html"
+
+
+def inspect(model, output, dtype):
     done = run(
         "-m",
         model,
         "-p",
         TEXT,
         "-o",
-        f"{folder}/page.html,{folder}/page.png",
+        output,
+        "--dtype",
+        dtype,
         "--moba-chunk-size",
         BLOCK,
         "--moba-topk",
@@ -78,7 +85,6 @@ def page(model, tmp_path_factory):
         0,
     )
     assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
-    return folder / "page.html"
 
 
 def script(page, name):
@@ -92,11 +98,15 @@ def data(page):
     return json.loads(script(page, "data"))
 
 
-@pytest.fixture(scope="module")
-def chosen(page, data):
+def shares(page, data):
     """Return the shares [layer, head, row, column]."""
     characters = np.frombuffer(script(page, "maps").encode(), dtype=np.uint8)
     return (characters - 48).reshape(LAYERS, HEADS, data["rows"], data["columns"]) / 63
+
+
+@pytest.fixture(scope="module")
+def chosen(page, data):
+    return shares(page, data)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +158,16 @@ def test_selection_equals_that_of_the_package(data, chosen, there):
     differs = (chosen != selected).any(axis=3)
     assert not (differs & ~(margins < 1e-5)).any()  # except where two scores are nearly equal
     assert differs.mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_sixteen_bits_select_nearly_the_same(model, data, chosen, tmp_path, dtype):
+    inspect(model, tmp_path / "page.html", dtype)
+    rounded = json.loads(script(tmp_path / "page.html", "data"))
+    assert 0 < (shares(tmp_path / "page.html", data) != chosen).mean() < 0.05
+    for exact, ours in zip(data["layers"], rounded["layers"], strict=True):
+        for head, other in zip(exact["heads"], ours["heads"], strict=True):
+            assert other["margin"] == pytest.approx(head["margin"], rel=0.05)
 
 
 def test_shares_equal_those_of_the_selection(data, there):

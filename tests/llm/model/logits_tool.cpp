@@ -17,7 +17,8 @@ using moba::llm::AttentionMode;
 
 const std::map<std::string, AttentionMode> kModes{
     {"full", AttentionMode::full}, {"moba", AttentionMode::moba}, {"moba-naive", AttentionMode::moba_naive}};
-const std::map<std::string, DType> kDTypes{{"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}};
+const std::map<std::string, DType> kDTypes{
+    {"f32", DType::f32}, {"bf16", DType::bf16}, {"f16", DType::f16}, {"i8", DType::i8}};
 
 template <typename T>
 std::vector<T> read_all(const std::string& path) {
@@ -60,6 +61,7 @@ int main(int argc, char** argv) {
   app.add_option("--ids", ids)->required();
   app.add_option("--out", out)->required();
   app.add_option("--dtype", dtype)->transform(CLI::CheckedTransformer(kDTypes));
+  app.add_option("--kv-dtype", settings.kv_dtype)->transform(CLI::CheckedTransformer(kDTypes));
   app.add_option("--prefilled", prefilled, "Tokens read as a prompt; the others are decoded one by one");
   app.add_option("--chunk", settings.chunk);
   app.add_option("--attn", settings.prefill)->transform(CLI::CheckedTransformer(kModes));

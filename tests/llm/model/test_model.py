@@ -151,6 +151,24 @@ def small(tmp_path):
     return folder
 
 
+CACHES = [("f32", 1e-3), ("f16", 2e-3), ("bf16", 2e-2), ("i8", 3e-2)]
+
+
+@pytest.mark.parametrize("kv_dtype, bound", CACHES)
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+def test_cache_of_another_dtype_costs_its_rounding(dtype, kv_dtype, bound, small, logits_of):
+    ids = tokens(100)
+    exact = logits_of(small, ids, prefilled=80)
+    own = worst_error(logits_of(small, ids, dtype=dtype, prefilled=80), exact)
+    rounded = logits_of(small, ids, dtype=dtype, kv_dtype=kv_dtype, prefilled=80)
+    error = worst_error(rounded, exact)
+    assert error <= 1.5 * own + bound
+    if kv_dtype == dtype:
+        assert error == own
+    elif kv_dtype != "f32":  # which holds every value of the others
+        assert error != own
+
+
 MOBA = dict(block_size=16, top_k=3, sink=1)
 
 
@@ -223,7 +241,18 @@ QUESTIONS = ["What is the capital of France?", "Write a short poem about the sea
 
 def ask(moba, smollm2, question, *flags):
     done = moba(
-        "generate", "-m", smollm2, "-p", question, "-n", 24, "--ignore-eos", "--json", *flags
+        "generate",
+        "-m",
+        smollm2,
+        "-p",
+        question,
+        "-n",
+        24,
+        "--dtype",
+        "f32",
+        "--ignore-eos",
+        "--json",
+        *flags,
     )
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)
