@@ -7,6 +7,7 @@
 
 #include "app/commands.h"
 #include "app/program.h"
+#include "llm/session/session_memory.h"
 
 namespace moba::app {
 void add_flags(FlagTable& table, EvalFlags& flags) {
@@ -56,7 +57,9 @@ Subject open_subject(const FlagTable& table, EvalFlags& flags) {
   return {std::move(weights), llm::Tokenizer::open(flags.model), std::move(variants)};
 }
 
-llm::Model load_model(const Subject& subject, const EvalFlags& flags) {
+llm::Model load_model(const Subject& subject, const EvalFlags& flags, std::int64_t tokens) {
+  check_memory(flags.model, session_memory(subject.weights, flags.arithmetic, flags.session), tokens,
+               llm::available_memory());
   llm::use_threads(subject.variants.front().session.threads);
   return llm::Model::load(subject.weights, flags.arithmetic);
 }

@@ -50,8 +50,9 @@ struct Subject {
 /// Checks the flags and opens the model's files. Throws UsageError and DataError.
 Subject open_subject(const FlagTable& table, EvalFlags& flags);
 
-/// Reads the weights and sets the threads.
-llm::Model load_model(const Subject& subject, const EvalFlags& flags);
+/// Reads the weights and sets the threads. Throws DataError unless there is memory for `tokens` tokens in the
+/// KV caches.
+llm::Model load_model(const Subject& subject, const EvalFlags& flags, std::int64_t tokens);
 
 /// Sorts the lengths. Throws UsageError where two are equal. Says on standard error which are beyond the
 /// model's context.

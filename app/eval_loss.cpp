@@ -233,7 +233,10 @@ int loss(const FlagTable& table, LossFlags& flags) {
   for (Variant& variant : subject.variants)
     variant.session.full_tail = 0;  // no full tail: every token uses the variant
   const Sequences sequences = sequences_of(flags.data, subject.tokenizer, flags.sequences);
-  const llm::Model model = load_model(subject, flags);
+  std::size_t longest = 0;
+  for (const auto& sequence : sequences) longest = std::max(longest, sequence.size());
+  const llm::Model model =
+      load_model(subject, flags, static_cast<std::int64_t>(longest * subject.variants.size()));
   std::vector<Prediction> predictions(subject.variants.size());
   note_interrupts();
   bool complete = true;

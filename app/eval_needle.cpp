@@ -239,7 +239,7 @@ int needle(const FlagTable& table, NeedleFlags& flags) {
   NeedleMaker maker(haystack, subject.tokenizer, flags.needle);
   for (const std::int64_t length : {grid.lengths.front(), grid.lengths.back()})
     maker.make(length, 0, 0);  // what cannot be made is told before the weights are read
-  const llm::Model model = load_model(subject, flags);
+  const llm::Model model = load_model(subject, flags, grid.lengths.back());
 
   std::vector<Findings> findings(subject.variants.size());
   for (Findings& finding : findings) {

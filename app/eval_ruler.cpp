@@ -191,7 +191,7 @@ int ruler(const FlagTable& table, RulerFlags& flags) {
       for (std::size_t w = 0; w < subject.variants.size(); ++w) cells.push_back({w, task, length, {}});
     }
   }
-  const llm::Model model = load_model(subject, flags);
+  const llm::Model model = load_model(subject, flags, flags.lengths.back());
   note_interrupts();
   bool complete = true;
   try {

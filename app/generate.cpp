@@ -18,6 +18,7 @@
 #include "llm/error.h"
 #include "llm/formats/weights.h"
 #include "llm/memory.h"
+#include "llm/session/session_memory.h"
 #include "llm/session/text_stream.h"
 #include "llm/tokenizer/tokenizer.h"
 #include "src/stopwatch.h"
@@ -196,6 +197,10 @@ int run(const FlagTable& flags, GenerateSettings& settings) {
   const llm::Tokenizer tokenizer = llm::Tokenizer::open(settings.model);
   std::vector<std::int32_t> prompt = prompt_tokens(settings, tokenizer);
   choose_attention(settings, weights.config(), static_cast<std::int64_t>(prompt.size()));
+  const std::int64_t answer = std::max<std::int64_t>(0, settings.predict);
+  check_memory(settings.model, session_memory(weights, settings.arithmetic, settings.session),
+               std::min(settings.context, static_cast<std::int64_t>(prompt.size()) + answer),
+               llm::available_memory());
   try {
     const Generation result = generate(settings, weights, tokenizer, std::move(prompt));
     if (settings.json) {

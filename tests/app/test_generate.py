@@ -475,6 +475,16 @@ def test_prompt_too_long_names_both_numbers(moba, smollm2, answer):
     assert {str(tokens), str(tokens - 1)} <= set(re.findall(r"\d+", error))
 
 
+def test_more_tokens_than_memory_are_refused(moba, smollm2):
+    flags = ["-p", "x", "-n", 2_000_000_000, "-c", 2_000_000_000]
+    error = refused(moba("generate", "-m", smollm2, *flags), 1, smollm2, "got 2000000000 tokens")
+    fits, gib = re.search(
+        r"at most (\d+) tokens of prompt and answer in ([\d.]+) GiB", error
+    ).groups()
+    cache = 30 * 2 * 3 * 64  # numbers of a token
+    assert 0 < int(fits) * cache < float(gib) * 2**30
+
+
 @pytest.mark.parametrize("document", ["nowhere.txt", "folder", "/proc/self/mem"])
 def test_unreadable_document_is_refused(moba, smollm2, tmp_path, document):
     (tmp_path / "folder").mkdir()
