@@ -53,6 +53,7 @@ int explain(const CLI::App& app, const CLI::ParseError& error) {
 
 int run(CLI::App& app, const std::function<int()>& action, int argc, char** argv) {
   try {
+    if (argc < 2) throw CLI::CallForHelp();
     app.parse(argc, argv);
     return action();
   } catch (const CLI::ParseError& error) {

@@ -6,8 +6,8 @@
 
 namespace moba::app {
 
-/// Parses the arguments, runs the subcommand that sets `action`, and turns whatever goes wrong into one line
-/// on standard error and exit code 2 (usage) or 1 (data).
+/// Parses the arguments (none: prints the help), runs the subcommand that sets `action`, and turns whatever
+/// goes wrong into one line on standard error and exit code 2 (usage) or 1 (data).
 int run(CLI::App& app, const std::function<int()>& action, int argc, char** argv);
 
 /// Writes to standard output, at once. Throws DataError where that is not to be.

@@ -367,7 +367,6 @@ def test_progress_is_shown_only_on_a_terminal(build_folder, smollm2, tmp_path):
 
 
 WRONG_USAGE = {
-    "no subcommand": ([], ["subcommand"]),
     "unknown subcommand": (["generates"], ["generates"]),
     "unknown flag": (["generate", "-m", "MODEL", "-p", "x", "--moba-top-k", 3], ["--moba-top-k"]),
     "no model": (["generate", "-p", "x"], ["--model"]),
@@ -511,7 +510,7 @@ def test_unwritable_output_is_an_error(build_folder, smollm2):
     )
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["generate", "--help"], ["--version"]])
 def test_help_exits_with_0(moba, arguments):
     done = moba(*arguments)
     assert done.returncode == 0 and done.stdout and done.stderr == b""
