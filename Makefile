@@ -50,10 +50,11 @@ test-python: test-cpp python  ## run the Python tests on the optimised build
 	@tools/setup.sh browser
 	$(PYTHON) -m pytest -q -n $(JOBS) --maxprocesses 8 tests
 
-test-long: test-cpp python  ## run tens of thousands more generated cases
+test-long: test-cpp python  ## run tens of thousands more generated cases, and read a million tokens
 	MOBA_TEST_CASES=2000 ctest --test-dir build/release --output-on-failure --progress -j$(JOBS) -R Agreement
 	MOBA_TEST_CASES=2000 $(PYTHON) -m pytest -q tests/python/test_operator.py -k "float64 or reference"
 	MOBA_TEST_KILLS=50 $(PYTHON) -m pytest -q tests/app/test_train.py -k killed
+	MOBA_TEST_TOKENS=1048576 $(PYTHON) -m pytest -q tests/app/test_long_context.py
 
 cuda: setup  ## build the CUDA backend with nvcc, without a GPU; prints the registers of its kernels
 	@cmake --preset cuda --log-level=ERROR >/dev/null
