@@ -418,6 +418,8 @@ class Lab:
                 model,
                 "--seq-len",
                 SEQ_LEN,
+                "--dtype",
+                "f32",
                 "-o",
                 "json",
                 "--attn",
