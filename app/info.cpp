@@ -8,7 +8,6 @@
 #include <cstdio>
 #include <filesystem>
 #include <functional>
-#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -17,6 +16,7 @@
 
 #include "app/commands.h"
 #include "app/flags.h"
+#include "app/model_summary.h"
 #include "app/program.h"
 #include "llm/error.h"
 #include "llm/formats/gguf.h"
@@ -87,28 +87,6 @@ Surroundings surroundings_of_model(const fs::path& model) {
   return fs::is_directory(model) ? surroundings_of(model) : surroundings_of(llm::GgufFile::open(model));
 }
 
-struct Share {
-  std::int64_t tensors = 0;
-  std::uint64_t bytes = 0;
-};
-
-/// Tensors and bytes of each storage type, in the order of the enumeration.
-std::map<llm::Storage, Share> mix_of(const llm::Weights& weights) {
-  std::map<llm::Storage, Share> mix;
-  for (const llm::StoredTensor& tensor : weights.tensors()) {
-    Share& share = mix[tensor.storage];
-    ++share.tensors;
-    share.bytes += tensor.bytes.size();
-  }
-  return mix;
-}
-
-std::int64_t parameters_of(const llm::Weights& weights) {
-  std::int64_t parameters = 0;
-  for (const llm::StoredTensor& tensor : weights.tensors()) parameters += tensor.count();
-  return parameters;
-}
-
 std::uint64_t bytes_of(const llm::Weights& weights) {
   std::uint64_t bytes = 0;
   for (const llm::WeightFile& file : weights.files()) bytes += file.bytes;
@@ -159,7 +137,7 @@ Json to_json(const InfoOptions& options, const llm::Weights& weights, const Surr
             {"files", Json::array()},
             {"file_bytes", bytes_of(weights)},
             {"architecture", config.architecture},
-            {"parameters", parameters_of(weights)},
+            {"parameters", parameter_count(weights)},
             {"layers", config.layers},
             {"hidden", config.hidden},
             {"intermediate", config.intermediate},
@@ -179,7 +157,7 @@ Json to_json(const InfoOptions& options, const llm::Weights& weights, const Surr
             {"tokenizer", around.tokenizer},
             {"chat_template", llm::chat_form(around.chat_template)}};
   for (const llm::WeightFile& file : weights.files()) json["files"].push_back(file.name);
-  for (const auto& [storage, share] : mix_of(weights)) {
+  for (const auto& [storage, share] : storage_mix(weights)) {
     json["storage"].push_back(
         {{"type", name_of(storage)}, {"tensors", share.tensors}, {"bytes", share.bytes}});
   }
@@ -191,22 +169,6 @@ Json to_json(const InfoOptions& options, const llm::Weights& weights, const Surr
                                {"bytes", tensor.bytes.size()}});
   }
   return json;
-}
-
-/// 134515008 as "134.5 M": a count in thousands.
-std::string counted(std::int64_t count) {
-  const auto value = static_cast<double>(count);
-  if (value >= 1e9) return fmt::format("{:.2f} B", value / 1e9);
-  if (value >= 1e6) return fmt::format("{:.1f} M", value / 1e6);
-  return fmt::format("{:.1f} K", value / 1e3);
-}
-
-std::string sized(std::uint64_t bytes) {
-  const auto value = static_cast<double>(bytes);
-  constexpr double kMiB = 1 << 20, kGiB = 1 << 30;
-  if (value >= kGiB) return fmt::format("{:.2f} GiB", value / kGiB);
-  if (value >= kMiB) return fmt::format("{:.1f} MiB", value / kMiB);
-  return fmt::format("{:.1f} KiB", value / 1024);
 }
 
 std::string rope_text(const llm::ModelConfig& config) {
@@ -234,7 +196,7 @@ std::string tensor_lines(const llm::Weights& weights) {
   std::string text = "\n";
   for (const llm::StoredTensor& tensor : weights.tensors()) {
     text += fmt::format("{:<48} {:<5} {:>10}  [{}]\n", llm::one_line(tensor.name), name_of(tensor.storage),
-                        sized(tensor.bytes.size()), fmt::join(tensor.shape, ", "));
+                        bytes_text(tensor.bytes.size()), fmt::join(tensor.shape, ", "));
   }
   return text;
 }
@@ -246,10 +208,10 @@ std::string table(const InfoOptions& options, const llm::Weights& weights, const
     text += fmt::format("{:<14} {}\n", label, value);
   };
   line("model", options.model);
-  line("format", fmt::format("{}, {} in {} file{}", around.format, sized(bytes_of(weights)),
+  line("format", fmt::format("{}, {} in {} file{}", around.format, bytes_text(bytes_of(weights)),
                              weights.files().size(), weights.files().size() == 1 ? "" : "s"));
   line("architecture", config.architecture);
-  line("parameters", counted(parameters_of(weights)));
+  line("parameters", count_text(parameter_count(weights)));
   line("layers", config.layers);
   line("hidden", fmt::format("{}, feed-forward {}", config.hidden, config.intermediate));
   line("heads",
@@ -258,9 +220,9 @@ std::string table(const InfoOptions& options, const llm::Weights& weights, const
   line("vocabulary", config.vocab);
   line("rope", rope_text(config));
   line("extras", extras_text(config));
-  for (const auto& [storage, share] : mix_of(weights)) {
+  for (const auto& [storage, share] : storage_mix(weights)) {
     line("weights",
-         fmt::format("{:<5} {:>5} tensors {:>10}", name_of(storage), share.tensors, sized(share.bytes)));
+         fmt::format("{:<5} {:>5} tensors {:>10}", name_of(storage), share.tensors, bytes_text(share.bytes)));
   }
   line("tokenizer", llm::one_line(around.tokenizer));
   line("chat template", llm::chat_form(around.chat_template));
