@@ -181,7 +181,8 @@ void add_flags(FlagTable& table, BenchFlags& flags) {
 }  // namespace
 
 CLI::App* add_bench(CLI::App& parent, std::function<int()>& action) {
-  CLI::App* command = parent.add_subcommand("bench", "Time attention alone, against the machine's own limit");
+  CLI::App* command = parent.add_subcommand(
+      "bench", "Time attention alone, against the machine's ceilings, or with -m a model");
   const auto table = std::make_shared<FlagTable>(*command);
   const auto flags = std::make_shared<BenchFlags>();
   add_flags(*table, *flags);
@@ -189,7 +190,9 @@ CLI::App* add_bench(CLI::App& parent, std::function<int()>& action) {
       "Before timing, sampled rows are compared with the reference backend; a wrong result ends the "
       "program.\n"
       "Example: full attention and two block sizes, at two lengths\n"
-      "  moba bench --tokens 8k,32k --chunk-size 512,512,128 --topk 0,3,8");
+      "  moba bench --tokens 8k,32k --chunk-size 512,512,128 --topk 0,3,8\n"
+      "With -m, a model is timed instead; its flags:\n"
+      "  moba bench -m MODEL --help");
   command->callback([=, &action] { action = [=] { return run(*table, *flags); }; });
   return command;
 }

@@ -2,13 +2,14 @@
 // than most of what the other subcommands do.
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <span>
 #include <string>
 #include <string_view>
-#include <utility>
 
 #include "app/commands.h"
 #include "app/program.h"
@@ -33,6 +34,15 @@ void spin_briefly() {
                               ", which is built and installed beside moba: " + std::strerror(errno));
 }
 
+/// Returns whether the command line is `moba bench` with -m, --model, whose flags moba-llm knows.
+bool is_model_bench(std::span<char*> arguments) {
+  const auto names_model = [](std::string_view argument) {
+    return argument.starts_with("-m") || argument == "--model" || argument.starts_with("--model=");
+  };
+  return arguments.size() > 2 && arguments[1] == std::string_view("bench") &&
+         std::any_of(arguments.begin() + 2, arguments.end(), names_model);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -40,16 +50,21 @@ int main(int argc, char** argv) {
   app.set_version_flag("--version", "moba " MOBA_VERSION);
   app.require_subcommand(1);
   std::function<int()> action;
-  for (const auto& [name, what] : {std::pair("generate", "Read a prompt or a long document and answer"),
-                                   std::pair("train", "Train a model, from scratch or further"),
-                                   std::pair("eval", "Measure what a model predicts and finds"),
-                                   std::pair("inspect", "Show which blocks every layer and head selects")}) {
+  const auto add_handed_over = [&](const char* name, const char* what) {
     CLI::App* command = app.add_subcommand(name, what);
     command->prefix_command();
     command->set_help_flag();
     command->callback([&] { action = [argv]() -> int { hand_over(argv); }; });
+  };
+  add_handed_over("generate", "Read a prompt or a long document and answer");
+  add_handed_over("train", "Train a model, from scratch or further");
+  add_handed_over("eval", "Measure what a model predicts and finds");
+  add_handed_over("inspect", "Show which blocks every layer and head selects");
+  if (is_model_bench({argv, static_cast<std::size_t>(argc)})) {
+    add_handed_over("bench", "Time a model");
+  } else {
+    moba::app::add_bench(app, action);
   }
-  moba::app::add_bench(app, action);
   moba::app::add_info(app, action);
   moba::app::add_tokenize(app, action);
   return moba::app::run(app, action, argc, argv);

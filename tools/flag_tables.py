@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MOBA = Path(os.environ.get("MOBA_BUILD_DIR", ROOT / "build" / "release")) / "moba"
 PAGE = ROOT / "docs" / "command-line.md"
-TABLE = re.compile(r"(<!-- flags of moba ([a-z ]+), .*? -->\n).*?(<!-- end -->\n)", re.DOTALL)
+TABLE = re.compile(r"(<!-- flags of moba ([A-Za-z -]+), .*? -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
 def printed(command):

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import statistics
 import subprocess
 import sys
 
@@ -302,6 +303,95 @@ def test_nothing_but_the_report_is_printed():
 def test_invalid_flags_are_refused(flags, named):
     done = bench(*flags, code=2)
     assert done.stdout == "" and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
+
+
+MODEL_COLUMNS = ["model", "size", "params", "backend", "threads", "attn", "test", "t/s"]
+
+
+def model_bench(smollm2, *flags, code=0):
+    return bench("-m", str(smollm2), "-t", "2", *flags, code=code)
+
+
+def test_model_rows_are_those_of_llama_bench(smollm2):
+    flags = ["-p", "16,32", "-n", "4", "-d", "0,24", "-r", "3", "-o", "json"]
+    found = json.loads(model_bench(smollm2, *flags).stdout)
+    assert [(r["attn"], r["n_depth"], r["n_prompt"], r["n_gen"]) for r in found] == [
+        *((a, d, p, 0) for a in ["full", "moba"] for d in [0, 24] for p in [16, 32]),
+        *((a, d, 0, 4) for a in ["full", "moba"] for d in [0, 24]),
+    ]
+    for row in found:
+        assert row["model_n_params"] == 134_515_008 and row["model_filename"] == str(smollm2)
+        assert row["model_type"] == "llama 135M Q4_1" and row["model_size"] == 96_576_768
+        assert row["n_threads"] == 2 and row["backends"] == "CPU" and row["moba_topk"] == 4
+        tokens = row["n_prompt"] + row["n_gen"]
+        rates = [tokens / ns * 1e9 for ns in row["samples_ns"]]
+        assert row["samples_ts"] == pytest.approx(rates, rel=1e-6) and len(rates) == 3
+        assert row["avg_ts"] == pytest.approx(statistics.mean(rates), rel=1e-6)
+        assert row["stddev_ts"] == pytest.approx(statistics.stdev(rates), rel=1e-4)
+        assert row["avg_ns"] == pytest.approx(statistics.mean(row["samples_ns"]), rel=1e-6)
+
+
+def test_model_table_is_markdown_and_csv_has_the_same_rows(smollm2):
+    flags = ["-p", "16", "-n", "2", "-d", "8", "-r", "1", "--attn", "moba", "--decode", "full"]
+    head, rule, *lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in model_bench(smollm2, *flags).stdout.splitlines()
+    ]
+    assert head == MODEL_COLUMNS and set("".join(rule)) <= set(" -:")
+    assert [line[:7] for line in lines] == [
+        ["llama 135M Q4_1", "92.1 MiB", "134.5 M", "CPU", "2", *end]
+        for end in [["moba", "pp16 @ d8"], ["full", "tg2 @ d8"]]
+    ]
+    assert all(re.fullmatch(r"\d+\.\d\d ± 0\.00", line[7]) for line in lines)
+    printed = model_bench(smollm2, *flags, "--moba-full-layers", "0,3-4", "-o", "csv").stdout
+    found = list(csv.DictReader(io.StringIO(printed)))
+    assert [(r["attn"], r["n_prompt"], r["n_gen"]) for r in found] == [
+        ("moba", "16", "0"),
+        ("full", "0", "2"),
+    ]
+    assert found[0]["moba_full_layers"] == "[0,3,4]" and None not in found[0]
+
+
+def test_default_rows_beyond_the_context_are_left_out_with_a_note(smollm2):
+    done = model_bench(smollm2, "-p", "0", "-n", "1", "-r", "1", "--attn", "moba", "-o", "json")
+    assert [r["n_depth"] for r in json.loads(done.stdout)] == [0, 8192]
+    assert done.stderr == (
+        "note: beyond the model's context of 8192 tokens, left out: tg1 @ d32768\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["-p", "0", "-n", "0"], "-p/--n-prompt, -n/--n-gen: expected"),
+        (["-p", "-1"], "-p/--n-prompt: expected"),
+        (["-p", "8,8"], "-p/--n-prompt: expected each once, got 8"),
+        (["-n", "many"], "-n/--n-gen: expected"),
+        (["-d", "1.5"], "-d/--n-depth: expected"),
+        (["-r", "0"], "-r/--repetitions: expected 1 to 1000, got 0"),
+        (["-o", "xml"], "-o/--output: expected table|csv|json, got xml"),
+        (["--attn", "full,full"], "--attn: expected each once"),
+        (["--decode", "dense"], "--decode: expected"),
+        (["--dtype", "i8"], "--dtype: expected"),
+        (["--moba-topk", "0"], "--moba-topk: expected"),
+        (["--moba-full-layers", "30"], "--moba-full-layers: expected layers from 0 to 29"),
+        (["--tokens", "8k"], "--tokens"),
+    ],
+)
+def test_invalid_flags_of_the_model_bench_are_refused(smollm2, flags, named):
+    done = model_bench(smollm2, *flags, code=2)
+    assert done.stdout == "" and done.stderr.count("\n") == 1 and named in done.stderr, done.stderr
+
+
+def test_missing_model_is_a_data_error(tmp_path):
+    done = bench("--model", str(tmp_path / "none.gguf"), code=1)
+    assert done.stderr.count("\n") == 1 and "none.gguf" in done.stderr
+
+
+def test_each_form_of_bench_shows_its_flags():
+    attention, model = bench("--help").stdout, bench("-m", "none", "--help").stdout
+    assert "--chunk-size" in attention and "moba bench -m MODEL --help" in attention
+    assert "--n-prompt" in model and "--chunk-size" not in model.replace("--moba-chunk-size", "")
 
 
 def test_peer_naive_computes_moba():
