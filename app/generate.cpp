@@ -2,9 +2,13 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <functional>
+#include <limits>
 #include <memory>
+#include <numeric>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -53,7 +57,32 @@ struct Generation {
   double load_seconds = 0, prefill_seconds = 0, decode_seconds = 0;
   llm::AttentionSeconds attention;
   Finish finish = Finish::length;
+  Json logprobs = Json::array();
 };
+
+/// Returns the log-probability of `token` and those of the `count` likeliest tokens, likeliest first and of
+/// equal ones the lower id. They are the model's, before temperature and filters.
+Json logprobs_of(std::int32_t token, std::span<const float> logits, std::int64_t count,
+                 const llm::Tokenizer& tokenizer) {
+  const auto logit = [&](std::int32_t id) {
+    const float value = logits[static_cast<std::size_t>(id)];
+    return std::isnan(value) ? -std::numeric_limits<float>::infinity() : value;
+  };
+  std::vector<std::int32_t> ids(logits.size());
+  std::iota(ids.begin(), ids.end(), 0);
+  std::partial_sort(ids.begin(), ids.begin() + count, ids.end(),
+                    [&](auto a, auto b) { return logit(a) != logit(b) ? logit(a) > logit(b) : a < b; });
+  const double largest = logit(ids.front());
+  double sum = 0;
+  for (const std::int32_t id : ids) sum += std::exp(logit(id) - largest);
+  const auto entry = [&](std::int32_t id) {
+    return Json{{"id", id}, {"token", tokenizer.piece(id)}, {"logprob", logit(id) - largest - std::log(sum)}};
+  };
+  Json json = entry(token);
+  for (std::int64_t i = 0; i < count; ++i)
+    json["top_logprobs"].push_back(entry(ids[static_cast<std::size_t>(i)]));
+  return json;
+}
 
 std::string prompt_text(const GenerateSettings& settings) {
   if (!settings.file) return *settings.prompt;
@@ -93,6 +122,8 @@ Finish write_answer(const GenerateSettings& settings, const llm::Tokenizer& toke
       if (!settings.ignore_eos && std::find(ends.begin(), ends.end(), token) != ends.end())
         return Finish::end_token;
       result.generated.push_back(token);
+      if (settings.logprobs > 0)
+        result.logprobs.push_back(logprobs_of(token, logits, settings.logprobs, tokenizer));
       emit(stream.push(tokenizer.piece(token)));
       if (session.length() == settings.context) return Finish::context;
       if (!full()) logits = session.decode(token);
@@ -151,17 +182,18 @@ Generation generate(const GenerateSettings& settings, const llm::Weights& weight
 }
 
 void print_json(const Json& settings, const Generation& result) {
-  const Json json{{"text", result.text},
-                  {"finish", name_of(result.finish)},
-                  {"prompt_ids", result.prompt},
-                  {"generated_ids", result.generated},
-                  {"load_seconds", result.load_seconds},
-                  {"prefill_seconds", result.prefill_seconds},
-                  {"decode_seconds", result.decode_seconds},
-                  {"attention_seconds", result.attention.prefill},
-                  {"decode_attention_seconds", result.attention.decode},
-                  {"peak_rss_bytes", llm::peak_rss_bytes()},
-                  {"settings", settings}};
+  Json json{{"text", result.text},
+            {"finish", name_of(result.finish)},
+            {"prompt_ids", result.prompt},
+            {"generated_ids", result.generated},
+            {"load_seconds", result.load_seconds},
+            {"prefill_seconds", result.prefill_seconds},
+            {"decode_seconds", result.decode_seconds},
+            {"attention_seconds", result.attention.prefill},
+            {"decode_attention_seconds", result.attention.decode},
+            {"peak_rss_bytes", llm::peak_rss_bytes()},
+            {"settings", settings}};
+  if (!result.logprobs.empty()) json["logprobs"] = result.logprobs;
   print(json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
@@ -194,6 +226,10 @@ int run(const FlagTable& flags, GenerateSettings& settings) {
   complete(flags, weights.config(), settings);
   if (settings.context == 0) settings.context = weights.config().context;
   check(settings.session, weights.config());
+  if (settings.logprobs > weights.config().vocab) {
+    throw UsageError(fmt::format("--logprobs: expected at most {} (the vocabulary), got {}",
+                                 weights.config().vocab, settings.logprobs));
+  }
   const llm::Tokenizer tokenizer = llm::Tokenizer::open(settings.model);
   std::vector<std::int32_t> prompt = prompt_tokens(settings, tokenizer);
   choose_attention(settings, weights.config(), static_cast<std::int64_t>(prompt.size()));

@@ -30,6 +30,10 @@ void add_flags(FlagTable& flags, GenerateSettings& settings) {
       .json();
   flags.toggle("--ignore-eos", settings.ignore_eos, "Continue after the end token").json();
   flags.toggle("--json", settings.json, "Print one JSON object instead of the text");
+  flags
+      .number("--logprobs", settings.logprobs, {1, kMaxTokens},
+              "With --json, log-probabilities of the N likeliest tokens for each generated token")
+      .default_text("none");
 
   flags.group("Sampling");
   llm::Sampling& sampling = settings.sampling;
@@ -70,6 +74,7 @@ void complete(const FlagTable& flags, GenerateSettings& settings) {
   if (settings.sampling.temperature == 0) {
     for (const char* flag : {"--top-k", "--top-p", "--min-p"}) flags.refuse(flag, "without --temp above 0");
   }
+  if (!settings.json) flags.refuse("--logprobs", "without --json");
   if (!flags.given("--seed")) settings.sampling.seed = std::random_device()();
 }
 

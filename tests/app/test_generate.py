@@ -8,6 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 
 NEEDLE = Path(__file__).resolve().parents[2] / "models" / "needle-2m"
 
@@ -85,6 +87,43 @@ def test_kv_dtype_stores_the_cache(moba, smollm2, dtype, kv_dtype):
 def test_peak_memory_is_at_most_1_gib_above_the_weights(answer):
     weights = 134_515_008 * 4
     assert answer["peak_rss_bytes"] < weights + (1 << 30)
+
+
+def test_logprobs_are_those_of_transformers(moba, smollm2, answer):
+    found = generate(
+        moba, smollm2, "-p", "What is the capital of France?", "--logprobs", 49152, tokens=3
+    )
+    assert "logprobs" not in answer
+    network = transformers.AutoModelForCausalLM.from_pretrained(
+        smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32
+    ).eval()
+    ids = found["prompt_ids"] + found["generated_ids"]
+    with torch.inference_mode():
+        logits = network(torch.tensor([ids])).logits[0, len(found["prompt_ids"]) - 1 : -1]
+    expected = torch.log_softmax(logits.double(), -1)
+    assert [entry["id"] for entry in found["logprobs"]] == found["generated_ids"]
+    for entry, row in zip(found["logprobs"], expected, strict=True):
+        top = entry["top_logprobs"]
+        assert sorted(other["id"] for other in top) == list(range(49152))
+        values = [other["logprob"] for other in top]
+        assert values == sorted(values, reverse=True)
+        own = torch.empty_like(row)
+        own[[other["id"] for other in top]] = torch.tensor(values, dtype=torch.double)
+        torch.testing.assert_close(own, row, rtol=0, atol=2e-3)
+        assert entry["logprob"] == top[0]["logprob"] and entry["token"] == top[0]["token"]
+    assert "".join(entry["token"] for entry in found["logprobs"]) == found["text"]
+
+
+def test_logprobs_hold_the_generated_token_beside_the_likeliest(moba, smollm2):
+    flags = ["-p", "Tell me a story.", "--temp", 5, "--top-k", 0, "--min-p", 0, "--top-p", 1]
+    found = generate(moba, smollm2, *flags, "-s", 1, "--logprobs", 2, "--ignore-eos", tokens=4)
+    for entry, token in zip(found["logprobs"], found["generated_ids"], strict=True):
+        first, second = entry["top_logprobs"]
+        assert entry["id"] == token and second["logprob"] <= first["logprob"] < 0
+        assert entry["logprob"] <= first["logprob"]
+    assert any(
+        entry["logprob"] < entry["top_logprobs"][1]["logprob"] for entry in found["logprobs"]
+    )
 
 
 def test_text_is_the_same_without_json(moba, smollm2, answer):
@@ -452,6 +491,18 @@ WRONG_USAGE = {
             "0-9223372036854775807",
         ],
         ["--moba-full-layers", "0 to 29"],
+    ),
+    "logprobs without JSON": (
+        ["generate", "-m", "MODEL", "-p", "x", "--logprobs", 3],
+        ["--logprobs: has no effect without --json"],
+    ),
+    "logprobs of no token": (
+        ["generate", "-m", "MODEL", "-p", "x", "--json", "--logprobs", 0],
+        ["--logprobs: expected 1 to"],
+    ),
+    "logprobs beyond the vocabulary": (
+        ["generate", "-m", "MODEL", "-p", "x", "--json", "--logprobs", 49153],
+        ["--logprobs: expected at most 49152 (the vocabulary), got 49153"],
     ),
     "prompt too long": (
         ["generate", "-m", "MODEL", "-p", "x " * 50, "-c", 40],
