@@ -73,7 +73,7 @@ neon: setup  ## compile the kernels for Arm (needs Debian's g++-aarch64-linux-gn
 bench: setup  ## run all CPU benchmarks, into benchmarks/results
 	@cmake --preset release --log-level=ERROR >/dev/null
 	cmake --build build/release -j$(JOBS)
-	for script in benchmarks/ttft.py benchmarks/run.py benchmarks/pytorch_operator.py benchmarks/train_step.py; do echo "== $$script"; $(PYTHON) $$script; done
+	for script in benchmarks/run.py benchmarks/models.py benchmarks/pytorch_operator.py benchmarks/train_step.py; do echo "== $$script"; $(PYTHON) $$script; done
 
 install-test: setup  ## install the library into a folder and build the example against it
 	@cmake --preset lib --log-level=ERROR >/dev/null

@@ -24,6 +24,6 @@ def machine_name():
     return "-".join(re.findall(r"[a-z0-9]+", words)) + f"-{os.cpu_count()}-cores"
 
 
-def peak_rss_bytes():
-    """Return the peak memory of this process. That of getrusage would include the parent's at the fork."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+def peak_rss_bytes(process="self"):
+    """Return the peak memory of a process. That of getrusage would include the parent's at the fork."""
+    return int(Path(f"/proc/{process}/status").read_text().split("VmHWM:")[1].split()[0]) * 1024

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Compare a file of results, of run.py, fidelity.py, pytorch_operator.py or cuda.py, with the project's goals.
+"""Compare a file of results, of run.py, models.py, fidelity.py, pytorch_operator.py or cuda.py, with the project's goals.
 
 Prints a table of goals, measured values and whether each goal is met.
 
@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 
 from run import CHOICES, FULL, KI, MI, Results, blocks, length, table
+
+import models
 
 
 def at_least(value, bar, text=None):
@@ -298,19 +300,6 @@ def thread_targets(results):
         )
 
 
-def generate_targets(results):
-    reports = sorted(results.folder.glob("ttft-*.json"), key=lambda path: path.stat().st_mtime)
-    share = None
-    if reports:
-        row = json.loads(reports[-1].read_text())["results"]["moba, MoBA"]
-        share = row["attention_seconds"] / row["seconds"]
-    yield (
-        "`moba generate`: attention's share of MoBA's time to first token",
-        "<= 15%",
-        *at_most(share, 0.15, share and f"{100 * share:.1f}% ({reports[-1].name})"),
-    )
-
-
 TARGETS = [
     forward_targets,
     unit_targets,
@@ -326,7 +315,6 @@ TARGETS = [
     ten_million_targets,
     naive_targets,
     thread_targets,
-    generate_targets,
 ]
 
 
@@ -413,10 +401,102 @@ def pytorch_targets(report):
             yield what, "<= SDPA's", *at_most(value, peaks["sdpa"], shown)
 
 
-def attention_targets(report, folder):
-    """Yield (what, target, measured, met) of results of benchmarks/run.py in `folder`."""
+PROMPT_SECTIONS = {"ttft": "SmolLM2", "q4_0": "1B Q4_0", "q8_0": "1B Q8_0"}
+MEMORY_MARGIN = 300 * MI
+
+
+def models_targets(report):
+    """Yield (what, target, measured, met) of results of benchmarks/models.py."""
+    sections = report["sections"]
+    for name in PROMPT_SECTIONS:
+        if name in sections:
+            yield from prompt_targets(PROMPT_SECTIONS[name], sections[name])
+    for name, title, part in [
+        ("decode", "SmolLM2", "rows"),
+        ("q4_0", "1B Q4_0", "empty_context"),
+        ("q8_0", "1B Q8_0", "empty_context"),
+    ]:
+        if name in sections:
+            rows = sections[name][part]
+            ratio = models.speedup(
+                rows, "decode_tokens_per_second", models.MOBA_FULL, models.LLAMA_CPP
+            )
+            yield (
+                f"{title}: decode without context, against llama.cpp",
+                ">= 1.5x",
+                *at_least(ratio, 1.5, times(ratio)),
+            )
+    if "start" in sections:
+        seconds = sections["start"]["seconds"]
+        yield "start, whole process", "<= 0.5 s", *at_most(seconds, 0.5, f"{seconds:.2f} s")
+    if "fidelity" in sections:
+        yield from distribution_targets(sections["fidelity"])
+
+
+def prompt_targets(title, section):
+    """Yield the goals of a long prompt: time to first token, decode after it, memory."""
+    rows, tokens = section["rows"], section["prompt_tokens"]
+    own_and_peers = [
+        ("MoBA", models.MOBA, "vLLM", models.VLLM, 2),
+        ("MoBA", models.MOBA, "llama.cpp", models.LLAMA_CPP, 8),
+        ("full", models.MOBA_FULL, "vLLM", models.VLLM, 1.3),
+        ("full", models.MOBA_FULL, "llama.cpp", models.LLAMA_CPP, 5),
+        *(
+            (f"MoBA, {d}", models.Engine("moba", d, "moba"), "transformers", peer, 4)
+            for d, peer in models.TRANSFORMERS.items()
+        ),
+    ]
+    for attention, own, name, peer, bar in own_and_peers:
+        ratio = models.speedup(rows, "first_token_seconds", own, peer)
+        yield (
+            f"{title}: first token of {tokens}, {attention}, against {name}",
+            f">= {bar}x",
+            *at_least(ratio, bar, times(ratio)),
+        )
+    for attention, own, bar in [("full", models.MOBA_FULL, 1.5), ("MoBA", models.MOBA, 4)]:
+        ratios = [
+            models.speedup(rows, "decode_tokens_per_second", own, peer)
+            for peer in (models.LLAMA_CPP, models.VLLM)
+        ]
+        ratio = None if None in ratios else min(ratios)
+        yield (
+            f"{title}: decode after {tokens}, {attention}, against the better of llama.cpp and vLLM",
+            f">= {bar}x",
+            *at_least(ratio, bar, times(ratio)),
+        )
+    for attention, own in [("full", models.MOBA_FULL), ("MoBA", models.MOBA)]:
+        row = models.find(rows, own)
+        if row:
+            bar = section["model_bytes"] + row["kv_cache_bytes"] + MEMORY_MARGIN
+            peak = row["peak_rss_bytes"]
+            yield (
+                f"{title}: peak memory with {tokens}, {attention}",
+                f"<= {bar / MI:.0f} MiB",
+                *at_most(peak, bar, f"{peak / MI:.0f} MiB"),
+            )
+    row = models.find(rows, models.MOBA)
+    share = row and row["attention_seconds"] / row["first_token_seconds"]
+    yield (
+        f"{title}: attention's share of MoBA's time to first token",
+        "<= 15%",
+        *at_most(share, 0.15, share and f"{100 * share:.1f}%"),
+    )
+
+
+def distribution_targets(section):
+    """Yield the goals of the distance to f32, relative to llama.cpp's."""
+    rows = {row["engine"]: row for row in section["rows"]}
+    if rows.keys() >= {"moba", "llama.cpp"}:
+        own, peer = rows["moba"], rows["llama.cpp"]
+        value = own["kl_mean"] / peer["kl_mean"]
+        yield "KL from f32 against llama.cpp's", "<= 1.5x", *at_most(value, 1.5, f"{value:.3g}x")
+        own, peer = own["equal_tokens_mean"], peer["equal_tokens_mean"]
+        yield "tokens as f32's", f">= {peer:.1f}", *at_least(own, peer, f"{own:.1f}")
+
+
+def attention_targets(report):
+    """Yield (what, target, measured, met) of results of benchmarks/run.py."""
     results = Results(report["rows"], report["peers"])
-    results.folder = folder
     for targets in TARGETS:
         yield from targets(results)
 
@@ -429,7 +509,9 @@ def main():
     options = parser.parse_args()
     report = json.loads(options.results.read_text())
     if "peers" in report:
-        found = attention_targets(report, options.results.parent)
+        found = attention_targets(report)
+    elif "sections" in report:
+        found = models_targets(report)
     elif "parts" in report:
         found = pytorch_targets(report)
     elif "rows" in report:
