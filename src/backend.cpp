@@ -52,6 +52,13 @@ DeviceBatch batch_of(const DeviceSequences& sequences) {
   return {sequences.cu_seqlens_q, sequences.cu_seqlens_k, sequences.count, sequences.max_seqlen_k, true};
 }
 
+const Backend& host_backend(const std::string& name) {
+  const Backend& backend = named_backend(name, Device::cpu);
+  if (backend.device != nullptr)
+    refuse("backend", "expected one that works on CPU tensors, got ", backend.name);
+  return backend;
+}
+
 const Backend& choose_backend(const std::string& name, const Call& call) {
   const Backend& backend = named_backend(name, call.q.device);
   const std::string why = backend.device != nullptr ? "works on CUDA tensors" : backend.refuses(call);

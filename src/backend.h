@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <span>
 #include <string>
 #include <string_view>
@@ -16,6 +17,41 @@ struct Backward {
   const float* lse = nullptr;
   Gradients gradients;
 };
+
+/// New keys and values of one sequence of a cache, and the pages and means that take them.
+struct Append {
+  Tensor k{}, v{};         // [n, Hkv, D], n > 0
+  std::int64_t first = 0;  // position of the first of them
+  KvLayout layout{};
+  std::span<const std::byte*const> k_pages{}, v_pages{};  // of the whole sequence
+  std::int64_t block_size = 1;
+  /// [blocks, Hkv, D]: the sum of the keys of each block that is being filled, the mean of each that is full.
+  float* means = nullptr;
+
+  /// The new tokens [first, last) of a block, counted from the first new one.
+  std::pair<std::int64_t, std::int64_t> tokens_of(std::int64_t block) const {
+    return {std::max<std::int64_t>(block * block_size - first, 0),
+            std::min((block + 1) * block_size - first, k.sizes[0])};
+  }
+  float* mean_of(std::int64_t block, std::int64_t head) const {
+    return means + (block * k.sizes[1] + head) * k.sizes[2];
+  }
+  /// Whether the block is full once the new tokens are in it.
+  bool completes(std::int64_t block) const { return (block + 1) * block_size <= first + k.sizes[0]; }
+};
+
+/// Where a token's key or value lies in a page of a cache.
+struct CacheRow {
+  std::byte* data = nullptr;
+  float* scale = nullptr;  // i8 alone
+};
+inline CacheRow cache_row(const KvLayout& layout, std::span<const std::byte* const> pages,
+                          std::int64_t position, std::int64_t head) {
+  auto* page = const_cast<std::byte*>(pages[static_cast<std::size_t>(position / layout.page_tokens)]);
+  const std::int64_t slot = head * layout.page_tokens + position % layout.page_tokens;
+  return {page + slot * layout.token_stride * static_cast<std::int64_t>(size_of(layout.dtype)),
+          layout.scale_offset == 0 ? nullptr : reinterpret_cast<float*>(page + layout.scale_offset) + slot};
+}
 
 /// Execution context of a host backend.
 struct Context {
@@ -60,6 +96,10 @@ struct Backend {
   /// Scratch bytes of the forward stages for a slice.
   std::size_t (*workspace)(const Call& call, const WorkSlice& slice, int threads) = nullptr;
 
+  /// Stores the new rows of one block at one kv head, and adds its keys to the block's sum in token order; a
+  /// full block's sum becomes its mean.
+  void (*append)(const Append& rows, std::int64_t block, std::int64_t head) = nullptr;
+
   BlockMeans (*centroids)(const Call& call, std::int64_t head0, std::int64_t head1,
                           Context& context) = nullptr;
   /// Writes the rows of `selection`. Called only if the call needs scores.
@@ -92,6 +132,8 @@ const Backend& named_backend(const std::string& name, Device device);
 DeviceBatch batch_of(const Sequences& sequences);
 DeviceBatch batch_of(const DeviceSequences& sequences);
 
+/// The same for a backend that works on the host's memory.
+const Backend& host_backend(const std::string& name);
 /// The same for a call on the host. Throws also if the backend does not support the call.
 const Backend& choose_backend(const std::string& name, const Call& call);
 

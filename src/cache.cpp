@@ -1,10 +1,8 @@
 #include "moba/cache.h"
 
 #include <algorithm>
-#include <cmath>
-#include <new>
-#include <utility>
 
+#include "backend.h"
 #include "cache_state.h"
 #include "checks.h"
 #include "number.h"
@@ -14,41 +12,13 @@ namespace {
 
 constexpr std::int64_t kMinPageTokens = 64, kMaxPageTokens = 1024;
 constexpr std::size_t kMaxSlabBytes = 16 * kHugePage;
+/// Tokens of one head that a task of `append` stores: enough to amortise its scheduling.
+constexpr std::int64_t kTokensPerTask = 256;
 
 /// One block a page; several when blocks are tiny, a part when they are huge.
 std::int64_t page_tokens_for(std::int64_t block_size) {
   if (block_size >= kMinPageTokens) return std::min(block_size, kMaxPageTokens);
   return (kMinPageTokens + block_size - 1) / block_size * block_size;
-}
-
-/// Rounds one row to the storage dtype and widens it again into `seen`, which is what attention and the means
-/// work with.
-void store_row(const float* row, std::int64_t size, DType dtype, void* to, float* scale, float* seen) {
-  if (dtype == DType::f32) {
-    std::copy_n(row, size, static_cast<float*>(to));
-    std::copy_n(row, size, seen);
-  } else if (dtype == DType::i8) {
-    float amax = 0;
-    for (std::int64_t d = 0; d < size; ++d) amax = std::max(amax, std::fabs(row[d]));
-    *scale = amax / 127;
-    const float inverse = amax > 0 ? 127 / amax : 0;
-    for (std::int64_t d = 0; d < size; ++d) {
-      const auto level = static_cast<std::int8_t>(std::lrint(std::clamp(row[d] * inverse, -127.0F, 127.0F)));
-      static_cast<std::int8_t*>(to)[d] = level;
-      seen[d] = static_cast<float>(level) * *scale;
-    }
-  } else {
-    for (std::int64_t d = 0; d < size; ++d) {
-      store(to, dtype, d, row[d]);
-      seen[d] = static_cast<float>(load(to, dtype, d));
-    }
-  }
-}
-
-void widen_row(const Tensor& t, std::int64_t token, std::int64_t head, float* out) {
-  const std::int64_t offset = token * t.strides[0] + head * t.strides[1];
-  for (std::int64_t d = 0; d < t.sizes[2]; ++d)
-    out[d] = static_cast<float>(load(t.data, t.dtype, offset + d));
 }
 
 }  // namespace
@@ -79,6 +49,11 @@ void CacheState::resize(Sequence& s, std::int64_t tokens) const {
     s.k_pages.push_back(page);
     s.v_pages.push_back(page + half_page_bytes);
   }
+  const auto row = static_cast<std::size_t>(shape.kv_heads * shape.head_dim);
+  const std::size_t before = s.means.size();
+  s.means.resize((static_cast<std::size_t>(tokens / shape.block_size) + 1) * row);
+  if (s.means.size() > before)
+    std::fill(s.means.begin() + static_cast<std::ptrdiff_t>(before), s.means.end(), 0.0F);
 }
 
 KvLayout CacheState::layout() const {
@@ -99,8 +74,7 @@ KvCache::KvCache(const Shape& shape) {
   }
   state_->half_page_bytes = (bytes + 63) / 64 * 64;
   state_->sequences.resize(static_cast<std::size_t>(shape.sequences));
-  for (CacheState::Sequence& s : state_->sequences)
-    s.sum.assign(static_cast<std::size_t>(shape.kv_heads * shape.head_dim), 0.0F);
+  for (CacheState::Sequence& s : state_->sequences) state_->resize(s, 0);
 }
 
 const CacheState& state_of(const KvCache& cache) {
@@ -124,45 +98,44 @@ std::size_t KvCache::bytes() const {
   std::size_t total = 0;
   for (const CacheState::Sequence& s : state_->sequences) {
     for (const CacheState::Slab& slab : s.slabs) total += slab.size();
-    total += (s.means.capacity() + s.sum.capacity()) * sizeof(float);
+    total += s.means.capacity() * sizeof(float);
   }
   return total;
 }
 
-void KvCache::append(const Tensor& k, const Tensor& v, std::int64_t sequence) {
-  named("KvCache::append", [&] { check_append(*this, k, v, sequence); });
-  const auto [kv_heads, head_dim, block_size, dtype, sequences] = state_->shape;
+void KvCache::append(const Tensor& k, const Tensor& v, std::int64_t sequence, const Execution& execution) {
+  const Backend* backend = nullptr;
+  named("KvCache::append", [&] {
+    check_append(*this, k, v, sequence);
+    check_execution(execution);
+    backend = &host_backend(execution.backend);
+  });
   CacheState::Sequence& s = state_->sequences[static_cast<std::size_t>(sequence)];
-  const std::int64_t added = k.sizes[0], page_tokens = state_->page_tokens;
-
-  const std::int64_t row_floats = kv_heads * head_dim;
-  s.means.resize(static_cast<std::size_t>((s.length + added) / block_size * row_floats));
+  const std::int64_t added = k.sizes[0], kv_heads = state_->shape.kv_heads;
+  if (added == 0) return;
   state_->resize(s, s.length + added);
+  const Append rows{.k = k,
+                    .v = v,
+                    .first = s.length,
+                    .layout = state_->layout(),
+                    .k_pages = s.k_pages,
+                    .v_pages = s.v_pages,
+                    .block_size = state_->shape.block_size,
+                    .means = s.means.data()};
+  s.length += added;
 
-  std::vector<float> row(static_cast<std::size_t>(head_dim)), seen(row.size());
-  for (std::int64_t token = 0; token < added; ++token) {
-    auto* page = const_cast<std::byte*>(s.k_pages[static_cast<std::size_t>(s.length / page_tokens)]);
-    for (const Tensor* t : {&k, &v}) {
-      std::byte* half = t == &k ? page : page + state_->half_page_bytes;
-      for (std::int64_t head = 0; head < kv_heads; ++head) {
-        const std::int64_t slot = head * page_tokens + s.length % page_tokens;
-        widen_row(*t, token, head, row.data());
-        store_row(row.data(), head_dim, dtype,
-                  half + slot * head_dim * static_cast<std::int64_t>(size_of(dtype)),
-                  reinterpret_cast<float*>(half + state_->scale_offset) + slot, seen.data());
-        if (t == &v) continue;
-        float* sum = s.sum.data() + head * head_dim;
-        for (std::int64_t d = 0; d < head_dim; ++d) sum[d] += seen[static_cast<std::size_t>(d)];
-      }
-    }
-    ++s.length;
-    if (s.length % block_size != 0) continue;
-    float* mean = s.means.data() + (s.length / block_size - 1) * row_floats;
-    for (std::int64_t i = 0; i < row_floats; ++i) {
-      mean[i] = rounded_to(dtype, s.sum[static_cast<std::size_t>(i)] / static_cast<float>(block_size));
-    }
-    std::fill(s.sum.begin(), s.sum.end(), 0.0F);
-  }
+  const std::int64_t first = rows.first / rows.block_size, last = (s.length - 1) / rows.block_size + 1;
+  const std::int64_t step = std::max<std::int64_t>(kTokensPerTask / rows.block_size, 1);
+  const std::int64_t tasks = (last - first + step - 1) / step * kv_heads;
+  const Parallel::Body append_blocks = [&](std::int64_t task, int) {
+    const std::int64_t begin = first + task / kv_heads * step;
+    for (std::int64_t block = begin; block < std::min(begin + step, last); ++block)
+      backend->append(rows, block, task % kv_heads);
+  };
+  const Parallel parallel = added < kTokensPerTask   ? serial()
+                            : execution.parallel.run ? execution.parallel
+                                                     : openmp();
+  parallel.run(tasks, append_blocks);
 }
 
 void KvCache::truncate(std::int64_t tokens, std::int64_t sequence) {
@@ -172,20 +145,15 @@ void KvCache::truncate(std::int64_t tokens, std::int64_t sequence) {
   const auto [kv_heads, head_dim, block_size, dtype, sequences] = state_->shape;
   s.length = tokens;
   state_->resize(s, tokens);
-  s.means.resize(static_cast<std::size_t>(tokens / block_size * kv_heads * head_dim));
 
-  std::fill(s.sum.begin(), s.sum.end(), 0.0F);
-  const KvLayout layout = state_->layout();
+  float* sums = s.means.data() + tokens / block_size * kv_heads * head_dim;
+  std::fill(sums, sums + kv_heads * head_dim, 0.0F);
   for (std::int64_t token = tokens / block_size * block_size; token < tokens; ++token) {
-    const std::byte* page = s.k_pages[static_cast<std::size_t>(token / layout.page_tokens)];
     for (std::int64_t head = 0; head < kv_heads; ++head) {
-      const std::int64_t slot = head * layout.page_tokens + token % layout.page_tokens;
-      const float scale =
-          dtype == DType::i8 ? reinterpret_cast<const float*>(page + layout.scale_offset)[slot] : 1.0F;
-      for (std::int64_t d = 0; d < head_dim; ++d) {
-        s.sum[static_cast<std::size_t>(head * head_dim + d)] +=
-            static_cast<float>(load(page, dtype, slot * head_dim + d)) * scale;
-      }
+      const CacheRow row = cache_row(state_->layout(), s.k_pages, token, head);
+      const float scale = row.scale == nullptr ? 1.0F : *row.scale;
+      for (std::int64_t d = 0; d < head_dim; ++d)
+        sums[head * head_dim + d] += static_cast<float>(load(row.data, dtype, d)) * scale;
     }
   }
 }

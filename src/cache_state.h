@@ -52,9 +52,9 @@ struct CacheState {
   struct Sequence {
     std::int64_t length = 0;
     std::vector<Slab> slabs;
-    std::vector<const std::byte*> k_pages, v_pages;   // those in use, slab after slab
-    std::vector<float, CacheAllocator<float>> means;  // [complete blocks, Hkv, D]
-    std::vector<float> sum;  // [Hkv, D], of the keys of the block that is being filled
+    std::vector<const std::byte*> k_pages, v_pages;  // those in use, slab after slab
+    /// [complete blocks + 1, Hkv, D]: the last is the sum of the keys of the block that is being filled.
+    std::vector<float, CacheAllocator<float>> means;
   };
 
   KvCache::Shape shape;
@@ -63,7 +63,7 @@ struct CacheState {
   std::vector<Sequence> sequences;
 
   std::size_t page_bytes() const { return 2 * half_page_bytes; }
-  /// Resizes the pages in use to `tokens` tokens.
+  /// Resizes the pages in use and the means to `tokens` tokens; sums that are new are 0.
   void resize(Sequence& sequence, std::int64_t tokens) const;
 
   KvLayout layout() const;

@@ -36,8 +36,9 @@ class MOBA_EXPORT KvCache {
   /// Bytes of all pages, means and scales.
   std::size_t bytes() const;
 
-  /// Adds tokens at the end: `k` and `v` [n, Hkv, D] in f32, bf16 or f16, converted to the cache's dtype.
-  void append(const Tensor& k, const Tensor& v, std::int64_t sequence = 0);
+  /// Adds tokens at the end: `k` and `v` [n, Hkv, D] in f32, bf16 or f16, converted to the cache's dtype. Of
+  /// `execution`, the backend and the threads are used.
+  void append(const Tensor& k, const Tensor& v, std::int64_t sequence = 0, const Execution& execution = {});
   /// Drops all but the first `tokens`.
   void truncate(std::int64_t tokens, std::int64_t sequence = 0);
 

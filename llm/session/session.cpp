@@ -63,7 +63,7 @@ std::vector<float> Session::read(std::span<const std::int32_t> tokens, const Ste
     {
       const ScopedTimer timer(step.attention_seconds);
       KvCache& cache = caches_[static_cast<std::size_t>(layer)];
-      cache.append(k, v);
+      cache.append(k, v, 0, execution);
       const Routing layer_routing = routing(step.mode, layer);
       if (q.sizes[0] == 1) {
         moba::decode(q, cache, layer_routing, {.out = out}, execution);

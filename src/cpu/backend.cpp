@@ -47,6 +47,7 @@ const Backend cpu_backend{
     .name = "cpu",
     .refuses = refuses,
     .workspace = workspace,
+    .append = cpu::append,
     .centroids = cpu::centroids,
     .gate = cpu::gate,
     .plan = cpu::plan,

@@ -14,18 +14,6 @@
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
-namespace {
-
-void add_row(const float* HWY_RESTRICT row, std::size_t size, float* HWY_RESTRICT sum) {
-  const F32 d;
-  std::size_t i = 0;
-  for (; i + kLanes <= size; i += kLanes)
-    hn::StoreU(hn::Add(hn::LoadU(d, sum + i), hn::LoadU(d, row + i)), d, sum + i);
-  for (; i < size; ++i) sum[i] += row[i];
-}
-
-}  // namespace
-
 void block_mean(const Call& call, const SequenceView& sequence, std::int64_t head, std::int64_t block,
                 float* mean) {
   const auto depth = static_cast<std::size_t>(call.head_dim);

@@ -9,6 +9,7 @@ namespace moba::cpu {
 /// MOBA_CPU_TARGET names one that this CPU or build lacks.
 const std::string& target_refusal();
 
+void append(const Append& rows, std::int64_t block, std::int64_t head);
 BlockMeans centroids(const Call& call, std::int64_t head0, std::int64_t head1, Context& context);
 void gate(const Call& call, const BlockMeans& means, const Selection& selection, Context& context);
 Plan plan(const Call& call, const Selection& selection, Context& context);

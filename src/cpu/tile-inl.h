@@ -211,20 +211,34 @@ HWY_INLINE void load_f32(const std::byte* from, DType dtype, std::size_t size, f
   for (; i < size; ++i) to[i] = static_cast<float>(load(from, dtype, static_cast<std::int64_t>(i))) * factor;
 }
 
-/// Stores `size` values times `factor`, rounded to storage type `dtype`.
+/// Stores `size` values times `factor`, rounded to storage type `dtype` as store() (number.h) rounds.
 HWY_INLINE void store_f32(const float* HWY_RESTRICT from, std::size_t size, float factor, DType dtype,
                           std::byte* to) {
   const F32 d;
   const Vec by = hn::Set(d, factor);
+  const hn::RebindToUnsigned<F32> bits;
   std::size_t i = 0;
   if (dtype == DType::f32) {
     for (; i + kLanes <= size; i += kLanes)
       hn::StoreU(hn::Mul(by, hn::LoadU(d, from + i)), d, reinterpret_cast<float*>(to) + i);
+  } else if (dtype == DType::bf16) {
+    const hn::Rebind<std::uint16_t, F32> half;
+    for (; i + kLanes <= size; i += kLanes) {
+      const Vec x = hn::Mul(by, hn::LoadU(d, from + i));
+      const auto word = hn::BitCast(bits, x), cut = hn::ShiftRight<16>(word);
+      const auto odd = hn::And(cut, hn::Set(bits, 1));
+      const auto nearest = hn::ShiftRight<16>(hn::Add(word, hn::Add(odd, hn::Set(bits, 0x7FFF))));
+      const auto rounded =
+          hn::IfThenElse(hn::RebindMask(bits, hn::Eq(x, x)), nearest, hn::Or(cut, hn::Set(bits, 0x40)));
+      hn::StoreU(hn::TruncateTo(half, rounded), half, reinterpret_cast<std::uint16_t*>(to) + i);
+    }
   } else if (kConvertsF16 && dtype == DType::f16) {
     const hn::Rebind<hwy::float16_t, F32> half;
+    const Vec nan = hn::BitCast(d, hn::Set(bits, 0x7FC00000));
     for (; i + kLanes <= size; i += kLanes) {
-      hn::StoreU(hn::DemoteTo(half, hn::Mul(by, hn::LoadU(d, from + i))), half,
-                 reinterpret_cast<hwy::float16_t*>(to) + i);
+      const Vec x = hn::Mul(by, hn::LoadU(d, from + i));
+      const Vec known = hn::IfThenElse(hn::Eq(x, x), x, hn::CopySign(nan, x));
+      hn::StoreU(hn::DemoteTo(half, known), half, reinterpret_cast<hwy::float16_t*>(to) + i);
     }
   }
   for (; i < size; ++i) store(to, dtype, static_cast<std::int64_t>(i), from[i] * factor);
@@ -237,6 +251,15 @@ HWY_INLINE const float* row_as_f32(const Rows& rows, DType dtype, std::int64_t i
   if (dtype == DType::f32) return reinterpret_cast<const float*>(from);
   load_f32(from, dtype, size, rows.scales == nullptr ? 1.0F : rows.scales[index], scratch);
   return scratch;
+}
+
+/// sum += row
+HWY_INLINE void add_row(const float* HWY_RESTRICT row, std::size_t size, float* HWY_RESTRICT sum) {
+  const F32 d;
+  std::size_t i = 0;
+  for (; i + kLanes <= size; i += kLanes)
+    hn::StoreU(hn::Add(hn::LoadU(d, sum + i), hn::LoadU(d, row + i)), d, sum + i);
+  for (; i < size; ++i) sum[i] += row[i];
 }
 
 HWY_INLINE bool all_finite(const float* row, std::size_t size) {

@@ -34,6 +34,7 @@ const Backend reference_backend{
     .name = "reference",
     .refuses = refuses,
     .workspace = workspace,
+    .append = reference::append,
     .centroids = reference::centroids,
     .gate = reference::gate,
     .plan = reference::plan,

@@ -6,6 +6,7 @@
 /// docs/mathematics.md.
 namespace moba::reference {
 
+void append(const Append& rows, std::int64_t block, std::int64_t head);
 BlockMeans centroids(const Call& call, std::int64_t head0, std::int64_t head1, Context& context);
 void gate(const Call& call, const BlockMeans& means, const Selection& selection, Context& context);
 Plan plan(const Call& call, const Selection& selection, Context& context);

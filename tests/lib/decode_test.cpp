@@ -3,7 +3,9 @@
 
 #include <cmath>
 
+#include "backend.h"
 #include "backends.h"
+#include "cache_state.h"
 #include "moba/cache.h"
 #include "oracle.h"
 
@@ -106,6 +108,71 @@ TEST_P(Decode, ChunkedPrefillMatchesOneCall) {
               EXPECT_EQ(found.row(head, token), expected.row(head, first + token)) << describe(part);
           }
         }
+      }
+    }
+  }
+}
+
+/// Bytes of the pages in use, and of the means and sums.
+std::vector<std::byte> contents_of(const KvCache& cache) {
+  const CacheState& state = state_of(cache);
+  const CacheState::Sequence& s = state.sequences.front();
+  std::vector<std::byte> bytes;
+  const auto add = [&](const void* from, std::size_t size) {
+    const auto* first = static_cast<const std::byte*>(from);
+    bytes.insert(bytes.end(), first, first + size);
+  };
+  const auto element = static_cast<std::int64_t>(size_of(state.shape.dtype));
+  for (const auto* pages : {&s.k_pages, &s.v_pages}) {
+    for (std::int64_t token = 0; token < s.length; ++token) {
+      for (std::int64_t head = 0; head < state.shape.kv_heads; ++head) {
+        const CacheRow row = cache_row(state.layout(), *pages, token, head);
+        add(row.data, static_cast<std::size_t>(state.shape.head_dim * element));
+        if (row.scale != nullptr) add(row.scale, sizeof(float));
+      }
+    }
+  }
+  add(s.means.data(), s.means.size() * sizeof(float));
+  return bytes;
+}
+
+/// Values whose rounding is the same in every backend only if it is done with care: halfway cases, values out
+/// of range, subnormals, not finite ones.
+Case hard_to_round(DType dtype) {
+  Case c = small_case(dtype, {.block_size = 8, .top_k = 3}, 600);
+  const std::vector<double> values = {1.00390625, 1.01171875, 1.00048828125, 1.00146484375, 65519.0,
+                                      65520.0,    -1e30,      1e-5,          6e-8,          -2.98e-8,
+                                      1e-40,      -0.0,       INFINITY,      -INFINITY,     NAN};
+  std::size_t next = 0;
+  for (std::int64_t token = 3; token < 600; token += 5) {
+    for (std::int64_t head = 0; head < c.kv_heads; ++head) {
+      for (std::int64_t d = token % 7; d < c.head_dim; d += 7) {
+        c.k.set(token, head, d, values[next++ % values.size()]);
+        c.v.set(token, head, d, values[next++ % values.size()]);
+      }
+    }
+  }
+  return c;
+}
+
+TEST_P(Decode, AppendStoresTheBitsOfTheReference) {
+  for (const DType from : {DType::f32, DType::bf16, DType::f16}) {
+    const Case c = hard_to_round(from);
+    for (const DType to : {DType::f32, DType::bf16, DType::f16, DType::i8}) {
+      const KvCache::Shape shape{.kv_heads = 2, .head_dim = 20, .block_size = 8, .dtype = to};
+      KvCache expected(shape);
+      expected.append(c.k.view(), c.v.view(), 0, {.backend = "reference", .parallel = serial()});
+      for (const Parallel& parallel : {serial(), openmp(3), std_threads(4)}) {
+        const Execution settings{.backend = GetParam(), .parallel = parallel};
+        KvCache whole(shape), pieces(shape);
+        whole.append(c.k.view(), c.v.view(), 0, settings);
+        std::int64_t first = 0;
+        for (const std::int64_t count : {3, 1, 300, 290, 6}) {
+          pieces.append(c.k.slice(first, count), c.v.slice(first, count), 0, settings);
+          first += count;
+        }
+        EXPECT_TRUE(contents_of(whole) == contents_of(expected)) << name_of(from) << " in " << name_of(to);
+        EXPECT_TRUE(contents_of(pieces) == contents_of(expected)) << name_of(from) << " in " << name_of(to);
       }
     }
   }
