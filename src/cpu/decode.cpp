@@ -5,6 +5,7 @@
 // take split after split; work that depends on several splits is done by the thread that finishes the last of
 // them.
 #include <thread>
+#include <tuple>
 
 #include "constants.h"
 #include "cpu/decode_schedule.h"
@@ -35,7 +36,7 @@ void score_means(const Call& call, const BlockMeans& means, const DecodeUnit& un
   const std::int64_t count = std::min(kSplitMeans, unit.candidates.last - begin);
   if (unit.listed == 0 || count <= 0) return;
   alignas(64) float scratch[16 * kMaxHeadDim];
-  alignas(64) float scores[kSplitMeans];
+  alignas(64) float scores[kMaxHeads * kSplitMeans];
   const auto rows_from = [&](std::int64_t block) {
     const float* base = means.of(unit.sequence, unit.head) + block * means.block_stride;
     return Rows{reinterpret_cast<const std::byte*>(base), means.block_stride, 0, nullptr};
@@ -44,21 +45,54 @@ void score_means(const Call& call, const BlockMeans& means, const DecodeUnit& un
   const std::int64_t next = unit.next_means.load(std::memory_order_relaxed);
   const Rows after = next < unit.mean_splits ? rows_from(unit.candidates.first + next * kSplitMeans) : Rows{};
 
-  for (std::int64_t g = 0; g < call.heads_per_kv; ++g) {
+  for (std::int64_t g0 = 0; g0 < call.heads_per_kv; g0 += static_cast<std::int64_t>(kMaxHeads)) {
+    HeadGroup heads;
+    for (std::int64_t g = g0; g < call.heads_per_kv && heads.count < kMaxHeads; ++g)
+      heads.queries[heads.count++] = unit.query(g);
     for_row_streams(rows_from(begin), DType::f32, count, static_cast<std::size_t>(call.head_dim), after,
                     scratch, [&](const auto& stream, std::int64_t at) HWY_ATTR {
-                      dot_rows(stream, unit.queries + static_cast<std::size_t>(g) * kMaxHeadDim, scores + at);
+                      dot_rows(stream, heads, scores + at, kSplitMeans);
                     });
-    std::fill(scores + count, scores + kSplitMeans, kNegInf);
-    const std::int64_t list = (split * call.heads_per_kv + g) * unit.listed;
-    TopK topk{unit.list_scores + list, unit.lists + list, 0, unit.listed};
-    for (std::int64_t i = 0; i < count; i += static_cast<std::int64_t>(kLanes)) {
-      if (topk.count == topk.k && hn::AllTrue(d, hn::Lt(hn::Load(d, scores + i), hn::Set(d, topk.scores[0]))))
-        continue;
-      for (std::int64_t j = i; j < std::min(i + static_cast<std::int64_t>(kLanes), count); ++j)
-        topk.push(scores[j], static_cast<std::int32_t>(begin + j));
+    for (std::size_t h = 0; h < heads.count; ++h) {
+      float* of_head = scores + h * kSplitMeans;
+      std::fill(of_head + count, of_head + kSplitMeans, kNegInf);
+      const std::int64_t list = (split * call.heads_per_kv + g0 + static_cast<std::int64_t>(h)) * unit.listed;
+      TopK topk{unit.list_scores + list, unit.lists + list, 0, unit.listed};
+      for (std::int64_t i = 0; i < count; i += static_cast<std::int64_t>(kLanes)) {
+        if (topk.count == topk.k &&
+            hn::AllTrue(d, hn::Lt(hn::Load(d, of_head + i), hn::Set(d, topk.scores[0]))))
+          continue;
+        for (std::int64_t j = i; j < std::min(i + static_cast<std::int64_t>(kLanes), count); ++j)
+          topk.push(of_head[j], static_cast<std::int32_t>(begin + j));
+      }
     }
   }
+}
+
+/// Weights of the keys of a split, for a few query heads.
+struct SplitWeights {
+  static constexpr std::size_t kStride = kMaxSplitKeys + kMaxLanes;
+  alignas(64) float values[kMaxHeads * kStride];
+
+  float* of(std::size_t head) { return values + head * kStride; }
+};
+
+/// Turns the logits of one head (log2 units) over `count` keys into weights; returns their maximum and sum.
+std::pair<float, float> exp2_logits(float* logits, std::size_t count) {
+  const F32 d;
+  const std::size_t padded = round_up(count, kLanes);
+  std::fill(logits + count, logits + padded, kNegInf);
+  Vec largest = hn::Load(d, logits);
+  for (std::size_t i = kLanes; i < padded; i += kLanes) largest = hn::Max(largest, hn::Load(d, logits + i));
+  const float max = hn::GetLane(hn::MaxOfLanes(d, largest));
+  const Vec top = hn::Set(d, max == kNegInf ? 0.0F : max);
+  Vec total = hn::Zero(d);
+  for (std::size_t i = 0; i < padded; i += kLanes) {
+    const Vec weight = exp2(hn::Sub(hn::Load(d, logits + i), top));
+    hn::Store(weight, d, logits + i);
+    total = hn::Add(total, weight);
+  }
+  return {max, hn::GetLane(hn::SumOfLanes(d, total))};
 }
 
 /// Computes attention of the unit's query heads that see a split into its partials [group][stride]: the
@@ -70,45 +104,32 @@ void attend_split(const Call& call, const DecodeUnit& unit, std::int64_t width, 
   const SequenceView& sequence = call.sequences[unit.sequence];
   const auto head_dim = static_cast<std::size_t>(call.head_dim);
   alignas(64) float scratch[16 * kMaxHeadDim];
-  alignas(64) float weights[kMaxSplitKeys + kMaxLanes];
-  alignas(64) float scaled[kMaxSplitKeys + kMaxLanes];
+  SplitWeights weights, scaled;
   const KvSplit split = unit.split(index);
-  const auto padded = static_cast<std::int64_t>(round_up(static_cast<std::size_t>(split.count), kLanes));
-  const float to_log2 = call.scale * kLog2E;
+  const Vec to_log2 = hn::Set(d, call.scale * kLog2E);
   const auto keys = [&](std::int64_t first) { return call.keys(sequence, unit.head, first); };
   const auto values = [&](std::int64_t first) { return call.values(sequence, unit.head, first); };
-  float* partial = unit.partials + static_cast<std::size_t>(index * call.heads_per_kv) * stride;
+  float* partials = unit.partials + static_cast<std::size_t>(index * call.heads_per_kv) * stride;
 
-  for (std::int64_t g = 0; g < call.heads_per_kv; ++g) {
-    float* out = partial + static_cast<std::size_t>(g) * stride;
-    float &max = out[stride - 2], &sum = out[stride - 1];
-    std::fill(out, out + stride, 0.0F);
-    max = kNegInf;
-    if (!unit.sees(width, g, split.block)) continue;
-
+  const auto attend = [&](const HeadGroup& heads) HWY_ATTR {
     for_pages(split, values(split.first), keys, [&](const Rows& rows, std::int64_t done, const Rows& next) {
       prefetch_scales(rows);
       for_row_streams(rows, call.k.dtype, rows.count, head_dim, next, scratch,
                       [&](const auto& stream, std::int64_t at) HWY_ATTR {
-                        dot_rows(stream, unit.queries + static_cast<std::size_t>(g) * kMaxHeadDim,
-                                 weights + done + at);
+                        dot_rows(stream, heads, weights.values + done + at, SplitWeights::kStride);
                       });
-      for (std::int64_t i = 0; i < rows.count; ++i)
-        weights[done + i] *= rows.scales == nullptr ? to_log2 : to_log2 * rows.scales[i];
+      if (rows.scales == nullptr) return;
+      for (std::size_t h = 0; h < heads.count; ++h) {
+        float* logits = weights.of(h) + done;
+        for (std::int64_t i = 0; i < rows.count; ++i) logits[i] *= rows.scales[i];
+      }
     });
-    std::fill(weights + split.count, weights + padded, kNegInf);
-    Vec largest = hn::Load(d, weights);
-    for (std::int64_t i = 0; i < padded; i += static_cast<std::int64_t>(kLanes))
-      largest = hn::Max(largest, hn::Load(d, weights + i));
-    max = hn::GetLane(hn::MaxOfLanes(d, largest));
-    const Vec top = hn::Set(d, max == kNegInf ? 0.0F : max);
-    Vec total = hn::Zero(d);
-    for (std::int64_t i = 0; i < padded; i += static_cast<std::int64_t>(kLanes)) {
-      const Vec weight = exp2(hn::Sub(hn::Load(d, weights + i), top));
-      hn::Store(weight, d, weights + i);
-      total = hn::Add(total, weight);
+    for (std::size_t h = 0; h < heads.count; ++h) {
+      for (std::size_t i = 0; i < static_cast<std::size_t>(split.count); i += kLanes)
+        hn::Store(hn::Mul(to_log2, hn::Load(d, weights.of(h) + i)), d, weights.of(h) + i);
+      std::tie(heads.out[h][stride - 2], heads.out[h][stride - 1]) =
+          exp2_logits(weights.of(h), static_cast<std::size_t>(split.count));
     }
-    sum = hn::GetLane(hn::SumOfLanes(d, total));
 
     // The split that this thread will most likely take next.
     const std::int64_t soon = unit.next_split.load(std::memory_order_relaxed);
@@ -116,15 +137,33 @@ void attend_split(const Call& call, const DecodeUnit& unit, std::int64_t width, 
                            ? keys(unit.split(soon).first)
                            : Rows{};
     for_pages(split, after, values, [&](const Rows& rows, std::int64_t done, const Rows& next) {
-      const float* by = weights + done;
+      const float* by = weights.values + done;
       if (rows.scales != nullptr) {
-        for (std::int64_t i = 0; i < rows.count; ++i) scaled[i] = by[i] * rows.scales[i];
-        by = scaled;
+        for (std::size_t h = 0; h < heads.count; ++h) {
+          const float* from = weights.of(h) + done;
+          for (std::int64_t i = 0; i < rows.count; ++i) scaled.of(h)[i] = from[i] * rows.scales[i];
+        }
+        by = scaled.values;
       }
       for_row_streams(rows, call.v.dtype, rows.count, head_dim, next, scratch,
-                      [&](const auto& stream, std::int64_t at) HWY_ATTR { add_rows(stream, by + at, out); });
+                      [&](const auto& stream, std::int64_t at)
+                          HWY_ATTR { add_rows(stream, heads, by + at, SplitWeights::kStride); });
     });
+  };
+
+  HeadGroup heads;
+  for (std::int64_t g = 0; g < call.heads_per_kv; ++g) {
+    float* out = partials + static_cast<std::size_t>(g) * stride;
+    std::fill(out, out + stride, 0.0F);
+    out[stride - 2] = kNegInf;
+    if (!unit.sees(width, g, split.block)) continue;
+    heads.queries[heads.count] = unit.query(g);
+    heads.out[heads.count++] = out;
+    if (heads.count < kMaxHeads) continue;
+    attend(heads);
+    heads.count = 0;
   }
+  if (heads.count > 0) attend(heads);
 }
 
 /// Merges the splits of one query head: `out` [stride], unnormalised; returns its maximum and sum.

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/sizes.h"
 #include "cpu/topk.h"
 
 /// The work of a decode call: its units, and the splits that their keys are cut into.
@@ -41,6 +42,7 @@ struct alignas(64) DecodeUnit {
   std::atomic<std::int64_t> next_split = 0, splits_left = 0;
   std::atomic<bool> gate_done = false;
 
+  const float* query(std::int64_t g) const { return queries + static_cast<std::size_t>(g) * kMaxHeadDim; }
   bool sees(std::int64_t width, std::int64_t g, std::int64_t block) const {
     const std::int32_t* from = selected + g * width;
     return block == own || std::find(from, from + width, static_cast<std::int32_t>(block)) != from + width;

@@ -1,6 +1,6 @@
-// Products of one query with rows that are read once, as decode does, bound by memory bandwidth: dot products
-// with keys and weighted sums of values, in the storage type of the rows, with the rows further on
-// prefetched.
+// Products of a few query heads with rows that are read once, as decode does, bound by memory bandwidth: dot
+// products with keys and weighted sums of values, in the storage type of the rows, which are converted once
+// for all heads, with the rows further on prefetched.
 #if defined(MOBA_CPU_ROW_STREAMS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MOBA_CPU_ROW_STREAMS_INL_H_
 #undef MOBA_CPU_ROW_STREAMS_INL_H_
@@ -35,7 +35,7 @@ HWY_INLINE Vec load_wide(const T* from) {
 /// end those of `next`.
 template <typename T>
 struct RowStream {
-  static constexpr std::int64_t kAheadBytes = 2048;
+  static constexpr std::int64_t kAheadBytes = 4096;
 
   const T* rows = nullptr;
   std::int64_t stride = 0, count = 0;
@@ -52,8 +52,8 @@ struct RowStream {
       if (next == nullptr) return;
       from = next + (at - count) * next_stride;
     }
-    // Not prefetch_l1: GCC's code for that call makes f32 decode 4% slower.
-    for (std::int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(from + byte);
+    // Not into the first-level cache, whose line-fill buffers would limit the bandwidth.
+    prefetch_l2(from, static_cast<std::size_t>(bytes));
   }
 };
 
@@ -92,54 +92,116 @@ HWY_INLINE void store_sums(Vec s0, Vec s1, Vec s2, Vec s3, float* to) {
 }
 #endif
 
-/// scores[i] = query . row i, four at a time so that their sums overlap; the last row stands in for those
-/// past it, so that equal rows have equal scores wherever they are.
-template <typename T>
-void dot_rows(const RowStream<T>& keys, const float* query, float* scores) {
+/// Query heads that are multiplied with a row while it is in registers, at most, and the accumulators that
+/// the register file holds beside the row's vectors.
+#if HWY_TARGET <= HWY_AVX3 || HWY_TARGET == HWY_NEON
+constexpr std::size_t kMaxHeads = 4, kAccumulators = 24;
+#else
+constexpr std::size_t kMaxHeads = 2, kAccumulators = 8;
+#endif
+
+/// Query heads that share the rows of a stream: their queries, [head_dim] each and padded with zeros to whole
+/// vectors, and their outputs.
+struct HeadGroup {
+  std::size_t count = 0;
+  const float* queries[kMaxHeads];
+  float* out[kMaxHeads];
+};
+
+/// Calls body with std::integral_constant of `count`, 1 to kMaxHeads.
+template <std::size_t kHeads = kMaxHeads, typename Body>
+HWY_INLINE void with_heads(std::size_t count, Body&& body) {
+  if constexpr (kHeads > 1) {
+    if (count < kHeads) return with_heads<kHeads - 1>(count, body);
+  }
+  body(std::integral_constant<std::size_t, kHeads>());
+}
+
+/// scores[h * stride + i] = query h . row i, four rows at a time so that their sums overlap; the last row
+/// stands in for those past it, so that equal rows have equal scores wherever they are.
+template <std::size_t kHeads, typename T>
+void dot_rows_of(const RowStream<T>& keys, const HeadGroup& heads, float* scores, std::size_t stride) {
   const F32 d;
   for (std::int64_t i = 0; i < keys.count; i += 4) {
     const std::int64_t last = keys.count - 1;
     const T *k0 = keys.row(i), *k1 = keys.row(std::min(i + 1, last)), *k2 = keys.row(std::min(i + 2, last)),
             *k3 = keys.row(std::min(i + 3, last));
     for (std::int64_t j = 0; j < 4; ++j) keys.prefetch_next(i + j);
-    Vec s0 = hn::Zero(d), s1 = s0, s2 = s0, s3 = s0;
+    Vec s0[kHeads], s1[kHeads], s2[kHeads], s3[kHeads];
+#pragma GCC unroll 4
+    for (std::size_t h = 0; h < kHeads; ++h) s0[h] = s1[h] = s2[h] = s3[h] = hn::Zero(d);
     for (std::size_t c = 0; c < keys.depth; c += kLanes) {
-      const Vec q = hn::Load(d, query + c);
-      s0 = hn::MulAdd(q, load_wide(k0 + c), s0);
-      s1 = hn::MulAdd(q, load_wide(k1 + c), s1);
-      s2 = hn::MulAdd(q, load_wide(k2 + c), s2);
-      s3 = hn::MulAdd(q, load_wide(k3 + c), s3);
+      const Vec r0 = load_wide(k0 + c), r1 = load_wide(k1 + c), r2 = load_wide(k2 + c),
+                r3 = load_wide(k3 + c);
+#pragma GCC unroll 4
+      for (std::size_t h = 0; h < kHeads; ++h) {
+        const Vec q = hn::Load(d, heads.queries[h] + c);
+        s0[h] = hn::MulAdd(q, r0, s0[h]);
+        s1[h] = hn::MulAdd(q, r1, s1[h]);
+        s2[h] = hn::MulAdd(q, r2, s2[h]);
+        s3[h] = hn::MulAdd(q, r3, s3[h]);
+      }
     }
-    alignas(16) float sums[4];
-    store_sums(s0, s1, s2, s3, sums);
-    std::copy_n(sums, std::min<std::int64_t>(4, keys.count - i), scores + i);
+#pragma GCC unroll 4
+    for (std::size_t h = 0; h < kHeads; ++h) {
+      alignas(16) float sums[4];
+      store_sums(s0[h], s1[h], s2[h], s3[h], sums);
+      std::copy_n(sums, std::min<std::int64_t>(4, keys.count - i),
+                  scores + h * stride + static_cast<std::size_t>(i));
+    }
   }
-}
-
-/// out += weights . values, kWide vectors of columns from `column` on in registers.
-template <typename T, std::size_t kWide>
-HWY_INLINE void add_columns(const RowStream<T>& values, std::size_t column, const float* weights,
-                            float* out) {
-  const F32 d;
-  Vec sum[kWide];
-#pragma GCC unroll 8
-  for (std::size_t j = 0; j < kWide; ++j) sum[j] = hn::Load(d, out + column + j * kLanes);
-  for (std::int64_t i = 0; i < values.count; ++i) {
-    if (column == 0) values.prefetch_next(i);
-    const Vec weight = hn::Set(d, weights[i]);
-    const T* row = values.row(i) + column;
-#pragma GCC unroll 8
-    for (std::size_t j = 0; j < kWide; ++j) sum[j] = hn::MulAdd(weight, load_wide(row + j * kLanes), sum[j]);
-  }
-#pragma GCC unroll 8
-  for (std::size_t j = 0; j < kWide; ++j) hn::Store(sum[j], d, out + column + j * kLanes);
 }
 
 template <typename T>
-void add_rows(const RowStream<T>& values, const float* weights, float* out) {
-  std::size_t c = 0;
-  for (; c + 8 * kLanes <= values.depth; c += 8 * kLanes) add_columns<T, 8>(values, c, weights, out);
-  for (; c < values.depth; c += kLanes) add_columns<T, 1>(values, c, weights, out);
+void dot_rows(const RowStream<T>& keys, const HeadGroup& heads, float* scores, std::size_t stride) {
+  with_heads(heads.count, [&](auto count) HWY_ATTR { dot_rows_of<count>(keys, heads, scores, stride); });
+}
+
+/// out of each head += its weights . values, kWide vectors of columns from `column` on in registers.
+template <std::size_t kHeads, std::size_t kWide, typename T>
+HWY_INLINE void add_columns(const RowStream<T>& values, std::size_t column, const HeadGroup& heads,
+                            const float* weights, std::size_t stride) {
+  const F32 d;
+  Vec sum[kHeads][kWide];
+#pragma GCC unroll 4
+  for (std::size_t h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 8
+    for (std::size_t j = 0; j < kWide; ++j) sum[h][j] = hn::Load(d, heads.out[h] + column + j * kLanes);
+  }
+  for (std::int64_t i = 0; i < values.count; ++i) {
+    if (column == 0) values.prefetch_next(i);
+    const T* from = values.row(i) + column;
+    Vec row[kWide];
+#pragma GCC unroll 8
+    for (std::size_t j = 0; j < kWide; ++j) row[j] = load_wide(from + j * kLanes);
+#pragma GCC unroll 4
+    for (std::size_t h = 0; h < kHeads; ++h) {
+      const Vec weight = hn::Set(d, weights[h * stride + static_cast<std::size_t>(i)]);
+#pragma GCC unroll 8
+      for (std::size_t j = 0; j < kWide; ++j) sum[h][j] = hn::MulAdd(weight, row[j], sum[h][j]);
+    }
+  }
+#pragma GCC unroll 4
+  for (std::size_t h = 0; h < kHeads; ++h) {
+#pragma GCC unroll 8
+    for (std::size_t j = 0; j < kWide; ++j) hn::Store(sum[h][j], d, heads.out[h] + column + j * kLanes);
+  }
+}
+
+template <std::size_t kHeads, std::size_t kWide, typename T>
+HWY_INLINE void add_rows_of(const RowStream<T>& values, std::size_t column, const HeadGroup& heads,
+                            const float* weights, std::size_t stride) {
+  if constexpr (kHeads * kWide <= kAccumulators) {
+    for (; column + kWide * kLanes <= values.depth; column += kWide * kLanes)
+      add_columns<kHeads, kWide>(values, column, heads, weights, stride);
+  }
+  if constexpr (kWide > 1) add_rows_of<kHeads, kWide / 2>(values, column, heads, weights, stride);
+}
+
+template <typename T>
+void add_rows(const RowStream<T>& values, const HeadGroup& heads, const float* weights, std::size_t stride) {
+  with_heads(heads.count,
+             [&](auto count) HWY_ATTR { add_rows_of<count, 8>(values, 0, heads, weights, stride); });
 }
 
 std::int64_t bytes_between(const Rows& rows, DType dtype) {

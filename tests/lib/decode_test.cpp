@@ -90,6 +90,22 @@ TEST_P(Decode, DecodedTokensMatchTheOracle) {
   }
 }
 
+/// Query heads share the rows of their kv head in groups, whose size depends on the instruction set.
+TEST_P(Decode, AnyNumberOfHeadsMatchesTheOracle) {
+  for (const std::int64_t heads_per_kv : {1, 2, 4, 5, 7, 9}) {
+    for (const std::int64_t head_dim : {16, 48, 64, 256}) {
+      Case c{.seed = 21, .dtype = DType::bf16, .kv_heads = 2, .heads_per_kv = heads_per_kv};
+      c.head_dim = head_dim;
+      c.sequences = one_sequence(200);
+      c.routing = {.block_size = 16, .top_k = 4};
+      fill(c);
+      KvCache cache = cache_for(c);
+      append(cache, c, 0, 200);
+      check_decoded(part_of(c, 199, 1), cache, execution(), exact());
+    }
+  }
+}
+
 TEST_P(Decode, ChunkedPrefillMatchesOneCall) {
   for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
     for (const Routing& routing : routings()) {
