@@ -292,9 +292,9 @@ void attend_range(const Call& call, const Plan& plan, const Range& range, float*
 
   const auto head_dim = static_cast<std::size_t>(call.head_dim);
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3
-  const bool all_bf16 =
-      call.q.dtype == DType::bf16 && call.k.dtype == DType::bf16 && call.v.dtype == DType::bf16;
-  if (const Bf16Tiles* tiles = bf16_tiles(); tiles != nullptr && all_bf16) {
+  // Keys and values of an f32 cache keep their precision.
+  const bool in_bf16 = call.q.dtype == DType::bf16 && call.k.dtype != DType::f32;
+  if (const Bf16Tiles* tiles = bf16_tiles(); tiles != nullptr && in_bf16) {
     tiles->begin();
     attend_with(
         call, plan, range, state, tile,

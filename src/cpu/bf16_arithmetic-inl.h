@@ -1,12 +1,11 @@
-// Tile arithmetic of bf16 matrix instructions (AMX or AVX512-BF16), for q, k and v in bf16.
+// Tile arithmetic of bf16 matrix instructions (AMX or AVX512-BF16), for q in bf16. Keys and values in f16 or
+// i8 are rounded to bf16 while they are packed (docs/mathematics.md, "Mixed types").
 #if defined(MOBA_CPU_BF16_ARITHMETIC_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MOBA_CPU_BF16_ARITHMETIC_INL_H_
 #undef MOBA_CPU_BF16_ARITHMETIC_INL_H_
 #else
 #define MOBA_CPU_BF16_ARITHMETIC_INL_H_
 #endif
-
-#include <cstring>
 
 #include "cpu/bf16x6-inl.h"
 #include "cpu/matrix_tiles.h"
@@ -53,7 +52,7 @@ struct BFloat16 {
       }
     };
     source.for_values([&](std::size_t index, const Rows& from, std::int64_t i) HWY_ATTR {
-      const auto* row = reinterpret_cast<const bfloat16*>(from.data) + i * from.stride;
+      const bfloat16* row = row_as_bf16(from, call.v.dtype, i, tile.f32_rows + index % 2 * kMaxHeadDim);
       nonfinite_values[index] = !all_finite(row);
       value(index, nonfinite_values[index] ? zeros : row);
     });
@@ -129,22 +128,31 @@ struct BFloat16 {
       multiply(first, std::min(tiles.rows, rows - first));
   }
 
+  /// Returns row `index` of `rows` as bf16: in place when it is bf16, else rounded into `scratch`.
+  const bfloat16* row_as_bf16(const Rows& rows, DType dtype, std::int64_t index, float* scratch) const {
+    if (dtype == DType::bf16) return reinterpret_cast<const bfloat16*>(rows.data) + index * rows.stride;
+    alignas(64) float f32_row[kMaxHeadDim];
+    store_f32(row_as_f32(rows, dtype, index, head_dim, f32_row), head_dim, 1.0F, DType::bf16,
+              reinterpret_cast<std::byte*>(scratch));
+    return reinterpret_cast<const bfloat16*>(scratch);
+  }
+
   /// Packs the keys; a pair of bf16 values is moved as one float.
   void pack_keys(const Call& call, const SequenceView& sequence, std::int64_t head, std::int64_t first,
                  std::int64_t keys_count) {
     Rows rows;
     std::int64_t begin = 0;
-    const bool whole = head_dim % kBf16Depth == 0;
     const auto key = [&](std::size_t i, float* scratch) HWY_ATTR -> const float* {
       const auto index = static_cast<std::int64_t>(i);
       if (index >= begin + rows.count || index == 0) {
         begin = index;
         rows = call.keys(sequence, head, first + index);
       }
-      const std::byte* from = rows.data + (index - begin) * rows.stride * 2;
-      if (whole) return reinterpret_cast<const float*>(from);
-      std::memcpy(scratch, from, head_dim * 2);
-      std::memset(reinterpret_cast<std::byte*>(scratch) + head_dim * 2, 0, (depth() - head_dim) * 2);
+      const bfloat16* row = row_as_bf16(rows, call.k.dtype, index - begin, scratch);
+      if (head_dim % kBf16Depth == 0) return reinterpret_cast<const float*>(row);
+      auto* padded = reinterpret_cast<bfloat16*>(scratch);
+      if (row != padded) std::copy_n(row, head_dim, padded);
+      std::fill(padded + head_dim, padded + depth(), bfloat16{});
       return scratch;
     };
     pack_transposed(static_cast<std::size_t>(keys_count), depth() / 2, key, tile.f32_rows,

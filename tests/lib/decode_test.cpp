@@ -7,6 +7,7 @@
 #include "backends.h"
 #include "cache_state.h"
 #include "moba/cache.h"
+#include "number.h"
 #include "oracle.h"
 
 namespace moba::test {
@@ -189,6 +190,80 @@ TEST_P(Decode, AppendStoresTheBitsOfTheReference) {
         }
         EXPECT_TRUE(contents_of(whole) == contents_of(expected)) << name_of(from) << " in " << name_of(to);
         EXPECT_TRUE(contents_of(pieces) == contents_of(expected)) << name_of(from) << " in " << name_of(to);
+      }
+    }
+  }
+}
+
+/// Returns the keys or values that attention reads, rounded to `dtype`.
+Array values_of(const KvCache& cache, bool keys, DType dtype) {
+  const CacheState& state = state_of(cache);
+  const CacheState::Sequence& s = state.sequences.front();
+  Array values(dtype, s.length, state.shape.kv_heads, state.shape.head_dim);
+  for (std::int64_t token = 0; token < s.length; ++token) {
+    for (std::int64_t head = 0; head < state.shape.kv_heads; ++head) {
+      const CacheRow row = cache_row(state.layout(), keys ? s.k_pages : s.v_pages, token, head);
+      for (std::int64_t d = 0; d < state.shape.head_dim; ++d) {
+        const auto value = static_cast<float>(load(row.data, state.shape.dtype, d));
+        values.set(token, head, d, row.scale == nullptr ? value : value * *row.scale);
+      }
+    }
+  }
+  return values;
+}
+
+/// Fails the test unless the error is at most twice that of a framework, which rounds the keys and values to
+/// the dtype of q.
+void check_mixed(const Case& c, const KvCache& cache, const Result& result) {
+  Case exact = c, rounded = c;
+  exact.k = values_of(cache, true, DType::f32);
+  exact.v = values_of(cache, false, DType::f32);
+  rounded.k = values_of(cache, true, c.dtype);
+  rounded.v = values_of(cache, false, c.dtype);
+  const Attended<double> truth = attend_densely<double>(exact, result);
+  const Attended<float> plain = attend_densely<float>(rounded, result);
+  const double unit = c.dtype == DType::bf16 ? 0x1p-8 : c.dtype == DType::f16 ? 0x1p-11 : 0x1p-24;
+  double out_allowed = 1e-6, lse_allowed = 1e-6;
+  for (std::size_t i = 0; i < truth.out.size(); ++i)
+    out_allowed = std::max(out_allowed, 2 * std::fabs(static_cast<double>(plain.out[i]) - truth.out[i]));
+  for (std::size_t i = 0; i < truth.lse.size(); ++i)
+    lse_allowed = std::max(lse_allowed, 2 * std::fabs(static_cast<double>(plain.lse[i]) - truth.lse[i]));
+  std::size_t i = 0, row = 0;
+  for (std::int64_t head = 0; head < c.q_heads(); ++head) {
+    for (std::int64_t token = 0; token < c.queries(); ++token, ++row) {
+      EXPECT_NEAR(result.lse_at(head, token), truth.lse[row], lse_allowed + 1e-6 * std::fabs(truth.lse[row]));
+      for (std::int64_t d = 0; d < c.head_dim; ++d, ++i)
+        EXPECT_NEAR(result.out.get(token, head, d), truth.out[i],
+                    out_allowed + unit * std::fabs(truth.out[i]));
+    }
+  }
+}
+
+TEST_P(Decode, AnyQueriesOnAnyCacheMatchTheOracle) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    for (const DType cached : {DType::f32, DType::bf16, DType::f16, DType::i8}) {
+      for (const std::int64_t head_dim : {40, 64}) {
+        for (const Routing& routing : {Routing{.block_size = 16, .top_k = 4},
+                                       Routing{.block_size = 16, .top_k = Routing::kEverything}}) {
+          Case c{.seed = 31, .dtype = dtype, .kv_heads = 2, .heads_per_kv = 3, .head_dim = head_dim};
+          c.sequences = one_sequence(120);
+          c.routing = routing;
+          fill(c);
+          KvCache cache({.kv_heads = 2, .head_dim = head_dim, .block_size = 16, .dtype = cached});
+          append(cache, c, 0, 120);
+          const Case chunk = part_of(c, 99, 21), last = part_of(c, 119, 1);
+          Result found(chunk), expected(chunk), decoded(last), selected(last);
+          attention(chunk.q.view(), cache, 0, routing, found.outputs(), execution());
+          attention(chunk.q.view(), cache, 0, routing, expected.outputs(), {.backend = "reference"});
+          EXPECT_EQ(found.selection, expected.selection);
+          check_mixed(chunk, cache, found);
+          attention(last.q.view(), cache, 0, routing, selected.outputs(), execution());
+          moba::decode(last.q.view(), cache, routing,
+                       {.out = decoded.out.view(), .lse = decoded.outputs().lse}, execution());
+          decoded.selection = selected.selection;
+          check_mixed(last, cache, decoded);
+          ASSERT_FALSE(HasFailure()) << name_of(dtype) << " on " << name_of(cached);
+        }
       }
     }
   }
