@@ -28,7 +28,7 @@ std::size_t means_bytes(const Call& call, const WorkSlice& slice) {
 std::size_t workspace(const Call& call, const WorkSlice& slice, int threads) {
   const auto workers = static_cast<std::size_t>(threads);
   const std::size_t attending =
-      cpu::plan_bytes(call, slice) + workers * cpu::attend_bytes(call, cpu::min_range_rows(call));
+      cpu::plan_bytes(call, slice, threads) + workers * cpu::attend_bytes(call, cpu::min_range_rows(call));
   return means_bytes(call, slice) + selection_bytes(call, slice) +
          std::max(workers * cpu::gate_bytes(call) + cpu::screened_bytes(call, slice.heads()), attending);
 }

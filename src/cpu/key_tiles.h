@@ -62,9 +62,11 @@ class KeyTileIterator {
                  ? at_
                  : sequence_.position(range_.q0 + (own_last_ - 1) / call_.heads_per_kv) + 1;
     }
-    const std::int64_t key_tiles = std::max<std::int64_t>((end_ - at_ + max_keys_ - 1) / max_keys_, 1);
+    // The cuts depend on the block alone, so that a row's sums do not depend on the range that it is in.
+    const std::int64_t length = std::max<std::int64_t>(std::min(size, sequence_.keys - at_), 1);
+    const std::int64_t key_tiles = (length + max_keys_ - 1) / max_keys_;
     step_ = static_cast<std::int64_t>(
-        round_up(static_cast<std::size_t>((end_ - at_ + key_tiles - 1) / key_tiles), kMaxCols));
+        round_up(static_cast<std::size_t>((length + key_tiles - 1) / key_tiles), kMaxCols));
   }
 
   const Call& call_;

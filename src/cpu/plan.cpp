@@ -1,5 +1,6 @@
 // Inverts the selection, range by range: count, prefix sum, stable scatter.
 #include <bit>
+#include <limits>
 #include <numeric>
 
 #include "cpu/sizes.h"
@@ -19,24 +20,75 @@ constexpr std::int64_t kMinRows = 64;
 /// maximum number of ranges of all heads: enough for many threads, few enough to keep rounds long.
 constexpr std::int64_t kRowsPerBackwardTile = 256, kMaxBackwardParts = 16;
 
-/// Rows of a range: long enough for kRowsPerBlock, short enough for the scratch budget and for every thread
-/// to have a few.
-std::int64_t range_rows(const Call& call, const Selection& selection, const Context& context) {
-  const std::int64_t blocks = (call.max_seqlen_k + call.routing.block_size - 1) / call.routing.block_size;
+/// Rows that cost as much as packing a block's keys and values for a range.
+constexpr std::int64_t kPackingRows = 32;
+/// Ranges per thread from which it does not matter whether the last round of the threads is full; and ranges
+/// per thread that calls of few rows may have beside those of kDenseRows.
+constexpr std::int64_t kManyRanges = 16, kShortRanges = 4;
+
+std::int64_t blocks_of_longest(const Call& call) {
+  return (call.max_seqlen_k + call.routing.block_size - 1) / call.routing.block_size;
+}
+
+/// Most ranges that a plan has, unless the scratch budget forces shorter ones.
+std::int64_t max_ranges(const Call& call, const WorkSlice& slice, int threads) {
+  const std::int64_t rows = slice.heads() * slice.tokens() * call.heads_per_kv;
+  return rows / kDenseRows + slice.heads() * (static_cast<std::int64_t>(call.sequences.size()) + 1) +
+         kShortRanges * threads;
+}
+
+/// Most rows of a range: enough for kRowsPerBlock, within the scratch budget.
+std::int64_t max_range_rows(const Call& call, const Selection& selection, const Context& context) {
   std::int64_t rows = kDenseRows;
-  if (call.needs_scores()) rows = std::max(rows, kRowsPerBlock * blocks / call.width());
+  if (call.needs_scores()) rows = std::max(rows, kRowsPerBlock * blocks_of_longest(call) / call.width());
 
-  const std::int64_t all = selection.slice.tokens() * selection.slice.heads() * call.heads_per_kv;
-  const std::int64_t share = all / (4 * context.parallel.threads);
-  rows = std::min(rows, std::max(share, kDenseRows));
-
-  const std::size_t taken = context.scratch.held() + plan_bytes(call, selection.slice);
+  const int threads = context.parallel.threads;
+  const std::size_t taken = context.scratch.held() + plan_bytes(call, selection.slice, threads);
   const std::size_t left = context.budget > taken ? context.budget - taken : 0;
   const std::size_t fixed = attend_bytes(call, 0);
   const std::size_t per_row = (attend_bytes(call, kDenseRows) - fixed) / kDenseRows + 1;
-  const std::size_t each = left / static_cast<std::size_t>(context.parallel.threads);
+  const std::size_t each = left / static_cast<std::size_t>(threads);
   const auto affordable = static_cast<std::int64_t>(each > fixed ? (each - fixed) / per_row : 0);
   return std::max(std::min(rows, affordable), min_range_rows(call));
+}
+
+/// Returns the queries of a range. Of the lengths that max_range_rows() allows it takes the one with which
+/// the threads finish first, if every row costs the same: with few ranges, such as those of a short chunk of
+/// a prompt, threads would otherwise wait for the last one.
+std::int64_t range_queries(const Call& call, const Selection& selection, const Context& context) {
+  const WorkSlice& slice = selection.slice;
+  std::int64_t longest = 1;
+  for (const SequenceView& s : call.sequences) {
+    const auto [first, last] = slice.queries_of(s);
+    longest = std::max(longest, last - first);
+  }
+  const auto ranges_with = [&](std::int64_t queries) {
+    std::int64_t ranges = 0;
+    for (const SequenceView& s : call.sequences) {
+      const auto [first, last] = slice.queries_of(s);
+      ranges += (last - first + queries - 1) / queries * slice.heads();
+    }
+    return ranges;
+  };
+  const std::int64_t threads = context.parallel.threads;
+  const std::int64_t packing_rows = kPackingRows * blocks_of_longest(call) / (call.width() + 1);
+  const std::int64_t most =
+      std::max<std::int64_t>(max_range_rows(call, selection, context) / call.heads_per_kv, 1);
+  const std::int64_t cuts = (longest + most - 1) / most;
+  std::int64_t best = most, best_cost = std::numeric_limits<std::int64_t>::max();
+  for (std::int64_t more = 0; more <= kShortRanges * threads; ++more) {
+    const std::int64_t queries = (longest + cuts + more - 1) / (cuts + more), ranges = ranges_with(queries);
+    if (more > 0 && (queries * call.heads_per_kv < kMinRows ||
+                     ranges > max_ranges(call, slice, static_cast<int>(threads))))
+      break;
+    const std::int64_t cost = (ranges + threads - 1) / threads * (queries * call.heads_per_kv + packing_rows);
+    if (cost < best_cost) {
+      best = queries;
+      best_cost = cost;
+    }
+    if (ranges >= kManyRanges * threads) break;
+  }
+  return best;
 }
 
 void invert(const Call& call, const Selection& selection, const Range& range, std::uint32_t* offsets,
@@ -70,14 +122,13 @@ std::int64_t min_range_rows(const Call& call) {
   return std::max(kMinRows, call.heads_per_kv);
 }
 
-std::size_t plan_bytes(const Call& call, const WorkSlice& slice) {
+std::size_t plan_bytes(const Call& call, const WorkSlice& slice, int threads) {
   const std::int64_t width = call.listed_width();
   if (width == 0) return 0;
-  const std::int64_t blocks = (call.max_seqlen_k + call.routing.block_size - 1) / call.routing.block_size;
   const std::int64_t rows = slice.heads() * slice.tokens() * call.heads_per_kv;
-  const std::int64_t max_ranges =
-      rows / kDenseRows + slice.heads() * (static_cast<std::int64_t>(call.sequences.size()) + 1);
-  return static_cast<std::size_t>(rows * width + max_ranges * (blocks + 2)) * sizeof(std::uint32_t);
+  return static_cast<std::size_t>(rows * width +
+                                  max_ranges(call, slice, threads) * (blocks_of_longest(call) + 2)) *
+         sizeof(std::uint32_t);
 }
 
 namespace {
@@ -112,8 +163,7 @@ Plan build_plan(const Call& call, const Selection& selection, PlanBuilder builde
 
 Plan plan(const Call& call, const Selection& selection, Context& context) {
   const WorkSlice& slice = selection.slice;
-  const std::int64_t step =
-      std::max<std::int64_t>(range_rows(call, selection, context) / call.heads_per_kv, 1);
+  const std::int64_t step = range_queries(call, selection, context);
   PlanBuilder builder;
   for (std::size_t s = call.sequences.size(); s-- > 0;) {
     const auto [first, last] = slice.queries_of(call.sequences[s]);

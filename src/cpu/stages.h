@@ -28,7 +28,7 @@ std::size_t attend_bytes(const Call& call, std::int64_t rows);
 std::size_t gate_bytes(const Call& call);
 /// Scratch bytes of the rounded means of `heads` kv heads, where the gate screens in int8.
 std::size_t screened_bytes(const Call& call, std::int64_t heads);
-std::size_t plan_bytes(const Call& call, const WorkSlice& slice);
+std::size_t plan_bytes(const Call& call, const WorkSlice& slice, int threads);
 std::size_t plan_backward_bytes(const Call& call, const WorkSlice& slice);
 std::size_t attend_backward_bytes(const Call& call, const WorkSlice& slice, int threads);
 std::int64_t backward_parts(const Call& call, const SequenceView& sequence);

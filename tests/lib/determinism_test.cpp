@@ -13,7 +13,8 @@ namespace {
 
 using Determinism = EveryBackend;
 
-/// Returns small random cases and one with work for many threads.
+/// Returns small random cases, and some with work for many threads, which get ranges of queries of different
+/// lengths.
 std::vector<Case> cases() {
   std::vector<Case> list;
   for (std::uint64_t seed = 7000; seed < 7040; ++seed) list.push_back(random_case(seed));
@@ -22,9 +23,16 @@ std::vector<Case> cases() {
          .heads_per_kv = 2,
          .head_dim = 20,
          .sequences = {{0, 700, 730}, {0, 700, 1000}}};
-  c.routing = {.block_size = 16, .top_k = 4};
-  fill(c);
-  list.push_back(c);
+  const auto add = [&](DType dtype, const Routing& routing) {
+    c.dtype = dtype;
+    c.routing = routing;
+    fill(c);
+    list.push_back(c);
+  };
+  add(DType::f32, {.block_size = 16, .top_k = 4});
+  add(DType::bf16, {.block_size = 290, .top_k = 2});
+  add(DType::f32, Routing::full());
+  add(DType::bf16, Routing::full());
   return list;
 }
 
