@@ -56,6 +56,7 @@ void add_flags(FlagTable& table, ModelBenchFlags& flags) {
   table.number("-r,--repetitions", flags.repetitions, {1, 1000}, "Timed runs of each row");
   add_threads_flag(table, flags.session.threads);
   add_dtype_flag(table, flags);
+  add_kv_dtype_flag(table, flags);
   table.choice("-o,--output", flags.format, formats, "Output format; the table is Markdown");
 
   table.group("Attention");
@@ -132,7 +133,7 @@ std::vector<ModelTest> checked_tests(const FlagTable& table, const ModelBenchFla
 class ModelTimer {
  public:
   ModelTimer(const llm::Weights& weights, const ModelBenchFlags& flags)
-      : model_(llm::Model::load(weights, flags.dtype)), flags_(flags) {}
+      : model_(llm::Model::load(weights, flags.arithmetic)), flags_(flags) {}
 
   ModelRow run(const ModelTest& test) {
     prepare(test);
@@ -233,8 +234,8 @@ BenchedModel describe(const FlagTable& table, const ModelBenchFlags& flags, cons
 }
 
 int run(const FlagTable& table, ModelBenchFlags& flags) {
-  complete(table, flags);
   const llm::Weights weights = llm::Weights::open(flags.model);
+  complete(table, weights.config(), flags);
   check(flags.session, weights.config());
   const std::vector<ModelTest> tests = checked_tests(table, flags, weights.config().context);
   const BenchedModel model = describe(table, flags, weights);
