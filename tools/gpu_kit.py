@@ -35,7 +35,7 @@ SCRIPTS = (
     "benchmarks/cuda.py",
     "benchmarks/cuda_kernels.py",
     "tests/python/conftest.py",
-    "tests/python/models.py",
+    "tests/python/random_models.py",
     "tests/python/packed.py",
     "tests/python/test_cuda.py",
 )

@@ -210,12 +210,15 @@ void multiply(const FewRows& x, const StoredTensor& weight, const std::int32_t* 
               std::int64_t last, float* y, std::int64_t y_stride) {
   const auto* base = reinterpret_cast<const Byte*>(weight.bytes.data());
   const std::int64_t row_bytes = weight.row_bytes();
+  const std::int64_t ahead = (kPrefetchBytes + row_bytes - 1) / row_bytes;
+  const auto row_at = [&](std::int64_t i) { return base + (source ? source[i] : i) * row_bytes; };
   const auto each_row = [&](const auto& body) HWY_ATTR {
     for (std::int64_t i = first; i < last; ++i) {
-      const Byte* row = base + (source ? source[i] : i) * row_bytes;
-      for (std::int64_t line = 0; line < row_bytes; line += kCacheLine)
-        hwy::Prefetch(row + kPrefetchBytes + line);
-      body(row, y + i);
+      if (i + ahead < last) {
+        const Byte* next = row_at(i + ahead);
+        for (std::int64_t line = 0; line < row_bytes; line += kCacheLine) hwy::Prefetch(next + line);
+      }
+      body(row_at(i), y + i);
     }
   };
   if (weight.storage == Storage::f32 || weight.storage == Storage::f16 || weight.storage == Storage::bf16) {

@@ -315,12 +315,12 @@ def test_threads_do_not_change_the_answer(moba, smollm2):
     assert ids(1) == ids(2) == ids(2)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f16"])
-def test_sixteen_bits_take_half_the_memory(moba, smollm2, answer, dtype):
+@pytest.mark.parametrize("dtype", ["auto", "f32", "bf16", "f16"])
+def test_weights_take_the_memory_of_their_file(moba, smollm2, dtype):
     # In a chat turn the logits of "The" and "L'" are equal in bf16; here no other token is near.
-    half = generate(moba, smollm2, "--no-chat", "-p", "The capital of France is", dtype=dtype)
-    assert "Paris" in half["text"]
-    assert half["peak_rss_bytes"] < answer["peak_rss_bytes"] - 150_000_000
+    done = generate(moba, smollm2, "--no-chat", "-p", "The capital of France is", dtype=dtype)
+    assert "Paris" in done["text"]
+    assert done["peak_rss_bytes"] < smollm2.stat().st_size + 300 * 2**20
 
 
 def test_ignore_eos_continues(moba, smollm2):

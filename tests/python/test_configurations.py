@@ -10,7 +10,7 @@ import torch
 from moba import MobaCache, MoBAConfig
 from transformers import AutoModelForCausalLM
 
-from models import build, generated, logits, random_ids
+from random_models import build, generated, logits, random_ids
 
 FIRST = MoBAConfig(16, 3, full_layers=(-1,), decode="moba")
 SECOND = MoBAConfig(8, 2, sink_blocks=1, full_tail=4, decode="moba")

@@ -309,7 +309,7 @@ def test_captured_decode_follows_the_cache():
 
 @on_gpu
 def test_decode_steps_of_a_model_match_its_prefill():
-    models = pytest.importorskip("models")
+    models = pytest.importorskip("random_models")
     model = models.build("llama", num_attention_heads=2, num_key_value_heads=1, head_dim=64).to(
         "cuda", torch.bfloat16
     )

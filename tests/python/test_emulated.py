@@ -8,7 +8,7 @@ from builds import BUILD
 from moba import cache, wrapper
 from packed import batch, cached, dense_given
 
-from models import build, random_ids
+from random_models import build, random_ids
 
 ops = moba.ops
 DTYPES = (torch.bfloat16, torch.float16)

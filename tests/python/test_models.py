@@ -8,7 +8,7 @@ import pytest
 import torch
 from moba import MobaCache, MoBAConfig
 
-from models import build, generated, logits, random_ids
+from random_models import build, generated, logits, random_ids
 
 SPARSE = MoBAConfig(8, 3)
 EVERYTHING = MoBAConfig(8, 1000, decode="moba")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from models import build
+from random_models import build
 
 ROOT = Path(__file__).parents[2]
 

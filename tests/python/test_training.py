@@ -3,7 +3,7 @@
 import moba
 import torch
 
-from models import build, random_ids
+from random_models import build, random_ids
 
 STEPS = 200
 
