@@ -83,7 +83,7 @@ struct DeviceFlow {
                        std::int64_t max_added, const Execution& execution);
 };
 
-/// Table of operations of a backend: those of a device, or the six stages and their workspace. The reference,
+/// Table of operations of a backend: those of a device, or the stages and their workspace. The reference,
 /// CPU and CUDA tables are all there are; `choose_backend` selects one.
 struct Backend {
   std::string_view name;
