@@ -8,9 +8,8 @@ import moba
 import pytest
 import torch
 from moba import MobaCache, MoBAConfig
-from transformers import AutoModelForCausalLM
-
 from random_models import build, generated, logits, random_ids
+from transformers import AutoModelForCausalLM
 
 FIRST = MoBAConfig(16, 3, full_layers=(-1,), decode="moba")
 SECOND = MoBAConfig(8, 2, sink_blocks=1, full_tail=4, decode="moba")

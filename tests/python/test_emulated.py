@@ -7,7 +7,6 @@ import torch
 from builds import BUILD
 from moba import cache, wrapper
 from packed import batch, cached, dense_given
-
 from random_models import build, random_ids
 
 ops = moba.ops

@@ -7,7 +7,6 @@ import moba
 import pytest
 import torch
 from moba import MobaCache, MoBAConfig
-
 from random_models import build, generated, logits, random_ids
 
 SPARSE = MoBAConfig(8, 3)

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from random_models import build
 
 ROOT = Path(__file__).parents[2]

@@ -2,7 +2,6 @@
 
 import moba
 import torch
-
 from random_models import build, random_ids
 
 STEPS = 200
