@@ -137,14 +137,11 @@ Finish write_answer(const GenerateSettings& settings, const llm::Tokenizer& toke
 
 /// Chooses the attention where it is left to the program, and says so if that may be worth a flag.
 void choose_attention(GenerateSettings& settings, const llm::ModelConfig& config, std::int64_t prompt) {
-  const std::int64_t answer = settings.predict < 0 ? settings.context : settings.predict;
-  const llm::AttentionChoice choice =
-      llm::choose_attention({.prefill = settings.prefill,
-                             .decode = settings.decode,
-                             .prompt_tokens = prompt,
-                             .total_tokens = std::min(settings.context, prompt + answer),
-                             .moba = settings.session.moba,
-                             .trained = config.moba});
+  const llm::AttentionChoice choice = llm::choose_attention({.prefill = settings.prefill,
+                                                             .decode = settings.decode,
+                                                             .prompt_tokens = prompt,
+                                                             .moba = settings.session.moba,
+                                                             .trained = config.moba});
   settings.session.prefill = choice.prefill;
   settings.session.decode = choice.decode;
   settings.reason = choice.reason;

@@ -62,8 +62,8 @@ void add_flags(FlagTable& flags, GenerateSettings& settings) {
   flags.report("attn_reason", [&settings] { return Json(name_of(settings.reason)); });
   flags.choice(
       "--decode", settings.decode, kDecodeModes,
-      "Attention for decode; auto: moba for long contexts if the model was trained with MoBA, unless "
-      "--attn full, else full");
+      "Attention for decode; auto: full; moba reads less of a long context, but can lose what an answer "
+      "needs");
   flags.report("decode", [&session] { return Json(name_of(session.decode)); });
   add_moba_flags(flags, settings, /*has_tail=*/true);
 }

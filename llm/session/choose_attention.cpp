@@ -12,14 +12,6 @@ AttentionReason reason_for(const AttentionRequest& request) {
   return request.trained ? AttentionReason::trained : AttentionReason::not_trained;
 }
 
-/// An answer depends on every token before it, so decode selects no fewer blocks than the training did.
-bool decodes_with_moba(const AttentionRequest& request) {
-  if (request.prefill == AttentionMode::full || !request.trained) return false;
-  const TrainedAttention& trained = *request.trained;
-  return trained.full_tail == 0 && request.moba.block_size == trained.block_size &&
-         request.moba.top_k >= trained.top_k && request.total_tokens > break_even_length(request.moba);
-}
-
 }  // namespace
 
 std::string_view name_of(AttentionReason reason) {
@@ -48,8 +40,7 @@ AttentionChoice choose_attention(const AttentionRequest& request) {
   const AttentionReason reason = reason_for(request);
   return {.prefill = request.prefill.value_or(reason == AttentionReason::trained ? AttentionMode::moba
                                                                                  : AttentionMode::full),
-          .decode =
-              request.decode.value_or(decodes_with_moba(request) ? AttentionMode::moba : AttentionMode::full),
+          .decode = request.decode.value_or(AttentionMode::full),
           .reason = reason};
 }
 

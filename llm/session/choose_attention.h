@@ -14,8 +14,6 @@ namespace moba::llm {
 struct AttentionRequest {
   std::optional<AttentionMode> prefill, decode;  // unset: to be chosen
   std::int64_t prompt_tokens = 0;
-  /// Maximum tokens of prompt and answer together.
-  std::int64_t total_tokens = 0;
   Routing moba;
   /// Unset for a model that was not trained with MoBA.
   std::optional<TrainedAttention> trained;
@@ -33,9 +31,9 @@ struct AttentionChoice {
 /// Returns the length in tokens up to which MoBA is no faster than full attention.
 std::int64_t break_even_length(const Routing& moba);
 
-/// Chooses MoBA beyond the break-even length for a model that was trained with it, and full attention
-/// otherwise. Decode also uses full attention where prefill is requested to, where the training read the tail
-/// of its sequences with full attention, and where it selected more blocks than `moba`.
+/// Chooses MoBA for a prompt beyond the break-even length of a model that was trained with it, and full
+/// attention otherwise. Decode uses full attention, as the paper does: needle-2m, which was trained with
+/// MoBA, reads its number with MoBA but loses digits when it decodes with it.
 AttentionChoice choose_attention(const AttentionRequest& request);
 
 }  // namespace moba::llm
