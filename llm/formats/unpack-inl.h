@@ -95,12 +95,13 @@ HWY_INLINE Bytes32 nibbles_of_16(const Byte* in) {
 HWY_INLINE Bytes32 fifth_bits(const Byte* in) {
   std::uint32_t bits;
   std::memcpy(&bits, in, sizeof bits);
-  const Bytes32 bytes = reinterpret_cast<Bytes32>(Words32{} + bits);
-  const Bytes32 places = {0,  0,  0,  0,  0,  0,  0,  0,  1,  1,  1,  1,  1,  1,  1,  1,
-                          18, 18, 18, 18, 18, 18, 18, 18, 19, 19, 19, 19, 19, 19, 19, 19};
+  const auto all = reinterpret_cast<Bytes32>(Words32{} + bits);
+  // Within halves of 16 bytes, which is one instruction.
+  const Bytes32 bytes = __builtin_shufflevector(all, all, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 18,
+                                                18, 18, 18, 18, 18, 18, 18, 19, 19, 19, 19, 19, 19, 19, 19);
   const Bytes32 bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128,
                        1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
-  return reinterpret_cast<Bytes32>((__builtin_shuffle(bytes, places) & bit) != 0) & Byte{0x10};
+  return reinterpret_cast<Bytes32>((bytes & bit) != 0) & Byte{0x10};
 }
 
 /// A format's values in groups of 32: value i of a group is scale * (q[i] - kOffset) + minimum. A scale and a

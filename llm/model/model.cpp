@@ -141,7 +141,7 @@ DType Model::dtype() const {
 }
 
 at::Tensor Model::Impl::embed(std::span<const std::int32_t> tokens) const {
-  const at::Tensor x = at::empty({static_cast<std::int64_t>(tokens.size()), config().hidden}, at::kFloat);
+  at::Tensor x = at::empty({static_cast<std::int64_t>(tokens.size()), config().hidden}, at::kFloat);
   float* row = x.mutable_data_ptr<float>();
   for (const std::int32_t token : tokens) {
     if (token < 0 || token >= config().vocab) {
