@@ -59,7 +59,7 @@ def run_bench(options, dtype, tokens):
 
 
 def measure(options):
-    """Return the rows of the report: one for each dtype, phase and mode."""
+    """Return the rows of the table: one for each dtype, phase and mode."""
     samples, tokens = {}, 0
     for number in range(options.rounds):
         for dtype in options.dtype:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from builds import BUILD
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from byte_model import save_byte_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 MOBA = BUILD / "moba"
@@ -36,28 +36,15 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A small random model whose tokens are bytes."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=256,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
-            max_position_embeddings=4096,
-            initializer_range=0.2,
-        )
-    ).save_pretrained(folder)
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    characters = [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    return save_byte_model(
+        tmp_path_factory.mktemp("model"),
+        hidden_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=4096,
+        initializer_range=0.2,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,7 @@ import json
 import os
 
 import pytest
-import torch
-import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from byte_model import save_byte_model
 
 # `make test-long` reads a million tokens.
 TOKENS = int(os.environ.get("MOBA_TEST_TOKENS", 1 << 17))
@@ -16,27 +14,14 @@ LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 16
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A small random model whose tokens are bytes."""
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=256,
-            hidden_size=HEADS * HEAD_DIM,
-            intermediate_size=96,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
-            max_position_embeddings=2 * TOKENS,
-        )
-    ).save_pretrained(folder)
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    characters = [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    return save_byte_model(
+        tmp_path_factory.mktemp("model"),
+        hidden_size=HEADS * HEAD_DIM,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=2 * TOKENS,
+    )
 
 
 def read(moba, model, tokens, folder, *flags):
