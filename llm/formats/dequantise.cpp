@@ -18,25 +18,6 @@ HWY_BEFORE_NAMESPACE();
 namespace moba::llm::HWY_NAMESPACE {
 namespace {
 
-template <class D>
-HWY_INLINE void store(D d, hn::Vec<D> values, float* out) {
-  hn::StoreU(values, d, out);
-}
-
-/// Rounds to nearest, ties to even; a NaN stays one.
-template <class D>
-HWY_INLINE void store(D /*d*/, hn::Vec<D> values, bfloat16* out) {
-  const hn::RebindToUnsigned<D> du;
-  const hn::Rebind<std::uint16_t, D> d16;
-  const auto bits = hn::BitCast(du, values);
-  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1U));
-  const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7FFFU)));
-  const auto quiet = hn::Or(bits, hn::Set(du, 0x400000U));
-  const auto kept = hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(values)), quiet, rounded);
-  hn::StoreU(hn::DemoteTo(d16, hn::BitCast(hn::RebindToSigned<D>(), hn::ShiftRight<16>(kept))), d16,
-             reinterpret_cast<std::uint16_t*>(out));
-}
-
 template <class Format, typename Out>
 void convert_blocks(const Byte* HWY_RESTRICT in, std::int64_t values, Out* HWY_RESTRICT out) {
   for (std::int64_t i = 0; i < values; i += Format::kValues, in += Format::kBytes) {
@@ -45,24 +26,23 @@ void convert_blocks(const Byte* HWY_RESTRICT in, std::int64_t values, Out* HWY_R
   }
 }
 
-/// Converts values that `load(d, i)` returns in vectors of tag `d` from value i on.
-template <typename Load, typename Out>
-void convert_floats(const Load& load, std::int64_t values, Out* HWY_RESTRICT out) {
+template <typename In, typename Out>
+void convert_floats(const In* HWY_RESTRICT in, std::int64_t values, Out* HWY_RESTRICT out) {
   const hn::ScalableTag<float> d;
   const auto lanes = static_cast<std::int64_t>(hn::Lanes(d));
   std::int64_t i = 0;
-  for (; i + lanes <= values; i += lanes) store(d, load(d, i), out + i);
-  for (const hn::CappedTag<float, 1> one; i < values; ++i) store(one, load(one, i), out + i);
+  for (; i + lanes <= values; i += lanes) store(d, load(d, in + i), out + i);
+  for (const hn::CappedTag<float, 1> one; i < values; ++i) store(one, load(one, in + i), out + i);
 }
 
 template <typename Out>
 void convert(Storage storage, const Byte* HWY_RESTRICT in, std::int64_t values, Out* HWY_RESTRICT out) {
   if (storage == Storage::f32) {
-    convert_floats([in](auto d, std::int64_t i) HWY_ATTR { return f32_at(d, in, i); }, values, out);
+    convert_floats(reinterpret_cast<const float*>(in), values, out);
   } else if (storage == Storage::f16) {
-    convert_floats([in](auto d, std::int64_t i) HWY_ATTR { return f16_at(d, in, i); }, values, out);
+    convert_floats(reinterpret_cast<const float16*>(in), values, out);
   } else if (storage == Storage::bf16) {
-    convert_floats([in](auto d, std::int64_t i) HWY_ATTR { return bf16_at(d, in, i); }, values, out);
+    convert_floats(reinterpret_cast<const bfloat16*>(in), values, out);
   } else {
     with_format(storage, [&](auto format) HWY_ATTR { convert_blocks<decltype(format)>(in, values, out); });
   }

@@ -15,45 +15,17 @@
 #include <type_traits>
 #include <utility>
 
+#include "llm/formats/float_vectors-inl.h"
 #include "llm/formats/tensor.h"
-#include "src/number.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::llm::HWY_NAMESPACE {
 namespace {
 
-namespace hn = hwy::HWY_NAMESPACE;
-
 using Byte = std::uint8_t;
 
-/// Values from number `i` on of an array of floats in the file, which may be unaligned.
-template <class D>
-HWY_INLINE hn::Vec<D> f32_at(D d, const Byte* in, std::int64_t i) {
-  return hn::LoadU(d, reinterpret_cast<const float*>(in) + i);
-}
-
-template <class D>
-HWY_INLINE hn::Vec<D> bf16_at(D d, const Byte* in, std::int64_t i) {
-  const hn::RebindToUnsigned<D> du;
-  const hn::Rebind<std::uint16_t, D> d16;
-  const auto bits = hn::LoadU(d16, reinterpret_cast<const std::uint16_t*>(in) + i);
-  return hn::BitCast(d, hn::ShiftLeft<16>(hn::PromoteTo(du, bits)));
-}
-
-template <class D>
-HWY_INLINE hn::Vec<D> f16_at(D d, const Byte* in, std::int64_t i) {
-#if HWY_TARGET == HWY_SCALAR
-  std::uint16_t bits;
-  std::memcpy(&bits, in + 2 * i, sizeof bits);
-  return hn::Set(d, float_of(float16{bits}));
-#else
-  const hn::Rebind<hwy::float16_t, D> d16;
-  return hn::PromoteTo(d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(in) + i));
-#endif
-}
-
 HWY_INLINE float half_at(const Byte* in) {
-  return hn::GetLane(f16_at(hn::CappedTag<float, 1>(), in, 0));
+  return hn::GetLane(load(hn::CappedTag<float, 1>(), reinterpret_cast<const float16*>(in)));
 }
 
 /// 32 integers of 8 bits, in the vectors that the instruction set has.

@@ -5,7 +5,6 @@
 #include "llm/formats/instruction_set.h"
 #include "llm/model/rows.h"
 #include "moba/tensor.h"
-#include "src/number.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "llm/model/elementwise.cpp"
@@ -14,66 +13,11 @@
 #include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
+#include "llm/formats/float_vectors-inl.h"
+
 HWY_BEFORE_NAMESPACE();
 namespace moba::llm::HWY_NAMESPACE {
 namespace {
-
-namespace hn = hwy::HWY_NAMESPACE;
-
-template <class D>
-HWY_INLINE hn::Vec<D> load(D d, const float* in) {
-  return hn::LoadU(d, in);
-}
-
-template <class D>
-HWY_INLINE hn::Vec<D> load(D d, const bfloat16* in) {
-  const hn::RebindToUnsigned<D> du;
-  const hn::Rebind<std::uint16_t, D> d16;
-  const auto bits = hn::PromoteTo(du, hn::LoadU(d16, reinterpret_cast<const std::uint16_t*>(in)));
-  return hn::BitCast(d, hn::ShiftLeft<16>(bits));
-}
-
-// Without conversion instructions Highway 1.0 cuts f16 off instead of rounding it.
-template <class D>
-HWY_INLINE hn::Vec<D> load(D d, const float16* in) {
-#if HWY_TARGET == HWY_SCALAR
-  return hn::Set(d, float_of(*in));
-#else
-  return hn::PromoteTo(
-      d, hn::LoadU(hn::Rebind<hwy::float16_t, D>(), reinterpret_cast<const hwy::float16_t*>(in)));
-#endif
-}
-
-template <class D>
-HWY_INLINE void store(D d, hn::Vec<D> values, float* out) {
-  hn::StoreU(values, d, out);
-}
-
-template <class D>
-HWY_INLINE void store(D /*d*/, hn::Vec<D> values, bfloat16* out) {
-  const hn::RebindToUnsigned<D> du;
-  const hn::RebindToSigned<D> di;
-  const hn::Rebind<std::uint16_t, D> d16;
-  const auto bits = hn::BitCast(du, values);
-  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1U));
-  const auto rounded = hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7FFFU)));
-  const auto kept =
-      hn::IfThenElse(hn::RebindMask(du, hn::IsNaN(values)), hn::Or(bits, hn::Set(du, 0x400000U)), rounded);
-  hn::StoreU(hn::DemoteTo(d16, hn::BitCast(di, hn::ShiftRight<16>(kept))), d16,
-             reinterpret_cast<std::uint16_t*>(out));
-}
-
-template <class D>
-HWY_INLINE void store(D d, hn::Vec<D> values, float16* out) {
-#if HWY_TARGET == HWY_SCALAR
-  *out = to_float16(hn::GetLane(values));
-  (void)d;
-#else
-  const hn::Rebind<hwy::float16_t, D> d16;
-  hn::StoreU(hn::DemoteTo(d16, values), d16, reinterpret_cast<hwy::float16_t*>(out));
-  (void)d;
-#endif
-}
 
 /// Calls `body(d, i)` for vectors of tag `d` that cover [0, width).
 template <typename Body>

@@ -166,9 +166,9 @@ float int8_dot(const Byte* HWY_RESTRICT in, const float* HWY_RESTRICT w_scale,
 #endif
 }
 
-/// x . w, where `load(d, i)` returns a vector of the weights' row from element i on.
-template <typename Load>
-HWY_INLINE float f32_dot(const float* HWY_RESTRICT x, std::int64_t columns, const Load& load) {
+/// x . w
+template <typename T>
+float f32_dot(const float* HWY_RESTRICT x, std::int64_t columns, const T* HWY_RESTRICT w) {
   const F32 d;
   Vec sum[4] = {hn::Zero(d), hn::Zero(d), hn::Zero(d), hn::Zero(d)};
   std::int64_t i = 0;
@@ -176,21 +176,19 @@ HWY_INLINE float f32_dot(const float* HWY_RESTRICT x, std::int64_t columns, cons
 #pragma GCC unroll 4
     for (int part = 0; part < 4; ++part) {
       const std::int64_t at = i + part * kLanes;
-      sum[part] = hn::MulAdd(hn::LoadU(d, x + at), load(d, at), sum[part]);
+      sum[part] = hn::MulAdd(load(d, x + at), load(d, w + at), sum[part]);
     }
   }
-  for (; i + kLanes <= columns; i += kLanes) sum[0] = hn::MulAdd(hn::LoadU(d, x + i), load(d, i), sum[0]);
+  for (; i + kLanes <= columns; i += kLanes) sum[0] = hn::MulAdd(load(d, x + i), load(d, w + i), sum[0]);
   float rest = 0;
-  for (const hn::CappedTag<float, 1> one; i < columns; ++i) rest += x[i] * hn::GetLane(load(one, i));
+  for (const hn::CappedTag<float, 1> one; i < columns; ++i) rest += x[i] * hn::GetLane(load(one, w + i));
   return rest + hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(sum[0], sum[1]), hn::Add(sum[2], sum[3]))));
 }
 
 float stored_dot(const float* x, std::int64_t columns, Storage storage, const Byte* w) {
-  if (storage == Storage::f32)
-    return f32_dot(x, columns, [w](auto d, std::int64_t i) HWY_ATTR { return f32_at(d, w, i); });
-  if (storage == Storage::f16)
-    return f32_dot(x, columns, [w](auto d, std::int64_t i) HWY_ATTR { return f16_at(d, w, i); });
-  return f32_dot(x, columns, [w](auto d, std::int64_t i) HWY_ATTR { return bf16_at(d, w, i); });
+  if (storage == Storage::f32) return f32_dot(x, columns, reinterpret_cast<const float*>(w));
+  if (storage == Storage::f16) return f32_dot(x, columns, reinterpret_cast<const float16*>(w));
+  return f32_dot(x, columns, reinterpret_cast<const bfloat16*>(w));
 }
 
 /// The scales of a row of weights, or its values.
@@ -246,9 +244,8 @@ void multiply(const FewRows& x, const StoredTensor& weight, const std::int32_t* 
         float* to = scratch.values.data() + i;
         each_value<Format>(row, [to](int j, auto d, auto v) HWY_ATTR { hn::StoreU(v, d, to + j); });
       }
-      const auto* values = reinterpret_cast<const Byte*>(scratch.values.data());
       for (std::int64_t r = 0; r < x.rows; ++r) {
-        out[r * y_stride] = stored_dot(x.values + r * x.stride, x.columns, Storage::f32, values);
+        out[r * y_stride] = f32_dot(x.values + r * x.stride, x.columns, scratch.values.data());
       }
     });
   });

@@ -2,12 +2,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
-#include <utility>
 
 #include "llm/formats/dequantise.h"
 #include "llm/model/few_rows.h"
