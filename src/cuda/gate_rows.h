@@ -1,6 +1,10 @@
 #pragma once
 
+#include <algorithm>
+#include <limits>
+
 #include "cuda/gate.h"
+#include "cuda/tile/top8.h"
 #include "cuda/tile/topk.h"
 
 /// Rows of the gate in the sm80 and sm90 kernels: their candidates, their running top-k and their results.
@@ -11,7 +15,8 @@ struct GateParams {
   View<const T> q;
   const T* means;  // [heads, max_blocks, D]
   Batch batch;
-  std::int64_t block_size, max_blocks, max_tiles;
+  std::uint32_t block_size;
+  std::int64_t max_blocks, max_tiles;
   std::int64_t heads_per_kv, head0;
   std::int32_t token0, token1;
   std::int32_t width, sinks;
@@ -30,10 +35,35 @@ struct GateParams {
   }
 };
 
+/// A row of a tile: its query within the sequence and its query head among those of the kv head.
+struct TileRow {
+  std::int32_t query = 0, member = 0;
+};
+
+template <typename T>
+MOBA_DEVICE TileRow row_at(const GateParams<T>& p, const Tile& tile, int row) {
+  const std::int64_t index = tile.from + row;
+  if (p.heads_per_kv == 1) return {static_cast<std::int32_t>(index), 0};
+  if (index >> 32 == 0) {  // where a division costs a fifth
+    const auto divisor = static_cast<std::uint32_t>(p.heads_per_kv), low = static_cast<std::uint32_t>(index);
+    return {static_cast<std::int32_t>(low / divisor), static_cast<std::int32_t>(low % divisor)};
+  }
+  return {static_cast<std::int32_t>(index / p.heads_per_kv),
+          static_cast<std::int32_t>(index % p.heads_per_kv)};
+}
+
 template <typename T>
 MOBA_DEVICE std::int32_t own_block_of(const GateParams<T>& p, const Tile& tile, int row) {
-  const std::int32_t position = tile.position_of(row, p.heads_per_kv);
-  return position < 0 ? -1 : static_cast<std::int32_t>(position / p.block_size);
+  const std::int32_t position = row_at(p, tile, row).query + tile.before;
+  return position < 0 ? -1 : static_cast<std::int32_t>(static_cast<std::uint32_t>(position) / p.block_size);
+}
+
+/// Returns where the selection of a row goes.
+template <typename T>
+MOBA_DEVICE std::int32_t* selection_of(const GateParams<T>& p, const Tile& tile, std::int64_t head, int row) {
+  const TileRow at = row_at(p, tile, row);
+  return p.selection.of((p.head0 + head) * p.heads_per_kv + at.member,
+                        p.batch.q_starts[tile.sequence] + at.query);
 }
 
 /// Returns the candidates of a row, of which the first are behind the sinks.
@@ -41,7 +71,9 @@ template <typename T>
 MOBA_DEVICE tile::Candidates candidates_of(const GateParams<T>& p, const Tile& tile, int row) {
   const std::int32_t own = own_block_of(p, tile, row);
   if (p.causal) return {p.sinks, own < 0 ? 0 : own, -1};
-  return {p.sinks, static_cast<std::int32_t>(divide_up(tile.keys, p.block_size)), p.own_block ? own : -1};
+  const auto keys = static_cast<std::uint32_t>(tile.keys);
+  return {p.sinks, static_cast<std::int32_t>(keys / p.block_size + (keys % p.block_size != 0 ? 1 : 0)),
+          p.own_block ? own : -1};
 }
 
 /// Fills the heap of a row with its forced blocks, sinks and own, above empty entries; that of a missing row
@@ -80,6 +112,7 @@ MOBA_DEVICE void write_row(const tile::Heap<heap_stride>& heap, std::int32_t own
 /// of row r.
 template <typename T, typename TopK>
 struct WarpRows {
+  using Memory = typename TopK::Memory;
   /// Blocks of a group, whose scores are pushed at a time.
   static constexpr int kGroup = 4 * TopK::kColumns;
 
@@ -93,7 +126,7 @@ struct WarpRows {
 
   /// `heaps` holds the heaps of the tile.
   MOBA_DEVICE WarpRows(const GateParams<T>& params, const Tile& of, std::int64_t kv_head, int row,
-                       typename TopK::Memory& memory, tile::Key* heaps)
+                       Memory& memory, tile::Key* heaps)
       : p(params),
         tile(of),
         head(kv_head),
@@ -112,9 +145,21 @@ struct WarpRows {
   /// Returns the end of the blocks that any row may select.
   MOBA_DEVICE std::int32_t end() const { return warp_row < tile.count ? last_candidates.last : 0; }
 
+  /// Pushes the scores against the means of blocks [first, first + 8 tiles).
+  template <int tiles>
+  MOBA_DEVICE void push(const float (&scores)[tiles][4], std::int32_t first) {
+    MOBA_UNROLL
+    for (int group = 0; group < 8 * tiles / kGroup; ++group) {
+      float of_group[1][4][4];
+      MOBA_UNROLL
+      for (int i = 0; i < 16; ++i) of_group[0][i / 4][i % 4] = scores[4 * group + i / 4][i % 4];
+      if (first + group * kGroup < end()) push(of_group, first + group * kGroup);
+    }
+  }
+
   /// Pushes the scores against the means of blocks [first, first + kGroup).
-  template <int row_tiles, int column_tiles>
-  MOBA_DEVICE void push(const float (&scores)[row_tiles][column_tiles][4], std::int32_t first) {
+  template <int row_tiles>
+  MOBA_DEVICE void push(const float (&scores)[row_tiles][4][4], std::int32_t first) {
     const std::int32_t group_end = first + kGroup;
     const bool is_masked = first < p.sinks || group_end > first_candidates.last ||
                            (p.own_block && group_end > first_candidates.own && first <= last_candidates.own);
@@ -125,11 +170,8 @@ struct WarpRows {
   MOBA_DEVICE void finish() {
     topk.merge();
     if (!has_row()) return;
-    const std::int64_t row = tile.first_row + lane_row();
     write_row(topk.heap, p.causal ? own_block_of(p, tile, lane_row()) : -1,
-              p.selection.of((p.head0 + head) * p.heads_per_kv + row % p.heads_per_kv,
-                             p.token0 + row / p.heads_per_kv),
-              p.selection.stride);
+              selection_of(p, tile, head, lane_row()), p.selection.stride);
   }
 
  private:
@@ -148,6 +190,145 @@ struct WarpRows {
   }
 };
 
+/// The same for rows that select at most tile::kTop blocks.
+template <typename T>
+struct Top8Rows {
+  using TopK = tile::Top8;
+  using Memory = TopK::Memory;
+
+  const GateParams<T>& p;
+  const Tile& tile;
+  std::int64_t head;
+  int warp_row;
+  TopK topk;
+  tile::Candidates candidates[TopK::kUnits];  // of this lane's rows
+  std::int32_t common_end = 0, all_end = 0;   // of the candidates of every row, and of any
+
+  MOBA_DEVICE Top8Rows(const GateParams<T>& params, const Tile& of, std::int64_t kv_head, int row,
+                       Memory& memory, tile::Key* /*heaps*/)
+      : p(params), tile(of), head(kv_head), warp_row(row), topk{memory} {
+    MOBA_UNROLL
+    for (int unit = 0; unit < TopK::kUnits; ++unit) {
+      candidates[unit] = has_row(unit) ? candidates_of(p, tile, row_of(unit)) : tile::Candidates{};
+      topk.begin(unit, has_row(unit) ? p.width - forced(candidates[unit]) : 0);
+    }
+    if (warp_row >= tile.count) return;
+    common_end = ptx::shfl(candidates[0].last, 0);
+    const int rows = TopK::kRows, last = std::min(rows, tile.count - warp_row) - 1;
+    all_end = ptx::shfl(last < 8 ? candidates[0].last : candidates[1].last, last % 8 * 4);
+  }
+
+  MOBA_DEVICE std::int32_t end() const { return all_end; }
+
+  /// Pushes the scores against the means of blocks [first, first + 8 tiles).
+  template <int tiles>
+  MOBA_DEVICE void push(float (&scores)[tiles][4], std::int32_t first) {
+    const bool is_whole = first >= p.sinks && first + 8 * tiles <= common_end && !p.own_block;
+    if (!is_whole) {
+      TopK::for_scores<tiles>([&](int unit, int column) {
+        float& score = scores[column / 2][2 * unit + column % 2];
+        if (!candidates[unit].has(TopK::block_at(first, column))) score = -ptx::infinity();
+      });
+    }
+    if (first == 0) {
+      float maxima[TopK::kUnits][2] = {{-ptx::infinity(), -ptx::infinity()},
+                                       {-ptx::infinity(), -ptx::infinity()}};
+      TopK::for_scores<tiles>([&](int unit, int column) {
+        float& max = maxima[unit][column / tiles];
+        max = tile::larger(max, scores[column / 2][2 * unit + column % 2]);
+      });
+      MOBA_UNROLL
+      for (int unit = 0; unit < TopK::kUnits; ++unit) topk.raise(unit, maxima[unit][0], maxima[unit][1]);
+    }
+    topk.push(scores, first, all_end);
+  }
+
+  /// Writes the selection of the rows.
+  MOBA_DEVICE void finish() {
+    topk.drop_low();
+    bool is_short = false;
+    MOBA_UNROLL
+    for (int unit = 0; unit < TopK::kUnits; ++unit) is_short |= missing(unit) > 0;
+    if (ptx::ballot(is_short) != 0) add_unordered();
+    MOBA_UNROLL
+    for (int unit = 0; unit < TopK::kUnits; ++unit) {
+      if (ptx::lane() % 4 == 0) add_forced(unit);
+      write(unit);
+    }
+  }
+
+ private:
+  MOBA_DEVICE int row_of(int unit) const { return warp_row + TopK::row_of(unit); }
+  MOBA_DEVICE bool has_row(int unit) const { return row_of(unit) < tile.count; }
+
+  MOBA_DEVICE static std::int32_t sinks_of(const tile::Candidates& of) { return std::min(of.first, of.last); }
+  MOBA_DEVICE static bool forces_own(const tile::Candidates& of) { return of.own >= sinks_of(of); }
+  MOBA_DEVICE static std::int32_t forced(const tile::Candidates& of) {
+    return sinks_of(of) + (forces_own(of) ? 1 : 0);
+  }
+
+  /// Number of blocks that a row must still select: its scores of -inf and NaN are in no buffer.
+  MOBA_DEVICE int missing(int unit) {
+    const tile::Candidates& of = candidates[unit];
+    const std::int32_t all = of.last - forced(of);
+    return std::min(topk.k[unit], all) - tile::sum_of_quad(topk.counts[unit]);
+  }
+
+  /// Adds the latest of the blocks whose scores are -inf or NaN to rows that have no better ones.
+  MOBA_DEVICE void add_unordered() {
+    MOBA_UNROLL
+    for (int unit = 0; unit < TopK::kUnits; ++unit) {
+      int counts[4], left = missing(unit);
+      MOBA_UNROLL
+      for (int i = 0; i < 4; ++i) counts[i] = ptx::shfl(topk.counts[unit], ptx::lane() / 4 * 4 + i);
+      ptx::syncwarp();
+      if (ptx::lane() % 4 == 0) {
+        for (std::int32_t block = candidates[unit].last - 1; left > 0; --block) {
+          bool is_new = candidates[unit].has(block);
+          for (int lane = 0; lane < 4; ++lane) {
+            for (int i = 0; i < counts[lane]; ++i)
+              is_new &= topk.memory.buffer[unit][i][ptx::lane() + lane].block != block;
+          }
+          if (!is_new) continue;
+          topk.entry(unit, topk.counts[unit]++) = {-ptx::infinity(), block};
+          --left;
+        }
+      }
+      ptx::syncwarp();
+    }
+  }
+
+  MOBA_DEVICE void add_forced(int unit) {
+    const tile::Candidates& of = candidates[unit];
+    for (std::int32_t block = 0; block < sinks_of(of); ++block)
+      topk.entry(unit, topk.counts[unit]++) = {0, block};
+    if (forces_own(of)) topk.entry(unit, topk.counts[unit]++) = {0, of.own};
+  }
+
+  /// Writes the blocks of a row in ascending order, then its own if causal.
+  MOBA_DEVICE void write(int unit) {
+    // Sorted largest first: complements of the blocks, and 0 for none.
+    std::uint32_t blocks[tile::kTop];
+    MOBA_UNROLL
+    for (int i = 0; i < tile::kTop; ++i)
+      blocks[i] = i < topk.counts[unit] ? ~static_cast<std::uint32_t>(topk.entry(unit, i).block) : 0;
+    const int count = tile::sum_of_quad(topk.counts[unit]);
+    tile::sort(blocks);
+    tile::merge_quad(blocks);
+    if (!has_row(unit)) return;
+    const std::int32_t own = p.causal ? own_block_of(p, tile, row_of(unit)) : -1;
+    std::int32_t* to = selection_of(p, tile, head, row_of(unit));
+    const auto block_at = [&](int i, std::uint32_t complement) {
+      return i < count ? static_cast<std::int32_t>(~complement) : i == count ? own : -1;
+    };
+    MOBA_UNROLL
+    for (int i = 0; i < tile::kTop; ++i) {
+      if (i % 4 == ptx::lane() % 4 && i < p.selection.stride) to[i] = block_at(i, blocks[i]);
+    }
+    for (int i = tile::kTop + ptx::lane() % 4; i < p.selection.stride; i += 4) to[i] = block_at(i, 0);
+  }
+};
+
 /// Returns whether the heaps fit into shared memory beside the tiles.
 inline bool heaps_are_shared(const DeviceCall& call) {
   return call.head_dim <= 128 && call.width() <= 16;
@@ -163,7 +344,8 @@ GateParams<T> gate_params(const DeviceCall& call, const WorkSlice& slice, const 
   return {.q = view_of<const T>(call.q),
           .means = static_cast<const T*>(means),
           .batch = batch,
-          .block_size = call.routing.block_size,
+          .block_size = static_cast<std::uint32_t>(
+              std::min<std::int64_t>(call.routing.block_size, std::numeric_limits<std::int32_t>::max())),
           .max_blocks = call.max_blocks(),
           .max_tiles = call.max_tiles(slice),
           .heads_per_kv = call.heads_per_kv,

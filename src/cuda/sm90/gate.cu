@@ -32,31 +32,33 @@ struct Params {
   }
 };
 
-template <typename T, int head_dim>
+template <typename T>
+using ManyRows = WarpRows<T, tile::TopK<1, 4>>;
+
+template <typename T, int head_dim, typename Rows>
 struct Shared {
   static constexpr int kStages = head_dim > 64 ? 3 : 4;  // tiles of means
-  using Rows = tile::SwizzledTile128B<T, kTileRows, head_dim>;
+  using Queries = tile::SwizzledTile128B<T, kTileRows, head_dim>;
   using Means = tile::SwizzledTile128B<T, kMeans, head_dim>;
-  using TopK = tile::TopK<1, 4>;
 
   struct Control {
-    typename TopK::Memory topk[kConsumerWarps];
+    typename Rows::Memory topk[kConsumerWarps];
     std::int64_t q_offsets[2][kTileRows];
     StageBarriers q[2], means[kStages];
   };
-  static constexpr std::size_t kBytes = 2 * Rows::kBytes + kStages * Means::kBytes + sizeof(Control);
+  static constexpr std::size_t kBytes = 2 * Queries::kBytes + kStages * Means::kBytes + sizeof(Control);
 
   std::byte* memory;
 
-  MOBA_DEVICE Rows q(int buffer) const { return {memory + buffer * Rows::kBytes}; }
-  MOBA_DEVICE Means means(int stage) const { return {memory + 2 * Rows::kBytes + stage * Means::kBytes}; }
+  MOBA_DEVICE Queries q(int buffer) const { return {memory + buffer * Queries::kBytes}; }
+  MOBA_DEVICE Means means(int stage) const { return {memory + 2 * Queries::kBytes + stage * Means::kBytes}; }
   MOBA_DEVICE Control& control() const { return *reinterpret_cast<Control*>(means(kStages).data); }
   MOBA_DEVICE tile::Key* heaps() const { return reinterpret_cast<tile::Key*>(&control() + 1); }
 };
 
 /// Producer of the queries. Called by kGatherThreads threads, numbered by `thread`.
-template <typename T, int head_dim>
-MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int32_t tiles,
+template <typename T, int head_dim, typename Rows>
+MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim, Rows>& shared, std::int32_t tiles,
                         int thread) {
   PipelineState<2> buffer;
   p.for_own_rows(tiles, [&](const Tile& tile, std::int32_t, std::int64_t head) {
@@ -73,10 +75,10 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
 }
 
 /// Producer of the means. Called by one thread.
-template <typename T, int head_dim>
-MOBA_DEVICE void load_means(const Params<T>& p, const Shared<T, head_dim>& shared, std::int32_t tiles) {
-  using Means = typename Shared<T, head_dim>::Means;
-  PipelineState<Shared<T, head_dim>::kStages> stage;
+template <typename T, int head_dim, typename Rows>
+MOBA_DEVICE void load_means(const Params<T>& p, const Shared<T, head_dim, Rows>& shared, std::int32_t tiles) {
+  using Means = typename Shared<T, head_dim, Rows>::Means;
+  PipelineState<Shared<T, head_dim, Rows>::kStages> stage;
   p.for_own_rows(tiles, [&](const Tile& tile, std::int32_t, std::int64_t head) {
     const std::int32_t end = candidates_of(p.gate, tile, tile.count - 1).last;
     for (std::int32_t first = 0; first < end; first += kMeans, stage.advance()) {
@@ -90,11 +92,10 @@ MOBA_DEVICE void load_means(const Params<T>& p, const Shared<T, head_dim>& share
 }
 
 /// Main loop of the consumer warpgroups.
-template <typename T, int head_dim>
-MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim>& shared, std::int32_t tiles,
+template <typename T, int head_dim, typename Rows>
+MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim, Rows>& shared, std::int32_t tiles,
                         int warpgroup) {
-  using S = Shared<T, head_dim>;
-  using TopK = typename S::TopK;
+  using S = Shared<T, head_dim, Rows>;
   typename S::Control& control = shared.control();
   const int first_row = warpgroup * kWarpgroupRows;
   const int warp = warpgroup * 4 + ptx::warp() % 4;
@@ -105,7 +106,7 @@ MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim>& shared, s
     const std::int32_t end = warp_uniform(candidates_of(p.gate, tile, tile.count - 1).last);
     const bool has_rows = warp_uniform(first_row < tile.count ? 1 : 0) != 0;
     tile::Key* const heaps = p.gate.heaps_of(head, index, shared.heaps());
-    WarpRows<T, TopK> rows(p.gate, tile, head, warp * TopK::kRows, control.topk[warp], heaps);
+    Rows rows(p.gate, tile, head, 16 * warp, control.topk[warp], heaps);
     ptx::mbarrier_wait(&control.q[buffer.index].full, buffer.phase);
     for (std::int32_t first = 0; first < end; first += kMeans, stage.advance()) {
       float scores[kMeans / 8][4];
@@ -121,15 +122,7 @@ MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim>& shared, s
       }
       consumer_release(control.means[stage.index].empty);
       if (!has_rows) continue;
-      MOBA_UNROLL
-      for (int group = 0; group < kMeans / rows.kGroup; ++group) {
-        constexpr int kTiles = WarpRows<T, TopK>::kGroup / 8;
-        float group_scores[1][kTiles][4];
-        MOBA_UNROLL
-        for (int i = 0; i < kTiles * 4; ++i)
-          group_scores[0][i / 4][i % 4] = scores[group * kTiles + i / 4][i % 4];
-        if (first + group * rows.kGroup < rows.end()) rows.push(group_scores, first + group * rows.kGroup);
-      }
+      if (first < rows.end()) rows.push(scores, first);
     }
     consumer_release(control.q[buffer.index].empty);
     buffer.advance();
@@ -139,11 +132,11 @@ MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim>& shared, s
   if (warpgroup == 0) pingpong_wait(warpgroup);  // matches the last arrive of warpgroup 1
 }
 
-template <typename T, int head_dim>
+template <typename T, int head_dim, typename Rows>
 MOBA_KERNEL(kThreads, 1)
 gate_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
-    const Shared<T, head_dim> shared{ptx::shared()};
+    const Shared<T, head_dim, Rows> shared{ptx::shared()};
     const std::int32_t tiles = warp_uniform(p.gate.batch.tile_starts[p.gate.batch.sequences]);
     specialise_warpgroups<kProducerRegisters, kConsumerRegisters>(
         [&] {
@@ -154,6 +147,15 @@ gate_kernel(MOBA_GRID_CONSTANT Params<T> p) {
         [&] { load_means(p, shared, tiles); }, [&](int thread) { load_q(p, shared, tiles, thread); },
         [&](int warpgroup) { select(p, shared, tiles, warpgroup); });
   }
+}
+
+template <typename T, int head_dim, typename Rows>
+void launch(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Params<T>& params,
+            std::size_t heap_bytes) {
+  const std::int64_t blocks =
+      std::min<std::int64_t>(current_hardware().multiprocessors, call.max_tiles(slice) * slice.heads());
+  stream.launch("gate_sm90", gate_kernel<T, head_dim, Rows>, {blocks}, kThreads,
+                Shared<T, head_dim, Rows>::kBytes + heap_bytes, params);
 }
 
 }  // namespace sm90::gating
@@ -177,10 +179,12 @@ void gate_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice, c
           .means = tensor_map(rows, sm90::gating::kMeans),
           .gate = gate_params<T>(call, slice, batch, means, heaps, selection),
           .heads = slice.heads()};
-      const std::int64_t blocks = current_hardware().multiprocessors;
-      stream.launch("gate_sm90", sm90::gating::gate_kernel<T, head_dim>,
-                    {std::min(blocks, call.max_tiles(slice) * slice.heads())}, sm90::kThreads,
-                    sm90::gating::Shared<T, head_dim>::kBytes + shared_heap_bytes(call), params);
+      if (call.width() <= tile::kTop) {
+        sm90::gating::launch<T, head_dim, Top8Rows<T>>(stream, call, slice, params, 0);
+      } else {
+        sm90::gating::launch<T, head_dim, sm90::gating::ManyRows<T>>(stream, call, slice, params,
+                                                                     shared_heap_bytes(call));
+      }
     }
   });
 }
