@@ -190,32 +190,45 @@ struct WarpRows {
   }
 };
 
-/// The same for rows that select at most tile::kTop blocks.
+/// What selecting for a row takes: the end of its candidates, its own block, -1 if it is not selected, and
+/// where its selection goes; null for a missing row.
+struct GateRow {
+  std::int32_t end = 0, own = -1;
+  std::int32_t* to = nullptr;
+};
+
+template <typename T>
+MOBA_DEVICE GateRow gate_row(const GateParams<T>& p, const Tile& tile, std::int64_t head, int row) {
+  if (row >= tile.count) return {};
+  const std::int32_t own = own_block_of(p, tile, row);
+  std::int32_t* const to = selection_of(p, tile, head, row);
+  if (p.causal) return {own < 0 ? 0 : own, own, to};
+  return {candidates_of(p, tile, row).last, p.own_block ? own : -1, to};
+}
+
+/// The rows of a warp, of which each selects at most tile::kTop blocks by score or as sinks.
 template <typename T>
 struct Top8Rows {
   using TopK = tile::Top8;
-  using Memory = TopK::Memory;
 
   const GateParams<T>& p;
-  const Tile& tile;
-  std::int64_t head;
-  int warp_row;
+  const GateRow* rows;
   TopK topk;
   tile::Candidates candidates[TopK::kUnits];  // of this lane's rows
   std::int32_t common_end = 0, all_end = 0;   // of the candidates of every row, and of any
 
-  MOBA_DEVICE Top8Rows(const GateParams<T>& params, const Tile& of, std::int64_t kv_head, int row,
-                       Memory& memory, tile::Key* /*heaps*/)
-      : p(params), tile(of), head(kv_head), warp_row(row), topk{memory} {
+  /// The first `count` of 16 rows exist.
+  MOBA_DEVICE Top8Rows(const GateParams<T>& params, const GateRow* of, int count, TopK::Memory& memory)
+      : p(params), rows(of), topk{memory} {
     MOBA_UNROLL
     for (int unit = 0; unit < TopK::kUnits; ++unit) {
-      candidates[unit] = has_row(unit) ? candidates_of(p, tile, row_of(unit)) : tile::Candidates{};
-      topk.begin(unit, has_row(unit) ? p.width - forced(candidates[unit]) : 0);
+      const GateRow row = rows[TopK::row_of(unit)];
+      candidates[unit] = {p.sinks, row.end, p.causal ? -1 : row.own};
+      topk.begin(unit, row.to == nullptr ? 0 : p.width - forced(candidates[unit]));
     }
-    if (warp_row >= tile.count) return;
-    common_end = ptx::shfl(candidates[0].last, 0);
-    const int rows = TopK::kRows, last = std::min(rows, tile.count - warp_row) - 1;
-    all_end = ptx::shfl(last < 8 ? candidates[0].last : candidates[1].last, last % 8 * 4);
+    if (count <= 0) return;
+    common_end = rows[0].end;
+    all_end = rows[(count < TopK::kRows ? count : TopK::kRows) - 1].end;
   }
 
   MOBA_DEVICE std::int32_t end() const { return all_end; }
@@ -246,86 +259,65 @@ struct Top8Rows {
   /// Writes the selection of the rows.
   MOBA_DEVICE void finish() {
     topk.drop_low();
-    bool is_short = false;
-    MOBA_UNROLL
-    for (int unit = 0; unit < TopK::kUnits; ++unit) is_short |= missing(unit) > 0;
-    if (ptx::ballot(is_short) != 0) add_unordered();
     MOBA_UNROLL
     for (int unit = 0; unit < TopK::kUnits; ++unit) {
-      if (ptx::lane() % 4 == 0) add_forced(unit);
-      write(unit);
+      if (ptx::lane() % 4 == 0) {
+        add_unordered(unit, topk.counts[unit]);
+        add_forced(unit, topk.counts[unit]);
+      }
+      topk.counts[unit] = ptx::shfl(topk.counts[unit], ptx::lane() & ~3);
     }
+    ptx::syncwarp();
+    MOBA_UNROLL
+    for (int unit = 0; unit < TopK::kUnits; ++unit) write(unit);
   }
 
  private:
-  MOBA_DEVICE int row_of(int unit) const { return warp_row + TopK::row_of(unit); }
-  MOBA_DEVICE bool has_row(int unit) const { return row_of(unit) < tile.count; }
-
   MOBA_DEVICE static std::int32_t sinks_of(const tile::Candidates& of) { return std::min(of.first, of.last); }
   MOBA_DEVICE static bool forces_own(const tile::Candidates& of) { return of.own >= sinks_of(of); }
   MOBA_DEVICE static std::int32_t forced(const tile::Candidates& of) {
     return sinks_of(of) + (forces_own(of) ? 1 : 0);
   }
 
-  /// Number of blocks that a row must still select: its scores of -inf and NaN are in no buffer.
-  MOBA_DEVICE int missing(int unit) {
+  /// Adds the latest of the blocks whose scores are -inf or NaN, which are never appended, to a row that has
+  /// too few others.
+  MOBA_DEVICE void add_unordered(int unit, int& count) {
     const tile::Candidates& of = candidates[unit];
-    const std::int32_t all = of.last - forced(of);
-    return std::min(topk.k[unit], all) - tile::sum_of_quad(topk.counts[unit]);
-  }
-
-  /// Adds the latest of the blocks whose scores are -inf or NaN to rows that have no better ones.
-  MOBA_DEVICE void add_unordered() {
-    MOBA_UNROLL
-    for (int unit = 0; unit < TopK::kUnits; ++unit) {
-      int counts[4], left = missing(unit);
-      MOBA_UNROLL
-      for (int i = 0; i < 4; ++i) counts[i] = ptx::shfl(topk.counts[unit], ptx::lane() / 4 * 4 + i);
-      ptx::syncwarp();
-      if (ptx::lane() % 4 == 0) {
-        for (std::int32_t block = candidates[unit].last - 1; left > 0; --block) {
-          bool is_new = candidates[unit].has(block);
-          for (int lane = 0; lane < 4; ++lane) {
-            for (int i = 0; i < counts[lane]; ++i)
-              is_new &= topk.memory.buffer[unit][i][ptx::lane() + lane].block != block;
-          }
-          if (!is_new) continue;
-          topk.entry(unit, topk.counts[unit]++) = {-ptx::infinity(), block};
-          --left;
-        }
-      }
-      ptx::syncwarp();
+    const int wanted = std::min(topk.k[unit], of.last - forced(of));
+    for (std::int32_t block = of.last - 1; count < wanted; --block) {
+      bool is_new = of.has(block);
+      for (int i = 0; i < count; ++i) is_new &= topk.entry(unit, i).block != block;
+      if (is_new) topk.entry(unit, count++) = {-ptx::infinity(), block};
     }
   }
 
-  MOBA_DEVICE void add_forced(int unit) {
+  MOBA_DEVICE void add_forced(int unit, int& count) {
     const tile::Candidates& of = candidates[unit];
-    for (std::int32_t block = 0; block < sinks_of(of); ++block)
-      topk.entry(unit, topk.counts[unit]++) = {0, block};
-    if (forces_own(of)) topk.entry(unit, topk.counts[unit]++) = {0, of.own};
+    for (std::int32_t block = 0; block < sinks_of(of); ++block) topk.entry(unit, count++) = {0, block};
+    if (forces_own(of)) topk.entry(unit, count++) = {0, of.own};
   }
 
-  /// Writes the blocks of a row in ascending order, then its own if causal.
+  /// Writes the blocks of a row in ascending order, then its own if causal. Each lane of the four writes a
+  /// quarter.
   MOBA_DEVICE void write(int unit) {
+    const int count = topk.counts[unit];
     // Sorted largest first: complements of the blocks, and 0 for none.
     std::uint32_t blocks[tile::kTop];
     MOBA_UNROLL
     for (int i = 0; i < tile::kTop; ++i)
-      blocks[i] = i < topk.counts[unit] ? ~static_cast<std::uint32_t>(topk.entry(unit, i).block) : 0;
-    const int count = tile::sum_of_quad(topk.counts[unit]);
+      blocks[i] = i < count ? ~static_cast<std::uint32_t>(topk.entry(unit, i).block) : 0;
     tile::sort(blocks);
-    tile::merge_quad(blocks);
-    if (!has_row(unit)) return;
-    const std::int32_t own = p.causal ? own_block_of(p, tile, row_of(unit)) : -1;
-    std::int32_t* to = selection_of(p, tile, head, row_of(unit));
+    const GateRow row = rows[TopK::row_of(unit)];
+    if (row.to == nullptr) return;
+    const std::int32_t last = p.causal ? row.own : -1;
     const auto block_at = [&](int i, std::uint32_t complement) {
-      return i < count ? static_cast<std::int32_t>(~complement) : i == count ? own : -1;
+      return i < count ? static_cast<std::int32_t>(~complement) : i == count ? last : -1;
     };
     MOBA_UNROLL
     for (int i = 0; i < tile::kTop; ++i) {
-      if (i % 4 == ptx::lane() % 4 && i < p.selection.stride) to[i] = block_at(i, blocks[i]);
+      if (i % 4 == ptx::lane() % 4 && i < p.selection.stride) row.to[i] = block_at(i, blocks[i]);
     }
-    for (int i = tile::kTop + ptx::lane() % 4; i < p.selection.stride; i += 4) to[i] = block_at(i, 0);
+    for (int i = tile::kTop + ptx::lane() % 4; i < p.selection.stride; i += 4) row.to[i] = block_at(i, 0);
   }
 };
 

@@ -1,7 +1,5 @@
 #pragma once
 
-#include <concepts>
-
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
 #include "cuda/ptx/warp.h"
@@ -72,33 +70,28 @@ MOBA_DEVICE void merge_quad(V (&best)[8]) {
   }
 }
 
-template <std::integral N>
-MOBA_DEVICE N sum_of_quad(N value) {
-  value += ptx::shfl_xor(value, 1);
-  return value + ptx::shfl_xor(value, 2);
-}
-
 /// Unit u of a lane is its share of row lane / 4 + 8 u. Scores are pushed in groups of kColumns for each lane
 /// and unit.
 struct Top8 {
-  static constexpr int kRows = 16, kUnits = 2, kGroupTiles = 4, kColumns = 2 * kGroupTiles,
-                       kBuffer = kTop + kColumns;
+  static constexpr int kRows = 16, kUnits = 2, kUnitRows = 8, kGroupTiles = 2, kColumns = 2 * kGroupTiles;
+  static constexpr int kBuffer = 32;                  // candidates of a row
+  static constexpr int kShare = kBuffer / 4;          // of a lane
   static constexpr float kLowest = -3.40282347e+38F;  // -inf and NaN do not reach it
 
   /// In shared memory, of one warp.
   struct Memory {
-    Candidate buffer[kUnits][kBuffer][ptx::kLanes];
+    Candidate buffer[kUnits][kBuffer][kUnitRows];
   };
 
   Memory& memory;
   int k[kUnits] = {};  // 0: nothing is kept
   float threshold[kUnits] = {};
-  int counts[kUnits] = {};  // in this lane's buffers
+  int counts[kUnits] = {};  // in the buffers
 
   MOBA_DEVICE explicit Top8(Memory& of) : memory(of) {}
 
-  MOBA_DEVICE static int row_of(int unit) { return 8 * unit + ptx::lane() / 4; }
-  /// Block of column `column` of a lane in the group that begins at `first`.
+  MOBA_DEVICE static int row_of(int unit) { return kUnitRows * unit + ptx::lane() / 4; }
+  /// Block of column `column` of a lane in the tiles that begin at `first`.
   MOBA_DEVICE static std::int32_t block_at(std::int32_t first, int column) {
     return first + ptx::lane() % 4 * 2 + column / 2 * 8 + column % 2;
   }
@@ -111,7 +104,8 @@ struct Top8 {
       for (int unit = 0; unit < kUnits; ++unit) visit(unit, column);
     }
   }
-  MOBA_DEVICE Candidate& entry(int unit, int i) const { return memory.buffer[unit][i][ptx::lane()]; }
+  /// Candidate i of this lane's row.
+  MOBA_DEVICE Candidate& entry(int unit, int i) const { return memory.buffer[unit][i][ptx::lane() / 4]; }
 
   MOBA_DEVICE void begin(int unit, int kept) {
     k[unit] = kept;
@@ -119,8 +113,8 @@ struct Top8 {
     counts[unit] = 0;
   }
 
-  /// Raises the threshold of a row to a score that at least k of `maxima` reach: two per lane, of disjoint
-  /// sets of scores.
+  /// Raises the threshold of a row to a score that at least k scores reach; `first` and `second` are the
+  /// maxima of two sets of scores of this lane.
   MOBA_DEVICE void raise(int unit, float first, float second) {
     float best[8] = {first, second};
     order(best[0], best[1]);
@@ -153,12 +147,8 @@ struct Top8 {
         for_scores<kGroupTiles>([&](int unit, int column) {
           passes |= score_at(scores, group, unit, column) >= threshold[unit];
         });
-        if (ptx::ballot(passes) != 0) {
-          is_full = ptx::ballot(counts[0] > kTop || counts[1] > kTop) != 0;
-          if (is_full) continue;
-          append(scores, group, group_first);
-        }
-        done = group + 1;
+        if (ptx::ballot(passes) != 0) is_full = !append(scores, group, group_first);
+        if (!is_full) done = group + 1;
       }
       if (is_full) drop_low();
     }
@@ -166,35 +156,18 @@ struct Top8 {
 
   /// Leaves the best k of every row in the buffers.
   MOBA_DEVICE void drop_low() {
+    ptx::syncwarp();
     bool has_ties = false;
     for_units([&](int unit, int kept, float& limit, int& count) {
-      Candidate all[kBuffer];
-      MOBA_UNROLL
-      for (int i = 0; i < kBuffer; ++i) all[i] = entry(unit, i);
-      const float lowest = kth_best(count, kept, -ptx::infinity(), [&](int i) { return all[i].score; });
+      Candidate share[kShare];
+      load_share(unit, share);
+      const float lowest = kth_best(count, kept, -ptx::infinity(), [&](int i) { return share[i].score; });
       if (kept > 0) limit = larger(limit, lowest);
-      keep(all, unit, count, [&](const Candidate& c) { return c.score >= limit; });
-      has_ties |= sum_of_quad(count) > kept;
+      keep(share, unit, count, [&](const Candidate& c) { return c.score >= limit; });
+      has_ties |= count > kept;
     });
-    if (ptx::ballot(has_ties) == 0) return;
-    // Of equal scores, the earliest blocks go.
-    for_units([&](int unit, int kept, float& limit, int& count) {
-      Candidate all[kBuffer];
-      int above = 0;
-      MOBA_UNROLL
-      for (int i = 0; i < kBuffer; ++i) {
-        all[i] = entry(unit, i);
-        above += i < count && all[i].score > limit ? 1 : 0;
-      }
-      const int ties = kept - sum_of_quad(above);
-      const auto number = [&](const Candidate& c) {
-        return c.score == limit ? static_cast<std::uint32_t>(c.block) + 1 : 0;
-      };
-      const std::uint32_t earliest =
-          kth_best(count, ties, std::uint32_t{0}, [&](int i) { return number(all[i]); });
-      keep(all, unit, count,
-           [&](const Candidate& c) { return c.score > limit || (ties > 0 && number(c) >= earliest); });
-    });
+    if (ptx::ballot(has_ties) != 0) drop_early_ties();
+    ptx::syncwarp();
   }
 
  private:
@@ -203,21 +176,68 @@ struct Top8 {
     return scores[group * kGroupTiles + column / 2][2 * unit + column % 2];
   }
 
+  /// Sums of a quad: of the lanes before this one, and of all.
+  struct Sums {
+    std::uint32_t before, all;
+  };
+  MOBA_DEVICE static Sums sum_quad(std::uint32_t own) {
+    const std::uint32_t neighbour = ptx::shfl_xor(own, 1), pair = own + neighbour;
+    const std::uint32_t other_pair = ptx::shfl_xor(pair, 2);
+    return {((ptx::lane() & 1) != 0 ? neighbour : 0) + ((ptx::lane() & 2) != 0 ? other_pair : 0),
+            pair + other_pair};
+  }
+
+  static constexpr std::uint32_t kStep = kUnitRows * sizeof(Candidate);
+  /// Bytes before candidate i of this lane's row.
+  MOBA_DEVICE static std::uint32_t offset_of(int unit, std::uint32_t i) {
+    return (unit * kBuffer + i) * kStep + ptx::lane() / 4 * std::uint32_t{sizeof(Candidate)};
+  }
+
+  /// Returns false, and appends nothing, if a buffer is too small.
   template <int tiles>
-  MOBA_DEVICE void append(const float (&scores)[tiles][4], int group, std::int32_t first) {
+  MOBA_DEVICE bool append(const float (&scores)[tiles][4], int group, std::int32_t first) {
+    std::uint32_t passing = 0;  // of unit u: bits 16 u to 16 u + 15
+    for_scores<kGroupTiles>([&](int unit, int column) {
+      passing += score_at(scores, group, unit, column) >= threshold[unit] ? 1U << 16 * unit : 0;
+    });
+    const Sums sums = sum_quad(passing);
+    const auto of_unit = [](std::uint32_t packed, int unit) {
+      return static_cast<int>(packed >> 16 * unit & 0xFFFFU);
+    };
+    const bool is_full =
+        counts[0] + of_unit(sums.all, 0) > kBuffer || counts[1] + of_unit(sums.all, 1) > kBuffer;
+    if (ptx::ballot(is_full) != 0) return false;
     MOBA_UNROLL
     for (int unit = 0; unit < kUnits; ++unit) {
-      constexpr std::uint32_t kStep = ptx::kLanes * sizeof(Candidate);
-      const auto begin =
-          static_cast<std::uint32_t>((unit * kBuffer * ptx::kLanes + ptx::lane()) * sizeof(Candidate));
-      std::uint32_t end = begin + counts[unit] * kStep;
+      std::uint32_t offset = offset_of(unit, counts[unit] + of_unit(sums.before, unit));
       MOBA_UNROLL
       for (int column = 0; column < kColumns; ++column) {
         ptx::append_if_ge(score_at(scores, group, unit, column), threshold[unit], block_at(first, column),
-                          &memory, end, kStep);
+                          &memory, offset, kStep);
       }
-      counts[unit] = static_cast<int>((end - begin) / kStep);
+      counts[unit] += of_unit(sums.all, unit);
     }
+    return true;
+  }
+
+  /// Of the scores at the threshold, drops those of the earliest blocks.
+  MOBA_DEVICE void drop_early_ties() {
+    ptx::syncwarp();
+    for_units([&](int unit, int kept, float& limit, int& count) {
+      Candidate share[kShare];
+      load_share(unit, share);
+      std::uint32_t above = 0;
+      MOBA_UNROLL
+      for (int i = 0; i < kShare; ++i) above += index_of(i) < count && share[i].score > limit ? 1 : 0;
+      const int ties = kept - static_cast<int>(sum_quad(above).all);
+      const auto number = [&](const Candidate& c) {
+        return c.score == limit ? static_cast<std::uint32_t>(c.block) + 1 : 0;
+      };
+      const std::uint32_t earliest =
+          kth_best(count, ties, std::uint32_t{0}, [&](int i) { return number(share[i]); });
+      keep(share, unit, count,
+           [&](const Candidate& c) { return c.score > limit || (ties > 0 && number(c) >= earliest); });
+    });
   }
 
   /// Calls visit(unit, k, threshold, count) for both units by one piece of code.
@@ -239,6 +259,13 @@ struct Top8 {
     b = copy;
   }
 
+  /// Candidate i of a lane's share is candidate index_of(i) of the row.
+  MOBA_DEVICE static int index_of(int i) { return 4 * i + ptx::lane() % 4; }
+  MOBA_DEVICE void load_share(int unit, Candidate (&share)[kShare]) const {
+    MOBA_UNROLL
+    for (int i = 0; i < kShare; ++i) share[i] = entry(unit, index_of(i));
+  }
+
   /// The rank-th of sorted values, from 1.
   template <typename V>
   MOBA_DEVICE static V at_rank(const V (&sorted)[8], int rank) {
@@ -250,37 +277,32 @@ struct Top8 {
     return value;
   }
 
-  /// Returns the rank-th best value of the first `count` candidates of every lane of a quad, `none` where
-  /// there are fewer.
+  /// Returns the rank-th best value of the `count` candidates of a row, `none` where there are fewer.
   template <typename V, typename Value>
   MOBA_DEVICE static V kth_best(int count, int rank, V none, Value&& value) {
-    V best[8], others[8];
+    V best[kShare];
     MOBA_UNROLL
-    for (int i = 0; i < 8; ++i) {
-      best[i] = i < count ? value(i) : none;
-      others[i] = i + 8 < count ? value(i + 8) : none;
-    }
+    for (int i = 0; i < kShare; ++i) best[i] = index_of(i) < count ? value(i) : none;
     sort(best);
-    sort(others);
-    MOBA_UNROLL
-    for (int i = 0; i < 8; ++i) best[i] = larger(best[i], others[7 - i]);
-    sort_bitonic<8>(best);
     merge_quad(best);
     return at_rank(best, rank);
   }
 
   template <typename Keeps>
-  MOBA_DEVICE void keep(const Candidate (&all)[kBuffer], int unit, int& count, Keeps&& keeps) {
-    int kept = 0;
+  MOBA_DEVICE void keep(const Candidate (&share)[kShare], int unit, int& count, Keeps&& keeps) {
+    std::uint32_t kept = 0;  // bits
     MOBA_UNROLL
-    for (int i = 0; i < kBuffer; ++i) {
-      const bool is_kept = i < count && keeps(all[i]);
-      const auto offset = static_cast<std::uint32_t>(((unit * kBuffer + kept) * ptx::kLanes + ptx::lane()) *
-                                                     sizeof(Candidate));
-      ptx::store_pair_if(is_kept, &memory, offset, all[i].score, all[i].block);
-      kept += is_kept ? 1 : 0;
+    for (int i = 0; i < kShare; ++i) kept |= index_of(i) < count && keeps(share[i]) ? 1U << i : 0;
+    const Sums sums = sum_quad(ptx::popc(kept));
+    std::uint32_t offset = offset_of(unit, sums.before);
+    ptx::syncwarp();  // the shares were read
+    MOBA_UNROLL
+    for (int i = 0; i < kShare; ++i) {
+      const bool is_kept = (kept >> i & 1) != 0;
+      ptx::store_pair_if(is_kept, &memory, offset, share[i].score, share[i].block);
+      offset += is_kept ? kStep : 0;
     }
-    count = kept;
+    count = static_cast<int>(sums.all);
   }
 };
 
