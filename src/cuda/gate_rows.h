@@ -216,6 +216,7 @@ struct Top8Rows {
   TopK topk;
   tile::Candidates candidates[TopK::kUnits];  // of this lane's rows
   std::int32_t common_end = 0, all_end = 0;   // of the candidates of every row, and of any
+  float maxima[TopK::kUnits][2];
 
   /// The first `count` of 16 rows exist.
   MOBA_DEVICE Top8Rows(const GateParams<T>& params, const GateRow* of, int count, TopK::Memory& memory)
@@ -225,6 +226,7 @@ struct Top8Rows {
       const GateRow row = rows[TopK::row_of(unit)];
       candidates[unit] = {p.sinks, row.end, p.causal ? -1 : row.own};
       topk.begin(unit, row.to == nullptr ? 0 : p.width - forced(candidates[unit]));
+      maxima[unit][0] = maxima[unit][1] = -ptx::infinity();
     }
     if (count <= 0) return;
     common_end = rows[0].end;
@@ -233,9 +235,9 @@ struct Top8Rows {
 
   MOBA_DEVICE std::int32_t end() const { return all_end; }
 
-  /// Pushes the scores against the means of blocks [first, first + 8 tiles).
+  /// Sets the score of what is no candidate of its row to -inf.
   template <int tiles>
-  MOBA_DEVICE void push(float (&scores)[tiles][4], std::int32_t first) {
+  MOBA_DEVICE void mask(float (&scores)[tiles][4], std::int32_t first) const {
     const bool is_whole = first >= p.sinks && first + 8 * tiles <= common_end && !p.own_block;
     if (!is_whole) {
       TopK::for_scores<tiles>([&](int unit, int column) {
@@ -243,16 +245,24 @@ struct Top8Rows {
         if (!candidates[unit].has(TopK::block_at(first, column))) score = -ptx::infinity();
       });
     }
-    if (first == 0) {
-      float maxima[TopK::kUnits][2] = {{-ptx::infinity(), -ptx::infinity()},
-                                       {-ptx::infinity(), -ptx::infinity()}};
-      TopK::for_scores<tiles>([&](int unit, int column) {
-        float& max = maxima[unit][column / tiles];
-        max = tile::larger(max, scores[column / 2][2 * unit + column % 2]);
-      });
-      MOBA_UNROLL
-      for (int unit = 0; unit < TopK::kUnits; ++unit) topk.raise(unit, maxima[unit][0], maxima[unit][1]);
-    }
+  }
+
+  /// A first pass over some scores only raises the thresholds, so that few scores pass the second.
+  template <int tiles>
+  MOBA_DEVICE void sample(const float (&scores)[tiles][4]) {
+    TopK::for_scores<tiles>([&](int unit, int column) {
+      float& max = maxima[unit][column / tiles];
+      max = tile::larger(max, scores[column / 2][2 * unit + column % 2]);
+    });
+  }
+  MOBA_DEVICE void finish_sample() {
+    MOBA_UNROLL
+    for (int unit = 0; unit < TopK::kUnits; ++unit) topk.raise(unit, maxima[unit][0], maxima[unit][1]);
+  }
+
+  /// Pushes masked scores against the means of blocks [first, first + 8 tiles).
+  template <int tiles>
+  MOBA_DEVICE void push(const float (&scores)[tiles][4], std::int32_t first) {
     topk.push(scores, first, all_end);
   }
 
@@ -261,11 +271,14 @@ struct Top8Rows {
     topk.drop_low();
     MOBA_UNROLL
     for (int unit = 0; unit < TopK::kUnits; ++unit) {
+      int& count = topk.counts[unit];  // from here on of the row
+      count += ptx::shfl_xor(count, 1);
+      count += ptx::shfl_xor(count, 2);
       if (ptx::lane() % 4 == 0) {
-        add_unordered(unit, topk.counts[unit]);
-        add_forced(unit, topk.counts[unit]);
+        add_unordered(unit, count);
+        add_forced(unit, count);
       }
-      topk.counts[unit] = ptx::shfl(topk.counts[unit], ptx::lane() & ~3);
+      count = ptx::shfl(count, ptx::lane() / 4 * 4);
     }
     ptx::syncwarp();
     MOBA_UNROLL

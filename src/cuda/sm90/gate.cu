@@ -15,6 +15,9 @@ namespace sm90::gating {
 inline constexpr int kMeans = 64;  // of a tile
 /// Two thread blocks of a multiprocessor hide each other's latencies.
 inline constexpr int kBlocksPerMultiprocessor = 2;
+/// The first pass, over as many blocks, is worth its products: it leaves about 14 scores of a row to the
+/// second.
+inline constexpr std::int32_t kSampled = 1024;
 inline constexpr int kProducerRegisters = 32, kConsumerRegisters = 104;
 
 template <typename T>
@@ -45,6 +48,7 @@ struct RowTable {
 /// How a warp selects: few blocks with sorting networks, or any number with heaps.
 template <typename T>
 struct Few {
+  static constexpr bool kSamples = true;
   using Memory = tile::Top8::Memory;
   using Rows = Top8Rows<T>;
   static MOBA_DEVICE Rows rows(const GateParams<T>& p, const RowTable& table, int warp, Memory& memory,
@@ -55,12 +59,29 @@ struct Few {
 };
 template <typename T>
 struct Many {
+  static constexpr bool kSamples = false;
   using TopK = tile::TopK<1, 4>;
   using Memory = TopK::Memory;
   using Rows = WarpRows<T, TopK>;
   static MOBA_DEVICE Rows rows(const GateParams<T>& p, const RowTable& table, int warp, Memory& memory,
                                tile::Key* heaps) {
     return {p, table.tile, table.head, 16 * warp, memory, p.heaps_of(table.head, table.index, heaps)};
+  }
+};
+
+/// The tiles of means that a tile of rows meets: those of the first pass, if it takes one, then all.
+template <typename Selecting>
+struct Steps {
+  std::int32_t sampled = 0, all = 0;
+
+  MOBA_DEVICE explicit Steps(std::int32_t end) {
+    const std::int32_t tiles = (end + kMeans - 1) / kMeans;
+    if (Selecting::kSamples && tiles > 1) sampled = tiles < kSampled / kMeans ? tiles : kSampled / kMeans;
+    all = sampled + tiles;
+  }
+  MOBA_DEVICE bool samples(std::int32_t step) const { return step < sampled; }
+  MOBA_DEVICE std::int32_t first_block(std::int32_t step) const {
+    return (samples(step) ? step : step - sampled) * kMeans;
   }
 };
 
@@ -125,12 +146,13 @@ MOBA_DEVICE void load_means(const Params<T>& p, const Shared<T, head_dim, Select
   PipelineState<S::kStages> stage;
   p.for_own_rows(tiles, [&](const Tile& tile, std::int32_t, std::int64_t head) {
     const std::int32_t end = candidates_of(p.gate, tile, tile.count - 1).last;
-    for (std::int32_t first = 0; first < end; first += kMeans, stage.advance()) {
+    const Steps<Selecting> steps(end);
+    for (std::int32_t step = 0; step < steps.all; ++step, stage.advance()) {
       StageBarriers& barriers = shared.control().means[stage.index];
       ptx::mbarrier_wait(&barriers.empty, stage.phase ^ 1U);
       ptx::mbarrier_arrive_expect_tx(&barriers.full, S::Means::kBytes);
       tma_load_tile(shared.means(stage.index), p.means, head,
-                    p.gate.batch.block_starts[tile.sequence] + first, &barriers.full);
+                    p.gate.batch.block_starts[tile.sequence] + steps.first_block(step), &barriers.full);
     }
   });
 }
@@ -152,8 +174,9 @@ MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim, Selecting>
     const std::int32_t end = warp_uniform(table.end);
     const bool has_rows = warp_uniform(first_row < table.tile.count ? 1 : 0) != 0;
     auto rows = Selecting::rows(p.gate, table, warp, control.topk[warp], shared.heaps());
-    if (end <= 0) consumer_release(control.q.empty);
-    for (std::int32_t first = 0; first < end; first += kMeans, stage.advance()) {
+    const Steps<Selecting> steps(end);
+    if (steps.all == 0) consumer_release(control.q.empty);
+    for (std::int32_t step = 0; step < steps.all; ++step, stage.advance()) {
       float scores[kMeans / 8][4];
       ptx::mbarrier_wait(&control.means[stage.index].full, stage.phase);
       if (has_rows) {
@@ -162,8 +185,16 @@ MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim, Selecting>
         ptx::wgmma_wait(scores);
       }
       consumer_release(control.means[stage.index].empty);
-      if (first + kMeans >= end) consumer_release(control.q.empty);
-      if (first < rows.end()) rows.push(scores, first);
+      if (step + 1 == steps.all) consumer_release(control.q.empty);
+      const std::int32_t first = steps.first_block(step);
+      if (first >= rows.end()) continue;
+      if constexpr (Selecting::kSamples) {
+        rows.mask(scores, first);
+        if (steps.samples(step) || steps.all == 1) rows.sample(scores);
+        if (step + 1 == steps.sampled || steps.all == 1) rows.finish_sample();
+        if (steps.samples(step)) continue;
+      }
+      rows.push(scores, first);
     }
     rows.finish();
     consumer_release(control.table_empty[table_buffer.index]);

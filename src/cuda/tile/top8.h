@@ -5,10 +5,10 @@
 #include "cuda/ptx/warp.h"
 #include "cuda/tile/order.h"
 
-/// Running top-k, k <= 8, of the 16 rows of an accumulator tile. The four lanes of a row (a quad) append the
-/// scores that reach its threshold to buffers of their own, in shared memory and without any exchange. When a
-/// buffer could overflow, the quad finds the k-th best score with sorting networks in registers, makes it the
-/// threshold and drops what is below.
+/// Running top-k, k <= 8, of the 16 rows of a warp's accumulator tiles. The four lanes of a row (a quad)
+/// append the scores that reach its threshold to buffers of their own, in shared memory and without any
+/// exchange. When a buffer could overflow, the quad finds the k-th best score with sorting networks in
+/// registers, makes it the threshold, drops what is below, and shares out what is left.
 namespace moba::cuda::tile {
 
 inline constexpr int kTop = 8;
@@ -74,19 +74,19 @@ MOBA_DEVICE void merge_quad(V (&best)[8]) {
 /// and unit.
 struct Top8 {
   static constexpr int kRows = 16, kUnits = 2, kUnitRows = 8, kGroupTiles = 2, kColumns = 2 * kGroupTiles;
-  static constexpr int kBuffer = 32;                  // candidates of a row
-  static constexpr int kShare = kBuffer / 4;          // of a lane
+  static constexpr int kBuffer = 8;  // candidates of a lane and unit: a share of kTop, and a group
+  static_assert(kTop / 4 + kColumns <= kBuffer);
   static constexpr float kLowest = -3.40282347e+38F;  // -inf and NaN do not reach it
 
   /// In shared memory, of one warp.
   struct Memory {
-    Candidate buffer[kUnits][kBuffer][kUnitRows];
+    Candidate buffer[kUnits][kBuffer][ptx::kLanes];
   };
 
   Memory& memory;
   int k[kUnits] = {};  // 0: nothing is kept
   float threshold[kUnits] = {};
-  int counts[kUnits] = {};  // in the buffers
+  int counts[kUnits] = {};  // in this lane's buffers
 
   MOBA_DEVICE explicit Top8(Memory& of) : memory(of) {}
 
@@ -104,8 +104,10 @@ struct Top8 {
       for (int unit = 0; unit < kUnits; ++unit) visit(unit, column);
     }
   }
-  /// Candidate i of this lane's row.
-  MOBA_DEVICE Candidate& entry(int unit, int i) const { return memory.buffer[unit][i][ptx::lane() / 4]; }
+  /// Candidate i of this lane's row, once they are shared out.
+  MOBA_DEVICE Candidate& entry(int unit, int i) const {
+    return memory.buffer[unit][i / 4][ptx::lane() / 4 * 4 + i % 4];
+  }
 
   MOBA_DEVICE void begin(int unit, int kept) {
     k[unit] = kept;
@@ -147,27 +149,27 @@ struct Top8 {
         for_scores<kGroupTiles>([&](int unit, int column) {
           passes |= score_at(scores, group, unit, column) >= threshold[unit];
         });
-        if (ptx::ballot(passes) != 0) is_full = !append(scores, group, group_first);
-        if (!is_full) done = group + 1;
+        if (ptx::ballot(passes) != 0) {
+          is_full = ptx::ballot(counts[0] > kBuffer - kColumns || counts[1] > kBuffer - kColumns) != 0;
+          if (is_full) continue;
+          append(scores, group, group_first);
+        }
+        done = group + 1;
       }
       if (is_full) drop_low();
     }
   }
 
-  /// Leaves the best k of every row in the buffers.
+  /// Leaves the best k of every row in the buffers, shared out to the lanes of a quad in turn.
   MOBA_DEVICE void drop_low() {
-    ptx::syncwarp();
     bool has_ties = false;
     for_units([&](int unit, int kept, float& limit, int& count) {
-      Candidate share[kShare];
-      load_share(unit, share);
-      const float lowest = kth_best(count, kept, -ptx::infinity(), [&](int i) { return share[i].score; });
+      const float lowest =
+          kth_best(unit, count, kept, -ptx::infinity(), [](const Candidate& c) { return c.score; });
       if (kept > 0) limit = larger(limit, lowest);
-      keep(share, unit, count, [&](const Candidate& c) { return c.score >= limit; });
-      has_ties |= count > kept;
+      has_ties |= keep(unit, count, [&](const Candidate& c) { return c.score >= limit; }) > kept;
     });
     if (ptx::ballot(has_ties) != 0) drop_early_ties();
-    ptx::syncwarp();
   }
 
  private:
@@ -176,66 +178,48 @@ struct Top8 {
     return scores[group * kGroupTiles + column / 2][2 * unit + column % 2];
   }
 
-  /// Sums of a quad: of the lanes before this one, and of all.
+  /// Sums over a quad: of the lanes before this one, and of all.
   struct Sums {
-    std::uint32_t before, all;
+    int before, all;
   };
-  MOBA_DEVICE static Sums sum_quad(std::uint32_t own) {
-    const std::uint32_t neighbour = ptx::shfl_xor(own, 1), pair = own + neighbour;
-    const std::uint32_t other_pair = ptx::shfl_xor(pair, 2);
+  MOBA_DEVICE static Sums sum_quad(int own) {
+    const int neighbour = ptx::shfl_xor(own, 1), pair = own + neighbour;
+    const int other_pair = ptx::shfl_xor(pair, 2);
     return {((ptx::lane() & 1) != 0 ? neighbour : 0) + ((ptx::lane() & 2) != 0 ? other_pair : 0),
             pair + other_pair};
   }
 
-  static constexpr std::uint32_t kStep = kUnitRows * sizeof(Candidate);
-  /// Bytes before candidate i of this lane's row.
-  MOBA_DEVICE static std::uint32_t offset_of(int unit, std::uint32_t i) {
-    return (unit * kBuffer + i) * kStep + ptx::lane() / 4 * std::uint32_t{sizeof(Candidate)};
-  }
-
-  /// Returns false, and appends nothing, if a buffer is too small.
   template <int tiles>
-  MOBA_DEVICE bool append(const float (&scores)[tiles][4], int group, std::int32_t first) {
-    std::uint32_t passing = 0;  // of unit u: bits 16 u to 16 u + 15
-    for_scores<kGroupTiles>([&](int unit, int column) {
-      passing += score_at(scores, group, unit, column) >= threshold[unit] ? 1U << 16 * unit : 0;
-    });
-    const Sums sums = sum_quad(passing);
-    const auto of_unit = [](std::uint32_t packed, int unit) {
-      return static_cast<int>(packed >> 16 * unit & 0xFFFFU);
-    };
-    const bool is_full =
-        counts[0] + of_unit(sums.all, 0) > kBuffer || counts[1] + of_unit(sums.all, 1) > kBuffer;
-    if (ptx::ballot(is_full) != 0) return false;
+  MOBA_DEVICE void append(const float (&scores)[tiles][4], int group, std::int32_t first) {
     MOBA_UNROLL
     for (int unit = 0; unit < kUnits; ++unit) {
-      std::uint32_t offset = offset_of(unit, counts[unit] + of_unit(sums.before, unit));
+      constexpr std::uint32_t kStep = ptx::kLanes * sizeof(Candidate);
+      const std::uint32_t begin = offset_of(unit, 0, ptx::lane());
+      std::uint32_t end = begin + counts[unit] * kStep;
       MOBA_UNROLL
       for (int column = 0; column < kColumns; ++column) {
         ptx::append_if_ge(score_at(scores, group, unit, column), threshold[unit], block_at(first, column),
-                          &memory, offset, kStep);
+                          &memory, end, kStep);
       }
-      counts[unit] += of_unit(sums.all, unit);
+      counts[unit] = static_cast<int>((end - begin) / kStep);
     }
-    return true;
+  }
+
+  MOBA_DEVICE static std::uint32_t offset_of(int unit, int i, int lane) {
+    return static_cast<std::uint32_t>(((unit * kBuffer + i) * ptx::kLanes + lane) * sizeof(Candidate));
   }
 
   /// Of the scores at the threshold, drops those of the earliest blocks.
   MOBA_DEVICE void drop_early_ties() {
-    ptx::syncwarp();
     for_units([&](int unit, int kept, float& limit, int& count) {
-      Candidate share[kShare];
-      load_share(unit, share);
-      std::uint32_t above = 0;
-      MOBA_UNROLL
-      for (int i = 0; i < kShare; ++i) above += index_of(i) < count && share[i].score > limit ? 1 : 0;
-      const int ties = kept - static_cast<int>(sum_quad(above).all);
+      int above = 0;
+      for (int i = 0; i < count; ++i) above += candidate(unit, i).score > limit ? 1 : 0;
+      const int ties = kept - sum_quad(above).all;
       const auto number = [&](const Candidate& c) {
         return c.score == limit ? static_cast<std::uint32_t>(c.block) + 1 : 0;
       };
-      const std::uint32_t earliest =
-          kth_best(count, ties, std::uint32_t{0}, [&](int i) { return number(share[i]); });
-      keep(share, unit, count,
+      const std::uint32_t earliest = kth_best(unit, count, ties, std::uint32_t{0}, number);
+      keep(unit, count,
            [&](const Candidate& c) { return c.score > limit || (ties > 0 && number(c) >= earliest); });
     });
   }
@@ -259,11 +243,9 @@ struct Top8 {
     b = copy;
   }
 
-  /// Candidate i of a lane's share is candidate index_of(i) of the row.
-  MOBA_DEVICE static int index_of(int i) { return 4 * i + ptx::lane() % 4; }
-  MOBA_DEVICE void load_share(int unit, Candidate (&share)[kShare]) const {
-    MOBA_UNROLL
-    for (int i = 0; i < kShare; ++i) share[i] = entry(unit, index_of(i));
+  /// Candidate i of this lane's buffer.
+  MOBA_DEVICE const Candidate& candidate(int unit, int i) const {
+    return memory.buffer[unit][i][ptx::lane()];
   }
 
   /// The rank-th of sorted values, from 1.
@@ -277,32 +259,42 @@ struct Top8 {
     return value;
   }
 
-  /// Returns the rank-th best value of the `count` candidates of a row, `none` where there are fewer.
+  /// Returns the rank-th best value of the candidates of a row, `none` where there are fewer. The lane has
+  /// `count`.
   template <typename V, typename Value>
-  MOBA_DEVICE static V kth_best(int count, int rank, V none, Value&& value) {
-    V best[kShare];
+  MOBA_DEVICE V kth_best(int unit, int count, int rank, V none, Value&& value) const {
+    V best[kBuffer];
     MOBA_UNROLL
-    for (int i = 0; i < kShare; ++i) best[i] = index_of(i) < count ? value(i) : none;
+    for (int i = 0; i < kBuffer; ++i) best[i] = i < count ? value(candidate(unit, i)) : none;
     sort(best);
     merge_quad(best);
     return at_rank(best, rank);
   }
 
+  /// Shares out the candidates for which `keeps` holds; returns their number in the row.
   template <typename Keeps>
-  MOBA_DEVICE void keep(const Candidate (&share)[kShare], int unit, int& count, Keeps&& keeps) {
+  MOBA_DEVICE int keep(int unit, int& count, Keeps&& keeps) {
+    Candidate own[kBuffer];
     std::uint32_t kept = 0;  // bits
     MOBA_UNROLL
-    for (int i = 0; i < kShare; ++i) kept |= index_of(i) < count && keeps(share[i]) ? 1U << i : 0;
-    const Sums sums = sum_quad(ptx::popc(kept));
-    std::uint32_t offset = offset_of(unit, sums.before);
-    ptx::syncwarp();  // the shares were read
-    MOBA_UNROLL
-    for (int i = 0; i < kShare; ++i) {
-      const bool is_kept = (kept >> i & 1) != 0;
-      ptx::store_pair_if(is_kept, &memory, offset, share[i].score, share[i].block);
-      offset += is_kept ? kStep : 0;
+    for (int i = 0; i < kBuffer; ++i) {
+      own[i] = candidate(unit, i);
+      kept |= i < count && keeps(own[i]) ? 1U << i : 0;
     }
-    count = static_cast<int>(sums.all);
+    const Sums sums = sum_quad(ptx::popc(kept));
+    const int quad = ptx::lane() / 4 * 4;
+    int place = sums.before;
+    ptx::syncwarp();  // all were loaded
+    MOBA_UNROLL
+    for (int i = 0; i < kBuffer; ++i) {
+      const bool is_kept = (kept >> i & 1) != 0;
+      ptx::store_pair_if(is_kept, &memory, offset_of(unit, place / 4, quad + place % 4), own[i].score,
+                         own[i].block);
+      place += is_kept ? 1 : 0;
+    }
+    ptx::syncwarp();
+    count = (sums.all + 3 - ptx::lane() % 4) / 4;
+    return sums.all;
   }
 };
 
