@@ -1,6 +1,6 @@
-// Inverts the selection: count, scan, stable scatter, and lists of routed tiles. The selections of a head,
-// numbered row * width + rank, are split into partitions of consecutive ones, and a warp scatters a part of
-// its partition in order, so that the entries of a block ascend without a sort.
+// Inverts the selection: count, scan, stable scatter, and lists of routed tiles. The rows of a head are split
+// into partitions. The warps of a thread block scatter the selections of a partition in turn, so that the
+// entries of a block ascend without a sort.
 #include <algorithm>
 #include <limits>
 
@@ -12,34 +12,33 @@
 namespace moba::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kScatterThreads = 128, kScatterWarps = kScatterThreads / ptx::kLanes;
+constexpr int kThreads = 256, kWarps = kThreads / ptx::kLanes;
 constexpr std::int64_t kMinPartition = 4096;
-/// Selections that a thread block scatters at a time: its cursors have 16 bits.
-constexpr std::uint32_t kRound = 1 << 15;
-/// Blocks that fit in the 99 KiB of shared memory that any device has: a 16-bit cursor for each warp and a
-/// base. Where there are more, each thread block handles a window of them, and skips the others.
-constexpr std::int64_t kMaxWindow = (99 << 10) / (2 * kScatterWarps + 4);
-static_assert(kMaxWindow % 2 == 0);
+/// Blocks whose counts fit in the 99 KiB of shared memory that any device has. Where there are more, each
+/// thread block handles a window of them, and skips the others.
+constexpr std::int64_t kMaxWindow = (99 << 10) / sizeof(std::uint32_t);
 
-/// Selections of a partition: at least as many as there are blocks, so that the counts take no more memory
-/// than the selections.
-std::int64_t partition_size(const DeviceCall& call) {
-  return std::max(kMinPartition, divide_up(call.max_blocks(), ptx::kLanes) * ptx::kLanes);
+/// Rows of a partition: with at least as many selections as there are blocks, so that the counts take no more
+/// memory than the selections.
+std::int64_t partition_rows(const DeviceCall& call) {
+  const std::int64_t selections = std::max(kMinPartition, call.max_blocks());
+  return divide_up(divide_up(selections, call.width()), kThreads) * kThreads;
 }
 std::int64_t partitions_of(const DeviceCall& call, const WorkSlice& slice) {
-  return std::max<std::int64_t>(1, divide_up(call.rows(slice) * call.width(), partition_size(call)));
+  return std::max<std::int64_t>(1, divide_up(call.rows(slice), partition_rows(call)));
 }
 
 struct PlanParams {
   Plan plan;
   Batch batch;
-  const std::int32_t* selection;             // of the first query head and token of the slice
-  std::int64_t token_stride, head_stride;    // of the selection
-  std::uint32_t selections, partition_size;  // of a head, of a partition
-  std::int32_t partitions, windows, window;  // window: blocks, an even number
-  std::int32_t max_blocks, block_size, token0;
-  Divisor width, heads_per_kv;
+  const std::int32_t* selection;  // of the first query head and token of the slice
+  std::int64_t head_stride;       // of the selection
+  std::uint32_t token_stride;
+  std::uint32_t rows, selections;  // of a head
+  std::uint32_t partition_rows;
+  std::int32_t partitions, windows, window;
+  std::int32_t max_blocks, token0;
+  Divisor width, heads_per_kv, block_size;
   bool causal, has_diagonal;
 
   MOBA_DEVICE std::uint32_t* counts(std::int64_t head, std::int32_t partition) const {
@@ -50,95 +49,83 @@ struct PlanParams {
   }
 };
 
-/// Selections [begin, end) of a head.
-struct Part {
-  std::uint32_t begin = 0, end = 0;
-
-  /// Part `index` of `count`, in multiples of a warp.
-  MOBA_DEVICE Part part(int index, int count) const {
-    const std::uint32_t lanes = ptx::kLanes * static_cast<unsigned>(count);
-    const std::uint32_t size = (end - begin + lanes - 1) / lanes * ptx::kLanes;
-    return {least(begin + index * size), least(begin + (index + 1) * size)};
-  }
-  MOBA_DEVICE std::uint32_t least(std::uint32_t index) const { return index < end ? index : end; }
-};
-
-/// What a thread block handles: a partition of a head, and the blocks of a window.
+/// What a thread block handles: the rows of a partition of a head, and the packed blocks of a window.
 struct Share {
   std::int64_t head = 0;
-  std::int32_t partition = 0;
-  std::int32_t first_block = 0, blocks = 0;  // packed
-  Part selections{};
+  std::int32_t partition = 0, first_block = 0, blocks = 0;
+  std::uint32_t first_row = 0, end_row = 0;
 };
 
 MOBA_DEVICE Share share_of(const PlanParams& p) {
   const auto index = static_cast<std::int32_t>(ptx::block_x());
-  Share share{.head = ptx::block_y(), .partition = index / p.windows};
+  Share share;
+  share.head = ptx::block_y();
+  share.partition = index / p.windows;
   share.first_block = index % p.windows * p.window;
-  const std::int32_t left = p.max_blocks - share.first_block;
-  share.blocks = left < p.window ? left : p.window;
-  const std::uint32_t begin = static_cast<std::uint32_t>(share.partition) * p.partition_size;
-  share.selections = Part{begin, p.selections};
-  share.selections.end = share.selections.least(begin + p.partition_size);
+  const std::int32_t blocks = p.max_blocks - share.first_block;
+  share.blocks = blocks < p.window ? blocks : p.window;
+  share.first_row = static_cast<std::uint32_t>(share.partition) * p.partition_rows;
+  const std::uint32_t end = share.first_row + p.partition_rows;
+  share.end_row = end < p.rows ? end : p.rows;
   return share;
 }
 
-/// The sequence of a thread's tokens, which ascend.
-struct SequenceCursor {
-  std::int32_t sequence = 0, q_end = 0, first_block = 0;
-  std::int32_t keys = 0, before = 0;  // before: position of packed token 0
+/// A row of a share and the blocks that it may have selected by score.
+struct Row {
+  const std::int32_t* selection;
+  std::uint32_t end;   // of the scored blocks, counted in the sequence
+  std::int32_t shift;  // from them to the blocks of the window
 
-  MOBA_DEVICE void seek(const Batch& batch, std::int32_t token) {
-    sequence += sequence_of(batch.q_starts + sequence, batch.sequences - sequence, token);
-    q_end = batch.q_starts[sequence + 1];
-    first_block = batch.block_starts[sequence];
-    keys = batch.k_starts[sequence + 1] - batch.k_starts[sequence];
-    before = keys - q_end;
+  /// Returns the block of the window that `block` is. Returns -1 if it is outside, and for padding, for the
+  /// row's own block and for what is no block of the row.
+  MOBA_DEVICE std::int32_t in_window(std::int32_t block, std::int32_t blocks) const {
+    const std::uint32_t scored = static_cast<std::uint32_t>(block),
+                        found = scored + static_cast<std::uint32_t>(shift);
+    return scored < end && found < static_cast<std::uint32_t>(blocks) ? static_cast<std::int32_t>(found) : -1;
   }
 };
 
-/// Calls visit(index, row, block) for 32 consecutive selections at a time, ascending; all lanes call. `block`
-/// counts from the first of the window; it is negative for padding, for the row's own block, for what is no
-/// block of the row and for blocks outside the window.
-template <typename Visit>
-MOBA_DEVICE void for_each_selection(const PlanParams& p, const Share& share, const Part& part,
-                                    Visit&& visit) {
-  constexpr int kUnroll = 4;  // loads in flight
-  const std::int32_t* selection = p.selection + share.head * p.heads_per_kv.divisor * p.head_stride;
-  SequenceCursor cursor;
-  for (std::uint32_t first = part.begin + ptx::lane(); first < part.end + ptx::lane();
-       first += kUnroll * ptx::kLanes) {
-    std::uint32_t rows[kUnroll];
-    std::int32_t tokens[kUnroll], blocks[kUnroll];
-    MOBA_UNROLL
-    for (int i = 0; i < kUnroll; ++i) {
-      const std::uint32_t index = first + i * ptx::kLanes;
-      rows[i] = p.width.quotient(index);
-      const std::uint32_t query = p.heads_per_kv.quotient(rows[i]);
-      const std::int64_t member = rows[i] - query * p.heads_per_kv.divisor,
-                         rank = index - rows[i] * p.width.divisor;
-      tokens[i] = p.token0 + static_cast<std::int32_t>(query);
-      blocks[i] = index < part.end ? selection[member * p.head_stride + query * p.token_stride + rank] : -1;
-    }
-    MOBA_UNROLL
-    for (int i = 0; i < kUnroll; ++i) {
-      std::int32_t block = -1;
-      if (blocks[i] >= 0) {
-        if (tokens[i] >= cursor.q_end) cursor.seek(p.batch, tokens[i]);
-        // block < scored_end(...), without a division.
-        const bool is_scored = p.causal
-                                   ? (std::int64_t{blocks[i]} + 1) * p.block_size <= tokens[i] + cursor.before
-                                   : std::int64_t{blocks[i]} * p.block_size < cursor.keys;
-        if (is_scored) block = cursor.first_block + blocks[i] - share.first_block;
-        if (block >= share.blocks) block = -1;
-      }
-      visit(first + i * ptx::kLanes, rows[i], block);
-    }
-  }
-}
+/// Rows of a share, that a thread visits in ascending order.
+class Rows {
+ public:
+  MOBA_DEVICE Rows(const PlanParams& p, const Share& share)
+      : p_(p),
+        first_block_(share.first_block),
+        selection_(p.selection + share.head * p.heads_per_kv.divisor * p.head_stride) {}
 
-/// Counts the selections of every block in a partition.
+  MOBA_DEVICE Row at(std::uint32_t row) {
+    const std::uint32_t query = p_.heads_per_kv.quotient(row), member = row - query * p_.heads_per_kv.divisor;
+    const auto token = p_.token0 + static_cast<std::int32_t>(query);
+    if (token >= q_end_) seek(token);
+    const std::int32_t position = token + before_;
+    return {
+        selection_ + std::uint64_t{query} * p_.token_stride + member * p_.head_stride,
+        p_.causal ? p_.block_size.quotient(static_cast<std::uint32_t>(position > 0 ? position : 0)) : blocks_,
+        shift_};
+  }
+
+ private:
+  MOBA_DEVICE void seek(std::int32_t token) {
+    const Batch& batch = p_.batch;
+    sequence_ += sequence_of(batch.q_starts + sequence_, batch.sequences - sequence_, token);
+    q_end_ = batch.q_starts[sequence_ + 1];
+    const std::int32_t first = batch.block_starts[sequence_],
+                       keys = batch.k_starts[sequence_ + 1] - batch.k_starts[sequence_];
+    before_ = keys - q_end_;
+    blocks_ = static_cast<std::uint32_t>(batch.block_starts[sequence_ + 1] - first);
+    shift_ = first - first_block_;
+  }
+
+  const PlanParams& p_;
+  std::int32_t first_block_;
+  const std::int32_t* selection_;
+  std::int32_t sequence_ = 0, q_end_ = 0, before_ = 0, shift_ = 0;
+  std::uint32_t blocks_ = 0;
+};
+
+/// Counts the selections of every block in a partition, a row per thread.
 MOBA_KERNEL(kThreads, 4) count_kernel(MOBA_GRID_CONSTANT PlanParams p) {
+  constexpr int kUnroll = 4;                                       // loads in flight
   auto* counts = reinterpret_cast<std::uint32_t*>(ptx::shared());  // [window]
   const Share share = share_of(p);
   if (ptx::block_x() == 0 && ptx::thread() == 0) {
@@ -147,10 +134,22 @@ MOBA_KERNEL(kThreads, 4) count_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   }
   for (int i = ptx::thread(); i < share.blocks; i += kThreads) counts[i] = 0;
   ptx::syncthreads();
-  for_each_selection(p, share, share.selections.part(ptx::warp(), kThreads / ptx::kLanes),
-                     [&](std::uint32_t /*index*/, std::uint32_t /*row*/, std::int32_t block) {
-                       if (block >= 0) ptx::atomic_add(counts + block, 1);
-                     });
+  Rows rows(p, share);
+  const auto width = static_cast<int>(p.width.divisor);
+  for (std::uint32_t index = share.first_row + static_cast<unsigned>(ptx::thread()); index < share.end_row;
+       index += kThreads) {
+    const Row row = rows.at(index);
+    for (int first = 0; first < width; first += kUnroll) {
+      std::int32_t blocks[kUnroll];
+      MOBA_UNROLL
+      for (int i = 0; i < kUnroll; ++i) blocks[i] = first + i < width ? row.selection[first + i] : -1;
+      MOBA_UNROLL
+      for (int i = 0; i < kUnroll; ++i) {
+        const std::int32_t block = row.in_window(blocks[i], share.blocks);
+        if (block >= 0) ptx::atomic_add(counts + block, 1);
+      }
+    }
+  }
   ptx::syncthreads();
   std::uint32_t* to = p.counts(share.head, share.partition) + share.first_block;
   for (int i = ptx::thread(); i < share.blocks; i += kThreads) to[i] = counts[i];
@@ -247,61 +246,64 @@ MOBA_DEVICE void list_tiles(const PlanParams& p, std::int32_t head, std::int32_t
 }
 
 /// Scatters the selections of a partition, stably by block.
-MOBA_KERNEL(kScatterThreads, 4) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
+MOBA_KERNEL(kThreads, 3) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
+  constexpr int kUnroll = 4;
+  constexpr std::uint32_t kOfWarp = kUnroll * ptx::kLanes, kRound = kWarps * kOfWarp;
   const Share share = share_of(p);
-  for (std::int32_t first =
-           (static_cast<std::int32_t>(ptx::block_x()) * kScatterWarps + ptx::warp()) * ptx::kLanes;
-       first < p.max_blocks; first += static_cast<std::int32_t>(ptx::blocks_x()) * kScatterThreads)
+  const int warp = ptx::warp();
+  for (std::int32_t first = (static_cast<std::int32_t>(ptx::block_x()) * kWarps + warp) * ptx::kLanes;
+       first < p.max_blocks; first += static_cast<std::int32_t>(ptx::blocks_x()) * kThreads)
     list_tiles(p, static_cast<std::int32_t>(share.head), first);
 
-  // Where a warp puts the next selection of a block is the block's base plus the warp's cursor. Two cursors
-  // are one word, so that sums of words are sums of cursors.
-  const int words = p.window / 2;
-  auto* cursors = reinterpret_cast<std::uint32_t*>(ptx::shared());  // [warps, words]
-  std::uint32_t *bases = cursors + kScatterWarps * words, *own = cursors + ptx::warp() * words;
-  std::uint32_t* entries = p.plan.entries + share.head * p.selections;
+  // Where the next entry of a block goes.
+  auto* cursors = reinterpret_cast<std::uint32_t*>(ptx::shared());  // [window]
   const std::uint32_t* offsets = p.offsets(share.head) + share.first_block;
   const std::uint32_t* counts = p.counts(share.head, share.partition) + share.first_block;
-  for (int i = ptx::thread(); i < share.blocks; i += kScatterThreads) bases[i] = offsets[i] + counts[i];
+  for (int i = ptx::thread(); i < share.blocks; i += kThreads) cursors[i] = offsets[i] + counts[i];
+  ptx::syncthreads();
 
-  for (Part round = share.selections; round.begin < round.end; round.begin += kRound) {
-    const Part part = Part{round.begin, round.least(round.begin + kRound)}.part(ptx::warp(), kScatterWarps);
-    for (int i = ptx::thread(); i < kScatterWarps * words; i += kScatterThreads) cursors[i] = 0;
-    ptx::syncthreads();
-    for_each_selection(p, share, part,
-                       [&](std::uint32_t /*index*/, std::uint32_t /*row*/, std::int32_t block) {
-                         if (block >= 0) ptx::atomic_add(own + block / 2, 1U << block % 2 * 16);
-                       });
-    ptx::syncthreads();
-    for (int i = ptx::thread(); i < words; i += kScatterThreads) {
-      std::uint32_t sum = 0;
-      MOBA_UNROLL
-      for (int warp = 0; warp < kScatterWarps; ++warp) {
-        const std::uint32_t count = cursors[warp * words + i];
-        cursors[warp * words + i] = sum;
-        sum += count;
-      }
+  const std::uint32_t width = p.width.divisor, begin = share.first_row * width, end = share.end_row * width;
+  std::uint32_t* entries = p.plan.entries + share.head * p.selections;
+  Rows rows(p, share);
+  for (std::uint32_t round = begin; round < end; round += kRound) {
+    const std::uint32_t first =
+        round + static_cast<unsigned>(warp) * kOfWarp + static_cast<unsigned>(ptx::lane());
+    std::uint32_t chosen[kUnroll];
+    std::int32_t blocks[kUnroll];
+    Row row[kUnroll];
+    MOBA_UNROLL
+    for (int i = 0; i < kUnroll; ++i) {
+      const bool exists = first + i * ptx::kLanes < end;
+      const std::uint32_t index = exists ? first + i * ptx::kLanes : end - 1,
+                          of_row = p.width.quotient(index);
+      row[i] = rows.at(of_row);
+      if (!exists) row[i].end = 0;
+      blocks[i] = row[i].selection[index - of_row * width];
+      chosen[i] = p.has_diagonal ? index + of_row : index;
     }
-    ptx::syncthreads();
-    for_each_selection(p, share, part, [&](std::uint32_t index, std::uint32_t row, std::int32_t block) {
-      const unsigned alike = ptx::match_any(static_cast<std::uint32_t>(block));
-      const auto rank = static_cast<unsigned>(ptx::popc(alike & ((1U << ptx::lane()) - 1)));
-      const int shift = block % 2 * 16;
-      std::uint32_t cursor = 0;
-      if (block >= 0 && rank == 0)
-        cursor = ptx::atomic_add(own + block / 2, static_cast<unsigned>(ptx::popc(alike)) << shift);
-      // The shuffle waits for the additions, so those of later selections follow.
-      cursor = ptx::shfl(cursor, ptx::lowest_set_bit(alike));
-      if (block >= 0)
-        entries[bases[block] + (cursor >> shift & 0xFFFFU) + rank] = p.has_diagonal ? index + row : index;
-    });
-    ptx::syncthreads();
-    if (round.end - round.begin <= kRound) return;
-    // The last warp's cursors have reached the sizes of the round.
-    const std::uint32_t* sizes = cursors + (kScatterWarps - 1) * words;
-    for (int i = ptx::thread(); i < share.blocks; i += kScatterThreads)
-      bases[i] += sizes[i / 2] >> i % 2 * 16 & 0xFFFFU;
-    ptx::syncthreads();
+    // The first lane of those with the same block advances its cursor for all of them.
+    unsigned alike[kUnroll], added[kUnroll];
+    MOBA_UNROLL
+    for (int i = 0; i < kUnroll; ++i) {
+      blocks[i] = row[i].in_window(blocks[i], share.blocks);
+      alike[i] = ptx::match_any(static_cast<std::uint32_t>(blocks[i]));
+      const bool is_first = blocks[i] >= 0 && ptx::lowest_set_bit(alike[i]) == ptx::lane();
+      added[i] = is_first ? static_cast<unsigned>(ptx::popc(alike[i])) : 0;
+    }
+    std::uint32_t cursor[kUnroll];
+    if (warp > 0 || round > begin) ptx::bar_sync(1 + warp, 2 * ptx::kLanes);
+    MOBA_UNROLL
+    for (int i = 0; i < kUnroll; ++i) {
+      cursor[i] = ptx::atomic_add_nonzero(cursors + blocks[i], added[i]);
+      ptx::syncwarp();
+    }
+    if (warp + 1 < kWarps || end - round > kRound) ptx::bar_arrive(1 + (warp + 1) % kWarps, 2 * ptx::kLanes);
+    MOBA_UNROLL
+    for (int i = 0; i < kUnroll; ++i) {
+      const std::uint32_t at = ptx::shfl(cursor[i], ptx::lowest_set_bit(alike[i]));
+      const auto rank = static_cast<unsigned>(ptx::popc(alike[i] & ((1U << ptx::lane()) - 1)));
+      if (blocks[i] >= 0) entries[at + rank] = chosen[i];
+    }
   }
 }
 
@@ -327,36 +329,33 @@ void plan(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const 
     stream.fill(plan.totals, 0, Plan::kTotals * sizeof(std::uint32_t));
     return;
   }
-  const std::int64_t windows = divide_up(call.max_blocks(), kMaxWindow),
-                     window = divide_up(call.max_blocks(), 2 * windows) * 2;
+  const std::int64_t heads = slice.heads(), blocks = call.max_blocks();
+  const std::int64_t windows = divide_up(blocks, kMaxWindow), window = divide_up(blocks, windows);
   constexpr std::int64_t kMaxBlockSize = std::numeric_limits<std::int32_t>::max();
-  const PlanParams params{
-      .plan = plan,
-      .batch = batch,
-      .selection = selection.of(slice.head0 * call.heads_per_kv, slice.token0),
-      .token_stride = selection.stride,
-      .head_stride = selection.tokens * selection.stride,
-      .selections = static_cast<std::uint32_t>(call.rows(slice) * call.width()),
-      .partition_size = static_cast<std::uint32_t>(partition_size(call)),
-      .partitions = static_cast<std::int32_t>(partitions_of(call, slice)),
-      .windows = static_cast<std::int32_t>(windows),
-      .window = static_cast<std::int32_t>(window),
-      .max_blocks = static_cast<std::int32_t>(call.max_blocks()),
-      .block_size = static_cast<std::int32_t>(std::min(call.routing.block_size, kMaxBlockSize)),
-      .token0 = static_cast<std::int32_t>(slice.token0),
-      .width = Divisor(call.width()),
-      .heads_per_kv = Divisor(call.heads_per_kv),
-      .causal = call.routing.causal,
-      .has_diagonal = call.has_diagonal()};
-  const std::int64_t heads = slice.heads();
+  const PlanParams params{.plan = plan,
+                          .batch = batch,
+                          .selection = selection.of(slice.head0 * call.heads_per_kv, slice.token0),
+                          .head_stride = selection.tokens * selection.stride,
+                          .token_stride = static_cast<std::uint32_t>(selection.stride),
+                          .rows = static_cast<std::uint32_t>(call.rows(slice)),
+                          .selections = static_cast<std::uint32_t>(call.rows(slice) * call.width()),
+                          .partition_rows = static_cast<std::uint32_t>(partition_rows(call)),
+                          .partitions = static_cast<std::int32_t>(partitions_of(call, slice)),
+                          .windows = static_cast<std::int32_t>(windows),
+                          .window = static_cast<std::int32_t>(window),
+                          .max_blocks = static_cast<std::int32_t>(blocks),
+                          .token0 = static_cast<std::int32_t>(slice.token0),
+                          .width = Divisor(call.width()),
+                          .heads_per_kv = Divisor(call.heads_per_kv),
+                          .block_size = Divisor(std::min(call.routing.block_size, kMaxBlockSize)),
+                          .causal = call.routing.causal,
+                          .has_diagonal = call.has_diagonal()};
   const Grid shares{params.partitions * windows, heads};
-  constexpr std::size_t kWord = sizeof(std::uint32_t);
-  const auto words = static_cast<std::size_t>(window);
-  stream.launch("count", count_kernel, shares, kThreads, words * kWord, params);
-  stream.launch("scan", scan_kernel, {divide_up(call.max_blocks(), kThreads), heads}, kThreads,
-                kThreads / ptx::kLanes * kWord, params);
-  stream.launch("scatter", scatter_kernel, shares, kScatterThreads, (kScatterWarps / 2 + 1) * words * kWord,
-                params);
+  const std::size_t shared = static_cast<std::size_t>(window) * sizeof(std::uint32_t);
+  stream.launch("count", count_kernel, shares, kThreads, shared, params);
+  stream.launch("scan", scan_kernel, {divide_up(blocks, kThreads), heads}, kThreads,
+                kWarps * sizeof(std::uint32_t), params);
+  stream.launch("scatter", scatter_kernel, shares, kThreads, shared, params);
 }
 
 }  // namespace moba::cuda
