@@ -49,7 +49,7 @@ struct PlanParams {
   }
 };
 
-/// What a thread block handles: the rows of a partition of a head, and the packed blocks of a window.
+/// Share of a thread block: the rows of a partition of a head, and the packed blocks of a window.
 struct Share {
   std::int64_t head = 0;
   std::int32_t partition = 0, first_block = 0, blocks = 0;
@@ -70,7 +70,7 @@ MOBA_DEVICE Share share_of(const PlanParams& p) {
   return share;
 }
 
-/// A row of a share and the blocks that it may have selected by score.
+/// Row of a share and the blocks that it may have selected by score.
 struct Row {
   const std::int32_t* selection;
   std::uint32_t end;   // of the scored blocks, counted in the sequence
@@ -246,7 +246,7 @@ MOBA_DEVICE void list_tiles(const PlanParams& p, std::int32_t head, std::int32_t
 }
 
 /// Scatters the selections of a partition, stably by block.
-MOBA_KERNEL(kThreads, 3) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
+MOBA_KERNEL(kThreads, 4) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   constexpr int kUnroll = 4;
   constexpr std::uint32_t kOfWarp = kUnroll * ptx::kLanes, kRound = kWarps * kOfWarp;
   const Share share = share_of(p);
@@ -255,7 +255,7 @@ MOBA_KERNEL(kThreads, 3) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
        first < p.max_blocks; first += static_cast<std::int32_t>(ptx::blocks_x()) * kThreads)
     list_tiles(p, static_cast<std::int32_t>(share.head), first);
 
-  // Where the next entry of a block goes.
+  // Places of the next entries of the blocks.
   auto* cursors = reinterpret_cast<std::uint32_t*>(ptx::shared());  // [window]
   const std::uint32_t* offsets = p.offsets(share.head) + share.first_block;
   const std::uint32_t* counts = p.counts(share.head, share.partition) + share.first_block;
@@ -290,6 +290,7 @@ MOBA_KERNEL(kThreads, 3) scatter_kernel(MOBA_GRID_CONSTANT PlanParams p) {
       const bool is_first = blocks[i] >= 0 && ptx::lowest_set_bit(alike[i]) == ptx::lane();
       added[i] = is_first ? static_cast<unsigned>(ptx::popc(alike[i])) : 0;
     }
+    // After the warps before, and the selections before.
     std::uint32_t cursor[kUnroll];
     if (warp > 0 || round > begin) ptx::bar_sync(1 + warp, 2 * ptx::kLanes);
     MOBA_UNROLL
