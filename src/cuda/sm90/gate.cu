@@ -69,7 +69,8 @@ struct Many {
   }
 };
 
-/// The tiles of means that a tile of rows meets: those of the first pass, if it takes one, then all.
+/// The tiles of means that a tile of rows meets: those of the first pass, if it takes one, then all, the last
+/// ones first.
 template <typename Selecting>
 struct Steps {
   std::int32_t sampled = 0, all = 0;
@@ -81,7 +82,8 @@ struct Steps {
   }
   MOBA_DEVICE bool samples(std::int32_t step) const { return step < sampled; }
   MOBA_DEVICE std::int32_t first_block(std::int32_t step) const {
-    return (samples(step) ? step : step - sampled) * kMeans;
+    if (samples(step)) return step * kMeans;
+    return (Selecting::kSamples ? all - 1 - step : step) * kMeans;
   }
 };
 

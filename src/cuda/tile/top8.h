@@ -136,15 +136,19 @@ struct Top8 {
   }
 
   /// Appends the scores against the means of blocks [first, end) that reach the threshold of their row.
+  /// Blocks come from the last to the first: of equal scores the later blocks win, so a full row takes only
+  /// larger ones.
   template <int tiles>
   MOBA_DEVICE void push(const float (&scores)[tiles][4], std::int32_t first, std::int32_t end) {
+    constexpr int kGroups = tiles / kGroupTiles;
     int done = 0;  // groups
     for (bool is_full = true; is_full;) {
       is_full = false;
       MOBA_UNROLL
-      for (int group = 0; group < tiles / kGroupTiles; ++group) {
+      for (int i = 0; i < kGroups; ++i) {
+        const int group = kGroups - 1 - i;
         const std::int32_t group_first = first + 8 * kGroupTiles * group;
-        if (group < done || is_full || group_first >= end) continue;
+        if (i < done || is_full || group_first >= end) continue;
         bool passes = false;
         for_scores<kGroupTiles>([&](int unit, int column) {
           passes |= score_at(scores, group, unit, column) >= threshold[unit];
@@ -154,7 +158,7 @@ struct Top8 {
           if (is_full) continue;
           append(scores, group, group_first);
         }
-        done = group + 1;
+        done = i + 1;
       }
       if (is_full) drop_low();
     }
@@ -164,10 +168,10 @@ struct Top8 {
   MOBA_DEVICE void drop_low() {
     bool has_ties = false;
     for_units([&](int unit, int kept, float& limit, int& count) {
-      const float lowest =
-          kth_best(unit, count, kept, -ptx::infinity(), [](const Candidate& c) { return c.score; });
-      if (kept > 0) limit = larger(limit, lowest);
-      has_ties |= keep(unit, count, [&](const Candidate& c) { return c.score >= limit; }) > kept;
+      const float lowest = kth_best(unit, count, kept, -ptx::infinity(), score_of);
+      const auto is_kept = [&](const Candidate& c) { return kept > 0 && c.score >= lowest; };
+      has_ties |= keep(unit, count, is_kept) > kept;
+      if (kept > 0 && lowest > -ptx::infinity()) limit = next_above(lowest);
     });
     if (ptx::ballot(has_ties) != 0) drop_early_ties();
   }
@@ -211,16 +215,16 @@ struct Top8 {
 
   /// Of the scores at the threshold, drops those of the earliest blocks.
   MOBA_DEVICE void drop_early_ties() {
-    for_units([&](int unit, int kept, float& limit, int& count) {
+    for_units([&](int unit, int kept, float&, int& count) {
+      const float lowest = kth_best(unit, count, kept, -ptx::infinity(), score_of);
       int above = 0;
-      for (int i = 0; i < count; ++i) above += candidate(unit, i).score > limit ? 1 : 0;
+      for (int i = 0; i < count; ++i) above += candidate(unit, i).score > lowest ? 1 : 0;
       const int ties = kept - sum_quad(above).all;
       const auto number = [&](const Candidate& c) {
-        return c.score == limit ? static_cast<std::uint32_t>(c.block) + 1 : 0;
+        return c.score == lowest ? static_cast<std::uint32_t>(c.block) + 1 : 0;
       };
       const std::uint32_t earliest = kth_best(unit, count, ties, std::uint32_t{0}, number);
-      keep(unit, count,
-           [&](const Candidate& c) { return c.score > limit || (ties > 0 && number(c) >= earliest); });
+      keep(unit, count, [&](const Candidate& c) { return c.score > lowest || number(c) >= earliest; });
     });
   }
 
@@ -241,6 +245,13 @@ struct Top8 {
     const V copy = a;
     a = b;
     b = copy;
+  }
+
+  MOBA_DEVICE static float score_of(const Candidate& c) { return c.score; }
+  /// Returns the next larger number; NaN for infinity.
+  MOBA_DEVICE static float next_above(float x) {
+    const std::uint32_t bits = ptx::float_as_uint(x);
+    return ptx::uint_as_float(x >= 0 ? bits + 1 : bits - 1);
   }
 
   /// Candidate i of this lane's buffer.
