@@ -14,4 +14,9 @@ MOBA_DEVICE std::uint64_t matrix_descriptor(std::uint32_t address, std::uint32_t
          std::uint64_t{stride >> 4} << 32 | kSwizzle128 << 62;
 }
 
+/// Moves the address of a descriptor by `bytes`, a constant multiple of 16: one addition to its lower word.
+MOBA_DEVICE std::uint64_t advance_descriptor(std::uint64_t descriptor, std::uint32_t bytes) {
+  return (descriptor & ~std::uint64_t{0xFFFFFFFFU}) | (static_cast<std::uint32_t>(descriptor) + (bytes >> 4));
+}
+
 }  // namespace moba::cuda::ptx

@@ -25,15 +25,15 @@ struct SwizzledTile128B {
 
   /// K-major operand of the rows from `row` (a multiple of 8) on, at step `k` of 16 elements.
   MOBA_DEVICE std::uint64_t k_major_descriptor(int row, int k) const {
-    const std::uint32_t panel = static_cast<std::uint32_t>(k / 4) * kPanelBytes;
-    return ptx::matrix_descriptor(
-        ptx::shared_address(data) + panel + static_cast<std::uint32_t>(row * kRowBytes + k % 4 * 32), 16,
-        kCoreBytes);
+    return ptx::advance_descriptor(
+        ptx::matrix_descriptor(ptx::shared_address(data) + static_cast<std::uint32_t>(row * kRowBytes), 16,
+                               kCoreBytes),
+        static_cast<std::uint32_t>(k / 4) * kPanelBytes + static_cast<std::uint32_t>(k % 4 * 32));
   }
   /// MN-major operand of all columns, for sums over rows [row, row + 16); `row` is a multiple of 16.
   MOBA_DEVICE std::uint64_t mn_major_descriptor(int row) const {
-    return ptx::matrix_descriptor(ptx::shared_address(data) + static_cast<std::uint32_t>(row * kRowBytes),
-                                  kPanelBytes, kCoreBytes);
+    return ptx::advance_descriptor(ptx::matrix_descriptor(ptx::shared_address(data), kPanelBytes, kCoreBytes),
+                                   static_cast<std::uint32_t>(row * kRowBytes));
   }
 };
 
