@@ -46,6 +46,7 @@ struct AttendParams {
 /// all_end).
 struct alignas(8) WorkTile {
   bool diagonal = false;
+  bool keeps_kv = false;  // sm_90a: the next work tile of the thread block has the same keys
   std::int32_t head = 0;  // of the slice
   std::int32_t count = 0;
   std::int32_t first_key = 0;  // of the sequence, packed

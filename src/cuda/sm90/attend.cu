@@ -20,6 +20,7 @@ template <typename T>
 struct Params {
   TensorMap k, v;
   AttendParams<T> attend;
+  std::int32_t chunk;  // of the schedule
 };
 
 /// Table of the rows of a work tile, which the producer writes. There are more tables than buffers of q: an
@@ -55,15 +56,15 @@ struct Shared {
 /// Producer of q: a warp gathers the rows of every second work tile into its buffer. What it needs for that
 /// is loaded while it waits for the buffer.
 template <typename T, int head_dim>
-MOBA_DEVICE void load_q(const AttendParams<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
-                        int buffer) {
+MOBA_DEVICE void load_q(const AttendParams<T>& p, const Shared<T, head_dim>& shared,
+                        const TileSchedule& schedule, int buffer) {
   constexpr int kVecs = head_dim / tile::kVecElements;  // of a row
   constexpr int kRows = ptx::kLanes / kVecs;            // copied at a time by a warp
   constexpr int kRowsPerLane = kTileRows / ptx::kLanes, kCopies = 2;
   const auto q = shared.q(buffer);
   StageBarriers& barriers = shared.control().q[buffer];
   unsigned tile = 0;
-  for_own_work_tiles(p, work_tiles, [&](const WorkTile& work) {
+  for_own_work_tiles(p, schedule, kKeys, [&](const WorkTile& work) {
     const unsigned own = tile++;
     if (own % 2 != static_cast<unsigned>(buffer)) return;
     RowTable& table = shared.control().tables[own % kTables];
@@ -121,7 +122,8 @@ struct Consumer {
     ptx::mbarrier_wait(&q_barriers().full, tile / 2 & 1U);
     return warp_uniform(table(tile).work);
   }
-  MOBA_DEVICE void release_k() {
+  MOBA_DEVICE void release_k(const WorkTile& work) {
+    if (work.keeps_kv) return;
     consumer_release(k_barriers().empty);
     k_stage.advance();
   }
@@ -141,7 +143,7 @@ struct Consumer {
   /// Releases the operands of S, and turns S into weights. `key` is the first of its keys.
   MOBA_DEVICE void update_softmax(float (&s)[1][kKeys / 8][4], tile::Softmax<1>& softmax,
                                   const WorkTile& work, std::int32_t key) {
-    release_k();
+    release_k(work);
     if (key + kKeys >= work.end) consumer_release(q_barriers().empty);
     if (p.scale.negate) negate(s);
     if (work.is_masked(key, kKeys)) apply_mask(s, VisibleKeys<1>(work, table(tile).bounds, warp_row()), key);
@@ -173,7 +175,7 @@ struct Consumer {
     store_out(p, rows.work.head, rows.work.count, warp_row(), slots, out, softmax);
   }
 
-  MOBA_DEVICE void run(unsigned own_tiles) {
+  MOBA_DEVICE void run(std::int32_t own_tiles) {
     if (warpgroup == 1) pingpong_arrive(warpgroup);
     float s[1][kKeys / 8][4], out[1][head_dim / 8][4] = {};
     std::uint32_t probs[kKeys / 16][4];
@@ -189,11 +191,11 @@ struct Consumer {
     pack_p(probs, s, work, key);
     for (;;) {
       // `probs` are of the keys from `key` on: their P V is issued after Q K^T of the next key tile.
-      const bool ends = key + kKeys >= work.end;
+      const bool ends = key + kKeys >= work.end, keeps_v = work.keeps_kv;
       const tile::Softmax<1> ended = softmax;
       key += kKeys;
       if (ends) {
-        if (++tile == own_tiles) break;
+        if (++tile == static_cast<unsigned>(own_tiles)) break;
         work = wait_for_q();
         key = work.begin;
         softmax.init();
@@ -209,7 +211,7 @@ struct Consumer {
       update_softmax(s, softmax, work, key);
       ptx::pin(softmax.row_sum[0][0] + softmax.row_sum[0][1]);
       ptx::wgmma_wait(out[0]);
-      release_v();
+      if (!keeps_v) release_v();
       if (ends) {
         store(tile - 1, out, ended);
         MOBA_UNROLL
@@ -234,7 +236,7 @@ MOBA_KERNEL(kThreads, 1)
 attend_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
     const Shared<T, head_dim> shared{ptx::shared()};
-    const std::int64_t work_tiles = warp_uniform(p.attend.work_tiles());
+    const TileSchedule schedule{.work_tiles = warp_uniform(p.attend.work_tiles()), .chunk = p.chunk};
     specialise_warpgroups<kProducerRegisters, kConsumerRegisters>(
         [&] {
           auto& control = shared.control();
@@ -243,14 +245,13 @@ attend_kernel(MOBA_GRID_CONSTANT Params<T> p) {
           for (StageBarriers& barriers : control.v) barriers.init(1);
         },
         [&] {
-          if (ptx::warp() == 0) load_kv(p.k, p.v, p.attend, shared, work_tiles);
-          if (ptx::warp() == 1 || ptx::warp() == 2) load_q(p.attend, shared, work_tiles, ptx::warp() - 1);
+          if (ptx::warp() == 0) load_kv(p.k, p.v, p.attend, shared, schedule);
+          if (ptx::warp() == 1 || ptx::warp() == 2) load_q(p.attend, shared, schedule, ptx::warp() - 1);
         },
         [&](int warpgroup) {
-          const std::int64_t stride = ptx::blocks_x(), left = work_tiles - ptx::block_x();
-          if (left <= 0) return;
+          const std::int32_t own_tiles = schedule.own_tiles();
           Consumer<T, head_dim> consumer{p.attend, shared, warpgroup};
-          consumer.run(static_cast<unsigned>(divide_up(left, stride)));
+          if (own_tiles > 0) consumer.run(own_tiles);
         });
   }
 }
@@ -258,6 +259,15 @@ attend_kernel(MOBA_GRID_CONSTANT Params<T> p) {
 }  // namespace sm90
 
 namespace {
+
+/// Returns the chunk of the schedule of `blocks` thread blocks: where a block is one key tile, consecutive
+/// work tiles keep it in shared memory, as long as every thread block has several chunks.
+std::int32_t chunk_of(const DeviceCall& call, std::int64_t work_tiles, std::int64_t blocks) {
+  constexpr std::int64_t kMaxChunk = 8, kMinChunks = 4;
+  if (call.routing.block_size > sm90::kKeys) return 1;
+  return static_cast<std::int32_t>(
+      std::clamp<std::int64_t>(work_tiles / (blocks * kMinChunks), 1, kMaxChunk));
+}
 
 /// True in a build for sm_90a, which alone contains the kernels.
 #if defined(MOBA_CUDA_SM90)
@@ -297,12 +307,13 @@ void attend_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
                  const Plan& plan, const Partials& partials, const Outputs& outputs) {
   with_type(call, [&]<typename T, int head_dim>() {
     if constexpr (head_dim == 64 || head_dim == 128) {
+      const std::int64_t work_tiles = max_work_tiles(call, slice);
+      const std::int64_t blocks = std::min(std::int64_t{current_hardware().multiprocessors}, work_tiles);
       const sm90::Params<T> params{.k = tensor_map(call.k, sm90::kKeys),
                                    .v = tensor_map(call.v, sm90::kKeys),
-                                   .attend = attend_params<T>(call, slice, batch, plan, partials, outputs)};
-      const std::int64_t blocks = current_hardware().multiprocessors;
-      stream.launch("attend_sm90", sm90::attend_kernel<T, head_dim>,
-                    {std::min(blocks, max_work_tiles(call, slice))}, sm90::kThreads,
+                                   .attend = attend_params<T>(call, slice, batch, plan, partials, outputs),
+                                   .chunk = chunk_of(call, work_tiles, blocks)};
+      stream.launch("attend_sm90", sm90::attend_kernel<T, head_dim>, {blocks}, sm90::kThreads,
                     sm90::Shared<T, head_dim>::kBytes, params);
     }
   });

@@ -189,7 +189,7 @@ attend_backward_dq_kernel(MOBA_GRID_CONSTANT Params<T> p) {
         },
         [&] {
           if (ptx::warp() == 0) {
-            load_kv(p.k_map, p.v_map, p.dq.attend, shared, work_tiles);
+            load_kv(p.k_map, p.v_map, p.dq.attend, shared, {.work_tiles = work_tiles});
           } else {
             load_q(p, shared, work_tiles, ptx::thread() - ptx::kLanes);
           }
