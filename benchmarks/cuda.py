@@ -78,10 +78,15 @@ def markdown(report):
     return "\n".join(lines) + "\n"
 
 
+def stem(report):
+    """Return the beginning of the names of result files: GPU and date."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", report["machine"]["gpu"].lower()).strip("-")
+    return f"{gpu}-{report['date']}"
+
+
 def write(report, folder):
     folder.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", report["machine"]["gpu"].lower()).strip("-")
-    path = folder / f"{name}-{report['date']}"
+    path = folder / stem(report)
     for suffix, text in ((".json", json.dumps(report, indent=1) + "\n"), (".md", markdown(report))):
         path.with_suffix(suffix).write_text(text)
     return path.with_suffix(".md")

@@ -34,6 +34,7 @@ SCRIPTS = (
     "tools/gpu_check.py",
     "benchmarks/cuda.py",
     "benchmarks/cuda_kernels.py",
+    "benchmarks/peers/flash_moba.py",
     "tests/python/conftest.py",
     "tests/python/random_models.py",
     "tests/python/packed.py",

@@ -1,4 +1,7 @@
-// Block means in one pass over the keys: one thread block per block and head.
+// Block means in one pass over the keys: one thread block per block and head, larger where blocks are large
+// and few.
+#include <type_traits>
+
 #include "cuda/ptx/barrier.h"
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
@@ -7,7 +10,9 @@
 namespace moba::cuda {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 128, kManyThreads = 1024;
+/// Keys of a block from which on kManyThreads share it.
+constexpr std::int64_t kLargeBlock = 2048;
 /// Elements per thread: 16 bytes.
 constexpr int kElements = 8;
 
@@ -29,10 +34,10 @@ MOBA_DEVICE void add(float (&sum)[kElements], const ptx::Vec16& v) {
   }
 }
 
-template <typename T, int head_dim>
-MOBA_KERNEL(kThreads, 8)
+template <typename T, int head_dim, int threads>
+MOBA_KERNEL(threads, 1024 / threads)
 centroids_kernel(MOBA_GRID_CONSTANT CentroidsParams<T> p) {
-  constexpr int kColumns = head_dim / kElements, kRows = kThreads / kColumns;
+  constexpr int kColumns = head_dim / kElements, kRows = threads / kColumns;
   constexpr int kUnroll = 8;
   const auto packed = static_cast<std::int32_t>(ptx::block_x());
   const std::int64_t head = ptx::block_y();
@@ -68,7 +73,7 @@ centroids_kernel(MOBA_GRID_CONSTANT CentroidsParams<T> p) {
   ptx::syncthreads();
   const float count = static_cast<float>(keys.end - keys.begin);
   auto* mean = reinterpret_cast<std::uint32_t*>(p.means + mean_offset(head, p.max_blocks, packed, head_dim));
-  for (int pair = ptx::thread(); pair < head_dim / 2; pair += kThreads) {
+  for (int pair = ptx::thread(); pair < head_dim / 2; pair += threads) {
     float low = 0, high = 0;
     MOBA_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -84,15 +89,22 @@ centroids_kernel(MOBA_GRID_CONSTANT CentroidsParams<T> p) {
 void centroids(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                void* means) {
   with_type(call, [&]<typename T, int head_dim>() {
-    constexpr int kRows = kThreads / (head_dim / kElements);
     const CentroidsParams<T> params{.k = view_of<const T>(call.k),
                                     .means = static_cast<T*>(means),
                                     .batch = batch,
                                     .block_size = call.routing.block_size,
                                     .max_blocks = call.max_blocks(),
                                     .head0 = slice.head0};
-    stream.launch("centroids", centroids_kernel<T, head_dim>, {call.max_blocks(), slice.heads()}, kThreads,
-                  kRows * head_dim * sizeof(float), params);
+    const auto launch = [&]<int threads>(std::integral_constant<int, threads>) {
+      constexpr int kRows = threads / (head_dim / kElements);
+      stream.launch("centroids", centroids_kernel<T, head_dim, threads>, {call.max_blocks(), slice.heads()},
+                    threads, kRows * head_dim * sizeof(float), params);
+    };
+    if (call.routing.block_size < kLargeBlock) {
+      launch(std::integral_constant<int, kThreads>{});
+    } else {
+      launch(std::integral_constant<int, kManyThreads>{});
+    }
   });
 }
 

@@ -60,7 +60,8 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBa
     const Memory memory = carve(layout, call, batch, slice, outputs);
     const Batch on_device = lay_out(stream, call, batch, slice, memory.starts);
     if (call.needs_scores()) {
-      centroids(stream, call, slice, on_device, memory.means);
+      // Later slices of the same heads find the means where the first has put them.
+      if (slice.token0 == 0) centroids(stream, call, slice, on_device, memory.means);
       (gate_uses_sm90(call) ? gate_sm90 : gate)(stream, call, slice, on_device, memory.means, memory.heaps,
                                                 memory.selection);
     }

@@ -1,6 +1,10 @@
 #pragma once
 
+#include <algorithm>
+#include <limits>
+
 #include "cuda/gate.h"
+#include "cuda/tile/top8.h"
 #include "cuda/tile/topk.h"
 
 /// Rows of the gate in the sm80 and sm90 kernels: their candidates, their running top-k and their results.
@@ -11,7 +15,8 @@ struct GateParams {
   View<const T> q;
   const T* means;  // [heads, max_blocks, D]
   Batch batch;
-  std::int64_t block_size, max_blocks, max_tiles;
+  std::uint32_t block_size;
+  std::int64_t max_blocks, max_tiles;
   std::int64_t heads_per_kv, head0;
   std::int32_t token0, token1;
   std::int32_t width, sinks;
@@ -30,10 +35,35 @@ struct GateParams {
   }
 };
 
+/// A row of a tile: its query within the sequence and its query head among those of the kv head.
+struct TileRow {
+  std::int32_t query = 0, member = 0;
+};
+
+template <typename T>
+MOBA_DEVICE TileRow row_at(const GateParams<T>& p, const Tile& tile, int row) {
+  const std::int64_t index = tile.from + row;
+  if (p.heads_per_kv == 1) return {static_cast<std::int32_t>(index), 0};
+  if (index >> 32 == 0) {  // where a division costs a fifth
+    const auto divisor = static_cast<std::uint32_t>(p.heads_per_kv), low = static_cast<std::uint32_t>(index);
+    return {static_cast<std::int32_t>(low / divisor), static_cast<std::int32_t>(low % divisor)};
+  }
+  return {static_cast<std::int32_t>(index / p.heads_per_kv),
+          static_cast<std::int32_t>(index % p.heads_per_kv)};
+}
+
 template <typename T>
 MOBA_DEVICE std::int32_t own_block_of(const GateParams<T>& p, const Tile& tile, int row) {
-  const std::int32_t position = tile.position_of(row, p.heads_per_kv);
-  return position < 0 ? -1 : static_cast<std::int32_t>(position / p.block_size);
+  const std::int32_t position = row_at(p, tile, row).query + tile.before;
+  return position < 0 ? -1 : static_cast<std::int32_t>(static_cast<std::uint32_t>(position) / p.block_size);
+}
+
+/// Returns where the selection of a row goes.
+template <typename T>
+MOBA_DEVICE std::int32_t* selection_of(const GateParams<T>& p, const Tile& tile, std::int64_t head, int row) {
+  const TileRow at = row_at(p, tile, row);
+  return p.selection.of((p.head0 + head) * p.heads_per_kv + at.member,
+                        p.batch.q_starts[tile.sequence] + at.query);
 }
 
 /// Returns the candidates of a row, of which the first are behind the sinks.
@@ -41,7 +71,9 @@ template <typename T>
 MOBA_DEVICE tile::Candidates candidates_of(const GateParams<T>& p, const Tile& tile, int row) {
   const std::int32_t own = own_block_of(p, tile, row);
   if (p.causal) return {p.sinks, own < 0 ? 0 : own, -1};
-  return {p.sinks, static_cast<std::int32_t>(divide_up(tile.keys, p.block_size)), p.own_block ? own : -1};
+  const auto keys = static_cast<std::uint32_t>(tile.keys);
+  return {p.sinks, static_cast<std::int32_t>(keys / p.block_size + (keys % p.block_size != 0 ? 1 : 0)),
+          p.own_block ? own : -1};
 }
 
 /// Fills the heap of a row with its forced blocks, sinks and own, above empty entries; that of a missing row
@@ -80,6 +112,7 @@ MOBA_DEVICE void write_row(const tile::Heap<heap_stride>& heap, std::int32_t own
 /// of row r.
 template <typename T, typename TopK>
 struct WarpRows {
+  using Memory = typename TopK::Memory;
   /// Blocks of a group, whose scores are pushed at a time.
   static constexpr int kGroup = 4 * TopK::kColumns;
 
@@ -93,7 +126,7 @@ struct WarpRows {
 
   /// `heaps` holds the heaps of the tile.
   MOBA_DEVICE WarpRows(const GateParams<T>& params, const Tile& of, std::int64_t kv_head, int row,
-                       typename TopK::Memory& memory, tile::Key* heaps)
+                       Memory& memory, tile::Key* heaps)
       : p(params),
         tile(of),
         head(kv_head),
@@ -112,9 +145,21 @@ struct WarpRows {
   /// Returns the end of the blocks that any row may select.
   MOBA_DEVICE std::int32_t end() const { return warp_row < tile.count ? last_candidates.last : 0; }
 
+  /// Pushes the scores against the means of blocks [first, first + 8 tiles).
+  template <int tiles>
+  MOBA_DEVICE void push(const float (&scores)[tiles][4], std::int32_t first) {
+    MOBA_UNROLL
+    for (int group = 0; group < 8 * tiles / kGroup; ++group) {
+      float of_group[1][4][4];
+      MOBA_UNROLL
+      for (int i = 0; i < 16; ++i) of_group[0][i / 4][i % 4] = scores[4 * group + i / 4][i % 4];
+      if (first + group * kGroup < end()) push(of_group, first + group * kGroup);
+    }
+  }
+
   /// Pushes the scores against the means of blocks [first, first + kGroup).
-  template <int row_tiles, int column_tiles>
-  MOBA_DEVICE void push(const float (&scores)[row_tiles][column_tiles][4], std::int32_t first) {
+  template <int row_tiles>
+  MOBA_DEVICE void push(const float (&scores)[row_tiles][4][4], std::int32_t first) {
     const std::int32_t group_end = first + kGroup;
     const bool is_masked = first < p.sinks || group_end > first_candidates.last ||
                            (p.own_block && group_end > first_candidates.own && first <= last_candidates.own);
@@ -125,11 +170,8 @@ struct WarpRows {
   MOBA_DEVICE void finish() {
     topk.merge();
     if (!has_row()) return;
-    const std::int64_t row = tile.first_row + lane_row();
     write_row(topk.heap, p.causal ? own_block_of(p, tile, lane_row()) : -1,
-              p.selection.of((p.head0 + head) * p.heads_per_kv + row % p.heads_per_kv,
-                             p.token0 + row / p.heads_per_kv),
-              p.selection.stride);
+              selection_of(p, tile, head, lane_row()), p.selection.stride);
   }
 
  private:
@@ -148,6 +190,150 @@ struct WarpRows {
   }
 };
 
+/// What selecting for a row takes: the end of its candidates, its own block, -1 if it is not selected, and
+/// where its selection goes; null for a missing row.
+struct GateRow {
+  std::int32_t end = 0, own = -1;
+  std::int32_t* to = nullptr;
+};
+
+template <typename T>
+MOBA_DEVICE GateRow gate_row(const GateParams<T>& p, const Tile& tile, std::int64_t head, int row) {
+  if (row >= tile.count) return {};
+  const std::int32_t own = own_block_of(p, tile, row);
+  std::int32_t* const to = selection_of(p, tile, head, row);
+  if (p.causal) return {own < 0 ? 0 : own, own, to};
+  return {candidates_of(p, tile, row).last, p.own_block ? own : -1, to};
+}
+
+/// The rows of a warp, of which each selects at most tile::kTop blocks by score or as sinks.
+template <typename T>
+struct Top8Rows {
+  using TopK = tile::Top8;
+
+  const GateParams<T>& p;
+  const GateRow* rows;
+  TopK topk;
+  tile::Candidates candidates[TopK::kUnits];  // of this lane's rows
+  std::int32_t common_end = 0, all_end = 0;   // of the candidates of every row, and of any
+  float maxima[TopK::kUnits][2];
+
+  /// The first `count` of 16 rows exist.
+  MOBA_DEVICE Top8Rows(const GateParams<T>& params, const GateRow* of, int count, TopK::Memory& memory)
+      : p(params), rows(of), topk{memory} {
+    MOBA_UNROLL
+    for (int unit = 0; unit < TopK::kUnits; ++unit) {
+      const GateRow row = rows[TopK::row_of(unit)];
+      candidates[unit] = {p.sinks, row.end, p.causal ? -1 : row.own};
+      topk.begin(unit, row.to == nullptr ? 0 : p.width - forced(candidates[unit]));
+      maxima[unit][0] = maxima[unit][1] = -ptx::infinity();
+    }
+    if (count <= 0) return;
+    common_end = rows[0].end;
+    all_end = rows[(count < TopK::kRows ? count : TopK::kRows) - 1].end;
+  }
+
+  MOBA_DEVICE std::int32_t end() const { return all_end; }
+
+  /// Sets the score of what is no candidate of its row to -inf.
+  template <int tiles>
+  MOBA_DEVICE void mask(float (&scores)[tiles][4], std::int32_t first) const {
+    const bool is_whole = first >= p.sinks && first + 8 * tiles <= common_end && !p.own_block;
+    if (!is_whole) {
+      TopK::for_scores<tiles>([&](int unit, int column) {
+        float& score = scores[column / 2][2 * unit + column % 2];
+        if (!candidates[unit].has(TopK::block_at(first, column))) score = -ptx::infinity();
+      });
+    }
+  }
+
+  /// A first pass over some scores only raises the thresholds, so that few scores pass the second.
+  template <int tiles>
+  MOBA_DEVICE void sample(const float (&scores)[tiles][4]) {
+    TopK::for_scores<tiles>([&](int unit, int column) {
+      float& max = maxima[unit][column / tiles];
+      max = tile::larger(max, scores[column / 2][2 * unit + column % 2]);
+    });
+  }
+  MOBA_DEVICE void finish_sample() {
+    MOBA_UNROLL
+    for (int unit = 0; unit < TopK::kUnits; ++unit) topk.raise(unit, maxima[unit][0], maxima[unit][1]);
+  }
+
+  /// Pushes masked scores against the means of blocks [first, first + 8 tiles).
+  template <int tiles>
+  MOBA_DEVICE void push(const float (&scores)[tiles][4], std::int32_t first) {
+    topk.push(scores, first, all_end);
+  }
+
+  /// Writes the selection of the rows.
+  MOBA_DEVICE void finish() {
+    topk.drop_low();
+    MOBA_UNROLL
+    for (int unit = 0; unit < TopK::kUnits; ++unit) {
+      int& count = topk.counts[unit];  // from here on of the row
+      count += ptx::shfl_xor(count, 1);
+      count += ptx::shfl_xor(count, 2);
+      if (ptx::lane() % 4 == 0) {
+        add_unordered(unit, count);
+        add_forced(unit, count);
+      }
+      count = ptx::shfl(count, ptx::lane() / 4 * 4);
+    }
+    ptx::syncwarp();
+    MOBA_UNROLL
+    for (int unit = 0; unit < TopK::kUnits; ++unit) write(unit);
+  }
+
+ private:
+  MOBA_DEVICE static std::int32_t sinks_of(const tile::Candidates& of) { return std::min(of.first, of.last); }
+  MOBA_DEVICE static bool forces_own(const tile::Candidates& of) { return of.own >= sinks_of(of); }
+  MOBA_DEVICE static std::int32_t forced(const tile::Candidates& of) {
+    return sinks_of(of) + (forces_own(of) ? 1 : 0);
+  }
+
+  /// Adds the latest of the blocks whose scores are -inf or NaN, which are never appended, to a row that has
+  /// too few others.
+  MOBA_DEVICE void add_unordered(int unit, int& count) {
+    const tile::Candidates& of = candidates[unit];
+    const int wanted = std::min(topk.k[unit], of.last - forced(of));
+    for (std::int32_t block = of.last - 1; count < wanted; --block) {
+      bool is_new = of.has(block);
+      for (int i = 0; i < count; ++i) is_new &= topk.entry(unit, i).block != block;
+      if (is_new) topk.entry(unit, count++) = {-ptx::infinity(), block};
+    }
+  }
+
+  MOBA_DEVICE void add_forced(int unit, int& count) {
+    const tile::Candidates& of = candidates[unit];
+    for (std::int32_t block = 0; block < sinks_of(of); ++block) topk.entry(unit, count++) = {0, block};
+    if (forces_own(of)) topk.entry(unit, count++) = {0, of.own};
+  }
+
+  /// Writes the blocks of a row in ascending order, then its own if causal. Each lane of the four writes a
+  /// quarter.
+  MOBA_DEVICE void write(int unit) {
+    const int count = topk.counts[unit];
+    // Sorted largest first: complements of the blocks, and 0 for none.
+    std::uint32_t blocks[tile::kTop];
+    MOBA_UNROLL
+    for (int i = 0; i < tile::kTop; ++i)
+      blocks[i] = i < count ? ~static_cast<std::uint32_t>(topk.entry(unit, i).block) : 0;
+    tile::sort(blocks);
+    const GateRow row = rows[TopK::row_of(unit)];
+    if (row.to == nullptr) return;
+    const std::int32_t last = p.causal ? row.own : -1;
+    const auto block_at = [&](int i, std::uint32_t complement) {
+      return i < count ? static_cast<std::int32_t>(~complement) : i == count ? last : -1;
+    };
+    MOBA_UNROLL
+    for (int i = 0; i < tile::kTop; ++i) {
+      if (i % 4 == ptx::lane() % 4 && i < p.selection.stride) row.to[i] = block_at(i, blocks[i]);
+    }
+    for (int i = tile::kTop + ptx::lane() % 4; i < p.selection.stride; i += 4) row.to[i] = block_at(i, 0);
+  }
+};
+
 /// Returns whether the heaps fit into shared memory beside the tiles.
 inline bool heaps_are_shared(const DeviceCall& call) {
   return call.head_dim <= 128 && call.width() <= 16;
@@ -163,7 +349,8 @@ GateParams<T> gate_params(const DeviceCall& call, const WorkSlice& slice, const 
   return {.q = view_of<const T>(call.q),
           .means = static_cast<const T*>(means),
           .batch = batch,
-          .block_size = call.routing.block_size,
+          .block_size = static_cast<std::uint32_t>(
+              std::min<std::int64_t>(call.routing.block_size, std::numeric_limits<std::int32_t>::max())),
           .max_blocks = call.max_blocks(),
           .max_tiles = call.max_tiles(slice),
           .heads_per_kv = call.heads_per_kv,

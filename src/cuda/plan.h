@@ -15,9 +15,10 @@ struct RoutedTile {
 /// The selection inverted, on the device: for every head and block the entries that selected it, ascending.
 /// Entry `row * ranks + rank` is one selected block of a row, and the slot of its partial result.
 struct Plan {
-  std::uint32_t* entries = nullptr;  // [heads, rows * width]
-  std::uint32_t* offsets = nullptr;  // [heads, max_blocks + 1], into a head's entries
-  std::uint32_t* counts = nullptr;   // [heads, partitions, max_blocks], then their exclusive prefix sums
+  std::uint32_t* entries = nullptr;   // [heads, rows * width]
+  std::uint32_t* offsets = nullptr;   // [heads, max_blocks + 1], into a head's entries
+  std::uint32_t* counts = nullptr;    // [heads, partitions, max_blocks], then their exclusive prefix sums
+  std::uint32_t* arrivals = nullptr;  // [heads], thread blocks that have scanned their counts
   /// Tiles of kTileRows rows, and the remainder of every block, in no particular order.
   RoutedTile *full = nullptr, *partial = nullptr;
   /// Counts of both.

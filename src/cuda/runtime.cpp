@@ -26,6 +26,19 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+/// The driver's function is looked up by name, so that the library needs no driver to be loaded.
+decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult status{};
+  constexpr unsigned kVersion = 12000;
+  require(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kVersion, cudaEnableDefault,
+                                           &status),
+          "cuTensorMapEncodeTiled cannot be looked up");
+  if (status != cudaDriverEntryPointSuccess || found == nullptr)
+    throw DeviceFailure{"CUDA: the driver has no tensor maps"};
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+}
+
 }  // namespace
 
 Hardware current_hardware() {
@@ -51,16 +64,8 @@ bool is_on_device(const void* pointer) {
   return attributes.type == cudaMemoryTypeDevice || attributes.type == cudaMemoryTypeManaged;
 }
 
-/// The driver's function is looked up by name, so that the library needs no driver to be loaded.
 TensorMap tensor_map(const Tensor& t, int rows) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult status{};
-  constexpr unsigned kVersion = 12000;
-  require(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kVersion, cudaEnableDefault,
-                                           &status),
-          "cuTensorMapEncodeTiled cannot be looked up");
-  if (status != cudaDriverEntryPointSuccess || found == nullptr)
-    throw DeviceFailure{"CUDA: the driver has no tensor maps"};
+  static const auto encode = tensor_map_encoder();
 
   const std::array<cuuint64_t, 3> sizes{static_cast<cuuint64_t>(t.sizes[2]),
                                         static_cast<cuuint64_t>(t.sizes[1]),
@@ -70,7 +75,6 @@ TensorMap tensor_map(const Tensor& t, int rows) {
   const std::array<cuuint32_t, 3> box{TensorMap::kColumns, 1, static_cast<cuuint32_t>(rows)};
   const std::array<cuuint32_t, 3> steps{1, 1, 1};
   alignas(64) CUtensorMap map{};
-  const auto encode = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
   const CUresult result = encode(
       &map, t.dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
       box.size(), t.data, sizes.data(), strides.data(), box.data(), steps.data(),

@@ -17,9 +17,10 @@ using test::on_device;
 TEST(Centroids, MatchTheMeansOfTheKeys) {
   for (const DType dtype : {DType::bf16, DType::f16}) {
     for (const std::int64_t head_dim : {64, 96, 128, 256}) {
-      for (const std::int64_t block_size : {1, 3, 16, 100}) {
+      for (const std::int64_t block_size : {1, 3, 16, 100, 2050}) {
+        const std::int32_t keys_end = block_size > 2048 ? 4105 : 205;
         Case c{.seed = 1, .dtype = dtype, .kv_heads = 2, .head_dim = head_dim};
-        c.sequences = {{0, 0, 5, 5, 205}, {0, 0, 5, 5, 205}};
+        c.sequences = {{0, 0, 5, 5, 205}, {0, 0, 5, 5, keys_end}};
         c.routing = {.block_size = block_size, .top_k = 1};
         test::fill(c);
         const DeviceBatch starts = batch_of(c.sequences);
@@ -37,11 +38,11 @@ TEST(Centroids, MatchTheMeansOfTheKeys) {
                   mirror.write(means.data(), static_cast<std::int64_t>(means.size())));
         mirror.copy_back();
         EXPECT_EQ(k_starts, c.sequences.cu_seqlens_k);
-        EXPECT_EQ(blocks.back(), divide_up(5, block_size) + divide_up(200, block_size));
+        EXPECT_EQ(blocks.back(), divide_up(5, block_size) + divide_up(keys_end - 5, block_size));
         EXPECT_EQ(tiles, (std::vector<std::int32_t>{0, 0, 1, 1, 3}));
 
         std::size_t at = 0;
-        for (const auto& [first, last] : {std::pair{0, 5}, std::pair{5, 205}}) {
+        for (const auto& [first, last] : {std::pair{0, 5}, std::pair{5, keys_end}}) {
           for (std::int64_t begin = first; begin < last; begin += block_size) {
             const std::int64_t end = std::min<std::int64_t>(begin + block_size, last);
             for (std::int64_t d = 0; d < head_dim; ++d) {

@@ -4,6 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <random>
+
+#include "cuda/divisor.h"
 
 namespace moba::cuda {
 namespace {
@@ -68,6 +71,21 @@ TEST(Geometry, TilesCoverALongSequence) {
       rows = tile.first_row + tile.count;
     }
     EXPECT_EQ(rows, (kTokens + 3 - token0) * kHeads);
+  }
+}
+
+TEST(Geometry, DivisorDividesAsTheProcessorDoes) {
+  constexpr std::uint32_t kMax = 0x7FFFFFFF;
+  std::mt19937 engine(1);
+  const auto random = [&] { return static_cast<std::uint32_t>(engine()); };
+  for (std::uint32_t i = 0; i < 2000; ++i) {
+    const std::uint32_t number = i < 300   ? i + 1
+                                 : i < 310 ? kMax - (i - 300)
+                                           : (random() & kMax) >> i % 31 | 1;
+    const Divisor divisor(number);
+    const std::uint32_t multiple = kMax / number * number;
+    for (const std::uint32_t n : {0U, number - 1, number, multiple - 1, multiple, kMax, random() & kMax})
+      ASSERT_EQ(divisor.quotient(n & kMax), (n & kMax) / number) << n << " / " << number;
   }
 }
 

@@ -46,6 +46,7 @@ def test_kit_holds_what_a_check_reads(assembled):
         "tests/python/test_cuda.py",
         "benchmarks/cuda.py",
         "benchmarks/cuda_kernels.py",
+        "benchmarks/peers/flash_moba.py",
     ):
         assert (assembled / path).exists(), path
     done = subprocess.run(

@@ -10,5 +10,15 @@ namespace moba::cuda::ptx {
 MOBA_DEVICE std::uint32_t atomic_add(std::uint32_t* to, std::uint32_t value) {
   return atomicAdd(to, value);
 }
+/// Adds to shared memory unless `value` is 0, and returns the previous value, or 0. An atomic_add in a branch
+/// would compute the address of shared memory in each.
+MOBA_DEVICE std::uint32_t atomic_add_nonzero(std::uint32_t* to, std::uint32_t value) {
+  std::uint32_t before = 0;
+  asm volatile("{ .reg .pred p; setp.ne.u32 p, %2, 0; @p atom.shared.add.u32 %0, [%1], %2; }"
+               : "+r"(before)
+               : "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(to))), "r"(value)
+               : "memory");
+  return before;
+}
 
 }  // namespace moba::cuda::ptx

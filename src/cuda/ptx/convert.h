@@ -55,6 +55,10 @@ MOBA_DEVICE float fma(float a, float b, float c) {
 MOBA_DEVICE float fmax(float a, float b) {
   return fmaxf(a, b);
 }
+/// Minimum, likewise.
+MOBA_DEVICE float fmin(float a, float b) {
+  return fminf(a, b);
+}
 /// Minimum of x and 0; NaN of a NaN.
 MOBA_DEVICE float at_most_zero(float x) {
   float result;

@@ -1,6 +1,6 @@
 // The gate on sm_90a. Warpgroup 0 is the producer: it gathers the queries of a tile and loads means by TMA.
-// The consumer warpgroups hold 64 rows each and take turns to issue their products, so that one selects
-// (tile/topk.h) while the tensor cores compute the scores of the other.
+// A consumer warpgroup multiplies 64 rows and selects; others, of this and of a second thread block, multiply
+// meanwhile.
 #include <algorithm>
 #include <cstdlib>
 #include <string_view>
@@ -12,8 +12,13 @@
 namespace moba::cuda {
 namespace sm90::gating {
 
-inline constexpr int kMeans = 128;  // of a tile
-inline constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+inline constexpr int kMeans = 64;  // of a tile
+/// Two thread blocks of a multiprocessor hide each other's latencies.
+inline constexpr int kBlocksPerMultiprocessor = 2;
+/// The first pass, over as many blocks, is worth its products: it leaves about 14 scores of a row to the
+/// second.
+inline constexpr std::int32_t kSampled = 1024;
+inline constexpr int kProducerRegisters = 32, kConsumerRegisters = 104;
 
 template <typename T>
 struct Params {
@@ -32,128 +37,198 @@ struct Params {
   }
 };
 
-template <typename T, int head_dim>
-struct Shared {
-  static constexpr int kStages = head_dim > 64 ? 3 : 4;  // tiles of means
-  using Rows = tile::SwizzledTile128B<T, kTileRows, head_dim>;
-  using Means = tile::SwizzledTile128B<T, kMeans, head_dim>;
+/// The rows of a tile, which the producer of the queries looks up.
+struct RowTable {
+  GateRow rows[kTileRows];
+  Tile tile;
+  std::int64_t head;
+  std::int32_t index, end;  // of the tile, and of all candidates
+};
+
+/// How a warp selects: few blocks with sorting networks, or any number with heaps.
+template <typename T>
+struct Few {
+  static constexpr bool kSamples = true;
+  using Memory = tile::Top8::Memory;
+  using Rows = Top8Rows<T>;
+  static MOBA_DEVICE Rows rows(const GateParams<T>& p, const RowTable& table, int warp, Memory& memory,
+                               tile::Key* /*heaps*/) {
+    const int first = 16 * warp;
+    return {p, table.rows + first, table.tile.count - first, memory};
+  }
+};
+template <typename T>
+struct Many {
+  static constexpr bool kSamples = false;
   using TopK = tile::TopK<1, 4>;
+  using Memory = TopK::Memory;
+  using Rows = WarpRows<T, TopK>;
+  static MOBA_DEVICE Rows rows(const GateParams<T>& p, const RowTable& table, int warp, Memory& memory,
+                               tile::Key* heaps) {
+    return {p, table.tile, table.head, 16 * warp, memory, p.heaps_of(table.head, table.index, heaps)};
+  }
+};
+
+/// The tiles of means that a tile of rows meets: those of the first pass, if it takes one, then all.
+template <typename Selecting>
+struct Steps {
+  std::int32_t sampled = 0, all = 0;
+
+  MOBA_DEVICE explicit Steps(std::int32_t end) {
+    const std::int32_t tiles = (end + kMeans - 1) / kMeans;
+    if (Selecting::kSamples && tiles > 1) sampled = tiles < kSampled / kMeans ? tiles : kSampled / kMeans;
+    all = sampled + tiles;
+  }
+  MOBA_DEVICE bool samples(std::int32_t step) const { return step < sampled; }
+  MOBA_DEVICE std::int32_t first_block(std::int32_t step) const {
+    return (samples(step) ? step : step - sampled) * kMeans;
+  }
+};
+
+template <typename T, int head_dim, typename Selecting>
+struct Shared {
+  static constexpr int kStages = head_dim > 64 ? 2 : 4;  // tiles of means
+  using Queries = tile::SwizzledTile128B<T, kTileRows, head_dim>;
+  using Means = tile::SwizzledTile128B<T, kMeans, head_dim>;
 
   struct Control {
-    typename TopK::Memory topk[kConsumerWarps];
-    std::int64_t q_offsets[2][kTileRows];
-    StageBarriers q[2], means[kStages];
+    typename Selecting::Memory topk[kConsumerWarps];
+    std::int64_t q_offsets[kTileRows];
+    RowTable tables[2];
+    ptx::Mbarrier table_empty[2];  // q.full publishes a table
+    StageBarriers q, means[kStages];
   };
-  static constexpr std::size_t kBytes = 2 * Rows::kBytes + kStages * Means::kBytes + sizeof(Control);
+  static constexpr std::size_t kBytes = Queries::kBytes + kStages * Means::kBytes + sizeof(Control);
 
   std::byte* memory;
 
-  MOBA_DEVICE Rows q(int buffer) const { return {memory + buffer * Rows::kBytes}; }
-  MOBA_DEVICE Means means(int stage) const { return {memory + 2 * Rows::kBytes + stage * Means::kBytes}; }
+  MOBA_DEVICE Queries q() const { return {memory}; }
+  MOBA_DEVICE Means means(int stage) const { return {memory + Queries::kBytes + stage * Means::kBytes}; }
   MOBA_DEVICE Control& control() const { return *reinterpret_cast<Control*>(means(kStages).data); }
   MOBA_DEVICE tile::Key* heaps() const { return reinterpret_cast<tile::Key*>(&control() + 1); }
 };
 
-/// Producer of the queries. Called by kGatherThreads threads, numbered by `thread`.
-template <typename T, int head_dim>
-MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int32_t tiles,
+/// Producer of the queries and of what selecting for their rows takes, which it looks up a tile ahead. Called
+/// by kGatherThreads threads, numbered by `thread`.
+template <typename T, int head_dim, typename Selecting>
+MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim, Selecting>& shared, std::int32_t tiles,
                         int thread) {
-  PipelineState<2> buffer;
-  p.for_own_rows(tiles, [&](const Tile& tile, std::int32_t, std::int64_t head) {
-    StageBarriers& barriers = shared.control().q[buffer.index];
-    std::int64_t* offsets = shared.control().q_offsets[buffer.index];
-    ptx::mbarrier_wait(&barriers.empty, buffer.phase ^ 1U);
+  auto& control = shared.control();
+  PipelineState<2> table_buffer;
+  PipelineState<1> q_buffer;
+  p.for_own_rows(tiles, [&](const Tile& tile, std::int32_t index, std::int64_t head) {
+    RowTable& table = control.tables[table_buffer.index];
+    ptx::mbarrier_wait(&control.table_empty[table_buffer.index], table_buffer.phase ^ 1U);
+    for (int r = thread; r < kTileRows; r += kGatherThreads) table.rows[r] = gate_row(p.gate, tile, head, r);
+    if (thread == 0) {
+      table.tile = tile;
+      table.head = head;
+      table.index = index;
+      table.end = candidates_of(p.gate, tile, tile.count - 1).last;
+    }
     for (int r = thread; r < kTileRows; r += kGatherThreads)
-      offsets[r] = r < tile.count ? p.gate.query(tile, head, r) - p.gate.q.data : kNoRow;
+      control.q_offsets[r] = r < tile.count ? p.gate.query(tile, head, r) - p.gate.q.data : kNoRow;
+    ptx::mbarrier_wait(&control.q.empty, q_buffer.phase ^ 1U);
     ptx::bar_sync(kGatherSync, kGatherThreads);
-    gather_rows(shared.q(buffer.index), p.gate.q.data, offsets, thread);
-    producer_commit(barriers.full);
-    buffer.advance();
+    gather_rows(shared.q(), p.gate.q.data, control.q_offsets, thread);
+    producer_commit(control.q.full);
+    ptx::bar_sync(kGatherSync, kGatherThreads);  // the offsets were read
+    q_buffer.advance();
+    table_buffer.advance();
   });
 }
 
 /// Producer of the means. Called by one thread.
-template <typename T, int head_dim>
-MOBA_DEVICE void load_means(const Params<T>& p, const Shared<T, head_dim>& shared, std::int32_t tiles) {
-  using Means = typename Shared<T, head_dim>::Means;
-  PipelineState<Shared<T, head_dim>::kStages> stage;
+template <typename T, int head_dim, typename Selecting>
+MOBA_DEVICE void load_means(const Params<T>& p, const Shared<T, head_dim, Selecting>& shared,
+                            std::int32_t tiles) {
+  using S = Shared<T, head_dim, Selecting>;
+  PipelineState<S::kStages> stage;
   p.for_own_rows(tiles, [&](const Tile& tile, std::int32_t, std::int64_t head) {
     const std::int32_t end = candidates_of(p.gate, tile, tile.count - 1).last;
-    for (std::int32_t first = 0; first < end; first += kMeans, stage.advance()) {
+    const Steps<Selecting> steps(end);
+    for (std::int32_t step = 0; step < steps.all; ++step, stage.advance()) {
       StageBarriers& barriers = shared.control().means[stage.index];
       ptx::mbarrier_wait(&barriers.empty, stage.phase ^ 1U);
-      ptx::mbarrier_arrive_expect_tx(&barriers.full, Means::kBytes);
+      ptx::mbarrier_arrive_expect_tx(&barriers.full, S::Means::kBytes);
       tma_load_tile(shared.means(stage.index), p.means, head,
-                    p.gate.batch.block_starts[tile.sequence] + first, &barriers.full);
+                    p.gate.batch.block_starts[tile.sequence] + steps.first_block(step), &barriers.full);
     }
   });
 }
 
 /// Main loop of the consumer warpgroups.
-template <typename T, int head_dim>
-MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim>& shared, std::int32_t tiles,
+template <typename T, int head_dim, typename Selecting>
+MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim, Selecting>& shared, std::int32_t tiles,
                         int warpgroup) {
-  using S = Shared<T, head_dim>;
-  using TopK = typename S::TopK;
+  using S = Shared<T, head_dim, Selecting>;
   typename S::Control& control = shared.control();
   const int first_row = warpgroup * kWarpgroupRows;
   const int warp = warpgroup * 4 + ptx::warp() % 4;
-  PipelineState<2> buffer;
+  PipelineState<1> q_buffer;
+  PipelineState<2> table_buffer;
   PipelineState<S::kStages> stage;
-  if (warpgroup == 1) pingpong_arrive(warpgroup);
-  p.for_own_rows(tiles, [&](const Tile& tile, std::int32_t index, std::int64_t head) {
-    const std::int32_t end = warp_uniform(candidates_of(p.gate, tile, tile.count - 1).last);
-    const bool has_rows = warp_uniform(first_row < tile.count ? 1 : 0) != 0;
-    tile::Key* const heaps = p.gate.heaps_of(head, index, shared.heaps());
-    WarpRows<T, TopK> rows(p.gate, tile, head, warp * TopK::kRows, control.topk[warp], heaps);
-    ptx::mbarrier_wait(&control.q[buffer.index].full, buffer.phase);
-    for (std::int32_t first = 0; first < end; first += kMeans, stage.advance()) {
+  for_own_tiles(tiles * p.heads, [&](std::int64_t) {
+    ptx::mbarrier_wait(&control.q.full, q_buffer.phase);
+    const RowTable& table = control.tables[table_buffer.index];
+    const std::int32_t end = warp_uniform(table.end);
+    const bool has_rows = warp_uniform(first_row < table.tile.count ? 1 : 0) != 0;
+    auto rows = Selecting::rows(p.gate, table, warp, control.topk[warp], shared.heaps());
+    const Steps<Selecting> steps(end);
+    if (steps.all == 0) consumer_release(control.q.empty);
+    for (std::int32_t step = 0; step < steps.all; ++step, stage.advance()) {
       float scores[kMeans / 8][4];
       ptx::mbarrier_wait(&control.means[stage.index].full, stage.phase);
-      pingpong_wait(warpgroup);
       if (has_rows) {
         ptx::wgmma_fence();
-        issue_qk(scores, shared.q(buffer.index), first_row, shared.means(stage.index));
-        pingpong_arrive(warpgroup);
+        issue_qk(scores, shared.q(), first_row, shared.means(stage.index));
         ptx::wgmma_wait(scores);
-      } else {
-        pingpong_arrive(warpgroup);
       }
       consumer_release(control.means[stage.index].empty);
-      if (!has_rows) continue;
-      MOBA_UNROLL
-      for (int group = 0; group < kMeans / rows.kGroup; ++group) {
-        constexpr int kTiles = WarpRows<T, TopK>::kGroup / 8;
-        float group_scores[1][kTiles][4];
-        MOBA_UNROLL
-        for (int i = 0; i < kTiles * 4; ++i)
-          group_scores[0][i / 4][i % 4] = scores[group * kTiles + i / 4][i % 4];
-        if (first + group * rows.kGroup < rows.end()) rows.push(group_scores, first + group * rows.kGroup);
+      if (step + 1 == steps.all) consumer_release(control.q.empty);
+      const std::int32_t first = steps.first_block(step);
+      if (first >= rows.end()) continue;
+      if constexpr (Selecting::kSamples) {
+        rows.mask(scores, first);
+        if (steps.samples(step) || steps.all == 1) rows.sample(scores);
+        if (step + 1 == steps.sampled || steps.all == 1) rows.finish_sample();
+        if (steps.samples(step)) continue;
       }
+      rows.push(scores, first);
     }
-    consumer_release(control.q[buffer.index].empty);
-    buffer.advance();
     rows.finish();
-    ptx::syncwarp();  // the next tile's heaps take their place
+    consumer_release(control.table_empty[table_buffer.index]);
+    q_buffer.advance();
+    table_buffer.advance();
   });
-  if (warpgroup == 0) pingpong_wait(warpgroup);  // matches the last arrive of warpgroup 1
 }
 
-template <typename T, int head_dim>
-MOBA_KERNEL(kThreads, 1)
+template <typename T, int head_dim, typename Selecting>
+MOBA_KERNEL(kThreads, kBlocksPerMultiprocessor)
 gate_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
-    const Shared<T, head_dim> shared{ptx::shared()};
+    const Shared<T, head_dim, Selecting> shared{ptx::shared()};
     const std::int32_t tiles = warp_uniform(p.gate.batch.tile_starts[p.gate.batch.sequences]);
     specialise_warpgroups<kProducerRegisters, kConsumerRegisters>(
         [&] {
           auto& control = shared.control();
-          for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
+          control.q.init(kGatherThreads);
+          for (ptx::Mbarrier& barrier : control.table_empty)
+            ptx::mbarrier_init(&barrier, kConsumerWarps * kReleasingLanes);
           for (StageBarriers& barriers : control.means) barriers.init(1);
         },
         [&] { load_means(p, shared, tiles); }, [&](int thread) { load_q(p, shared, tiles, thread); },
         [&](int warpgroup) { select(p, shared, tiles, warpgroup); });
   }
+}
+
+template <typename T, int head_dim, typename Selecting>
+void launch(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Params<T>& params,
+            std::size_t heap_bytes) {
+  const std::int64_t blocks = std::min<std::int64_t>(
+      current_hardware().multiprocessors * kBlocksPerMultiprocessor, call.max_tiles(slice) * slice.heads());
+  stream.launch("gate_sm90", gate_kernel<T, head_dim, Selecting>, {blocks}, kThreads,
+                Shared<T, head_dim, Selecting>::kBytes + heap_bytes, params);
 }
 
 }  // namespace sm90::gating
@@ -177,10 +252,12 @@ void gate_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice, c
           .means = tensor_map(rows, sm90::gating::kMeans),
           .gate = gate_params<T>(call, slice, batch, means, heaps, selection),
           .heads = slice.heads()};
-      const std::int64_t blocks = current_hardware().multiprocessors;
-      stream.launch("gate_sm90", sm90::gating::gate_kernel<T, head_dim>,
-                    {std::min(blocks, call.max_tiles(slice) * slice.heads())}, sm90::kThreads,
-                    sm90::gating::Shared<T, head_dim>::kBytes + shared_heap_bytes(call), params);
+      if (call.width() <= tile::kTop) {
+        sm90::gating::launch<T, head_dim, sm90::gating::Few<T>>(stream, call, slice, params, 0);
+      } else {
+        sm90::gating::launch<T, head_dim, sm90::gating::Many<T>>(stream, call, slice, params,
+                                                                 shared_heap_bytes(call));
+      }
     }
   });
 }

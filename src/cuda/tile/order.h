@@ -13,4 +13,10 @@ MOBA_DEVICE std::uint32_t order_of(float score) {
   return bits >> 31 != 0 ? ~bits : bits | 0x80000000U;
 }
 
+/// A score that may be among the best, and its block.
+struct alignas(8) Candidate {
+  float score;
+  std::int32_t block;
+};
+
 }  // namespace moba::cuda::tile

@@ -54,12 +54,6 @@ struct Candidates {
   MOBA_DEVICE bool has(std::int32_t block) const { return block >= first && block < last && block != own; }
 };
 
-/// A score that waits for the next merge.
-struct alignas(8) Candidate {
-  float score;
-  std::int32_t block;
-};
-
 /// The rows lane / 4 and lane / 4 + 8 of each of `row_tiles` accumulator tiles: unit 2 i + half of a lane is
 /// its half of tile i. Scores come in groups of `column_tiles` tiles; a lane has kColumns of a row, which
 /// stand for kColumns bits of a mask. Counts of a unit take a byte of a word.

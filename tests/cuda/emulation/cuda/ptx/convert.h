@@ -45,6 +45,9 @@ MOBA_DEVICE float fma(float a, float b, float c) {
 MOBA_DEVICE float fmax(float a, float b) {
   return std::fmax(a, b);
 }
+MOBA_DEVICE float fmin(float a, float b) {
+  return std::fmin(a, b);
+}
 MOBA_DEVICE float at_most_zero(float x) {
   return x > 0 ? 0 : x;
 }

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <cstring>
+
 #include "cuda/ptx/device.h"
 
 /// Replaces src/cuda/ptx/copy.h: asynchronous copies complete when they are issued or when they are waited
@@ -23,6 +25,18 @@ MOBA_DEVICE void cp_async_wait() {
 MOBA_DEVICE void zero_vec(std::byte* shared, std::uint32_t offset) {
   *reinterpret_cast<Vec16*>(shared + offset) = {0, 0, 0, 0};
   emulation::wrote(shared + offset);
+}
+MOBA_DEVICE void store_pair_if(bool stores, void* shared, std::uint32_t offset, float first,
+                               std::int32_t second) {
+  if (!stores) return;
+  std::byte* const to = static_cast<std::byte*>(shared) + offset;
+  std::memcpy(to, &first, sizeof(first));
+  std::memcpy(to + sizeof(first), &second, sizeof(second));
+}
+MOBA_DEVICE void append_if_ge(float value, float limit, std::int32_t number, void* shared,
+                              std::uint32_t& offset, std::uint32_t step) {
+  store_pair_if(value >= limit, shared, offset, value, number);
+  if (value >= limit) offset += step;
 }
 MOBA_DEVICE Vec16 load_streaming(const void* from) {
   return *static_cast<const Vec16*>(from);
