@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <limits>
 
 #include "cuda/attend.h"
 #include "cuda/ptx/convert.h"
@@ -19,7 +20,8 @@ struct AttendParams {
   Batch batch;
   Plan plan;
   const std::uint32_t* entries;
-  std::int64_t block_size, heads_per_kv, head0, heads;
+  std::int32_t block_size;  // at most the largest number of keys
+  std::int64_t heads_per_kv, head0, heads;
   std::int64_t rows, width, ranks;  // of a head
   std::int32_t token0, token1;
   bool diagonal, causal;
@@ -42,13 +44,21 @@ struct AttendParams {
 
 /// Work tile: up to kTileRows rows, and keys [begin, end) of a sequence. All rows see the keys [all_begin,
 /// all_end).
-struct WorkTile {
+struct alignas(8) WorkTile {
   bool diagonal = false;
-  std::int64_t head = 0;  // of the slice
+  bool keeps_kv = false;  // sm_90a: the next work tile of the thread block has the same keys
+  std::int32_t head = 0;  // of the slice
   std::int32_t count = 0;
   std::int32_t first_key = 0;  // of the sequence, packed
   std::int32_t begin = 0, end = 0, all_begin = 0, all_end = 0;
+  std::uint32_t first_row = 0;  // diagonal: of the slice; routed: index of its entry in the list of the head
+  /// Diagonal tiles: position of the query of row 0, and its query head in the group.
+  std::int32_t position = 0, member = 0;
 
+  /// Number of tiles of `keys` keys: at least one, which is masked where there are no keys.
+  MOBA_DEVICE std::int32_t key_tiles(std::int32_t keys) const {
+    return end > begin ? (end - begin + keys - 1) / keys : 1;
+  }
   /// Tests that some row does not see some of the `keys` keys from `key` on.
   MOBA_DEVICE bool is_masked(std::int32_t key, std::int32_t keys) const {
     return key < all_begin || key + keys > all_end;
@@ -63,7 +73,6 @@ struct WorkTile {
 struct WorkRow {
   std::int64_t q_offset = kNoRow;  // of its query's elements
   std::uint32_t slot = 0;
-  KeyRange visible{};  // keys, where the tile is diagonal
 };
 
 /// Keys of its own block that the query at `position` sees; all keys without a causal mask.
@@ -71,12 +80,12 @@ template <typename T>
 MOBA_DEVICE KeyRange diagonal_keys(const AttendParams<T>& p, std::int32_t position, std::int32_t keys) {
   if (!p.causal) return {0, keys};
   if (position < 0) return {0, 0};
-  return {static_cast<std::int32_t>(position / p.block_size * p.block_size), position + 1};
+  return {position - position % p.block_size, position + 1};
 }
 
 /// Element offset of a row in `view`, which is p.q or has the same tokens and heads.
 template <typename T>
-MOBA_DEVICE std::int64_t row_offset(const AttendParams<T>& p, const View<const T>& view, std::int64_t head,
+MOBA_DEVICE std::int64_t row_offset(const AttendParams<T>& p, const View<const T>& view, std::int32_t head,
                                     std::uint32_t row) {
   const auto heads_per_kv = static_cast<std::uint32_t>(p.heads_per_kv);
   return (std::int64_t{p.token0} + row / heads_per_kv) * view.token_stride +
@@ -91,71 +100,79 @@ MOBA_DEVICE std::int32_t rows_from(int first, std::int32_t count) {
   return left < max_rows ? left : max_rows;
 }
 
-/// Calls run for diagonal tile `index`; tiles of the last queries, which see most keys, come first. Keys
-/// begin as for the full tile, so that a row visits them in the same order for any slice.
-template <int max_rows, typename T, typename Run>
-MOBA_DEVICE void with_diagonal_tile(const AttendParams<T>& p, std::int64_t index, int first, Run&& run) {
-  const Tile tile = tile_at(
-      p.batch, static_cast<std::int32_t>(p.batch.tile_starts[p.batch.sequences] - 1 - index / p.heads),
-      p.token0, p.token1, p.heads_per_kv);
-  const auto visible = [&](int r) {
-    return diagonal_keys(p, tile.position_of(first + r, p.heads_per_kv), tile.keys);
-  };
+/// Returns diagonal tile `index`; tiles of the last queries, which see most keys, come first. Keys begin as
+/// for the full tile, so that a row visits them in the same order for any slice.
+template <int max_rows, typename T>
+MOBA_DEVICE WorkTile diagonal_tile_at(const AttendParams<T>& p, std::uint32_t index, int first) {
+  const auto heads = static_cast<std::uint32_t>(p.heads);
+  const Tile tile =
+      tile_at(p.batch, p.batch.tile_starts[p.batch.sequences] - 1 - static_cast<std::int32_t>(index / heads),
+              p.token0, p.token1, p.heads_per_kv);
   const std::int32_t count = rows_from<max_rows>(first, tile.count);
-  if (max_rows < kTileRows && count <= 0) return;
-  const KeyRange first_visible = visible(0), last_visible = visible(count - 1);
-  const KeyRange cut_visible = diagonal_keys(p, tile.position_at(tile.cut, p.heads_per_kv), tile.keys);
-  const WorkTile work{.diagonal = true,
-                      .head = index % p.heads,
-                      .count = count,
-                      .first_key = tile.first_key,
-                      .begin = cut_visible.begin,
-                      .end = last_visible.end,
-                      .all_begin = last_visible.begin,
-                      .all_end = first_visible.end};
-  run(work, [&](int r) -> WorkRow {
-    if (r >= work.count) return {};
-    const auto row = static_cast<std::uint32_t>(tile.first_row + first + r);
-    return {row_offset(p, p.q, work.head, row),
-            row * static_cast<std::uint32_t>(p.ranks) + static_cast<std::uint32_t>(p.width), visible(r)};
-  });
+  if (max_rows < kTileRows && count <= 0) return {};
+  const std::int64_t row = tile.from + first;
+  const auto visible = [&](std::int64_t sequence_row) {
+    return diagonal_keys(p, tile.position_at(sequence_row, p.heads_per_kv), tile.keys);
+  };
+  const KeyRange first_visible = visible(row), last_visible = visible(row + count - 1);
+  return {.diagonal = true,
+          .head = static_cast<std::int32_t>(index % heads),
+          .count = count,
+          .first_key = tile.first_key,
+          .begin = visible(tile.cut).begin,
+          .end = last_visible.end,
+          .all_begin = last_visible.begin,
+          .all_end = first_visible.end,
+          .first_row = static_cast<std::uint32_t>(tile.first_row + first),
+          .position = tile.position_at(row, p.heads_per_kv),
+          .member = static_cast<std::int32_t>(row % p.heads_per_kv)};
 }
 
-/// Calls run for routed tile `index`: rows that selected one block.
-template <int max_rows, typename T, typename Run>
-MOBA_DEVICE void with_routed_tile(const AttendParams<T>& p, std::uint32_t index, int first, Run&& run) {
+/// Returns routed tile `index`: rows that selected one block.
+template <int max_rows, typename T>
+MOBA_DEVICE WorkTile routed_tile_at(const AttendParams<T>& p, std::uint32_t index, int first) {
   const std::uint32_t full = p.plan.totals[Plan::kFull];
   const RoutedTile tile = index < full ? p.plan.full[index] : p.plan.partial[index - full];
   const std::int32_t sequence = sequence_of(p.batch.block_starts, p.batch.sequences, tile.block);
   const std::int32_t k_begin = p.batch.k_starts[sequence];
   const KeyRange keys = keys_of(tile.block - p.batch.block_starts[sequence], p.block_size,
                                 p.batch.k_starts[sequence + 1] - k_begin);
-  const std::int32_t count = rows_from<max_rows>(first, static_cast<std::int32_t>(tile.count));
-  if (max_rows < kTileRows && count <= 0) return;
-  const std::uint32_t* entries = p.entries + tile.head * p.rows * p.width + tile.first + first;
-  const WorkTile work{.head = tile.head,
-                      .count = count,
-                      .first_key = k_begin,
-                      .begin = keys.begin,
-                      .end = keys.end,
-                      .all_begin = keys.begin,
-                      .all_end = keys.end};
-  run(work, [&](int r) -> WorkRow {
-    if (r >= work.count) return {};
-    return {row_offset(p, p.q, work.head, entries[r] / static_cast<std::uint32_t>(p.ranks)), entries[r], {}};
-  });
+  return {.head = tile.head,
+          .count = rows_from<max_rows>(first, static_cast<std::int32_t>(tile.count)),
+          .first_key = k_begin,
+          .begin = keys.begin,
+          .end = keys.end,
+          .all_begin = keys.begin,
+          .all_end = keys.end,
+          .first_row = tile.first + static_cast<std::uint32_t>(first)};
 }
 
-/// Calls run(work, row_of) for up to `max_rows` rows of a work tile from row `first` on; row_of(r) is the
-/// WorkRow of the r-th. Does not call it where the tile has no such rows.
-template <int max_rows = kTileRows, typename T, typename Run>
-MOBA_DEVICE void with_work_tile(const AttendParams<T>& p, std::int64_t index, int first, Run&& run) {
+/// Returns the `max_rows` rows of work tile `index` from row `first` on; `count` is at most 0 where the tile
+/// has no such rows.
+template <int max_rows = kTileRows, typename T>
+MOBA_DEVICE WorkTile work_tile_at(const AttendParams<T>& p, std::uint32_t index, int first = 0) {
   const std::uint32_t routed = p.routed_tiles();
-  if (index < routed) {
-    with_routed_tile<max_rows>(p, static_cast<std::uint32_t>(index), first, run);
-  } else {
-    with_diagonal_tile<max_rows>(p, index - routed, first, run);
-  }
+  return index < routed ? routed_tile_at<max_rows>(p, index, first)
+                        : diagonal_tile_at<max_rows>(p, index - routed, first);
+}
+
+/// Returns the r-th row of a work tile.
+template <typename T>
+MOBA_DEVICE WorkRow row_at(const AttendParams<T>& p, const WorkTile& work, int r) {
+  if (r >= work.count) return {};
+  const std::uint32_t index = work.first_row + static_cast<std::uint32_t>(r);
+  const auto ranks = static_cast<std::uint32_t>(p.ranks), width = static_cast<std::uint32_t>(p.width);
+  const std::uint32_t slot =
+      work.diagonal ? index * ranks + width : p.entries[work.head * p.rows * p.width + index];
+  return {row_offset(p, p.q, work.head, work.diagonal ? index : slot / ranks), slot};
+}
+
+/// Returns the keys that the r-th row of a work tile sees.
+template <typename T>
+MOBA_DEVICE KeyRange visible_at(const AttendParams<T>& p, const WorkTile& work, int r) {
+  if (!work.diagonal || !p.causal) return {work.begin, work.end};
+  if (r >= work.count) return {};
+  return diagonal_keys(p, work.position + (work.member + r) / static_cast<std::int32_t>(p.heads_per_kv), 0);
 }
 
 template <int row_tiles, int key_tiles>
@@ -170,25 +187,43 @@ MOBA_DEVICE void negate(float (&logits)[row_tiles][key_tiles][4]) {
   }
 }
 
-/// Calls visit(value, column, is_visible) for each key of a tile and row: the rows of a diagonal tile see the
-/// keys of `bounds`, those of a routed one all keys of the work tile. `key` is the key of the first column.
+/// Keys that the rows of this lane see: rows lane / 4 and lane / 4 + 8 of each row tile.
+template <int row_tiles>
+struct VisibleKeys {
+  KeyRange of[row_tiles][2];
+
+  /// `bounds` has the keys of the rows of a diagonal tile; those of a routed one see all of its keys.
+  MOBA_DEVICE VisibleKeys(const WorkTile& work, const KeyRange* bounds, int warp_row) {
+    MOBA_UNROLL
+    for (int i = 0; i < row_tiles; ++i) {
+      MOBA_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        of[i][half] = work.diagonal ? bounds[warp_row + 16 * i + 8 * half + ptx::lane() / 4]
+                                    : KeyRange{work.begin, work.end};
+      }
+    }
+  }
+};
+
+/// Calls visit(value, column, is_visible) for each key of a tile and row, with the columns counted from
+/// `first_column()` on. `key` is the key of column 0.
+MOBA_DEVICE int first_column() {
+  return ptx::lane() % 4 * 2;
+}
 template <int row_tiles, int key_tiles, typename Visit>
-MOBA_DEVICE void for_keys(float (&values)[row_tiles][key_tiles][4], const KeyRange* bounds,
-                          const WorkTile& work, std::int32_t key, int warp_row, Visit&& visit) {
+MOBA_DEVICE void for_keys(float (&values)[row_tiles][key_tiles][4], const VisibleKeys<row_tiles>& visible,
+                          std::int32_t key, Visit&& visit) {
   MOBA_UNROLL
   for (int i = 0; i < row_tiles; ++i) {
     MOBA_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + 16 * i + 8 * half + ptx::lane() / 4;
-      const KeyRange visible = work.diagonal ? bounds[row] : KeyRange{work.begin, work.end};
+      const std::int32_t begin = visible.of[i][half].begin - key - first_column(),
+                         end = visible.of[i][half].end - key - first_column();
       MOBA_UNROLL
       for (int j = 0; j < key_tiles; ++j) {
         MOBA_UNROLL
-        for (int e = 0; e < 2; ++e) {
-          const int column = 8 * j + ptx::lane() % 4 * 2 + e;
-          visit(values[i][j][2 * half + e], column,
-                key + column >= visible.begin && key + column < visible.end);
-        }
+        for (int e = 0; e < 2; ++e)
+          visit(values[i][j][2 * half + e], 8 * j + e, 8 * j + e >= begin && 8 * j + e < end);
       }
     }
   }
@@ -196,9 +231,9 @@ MOBA_DEVICE void for_keys(float (&values)[row_tiles][key_tiles][4], const KeyRan
 
 /// Masks logits of keys that a row does not see.
 template <int row_tiles, int key_tiles>
-MOBA_DEVICE void apply_mask(float (&logits)[row_tiles][key_tiles][4], const KeyRange* bounds,
-                            const WorkTile& work, std::int32_t key, int warp_row) {
-  for_keys(logits, bounds, work, key, warp_row, [](float& logit, int, bool is_visible) {
+MOBA_DEVICE void apply_mask(float (&logits)[row_tiles][key_tiles][4], const VisibleKeys<row_tiles>& visible,
+                            std::int32_t key) {
+  for_keys(logits, visible, key, [](float& logit, int, bool is_visible) {
     if (!is_visible) logit = -ptx::infinity();
   });
 }
@@ -206,10 +241,32 @@ MOBA_DEVICE void apply_mask(float (&logits)[row_tiles][key_tiles][4], const KeyR
 /// Adds the poison of the keys that a row sees to its weights.
 template <int row_tiles, int key_tiles>
 MOBA_DEVICE void add_poison(float (&weights)[row_tiles][key_tiles][4], const float* poison,
-                            const KeyRange* bounds, const WorkTile& work, std::int32_t key, int warp_row) {
-  for_keys(weights, bounds, work, key, warp_row, [&](float& weight, int column, bool is_visible) {
-    if (is_visible) weight += poison[column];
+                            const VisibleKeys<row_tiles>& visible, std::int32_t key) {
+  const float* from = poison + first_column();
+  for_keys(weights, visible, key, [&](float& weight, int column, bool is_visible) {
+    if (is_visible) weight += from[column];
   });
+}
+
+/// Returns where the result of a row goes: its slot, or the output.
+template <int head_dim, typename T>
+MOBA_DEVICE T* result_of(const AttendParams<T>& p, std::int32_t head, std::uint32_t slot) {
+  if (p.width != 0) return p.partials + slot_at(head, p.rows, p.ranks, slot) * head_dim;
+  const auto heads_per_kv = static_cast<std::uint32_t>(p.heads_per_kv);
+  return p.out.row(std::int64_t{p.token0} + slot / heads_per_kv,
+                   (p.head0 + head) * p.heads_per_kv + slot % heads_per_kv);
+}
+
+/// Stores the log-sum-exp of a row.
+template <typename T>
+MOBA_DEVICE void store_lse(const AttendParams<T>& p, std::int32_t head, std::uint32_t slot, float lse) {
+  if (p.width != 0) {
+    p.partial_lse[slot_at(head, p.rows, p.ranks, slot)] = lse;
+  } else if (p.lse != nullptr) {
+    const auto heads_per_kv = static_cast<std::uint32_t>(p.heads_per_kv);
+    const std::int64_t q_head = (p.head0 + head) * p.heads_per_kv + slot % heads_per_kv;
+    p.lse[q_head * p.tokens + p.token0 + slot / heads_per_kv] = lse;
+  }
 }
 
 /// Copies the rows of this warp from shared memory to the output or to their slots.
@@ -220,46 +277,55 @@ MOBA_DEVICE void store_rows(const AttendParams<T>& p, const Rows& rows, const st
   for (int i = ptx::lane(); i < 16 * row_tiles * out_tiles; i += ptx::kLanes) {
     const int row = warp_row + i / out_tiles, vec = first_vec + i % out_tiles;
     if (row >= work.count) break;
-    const std::uint32_t slot = slots[row];
-    T* to = p.width == 0 ? p.out.row(p.token0 + slot / p.heads_per_kv,
-                                     (p.head0 + work.head) * p.heads_per_kv + slot % p.heads_per_kv)
-                         : p.partials + slot_at(work.head, p.rows, p.ranks, slot) * head_dim;
-    *reinterpret_cast<ptx::Vec16*>(to + vec * 8) = *reinterpret_cast<const ptx::Vec16*>(rows.vec(row, vec));
+    *reinterpret_cast<ptx::Vec16*>(result_of<head_dim>(p, work.head, slots[row]) + vec * 8) =
+        *reinterpret_cast<const ptx::Vec16*>(rows.vec(row, vec));
   }
 }
 
-/// Epilogue: normalises and stores the rows of this warp through its rows of q's shared memory, in 16-byte
-/// vectors.
-template <typename T, typename Rows, int row_tiles, int out_tiles>
-MOBA_DEVICE void store_out(const AttendParams<T>& p, const Rows& rows, const std::uint32_t* slots,
-                           const WorkTile& work, const float (&out)[row_tiles][out_tiles][4],
-                           const tile::Softmax<row_tiles>& softmax, int warp_row) {
+/// Transposes a matrix of words over the four lanes of a row: word j of lane i becomes word i of lane j.
+MOBA_DEVICE void transpose_quad(std::uint32_t (&words)[4]) {
+  MOBA_UNROLL
+  for (int distance = 1; distance < 4; distance *= 2) {
+    const bool upper = (ptx::lane() & distance) != 0;
+    MOBA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if ((i & distance) != 0) continue;
+      const std::uint32_t received = ptx::shfl_xor(upper ? words[i] : words[i + distance], distance);
+      words[i] = upper ? received : words[i];
+      words[i + distance] = upper ? words[i + distance] : received;
+    }
+  }
+}
+
+/// Epilogue: normalises and stores the rows of this warp, of which the tile has `count`, in 16-byte vectors.
+/// `slots` are those of the rows of this lane.
+template <typename T, int row_tiles, int out_tiles>
+MOBA_DEVICE void store_out(const AttendParams<T>& p, std::int32_t head, std::int32_t count, int warp_row,
+                           const std::uint32_t (&slots)[row_tiles][2],
+                           const float (&out)[row_tiles][out_tiles][4],
+                           const tile::Softmax<row_tiles>& softmax) {
   const int lane = ptx::lane();
-  const bool last_word = p.width == 0;
   MOBA_UNROLL
   for (int i = 0; i < row_tiles; ++i) {
     MOBA_UNROLL
     for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + 16 * i + 8 * half + lane / 4;
+      const bool exists = warp_row + 16 * i + 8 * half + lane / 4 < count;
       float total = 0;
       const float lse = kLn2 * softmax.log2_sum(i, half, p.scale.scale, total);
       const float share = total == 0 ? 0 : 1 / total;
+      T* to = result_of<8 * out_tiles>(p, head, slots[i][half]) + lane % 4 * 8;
       MOBA_UNROLL
-      for (int j = 0; j < out_tiles; ++j) {
-        auto* to = reinterpret_cast<std::uint32_t*>(rows.vec(row, j)) + lane % 4;
-        *to = ptx::pack<T>(out[i][j][2 * half] * share, out[i][j][2 * half + 1] * share);
+      for (int j = 0; j < out_tiles; j += 4) {
+        std::uint32_t words[4];
+        MOBA_UNROLL
+        for (int e = 0; e < 4; ++e)
+          words[e] = ptx::pack<T>(out[i][j + e][2 * half] * share, out[i][j + e][2 * half + 1] * share);
+        transpose_quad(words);
+        if (exists) *reinterpret_cast<ptx::Vec16*>(to + j * 8) = {words[0], words[1], words[2], words[3]};
       }
-      if (lane % 4 != 0 || row >= work.count) continue;
-      if (!last_word) {
-        p.partial_lse[slot_at(work.head, p.rows, p.ranks, slots[row])] = lse;
-      } else if (p.lse != nullptr) {
-        const std::int64_t slice_row = slots[row];
-        const std::int64_t q_head = (p.head0 + work.head) * p.heads_per_kv + slice_row % p.heads_per_kv;
-        p.lse[q_head * p.tokens + p.token0 + slice_row / p.heads_per_kv] = lse;
-      }
+      if (exists && lane % 4 == 0) store_lse(p, head, slots[i][half], lse);
     }
   }
-  store_rows<8 * out_tiles, row_tiles, out_tiles>(p, rows, slots, work, warp_row);
 }
 
 /// Parameters of one launch.
@@ -272,7 +338,8 @@ AttendParams<T> attend_params(const DeviceCall& call, const WorkSlice& slice, co
           .batch = batch,
           .plan = plan,
           .entries = plan.entries,
-          .block_size = call.routing.block_size,
+          .block_size = static_cast<std::int32_t>(
+              std::min<std::int64_t>(call.routing.block_size, std::numeric_limits<std::int32_t>::max())),
           .heads_per_kv = call.heads_per_kv,
           .head0 = slice.head0,
           .heads = slice.heads(),

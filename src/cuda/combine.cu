@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kElements = 8;
+constexpr int kLoads = 4;  // slots of a row in flight
 
 template <typename T>
 struct CombineParams {
@@ -37,24 +38,45 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
   // own. The diagonal slot is always filled.
   const std::int32_t* selected = p.selection.of(q_head, token) + (p.causal ? 1 : 0);
   const std::int64_t first = (head * p.rows + row) * p.ranks;
-  const auto is_filled = [&](std::int64_t rank) { return rank == p.width || selected[rank] >= 0; };
-  float max_lse = -ptx::infinity();
-  for (std::int64_t rank = 0; rank < p.ranks; ++rank) {
-    if (is_filled(rank)) max_lse = ptx::fmax(max_lse, p.partial_lse[first + rank]);
+  const auto load_lse = [&](float(&lse)[kLoads], std::int64_t rank) {
+    bool filled[kLoads];
+    MOBA_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      const std::int64_t r = rank + i;
+      filled[i] = r == p.width || selected[r < p.width ? r : 0] >= 0;
+    }
+    MOBA_UNROLL
+    for (int i = 0; i < kLoads; ++i)
+      lse[i] = filled[i] && rank + i < p.ranks ? p.partial_lse[first + rank + i] : -ptx::infinity();
+  };
+  float lse[kLoads], max_lse = -ptx::infinity();
+  for (std::int64_t rank = 0; rank < p.ranks; rank += kLoads) {
+    load_lse(lse, rank);
+    MOBA_UNROLL
+    for (int i = 0; i < kLoads; ++i) max_lse = ptx::fmax(max_lse, lse[i]);
   }
   const float base = max_lse == -ptx::infinity() ? 0 : max_lse;
 
   float sum = 0, out[kElements] = {};
-  for (std::int64_t rank = 0; rank < p.ranks; ++rank) {
-    if (!is_filled(rank)) continue;
-    const float weight = ptx::exp2((p.partial_lse[first + rank] - base) * kLog2E);
-    sum += weight;
-    const ptx::Vec16 v = ptx::load_streaming(p.partials + (first + rank) * head_dim + column * kElements);
-    const std::uint32_t pairs[] = {v.x, v.y, v.z, v.w};
+  for (std::int64_t rank = 0; rank < p.ranks; rank += kLoads) {
+    ptx::Vec16 loaded[kLoads];
+    load_lse(lse, rank);
     MOBA_UNROLL
-    for (int i = 0; i < 4; ++i) {
-      out[2 * i] = ptx::fma(weight, ptx::unpack_low<T>(pairs[i]), out[2 * i]);
-      out[2 * i + 1] = ptx::fma(weight, ptx::unpack_high<T>(pairs[i]), out[2 * i + 1]);
+    for (int i = 0; i < kLoads; ++i) {
+      loaded[i] = {0, 0, 0, 0};
+      if (lse[i] != -ptx::infinity())
+        loaded[i] = ptx::load_streaming(p.partials + (first + rank + i) * head_dim + column * kElements);
+    }
+    MOBA_UNROLL
+    for (int i = 0; i < kLoads; ++i) {
+      const float weight = ptx::exp2((lse[i] - base) * kLog2E);
+      sum += weight;
+      const std::uint32_t pairs[] = {loaded[i].x, loaded[i].y, loaded[i].z, loaded[i].w};
+      MOBA_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        out[2 * j] = ptx::fma(weight, ptx::unpack_low<T>(pairs[j]), out[2 * j]);
+        out[2 * j + 1] = ptx::fma(weight, ptx::unpack_high<T>(pairs[j]), out[2 * j + 1]);
+      }
     }
   }
 

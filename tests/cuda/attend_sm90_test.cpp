@@ -49,6 +49,21 @@ TEST_F(CudaSm90, ManyTilesMatchTheOracle) {
   }
 }
 
+/// Blocks of at most one key tile, each with several consecutive work tiles, which keep its keys in shared
+/// memory.
+TEST_F(CudaSm90, ConsecutiveTilesOfABlockMatchTheOracle) {
+  choose("sm90");
+  std::uint64_t seed = 720;
+  for (const Routing& routing : {Routing{.block_size = 128, .top_k = 3, .causal = false},
+                                 Routing{.block_size = 100, .top_k = 2, .causal = false},
+                                 Routing{.block_size = 100, .top_k = 2, .sink_blocks = 1}}) {
+    for (const std::int64_t head_dim : {64, 128}) {
+      const Case c = case_of(++seed, head_dim, routing, 500, 500);
+      check_result(c, run_on_device(c), Rounding::partial);
+    }
+  }
+}
+
 TEST_F(CudaSm90, AnyOrderOfWarpsAndCopiesGivesTheSameBits) {
   choose("sm90");
   const Case c = case_of(7, 64, {.block_size = 96, .top_k = 2}, 200, 300);

@@ -113,6 +113,12 @@ MOBA_DEVICE void wgmma_wait(float (&d)[tiles][4]) {
     asm volatile("wgmma.wait_group.sync.aligned %64;" : MOBA_SUMS_128 : "n"(pending) : "memory");
   }
 }
+/// Has the compiler compute `value`, which is never below 0, before what follows, such as a wait for products
+/// that its computation overlaps: ptxas moves waits up within a basic block.
+MOBA_DEVICE void pin(float value) {
+  asm volatile("{\n.reg .pred never;\nsetp.lt.f32 never, %0, 0f00000000;\n@never trap;\n}" ::"f"(value)
+               : "memory");
+}
 #undef MOBA_MULTIPLY_TILES
 #undef MOBA_SUMS_OF
 #undef MOBA_SUMS_64

@@ -56,13 +56,14 @@ struct Shared {
 };
 
 /// Writes the row table of a work tile to shared memory.
-template <typename T, int head_dim, typename PlaceOf>
-MOBA_DEVICE void store_row_table(const Shared<T, head_dim>& shared, PlaceOf&& row_of) {
+template <typename T, int head_dim>
+MOBA_DEVICE void store_row_table(const Shared<T, head_dim>& shared, const AttendParams<T>& p,
+                                 const WorkTile& work) {
   for (int r = ptx::thread(); r < kTileRows; r += TileShape<head_dim>::kThreads) {
-    const WorkRow row = row_of(r);
+    const WorkRow row = row_at(p, work, r);
     shared.q_offsets[r] = row.q_offset;
     shared.slots[r] = row.slot;
-    shared.bounds[r] = row.visible;
+    shared.bounds[r] = visible_at(p, work, r);
   }
 }
 
@@ -107,14 +108,19 @@ MOBA_DEVICE void attend_tile(const AttendParams<T>& p, const Shared<T, head_dim>
     float logits[kRowTiles][kKeyTiles][4] = {};
     tile::gemm_nt(logits, shared.q, warp_row, shared.k(buffer));
     if (p.scale.negate) negate(logits);
-    if (work.is_masked(key, C::kKeys)) apply_mask(logits, shared.bounds, work, key, warp_row);
+    if (work.is_masked(key, C::kKeys))
+      apply_mask(logits, VisibleKeys<kRowTiles>(work, shared.bounds, warp_row), key);
     softmax.update(logits, out, p.scale.scale);
-    if (mixed) add_poison(logits, shared.poison, shared.bounds, work, key, warp_row);
+    if (mixed) add_poison(logits, shared.poison, VisibleKeys<kRowTiles>(work, shared.bounds, warp_row), key);
     tile::gemm_rs(out, logits, shared.v(buffer));
   }
-  ptx::cp_async_wait<0>();
-  ptx::syncthreads();  // q is complete even without keys: the epilogue overwrites it
-  if (has_rows) store_out(p, shared.q, shared.slots, work, out, softmax, warp_row);
+  ptx::cp_async_wait<0>();  // copies remain where there are no keys
+  if (!has_rows) return;
+  std::uint32_t slots[kRowTiles][2];
+  MOBA_UNROLL
+  for (int i = 0; i < 2 * kRowTiles; ++i)
+    slots[i / 2][i % 2] = shared.slots[warp_row + 8 * i + ptx::lane() / 4];
+  store_out(p, work.head, work.count, warp_row, slots, out, softmax);
 }
 
 template <typename T, int head_dim>
@@ -123,11 +129,8 @@ attend_kernel(MOBA_GRID_CONSTANT AttendParams<T> p) {
   const Shared<T, head_dim> shared(ptx::shared());
   const std::int64_t index = ptx::block_x();
   if (index >= p.work_tiles()) return;
-  WorkTile work;
-  with_work_tile(p, index, 0, [&](const WorkTile& found, auto&& row_of) {
-    work = found;
-    store_row_table(shared, row_of);
-  });
+  const WorkTile work = work_tile_at(p, static_cast<std::uint32_t>(index));
+  store_row_table(shared, p, work);
   ptx::syncthreads();
   attend_tile(p, shared, work);
 }

@@ -220,12 +220,9 @@ attend_backward_dq_kernel(MOBA_GRID_CONSTANT DqParams<T> p) {
   const std::int64_t index = ptx::block_x() / C::kShares;
   const int first = static_cast<int>(ptx::block_x() % C::kShares) * C::kRows;
   if (index >= p.attend.work_tiles()) return;
-  WorkTile work;
-  with_work_tile<C::kRows>(p.attend, index, first, [&](const WorkTile& found, auto&& row_of) {
-    work = found;
-    store_row_table<C::kRows, C::kThreads>(p, work, row_of, shared, ptx::thread());
-  });
-  if (work.count == 0) return;
+  const WorkTile work = work_tile_at<C::kRows>(p.attend, static_cast<std::uint32_t>(index), first);
+  if (work.count <= 0) return;
+  store_row_table<C::kRows, C::kThreads>(p, work, shared, ptx::thread());
   if (ptx::thread() == 0) *shared.work = work;
   ptx::syncthreads();
   mainloop(p, shared, *shared.work);

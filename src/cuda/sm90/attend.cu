@@ -1,6 +1,8 @@
 // Forward attention on sm_90a, over the work tiles of sm80/attend.cu. Warpgroup 0 is the producer; the two
-// consumer warpgroups hold 64 rows each and take turns to issue Q K^T, so that the softmax of one overlaps
-// the products of the other (ping-pong scheduling of FlashAttention-3).
+// consumer warpgroups hold 64 rows each. Both overlaps of FlashAttention-3: they take turns to issue
+// products, so that the softmax of one overlaps the products of the other (ping-pong), and each issues Q K^T
+// of a key tile before P V of the previous one, which runs during the softmax. The sequence of key tiles goes
+// on across work tiles, so that an epilogue overlaps products too.
 #include <algorithm>
 #include <cstdlib>
 #include <string>
@@ -18,12 +20,14 @@ template <typename T>
 struct Params {
   TensorMap k, v;
   AttendParams<T> attend;
+  std::int32_t chunk;  // of the schedule
 };
 
-/// Table of the rows of a work tile, which the producer writes.
+/// Table of the rows of a work tile, which the producer writes. There are more tables than buffers of q: an
+/// epilogue reads the table of its work tile when q of the next one has been multiplied.
+inline constexpr int kTables = 4;
 struct RowTable {
-  std::int64_t q_offsets[kTileRows];
-  KeyRange bounds[kTileRows];
+  KeyRange bounds[kTileRows];  // of diagonal tiles
   std::uint32_t slots[kTileRows];
   WorkTile work;
 };
@@ -35,7 +39,7 @@ struct Shared {
   using Keys = tile::SwizzledTile128B<T, kKeys, head_dim>;
 
   struct Control {
-    RowTable tables[2];
+    RowTable tables[kTables];
     StageBarriers q[2], k[kStages], v[kStages];
     float poison[kStages][kKeys];  // of the values of mixed tiles
   };
@@ -49,115 +53,221 @@ struct Shared {
   MOBA_DEVICE Control& control() const { return *reinterpret_cast<Control*>(k(kStages).data); }
 };
 
-/// Producer of q: gathers the rows of each work tile. Called by kGatherThreads threads, numbered by
-/// `thread`.
+/// Producer of q: a warp gathers the rows of every second work tile into its buffer. What it needs for that
+/// is loaded while it waits for the buffer.
 template <typename T, int head_dim>
-MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
-                        int thread) {
-  PipelineState<2> buffer;
-  for_own_tiles(work_tiles, [&](std::int64_t index) {
-    auto& barriers = shared.control().q[buffer.index];
-    RowTable& table = shared.control().tables[buffer.index];
-    ptx::mbarrier_wait(&barriers.empty, buffer.phase ^ 1U);
-    with_work_tile(p.attend, index, 0, [&](const WorkTile& work, auto&& row_of) {
-      for (int r = thread; r < kTileRows; r += kGatherThreads) {
-        const WorkRow row = row_of(r);
-        table.q_offsets[r] = row.q_offset;
-        table.bounds[r] = row.visible;
-        table.slots[r] = row.slot;
+MOBA_DEVICE void load_q(const AttendParams<T>& p, const Shared<T, head_dim>& shared,
+                        const TileSchedule& schedule, int buffer) {
+  constexpr int kVecs = head_dim / tile::kVecElements;  // of a row
+  constexpr int kRows = ptx::kLanes / kVecs;            // copied at a time by a warp
+  constexpr int kRowsPerLane = kTileRows / ptx::kLanes, kCopies = 2;
+  const auto q = shared.q(buffer);
+  StageBarriers& barriers = shared.control().q[buffer];
+  unsigned tile = 0;
+  for_own_work_tiles(p, schedule, kKeys, [&](const WorkTile& work) {
+    const unsigned own = tile++;
+    if (own % 2 != static_cast<unsigned>(buffer)) return;
+    RowTable& table = shared.control().tables[own % kTables];
+    const int lane = ptx::opaque(ptx::lane());
+    WorkRow rows[kRowsPerLane];
+    MOBA_UNROLL
+    for (int i = 0; i < kRowsPerLane; ++i) rows[i] = row_at(p, work, i * ptx::kLanes + lane);
+    ptx::mbarrier_wait(&barriers.empty, (own / 2 & 1U) ^ 1U);
+    MOBA_UNROLL
+    for (int i = 0; i < kRowsPerLane; ++i) {
+      const int row = i * ptx::kLanes + lane;
+      table.slots[row] = rows[i].slot;
+      if (work.diagonal) table.bounds[row] = visible_at(p, work, row);
+    }
+    MOBA_NO_UNROLL
+    for (int first = 0; first < ptx::kLanes; first += kCopies * kRows) {
+      MOBA_UNROLL
+      for (int copy = 0; copy < kCopies; ++copy) {
+        const int from = first + copy * kRows + lane / kVecs, vec = lane % kVecs;
+        MOBA_UNROLL
+        for (int i = 0; i < kRowsPerLane; ++i) {
+          const std::int64_t offset = ptx::shfl(rows[i].q_offset, from);
+          ptx::cp_async_16(q.data, q.start(from, vec) + i * ptx::kLanes * q.kRowBytes,
+                           offset == kNoRow ? nullptr : p.q.data + offset + vec * tile::kVecElements,
+                           offset != kNoRow);
+        }
       }
-      if (thread == 0) table.work = work;
-    });
-    ptx::bar_sync(kGatherSync, kGatherThreads);
-    gather_rows(shared.q(buffer.index), p.attend.q.data, table.q_offsets, thread);
+    }
+    if (lane == 0) table.work = work;
     producer_commit(barriers.full);
-    buffer.advance();
   });
 }
 
-/// Main loop of the consumer warpgroups.
+/// A consumer warpgroup. Member functions are called by all of its threads.
 template <typename T, int head_dim>
-MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
-                         int warpgroup) {
+struct Consumer {
   using S = Shared<T, head_dim>;
-  typename S::Control& control = shared.control();
-  const int first_row = warpgroup * kWarpgroupRows;
-  const int warp_row = first_row + ptx::warp() % 4 * 16;
-  PipelineState<2> buffer;
-  PipelineState<S::kStages> stage;
-  if (warpgroup == 1) pingpong_arrive(warpgroup);
-  for_own_tiles(work_tiles, [&](std::int64_t) {
-    ptx::mbarrier_wait(&control.q[buffer.index].full, buffer.phase);
-    const RowTable& table = control.tables[buffer.index];
-    const WorkTile work = warp_uniform(table.work);
-    const auto q = shared.q(buffer.index);
-    const bool has_rows = first_row < work.count;  // warpgroup-uniform
-    float out[1][head_dim / 8][4] = {};
+
+  const AttendParams<T>& p;
+  const S& shared;
+  const int warpgroup;
+
+  unsigned tile = 0;  // work tiles before the one whose S is computed
+  PipelineState<S::kStages> k_stage{}, v_stage{};
+
+  MOBA_DEVICE int first_row() const { return warpgroup * kWarpgroupRows; }
+  MOBA_DEVICE int warp_row() const { return first_row() + ptx::warp() % 4 * 16; }
+  MOBA_DEVICE const RowTable& table(unsigned of) const { return shared.control().tables[of % kTables]; }
+  MOBA_DEVICE StageBarriers& q_barriers() const { return shared.control().q[tile % 2]; }
+  MOBA_DEVICE StageBarriers& k_barriers() const { return shared.control().k[k_stage.index]; }
+  MOBA_DEVICE StageBarriers& v_barriers() const { return shared.control().v[v_stage.index]; }
+
+  /// Waits for q and the table of the work tile.
+  MOBA_DEVICE WorkTile wait_for_q() const {
+    ptx::mbarrier_wait(&q_barriers().full, tile / 2 & 1U);
+    return warp_uniform(table(tile).work);
+  }
+  MOBA_DEVICE void release_k(const WorkTile& work) {
+    if (work.keeps_kv) return;
+    consumer_release(k_barriers().empty);
+    k_stage.advance();
+  }
+  MOBA_DEVICE void release_v() {
+    consumer_release(v_barriers().empty);
+    v_stage.advance();
+  }
+
+  MOBA_DEVICE void issue_s(float (&s)[1][kKeys / 8][4]) const {
+    issue_qk(s[0], shared.q(tile % 2), first_row(), shared.k(k_stage.index));
+  }
+  MOBA_DEVICE void issue_out(float (&out)[1][head_dim / 8][4],
+                             const std::uint32_t (&probs)[kKeys / 16][4]) const {
+    issue_pv(out[0], probs, shared.v(v_stage.index));
+  }
+
+  /// Releases the operands of S, and turns S into weights. `key` is the first of its keys.
+  MOBA_DEVICE void update_softmax(float (&s)[1][kKeys / 8][4], tile::Softmax<1>& softmax,
+                                  const WorkTile& work, std::int32_t key) {
+    release_k(work);
+    if (key + kKeys >= work.end) consumer_release(q_barriers().empty);
+    if (p.scale.negate) negate(s);
+    if (work.is_masked(key, kKeys)) apply_mask(s, VisibleKeys<1>(work, table(tile).bounds, warp_row()), key);
+    softmax.update(s, p.scale.scale);
+  }
+
+  /// Packs the weights, and cleans the values of keys that some rows do not see.
+  MOBA_DEVICE void pack_p(std::uint32_t (&probs)[kKeys / 16][4], float (&weights)[1][kKeys / 8][4],
+                          const WorkTile& work, std::int32_t key) const {
+    if (work.is_masked(key, kKeys)) {
+      const auto v = shared.v(v_stage.index);
+      ptx::mbarrier_wait(&v_barriers().full, v_stage.phase);
+      if (work.diagonal) {
+        float* poison = shared.control().poison[v_stage.index];
+        isolate_nonfinite(v, poison);
+        add_poison(weights, poison, VisibleKeys<1>(work, table(tile).bounds, warp_row()), key);
+      }
+      if (key + kKeys > work.end) zero_rows_from(v, work.end - key, warpgroup);
+    }
+    pack_p_as_a_operand<T>(probs, weights[0]);
+  }
+
+  /// Stores the rows of work tile `of`.
+  MOBA_DEVICE void store(unsigned of, const float (&out)[1][head_dim / 8][4],
+                         const tile::Softmax<1>& softmax) const {
+    const RowTable& rows = table(of);
+    const std::uint32_t slots[1][2] = {
+        {rows.slots[warp_row() + ptx::lane() / 4], rows.slots[warp_row() + 8 + ptx::lane() / 4]}};
+    store_out(p, rows.work.head, rows.work.count, warp_row(), slots, out, softmax);
+  }
+
+  MOBA_DEVICE void run(std::int32_t own_tiles) {
+    if (warpgroup == 1) pingpong_arrive(warpgroup);
+    float s[1][kKeys / 8][4], out[1][head_dim / 8][4] = {};
+    std::uint32_t probs[kKeys / 16][4];
     tile::Softmax<1> softmax;
     softmax.init();
-    for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
-      const auto k = shared.k(stage.index), v = shared.v(stage.index);
-      const bool mixed = work.is_mixed(key, kKeys);
-      float logits[1][kKeys / 8][4];
-      ptx::mbarrier_wait(&control.k[stage.index].full, stage.phase);
+    WorkTile work = wait_for_q();
+    std::int32_t key = work.begin;
+    ptx::mbarrier_wait(&k_barriers().full, k_stage.phase);
+    ptx::wgmma_fence();
+    issue_s(s);
+    ptx::wgmma_wait(s[0]);
+    update_softmax(s, softmax, work, key);
+    pack_p(probs, s, work, key);
+    for (;;) {
+      // `probs` are of the keys from `key` on: their P V is issued after Q K^T of the next key tile.
+      const bool ends = key + kKeys >= work.end, keeps_v = work.keeps_kv;
+      const tile::Softmax<1> ended = softmax;
+      key += kKeys;
+      if (ends) {
+        if (++tile == static_cast<unsigned>(own_tiles)) break;
+        work = wait_for_q();
+        key = work.begin;
+        softmax.init();
+      }
+      ptx::mbarrier_wait(&k_barriers().full, k_stage.phase);
+      ptx::mbarrier_wait(&v_barriers().full, v_stage.phase);
       pingpong_wait(warpgroup);
-      if (has_rows) {
-        ptx::wgmma_fence();
-        issue_qk(logits[0], q, first_row, k);
-        pingpong_arrive(warpgroup);
-        ptx::wgmma_wait(logits[0]);
-        if (p.attend.scale.negate) negate(logits);
-        if (work.is_masked(key, kKeys)) apply_mask(logits, table.bounds, work, key, warp_row);
-        softmax.update(logits, out, p.attend.scale.scale);
+      ptx::wgmma_fence();
+      issue_s(s);
+      issue_out(out, probs);
+      pingpong_arrive(warpgroup);
+      ptx::wgmma_wait<1>(s[0]);
+      update_softmax(s, softmax, work, key);
+      ptx::pin(softmax.row_sum[0][0] + softmax.row_sum[0][1]);
+      ptx::wgmma_wait(out[0]);
+      if (!keeps_v) release_v();
+      if (ends) {
+        store(tile - 1, out, ended);
+        MOBA_UNROLL
+        for (int i = 0; i < head_dim / 2; ++i) out[0][i / 4][i % 4] = 0;
       } else {
-        pingpong_arrive(warpgroup);
+        softmax.rescale_out(out);
       }
-      consumer_release(control.k[stage.index].empty);
-      ptx::mbarrier_wait(&control.v[stage.index].full, stage.phase);
-      if (mixed) isolate_nonfinite(v, control.poison[stage.index]);
-      if (has_rows) {
-        if (mixed) add_poison(logits, control.poison[stage.index], table.bounds, work, key, warp_row);
-        if (key + kKeys > work.end) zero_rows_from(v, work.end - key, warpgroup);
-        std::uint32_t probs[kKeys / 16][4];
-        pack_p_as_a_operand<T>(probs, logits[0]);
-        ptx::wgmma_fence();
-        issue_pv(out[0], probs, v);
-        ptx::wgmma_wait(out[0]);
-      }
-      consumer_release(control.v[stage.index].empty);
+      pack_p(probs, s, work, key);
     }
-    if (has_rows) {
-      warpgroup_sync(warpgroup);  // q is no longer read: the epilogue overwrites it
-      store_out(p.attend, q, table.slots, work, out, softmax, warp_row);
-    }
-    consumer_release(control.q[buffer.index].empty);
-    buffer.advance();
-  });
-  if (warpgroup == 0) pingpong_wait(warpgroup);  // matches the last arrive of warpgroup 1
-}
+    ptx::mbarrier_wait(&v_barriers().full, v_stage.phase);
+    ptx::wgmma_fence();
+    issue_out(out, probs);
+    ptx::wgmma_wait(out[0]);
+    release_v();
+    store(tile - 1, out, softmax);
+    if (warpgroup == 0) pingpong_wait(warpgroup);  // matches the last arrive of warpgroup 1
+  }
+};
 
 template <typename T, int head_dim>
 MOBA_KERNEL(kThreads, 1)
 attend_kernel(MOBA_GRID_CONSTANT Params<T> p) {
   if constexpr (ptx::kHasWarpgroups) {
     const Shared<T, head_dim> shared{ptx::shared()};
-    const std::int64_t work_tiles = warp_uniform(p.attend.work_tiles());
+    const TileSchedule schedule{.work_tiles = warp_uniform(p.attend.work_tiles()), .chunk = p.chunk};
     specialise_warpgroups<kProducerRegisters, kConsumerRegisters>(
         [&] {
           auto& control = shared.control();
-          for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
+          for (StageBarriers& barriers : control.q) barriers.init(ptx::kLanes);
           for (StageBarriers& barriers : control.k) barriers.init(1);
           for (StageBarriers& barriers : control.v) barriers.init(1);
         },
-        [&] { load_kv(p.k, p.v, p.attend, shared, work_tiles); },
-        [&](int thread) { load_q(p, shared, work_tiles, thread); },
-        [&](int warpgroup) { consume(p, shared, work_tiles, warpgroup); });
+        [&] {
+          if (ptx::warp() == 0) load_kv(p.k, p.v, p.attend, shared, schedule);
+          if (ptx::warp() == 1 || ptx::warp() == 2) load_q(p.attend, shared, schedule, ptx::warp() - 1);
+        },
+        [&](int warpgroup) {
+          const std::int32_t own_tiles = schedule.own_tiles();
+          Consumer<T, head_dim> consumer{p.attend, shared, warpgroup};
+          if (own_tiles > 0) consumer.run(own_tiles);
+        });
   }
 }
 
 }  // namespace sm90
 
 namespace {
+
+/// Returns the chunk of the schedule of `blocks` thread blocks: where a block is one key tile, consecutive
+/// work tiles keep it in shared memory, as long as every thread block has several chunks.
+std::int32_t chunk_of(const DeviceCall& call, std::int64_t work_tiles, std::int64_t blocks) {
+  constexpr std::int64_t kMaxChunk = 8, kMinChunks = 4;
+  if (call.routing.block_size > sm90::kKeys) return 1;
+  return static_cast<std::int32_t>(
+      std::clamp<std::int64_t>(work_tiles / (blocks * kMinChunks), 1, kMaxChunk));
+}
 
 /// True in a build for sm_90a, which alone contains the kernels.
 #if defined(MOBA_CUDA_SM90)
@@ -197,12 +307,13 @@ void attend_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
                  const Plan& plan, const Partials& partials, const Outputs& outputs) {
   with_type(call, [&]<typename T, int head_dim>() {
     if constexpr (head_dim == 64 || head_dim == 128) {
+      const std::int64_t work_tiles = max_work_tiles(call, slice);
+      const std::int64_t blocks = std::min(std::int64_t{current_hardware().multiprocessors}, work_tiles);
       const sm90::Params<T> params{.k = tensor_map(call.k, sm90::kKeys),
                                    .v = tensor_map(call.v, sm90::kKeys),
-                                   .attend = attend_params<T>(call, slice, batch, plan, partials, outputs)};
-      const std::int64_t blocks = current_hardware().multiprocessors;
-      stream.launch("attend_sm90", sm90::attend_kernel<T, head_dim>,
-                    {std::min(blocks, max_work_tiles(call, slice))}, sm90::kThreads,
+                                   .attend = attend_params<T>(call, slice, batch, plan, partials, outputs),
+                                   .chunk = chunk_of(call, work_tiles, blocks)};
+      stream.launch("attend_sm90", sm90::attend_kernel<T, head_dim>, {blocks}, sm90::kThreads,
                     sm90::Shared<T, head_dim>::kBytes, params);
     }
   });

@@ -57,10 +57,9 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
     StageBarriers& barriers = shared.control().q[buffer.index];
     RowTable& table = shared.control().tables[buffer.index];
     ptx::mbarrier_wait(&barriers.empty, buffer.phase ^ 1U);
-    with_work_tile(p.dq.attend, index, 0, [&](const WorkTile& work, auto&& row_of) {
-      store_row_table<kTileRows, kGatherThreads>(p.dq, work, row_of, table, thread);
-      if (thread == 0) table.work = work;
-    });
+    const WorkTile work = work_tile_at(p.dq.attend, static_cast<std::uint32_t>(index));
+    store_row_table<kTileRows, kGatherThreads>(p.dq, work, table, thread);
+    if (thread == 0) table.work = work;
     ptx::bar_sync(kGatherSync, kGatherThreads);
     gather_rows(shared.q(buffer.index), p.dq.attend.q.data, table.q_offsets, thread);
     gather_rows(shared.d_out(buffer.index), p.dq.d_out.data, table.d_out_offsets, thread);
@@ -136,7 +135,8 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
     const bool has_rows = first_row < work.count;  // warpgroup-uniform
     const ThreadRows rows(table, warp_row);
     float dq[1][head_dim / 8][4] = {};
-    for (std::int32_t key = work.begin; key < work.end; key += kKeys, stage.advance()) {
+    for (std::int32_t tile = 0; tile < work.key_tiles(kKeys); ++tile, stage.advance()) {
+      const std::int32_t key = work.begin + tile * kKeys;
       const auto k = shared.k(stage.index), v = shared.v(stage.index);
       float probs[kKeys / 8][4], ds[1][kKeys / 8][4];
       ptx::mbarrier_wait(&control.k[stage.index].full, stage.phase);
@@ -187,8 +187,13 @@ attend_backward_dq_kernel(MOBA_GRID_CONSTANT Params<T> p) {
           for (StageBarriers& barriers : control.k) barriers.init(1);
           for (StageBarriers& barriers : control.v) barriers.init(1);
         },
-        [&] { load_kv(p.k_map, p.v_map, p.dq.attend, shared, work_tiles); },
-        [&](int thread) { load_q(p, shared, work_tiles, thread); },
+        [&] {
+          if (ptx::warp() == 0) {
+            load_kv(p.k_map, p.v_map, p.dq.attend, shared, {.work_tiles = work_tiles});
+          } else {
+            load_q(p, shared, work_tiles, ptx::thread() - ptx::kLanes);
+          }
+        },
         [&](int warpgroup) { consume(p, shared, work_tiles, warpgroup); });
   }
 }

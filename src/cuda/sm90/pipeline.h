@@ -114,12 +114,10 @@ MOBA_DEVICE void producer_commit(ptx::Mbarrier& full) {
   ptx::mbarrier_arrive(&full);
 }
 
-/// Body of a warp-specialised kernel. One thread calls init(), which initialises the barriers; then one
-/// thread of the producer warpgroup calls load(), its other warps gather(thread), and the consumers
-/// consume(warpgroup).
-template <int producer_registers, int consumer_registers, typename Init, typename Load, typename Gather,
-          typename Consume>
-MOBA_DEVICE void specialise_warpgroups(Init&& init, Load&& load, Gather&& gather, Consume&& consume) {
+/// Body of a warp-specialised kernel. One thread calls init(), which initialises the barriers; then the
+/// producer warpgroup calls produce() and the consumers consume(warpgroup).
+template <int producer_registers, int consumer_registers, typename Init, typename Produce, typename Consume>
+MOBA_DEVICE void specialise_warpgroups(Init&& init, Produce&& produce, Consume&& consume) {
   if (ptx::thread() == 0) {
     init();
     ptx::fence_proxy_async();
@@ -128,12 +126,24 @@ MOBA_DEVICE void specialise_warpgroups(Init&& init, Load&& load, Gather&& gather
   const int warpgroup = warp_uniform(ptx::thread() / ptx::kWarpgroupThreads);
   if (warpgroup == 0) {
     ptx::warpgroup_reg_dealloc<producer_registers>();
-    if (ptx::thread() == 0) load();
-    if (ptx::warp() > 0) gather(ptx::thread() - ptx::kLanes);
+    produce();
   } else {
     ptx::warpgroup_reg_alloc<consumer_registers>();
     consume(warpgroup - 1);
   }
+}
+
+/// The same, with a producer of which one thread calls load() and three warps gather(thread).
+template <int producer_registers, int consumer_registers, typename Init, typename Load, typename Gather,
+          typename Consume>
+MOBA_DEVICE void specialise_warpgroups(Init&& init, Load&& load, Gather&& gather, Consume&& consume) {
+  specialise_warpgroups<producer_registers, consumer_registers>(
+      init,
+      [&] {
+        if (ptx::thread() == 0) load();
+        if (ptx::warp() > 0) gather(ptx::thread() - ptx::kLanes);
+      },
+      consume);
 }
 
 /// Barrier of one consumer warpgroup.

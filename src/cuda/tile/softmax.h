@@ -32,11 +32,16 @@ inline Scale scale_of(float scale) {
   return {.scale = std::max(std::fabs(scale) * kLog2E, FLT_MIN), .negate = scale < 0};
 }
 
-/// Online softmax of the rows of `row_tiles` tiles: rows lane / 4 and lane / 4 + 8 of each.
+/// Online softmax of the rows of `row_tiles` tiles: rows lane / 4 and lane / 4 + 8 of each. Weights are
+/// relative to `row_max`, which follows the running maximum only when that exceeds it by a factor of 2^8:
+/// most tiles then need no rescaling of what was summed (FlashAttention-4), and weights stay below 2^8.
 template <int row_tiles>
 struct Softmax {
-  float row_max[row_tiles][2];  // running maximum of the unscaled logits
+  static constexpr float kMaxExponent = 8;
+
+  float row_max[row_tiles][2];  // of the unscaled logits
   float row_sum[row_tiles][2];  // partial, of this lane's columns
+  float rescale[row_tiles][2];  // factors of earlier weights after the last update
 
   MOBA_DEVICE void init() {
     MOBA_UNROLL
@@ -49,10 +54,9 @@ struct Softmax {
     }
   }
 
-  /// Turns logits into weights relative to the running maximum, and rescales `out`.
-  template <int column_tiles, int out_tiles>
-  MOBA_DEVICE void update(float (&logits)[row_tiles][column_tiles][4], float (&out)[row_tiles][out_tiles][4],
-                          float scale) {
+  /// Turns logits into weights.
+  template <int column_tiles>
+  MOBA_DEVICE void update(float (&logits)[row_tiles][column_tiles][4], float scale) {
     MOBA_UNROLL
     for (int i = 0; i < row_tiles; ++i) {
       MOBA_UNROLL
@@ -62,8 +66,10 @@ struct Softmax {
         for (int j = 0; j < column_tiles; ++j)
           new_max = ptx::fmax(new_max, ptx::fmax(logits[i][j][2 * half], logits[i][j][2 * half + 1]));
         new_max = row_max_of(new_max);
+        const bool rises = (new_max - row_max[i][half]) * scale > kMaxExponent;
+        new_max = rises ? new_max : row_max[i][half];
         const float base = new_max == -ptx::infinity() ? 0 : new_max * scale;
-        const float rescale = ptx::exp2(ptx::fma(row_max[i][half], scale, -base));
+        rescale[i][half] = ptx::exp2(rises ? ptx::fma(row_max[i][half], scale, -base) : 0);
         row_max[i][half] = new_max;
         float tile_sum = 0;
         MOBA_UNROLL
@@ -74,14 +80,33 @@ struct Softmax {
             tile_sum += logits[i][j][e];
           }
         }
-        row_sum[i][half] = ptx::fma(row_sum[i][half], rescale, tile_sum);
-        MOBA_UNROLL
-        for (int j = 0; j < out_tiles; ++j) {
-          out[i][j][2 * half] *= rescale;
-          out[i][j][2 * half + 1] *= rescale;
-        }
+        row_sum[i][half] = ptx::fma(row_sum[i][half], rescale[i][half], tile_sum);
       }
     }
+  }
+
+  /// Makes sums of earlier weights relative to `row_max` after the last update.
+  template <int out_tiles>
+  MOBA_DEVICE void rescale_out(float (&out)[row_tiles][out_tiles][4]) const {
+    bool changed = false;
+    MOBA_UNROLL
+    for (int i = 0; i < row_tiles; ++i) changed = changed || rescale[i][0] != 1 || rescale[i][1] != 1;
+    if (ptx::ballot(changed) == 0) return;
+    MOBA_UNROLL
+    for (int i = 0; i < row_tiles; ++i) {
+      MOBA_UNROLL
+      for (int j = 0; j < out_tiles; ++j) {
+        MOBA_UNROLL
+        for (int e = 0; e < 4; ++e) out[i][j][e] *= rescale[i][e / 2];
+      }
+    }
+  }
+
+  template <int column_tiles, int out_tiles>
+  MOBA_DEVICE void update(float (&logits)[row_tiles][column_tiles][4], float (&out)[row_tiles][out_tiles][4],
+                          float scale) {
+    update(logits, scale);
+    rescale_out(out);
   }
 
   /// Returns log2 of the sum of 2^(scale * logit) over a row; -inf where all logits are -inf. `total`

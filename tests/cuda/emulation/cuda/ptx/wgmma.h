@@ -115,6 +115,7 @@ template <int pending = 0, int tiles>
 MOBA_DEVICE void wgmma_wait(float (&)[tiles][4]) {
   emulation::wgmma_wait(pending);
 }
+MOBA_DEVICE void pin(float) {}
 template <int registers>
 MOBA_DEVICE void warpgroup_reg_dealloc() {
   emulation::warpgroup_collective("setmaxnreg.dec", nullptr, [](void* const*) {});
