@@ -26,6 +26,14 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+/// Returns whether the code of a kernel, which may be an older architecture's, has griddepcontrol.
+bool waits_for_grids(const void* kernel) {
+  cudaFuncAttributes attributes{};
+  require(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel cannot be read");
+  constexpr int kFirst = 90;
+  return attributes.ptxVersion >= kFirst;
+}
+
 }  // namespace
 
 Hardware current_hardware() {
@@ -92,11 +100,18 @@ void launch_kernel(const Launch& launch, const void* kernel, void** arguments) {
             std::string("kernel ") + launch.name + " cannot have " + std::to_string(launch.shared) +
                 " bytes of shared memory");
   }
-  require(
-      cudaLaunchKernel(kernel, {static_cast<unsigned>(launch.grid.x), static_cast<unsigned>(launch.grid.y)},
-                       {static_cast<unsigned>(launch.threads)}, arguments, launch.shared,
-                       static_cast<cudaStream_t>(launch.stream)),
-      std::string("kernel ") + launch.name + " cannot be launched");
+  cudaLaunchAttribute programmatic{};
+  programmatic.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  programmatic.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = {static_cast<unsigned>(launch.grid.x), static_cast<unsigned>(launch.grid.y)};
+  config.blockDim = {static_cast<unsigned>(launch.threads)};
+  config.dynamicSmemBytes = launch.shared;
+  config.stream = static_cast<cudaStream_t>(launch.stream);
+  config.attrs = &programmatic;
+  config.numAttrs = launch.is_dependent && waits_for_grids(kernel) ? 1 : 0;
+  require(cudaLaunchKernelExC(&config, kernel, arguments),
+          std::string("kernel ") + launch.name + " cannot be launched");
 }
 
 void Stream::fill(void* to, int value, std::size_t bytes) {
