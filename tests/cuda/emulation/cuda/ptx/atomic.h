@@ -10,5 +10,8 @@ MOBA_DEVICE std::uint32_t atomic_add(std::uint32_t* to, std::uint32_t value) {
   *to = before + value;
   return before;
 }
+MOBA_DEVICE std::uint32_t atomic_add_acq_rel(std::uint32_t* to, std::uint32_t value) {
+  return atomic_add(to, value);
+}
 
 }  // namespace moba::cuda::ptx
