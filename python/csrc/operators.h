@@ -2,6 +2,8 @@
 /// ABI alone, so one build serves every torch from 2.10 on.
 #pragma once
 
+#include <string>
+#include <string_view>
 #include <tuple>
 
 #include "device_call.h"
@@ -171,6 +173,13 @@ inline std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const T
   return {out, lse};
 }
 
+/// Returns an error of moba::decode in terms of the operator, whose arguments are members of a PagedCache.
+inline Error without_cache(std::string message) {
+  constexpr std::string_view kCache = "cache.";
+  for (std::size_t at; (at = message.find(kCache)) != std::string::npos;) message.erase(at, kCache.size());
+  return Error(message);
+}
+
 /// Decodes from caches on the device; the memory of each sequence is one page. `begin` and `end` are not
 /// checked.
 inline std::tuple<TorchTensor, TorchTensor> decode_on_device(
@@ -190,18 +199,21 @@ inline std::tuple<TorchTensor, TorchTensor> decode_on_device(
 
   TorchTensor out = empty_like(queries, device),
               lse = empty({q.size(1), sequences}, ScalarType::Float, device);
-  moba::decode(queries.view(),
-               {.k = keys.view(),
-                .v = values.view(),
-                .means = averages.view(),
-                .table_stride = 1,
-                .lengths = lengths,
-                .starts = starts,
-                .sequences = sequences,
-                .max_seqlen_k = k.size(1)},
-               call.routing,
-               {.out = Argument("out", out, device).view(), .lse = static_cast<float*>(lse.data_ptr())},
-               call.execution(backend, queries.view().dtype));
+  const PagedCache cache{.k = keys.view(),
+                         .v = values.view(),
+                         .means = averages.view(),
+                         .table_stride = 1,
+                         .lengths = lengths,
+                         .starts = starts,
+                         .sequences = sequences,
+                         .max_seqlen_k = k.size(1)};
+  try {
+    moba::decode(queries.view(), cache, call.routing,
+                 {.out = Argument("out", out, device).view(), .lse = static_cast<float*>(lse.data_ptr())},
+                 call.execution(backend, queries.view().dtype));
+  } catch (const Error& error) {
+    throw without_cache(error.what());
+  }
   return {out, lse};
 }
 

@@ -1,11 +1,15 @@
 // Decoding: one query per sequence over a paged cache, bound by memory bandwidth. Reads the means of the
 // candidates, then k and v of the selected blocks, which are divided into splits so that all multiprocessors
-// read. Up to 16 query heads of a kv head are the rows of a tile and share all that is read.
+// read. Up to 16 query heads of a kv head are the rows of a tile and share all that is read. Each warp has a
+// pipeline of its own, of tiles of 16 keys or means, without barriers of the block.
 #include "cuda/decode.h"
 
 #include <algorithm>
+#include <limits>
 
+#include "cuda/ptx/atomic.h"
 #include "cuda/ptx/barrier.h"
+#include "cuda/ptx/grid.h"
 #include "cuda/tile/order.h"
 #include "cuda/tile/scan.h"
 #include "cuda/tile/softmax.h"
@@ -14,16 +18,19 @@
 namespace moba::cuda {
 namespace {
 
-constexpr int kTile = 16;  // query heads
+constexpr int kTile = 16;  // query heads; keys or means of a warp
 constexpr int kElements = 8;
+constexpr int kGroup = Decoding::kGroup;
+static_assert(kGroup == kTile);
 
-/// Tile shape. A warp takes 16 keys or means of a tile; at head_dim 256 loading takes more threads than
-/// computing.
-template <int head_dim>
-struct TileShape {
-  static constexpr int kMmaWarps = 4, kKeys = 16 * kMmaWarps;
-  static constexpr int kThreads = (head_dim > 128 ? 8 : kMmaWarps) * ptx::kLanes;
-};
+constexpr int kWarps = 4, kThreads = kWarps * ptx::kLanes;
+/// Tiles of a warp in shared memory: those of k and v of two steps, or of the means of four.
+constexpr int kStages = 4;
+
+/// Thread blocks that fit the shared memory of a multiprocessor of sm_90.
+constexpr int blocks_per_multiprocessor(int head_dim) {
+  return head_dim > 128 ? 1 : head_dim > 96 ? 3 : 4;
+}
 
 /// Keys of a split: at least kMin, so that merging is cheap, and at most 64 splits of a block.
 std::int64_t split_size_of(const DeviceCall& call) {
@@ -36,8 +43,13 @@ std::int64_t splits_per_block(const DeviceCall& call) {
 std::int64_t tiles_of_group(const DeviceCall& call) {
   return divide_up(call.heads_per_kv, kTile);
 }
-std::int64_t candidates_of(const DeviceCall& call) {
-  return (call.max_seqlen_k - 1) / call.routing.block_size;
+std::int64_t groups_of(const DeviceCall& call) {
+  return divide_up((call.max_seqlen_k - 1) / call.routing.block_size, kGroup);
+}
+/// A block size beyond 32 bits is that of a single block.
+std::int32_t clamped(std::int64_t block_size) {
+  return static_cast<std::int32_t>(
+      std::min<std::int64_t>(block_size, std::numeric_limits<std::int32_t>::max()));
 }
 
 template <typename T>
@@ -58,14 +70,14 @@ struct DecodeParams {
   Pages<const T> k, v, means;
   Spans spans;  // [Tq]
   Decoding decoding;
-  std::int64_t block_size, max_candidates;
-  std::int64_t heads_per_kv, head0, heads, sequence0;
-  std::int64_t tiles;  // of a kv head's query heads
+  std::int64_t max_groups;
+  std::int64_t head0, sequence0;
+  std::uint32_t heads_per_kv, heads;
+  std::uint32_t tiles;  // of a kv head's query heads
+  std::int32_t block_size;
   std::int32_t width, ranks, sinks;
   std::int32_t split_size, splits;
   tile::Scale scale;
-
-  MOBA_DEVICE std::int64_t q_heads() const { return heads * heads_per_kv; }
 };
 
 struct Unit {
@@ -74,360 +86,509 @@ struct Unit {
   std::int64_t row = 0;                  // of the slice: [sequences, query heads], the first of the tile
   std::int32_t count = 0;                // query heads
   std::int32_t start = 0, length = 0;    // of the sequence: its first token in its pages, and how many
+  std::int32_t own_block = 0;            // block of the last token, before which all are candidates
 };
 
+MOBA_DEVICE std::int32_t own_block_of(std::int32_t length, std::int32_t block_size) {
+  return length == 0 ? 0 : (length - 1) / block_size;
+}
+
 template <typename T>
-MOBA_DEVICE Unit unit_at(const DecodeParams<T>& p, std::int64_t index) {
-  const std::int64_t tile = index % p.tiles, head = index / p.tiles % p.heads,
-                     sequence = index / p.tiles / p.heads;
-  const std::int64_t left = p.heads_per_kv - tile * kTile;
+MOBA_DEVICE Unit unit_at(const DecodeParams<T>& p, std::uint32_t index) {
+  const std::uint32_t tile = index % p.tiles, head = index / p.tiles % p.heads,
+                      sequence = index / p.tiles / p.heads;
+  const std::uint32_t first = tile * kTile, left = p.heads_per_kv - first;
   const KeyRange span = p.spans.of(p.sequence0 + sequence);
   return {.sequence = p.sequence0 + sequence,
           .kv_head = p.head0 + head,
-          .q_head = (p.head0 + head) * p.heads_per_kv + tile * kTile,
-          .row = sequence * p.q_heads() + head * p.heads_per_kv + tile * kTile,
+          .q_head = (p.head0 + head) * p.heads_per_kv + first,
+          .row = (std::int64_t{sequence} * p.heads + head) * p.heads_per_kv + first,
           .count = static_cast<std::int32_t>(left < kTile ? left : kTile),
           .start = span.begin,
-          .length = span.size()};
+          .length = span.size(),
+          .own_block = own_block_of(span.size(), p.block_size)};
 }
 
-/// Number of complete blocks before the block of the last token.
-template <typename T>
-MOBA_DEVICE std::int32_t own_block(const DecodeParams<T>& p, std::int32_t length) {
-  return length == 0 ? 0 : static_cast<std::int32_t>((length - 1) / p.block_size);
-}
+/// Shared memory of decode_score and decode_attend. Outputs of the warps overwrite the stages.
+template <typename T, int head_dim>
+struct Shared {
+  static constexpr int kTileElements = kTile * head_dim;
+  static constexpr std::size_t kBytes =
+      (1 + kWarps * kStages) * kTileElements * sizeof(T) + 2 * kTile * sizeof(std::int32_t);
 
+  tile::SwizzledTile<T, head_dim> q;
+  T* stages;                // [kWarps, kStages, kTile, D]
+  std::int32_t* ranks;      // [kTile], of the block among a query head's; -1 where it is none
+  std::int32_t* is_merged;  // [kTile], whether this thread block merges the query head's splits
+
+  MOBA_DEVICE explicit Shared(std::byte* memory) {
+    q.data = reinterpret_cast<T*>(memory);
+    stages = q.data + kTileElements;
+    ranks = reinterpret_cast<std::int32_t*>(stages + kWarps * kStages * kTileElements);
+    is_merged = ranks + kTile;
+  }
+  /// Returns a tile of this warp.
+  MOBA_DEVICE tile::SwizzledTile<T, head_dim> stage(int index) const {
+    return {stages + (ptx::warp() * kStages + index) * kTileElements};
+  }
+  /// Returns output [D] of a warp for a query head.
+  MOBA_DEVICE float* output(int warp, int row) const {
+    return reinterpret_cast<float*>(stages) + (warp * kTile + row) * head_dim;
+  }
+  MOBA_DEVICE float& lse(int warp, int row) const { return output(kWarps, 0)[warp * kTile + row]; }
+  static_assert(kWarps * kTile * (head_dim + 1) * sizeof(float) <=
+                kWarps * kStages * kTileElements * sizeof(T));
+};
+
+/// Loads the queries of a unit, by the first warp.
 template <int head_dim, typename T>
 MOBA_DEVICE void load_queries(const DecodeParams<T>& p, const Unit& unit,
                               const tile::SwizzledTile<T, head_dim>& to) {
-  tile::gather_rows<kTile, TileShape<head_dim>::kThreads>(
-      to, [&](int row) { return row < unit.count ? p.q.row(unit.sequence, unit.q_head + row) : nullptr; });
+  if (ptx::warp() != 0) return;
+  tile::warp_load_rows(
+      to, ptx::lane() < unit.count ? p.q.row(unit.sequence, unit.q_head + ptx::lane()) : nullptr);
 }
 
-/// Rows of this warp, from 16 * warp on.
-template <typename T, int head_dim>
-MOBA_DEVICE tile::SwizzledTile<T, head_dim> of_warp(const tile::SwizzledTile<T, head_dim>& rows) {
-  return {rows.data + ptx::warp() * 16 * head_dim};
-}
+template <typename T>
+struct ScoreParams {
+  DecodeParams<T> decode;
+  std::uint32_t chunks;       // of a unit
+  std::int32_t chunk_groups;  // groups of a chunk
+};
 
+/// Scores a chunk of the candidates of a unit. A tile of 16 means is a group.
 template <typename T, int head_dim>
-MOBA_KERNEL(TileShape<head_dim>::kThreads, head_dim > 128 ? 2 : 4)
-decode_score_kernel(MOBA_GRID_CONSTANT DecodeParams<T> p) {
-  using C = TileShape<head_dim>;
-  const std::int64_t key_tiles = divide_up(p.max_candidates, C::kKeys);
-  const Unit unit = unit_at(p, ptx::block_x() / key_tiles);
-  const auto first = static_cast<std::int32_t>(ptx::block_x() % key_tiles * C::kKeys);
-  const std::int32_t candidates = own_block(p, unit.length);
-  if (first >= candidates) return;
-  const tile::SwizzledTile<T, head_dim> q{reinterpret_cast<T*>(ptx::shared())},
-      means{q.data + kTile * head_dim};
-  load_queries(p, unit, q);
-  tile::gather_rows<C::kKeys, C::kThreads>(means, [&](int row) -> const T* {
-    if (first + row >= candidates) return nullptr;
-    return p.means.mean(unit.sequence, first + row, p.block_size, unit.kv_head);
-  });
-  ptx::cp_async_commit();
-  ptx::cp_async_wait<0>();
-  ptx::syncthreads();
-  if (ptx::warp() >= C::kMmaWarps) return;
-  float scores[1][2][4] = {};
-  tile::gemm_nt(scores, q, 0, of_warp(means));
-  MOBA_UNROLL
-  for (int j = 0; j < 2; ++j) {
+MOBA_KERNEL(kThreads, blocks_per_multiprocessor(head_dim))
+decode_score_kernel(MOBA_GRID_CONSTANT ScoreParams<T> s) {
+  ptx::griddepcontrol_launch_dependents();
+  const DecodeParams<T>& p = s.decode;
+  const Unit unit = unit_at(p, ptx::block_x() / s.chunks);
+  const std::int32_t candidates = unit.own_block, groups = (candidates + kGroup - 1) / kGroup;
+  const auto first = static_cast<std::int32_t>(ptx::block_x() % s.chunks) * s.chunk_groups;
+  const std::int32_t last = std::min(first + s.chunk_groups, groups);
+  if (first >= last) return;
+  const Shared<T, head_dim> shared(ptx::shared());
+
+  const auto load = [&](std::int32_t group, int stage) {
+    if (group < last) {
+      const std::int32_t block = group * kGroup + ptx::lane();
+      const bool exists = ptx::lane() < kGroup && block < candidates;
+      tile::warp_load_rows(shared.stage(stage),
+                           exists ? p.means.mean(unit.sequence, block, p.block_size, unit.kv_head) : nullptr);
+    }
+    ptx::cp_async_commit();
+  };
+  load_queries(p, unit, shared.q);
+  std::int32_t group = first + ptx::warp();
+  MOBA_NO_UNROLL
+  for (int i = 0; i < kStages; ++i) load(group + i * kWarps, i);
+  ptx::cp_async_wait<kStages - 1>();
+  ptx::syncthreads();  // queries
+
+  for (int stage = 0; group < last; group += kWarps, stage = (stage + 1) % kStages) {
+    ptx::cp_async_wait<kStages - 1>();
+    ptx::syncwarp();
+    float scores[1][2][4] = {};
+    tile::gemm_nt(scores, shared.q, 0, shared.stage(stage));
+    ptx::syncwarp();
+    load(group + kStages * kWarps, stage);
     MOBA_UNROLL
-    for (int e = 0; e < 4; ++e) {
-      const int row = ptx::lane() / 4 + e / 2 * 8;
-      const std::int32_t block = first + ptx::warp() * 16 + 8 * j + ptx::lane() % 4 * 2 + e % 2;
-      if (row >= unit.count || block >= candidates) continue;
-      p.decoding.orders[(unit.row + row) * p.max_candidates + block] =
-          block < p.sinks ? tile::kForced : tile::order_of(scores[0][j][e]);
+    for (int half = 0; half < 2; ++half) {
+      const int row = ptx::lane() / 4 + 8 * half;
+      const std::int64_t to = (unit.row + row) * p.max_groups + group;
+      std::uint32_t max = 0;
+      MOBA_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int column = i / 2 * 8 + ptx::lane() % 4 * 2 + i % 2;
+        const std::int32_t block = group * kGroup + column;
+        const std::uint32_t order = block >= candidates ? 0
+                                    : block < p.sinks   ? tile::kForced
+                                                        : tile::order_of(scores[0][i / 2][2 * half + i % 2]);
+        max = std::max(max, order);
+        if (row < unit.count) p.decoding.orders[to * kGroup + column] = order;
+      }
+      max = std::max(max, ptx::shfl_xor(max, 1));
+      max = std::max(max, ptx::shfl_xor(max, 2));
+      if (ptx::lane() % 4 == 0 && row < unit.count) p.decoding.maxima[to] = max;
     }
   }
 }
 
-constexpr int kSelectThreads = 512;
+/// `count` orders, of which a warp selects the best. They lie in runs of kRun; a lane holds one at a time.
+template <typename RunAt>
+struct WarpOrders {
+  static constexpr int kRun = kGroup, kHeld = kRun * ptx::kLanes;
+
+  RunAt run_at;  // returns the address of a run
+  std::int32_t count;
+  std::uint32_t held[kRun];
+  std::int32_t first_held = -1;
+
+  MOBA_DEVICE WarpOrders(RunAt run, std::int32_t of) : run_at(run), count(of) {}
+
+  MOBA_DEVICE std::int32_t lane_first(std::int32_t first) const { return first + ptx::lane() * kRun; }
+  /// Holds the orders from `first` on, and 0 behind the last.
+  MOBA_DEVICE void hold(std::int32_t first) {
+    if (first == first_held) return;
+    first_held = first;
+    const std::int32_t left = count - lane_first(first);
+    const std::uint32_t* run = left > 0 ? run_at(lane_first(first) / kRun) : nullptr;
+    MOBA_UNROLL
+    for (int i = 0; i < kRun; ++i) held[i] = i < left ? run[i] : 0;
+  }
+  /// Counts the orders that are at least `min`, which is above 0.
+  MOBA_DEVICE std::int32_t count_from(std::uint32_t min) {
+    std::int32_t sums[4] = {};  // shorter chains of additions
+    for (std::int32_t first = 0; first < count; first += kHeld) {
+      hold(first);
+      MOBA_UNROLL
+      for (int i = 0; i < kRun; ++i) sums[i % 4] += held[i] >= min ? 1 : 0;
+    }
+    return ptx::reduce_add(sums[0] + sums[1] + (sums[2] + sums[3]));
+  }
+  MOBA_DEVICE std::uint32_t lane_max() {
+    std::uint32_t max = 0;
+    for (std::int32_t first = 0; first < count; first += kHeld) {
+      hold(first);
+      MOBA_UNROLL
+      for (int i = 0; i < kRun; ++i) max = std::max(max, held[i]);
+    }
+    return max;
+  }
+  /// Calls emit(n, index) for the n-th of the `kept` best, in ascending order of their indices; of equals the
+  /// last are kept. Returns the lowest kept order, or a lower bound that selects as many. `low` is a lower
+  /// bound of it, 0 if unknown: the bits that it shares with the highest order need no search.
+  template <typename Emit>
+  MOBA_DEVICE std::uint32_t select(std::int32_t kept, std::uint32_t low, std::int32_t* shared, Emit&& emit) {
+    if (low == 0 && kept <= ptx::kLanes) low = ptx::reduce_min(lane_max());  // every lane has one as high
+    std::uint32_t worst = low;
+    std::int32_t reached = low == 0 ? count : count_from(low);  // orders that are at least `worst`
+    if (reached > kept) {
+      const std::uint32_t differing = low ^ ptx::reduce_max(lane_max());
+      std::uint32_t bit = differing == 0 ? 0 : 1U << (31 - ptx::leading_zeros(differing));
+      worst &= bit == 0 ? ~0U : ~(2 * bit - 1);
+      for (; bit != 0 && reached > kept; bit >>= 1) {
+        const std::int32_t found = count_from(worst | bit);
+        if (found < kept) continue;
+        worst |= bit;
+        reached = found;
+      }
+    }
+    const std::int32_t passed_over = reached - kept;  // the first of equals
+    std::int32_t emitted = 0, equals = 0;
+    for (std::int32_t first = 0; first < count; first += kHeld) {
+      hold(first);
+      const std::int32_t left = count - lane_first(first);
+      std::int32_t own = 0;
+      MOBA_UNROLL
+      for (int i = 0; i < kRun; ++i) own += i < left && held[i] == worst ? 1 : 0;
+      const auto equal = tile::scan<ptx::kLanes>(own, shared);
+      std::int32_t equal_index = equals + equal.before;
+      std::uint32_t mask = 0;
+      MOBA_UNROLL
+      for (int i = 0; i < kRun; ++i) {
+        if (i >= left || held[i] < worst) continue;
+        if (held[i] > worst || equal_index++ >= passed_over) mask |= 1U << i;
+      }
+      const auto places = tile::scan<ptx::kLanes>(ptx::popc(mask), shared);
+      std::int32_t n = emitted + places.before;
+      for (; mask != 0; mask &= mask - 1) emit(n++, lane_first(first) + ptx::lowest_set_bit(mask));
+      emitted += places.total;
+      equals += equal.total;
+    }
+    return worst;
+  }
+};
 
 struct SelectParams {
   Decoding decoding;
   Spans spans;
-  std::int64_t block_size, max_candidates, q_heads, sequence0;
-  std::int32_t width;
+  std::int64_t max_groups, sequence0;
+  std::uint32_t q_heads;
+  std::int32_t block_size, width;
 };
 
-/// Counts `orders` that are at least `min`.
-MOBA_DEVICE std::int32_t count_from(const std::uint32_t* orders, std::int32_t count, std::uint32_t min,
-                                    std::int32_t* shared) {
-  constexpr int kUnroll = 8;  // loads in flight
-  std::int32_t own = 0;
-  for (std::int64_t first = ptx::thread(); first < count; first += kUnroll * kSelectThreads) {
-    MOBA_UNROLL
-    for (int i = 0; i < kUnroll; ++i) {
-      const std::int64_t index = first + i * kSelectThreads;
-      own += index < count && orders[index] >= min ? 1 : 0;
-    }
-  }
-  return tile::scan<kSelectThreads>(own, shared).total;
-}
-
-/// Selects the top-k of a query head: finds the order of the lowest kept score bit by bit; of equal scores
-/// keeps the most recent blocks.
-MOBA_KERNEL(kSelectThreads, 2) decode_select_kernel(MOBA_GRID_CONSTANT SelectParams p) {
+/// Selects the top-k of a query head. Only the k groups with the best maxima can hold them: a candidate of
+/// another group is worse than k maxima.
+MOBA_KERNEL(ptx::kLanes, 16) decode_select_kernel(MOBA_GRID_CONSTANT SelectParams p) {
+  ptx::griddepcontrol_launch_dependents();
   auto* sums = reinterpret_cast<std::int32_t*>(ptx::shared());
   const std::int64_t row = ptx::block_x();
-  const std::int32_t length = p.spans.of(p.sequence0 + row / p.q_heads).size();
-  const auto candidates = length == 0 ? 0 : static_cast<std::int32_t>((length - 1) / p.block_size);
-  const std::uint32_t* orders = p.decoding.orders + row * p.max_candidates;
+  const std::int32_t candidates =
+      own_block_of(p.spans.of(p.sequence0 + ptx::block_x() / p.q_heads).size(), p.block_size);
+  const std::int32_t groups = (candidates + kGroup - 1) / kGroup;
+  const std::int32_t kept = std::min(candidates, p.width), kept_groups = std::min(groups, p.width);
+  const std::uint32_t* maxima = p.decoding.maxima + row * p.max_groups;
+  const std::uint32_t* orders = p.decoding.orders + row * p.max_groups * kGroup;
+  std::int32_t* best = p.decoding.best_groups + row * p.width;
   std::int32_t* to = p.decoding.selection + row * p.width;
-  const std::int32_t kept = candidates < p.width ? candidates : p.width;
+  ptx::griddepcontrol_wait();
 
-  std::uint32_t worst = 0;
-  if (kept < candidates) {
-    for (std::uint32_t bit = 1U << 31; bit != 0; bit >>= 1) {
-      const std::int32_t count = count_from(orders, candidates, worst | bit, sums);
-      if (count >= kept) worst |= bit;
-      if (count == kept) break;
-    }
-  }
-  const std::int32_t above = worst == 0xFFFFFFFFU ? 0 : count_from(orders, candidates, worst + 1, sums);
-  const std::int32_t equal = count_from(orders, candidates, worst, sums) - above;
-  const std::int32_t passed_over = equal - (kept - above);  // the oldest of equals
-
-  std::int32_t written = 0, equal_before = 0;
-  for (std::int32_t first = 0; first < candidates; first += kSelectThreads) {
-    const std::int32_t block = first + ptx::thread();
-    const bool exists = block < candidates;
-    const bool is_equal = exists && orders[block] == worst;
-    const auto equals = tile::scan<kSelectThreads>(is_equal ? 1 : 0, sums);
-    const bool is_kept =
-        exists && (is_equal ? equal_before + equals.before >= passed_over : orders[block] > worst);
-    const auto places = tile::scan<kSelectThreads>(is_kept ? 1 : 0, sums);
-    if (is_kept) to[written + places.before] = block;
-    written += places.total;
-    equal_before += equals.total;
-  }
-  for (std::int32_t i = kept + ptx::thread(); i < p.width; i += kSelectThreads) to[i] = -1;
+  WarpOrders by_group([=](std::int32_t run) { return maxima + run * kGroup; }, groups);
+  const std::uint32_t worst =
+      by_group.select(kept_groups, 0, sums, [=](std::int32_t n, std::int32_t group) { best[n] = group; });
+  ptx::syncthreads();
+  WarpOrders by_block([=](std::int32_t run) { return orders + std::int64_t{best[run]} * kGroup; },
+                      kept_groups * kGroup);
+  by_block.select(kept, kept == kept_groups ? worst : 0, sums, [=](std::int32_t n, std::int32_t index) {
+    to[n] = best[index / kGroup] * kGroup + index % kGroup;
+  });
+  MOBA_NO_UNROLL
+  for (std::int32_t i = kept + ptx::lane(); i < p.width; i += ptx::kLanes) to[i] = -1;
+  if (ptx::lane() == 0) p.decoding.arrivals[row] = 0;
 }
 
-/// Shared memory of decode_attend. Outputs of the warps overwrite k and v.
-template <typename T, int head_dim>
-struct Shared {
-  using C = TileShape<head_dim>;
-  static constexpr int kKeyElements = C::kKeys * head_dim;
-  static constexpr std::size_t kBytes =
-      (kTile * head_dim + 4 * kKeyElements) * sizeof(T) + kTile * sizeof(std::int32_t);
-
-  tile::SwizzledTile<T, head_dim> q;
-  T* keys;              // two buffers of k, each followed by v
-  std::int32_t* ranks;  // [kTile], of the block among a query head's; -1 where it is none
-
-  MOBA_DEVICE explicit Shared(std::byte* memory) {
-    q.data = reinterpret_cast<T*>(memory);
-    keys = q.data + kTile * head_dim;
-    ranks = reinterpret_cast<std::int32_t*>(keys + 4 * kKeyElements);
-  }
-  MOBA_DEVICE tile::SwizzledTile<T, head_dim> k(int buffer) const {
-    return {keys + 2 * buffer * kKeyElements};
-  }
-  MOBA_DEVICE tile::SwizzledTile<T, head_dim> v(int buffer) const {
-    return {keys + (2 * buffer + 1) * kKeyElements};
-  }
-  MOBA_DEVICE float* outputs() const { return reinterpret_cast<float*>(keys); }  // [warps, kTile, D]
-  MOBA_DEVICE float* warp_lse() const {
-    return outputs() + C::kMmaWarps * kTile * head_dim;
-  }  // [warps, kTile]
-  static_assert(C::kMmaWarps * kTile * (head_dim + 1) * sizeof(float) <= 4 * kKeyElements * sizeof(T));
+template <typename T>
+struct AttendParams {
+  DecodeParams<T> decode;
+  std::uint32_t work_items;  // of a unit: splits of its own block, then of every block of every query head
+  View<T> out;
+  float* lse;  // [Hq, Tq], may be null
+  std::int64_t tokens;
 };
 
-/// Slot of the partial output of a query head over one split of the block of rank `rank`.
-template <typename T>
-MOBA_DEVICE std::int64_t slot_of(const DecodeParams<T>& p, std::int64_t row, std::int32_t rank,
-                                 std::int32_t split) {
-  return (row * p.ranks + rank) * p.splits + split;
-}
-
-/// Finds the query heads that attend to a block. Returns false when the thread block of an earlier head
-/// takes the block.
+/// Finds the query heads that attend to a block, -1 for the own one. Returns false when the thread block of
+/// an earlier head takes the block.
 template <typename T, int head_dim>
 MOBA_DEVICE bool find_query_heads(const DecodeParams<T>& p, const Shared<T, head_dim>& shared,
                                   const Unit& unit, std::int32_t block, int first_head) {
-  const int row = ptx::thread();
-  if (row < kTile) {
-    std::int32_t rank = -1;
-    if (row < unit.count && block < 0) rank = p.width;
-    if (row < unit.count && block >= 0) {
-      const std::int32_t* chosen = p.decoding.selection + (unit.row + row) * p.width;
-      for (std::int32_t i = 0; i < p.width; ++i) {
-        if (chosen[i] == block) rank = i;
-      }
+  if (ptx::thread() < kTile)
+    shared.ranks[ptx::thread()] = block < 0 && ptx::thread() < unit.count ? p.width : -1;
+  ptx::syncthreads();
+  if (block >= 0) {
+    const std::int32_t* selection = p.decoding.selection + unit.row * p.width;
+    MOBA_NO_UNROLL
+    for (std::int32_t i = ptx::thread(); i < unit.count * p.width; i += kThreads) {
+      if (selection[i] == block) shared.ranks[i / p.width] = i % p.width;
     }
-    shared.ranks[row] = rank;
   }
   ptx::syncthreads();
+  MOBA_NO_UNROLL
   for (int before = 0; before < first_head; ++before) {
     if (shared.ranks[before] >= 0) return false;
   }
   return true;
 }
 
-/// Normalises the output of each warp and merges them in the order of the warps.
+struct Merged {
+  float value, lse;
+};
+
+/// Merges an element of the outputs of the warps, in their order.
 template <typename T, int head_dim>
-MOBA_DEVICE void merge_warps(const DecodeParams<T>& p, const Shared<T, head_dim>& shared, const Unit& unit,
-                             std::int32_t split, const float (&out)[1][head_dim / 8][4],
-                             const tile::Softmax<1>& softmax) {
-  using C = TileShape<head_dim>;
-  ptx::syncthreads();  // k and v are no longer read
-  const int lane = ptx::lane(), warp = ptx::warp();
-  if (warp < C::kMmaWarps) {
-    MOBA_UNROLL
-    for (int half = 0; half < 2; ++half) {
-      const int row = 8 * half + lane / 4;
-      float total = 0;
-      const float lse = softmax.log2_sum(0, half, p.scale.scale, total);
-      const float share = total == 0 ? 0 : 1 / total;
-      float* to = shared.outputs() + (warp * kTile + row) * head_dim + lane % 4 * 2;
-      MOBA_UNROLL
-      for (int j = 0; j < head_dim / 8; ++j) {
-        to[8 * j] = out[0][j][2 * half] * share;
-        to[8 * j + 1] = out[0][j][2 * half + 1] * share;
-      }
-      if (lane % 4 == 0) shared.warp_lse()[warp * kTile + row] = lse;
-    }
+MOBA_DEVICE Merged merge_warps(const Shared<T, head_dim>& shared, int row, int column) {
+  float max_lse = -ptx::infinity();
+  MOBA_UNROLL
+  for (int w = 0; w < kWarps; ++w) max_lse = ptx::fmax(max_lse, shared.lse(w, row));
+  const float base = max_lse == -ptx::infinity() ? 0 : max_lse;
+  float sum = 0, acc = 0;
+  MOBA_UNROLL
+  for (int w = 0; w < kWarps; ++w) {
+    const float weight = ptx::exp2(shared.lse(w, row) - base);
+    sum += weight;
+    acc = ptx::fma(weight, shared.output(w, row)[column], acc);
   }
-  ptx::syncthreads();
-  for (int i = ptx::thread(); i < unit.count * head_dim; i += C::kThreads) {
-    const int row = i / head_dim, column = i % head_dim;
-    const std::int32_t rank = shared.ranks[row];
-    if (rank < 0) continue;
-    float max_lse = -ptx::infinity();
+  return {sum == 0 ? 0 : acc * (1 / sum), base + ptx::log2(sum)};
+}
+
+/// Writes the output of this warp, normalised, to shared memory.
+template <typename T, int head_dim>
+MOBA_DEVICE void store_warp(const DecodeParams<T>& p, const Shared<T, head_dim>& shared,
+                            const float (&out)[1][head_dim / 8][4], const tile::Softmax<1>& softmax) {
+  MOBA_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int row = 8 * half + ptx::lane() / 4;
+    float total = 0;
+    const float lse = softmax.log2_sum(0, half, p.scale.scale, total);
+    const float share = total == 0 ? 0 : 1 / total;
+    float* to = shared.output(ptx::warp(), row) + ptx::lane() % 4 * 2;
     MOBA_UNROLL
-    for (int w = 0; w < C::kMmaWarps; ++w) max_lse = ptx::fmax(max_lse, shared.warp_lse()[w * kTile + row]);
-    const float base = max_lse == -ptx::infinity() ? 0 : max_lse;
-    float sum = 0, acc = 0;
-    MOBA_UNROLL
-    for (int w = 0; w < C::kMmaWarps; ++w) {
-      const float weight = ptx::exp2(shared.warp_lse()[w * kTile + row] - base);
-      sum += weight;
-      acc = ptx::fma(weight, shared.outputs()[(w * kTile + row) * head_dim + column], acc);
+    for (int j = 0; j < head_dim / 8; ++j) {
+      to[8 * j] = out[0][j][2 * half] * share;
+      to[8 * j + 1] = out[0][j][2 * half + 1] * share;
     }
-    const std::int64_t slot = slot_of(p, unit.row + row, rank, split);
-    p.decoding.partials[slot * head_dim + column] = sum == 0 ? 0 : acc / sum;
-    if (column == 0) p.decoding.partial_lse[slot] = base + ptx::log2(sum);
+    if (ptx::lane() % 4 == 0) shared.lse(ptx::warp(), row) = lse;
   }
 }
 
+/// Partial results of the query heads of a unit: those of the selected blocks, then those of the own one.
+template <typename T>
+struct Slots {
+  const DecodeParams<T>& p;
+  std::int64_t selected;
+  std::int32_t own;
+
+  MOBA_DEVICE Slots(const DecodeParams<T>& params, const Unit& unit) : p(params) {
+    const std::int32_t keys = unit.length - unit.own_block * p.block_size;
+    selected = std::int64_t{std::min(unit.own_block, p.width)} * p.splits;
+    own = std::max((keys - 1) / p.split_size + 1, 1);
+  }
+  MOBA_DEVICE std::int64_t count() const { return selected + own; }
+  MOBA_DEVICE std::int64_t of(std::int64_t row, std::int32_t rank, std::int32_t split) const {
+    return (row * p.ranks + rank) * p.splits + split;
+  }
+  MOBA_DEVICE std::int64_t at(std::int64_t row, std::int64_t index) const {
+    const std::int64_t first = of(row, 0, 0);
+    return first + (index < selected ? index : index - selected + std::int64_t{p.width} * p.splits);
+  }
+};
+
+/// Merges the partial results of a query head. Each warp sums every kWarps-th of them.
 template <typename T, int head_dim>
-MOBA_KERNEL(TileShape<head_dim>::kThreads, head_dim > 128 ? 1 : 2)
-decode_attend_kernel(MOBA_GRID_CONSTANT DecodeParams<T> p) {
-  using C = TileShape<head_dim>;
+MOBA_DEVICE void combine(const AttendParams<T>& a, const Shared<T, head_dim>& shared, const Unit& unit,
+                         const Slots<T>& slots, int row) {
+  constexpr int kColumns = head_dim / ptx::kLanes, kBatch = 8;  // loads in flight
+  const Decoding& decoding = a.decode.decoding;
+  float max_lse = -ptx::infinity();
+  MOBA_NO_UNROLL
+  for (std::int64_t i = ptx::lane(); i < slots.count(); i += ptx::kLanes)
+    max_lse = ptx::fmax(max_lse, decoding.partial_lse[slots.at(unit.row + row, i)]);
+  MOBA_UNROLL
+  for (int distance = 1; distance < ptx::kLanes; distance *= 2)
+    max_lse = ptx::fmax(max_lse, ptx::shfl_xor(max_lse, distance));
+  const float base = max_lse == -ptx::infinity() ? 0 : max_lse;
+
+  float sum = 0, acc[kColumns] = {};
+  MOBA_NO_UNROLL
+  for (std::int64_t first = ptx::warp(); first < slots.count(); first += kBatch * kWarps) {
+    float lse[kBatch], values[kBatch][kColumns];
+    MOBA_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      const std::int64_t index = first + i * kWarps;
+      const bool exists = index < slots.count();
+      const std::int64_t slot = exists ? slots.at(unit.row + row, index) : 0;
+      lse[i] = exists ? decoding.partial_lse[slot] : -ptx::infinity();
+      MOBA_UNROLL
+      for (int c = 0; c < kColumns; ++c)
+        values[i][c] = exists ? decoding.partials[slot * head_dim + c * ptx::kLanes + ptx::lane()] : 0;
+    }
+    MOBA_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      const float weight = ptx::exp2(lse[i] - base);
+      sum += weight;
+      MOBA_UNROLL
+      for (int c = 0; c < kColumns; ++c) acc[c] = ptx::fma(weight, values[i][c], acc[c]);
+    }
+  }
+  const float share = sum == 0 ? 0 : 1 / sum;
+  ptx::syncthreads();  // the outputs of the row before are no longer read
+  MOBA_UNROLL
+  for (int c = 0; c < kColumns; ++c)
+    shared.output(ptx::warp(), row)[c * ptx::kLanes + ptx::lane()] = acc[c] * share;
+  if (ptx::lane() == 0) shared.lse(ptx::warp(), row) = base + ptx::log2(sum);
+  ptx::syncthreads();
+  MOBA_NO_UNROLL
+  for (int pair = ptx::thread(); pair < head_dim / 2; pair += kThreads) {
+    const Merged low = merge_warps(shared, row, 2 * pair), high = merge_warps(shared, row, 2 * pair + 1);
+    reinterpret_cast<std::uint32_t*>(a.out.row(unit.sequence, unit.q_head + row))[pair] =
+        ptx::pack<T>(low.value, high.value);
+    if (pair == 0 && a.lse != nullptr) a.lse[(unit.q_head + row) * a.tokens + unit.sequence] = kLn2 * low.lse;
+  }
+}
+
+/// Writes the partial results of a split. The thread block that writes the last of a query head merges them.
+template <typename T, int head_dim>
+MOBA_DEVICE void finish(const AttendParams<T>& a, const Shared<T, head_dim>& shared, const Unit& unit,
+                        std::int32_t split) {
+  const DecodeParams<T>& p = a.decode;
+  const Slots<T> slots(p, unit);
+  MOBA_NO_UNROLL
+  for (int i = ptx::thread(); i < unit.count * head_dim; i += kThreads) {
+    const int row = i / head_dim, column = i % head_dim;
+    const std::int32_t rank = shared.ranks[row];
+    if (rank < 0) continue;
+    const Merged merged = merge_warps(shared, row, column);
+    const std::int64_t slot = slots.of(unit.row + row, rank, split);
+    p.decoding.partials[slot * head_dim + column] = merged.value;
+    if (column == 0) p.decoding.partial_lse[slot] = merged.lse;
+  }
+  ptx::syncthreads();
+  if (const int row = ptx::thread(); row < unit.count) {
+    shared.is_merged[row] =
+        shared.ranks[row] >= 0 &&
+        ptx::atomic_add_acq_rel(p.decoding.arrivals + unit.row + row, 1) + 1 == slots.count();
+  }
+  ptx::syncthreads();
+  MOBA_NO_UNROLL
+  for (int row = 0; row < unit.count; ++row) {
+    if (shared.is_merged[row] != 0) combine(a, shared, unit, slots, row);
+  }
+}
+
+/// Attends to a split of a block, for all query heads of a unit that attend to it.
+template <typename T, int head_dim>
+MOBA_KERNEL(kThreads, blocks_per_multiprocessor(head_dim))
+decode_attend_kernel(MOBA_GRID_CONSTANT AttendParams<T> a) {
+  const DecodeParams<T>& p = a.decode;
   const Shared<T, head_dim> shared(ptx::shared());
-  const int heads = static_cast<int>(p.heads_per_kv < kTile ? p.heads_per_kv : kTile);
-  const std::int64_t work_items = (std::int64_t{heads} * p.width + 1) * p.splits;
-  const Unit unit = unit_at(p, ptx::block_x() / work_items);
-  const auto work = static_cast<std::int32_t>(ptx::block_x() % work_items);
+  const Unit unit = unit_at(p, ptx::block_x() / a.work_items);
+  const auto work = static_cast<std::int32_t>(ptx::block_x() % a.work_items);
   const std::int32_t split = work % p.splits, choice = work / p.splits - 1;  // -1: the own block
+  ptx::griddepcontrol_wait();
+
   const int q_head_index = choice < 0 ? 0 : choice / p.width;
-  if (q_head_index >= unit.count || unit.length == 0) return;
-  const std::int32_t chosen =
-      choice < 0 ? -1 : p.decoding.selection[(unit.row + q_head_index) * p.width + choice % p.width];
+  if (q_head_index >= unit.count) return;
+  const std::int32_t chosen = choice < 0 ? -1 : p.decoding.selection[unit.row * p.width + choice];
   if (choice >= 0 && chosen < 0) return;
-  const std::int64_t begin = (chosen < 0 ? own_block(p, unit.length) : chosen) * p.block_size;
-  const std::int64_t first = begin + std::int64_t{split} * p.split_size;
-  std::int64_t end = first + p.split_size;
-  end = end < begin + p.block_size ? end : begin + p.block_size;
-  end = end < unit.length ? end : unit.length;
-  if (first >= end) return;
+  const std::int64_t begin = std::int64_t{chosen < 0 ? unit.own_block : chosen} * p.block_size;
+  const std::int64_t from = begin + std::int64_t{split} * p.split_size;
+  const auto last = static_cast<std::int32_t>(
+      std::min(std::min(from + p.split_size, begin + p.block_size), std::int64_t{unit.length}));
+  if (from >= last && work > 0) return;  // an empty sequence has one empty split
+  const auto first = static_cast<std::int32_t>(from);
   if (!find_query_heads(p, shared, unit, chosen, q_head_index)) return;
 
-  const auto last = static_cast<std::int32_t>(end);
-  const auto load = [&](std::int32_t key, int buffer) {
-    const auto source = [&](const Pages<const T>& pages) {
-      return [&, key](int row) {
-        return key + row < last ? pages.row(unit.sequence, unit.start + key + row, unit.kv_head) : nullptr;
-      };
-    };
-    tile::gather_rows<C::kKeys, C::kThreads>(shared.k(buffer), source(p.k));
-    tile::gather_rows<C::kKeys, C::kThreads>(shared.v(buffer), source(p.v));
+  const auto load = [&](const Pages<const T>& pages, std::int32_t key, int stage) {
+    if (key < last) {
+      const bool exists = ptx::lane() < kTile && key + ptx::lane() < last;
+      tile::warp_load_rows(
+          shared.stage(stage),
+          exists ? pages.row(unit.sequence, unit.start + key + ptx::lane(), unit.kv_head) : nullptr);
+    }
     ptx::cp_async_commit();
   };
+  constexpr int kStep = kWarps * kTile;  // keys of all warps
+  static_assert(kStages == 4);           // k and v of a step, k and v of the next one
+  std::int32_t key = first + ptx::warp() * kTile;
   load_queries(p, unit, shared.q);
-  load(static_cast<std::int32_t>(first), 0);
+  MOBA_NO_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    load(p.k, key + i * kStep, 2 * i);
+    load(p.v, key + i * kStep, 2 * i + 1);
+  }
+  ptx::cp_async_wait<kStages - 1>();
+  ptx::syncthreads();  // queries
 
   float out[1][head_dim / 8][4] = {};
   tile::Softmax<1> softmax;
   softmax.init();
-  int buffer = 0;
-  for (auto key = static_cast<std::int32_t>(first); key < last; key += C::kKeys, buffer ^= 1) {
-    ptx::cp_async_wait<0>();
-    ptx::syncthreads();  // this buffer is full, the other one is no longer read
-    if (key + C::kKeys < last) load(key + C::kKeys, buffer ^ 1);
-    const std::int32_t warp_key = key + ptx::warp() * 16;
-    if (ptx::warp() >= C::kMmaWarps || warp_key >= last) continue;
+  for (int stage = 0; key < last; key += kStep, stage ^= 2) {
+    ptx::cp_async_wait<kStages - 1>();
+    ptx::syncwarp();
     float logits[1][2][4] = {};
-    tile::gemm_nt(logits, shared.q, 0, of_warp(shared.k(buffer)));
+    tile::gemm_nt(logits, shared.q, 0, shared.stage(stage));
+    ptx::syncwarp();
+    load(p.k, key + 2 * kStep, stage);
     MOBA_UNROLL
     for (int j = 0; j < 2; ++j) {
       MOBA_UNROLL
       for (int e = 0; e < 4; ++e) {
-        const bool is_hidden = warp_key + 8 * j + ptx::lane() % 4 * 2 + e % 2 >= last;
+        const bool is_hidden = key + 8 * j + ptx::lane() % 4 * 2 + e % 2 >= last;
         float& logit = logits[0][j][e];
         logit = is_hidden ? -ptx::infinity() : p.scale.negate ? -logit : logit;
       }
     }
     softmax.update(logits, out, p.scale.scale);
-    tile::gemm_rs(out, logits, of_warp(shared.v(buffer)));
+    ptx::cp_async_wait<kStages - 1>();
+    ptx::syncwarp();
+    tile::gemm_rs(out, logits, shared.stage(stage + 1));
+    ptx::syncwarp();
+    load(p.v, key + 2 * kStep, stage + 1);
   }
-  merge_warps(p, shared, unit, split, out, softmax);
-}
-
-constexpr int kCombineThreads = 128;
-
-template <typename T>
-struct CombineParams {
-  DecodeParams<T> decode;
-  View<T> out;
-  float* lse;  // [Hq, Tq], may be null
-  std::int64_t tokens;
-};
-
-/// Merges the splits of a query head, one thread block each.
-template <typename T, int head_dim>
-MOBA_KERNEL(kCombineThreads, 8)
-decode_combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> c) {
-  const DecodeParams<T>& p = c.decode;
-  const std::int64_t row = ptx::block_x(), sequence = p.sequence0 + row / p.q_heads(),
-                     q_head = p.head0 * p.heads_per_kv + row % p.q_heads();
-  const std::int32_t length = p.spans.of(sequence).size();
-  const std::int32_t own = static_cast<std::int32_t>(length - std::int64_t{own_block(p, length)} *
-                                                                  p.block_size);  // keys of the own block
-  const auto splits_at = [&](std::int32_t rank) -> std::int32_t {
-    if (rank == p.width) return static_cast<std::int32_t>(divide_up(own, p.split_size));
-    return p.decoding.selection[row * p.width + rank] < 0 ? 0 : p.splits;
-  };
-  float max_lse = -ptx::infinity();
-  for (std::int32_t rank = 0; rank < p.ranks; ++rank) {
-    const std::int32_t splits = splits_at(rank);
-    for (std::int32_t i = 0; i < splits; ++i)
-      max_lse = ptx::fmax(max_lse, p.decoding.partial_lse[slot_of(p, row, rank, i)]);
-  }
-  const float base = max_lse == -ptx::infinity() ? 0 : max_lse;
-  for (int pair = ptx::thread(); pair < head_dim / 2; pair += kCombineThreads) {
-    float sum = 0, low = 0, high = 0;
-    for (std::int32_t rank = 0; rank < p.ranks; ++rank) {
-      const std::int32_t splits = splits_at(rank);
-      for (std::int32_t i = 0; i < splits; ++i) {
-        const std::int64_t slot = slot_of(p, row, rank, i);
-        const float weight = ptx::exp2(p.decoding.partial_lse[slot] - base);
-        const float* from = p.decoding.partials + slot * head_dim + 2 * pair;
-        sum += weight;
-        low = ptx::fma(weight, from[0], low);
-        high = ptx::fma(weight, from[1], high);
-      }
-    }
-    const float share = sum == 0 ? 0 : 1 / sum;
-    reinterpret_cast<std::uint32_t*>(c.out.row(sequence, q_head))[pair] =
-        ptx::pack<T>(low * share, high * share);
-    if (pair == 0 && c.lse != nullptr) c.lse[q_head * c.tokens + sequence] = kLn2 * (base + ptx::log2(sum));
-  }
+  ptx::syncthreads();  // the stages are no longer read
+  store_warp(p, shared, out, softmax);
+  ptx::syncthreads();
+  finish(a, shared, unit, split);
 }
 
 constexpr int kMeanThreads = 128;
@@ -438,7 +599,8 @@ struct MeansParams {
   Pages<T> means;
   const std::int32_t* before;  // [sequences]; null: 0
   Spans spans;
-  std::int64_t block_size, blocks, heads;
+  std::int32_t block_size;
+  std::int64_t blocks, heads;
 };
 
 /// Averages the keys of a completed block, one thread block per block and head. Like `centroids`, but from
@@ -494,13 +656,13 @@ DecodeParams<T> params_of(const DeviceCall& call, const WorkSlice& slice, const 
           .means = pages_of<const T>(cache.means, cache),
           .spans = {cache.starts, cache.lengths},
           .decoding = decoding,
-          .block_size = call.routing.block_size,
-          .max_candidates = candidates_of(call),
-          .heads_per_kv = call.heads_per_kv,
+          .max_groups = groups_of(call),
           .head0 = slice.head0,
-          .heads = slice.heads(),
           .sequence0 = slice.token0,
-          .tiles = tiles_of_group(call),
+          .heads_per_kv = static_cast<std::uint32_t>(call.heads_per_kv),
+          .heads = static_cast<std::uint32_t>(slice.heads()),
+          .tiles = static_cast<std::uint32_t>(tiles_of_group(call)),
+          .block_size = clamped(call.routing.block_size),
           .width = static_cast<std::int32_t>(call.width()),
           .ranks = static_cast<std::int32_t>(call.ranks()),
           .sinks = static_cast<std::int32_t>(call.routing.sink_blocks),
@@ -523,22 +685,34 @@ Decoding carve_decoding(ArenaLayout& layout, const DeviceCall& call, const WorkS
   const std::int64_t rows = call.rows(slice) * slice.heads();
   Decoding decoding;
   if (call.needs_scores()) {
-    decoding.orders = layout.take<std::uint32_t>(rows * candidates_of(call));
+    decoding.orders = layout.take<std::uint32_t>(rows * groups_of(call) * kGroup);
+    decoding.maxima = layout.take<std::uint32_t>(rows * groups_of(call));
+    decoding.best_groups = layout.take<std::int32_t>(rows * call.width());
     decoding.selection = layout.take<std::int32_t>(rows * call.width());
   }
   const std::int64_t slots = rows * call.ranks() * splits_per_block(call);
   decoding.partials = layout.take<float>(slots * call.head_dim);
   decoding.partial_lse = layout.take<float>(slots);
+  decoding.arrivals = layout.take<std::uint32_t>(rows);
   return decoding;
 }
 
 void decode_score(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                   const Decoding& decoding) {
   with_type(call, [&]<typename T, int head_dim>() {
-    using C = TileShape<head_dim>;
-    stream.launch("decode_score", decode_score_kernel<T, head_dim>,
-                  {units_of(call, slice) * divide_up(candidates_of(call), C::kKeys)}, C::kThreads,
-                  (kTile + C::kKeys) * head_dim * sizeof(T), params_of<T>(call, slice, cache, decoding));
+    // One wave of thread blocks, unless chunks would be so long that units of different lengths end unevenly.
+    constexpr std::int64_t kMaxChunk = 64;
+    const std::int64_t units = units_of(call, slice), groups = groups_of(call);
+    const std::int64_t wave = current_hardware().multiprocessors * blocks_per_multiprocessor(head_dim);
+    const std::int64_t chunk_groups = std::clamp<std::int64_t>(
+        divide_up(groups, std::max<std::int64_t>(wave / std::max<std::int64_t>(units, 1), 1)), kWarps,
+        kMaxChunk);
+    const std::int64_t chunks = divide_up(groups, chunk_groups);
+    stream.launch("decode_score", decode_score_kernel<T, head_dim>, {units * chunks}, kThreads,
+                  Shared<T, head_dim>::kBytes,
+                  ScoreParams<T>{.decode = params_of<T>(call, slice, cache, decoding),
+                                 .chunks = static_cast<std::uint32_t>(chunks),
+                                 .chunk_groups = static_cast<std::int32_t>(chunk_groups)});
   });
 }
 
@@ -546,35 +720,35 @@ void decode_select(Stream& stream, const DeviceCall& call, const WorkSlice& slic
                    const Decoding& decoding) {
   const SelectParams params{.decoding = decoding,
                             .spans = {cache.starts, cache.lengths},
-                            .block_size = call.routing.block_size,
-                            .max_candidates = candidates_of(call),
-                            .q_heads = slice.heads() * call.heads_per_kv,
+                            .max_groups = groups_of(call),
                             .sequence0 = slice.token0,
+                            .q_heads = static_cast<std::uint32_t>(slice.heads() * call.heads_per_kv),
+                            .block_size = clamped(call.routing.block_size),
                             .width = static_cast<std::int32_t>(call.width())};
-  stream.launch("decode_select", decode_select_kernel, {slice.heads() * call.rows(slice)}, kSelectThreads,
-                kSelectThreads / ptx::kLanes * sizeof(std::int32_t), params);
+  stream.launch_dependent("decode_select", decode_select_kernel, {slice.heads() * call.rows(slice)},
+                          ptx::kLanes, sizeof(std::int32_t), params);
 }
 
 void decode_attend(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
-                   const Decoding& decoding) {
+                   const Decoding& decoding, const Outputs& outputs) {
   with_type(call, [&]<typename T, int head_dim>() {
     const std::int64_t work_items =
         (std::min<std::int64_t>(call.heads_per_kv, kTile) * call.width() + 1) * splits_per_block(call);
-    stream.launch("decode_attend", decode_attend_kernel<T, head_dim>, {units_of(call, slice) * work_items},
-                  TileShape<head_dim>::kThreads, Shared<T, head_dim>::kBytes,
-                  params_of<T>(call, slice, cache, decoding));
-  });
-}
-
-void decode_combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
-                    const Decoding& decoding, const Outputs& outputs) {
-  with_type(call, [&]<typename T, int head_dim>() {
-    const CombineParams<T> params{.decode = params_of<T>(call, slice, cache, decoding),
-                                  .out = view_of<T>(outputs.out),
-                                  .lse = outputs.lse,
-                                  .tokens = call.tokens};
-    stream.launch("decode_combine", decode_combine_kernel<T, head_dim>, {slice.heads() * call.rows(slice)},
-                  kCombineThreads, 0, params);
+    const std::int64_t rows = call.rows(slice) * slice.heads();
+    const Grid grid{units_of(call, slice) * work_items};
+    const AttendParams<T> params{.decode = params_of<T>(call, slice, cache, decoding),
+                                 .work_items = static_cast<std::uint32_t>(work_items),
+                                 .out = view_of<T>(outputs.out),
+                                 .lse = outputs.lse,
+                                 .tokens = call.tokens};
+    if (call.needs_scores()) {
+      stream.launch_dependent("decode_attend", decode_attend_kernel<T, head_dim>, grid, kThreads,
+                              Shared<T, head_dim>::kBytes, params);
+    } else {
+      stream.fill(decoding.arrivals, 0, static_cast<std::size_t>(rows) * sizeof(std::uint32_t));
+      stream.launch("decode_attend", decode_attend_kernel<T, head_dim>, grid, kThreads,
+                    Shared<T, head_dim>::kBytes, params);
+    }
   });
 }
 
@@ -586,7 +760,7 @@ void complete_means(Stream& stream, const DeviceCall& call, const PagedCache& ca
                                 .means = pages_of<T>(cache.means, cache),
                                 .before = before,
                                 .spans = {cache.starts, cache.lengths},
-                                .block_size = block_size,
+                                .block_size = clamped(block_size),
                                 .blocks = std::min(max_added, call.max_seqlen_k) / block_size + 1,
                                 .heads = call.kv_heads};
     constexpr int kRows = kMeanThreads / (head_dim / kElements);

@@ -55,8 +55,7 @@ void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, co
       decode_score(stream, call, slice, cache, decoding);
       decode_select(stream, call, slice, cache, decoding);
     }
-    decode_attend(stream, call, slice, cache, decoding);
-    decode_combine(stream, call, slice, cache, decoding, outputs);
+    decode_attend(stream, call, slice, cache, decoding, outputs);
   }
   if (execution.profile != nullptr)
     execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(slices.front()));

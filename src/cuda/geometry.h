@@ -41,9 +41,9 @@ struct Pages {
   MOBA_HOST_DEVICE T* row(std::int64_t sequence, std::int32_t token, std::int64_t head) const {
     return at(sequence, token, token % page_tokens, head);
   }
-  MOBA_HOST_DEVICE T* mean(std::int64_t sequence, std::int32_t block, std::int64_t block_size,
+  MOBA_HOST_DEVICE T* mean(std::int64_t sequence, std::int32_t block, std::int32_t block_size,
                            std::int64_t head) const {
-    const auto token = static_cast<std::int32_t>(block * block_size);
+    const std::int32_t token = block * block_size;
     return at(sequence, token, token % page_tokens / block_size, head);
   }
 

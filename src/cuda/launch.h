@@ -17,6 +17,7 @@ struct Launch {
   Grid grid;
   int threads;
   std::size_t shared;
+  bool is_dependent = false;  // may start before the previous kernel has ended
 };
 
 void launch_kernel(const Launch& launch, const void* kernel, void** arguments);

@@ -26,6 +26,7 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
+<<<<<<< HEAD
 /// The driver's function is looked up by name, so that the library needs no driver to be loaded.
 decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   void* found = nullptr;
@@ -37,6 +38,14 @@ decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   if (status != cudaDriverEntryPointSuccess || found == nullptr)
     throw DeviceFailure{"CUDA: the driver has no tensor maps"};
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
+=======
+/// Returns whether the code of a kernel, which may be an older architecture's, has griddepcontrol.
+bool waits_for_grids(const void* kernel) {
+  cudaFuncAttributes attributes{};
+  require(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel cannot be read");
+  constexpr int kFirst = 90;
+  return attributes.ptxVersion >= kFirst;
+>>>>>>> a22c19b71f921743f26aaceeb7caab7d95427083
 }
 
 }  // namespace
@@ -96,11 +105,18 @@ void launch_kernel(const Launch& launch, const void* kernel, void** arguments) {
             std::string("kernel ") + launch.name + " cannot have " + std::to_string(launch.shared) +
                 " bytes of shared memory");
   }
-  require(
-      cudaLaunchKernel(kernel, {static_cast<unsigned>(launch.grid.x), static_cast<unsigned>(launch.grid.y)},
-                       {static_cast<unsigned>(launch.threads)}, arguments, launch.shared,
-                       static_cast<cudaStream_t>(launch.stream)),
-      std::string("kernel ") + launch.name + " cannot be launched");
+  cudaLaunchAttribute programmatic{};
+  programmatic.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  programmatic.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = {static_cast<unsigned>(launch.grid.x), static_cast<unsigned>(launch.grid.y)};
+  config.blockDim = {static_cast<unsigned>(launch.threads)};
+  config.dynamicSmemBytes = launch.shared;
+  config.stream = static_cast<cudaStream_t>(launch.stream);
+  config.attrs = &programmatic;
+  config.numAttrs = launch.is_dependent && waits_for_grids(kernel) ? 1 : 0;
+  require(cudaLaunchKernelExC(&config, kernel, arguments),
+          std::string("kernel ") + launch.name + " cannot be launched");
 }
 
 void Stream::fill(void* to, int value, std::size_t bytes) {

@@ -40,9 +40,14 @@ class Stream {
   template <typename Params>
   void launch(const char* name, void (*kernel)(const Params), Grid grid, int threads, std::size_t shared,
               const Params& params) {
-    if (grid.x <= 0 || grid.y <= 0) return;
-    check_grid(name, grid);
-    launch_kernel({stream_, name, grid, threads, shared}, kernel, params);
+    launch_if_any({stream_, name, grid, threads, shared}, kernel, params);
+  }
+  /// The same for a kernel that calls griddepcontrol_wait before it reads what the previous kernel writes, or
+  /// writes what that one reads: it may start before the previous one has ended.
+  template <typename Params>
+  void launch_dependent(const char* name, void (*kernel)(const Params), Grid grid, int threads,
+                        std::size_t shared, const Params& params) {
+    launch_if_any({stream_, name, grid, threads, shared, true}, kernel, params);
   }
 
   /// Sets `bytes` bytes to `value`.
@@ -51,6 +56,12 @@ class Stream {
  private:
   friend class Arena;
 
+  template <typename Params>
+  void launch_if_any(const Launch& launch, void (*kernel)(const Params), const Params& params) {
+    if (launch.grid.x <= 0 || launch.grid.y <= 0) return;
+    check_grid(launch.name, launch.grid);
+    launch_kernel(launch, kernel, params);
+  }
   void check_grid(const char* name, Grid grid) const {
     constexpr std::int64_t kMaxX = 0x7FFFFFFF, kMaxY = 65535;
     if (grid.x > kMaxX || grid.y > kMaxY) {

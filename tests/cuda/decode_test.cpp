@@ -178,13 +178,9 @@ void check_means(const Paged& p) {
   }
 }
 
-void check_decode(const Paged& p) {
+/// Decodes with the means as they are.
+void check_outputs(const Paged& p) {
   SCOPED_TRACE(describe(p.sequences.front()) + ", pages of " + std::to_string(p.shape.page_tokens));
-  if (p.routing.top_k != Routing::kEverything) {
-    update_means(p.cache, p.routing.block_size, nullptr, p.cache.max_seqlen_k);
-    check_means(p);
-  }
-  EXPECT_TRUE(p.means.gaps_untouched());
   const Result found = p.decode_on_device(), expected = p.decode_by_reference();
   EXPECT_TRUE(found.fences_untouched()) << "wrote outside its outputs";
   const double unit = unit_of(p.shape.dtype);
@@ -206,6 +202,15 @@ void check_decode(const Paged& p) {
       }
     }
   }
+}
+
+void check_decode(const Paged& p) {
+  if (p.routing.top_k != Routing::kEverything) {
+    update_means(p.cache, p.routing.block_size, nullptr, p.cache.max_seqlen_k);
+    check_means(p);
+  }
+  EXPECT_TRUE(p.means.gaps_untouched());
+  check_outputs(p);
 }
 
 TEST(CudaDecode, MatchesTheReference) {
@@ -243,13 +248,64 @@ TEST(CudaDecode, MatchesTheReference) {
   }
 }
 
-/// Covers blocks of several splits, more candidates than a thread block selects from at a time, and full
-/// attention over a long sequence.
+/// Covers blocks of several splits, candidates of several chunks, and full attention over a long sequence.
 TEST(CudaDecode, LongSequencesMatchTheReference) {
   check_decode(
       Paged(1, {.heads_per_kv = 2, .page_tokens = 50}, {.block_size = 350, .top_k = 2}, {1210, 300}));
   check_decode(Paged(2, {.heads_per_kv = 2, .page_tokens = 2}, {.block_size = 2, .top_k = 9}, {1210, 300}));
   check_decode(Paged(3, {.heads_per_kv = 5, .page_tokens = 50}, Routing::full(), {1210, 300}));
+}
+
+/// Selections longer than a group, than the orders that a warp holds, and than the candidates.
+TEST(CudaDecode, LongSelectionsMatchTheReference) {
+  const std::vector<std::int32_t> lengths{700, 0, 17, 130, 1};
+  for (const std::int64_t top_k : {16, 17, 33, 100, 690}) {
+    check_decode(
+        Paged(20, {.heads_per_kv = 3, .page_tokens = 16}, {.block_size = 1, .top_k = top_k}, lengths));
+    check_decode(Paged(21, {.kv_heads = 2, .page_tokens = 4, .values = Values::integers},
+                       {.block_size = 2, .top_k = top_k, .sink_blocks = 3}, lengths));
+  }
+}
+
+/// More groups of candidates than a warp holds at a time.
+TEST(CudaDecode, ManyCandidatesMatchTheReference) {
+  for (const Values values : {Values::normal, Values::equal}) {
+    check_decode(
+        Paged(22, {.page_tokens = 500, .values = values}, {.block_size = 1, .top_k = 6}, {8400, 33}));
+  }
+}
+
+/// All scores are equal, within and across the chunks that are scored apart: the last blocks are selected.
+TEST(CudaDecode, OfEqualScoresTheLastBlocksAreSelected) {
+  for (const std::int64_t top_k : {2, 5, 16, 40}) {
+    const Paged p(23, {.heads_per_kv = 2, .page_tokens = 4, .values = Values::equal},
+                  {.block_size = 1, .top_k = top_k}, {600, 90});
+    check_decode(p);
+    const Result found = p.decode_on_device();
+    for (std::int64_t d = 0; d < 64; ++d) {
+      double mean = 0;  // all weights are equal
+      for (std::int64_t i = 0; i < top_k; ++i)
+        mean += p.sequences[0].v.get(599 - i, 0, d) / static_cast<double>(top_k);
+      ASSERT_NEAR(found.out.get(0, 1, d), mean, 0.05);
+    }
+  }
+}
+
+/// NaN sorts as -inf, in every position of a group and in groups without any number.
+TEST(CudaDecode, NonFiniteScoresMatchTheReference) {
+  constexpr double kInfinity = std::numeric_limits<double>::infinity();
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  for (const std::int64_t top_k : {3, 20, 190}) {
+    Paged p(24, {.heads_per_kv = 2, .page_tokens = 4}, {.block_size = 2, .top_k = top_k, .sink_blocks = 1},
+            {400, 60});
+    update_means(p.cache, 2, nullptr, 400);
+    for (std::int64_t block = 0; block < 199; ++block) {
+      const bool in_group_of_nan = block / 16 % 3 == 1;
+      if (in_group_of_nan || block % 5 == 0) p.means.set(p.mean_row(0, block), 0, block % 64, kNan);
+      if (block % 7 == 0) p.means.set(p.mean_row(0, block), 0, 5, block % 2 == 0 ? kInfinity : -kInfinity);
+    }
+    check_outputs(p);
+  }
 }
 
 TEST(CudaDecode, MeansMayBeEmptyWithoutSelection) {

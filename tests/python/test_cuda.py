@@ -230,7 +230,7 @@ def test_invalid_arguments_are_named():
     ops.decode(call["q"], *cache, *spans, 4, 2)
     with pytest.raises(TypeError, match="decode: means: expected torch.float16, got torch.float32"):
         ops.decode(call["q"], *cache[:2], cache[2].float(), *spans, 4, 2)
-    with pytest.raises(ValueError, match=r"decode: (cache\.)?means: expected .*, got"):
+    with pytest.raises(ValueError, match=r"decode: means: expected .*, got"):
         ops.decode(call["q"], *cache[:2], cache[2][:, :3], *spans, 4, 2)
 
 

@@ -20,5 +20,15 @@ MOBA_DEVICE std::uint32_t atomic_add_nonzero(std::uint32_t* to, std::uint32_t va
                : "memory");
   return before;
 }
+/// The same in global memory, with acquire and release semantics for the device: after a barrier of the
+/// block, its threads see what blocks that added before have written before theirs.
+MOBA_DEVICE std::uint32_t atomic_add_acq_rel(std::uint32_t* to, std::uint32_t value) {
+  std::uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(to)), "r"(value)
+               : "memory");
+  return before;
+}
 
 }  // namespace moba::cuda::ptx

@@ -25,6 +25,16 @@ MOBA_DEVICE T shfl_up(T value, int distance) {
 MOBA_DEVICE unsigned ballot(bool predicate) {
   return __ballot_sync(kAllLanes, predicate);
 }
+/// Reductions over the lanes.
+MOBA_DEVICE int reduce_add(int value) {
+  return __reduce_add_sync(kAllLanes, value);
+}
+MOBA_DEVICE std::uint32_t reduce_min(std::uint32_t value) {
+  return __reduce_min_sync(kAllLanes, value);
+}
+MOBA_DEVICE std::uint32_t reduce_max(std::uint32_t value) {
+  return __reduce_max_sync(kAllLanes, value);
+}
 /// Returns a mask of the lanes with the same value.
 MOBA_DEVICE unsigned match_any(std::uint32_t value) {
   return __match_any_sync(kAllLanes, value);
@@ -36,6 +46,10 @@ MOBA_DEVICE void syncwarp() {
 
 MOBA_DEVICE int popc(unsigned bits) {
   return __popc(bits);
+}
+/// Number of zero bits above the highest set bit; 32 of zero.
+MOBA_DEVICE int leading_zeros(unsigned bits) {
+  return __clz(static_cast<int>(bits));
 }
 /// Index of the lowest set bit of a nonzero number.
 MOBA_DEVICE int lowest_set_bit(unsigned bits) {

@@ -3,6 +3,7 @@
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
 #include "cuda/ptx/mma.h"
+#include "cuda/ptx/warp.h"
 
 namespace moba::cuda::tile {
 
@@ -77,6 +78,21 @@ MOBA_DEVICE void gather_rows(const SwizzledTile<T, head_dim>& to, Source&& sourc
     const T* from = source(row);
     ptx::cp_async_16(to.data, to.start(row, S::vec()),
                      from == nullptr ? from : from + S::vec() * kVecElements, from != nullptr);
+  }
+}
+
+/// Issues cp.async copies of 16 rows by one warp: lane r < 16 has the address of row r, null for a row of
+/// zeros. All lanes must call.
+template <typename T, int head_dim>
+MOBA_DEVICE void warp_load_rows(const SwizzledTile<T, head_dim>& to, const T* row_of_lane) {
+  constexpr unsigned kVecs = head_dim / kVecElements;
+  MOBA_UNROLL
+  for (unsigned i = 0; i < 16 * kVecs / ptx::kLanes; ++i) {
+    const unsigned index = static_cast<unsigned>(ptx::lane()) + i * ptx::kLanes;
+    const auto row = static_cast<int>(index / kVecs), vec = static_cast<int>(index % kVecs);
+    const auto address = ptx::shfl(reinterpret_cast<std::uintptr_t>(row_of_lane), row);
+    const auto* from = reinterpret_cast<const T*>(address + index % kVecs * kVecElements * sizeof(T));
+    ptx::cp_async_16(to.data, to.start(row, vec), from, address != 0);
   }
 }
 

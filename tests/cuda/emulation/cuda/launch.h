@@ -20,6 +20,7 @@ struct Launch {
   Grid grid;
   int threads;
   std::size_t shared;
+  bool is_dependent = false;
 };
 
 template <typename Params>

@@ -13,5 +13,8 @@ MOBA_DEVICE std::uint32_t atomic_add(std::uint32_t* to, std::uint32_t value) {
 MOBA_DEVICE std::uint32_t atomic_add_nonzero(std::uint32_t* to, std::uint32_t value) {
   return value == 0 ? 0 : atomic_add(to, value);
 }
+MOBA_DEVICE std::uint32_t atomic_add_acq_rel(std::uint32_t* to, std::uint32_t value) {
+  return atomic_add(to, value);
+}
 
 }  // namespace moba::cuda::ptx

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <algorithm>
+#include <functional>
+
 #include "cuda/ptx/device.h"
 
 /// Replaces src/cuda/ptx/warp.h: exchange between the 32 fibers of a warp.
@@ -42,6 +45,33 @@ MOBA_DEVICE unsigned ballot(bool predicate) {
   });
   return own.result;
 }
+struct Min {
+  std::uint32_t operator()(std::uint32_t a, std::uint32_t b) const { return std::min(a, b); }
+};
+struct Max {
+  std::uint32_t operator()(std::uint32_t a, std::uint32_t b) const { return std::max(a, b); }
+};
+template <typename Combine, typename T>
+MOBA_DEVICE T reduce(T value) {
+  struct Operands {
+    T value, result;
+  } own{value, value};
+  emulation::collective("reduction", &own, [](void* const* lanes) {
+    T result = static_cast<Operands*>(lanes[0])->value;
+    for (int i = 1; i < kLanes; ++i) result = Combine{}(result, static_cast<Operands*>(lanes[i])->value);
+    for (int i = 0; i < kLanes; ++i) static_cast<Operands*>(lanes[i])->result = result;
+  });
+  return own.result;
+}
+MOBA_DEVICE int reduce_add(int value) {
+  return reduce<std::plus<>>(value);
+}
+MOBA_DEVICE std::uint32_t reduce_min(std::uint32_t value) {
+  return reduce<Min>(value);
+}
+MOBA_DEVICE std::uint32_t reduce_max(std::uint32_t value) {
+  return reduce<Max>(value);
+}
 MOBA_DEVICE unsigned match_any(std::uint32_t value) {
   struct Operands {
     std::uint32_t value;
@@ -63,6 +93,9 @@ MOBA_DEVICE void syncwarp() {
 
 MOBA_DEVICE int popc(unsigned bits) {
   return __builtin_popcount(bits);
+}
+MOBA_DEVICE int leading_zeros(unsigned bits) {
+  return bits == 0 ? 32 : __builtin_clz(bits);
 }
 MOBA_DEVICE int lowest_set_bit(unsigned bits) {
   return __builtin_ctz(bits);
