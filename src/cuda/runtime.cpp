@@ -26,7 +26,6 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-<<<<<<< HEAD
 /// The driver's function is looked up by name, so that the library needs no driver to be loaded.
 decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   void* found = nullptr;
@@ -38,14 +37,14 @@ decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   if (status != cudaDriverEntryPointSuccess || found == nullptr)
     throw DeviceFailure{"CUDA: the driver has no tensor maps"};
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-=======
+}
+
 /// Returns whether the code of a kernel, which may be an older architecture's, has griddepcontrol.
 bool waits_for_grids(const void* kernel) {
   cudaFuncAttributes attributes{};
   require(cudaFuncGetAttributes(&attributes, kernel), "attributes of a kernel cannot be read");
   constexpr int kFirst = 90;
   return attributes.ptxVersion >= kFirst;
->>>>>>> a22c19b71f921743f26aaceeb7caab7d95427083
 }
 
 }  // namespace
