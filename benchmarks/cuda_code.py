@@ -20,11 +20,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?(\w+)")
 MMA_DEPTH = 16
-# Scores per lane of an instruction: mma.m16n8k16, and wgmma.m64n128k16, which four warps issue.
-SCORES = {"HMMA": 16 * 8 // 32, "HGMMA": 64 * 128 // 128}
-# Scores per lane of a block that appends, and of a block that filters on sm_80 and sm_90a.
+# Scores per lane of an instruction: mma.m16n8k16, and wgmma.m64n64k16, which four warps issue.
+SCORES = {"HMMA": 16 * 8 // 32, "HGMMA": 64 * 64 // 128}
+# Scores per lane of a block that appends.
 APPENDED = 8
-KERNELS = {"sm_80": ("sm80/gate.cu", "HMMA", 32), "sm_90a": ("sm90/gate.cu", "HGMMA", 16)}
+# Source, product, and by the part of the kernel's name that says how it selects: scores per lane of a block that filters.
+SELECTING = {"Few": "top-k to 8", "Many": "larger"}
+KERNELS = {
+    "sm_80": ("sm80/gate.cu", "HMMA", {"": 32}),
+    "sm_90a": ("sm90/gate.cu", "HGMMA", {"Few": 8, "Many": 16}),
+}
 
 
 def compile_gate(nvcc, arch, source, folder):
@@ -71,7 +76,7 @@ def count(blocks, head_dim, mma, filtered):
 
 
 def print_kernel(nvcc, nvdisasm, arch):
-    source, mma, filtered = KERNELS[arch]
+    source, mma, kinds = KERNELS[arch]
     with tempfile.TemporaryDirectory() as folder:
         cubin, usage = compile_gate(nvcc, arch, source, folder)
         text = subprocess.run(
@@ -84,12 +89,19 @@ def print_kernel(nvcc, nvdisasm, arch):
         if not found:
             continue
         head_dim = int(found.group(1))
+        selecting, filtered = next((kind, n) for kind, n in kinds.items() if kind in name)
         code = 16 * sum(bool(INSTRUCTION.match(line)) for line in lines)
         registers, spilled = usage[name]
         # Tiles at head_dim 256 are half as high.
         of_filter = filtered // 2 if head_dim == 256 else filtered
         parts = count(basic_blocks(lines), head_dim, mma, of_filter)
-        cells = [arch, head_dim, registers, f"{spilled} B", f"{code / 1024:.0f} KiB"]
+        cells = [
+            f"{arch} {SELECTING.get(selecting, '')}".strip(),
+            head_dim,
+            registers,
+            f"{spilled} B",
+            f"{code / 1024:.0f} KiB",
+        ]
         print("| " + " | ".join(map(str, [*cells, *(f"{part:.1f}" for part in parts)])) + " |")
 
 
