@@ -88,12 +88,12 @@ template <int threads = kGatherThreads, typename T, int rows, int head_dim>
 MOBA_DEVICE void gather_rows(const tile::SwizzledTile128B<T, rows, head_dim>& to, const T* from,
                              const std::int64_t* offsets, int thread) {
   using To = tile::SwizzledTile128B<T, rows, head_dim>;
-  constexpr int kStep = threads / 8, kSteps = (rows + kStep - 1) / kStep, kBatch = 8;
+  constexpr int kStep = threads / 8, kSteps = (rows + kStep - 1) / kStep, kBatch = threads == ptx::kLanes ? 8 : 2;
   static_assert(kStep % 8 == 4, "every second row of a thread has the same swizzle");
   const int row = thread / 8, vec = thread % 8;
   const std::uint32_t starts[2] = {To::start(row, vec), To::start(row + kStep, vec)};
-  const T* const vec_from = from + vec * tile::kVecElements;
-  MOBA_UNROLL
+  const T* const vec_from = ptx::opaque(from + vec * tile::kVecElements);
+  MOBA_NO_UNROLL
   for (int first = 0; first < kSteps; first += kBatch) {
     std::int64_t batch[kBatch];
     MOBA_UNROLL
@@ -105,12 +105,13 @@ MOBA_DEVICE void gather_rows(const tile::SwizzledTile128B<T, rows, head_dim>& to
     for (int i = 0; i < kBatch; ++i) {
       const int step = first + i;
       if (row + step * kStep >= rows) break;
+      const T* const row_from = vec_from + batch[i];
       const bool exists = static_cast<std::int32_t>(batch[i]) != kNoRow;  // offsets are multiples of 8
       MOBA_UNROLL
       for (int panel = 0; panel < To::kPanels; ++panel) {
         ptx::cp_async_16(to.data,
                          starts[step % 2] + step / 2 * 2 * kStep * To::kRowBytes + panel * To::kPanelBytes,
-                         vec_from + batch[i] + panel * To::kColumns, exists);
+                         row_from + panel * To::kColumns, exists);
       }
     }
   }
