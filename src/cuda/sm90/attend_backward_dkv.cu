@@ -133,8 +133,8 @@ MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, s
         fetch_row(first + kRows);
       }
       ptx::bar_sync(kGatherSync, kGatherThreads);
-      gather_rows(shared.q(stage.index), p.dkv.q.data, table.q_offsets, thread);
-      gather_rows(shared.d_out(stage.index), p.dkv.d_out.data, table.d_out_offsets, thread);
+      gather_rows(shared.q(stage.index), p.dkv.q.data, table.q_offsets, ptx::opaque(thread));
+      gather_rows(shared.d_out(stage.index), p.dkv.d_out.data, table.d_out_offsets, ptx::opaque(thread));
       ptx::cp_async_commit();
       if (pending.stage >= 0) {
         ptx::cp_async_wait<1>();

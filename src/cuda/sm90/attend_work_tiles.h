@@ -108,8 +108,7 @@ MOBA_DEVICE void find_work_tiles(const AttendParams<T>& p, const Shared& shared,
   for_own_work_tiles(p, schedule, kept_keys, [&](const WorkTile& work) {
     Found found{.work = work, .slots = {}};
     MOBA_UNROLL
-    for (int i = 0; i < kRowsPerLane; ++i)
-      found.slots[i] = slot_of(p, work, i * ptx::kLanes + ptx::lane());
+    for (int i = 0; i < kRowsPerLane; ++i) found.slots[i] = slot_of(p, work, i * ptx::kLanes + ptx::lane());
     if (is_pending) publish(pending);
     pending = found;
     is_pending = true;
@@ -171,7 +170,8 @@ MOBA_DEVICE void produce(const TensorMap& k, const TensorMap& v, const AttendPar
   const int warp = ptx::warp();
   const std::int32_t own_tiles = schedule.own_tiles();
   if (warp == 0) load_kv(k, v, p.head0, shared, own_tiles);
-  if (warp == 1 || warp == 2) load_rows(shared, own_tiles, warp - 1, [&](auto& table) { gather(table, warp - 1); });
+  if (warp == 1 || warp == 2)
+    load_rows(shared, own_tiles, warp - 1, [&](auto& table) { gather(table, warp - 1); });
   if (warp == 3) find_work_tiles(p, shared, schedule, kept_keys, store);
 }
 

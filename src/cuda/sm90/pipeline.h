@@ -88,9 +88,9 @@ template <int threads = kGatherThreads, typename T, int rows, int head_dim>
 MOBA_DEVICE void gather_rows(const tile::SwizzledTile128B<T, rows, head_dim>& to, const T* from,
                              const std::int64_t* offsets, int thread) {
   using To = tile::SwizzledTile128B<T, rows, head_dim>;
-  constexpr int kStep = threads / 8, kSteps = (rows + kStep - 1) / kStep, kBatch = threads == ptx::kLanes ? 8 : 2;
+  constexpr int kStep = threads / 8, kSteps = (rows + kStep - 1) / kStep,
+                kBatch = threads == ptx::kLanes ? 8 : 2;
   static_assert(kStep % 8 == 4, "every second row of a thread has the same swizzle");
-  thread = ptx::opaque(thread);
   const int row = thread / 8, vec = thread % 8;
   const std::uint32_t starts[2] = {To::start(row, vec), To::start(row + kStep, vec)};
   const T* const vec_from = ptx::opaque(from + vec * tile::kVecElements);
