@@ -182,7 +182,8 @@ template <typename T>
 MOBA_DEVICE KeyRange visible_at(const AttendParams<T>& p, const WorkTile& work, int r) {
   if (!work.diagonal || !p.causal) return {work.begin, work.end};
   if (r >= work.count) return {};
-  return diagonal_keys(p, work.position + (work.member + r) / static_cast<std::int32_t>(p.heads_per_kv), 0);
+  const std::uint32_t query = p.by_heads_per_kv.quotient(static_cast<std::uint32_t>(work.member + r));
+  return diagonal_keys(p, work.position + static_cast<std::int32_t>(query), 0);
 }
 
 template <int row_tiles, int key_tiles>

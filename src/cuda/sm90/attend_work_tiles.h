@@ -116,8 +116,8 @@ MOBA_DEVICE void find_work_tiles(const AttendParams<T>& p, const Shared& shared,
   if (is_pending) publish(pending);
 }
 
-/// Producer of rows: a warp calls gather(table, buffer) for every second work tile of the thread block, whose
-/// rows fill that one of two buffers.
+/// Producer of rows: a warp calls gather(table) for every second work tile, from `buffer` on; its copies fill
+/// that one of two buffers.
 template <typename Shared, typename Gather>
 MOBA_DEVICE void load_rows(const Shared& shared, std::int32_t own_tiles, int buffer, Gather&& gather) {
   auto& control = shared.control();
@@ -162,7 +162,8 @@ MOBA_DEVICE void load_kv(const TensorMap& k, const TensorMap& v, std::int64_t he
   }
 }
 
-/// Runs the producer warpgroup.
+/// Runs the producer warpgroup: store(work, table, row, slot) fills a row of a table, and gather(table,
+/// buffer) copies the rows of a table to a buffer.
 template <typename Shared, typename T, typename Store, typename Gather>
 MOBA_DEVICE void produce(const TensorMap& k, const TensorMap& v, const AttendParams<T>& p,
                          const Shared& shared, const TileSchedule& schedule, int kept_keys, Store&& store,
@@ -171,7 +172,7 @@ MOBA_DEVICE void produce(const TensorMap& k, const TensorMap& v, const AttendPar
   const std::int32_t own_tiles = schedule.own_tiles();
   if (warp == 0) load_kv(k, v, p.head0, shared, own_tiles);
   if (warp == 1 || warp == 2)
-    load_rows(shared, own_tiles, warp - 1, [&](auto& table) { gather(table, warp - 1); });
+    load_rows(shared, own_tiles, warp - 1, [&](const auto& table) { gather(table, warp - 1); });
   if (warp == 3) find_work_tiles(p, shared, schedule, kept_keys, store);
 }
 

@@ -12,7 +12,7 @@
 
 /// Pipeline of the warp-specialised sm_90a kernels. A thread block is persistent and takes every n-th work
 /// tile. Warpgroup 0 is the producer: one thread loads k and v by TMA in the 128-byte swizzle that wgmma
-/// reads, and three warps gather rows of q with cp.async. Warpgroups 1 and 2 are the consumers.
+/// reads, and other warps gather rows of q with cp.async. Warpgroups 1 and 2 are the consumers.
 ///
 /// The namespace is named, not anonymous: a compilation for another architecture leaves its functions
 /// unused.
