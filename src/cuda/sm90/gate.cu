@@ -1,6 +1,6 @@
 // The gate on sm_90a. Warpgroup 0 is the producer: it gathers the queries of a tile and loads means by TMA.
-// The consumer warpgroups hold 64 rows each and take turns to issue their products, so that one selects
-// (tile/top8.h, tile/topk.h) while the tensor cores compute the scores of the other.
+// A consumer warpgroup multiplies 64 rows and selects (tile/top8.h, tile/topk.h) while others multiply, of
+// this and of a second thread block. They take no turns: one that drops candidates would hold up the other.
 #include <algorithm>
 #include <cstdlib>
 #include <string_view>
@@ -172,7 +172,6 @@ MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim, Selecting>
   const int warp = warpgroup * 4 + ptx::warp() % 4;
   PipelineState<S::kStages> stage;
   unsigned turn = 0;  // tables alternate
-  if (warpgroup == 1) pingpong_arrive(warpgroup);
   for_own_tiles(tiles * p.heads, [&](std::int64_t) {
     ptx::mbarrier_wait(&control.q.full, turn);
     const RowTable& table = control.tables[turn];
@@ -184,14 +183,10 @@ MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim, Selecting>
     for (std::int32_t step = 0; step < steps.all; ++step, stage.advance()) {
       float scores[kMeans / 8][4];
       ptx::mbarrier_wait(&control.means[stage.index].full, stage.phase);
-      pingpong_wait(warpgroup);
       if (has_rows) {
         ptx::wgmma_fence();
         issue_qk(scores, shared.q(), first_row, shared.means(stage.index));
-        pingpong_arrive(warpgroup);
         ptx::wgmma_wait(scores);
-      } else {
-        pingpong_arrive(warpgroup);
       }
       consumer_release(control.means[stage.index].empty);
       if (step + 1 == steps.all) consumer_release(control.q.empty);
@@ -211,7 +206,6 @@ MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim, Selecting>
     consumer_release(control.table_empty[turn]);
     turn ^= 1U;
   });
-  if (warpgroup == 0) pingpong_wait(warpgroup);  // matches the last arrive of warpgroup 1
 }
 
 template <typename T, int head_dim, typename Selecting>
