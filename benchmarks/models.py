@@ -18,6 +18,7 @@ import json
 import os
 import random
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from subprocess import PIPE
 
 from machine import cpu_name, machine_name
 from run import replace, say, table
@@ -103,20 +105,24 @@ class Runner:
         python = self.programs["vllm"] if program == "vllm" else sys.executable
         prefix = shlex.split(self.options.run_with) if timed else []
         command = [*prefix, python, CHILD, program]
+        # A session of its own: at a timeout the servers that the job has started must end too.
+        process = subprocess.Popen(
+            command, stdin=PIPE, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True
+        )
         try:
-            done = subprocess.run(
-                command,
-                input=json.dumps(job, default=str),
-                capture_output=True,
-                text=True,
-                timeout=self.options.timeout,
+            output, errors = process.communicate(
+                json.dumps(job, default=str), timeout=self.options.timeout
             )
-        except subprocess.TimeoutExpired as error:
-            raise Failure(f"no result within {self.options.timeout} s") from error
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines()
-            raise Failure(lines[-1] if lines else f"exit code {done.returncode}")
-        return json.loads(done.stdout.splitlines()[-1])
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise Failure(f"no result within {self.options.timeout} s") from error
+            raise
+        if process.returncode != 0:
+            lines = errors.strip().splitlines()
+            raise Failure(lines[-1] if lines else f"exit code {process.returncode}")
+        return json.loads(output.splitlines()[-1])
 
     def prompt(self, engine, job):
         """Read a prompt and generate with one engine."""

@@ -3,7 +3,7 @@
 
 The program reads a prompt in chunks and decodes over KV caches, one for each layer; `moba bench` makes one call on plain
 tensors for the prefill, and decodes over one cache, from memory. Every round runs both, so that a ratio compares
-neighbours in time. Writes benchmarks/results/runner-attention-<machine>-<date>.json and .md.
+neighbours in time. The dtype i8 is that of the KV cache, with f32 activations, and has rows of decode only. Writes benchmarks/results/runner-attention-<machine>-<date>.json and .md.
 
     .venv/bin/python benchmarks/runner_attention.py --rounds 5 --threads 2
 """
@@ -38,7 +38,8 @@ def run_program(options, dtype, mode):
         flags += ["--moba-chunk-size", str(CHUNK_SIZE), "--moba-topk", str(TOPK)]
         flags += ["--moba-sink", "0", "--moba-full-tail", "0"]
     command = [options.moba, "generate", "-m", options.model, "-f", options.document, "--json"]
-    command += ["-p", "Summarise the text.", "-n", str(PREDICT), "--ignore-eos", "--dtype", dtype]
+    command += ["-p", "Summarise the text.", "-n", str(PREDICT), "--ignore-eos"]
+    command += ["--dtype", "f32" if dtype == "i8" else dtype, "--kv-dtype", dtype]
     result = json.loads(output_of([*command, "-t", str(options.threads), *flags]))
     return {
         "prefill": result["attention_seconds"] / LAYERS,
@@ -51,7 +52,8 @@ def run_bench(options, dtype, tokens):
     """Return the median seconds of `moba bench` by (phase, mode)."""
     command = [options.moba, "bench", "--tokens", str(tokens), *SHAPE, "-t", str(options.threads)]
     command += ["--chunk-size", str(CHUNK_SIZE), "--topk", ",".join(map(str, MODES.values()))]
-    command += ["--pass", "forward", "decode", "--dtype", dtype, "-o", "json"]
+    passes = ["decode"] if dtype == "i8" else ["forward", "decode"]
+    command += ["--pass", *passes, "--dtype", dtype, "-o", "json"]
     rows = json.loads(output_of(command))
     phases = {"forward": "prefill", "decode": "decode"}
     names = {topk: mode for mode, topk in MODES.items()}
@@ -97,7 +99,7 @@ def markdown(report):
         f"Made with `{report['command']}`. SmolLM2-135M's shapes: 9 query heads on 3 kv heads of 64, {LAYERS} layers, "
         f"MoBA with ({CHUNK_SIZE}, {TOPK}). Times are of one layer: its whole prefill, or one decoded token; those of the "
         "program include extending the cache. `moba bench` decodes with emptied CPU caches; the program finds in them what "
-        "the previous token left.",
+        "the previous token left. i8 is a KV cache in int8, for queries in f32.",
         "",
         "| dtype | phase | attention | program (us) | bench (us) | ratio | range |",
         "|---|---|---|---|---|---|---|",
@@ -120,7 +122,7 @@ def main():
     )
     parser.add_argument("--moba", default=str(ROOT / "build/release/moba"), help="the program")
     parser.add_argument("--document", default="/usr/share/common-licenses/GPL-3")
-    parser.add_argument("--dtype", nargs="+", default=["f32", "bf16", "f16"])
+    parser.add_argument("--dtype", nargs="+", default=["f32", "bf16", "f16", "i8"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")

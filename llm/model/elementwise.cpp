@@ -10,10 +10,10 @@
 #define HWY_TARGET_INCLUDE "llm/model/elementwise.cpp"
 #include <hwy/foreach_target.h>
 // foreach_target first
-#include <hwy/contrib/math/math-inl.h>
 #include <hwy/highway.h>
 
 #include "llm/formats/float_vectors-inl.h"
+#include "src/cpu/exp2-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::llm::HWY_NAMESPACE {
@@ -59,11 +59,26 @@ void rotate(T* head, const float* cosines, const float* sines, std::int64_t half
   });
 }
 
+/// e^-x for x >= 0.
+template <class D>
+HWY_INLINE hn::Vec<D> exp_of_minus(D d, hn::Vec<D> x) {
+  const auto power = hn::Mul(x, hn::Set(d, -1.44269504F));  // log2(e)
+  if constexpr (std::is_same_v<D, cpu::HWY_NAMESPACE::F32>) {
+    return cpu::HWY_NAMESPACE::exp2(power);
+  } else {
+    const auto all = hn::Set(cpu::HWY_NAMESPACE::F32(), hn::GetLane(power));
+    return hn::Set(d, hn::GetLane(cpu::HWY_NAMESPACE::exp2(all)));
+  }
+}
+
+/// gate <- gate / (1 + e^-gate) * up, without an exponential that may overflow.
 template <typename T>
 void gate(T* gate, const T* up, std::int64_t width) {
   each_vector(width, [&](auto tag, std::int64_t i) HWY_ATTR {
     const auto g = load(tag, gate + i);
-    const auto silu = hn::Div(g, hn::Add(hn::Set(tag, 1.0F), hn::Exp(tag, hn::Neg(g))));
+    const auto power = exp_of_minus(tag, hn::Abs(g));
+    const auto numerator = hn::IfThenElse(hn::Lt(g, hn::Zero(tag)), hn::Mul(g, power), g);
+    const auto silu = hn::Div(numerator, hn::Add(hn::Set(tag, 1.0F), power));
     store(tag, hn::Mul(silu, load(tag, up + i)), gate + i);
   });
 }
@@ -131,10 +146,13 @@ void swiglu_rows(const at::Tensor& gate_up, std::int64_t first, std::int64_t las
   });
 }
 
-void add_rows(const at::Tensor& x, const at::Tensor& y, std::int64_t first, std::int64_t last) {
+// Row by row, so that the norm finds the sums in the first-level cache.
+void add_and_rms_norm_rows(const at::Tensor& x, const at::Tensor& y, const at::Tensor& weight, float eps,
+                           const at::Tensor& out, std::int64_t first, std::int64_t last) {
   with_type_of(y, [&](auto type) HWY_ATTR {
     for (std::int64_t row = first; row < last; ++row) {
       add_row(row_of<float>(x, row), row_of<decltype(type)>(y, row), x.size(1));
+      rms_norm_rows(x, weight, eps, out, row, row + 1);
     }
   });
 }
@@ -149,7 +167,7 @@ namespace {
 HWY_EXPORT(rms_norm_rows);
 HWY_EXPORT(norm_and_rotate_rows);
 HWY_EXPORT(swiglu_rows);
-HWY_EXPORT(add_rows);
+HWY_EXPORT(add_and_rms_norm_rows);
 
 }  // namespace
 
@@ -175,9 +193,10 @@ void swiglu(const at::Tensor& gate_up) {
   });
 }
 
-void add(const at::Tensor& x, const at::Tensor& y) {
+void add_and_rms_norm(const at::Tensor& x, const at::Tensor& y, const at::Tensor& weight, double eps,
+                      const at::Tensor& out) {
   for_rows(x.size(0), x.size(1), [&](std::int64_t first, std::int64_t last) {
-    HWY_DYNAMIC_DISPATCH(add_rows)(x, y, first, last);
+    HWY_DYNAMIC_DISPATCH(add_and_rms_norm_rows)(x, y, weight, static_cast<float>(eps), out, first, last);
   });
 }
 

@@ -11,6 +11,10 @@ namespace moba::llm {
 /// out = x / rms(x) * weight, row by row: `x` [n, H] and `weight` [H] in f32.
 void rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps, const at::Tensor& out);
 
+/// x += y, then rms_norm() of x: `x` [n, H] in f32, and `y` [n, H].
+void add_and_rms_norm(const at::Tensor& x, const at::Tensor& y, const at::Tensor& weight, double eps,
+                      const at::Tensor& out);
+
 /// The shape of the heads of one layer, and the epsilon of their norms.
 struct HeadsShape {
   std::int64_t q_heads, kv_heads, head_dim;
@@ -25,8 +29,5 @@ void norm_and_rotate(const at::Tensor& qkv, const HeadsShape& shape, const at::T
 
 /// In place on `gate_up` [n, 2 I]: the first half of each row becomes silu(first) * second.
 void swiglu(const at::Tensor& gate_up);
-
-/// x += y, `x` [n, H] in f32.
-void add(const at::Tensor& x, const at::Tensor& y);
 
 }  // namespace moba::llm

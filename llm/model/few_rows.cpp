@@ -1,7 +1,9 @@
 #include "llm/model/few_rows.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <limits>
 
 #include "llm/formats/instruction_set.h"
 
@@ -229,23 +231,29 @@ void multiply(const FewRows& x, const StoredTensor& weight, const std::int32_t* 
   }
   thread_local RowScratch scratch;
   scratch.resize(x.columns);
+  const auto is_rounded = [&](std::int64_t row) {
+    return !x.is_rounded.empty() && x.is_rounded[static_cast<std::size_t>(row)] != 0;
+  };
+  bool any_rounded = false, all_rounded = true;
+  for (std::int64_t r = 0; r < x.rows; ++r) {
+    any_rounded = any_rounded || is_rounded(r);
+    all_rounded = all_rounded && is_rounded(r);
+  }
   with_format(weight.storage, [&](auto format) HWY_ATTR {
     using Format = decltype(format);
     each_row([&](const Byte* row, float* out) HWY_ATTR {
-      if (x.is_rounded) {
+      if (any_rounded)
         row_scales<Format>(row, x.columns / Format::kValues, scratch.scale.data(), scratch.minimum.data());
-        for (std::int64_t r = 0; r < x.rows; ++r) {
-          out[r * y_stride] = int8_dot<Format>(row, scratch.scale.data(), scratch.minimum.data(), x, r,
-                                               scratch.combined.data());
-        }
-        return;
-      }
-      for (std::int64_t i = 0; i < x.columns; i += Format::kValues, row += Format::kBytes) {
+      const Byte* block = row;
+      for (std::int64_t i = 0; i < x.columns && !all_rounded; i += Format::kValues, block += Format::kBytes) {
         float* to = scratch.values.data() + i;
-        each_value<Format>(row, [to](int j, auto d, auto v) HWY_ATTR { hn::StoreU(v, d, to + j); });
+        each_value<Format>(block, [to](int j, auto d, auto v) HWY_ATTR { hn::StoreU(v, d, to + j); });
       }
       for (std::int64_t r = 0; r < x.rows; ++r) {
-        out[r * y_stride] = f32_dot(x.values + r * x.stride, x.columns, scratch.values.data());
+        out[r * y_stride] = is_rounded(r)
+                                ? int8_dot<Format>(row, scratch.scale.data(), scratch.minimum.data(), x, r,
+                                                   scratch.combined.data())
+                                : f32_dot(x.values + r * x.stride, x.columns, scratch.values.data());
       }
     });
   });
@@ -262,12 +270,42 @@ HWY_EXPORT(multiply);
 
 constexpr std::int64_t kGroup = 32;
 
+/// Returns the largest magnitude of a group: a NaN or an infinity if the group has one.
+float largest_magnitude(const float* values) {
+  std::uint32_t largest = 0;  // the bits of magnitudes have their order, with NaN last
+  for (std::int64_t i = 0; i < kGroup; ++i)
+    largest = std::max(largest, std::bit_cast<std::uint32_t>(values[i]) & 0x7FFFFFFFU);
+  return std::bit_cast<float>(largest);
+}
+
+/// Rounds group `place` of all rows; returns false if it has a value that is not finite.
+bool round_group(const float* values, std::size_t place, FewRows& x) {
+  const float largest = largest_magnitude(values);
+  if (!std::isfinite(largest)) return false;
+  constexpr float kSmallest = 127 / std::numeric_limits<float>::max();  // below, the inverse overflows
+  const float scale = largest / 127, inverse = largest > kSmallest ? 127 / largest : 0.0F;
+  std::int32_t sums[2] = {0, 0};
+  for (std::int64_t i = 0; i < kGroup; ++i) {
+    const auto level = static_cast<std::int32_t>(std::lrint(values[i] * inverse));
+    x.level[place * kGroup + static_cast<std::size_t>(i)] = static_cast<std::int8_t>(level);
+    sums[i / 16] += level;
+  }
+  x.scale[place] = scale;
+  for (std::size_t half = 0; half < 2; ++half) {
+    x.half_scale[place * 2 + half] = scale;
+    x.half_sum[place * 2 + half] = scale * static_cast<float>(sums[half]);
+  }
+  x.sum[place] = scale * static_cast<float>(sums[0] + sums[1]);
+  return true;
+}
+
 }  // namespace
 
 void round_to_int8(FewRows& x) {
   // Padded to the vectors in which scales and sums are read.
   x.groups = (x.columns / kGroup + 7) / 8 * 8;
   const auto groups = static_cast<std::size_t>(x.rows * x.groups);
+  x.is_rounded.assign(static_cast<std::size_t>(x.rows), 1);
   x.level.assign(groups * kGroup, 0);
   x.scale.assign(groups, 0.0F);
   x.sum.assign(groups, 0.0F);
@@ -275,26 +313,12 @@ void round_to_int8(FewRows& x) {
   x.half_sum.assign(groups * 2, 0.0F);
   for (std::int64_t row = 0; row < x.rows; ++row) {
     for (std::int64_t group = 0; group < x.columns / kGroup; ++group) {
-      const float* from = x.values + row * x.stride + group * kGroup;
-      const auto place = static_cast<std::size_t>(row * x.groups + group);
-      float largest = 0;
-      for (std::int64_t i = 0; i < kGroup; ++i) largest = std::max(largest, std::fabs(from[i]));
-      const float scale = largest / 127, inverse = largest > 0 ? 127 / largest : 0.0F;
-      std::int32_t sums[2] = {0, 0};
-      for (std::int64_t i = 0; i < kGroup; ++i) {
-        const auto level = static_cast<std::int32_t>(std::lrint(from[i] * inverse));
-        x.level[place * kGroup + static_cast<std::size_t>(i)] = static_cast<std::int8_t>(level);
-        sums[i / 16] += level;
-      }
-      x.scale[place] = scale;
-      for (std::size_t half = 0; half < 2; ++half) {
-        x.half_scale[place * 2 + half] = scale;
-        x.half_sum[place * 2 + half] = scale * static_cast<float>(sums[half]);
-      }
-      x.sum[place] = scale * static_cast<float>(sums[0] + sums[1]);
+      const float* values = x.values + row * x.stride + group * kGroup;
+      if (round_group(values, static_cast<std::size_t>(row * x.groups + group), x)) continue;
+      x.is_rounded[static_cast<std::size_t>(row)] = 0;
+      break;
     }
   }
-  x.is_rounded = true;
 }
 
 void multiply_few_rows(const FewRows& x, const StoredTensor& weight, const std::int32_t* source,

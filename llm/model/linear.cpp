@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 
@@ -36,6 +37,15 @@ void dequantise_rows(const StoredTensor& weight, const std::vector<std::int32_t>
   for (std::int64_t row = first; row < last; ++row, out += weight.row_length()) {
     dequantise(weight, source[static_cast<std::size_t>(row)], 1, out);
   }
+}
+
+/// Returns a tile [rows, columns] in memory that the calling thread keeps and reuses, so that products do not
+/// begin with page faults. Valid until the next call.
+at::Tensor tile_scratch(std::int64_t rows, std::int64_t columns, const at::TensorOptions& options) {
+  thread_local at::Tensor memory;
+  const std::int64_t bytes = rows * columns * static_cast<std::int64_t>(options.dtype().itemsize());
+  if (!memory.defined() || memory.numel() < bytes) memory = at::empty({bytes}, at::kByte);
+  return at::from_blob(memory.data_ptr(), {rows, columns}, options);
 }
 
 }  // namespace
@@ -121,7 +131,7 @@ void Linear::expand(std::int64_t first, const at::Tensor& tile) const {
 void Linear::multiply_expanded(const at::Tensor& x, const at::Tensor& y) const {
   const std::int64_t row_bytes = inputs_ * static_cast<std::int64_t>(x.element_size());
   const std::int64_t tile_rows = std::min(outputs_, std::max<std::int64_t>(1, kTileBytes / row_bytes));
-  const at::Tensor scratch = at::empty({tile_rows, inputs_}, x.options());
+  const at::Tensor scratch = tile_scratch(tile_rows, inputs_, x.options());
   for (std::int64_t first = 0; first < outputs_; first += tile_rows) {
     const std::int64_t rows = std::min(tile_rows, outputs_ - first);
     const at::Tensor tile = scratch.narrow(0, 0, rows);

@@ -79,7 +79,7 @@ Tensor heads_of(const at::Tensor& tokens, std::int64_t first_head, std::int64_t 
 
 /// The activations of one layer, for n tokens.
 struct Activations {
-  at::Tensor normed;    // [n, hidden]
+  at::Tensor normed;    // [n, hidden], the input of the next product
   at::Tensor qkv;       // [n, (Hq + 2 Hkv) * D]
   at::Tensor attended;  // [n, Hq * D]
   at::Tensor gate_up;   // [n, 2 * intermediate]
@@ -116,7 +116,8 @@ struct Model::Impl {
     return by_rows || rows <= kFewRows ? at::kFloat : scalar_type(arithmetic.dtype);
   }
   at::Tensor embed(std::span<const std::int32_t> tokens) const;
-  std::vector<float> logits(const at::Tensor& x, bool by_rows) const;
+  /// The logits of the last layer's output, normalised.
+  std::vector<float> logits(const at::Tensor& normed, bool by_rows) const;
   void multiply(const Linear& linear, const at::Tensor& x, const at::Tensor& y, bool by_rows) const;
   std::vector<float> forward(std::span<const std::int32_t> tokens, const std::vector<float>& rope_table,
                              const AttentionFn& attend, Logits logits, bool by_rows) const;
@@ -166,11 +167,8 @@ void Model::Impl::multiply(const Linear& linear, const at::Tensor& x, const at::
   }
 }
 
-std::vector<float> Model::Impl::logits(const at::Tensor& x, bool by_rows) const {
-  const at::TensorOptions options = x.options().dtype(dtype_for(x.size(0), by_rows));
-  const at::Tensor normed = at::empty({x.size(0), config().hidden}, options);
-  rms_norm(x, norm, config().norm_eps, normed);
-  const at::Tensor result = at::empty({x.size(0), config().vocab}, options);
+std::vector<float> Model::Impl::logits(const at::Tensor& normed, bool by_rows) const {
+  const at::Tensor result = at::empty({normed.size(0), config().vocab}, normed.options());
   multiply(head, normed, result, by_rows);
   const at::Tensor wide = result.to(at::kFloat);
   const float* first = wide.const_data_ptr<float>();
@@ -190,10 +188,10 @@ std::vector<float> Model::Impl::forward(std::span<const std::int32_t> tokens,
 
   at::Tensor x = embed(tokens);  // the residual stream, in f32
   Activations a(n, c, dtype_for(n, by_rows));
+  rms_norm(x, layers.front().attention_norm, c.norm_eps, a.normed);
 
   for (std::int64_t l = 0; l < c.layers; ++l) {
     const Layer& layer = layers[static_cast<std::size_t>(l)];
-    rms_norm(x, layer.attention_norm, c.norm_eps, a.normed);
     multiply(layer.qkv, a.normed, a.qkv, by_rows);
     norm_and_rotate(a.qkv, heads, layer.q_norm, layer.k_norm, rope_table.data());
 
@@ -210,15 +208,15 @@ std::vector<float> Model::Impl::forward(std::span<const std::int32_t> tokens,
       a.attended.copy_(attended);
     }
     multiply(layer.output, a.attended, a.added, by_rows);
-    add(x, a.added);
+    add_and_rms_norm(x, a.added, layer.mlp_norm, c.norm_eps, a.normed);
 
-    rms_norm(x, layer.mlp_norm, c.norm_eps, a.normed);
     multiply(layer.gate_up, a.normed, a.gate_up, by_rows);
     swiglu(a.gate_up);
     multiply(layer.down, a.gate_up.narrow(1, 0, c.intermediate), a.added, by_rows);
-    add(x, a.added);
+    const at::Tensor& next_norm = is_last ? norm : layers[static_cast<std::size_t>(l + 1)].attention_norm;
+    add_and_rms_norm(x, a.added, next_norm, c.norm_eps, a.normed);
   }
-  return logits(x, by_rows);
+  return logits(a.normed, by_rows);
 }
 
 std::vector<float> Model::forward(std::span<const std::int32_t> tokens, std::int64_t first,

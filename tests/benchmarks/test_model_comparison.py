@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,20 @@ def test_moba_and_transformers_generate_the_same_tokens(build_folder, smollm2):
         assert found["peak_rss_bytes"] > 100 << 20
     wrong = child("moba", **job | {"ids": ids[1:]}, program=program, prompt=flags)
     assert wrong.returncode == 1 and "expected the prompt of the other engines" in wrong.stderr
+
+
+def test_call_beyond_its_limit_ends_with_all_its_processes(tmp_path):
+    options = models.parse(["--moba", sys.executable, "--model", sys.executable, "--timeout", "2"])
+    process = tmp_path / "process"
+    job = {"command": ["sh", "-c", f"echo $$ >{process}; sleep 60; true"]}
+    with pytest.raises(models.Failure, match="no result within 2 s"):
+        models.Runner(options).run("start", job)
+    status = Path("/proc", process.read_text().strip(), "status")
+    for _ in range(100):
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.05)
+    pytest.fail("the job's own process still runs")
 
 
 # ---- the report ----

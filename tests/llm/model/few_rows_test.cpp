@@ -8,6 +8,7 @@
 #include <limits>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "llm/formats/dequantise.h"
@@ -150,6 +151,43 @@ TEST_P(FewRowsProducts, AreExactWithinTheRoundingOfF32Sums) {
   }
 }
 
+/// Row 1 of three has a value that is not finite: its products are f32's, and the other rows keep their bits.
+TEST_P(FewRowsProducts, KeepNanAndInfinity) {
+  if (block_of(GetParam()).values == 1) return;  // never rounded
+  std::mt19937 random(11);
+  constexpr std::int64_t kRows = 3, kOutputs = 4;
+  const std::int64_t columns = 2 * std::max<std::int64_t>(block_of(GetParam()).values, 64);
+  const RandomWeights weights(GetParam(), kOutputs, columns, random);
+  std::vector<float> x(static_cast<std::size_t>(kRows * columns));
+  std::normal_distribution<float> normal;
+  for (float& value : x) value = normal(random);
+  const auto product = [&](bool round) {
+    FewRows few{.values = x.data(), .rows = kRows, .columns = columns, .stride = columns};
+    if (round) round_to_int8(few);
+    std::vector<float> y(static_cast<std::size_t>(kRows * kOutputs));
+    multiply_few_rows(few, weights.tensor, nullptr, 0, kOutputs, y.data(), kOutputs);
+    return y;
+  };
+  const std::vector<float> finite = product(/*round=*/true);
+  constexpr float kInf = std::numeric_limits<float>::infinity();
+  for (const float value : {std::numeric_limits<float>::quiet_NaN(), kInf, -kInf}) {
+    for (const std::int64_t column : {std::int64_t{0}, columns / 2 + 5, columns - 1}) {
+      SCOPED_TRACE(::testing::Message() << value << " in column " << column);
+      float& place = x[static_cast<std::size_t>(columns + column)];
+      const float before = std::exchange(place, value);
+      const std::vector<float> rounded = product(/*round=*/true), exact = product(/*round=*/false);
+      place = before;
+      for (std::size_t i = 0; i < kRows * kOutputs; ++i) {
+        const bool is_spoiled = i / kOutputs == 1;
+        const float expected = is_spoiled ? exact[i] : finite[i];
+        EXPECT_EQ(std::isfinite(rounded[i]), !is_spoiled) << "output " << i;
+        EXPECT_TRUE(rounded[i] == expected || (std::isnan(rounded[i]) && std::isnan(expected)))
+            << "output " << i << ": " << rounded[i] << " instead of " << expected;
+      }
+    }
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(All, FewRowsProducts, ::testing::ValuesIn(kStorages),
                          [](const auto& test) { return std::string(name_of(test.param)); });
 
@@ -166,6 +204,14 @@ TEST(RoundToInt8, IsWithinHalfAStepOfTheLargestOf32) {
   }
   EXPECT_EQ(few.scale[1], 0.0F) << "of zeros";
   EXPECT_EQ(few.sum[1], 0.0F);
+}
+
+TEST(RoundToInt8, RoundsSubnormalGroupsToZero) {
+  std::vector<float> x(32, 1e-40F);
+  FewRows few{.values = x.data(), .rows = 1, .columns = 32, .stride = 32};
+  round_to_int8(few);
+  EXPECT_EQ(few.level[0], 0);
+  EXPECT_EQ(few.sum[0], 0.0F);
 }
 
 TEST(Dequantise, RoundsToTheNearestBf16) {
