@@ -6,6 +6,8 @@
 #include <string>
 #include <vector>
 
+#include "app/nearest.h"
+#include "app/version.h"
 #include "llm/error.h"
 
 namespace moba::app {
@@ -26,10 +28,10 @@ std::string command_of(const CLI::App& app) {
   return command;
 }
 
-/// Returns whether a subcommand is missing where one is needed.
-bool lacks_subcommand(const CLI::App& app) {
+/// Returns the last subcommand of the command line.
+const CLI::App& used_subcommand(const CLI::App& app) {
   const auto used = app.get_subcommands();
-  return used.empty() ? app.get_require_subcommand_min() > 0 : lacks_subcommand(*used.front());
+  return used.empty() ? app : used_subcommand(*used.front());
 }
 
 int fail(const CLI::App& app, const std::string& message, int code) {
@@ -37,14 +39,41 @@ int fail(const CLI::App& app, const std::string& message, int code) {
   return code;
 }
 
+std::vector<std::string> subcommands_of(const CLI::App& command) {
+  std::vector<std::string> names;
+  for (const CLI::App* subcommand : command.get_subcommands(nullptr)) names.push_back(subcommand->get_name());
+  return names;
+}
+
+/// The long names of the flags that --help lists.
+std::vector<std::string> flags_of(const CLI::App& command) {
+  std::vector<std::string> names;
+  for (const CLI::Option* option : command.get_options()) {
+    if (option->get_group().empty()) continue;
+    for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
+  }
+  return names;
+}
+
+/// Describes the first argument that no flag and no subcommand takes.
+std::string unexpected(const CLI::App& app, const std::vector<std::string>& arguments) {
+  const CLI::App& command = used_subcommand(app);
+  const auto is_flag = [](const std::string& argument) { return argument.size() > 1 && argument[0] == '-'; };
+  const auto flag = std::find_if(arguments.begin(), arguments.end(), is_flag);
+  const bool is_subcommand = command.get_require_subcommand_min() > 0 && flag != arguments.begin();
+  const std::string& argument = is_subcommand || flag == arguments.end() ? arguments.front() : *flag;
+  const std::string word = argument.substr(0, argument.find('='));
+  const std::string near = nearest(word, is_subcommand ? subcommands_of(command) : flags_of(command));
+  return "expected a " + std::string(is_subcommand ? "subcommand" : "flag") + " (see " + command_of(app) +
+         " --help), got " + word + (near.empty() ? "" : "; did you mean " + near + "?");
+}
+
 /// Help and version go to standard output; every other message of CLI11 becomes one line.
 int explain(const CLI::App& app, const CLI::ParseError& error) {
   if (error.get_exit_code() == 0) return app.exit(error);
   std::string message = error.what();
   const std::vector<std::string> left = app.remaining(/*recurse=*/true);
-  if (lacks_subcommand(app) && !left.empty()) {
-    message = "expected a subcommand (see " + command_of(app) + " --help), got " + left.front();
-  }
+  if (!left.empty()) message = unexpected(app, left);
   std::replace(message.begin(), message.end(), '\n', ' ');
   return fail(app, message, kUsageError);
 }
@@ -52,6 +81,7 @@ int explain(const CLI::App& app, const CLI::ParseError& error) {
 }  // namespace
 
 int run(CLI::App& app, const std::function<int()>& action, int argc, char** argv) {
+  app.set_version_flag("--version", version_text, "Print version, build and instruction sets, and exit");
   try {
     if (argc < 2) throw CLI::CallForHelp();
     app.parse(argc, argv);
