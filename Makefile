@@ -6,7 +6,7 @@ JOBS ?= $(shell nproc)
 PYTHON := .venv/bin/python
 SOURCES = git ls-files '*.h' '*.cpp' '*.cu'
 
-.PHONY: help setup build docs python demo test test-cpp test-asan test-tsan test-python test-long cuda gpu-kit gpu-check neon bench format lint lint-fast install-test clean
+.PHONY: help setup build docs python demo test test-cpp test-asan test-tsan test-python test-long cuda gpu-kit gpu-check neon wheel check-wheel sdist bench format lint lint-fast install-test clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | \
@@ -26,6 +26,23 @@ docs: build  ## write the tables of flags in docs/command-line.md
 python: setup  ## install the PyTorch package into .venv
 	@echo "installing the Python package moba into .venv"
 	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
+
+# Highway is linked in; libgomp is torch's own, so that a process has one pool of threads.
+HIGHWAY = $(if $(wildcard build/highway),-C cmake.define.CMAKE_DISABLE_FIND_PACKAGE_hwy=ON -C cmake.define.FETCHCONTENT_SOURCE_DIR_HIGHWAY=$(abspath build/highway))
+wheel: setup  ## build one wheel for every Python and torch into dist/; MOBA_BUILD_CUDA=ON adds the CUDA backend
+	@tools/setup.sh release
+	rm -rf build/wheel-linux
+	$(PYTHON) -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel-linux \
+	  -C build-dir=build/wheel-release $(HIGHWAY) .
+	PATH="$(abspath .venv/bin):$$PATH" $(PYTHON) -m auditwheel repair --only-plat --exclude libtorch_cpu.so --exclude libgomp.so.1 -w dist build/wheel-linux/*.whl
+
+WHEEL_PYTHONS ?= python3.11=2.13.0
+check-wheel: wheel  ## install the wheel in clean environments and use it; WHEEL_PYTHONS='python3.10=2.10.0 python3.13=2.15.0' names Pythons and torches
+	$(PYTHON) tools/check_wheel.py dist/*.whl $(WHEEL_PYTHONS)
+
+sdist: setup  ## write the source distribution of the Python package into dist/
+	@tools/setup.sh release
+	$(PYTHON) -m build --sdist --no-isolation --skip-dependency-check --outdir dist .
 
 demo: setup  ## show a model that finds a fact in a long text, with full attention and with MoBA
 	@$(MAKE) --no-print-directory build
