@@ -6,7 +6,7 @@ JOBS ?= $(shell nproc)
 PYTHON := .venv/bin/python
 SOURCES = git ls-files '*.h' '*.cpp' '*.cu'
 
-.PHONY: help setup build docs python demo test test-cpp test-asan test-tsan test-python test-long cuda gpu-kit gpu-check neon wheel check-wheel sdist bench format lint lint-fast install-test clean
+.PHONY: help setup build docs python demo test test-cpp test-asan test-tsan test-python test-long cuda gpu-kit gpu-check neon wheel check-wheel dist sdist bench format lint lint-fast install-test clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | \
@@ -39,6 +39,11 @@ wheel: setup  ## build one wheel for every Python and torch into dist/; MOBA_BUI
 WHEEL_PYTHONS ?= python3.11=2.13.0
 check-wheel: wheel  ## install the wheel in clean environments and use it; WHEEL_PYTHONS='python3.10=2.10.0 python3.13=2.15.0' names Pythons and torches
 	$(PYTHON) tools/check_wheel.py dist/*.whl $(WHEEL_PYTHONS)
+
+dist: build  ## pack the program with the libraries that it needs into one archive in dist/
+	@tools/setup.sh release
+	PATH="$(abspath .venv/bin):$$PATH" $(PYTHON) tools/make_dist.py
+	$(PYTHON) tools/make_dist.py --check
 
 sdist: setup  ## write the source distribution of the Python package into dist/
 	@tools/setup.sh release

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "app/nearest.h"
@@ -68,6 +69,22 @@ std::string unexpected(const CLI::App& app, const std::vector<std::string>& argu
          " --help), got " + word + (near.empty() ? "" : "; did you mean " + near + "?");
 }
 
+/// Describes a command that has subcommands.
+nlohmann::ordered_json description_of(const CLI::App& command) {
+  nlohmann::ordered_json json{{"description", command.get_description()}, {"examples", command.get_footer()}};
+  for (const CLI::App* subcommand : command.get_subcommands(nullptr))
+    json["subcommands"].push_back(
+        {{"name", subcommand->get_name()}, {"description", subcommand->get_description()}});
+  return json;
+}
+
+/// Adds --help-json to the commands that have subcommands; a FlagTable adds it to the others.
+void describe_commands(CLI::App& command) {
+  if (command.get_require_subcommand_min() == 0) return;
+  add_description_flag(command, [&command] { return description_of(command); });
+  for (CLI::App* subcommand : command.get_subcommands(nullptr)) describe_commands(*subcommand);
+}
+
 /// Help and version go to standard output; every other message of CLI11 becomes one line.
 int explain(const CLI::App& app, const CLI::ParseError& error) {
   if (error.get_exit_code() == 0) return app.exit(error);
@@ -81,6 +98,7 @@ int explain(const CLI::App& app, const CLI::ParseError& error) {
 }  // namespace
 
 int run(CLI::App& app, const std::function<int()>& action, int argc, char** argv) {
+  describe_commands(app);
   app.set_version_flag("--version", version_text, "Print version, build and instruction sets, and exit");
   try {
     if (argc < 2) throw CLI::CallForHelp();
@@ -95,6 +113,14 @@ int run(CLI::App& app, const std::function<int()>& action, int argc, char** argv
   } catch (const std::exception& error) {
     return fail(app, first_line(error.what()), kDataError);  // LibTorch's go on with a backtrace
   }
+}
+
+void add_description_flag(CLI::App& command, std::function<nlohmann::ordered_json()> description) {
+  const auto print_description = [description = std::move(description)] {
+    print(description().dump(2) + "\n");
+    throw CLI::Success();
+  };
+  command.add_flag_callback("--help-json", print_description)->group("");
 }
 
 void print(std::string_view text) {
