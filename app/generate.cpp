@@ -8,6 +8,7 @@
 #include <limits>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -19,6 +20,7 @@
 #include "app/generate_settings.h"
 #include "app/program.h"
 #include "app/progress.h"
+#include "llm/engine/engine.h"
 #include "llm/error.h"
 #include "llm/formats/weights.h"
 #include "llm/memory.h"
@@ -35,28 +37,17 @@ using llm::UsageError;
 /// Prompts beyond this many tokens are worth advice on attention.
 constexpr std::int64_t kLongPrompt = 4096;
 
-enum class Finish : std::uint8_t { end_token, length, context, interrupted };
-
-const char* name_of(Finish finish) {
-  switch (finish) {
-    case Finish::end_token:
-      return "end_token";
-    case Finish::length:
-      return "length";
-    case Finish::context:
-      return "context";
-    case Finish::interrupted:
-      return "interrupted";
-  }
-  return "?";
+/// Returns the name of the end of an answer; the program stops one only if the user interrupts it.
+std::string_view finish_name(llm::Finish finish) {
+  return finish == llm::Finish::stopped ? "interrupted" : llm::name_of(finish);
 }
 
 struct Generation {
   std::vector<std::int32_t> prompt, generated;
   std::string text;
-  double load_seconds = 0, prefill_seconds = 0, decode_seconds = 0;
-  llm::AttentionSeconds attention;
-  Finish finish = Finish::length;
+  double load_seconds = 0;
+  llm::RequestUsage usage;
+  llm::Finish finish = llm::Finish::length;
   Json logprobs = Json::array();
 };
 
@@ -104,37 +95,6 @@ std::vector<std::int32_t> prompt_tokens(const GenerateSettings& settings, const 
   return ids;
 }
 
-/// Writes tokens, `logits` giving the first, until one of them, the user or a limit ends it.
-Finish write_answer(const GenerateSettings& settings, const llm::Tokenizer& tokenizer, llm::Session& session,
-                    std::vector<float> logits, Generation& result) {
-  const std::vector<std::int32_t>& ends = tokenizer.end_tokens();
-  const auto full = [&] { return static_cast<std::int64_t>(result.generated.size()) == settings.predict; };
-  llm::Sampler sampler(settings.sampling);
-  llm::TextStream stream;
-  const auto emit = [&](const std::string& text) {
-    result.text += text;
-    if (!settings.json) print(text);
-  };
-  const auto write = [&] {
-    while (!full()) {
-      if (interrupt_requested()) return Finish::interrupted;
-      const std::int32_t token = sampler(logits);
-      if (!settings.ignore_eos && std::find(ends.begin(), ends.end(), token) != ends.end())
-        return Finish::end_token;
-      result.generated.push_back(token);
-      if (settings.logprobs > 0)
-        result.logprobs.push_back(logprobs_of(token, logits, settings.logprobs, tokenizer));
-      emit(stream.push(tokenizer.piece(token)));
-      if (session.length() == settings.context) return Finish::context;
-      if (!full()) logits = session.decode(token);
-    }
-    return Finish::length;
-  };
-  const Finish finish = write();
-  emit(stream.finish());
-  return finish;
-}
-
 /// Chooses the attention where it is left to the program, and says so if that may be worth a flag.
 void choose_attention(GenerateSettings& settings, const llm::ModelConfig& config, std::int64_t prompt) {
   const llm::AttentionChoice choice = llm::choose_attention({.prefill = settings.prefill,
@@ -153,6 +113,32 @@ void choose_attention(GenerateSettings& settings, const llm::ModelConfig& config
   }
 }
 
+llm::EngineSettings engine_settings(const GenerateSettings& settings) {
+  const llm::SessionSettings& session = settings.session;
+  llm::EngineSettings engine;
+  engine.block_size = session.moba.block_size;
+  engine.full_layers = session.full_layers;
+  engine.kv_dtype = session.kv_dtype;
+  engine.context = settings.context;
+  engine.chunk = session.chunk;
+  engine.cache_bytes = std::numeric_limits<std::size_t>::max();  // check_memory() has decided
+  engine.threads = session.threads;
+  return engine;
+}
+
+llm::Request request_for(const GenerateSettings& settings, const llm::Tokenizer& tokenizer) {
+  llm::Request request;
+  request.prefill = settings.session.prefill;
+  request.decode = settings.session.decode;
+  request.moba = settings.session.moba;
+  request.full_tail = settings.session.full_tail;
+  request.sampling = settings.sampling;
+  if (settings.predict >= 0) request.max_tokens = settings.predict;
+  if (!settings.ignore_eos) request.end_tokens = tokenizer.end_tokens();
+  return request;
+}
+
+/// Reads the prompt and writes the answer, until one of its tokens, the user or a limit ends it.
 Generation generate(const GenerateSettings& settings, const llm::Weights& weights,
                     const llm::Tokenizer& tokenizer, std::vector<std::int32_t> prompt) {
   Generation result;
@@ -160,34 +146,49 @@ Generation generate(const GenerateSettings& settings, const llm::Weights& weight
 
   llm::use_threads(settings.session.threads);
   const Stopwatch load;
-  llm::Session session(llm::Model::load(weights, settings.arithmetic), settings.session);
+  llm::Engine engine(llm::Model::load(weights, settings.arithmetic), engine_settings(settings));
   result.load_seconds = load.seconds();
 
   note_interrupts();
-  std::vector<float> logits;
-  {
-    ProgressLine progress("reading", static_cast<double>(result.prompt.size()));
-    const Stopwatch prefill;
-    logits = session.prefill(result.prompt, std::ref(progress));
-    result.prefill_seconds = prefill.seconds();
+  std::optional<ProgressLine> progress;
+  progress.emplace("reading", static_cast<double>(result.prompt.size()));
+  llm::TextStream stream;
+  const auto emit = [&](const std::string& text) {
+    progress.reset();
+    result.text += text;
+    if (!settings.json) print(text);
+  };
+  llm::Request request = request_for(settings, tokenizer);
+  request.prompt = result.prompt;
+  request.on_progress = [&](double tokens_read) { (*progress)(tokens_read); };
+  request.on_token = [&](std::int32_t token, std::span<const float> logits) {
+    result.generated.push_back(token);
+    if (settings.logprobs > 0)
+      result.logprobs.push_back(logprobs_of(token, logits, settings.logprobs, tokenizer));
+    emit(stream.push(tokenizer.piece(token)));
+    return !interrupt_requested();
+  };
+  request.on_finish = [&](llm::Finish finish, const llm::RequestUsage& usage) {
+    result.finish = finish;
+    result.usage = usage;
+  };
+  engine.submit(std::move(request));
+  while (engine.step()) {
   }
-  const Stopwatch decode;
-  result.finish = write_answer(settings, tokenizer, session, std::move(logits), result);
-  result.decode_seconds = decode.seconds();
-  result.attention = session.attention_seconds();
+  emit(stream.finish());
   return result;
 }
 
 void print_json(const Json& settings, const Generation& result) {
   Json json{{"text", result.text},
-            {"finish", name_of(result.finish)},
+            {"finish", finish_name(result.finish)},
             {"prompt_ids", result.prompt},
             {"generated_ids", result.generated},
             {"load_seconds", result.load_seconds},
-            {"prefill_seconds", result.prefill_seconds},
-            {"decode_seconds", result.decode_seconds},
-            {"attention_seconds", result.attention.prefill},
-            {"decode_attention_seconds", result.attention.decode},
+            {"prefill_seconds", result.usage.prefill_seconds},
+            {"decode_seconds", result.usage.decode_seconds},
+            {"attention_seconds", result.usage.attention.prefill},
+            {"decode_attention_seconds", result.usage.attention.decode},
             {"peak_rss_bytes", llm::peak_rss_bytes()},
             {"settings", settings}};
   if (!result.logprobs.empty()) json["logprobs"] = result.logprobs;
@@ -209,9 +210,9 @@ void print_summary(const GenerateSettings& settings, const Generation& result) {
   const std::string line = fmt::format(
       "prompt {} tokens in {:.2f} s ({:.0f}/s, attention {:.2f} s); answer {} tokens in {:.2f} s ({:.1f}/s); "
       "{}, KV cache {}, {}; peak memory {:.2f} GiB\n",
-      result.prompt.size(), result.prefill_seconds, rate(prompt, result.prefill_seconds),
-      result.attention.prefill, result.generated.size(), result.decode_seconds,
-      rate(generated, result.decode_seconds), name_of(settings.arithmetic.dtype),
+      result.prompt.size(), result.usage.prefill_seconds, rate(prompt, result.usage.prefill_seconds),
+      result.usage.attention.prefill, result.generated.size(), result.usage.decode_seconds,
+      rate(generated, result.usage.decode_seconds), name_of(settings.arithmetic.dtype),
       name_of(settings.session.kv_dtype.value()), attention_text(settings.session),
       static_cast<double>(llm::peak_rss_bytes()) / (1 << 30));
   std::fputs(line.c_str(), stderr);
@@ -244,7 +245,7 @@ int run(const FlagTable& flags, GenerateSettings& settings) {
       print("\n");
       print_summary(settings, result);
     }
-    return result.finish == Finish::interrupted ? kInterruptedCode : 0;
+    return result.finish == llm::Finish::stopped ? kInterruptedCode : 0;
   } catch (const Interrupted&) {
     std::fputs("moba generate: interrupted during prefill\n", stderr);
     return kInterruptedCode;

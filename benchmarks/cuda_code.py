@@ -20,11 +20,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?(\w+)")
 MMA_DEPTH = 16
-# Scores per lane of an instruction: mma.m16n8k16, and wgmma.m64n128k16, which four warps issue.
-SCORES = {"HMMA": 16 * 8 // 32, "HGMMA": 64 * 128 // 128}
-# Scores per lane of a block that appends, and of a block that filters on sm_80 and sm_90a.
+# Scores per lane of an instruction: mma.m16n8k16, and wgmma.m64n64k16, which four warps issue.
+SCORES = {"HMMA": 16 * 8 // 32, "HGMMA": 64 * 64 // 128}
+# Scores per lane of a block that appends.
 APPENDED = 8
-KERNELS = {"sm_80": ("sm80/gate.cu", "HMMA", 32), "sm_90a": ("sm90/gate.cu", "HGMMA", 16)}
+# The code that filters: its instruction, their least number in a basic block, and the scores of a lane that it filters.
+FILTERS = {"": ("FSETP", 32, 32), "Many": ("FSETP", 16, 16), "Few": ("FMNMX", 24, 32)}
+# Source, product, and the parts of kernels' names that say how they select.
+KERNELS = {
+    "sm_80": ("sm80/gate.cu", "HMMA", [""]),
+    "sm_90a": ("sm90/gate.cu", "HGMMA", ["Few", "Many"]),
+}
+SELECTING = {"Few": "top-k to 8", "Many": "larger"}
 
 
 def compile_gate(nvcc, arch, source, folder):
@@ -60,18 +67,18 @@ def basic_blocks(lines):
         yield block
 
 
-def count(blocks, head_dim, mma, filtered):
+def count(blocks, head_dim, mma, code, least, filtered):
     """Return instructions per score of products, filter and appending."""
     counted = [(len(block), Counter(block)) for block in blocks]
     products, issued = max(((size, c[mma]) for size, c in counted), key=lambda pair: pair[1])
     scores = issued * SCORES[mma] // (head_dim // MMA_DEPTH)
-    filters = [size for size, c in counted if c["FSETP"] >= filtered]
+    filters = [size for size, c in counted if c[code] >= least]
     appends = [size for size, c in counted if c["STS"] == APPENDED]
-    return products / scores, min(filters) / filtered, max(appends) / APPENDED
+    return products / scores, min(filters) / filtered, min(appends) / APPENDED
 
 
 def print_kernel(nvcc, nvdisasm, arch):
-    source, mma, filtered = KERNELS[arch]
+    source, mma, kinds = KERNELS[arch]
     with tempfile.TemporaryDirectory() as folder:
         cubin, usage = compile_gate(nvcc, arch, source, folder)
         text = subprocess.run(
@@ -84,12 +91,22 @@ def print_kernel(nvcc, nvdisasm, arch):
         if not found:
             continue
         head_dim = int(found.group(1))
-        code = 16 * sum(bool(INSTRUCTION.match(line)) for line in lines)
+        selecting = next(kind for kind in kinds if kind in name)
+        code_bytes = 16 * sum(bool(INSTRUCTION.match(line)) for line in lines)
         registers, spilled = usage[name]
+        instruction, least, filtered = FILTERS[selecting]
         # Tiles at head_dim 256 are half as high.
-        of_filter = filtered // 2 if head_dim == 256 else filtered
-        parts = count(basic_blocks(lines), head_dim, mma, of_filter)
-        cells = [arch, head_dim, registers, f"{spilled} B", f"{code / 1024:.0f} KiB"]
+        share = 2 if head_dim == 256 else 1
+        parts = count(
+            basic_blocks(lines), head_dim, mma, instruction, least // share, filtered // share
+        )
+        cells = [
+            f"{arch} {SELECTING.get(selecting, '')}".strip(),
+            head_dim,
+            registers,
+            f"{spilled} B",
+            f"{code_bytes / 1024:.0f} KiB",
+        ]
         print("| " + " | ".join(map(str, [*cells, *(f"{part:.1f}" for part in parts)])) + " |")
 
 

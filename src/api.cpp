@@ -99,6 +99,29 @@ void decode(const Tensor& q, std::span<const CachedSequence> sequences, const Ro
   });
 }
 
+void attention(const Tensor& q, const PageLayout& layout, const PagedSequence& sequence,
+               const Routing& routing, const Outputs& outputs, const Execution& execution) {
+  named("attention", [&] {
+    check_cached(q, layout, {&sequence, 1}, routing);
+    check_outputs(q, outputs, selection_width(one_sequence(q.sizes[0], sequence.length), routing));
+    check_execution(execution);
+    const BlockMeans means = cached_means(layout, {&sequence, 1});
+    host::forward(cached_call(q, layout, sequence, routing), &means, outputs, execution);
+  });
+}
+
+void decode(const Tensor& q, const PageLayout& layout, std::span<const PagedSequence> sequences,
+            const Routing& routing, const Outputs& outputs, const Execution& execution) {
+  named("decode", [&] {
+    check_cached(q, layout, sequences, routing);
+    check_decode(q, static_cast<std::int64_t>(sequences.size()), outputs);
+    check_outputs(q, outputs, 0);
+    check_execution(execution);
+    host::decode(decode_call(q, layout, sequences, routing), cached_means(layout, sequences), outputs,
+                 execution);
+  });
+}
+
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSequences& sequences,
                const Routing& routing, const Outputs& outputs, const Execution& execution) {
   named("attention", [&] {

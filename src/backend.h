@@ -22,7 +22,7 @@ struct Backward {
 struct Append {
   Tensor k{}, v{};         // [n, Hkv, D], n > 0
   std::int64_t first = 0;  // position of the first of them
-  KvLayout layout{};
+  KvLayout k_layout{}, v_layout{};
   std::span<const std::byte*const> k_pages{}, v_pages{};  // of the whole sequence
   std::int64_t block_size = 1;
   /// [blocks, Hkv, D]: the sum of the keys of each block that is being filled, the mean of each that is full.
@@ -47,7 +47,8 @@ struct CacheRow {
 };
 inline CacheRow cache_row(const KvLayout& layout, std::span<const std::byte* const> pages,
                           std::int64_t position, std::int64_t head) {
-  auto* page = const_cast<std::byte*>(pages[static_cast<std::size_t>(position / layout.page_tokens)]);
+  auto* page = const_cast<std::byte*>(pages[static_cast<std::size_t>(position / layout.page_tokens)]) +
+               layout.page_offset;
   const std::int64_t slot = head * layout.page_tokens + position % layout.page_tokens;
   return {page + slot * layout.token_stride * static_cast<std::int64_t>(size_of(layout.dtype)),
           layout.scale_offset == 0 ? nullptr : reinterpret_cast<float*>(page + layout.scale_offset) + slot};

@@ -1,6 +1,8 @@
 #include "moba/cache.h"
 
 #include <algorithm>
+#include <tuple>
+#include <utility>
 
 #include "backend.h"
 #include "cache_state.h"
@@ -19,6 +21,39 @@ constexpr std::int64_t kTokensPerTask = 256;
 std::int64_t page_tokens_for(std::int64_t block_size) {
   if (block_size >= kMinPageTokens) return std::min(block_size, kMaxPageTokens);
   return (kMinPageTokens + block_size - 1) / block_size * block_size;
+}
+
+/// The keys or the values of a page.
+struct PageHalf {
+  std::size_t scale_offset = 0, bytes = 0;
+};
+
+PageHalf page_half(std::int64_t kv_heads, std::int64_t head_dim, std::int64_t page_tokens, DType dtype) {
+  const auto rows = static_cast<std::size_t>(kv_heads * page_tokens);
+  PageHalf half{.bytes = rows * static_cast<std::size_t>(head_dim) * size_of(dtype)};
+  if (dtype == DType::i8) {
+    half.bytes = (half.bytes + sizeof(float) - 1) / sizeof(float) * sizeof(float);
+    half.scale_offset = half.bytes;
+    half.bytes += rows * sizeof(float);
+  }
+  half.bytes = (half.bytes + 63) / 64 * 64;
+  return half;
+}
+
+void append_rows(const Backend& backend, const Append& rows, const Execution& execution) {
+  const std::int64_t added = rows.k.sizes[0], kv_heads = rows.k.sizes[1], block_size = rows.block_size;
+  const std::int64_t first = rows.first / block_size, last = (rows.first + added - 1) / block_size + 1;
+  const std::int64_t step = std::max<std::int64_t>(kTokensPerTask / block_size, 1);
+  const std::int64_t tasks = (last - first + step - 1) / step * kv_heads;
+  const Parallel::Body append_blocks = [&](std::int64_t task, int) {
+    const std::int64_t begin = first + task / kv_heads * step;
+    for (std::int64_t block = begin; block < std::min(begin + step, last); ++block)
+      backend.append(rows, block, task % kv_heads);
+  };
+  const Parallel parallel = added < kTokensPerTask   ? serial()
+                            : execution.parallel.run ? execution.parallel
+                                                     : openmp();
+  parallel.run(tasks, append_blocks);
 }
 
 }  // namespace
@@ -65,14 +100,9 @@ KvCache::KvCache(const Shape& shape) {
   state_ = std::make_unique<CacheState>();
   state_->shape = shape;
   state_->page_tokens = page_tokens_for(shape.block_size);
-  const auto rows = static_cast<std::size_t>(shape.kv_heads * state_->page_tokens);
-  std::size_t bytes = rows * static_cast<std::size_t>(shape.head_dim) * size_of(shape.dtype);
-  if (shape.dtype == DType::i8) {
-    bytes = (bytes + sizeof(float) - 1) / sizeof(float) * sizeof(float);
-    state_->scale_offset = bytes;
-    bytes += rows * sizeof(float);
-  }
-  state_->half_page_bytes = (bytes + 63) / 64 * 64;
+  const PageHalf half = page_half(shape.kv_heads, shape.head_dim, state_->page_tokens, shape.dtype);
+  state_->scale_offset = half.scale_offset;
+  state_->half_page_bytes = half.bytes;
   state_->sequences.resize(static_cast<std::size_t>(shape.sequences));
   for (CacheState::Sequence& s : state_->sequences) state_->resize(s, 0);
 }
@@ -111,31 +141,20 @@ void KvCache::append(const Tensor& k, const Tensor& v, std::int64_t sequence, co
     backend = &host_backend(execution.backend);
   });
   CacheState::Sequence& s = state_->sequences[static_cast<std::size_t>(sequence)];
-  const std::int64_t added = k.sizes[0], kv_heads = state_->shape.kv_heads;
+  const std::int64_t added = k.sizes[0];
   if (added == 0) return;
   state_->resize(s, s.length + added);
   const Append rows{.k = k,
                     .v = v,
                     .first = s.length,
-                    .layout = state_->layout(),
+                    .k_layout = state_->layout(),
+                    .v_layout = state_->layout(),
                     .k_pages = s.k_pages,
                     .v_pages = s.v_pages,
                     .block_size = state_->shape.block_size,
                     .means = s.means.data()};
   s.length += added;
-
-  const std::int64_t first = rows.first / rows.block_size, last = (s.length - 1) / rows.block_size + 1;
-  const std::int64_t step = std::max<std::int64_t>(kTokensPerTask / rows.block_size, 1);
-  const std::int64_t tasks = (last - first + step - 1) / step * kv_heads;
-  const Parallel::Body append_blocks = [&](std::int64_t task, int) {
-    const std::int64_t begin = first + task / kv_heads * step;
-    for (std::int64_t block = begin; block < std::min(begin + step, last); ++block)
-      backend->append(rows, block, task % kv_heads);
-  };
-  const Parallel parallel = added < kTokensPerTask   ? serial()
-                            : execution.parallel.run ? execution.parallel
-                                                     : openmp();
-  parallel.run(tasks, append_blocks);
+  append_rows(*backend, rows, execution);
 }
 
 void KvCache::truncate(std::int64_t tokens, std::int64_t sequence) {
@@ -239,6 +258,81 @@ BlockMeans cached_means(std::span<const CachedSequence> sequences) {
     means.block_stride = s.means.strides[0];
     means.head_stride = s.means.strides[1];
   }
+  return means;
+}
+
+namespace {
+
+/// Layouts of keys and of values.
+std::pair<KvLayout, KvLayout> layouts_of(const PageLayout& p) {
+  const PageHalf half = page_half(p.kv_heads, p.head_dim, p.page_tokens, p.dtype);
+  KvLayout k{.dtype = p.dtype,
+             .page_tokens = p.page_tokens,
+             .token_stride = p.head_dim,
+             .head_stride = p.page_tokens * p.head_dim,
+             .scale_offset = half.scale_offset,
+             .page_offset = p.offset};
+  KvLayout v = k;
+  v.page_offset += half.bytes;
+  return {k, v};
+}
+
+}  // namespace
+
+std::size_t page_bytes(const PageLayout& layout) {
+  named("page_bytes", [&] { check_page_layout(layout); });
+  return 2 * page_half(layout.kv_heads, layout.head_dim, layout.page_tokens, layout.dtype).bytes;
+}
+
+void append(const Tensor& k, const Tensor& v, const PageLayout& layout, const PagedSequence& sequence,
+            const Execution& execution) {
+  const Backend* backend = nullptr;
+  named("append", [&] {
+    check_append(k, v, layout, sequence);
+    check_execution(execution);
+    backend = &host_backend(execution.backend);
+  });
+  if (k.sizes[0] == 0) return;
+  const auto [k_layout, v_layout] = layouts_of(layout);
+  append_rows(*backend,
+              {.k = k,
+               .v = v,
+               .first = sequence.length,
+               .k_layout = k_layout,
+               .v_layout = v_layout,
+               .k_pages = sequence.pages,
+               .v_pages = sequence.pages,
+               .block_size = layout.block_size,
+               .means = sequence.means},
+              execution);
+}
+
+Call decode_call(const Tensor& q, const PageLayout& layout, std::span<const PagedSequence> sequences,
+                 const Routing& routing) {
+  Call call;
+  call.q = q;
+  std::tie(call.k, call.v) = layouts_of(layout);
+  for (const PagedSequence& s : sequences) {
+    call.sequences.push_back({.q_begin = static_cast<std::int64_t>(call.sequences.size()),
+                              .queries = 1,
+                              .keys = s.length,
+                              .k_pages = s.pages,
+                              .v_pages = s.pages});
+  }
+  finish_call(call, routing, layout.kv_heads);
+  return call;
+}
+
+Call cached_call(const Tensor& q, const PageLayout& layout, const PagedSequence& sequence,
+                 const Routing& routing) {
+  Call call = decode_call(q, layout, {&sequence, 1}, routing);
+  call.sequences.front().queries = q.sizes[0];
+  return call;
+}
+
+BlockMeans cached_means(const PageLayout& layout, std::span<const PagedSequence> sequences) {
+  BlockMeans means{.head_stride = layout.head_dim, .block_stride = layout.kv_heads * layout.head_dim};
+  for (const PagedSequence& s : sequences) means.base.push_back(s.means);
   return means;
 }
 

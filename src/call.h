@@ -26,7 +26,8 @@ struct KvLayout {
   DType dtype = DType::f32;
   std::int64_t page_tokens = 1;
   std::int64_t token_stride = 0, head_stride = 0;  // elements
-  std::size_t scale_offset = 0;  // bytes from a page's start to its f32 scales [Hkv, page_tokens]; i8 alone
+  std::size_t scale_offset = 0;  // bytes from the first row to the f32 scales [Hkv, page_tokens]; i8 alone
+  std::size_t page_offset = 0;   // bytes from a page's start to its first row
 };
 
 struct SequenceView {
@@ -99,7 +100,7 @@ struct Call : CallShape {
   static Rows rows(const KvLayout& layout, std::span<const std::byte* const> pages, std::int64_t length,
                    std::int64_t head, std::int64_t first) {
     const std::int64_t page = first / layout.page_tokens, row = first % layout.page_tokens;
-    const std::byte* base = pages[static_cast<std::size_t>(page)];
+    const std::byte* base = pages[static_cast<std::size_t>(page)] + layout.page_offset;
     const std::int64_t element = head * layout.head_stride + row * layout.token_stride;
     const auto* scales =
         layout.scale_offset == 0

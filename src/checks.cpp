@@ -299,16 +299,6 @@ void check_cache_shape(const KvCache::Shape& shape) {
            " x ", shape.head_dim);
 }
 
-void check_append(const KvCache& cache, const Tensor& k, const Tensor& v, std::int64_t sequence) {
-  const KvCache::Shape& shape = cache.shape();
-  check_new("k", k, shape);
-  check_new("v", v, shape);
-  if (k.sizes[1] != shape.kv_heads)
-    refuse("k", "expected ", shape.kv_heads, " heads (the cache's), got ", k.sizes[1]);
-  check_same_shape("v", v, "k", k);
-  check_sequence(cache, sequence);
-}
-
 void check_truncate(const KvCache& cache, std::int64_t tokens, std::int64_t sequence) {
   check_sequence(cache, sequence);
   const std::int64_t length = cache.length(sequence);
@@ -316,14 +306,82 @@ void check_truncate(const KvCache& cache, std::int64_t tokens, std::int64_t sequ
     refuse("tokens", "expected 0 to ", length, " (those held), got ", tokens);
 }
 
-void check_cached(const Tensor& q, const KvCache& cache, const Routing& routing) {
-  const KvCache::Shape& shape = cache.shape();
+namespace {
+
+KvCache::Shape shape_of(const PageLayout& layout) {
+  return {.kv_heads = layout.kv_heads,
+          .head_dim = layout.head_dim,
+          .block_size = layout.block_size,
+          .dtype = layout.dtype};
+}
+
+/// Checks that `sequence` has room for `added` tokens more.
+void check_sequence(const PageLayout& layout, const PagedSequence& sequence, std::int64_t added) {
+  constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
+  if (sequence.length < 0 || sequence.length > kMax || added > kMax - sequence.length)
+    refuse("sequence.length", "expected 0 to ", kMax, " tokens, got ", sequence.length, " and ", added,
+           " more");
+  const std::int64_t length = sequence.length + added;
+  const auto pages = static_cast<std::size_t>((length + layout.page_tokens - 1) / layout.page_tokens);
+  if (sequence.pages.size() < pages)
+    refuse("sequence.pages", "expected at least ", pages, " for ", length, " tokens, got ",
+           sequence.pages.size());
+  for (std::size_t i = 0; i < pages; ++i) {
+    if (sequence.pages[i] == nullptr || reinterpret_cast<std::uintptr_t>(sequence.pages[i]) % 64 != 0)
+      refuse("sequence.pages", "expected alignment to 64 bytes, got a null or unaligned page ", i);
+  }
+  if (length > 0 &&
+      (sequence.means == nullptr || reinterpret_cast<std::uintptr_t>(sequence.means) % alignof(float) != 0))
+    refuse("sequence.means", "expected f32 values, got a null or unaligned pointer");
+}
+
+void check_cached(const Tensor& q, const KvCache::Shape& shape, const Routing& routing) {
   check_new("q", q, shape);
   check_heads(q.sizes[1], "cache", shape.kv_heads);
   check_routing(routing);
   if (!routing.causal) refuse("causal", "expected true (a cache takes causal queries only), got false");
   if (routing.block_size != shape.block_size && routing.top_k != Routing::kEverything)
     refuse("block_size", "expected ", shape.block_size, " (the cache's), got ", routing.block_size);
+}
+
+void check_new(const Tensor& k, const Tensor& v, const KvCache::Shape& shape) {
+  check_new("k", k, shape);
+  check_new("v", v, shape);
+  if (k.sizes[1] != shape.kv_heads)
+    refuse("k", "expected ", shape.kv_heads, " heads (the cache's), got ", k.sizes[1]);
+  check_same_shape("v", v, "k", k);
+}
+
+}  // namespace
+
+void check_append(const KvCache& cache, const Tensor& k, const Tensor& v, std::int64_t sequence) {
+  check_new(k, v, cache.shape());
+  check_sequence(cache, sequence);
+}
+
+void check_page_layout(const PageLayout& layout) {
+  check_cache_shape(shape_of(layout));
+  constexpr std::int64_t kMaxPageTokens = std::int64_t{1} << 24;
+  if (layout.page_tokens < 1 || layout.page_tokens > kMaxPageTokens)
+    refuse("page_tokens", "expected 1 to ", kMaxPageTokens, ", got ", layout.page_tokens);
+  if (layout.offset % 64 != 0) refuse("offset", "expected a multiple of 64, got ", layout.offset);
+}
+
+void check_append(const Tensor& k, const Tensor& v, const PageLayout& layout, const PagedSequence& sequence) {
+  check_page_layout(layout);
+  check_new(k, v, shape_of(layout));
+  check_sequence(layout, sequence, k.sizes[0]);
+}
+
+void check_cached(const Tensor& q, const KvCache& cache, const Routing& routing) {
+  check_cached(q, cache.shape(), routing);
+}
+
+void check_cached(const Tensor& q, const PageLayout& layout, std::span<const PagedSequence> sequences,
+                  const Routing& routing) {
+  check_page_layout(layout);
+  check_cached(q, shape_of(layout), routing);
+  for (const PagedSequence& sequence : sequences) check_sequence(layout, sequence, 0);
 }
 
 void check_cached(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing) {

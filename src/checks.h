@@ -28,6 +28,11 @@ void check_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const
                     const Saved& saved, std::int64_t width, const Gradients& gradients);
 void check_cache_shape(const KvCache::Shape& shape);
 void check_append(const KvCache& cache, const Tensor& k, const Tensor& v, std::int64_t sequence);
+void check_page_layout(const PageLayout& layout);
+void check_append(const Tensor& k, const Tensor& v, const PageLayout& layout, const PagedSequence& sequence);
+/// Checks a query for sequences in the caller's pages.
+void check_cached(const Tensor& q, const PageLayout& layout, std::span<const PagedSequence> sequences,
+                  const Routing& routing);
 void check_truncate(const KvCache& cache, std::int64_t tokens, std::int64_t sequence);
 void check_cached(const Tensor& q, const KvCache& cache, const Routing& routing);
 /// Checks the sequences in the caller's memory that decode reads.

@@ -27,9 +27,18 @@ std::int64_t largest_that(std::int64_t max, Fits&& fits) {
   refuse("workspace_bytes", "expected at least ", needed, " for this call, got ", budget);
 }
 
-/// Slices of `heads` kv heads and `step` tokens, at least one for every range of heads.
+/// The size of as many equal parts of `all` as there are parts of `most`.
+std::int64_t equal_parts(std::int64_t all, std::int64_t most) {
+  const std::int64_t parts = (all + most - 1) / most;
+  return parts == 0 ? most : (all + parts - 1) / parts;
+}
+
+/// Slices of at most `heads` kv heads and `step` tokens, at least one for every range of heads. They are
+/// about equal, since a small one would leave most of a machine idle.
 std::vector<WorkSlice> slices_of(std::int64_t kv_heads, std::int64_t heads, std::int64_t tokens,
                                  std::int64_t step) {
+  heads = equal_parts(kv_heads, heads);
+  step = equal_parts(tokens, step);
   std::vector<WorkSlice> slices;
   for (std::int64_t head = 0; head < kv_heads; head += heads) {
     std::int64_t token = 0;

@@ -72,4 +72,45 @@ struct CachedSequence {
 MOBA_EXPORT void decode(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing,
                         const Outputs& outputs, const Execution& execution = {});
 
+/// Layout of one layer in pages of the caller's memory, for hosts that share pages among sequences. A page
+/// holds, `offset` bytes after its start, keys and then values of page_tokens tokens.
+struct PageLayout {
+  std::int64_t kv_heads = 1;
+  std::int64_t head_dim = 64;
+  /// As in KvCache::Shape.
+  std::int64_t block_size = 512;
+  std::int64_t page_tokens = 512;
+  DType dtype = DType::f32;
+  /// A multiple of 64.
+  std::size_t offset = 0;
+};
+
+/// Bytes that one layer takes in a page, a multiple of 64.
+MOBA_EXPORT std::size_t page_bytes(const PageLayout& layout);
+
+/// One sequence in such pages.
+struct PagedSequence {
+  /// Tokens held.
+  std::int64_t length = 0;
+  /// Page i holds the tokens from i x page_tokens on. Each starts at a multiple of 64 bytes. May be longer
+  /// than needed.
+  std::span<std::byte* const> pages{};
+  /// [complete blocks + 1, Hkv, D]: the mean key of every complete block, rounded to the dtype of the layout,
+  /// then the sum of the keys of the block that is being filled, 0 if it is empty. Kept by `append`.
+  float* means = nullptr;
+};
+
+/// `KvCache::append` with pages of the caller: writes tokens [length, length + n) of `sequence`, for which
+/// the pages and the means have room. The rows of means of blocks that the tokens begin must be 0.
+MOBA_EXPORT void append(const Tensor& k, const Tensor& v, const PageLayout& layout,
+                        const PagedSequence& sequence, const Execution& execution = {});
+
+/// `attention` of the last n tokens of a KvCache, with pages of the caller.
+MOBA_EXPORT void attention(const Tensor& q, const PageLayout& layout, const PagedSequence& sequence,
+                           const Routing& routing, const Outputs& outputs, const Execution& execution = {});
+
+/// `decode` of one token for each of `sequences`, with pages of the caller.
+MOBA_EXPORT void decode(const Tensor& q, const PageLayout& layout, std::span<const PagedSequence> sequences,
+                        const Routing& routing, const Outputs& outputs, const Execution& execution = {});
+
 }  // namespace moba

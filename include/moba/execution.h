@@ -51,7 +51,7 @@ struct Execution {
   Parallel parallel{};
   Allocator scratch{};
   /// Scratch memory is kept below this many bytes; long inputs with many heads are then processed in
-  /// slices. Unset: 256 MiB, on CUDA 1 GiB.
+  /// slices. Unset: 256 MiB, on CUDA 512 MiB.
   std::optional<std::size_t> workspace_bytes{};
   /// The CUDA stream, as a cudaStream_t.
   void* stream = nullptr;

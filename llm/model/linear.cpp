@@ -144,4 +144,11 @@ void Linear::operator()(const at::Tensor& x, const at::Tensor& y, const Arithmet
   if (bias_.defined()) y.add_(bias_);
 }
 
+void Linear::by_rows(const at::Tensor& x, const at::Tensor& y, const Arithmetic& arithmetic) const {
+  for (std::int64_t first = 0; first < x.size(0); first += kFewRows) {
+    const std::int64_t rows = std::min(kFewRows, x.size(0) - first);
+    (*this)(x.narrow(0, first, rows), y.narrow(0, first, rows), arithmetic);
+  }
+}
+
 }  // namespace moba::llm

@@ -29,6 +29,8 @@ class Linear {
   /// Writes y [n, outputs] for x [n, inputs], of one dtype; rows of y may be strided. Up to kFewRows rows are
   /// f32.
   void operator()(const at::Tensor& x, const at::Tensor& y, const Arithmetic& arithmetic) const;
+  /// The same for any number of f32 rows, each with the bits that it has alone.
+  void by_rows(const at::Tensor& x, const at::Tensor& y, const Arithmetic& arithmetic) const;
 
  private:
   struct Part {

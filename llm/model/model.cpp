@@ -112,11 +112,14 @@ struct Model::Impl {
 
   const ModelConfig& config() const { return weights.config(); }
   /// The dtype of the activations of `rows` rows.
-  at::ScalarType dtype_for(std::int64_t rows) const {
-    return rows <= kFewRows ? at::kFloat : scalar_type(arithmetic.dtype);
+  at::ScalarType dtype_for(std::int64_t rows, bool by_rows) const {
+    return by_rows || rows <= kFewRows ? at::kFloat : scalar_type(arithmetic.dtype);
   }
   at::Tensor embed(std::span<const std::int32_t> tokens) const;
-  std::vector<float> logits(const at::Tensor& x) const;
+  std::vector<float> logits(const at::Tensor& x, bool by_rows) const;
+  void multiply(const Linear& linear, const at::Tensor& x, const at::Tensor& y, bool by_rows) const;
+  std::vector<float> forward(std::span<const std::int32_t> tokens, const std::vector<float>& rope_table,
+                             const AttentionFn& attend, Logits logits, bool by_rows) const;
 };
 
 Model Model::load(const Weights& weights, const Arithmetic& arithmetic) {
@@ -154,37 +157,45 @@ at::Tensor Model::Impl::embed(std::span<const std::int32_t> tokens) const {
   return x;
 }
 
-std::vector<float> Model::Impl::logits(const at::Tensor& x) const {
-  const at::TensorOptions options = x.options().dtype(dtype_for(x.size(0)));
+void Model::Impl::multiply(const Linear& linear, const at::Tensor& x, const at::Tensor& y,
+                           bool by_rows) const {
+  if (by_rows) {
+    linear.by_rows(x, y, arithmetic);
+  } else {
+    linear(x, y, arithmetic);
+  }
+}
+
+std::vector<float> Model::Impl::logits(const at::Tensor& x, bool by_rows) const {
+  const at::TensorOptions options = x.options().dtype(dtype_for(x.size(0), by_rows));
   const at::Tensor normed = at::empty({x.size(0), config().hidden}, options);
   rms_norm(x, norm, config().norm_eps, normed);
   const at::Tensor result = at::empty({x.size(0), config().vocab}, options);
-  head(normed, result, arithmetic);
+  multiply(head, normed, result, by_rows);
   const at::Tensor wide = result.to(at::kFloat);
   const float* first = wide.const_data_ptr<float>();
   return {first, first + wide.numel()};
 }
 
-std::vector<float> Model::forward(std::span<const std::int32_t> tokens, std::int64_t first,
-                                  const AttentionFn& attend, Logits logits) const {
+std::vector<float> Model::Impl::forward(std::span<const std::int32_t> tokens,
+                                        const std::vector<float>& rope_table, const AttentionFn& attend,
+                                        Logits logits_of, bool by_rows) const {
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
   const ModelConfig& c = config();
-  const Arithmetic& arithmetic = impl_->arithmetic;
   const HeadsShape heads{c.heads, c.kv_heads, c.head_dim, c.norm_eps};
   const auto n = static_cast<std::int64_t>(tokens.size());
-  const std::int64_t answered = logits == Logits::all    ? n
-                                : logits == Logits::last ? std::min<std::int64_t>(n, 1)
-                                                         : 0;
+  const std::int64_t answered = logits_of == Logits::all    ? n
+                                : logits_of == Logits::last ? std::min<std::int64_t>(n, 1)
+                                                            : 0;
 
-  at::Tensor x = impl_->embed(tokens);  // the residual stream, in f32
-  Activations a(n, c, impl_->dtype_for(n));
-  const std::vector<float> table = rope_rows(impl_->rope, first, n);
+  at::Tensor x = embed(tokens);  // the residual stream, in f32
+  Activations a(n, c, dtype_for(n, by_rows));
 
   for (std::int64_t l = 0; l < c.layers; ++l) {
-    const Layer& layer = impl_->layers[static_cast<std::size_t>(l)];
+    const Layer& layer = layers[static_cast<std::size_t>(l)];
     rms_norm(x, layer.attention_norm, c.norm_eps, a.normed);
-    layer.qkv(a.normed, a.qkv, arithmetic);
-    norm_and_rotate(a.qkv, heads, layer.q_norm, layer.k_norm, table.data());
+    multiply(layer.qkv, a.normed, a.qkv, by_rows);
+    norm_and_rotate(a.qkv, heads, layer.q_norm, layer.k_norm, rope_table.data());
 
     const bool is_last = l + 1 == c.layers;  // past its keys and values computes only the tokens with logits
     if (is_last) x = last_rows(x, answered);
@@ -195,19 +206,30 @@ std::vector<float> Model::forward(std::span<const std::int32_t> tokens, std::int
            heads_of(attended, 0, c.heads, c.head_dim));
     if (x.size(0) == 0) return {};
     if (is_last) {
-      a = Activations(answered, c, impl_->dtype_for(answered));
+      a = Activations(answered, c, dtype_for(answered, by_rows));
       a.attended.copy_(attended);
     }
-    layer.output(a.attended, a.added, arithmetic);
+    multiply(layer.output, a.attended, a.added, by_rows);
     add(x, a.added);
 
     rms_norm(x, layer.mlp_norm, c.norm_eps, a.normed);
-    layer.gate_up(a.normed, a.gate_up, arithmetic);
+    multiply(layer.gate_up, a.normed, a.gate_up, by_rows);
     swiglu(a.gate_up);
-    layer.down(a.gate_up.narrow(1, 0, c.intermediate), a.added, arithmetic);
+    multiply(layer.down, a.gate_up.narrow(1, 0, c.intermediate), a.added, by_rows);
     add(x, a.added);
   }
-  return impl_->logits(x);
+  return logits(x, by_rows);
+}
+
+std::vector<float> Model::forward(std::span<const std::int32_t> tokens, std::int64_t first,
+                                  const AttentionFn& attend, Logits logits) const {
+  const auto count = static_cast<std::int64_t>(tokens.size());
+  return impl_->forward(tokens, rope_rows(impl_->rope, first, count), attend, logits, /*by_rows=*/false);
+}
+
+std::vector<float> Model::decode(std::span<const std::int32_t> tokens,
+                                 std::span<const std::int64_t> positions, const AttentionFn& attend) const {
+  return impl_->forward(tokens, rope_rows(impl_->rope, positions), attend, Logits::all, /*by_rows=*/true);
 }
 
 void use_threads(int threads) {

@@ -37,6 +37,10 @@ class Model {
   /// or tokens.size() according to `logits`. Throws DataError for an id outside the vocabulary.
   std::vector<float> forward(std::span<const std::int32_t> tokens, std::int64_t first,
                              const AttentionFn& attend, Logits logits) const;
+  /// Reads one token of each of several sequences, at `positions`. Returns logits [tokens, vocab], in each
+  /// row the bits that forward() gives for the token alone.
+  std::vector<float> decode(std::span<const std::int32_t> tokens, std::span<const std::int64_t> positions,
+                            const AttentionFn& attend) const;
 
  private:
   struct Impl;

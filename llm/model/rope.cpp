@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numbers>
+#include <numeric>
 
 namespace moba::llm {
 namespace {
@@ -85,13 +86,19 @@ Rope make_rope(const ModelConfig& config) {
 }
 
 std::vector<float> rope_rows(const Rope& rope, std::int64_t first, std::int64_t count) {
+  std::vector<std::int64_t> positions(static_cast<std::size_t>(count));
+  std::iota(positions.begin(), positions.end(), first);
+  return rope_rows(rope, positions);
+}
+
+std::vector<float> rope_rows(const Rope& rope, std::span<const std::int64_t> positions) {
   const std::size_t half = rope.frequencies.size();
-  std::vector<float> rows(static_cast<std::size_t>(count) * 2 * half);
-  for (std::int64_t t = 0; t < count; ++t) {
-    float* row = rows.data() + static_cast<std::size_t>(t) * 2 * half;
+  std::vector<float> rows(positions.size() * 2 * half);
+  for (std::size_t t = 0; t < positions.size(); ++t) {
+    float* row = rows.data() + t * 2 * half;
     for (std::size_t i = 0; i < half; ++i) {
       // A product in f32, as in training.
-      const float angle = static_cast<float>(first + t) * rope.frequencies[i];
+      const float angle = static_cast<float>(positions[t]) * rope.frequencies[i];
       row[i] = static_cast<float>(std::cos(static_cast<double>(angle)) * rope.magnitude);
       row[half + i] = static_cast<float>(std::sin(static_cast<double>(angle)) * rope.magnitude);
     }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "llm/config.h"
@@ -22,5 +23,7 @@ Rope make_rope(const ModelConfig& config);
 
 /// Returns rows [first, first + count) of the rotation table: [count, D], cosines before sines.
 std::vector<float> rope_rows(const Rope& rope, std::int64_t first, std::int64_t count);
+/// Returns the rows of `positions`.
+std::vector<float> rope_rows(const Rope& rope, std::span<const std::int64_t> positions);
 
 }  // namespace moba::llm

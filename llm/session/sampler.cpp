@@ -88,6 +88,16 @@ double uniform(std::mt19937_64& random) {
 }  // namespace
 
 std::int32_t Sampler::operator()(std::span<const float> logits) {
+  if (sampling_.logit_bias.empty()) return sample(logits);
+  std::vector<float> biased(logits.begin(), logits.end());
+  for (const auto& [token, bias] : sampling_.logit_bias) {
+    if (token >= 0 && static_cast<std::size_t>(token) < biased.size())
+      biased[static_cast<std::size_t>(token)] += bias;
+  }
+  return sample(biased);
+}
+
+std::int32_t Sampler::sample(std::span<const float> logits) {
   if (sampling_.temperature == 0) return argmax(logits);
 
   std::vector<Candidate> candidates = candidates_of(logits);

@@ -67,15 +67,15 @@ void store_row(const Tensor& t, std::int64_t token, std::int64_t head, DType dty
 }  // namespace
 
 void append_rows(const Append& rows, std::int64_t block, std::int64_t head, float* scratch) {
-  const DType dtype = rows.layout.dtype;
+  const DType dtype = rows.k_layout.dtype;
   const auto size = static_cast<std::size_t>(rows.k.sizes[2]);
   float* mean = rows.mean_of(block, head);
   const auto [first, last] = rows.tokens_of(block);
   for (std::int64_t token = first; token < last; ++token) {
-    const CacheRow key = cache_row(rows.layout, rows.k_pages, rows.first + token, head);
+    const CacheRow key = cache_row(rows.k_layout, rows.k_pages, rows.first + token, head);
     store_row(rows.k, token, head, dtype, scratch, key);
     store_row(rows.v, token, head, dtype, scratch,
-              cache_row(rows.layout, rows.v_pages, rows.first + token, head));
+              cache_row(rows.v_layout, rows.v_pages, rows.first + token, head));
     add_row(row_as_f32({.data = key.data, .scales = key.scale}, dtype, 0, size, scratch), size, mean);
   }
   if (!rows.completes(block)) return;

@@ -27,20 +27,19 @@ DqParams<T> dq_params(const DeviceCall& call, const WorkSlice& slice, const Batc
       .log2_scale = call.scale * kLog2E};
 }
 
-/// Fills the table of a work tile's rows in shared memory: by `threads` threads, of which this is `thread`.
-template <int rows, int threads, typename T, typename Table>
-MOBA_DEVICE void store_row_table(const DqParams<T>& p, const WorkTile& work, Table&& table, int thread) {
-  for (int r = thread; r < rows; r += threads) {
-    const WorkRow row = row_at(p.attend, work, r);
-    const std::uint32_t q_row = row.slot / static_cast<std::uint32_t>(p.attend.ranks);
-    const bool exists = row.q_offset != kNoRow;
-    table.q_offsets[r] = row.q_offset;
-    table.d_out_offsets[r] = exists ? row_offset(p.attend, p.d_out, work.head, q_row) : kNoRow;
-    table.lse_delta[r] =
-        exists ? p.lse_delta[work.head * p.lse_delta_rows + q_row] : LseDelta{ptx::infinity(), 0};
-    table.bounds[r] = visible_at(p.attend, work, r);
-    table.slots[r] = row.slot;
-  }
+/// Fills row `r` of the table of a work tile in shared memory. `slot` is that of the row.
+template <typename T, typename Table>
+MOBA_DEVICE void store_row(const DqParams<T>& p, const WorkTile& work, Table&& table, int r,
+                           std::uint32_t slot) {
+  const WorkRow row = row_of(p.attend, work, slot);
+  const std::uint32_t q_row = p.attend.by_ranks.quotient(row.slot);
+  const bool exists = row.q_offset != kNoRow;
+  table.q_offsets[r] = row.q_offset;
+  table.d_out_offsets[r] = exists ? row_offset(p.attend, p.d_out, work.head, q_row) : kNoRow;
+  table.lse_delta[r] =
+      exists ? p.lse_delta[work.head * p.lse_delta_rows + q_row] : LseDelta{ptx::infinity(), 0};
+  table.bounds[r] = visible_at(p.attend, work, r);
+  table.slots[r] = row.slot;
 }
 
 /// Adds the poison of the keys to dS, before the mask.

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/attend_backward.h"
+#include "cuda/divisor.h"
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
 #include "cuda/ptx/warp.h"
@@ -46,7 +47,7 @@ struct DkvParams {
   const LseDelta* sums;          // [heads, rows]
   std::int64_t block_size, key_tiles, max_blocks, segment;
   std::int64_t head0, rows, width;
-  std::uint32_t heads_per_kv, ranks;
+  Divisor heads_per_kv, ranks;
   bool diagonal, causal;
   /// True in the launch that sums segments.
   bool segments;
@@ -74,8 +75,8 @@ DkvParams<T> dkv_params(const DeviceCall& call, const WorkSlice& slice, const Ba
           .head0 = slice.head0,
           .rows = call.rows(slice),
           .width = call.width(),
-          .heads_per_kv = static_cast<std::uint32_t>(call.heads_per_kv),
-          .ranks = static_cast<std::uint32_t>(call.ranks()),
+          .heads_per_kv = Divisor(call.heads_per_kv),
+          .ranks = Divisor(call.ranks()),
           .diagonal = call.has_diagonal(),
           .causal = call.routing.causal,
           .segments = false,
@@ -122,8 +123,8 @@ MOBA_DEVICE KeyTile key_tile_of(const DkvParams<T>& p, std::int64_t head, std::i
     key_tile.shift = static_cast<std::int32_t>(before - q_begin - begin);
   }
   if (last <= first) return key_tile;
-  key_tile.diagonal_row = static_cast<std::uint32_t>(q_begin + first) * p.heads_per_kv;
-  key_tile.diagonal = static_cast<std::uint32_t>(last - first) * p.heads_per_kv;
+  key_tile.diagonal_row = static_cast<std::uint32_t>(q_begin + first) * p.heads_per_kv.divisor;
+  key_tile.diagonal = static_cast<std::uint32_t>(last - first) * p.heads_per_kv.divisor;
   return key_tile;
 }
 
@@ -182,15 +183,15 @@ MOBA_DEVICE RowInfo row_info_of(const DkvParams<T>& p, const KeyTile& key_tile, 
                                 std::uint32_t entry) {
   if (entry == kNoEntry) return {};
   const bool is_routed = index < key_tile.routed;
-  const std::uint32_t row = is_routed ? entry / p.ranks : entry;
-  const std::int64_t token = row / p.heads_per_kv,
-                     head = (p.head0 + key_tile.head) * p.heads_per_kv + row % p.heads_per_kv;
+  const std::uint32_t heads_per_kv = p.heads_per_kv.divisor,
+                      row = is_routed ? p.ranks.quotient(entry) : entry, token = p.heads_per_kv.quotient(row);
+  const std::int64_t head = (p.head0 + key_tile.head) * heads_per_kv + (row - token * heads_per_kv);
   RowInfo row_info{.q = token * p.q.token_stride + head * p.q.head_stride,
                    .d_out = token * p.d_out.token_stride + head * p.d_out.head_stride,
                    .row = row,
                    .visible_keys = key_tile.count};
   if (is_routed || !p.causal) return row_info;
-  const std::int64_t visible = token + key_tile.shift + 1;
+  const std::int64_t visible = std::int64_t{token} + key_tile.shift + 1;
   row_info.visible_keys = visible < key_tile.count ? static_cast<std::int32_t>(visible) : key_tile.count;
   return row_info;
 }
@@ -207,7 +208,7 @@ MOBA_DEVICE bool is_unmasked(const DkvParams<T>& p, const KeyTile& key_tile, std
   if (first + rows > key_tile.rows()) return false;
   if (!p.causal || first + rows <= key_tile.routed) return true;
   const std::uint32_t diagonal = first > key_tile.routed ? first - key_tile.routed : 0;
-  return std::int64_t{(key_tile.diagonal_row + diagonal) / p.heads_per_kv} + key_tile.shift + 1 >=
+  return std::int64_t{p.heads_per_kv.quotient(key_tile.diagonal_row + diagonal)} + key_tile.shift + 1 >=
          key_tile.count;
 }
 

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "cuda/attend.h"
+#include "cuda/divisor.h"
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
 #include "cuda/ptx/warp.h"
@@ -23,6 +24,7 @@ struct AttendParams {
   std::int32_t block_size;  // at most the largest number of keys
   std::int64_t heads_per_kv, head0, heads;
   std::int64_t rows, width, ranks;  // of a head
+  Divisor by_heads_per_kv, by_ranks;
   std::int32_t token0, token1;
   bool diagonal, causal;
   tile::Scale scale;
@@ -69,6 +71,8 @@ struct alignas(8) WorkTile {
   }
 };
 
+constexpr std::uint32_t kNoSlot = 0xFFFFFFFFU;
+
 /// Row of a work tile.
 struct WorkRow {
   std::int64_t q_offset = kNoRow;  // of its query's elements
@@ -87,9 +91,10 @@ MOBA_DEVICE KeyRange diagonal_keys(const AttendParams<T>& p, std::int32_t positi
 template <typename T>
 MOBA_DEVICE std::int64_t row_offset(const AttendParams<T>& p, const View<const T>& view, std::int32_t head,
                                     std::uint32_t row) {
-  const auto heads_per_kv = static_cast<std::uint32_t>(p.heads_per_kv);
-  return (std::int64_t{p.token0} + row / heads_per_kv) * view.token_stride +
-         ((p.head0 + head) * p.heads_per_kv + row % heads_per_kv) * view.head_stride;
+  const std::uint32_t token = p.by_heads_per_kv.quotient(row),
+                      member = row - token * p.by_heads_per_kv.divisor;
+  return (std::int64_t{p.token0} + token) * view.token_stride +
+         ((p.head0 + head) * p.heads_per_kv + member) * view.head_stride;
 }
 
 /// Counts the rows [first, first + max_rows) of a tile of `count` rows.
@@ -156,15 +161,20 @@ MOBA_DEVICE WorkTile work_tile_at(const AttendParams<T>& p, std::uint32_t index,
                         : diagonal_tile_at<max_rows>(p, index - routed, first);
 }
 
-/// Returns the r-th row of a work tile.
+/// Returns the slot of the r-th row of a work tile; kNoSlot where there is no such row.
 template <typename T>
-MOBA_DEVICE WorkRow row_at(const AttendParams<T>& p, const WorkTile& work, int r) {
-  if (r >= work.count) return {};
+MOBA_DEVICE std::uint32_t slot_of(const AttendParams<T>& p, const WorkTile& work, int r) {
+  if (r >= work.count) return kNoSlot;
   const std::uint32_t index = work.first_row + static_cast<std::uint32_t>(r);
   const auto ranks = static_cast<std::uint32_t>(p.ranks), width = static_cast<std::uint32_t>(p.width);
-  const std::uint32_t slot =
-      work.diagonal ? index * ranks + width : p.entries[work.head * p.rows * p.width + index];
-  return {row_offset(p, p.q, work.head, work.diagonal ? index : slot / ranks), slot};
+  return work.diagonal ? index * ranks + width : p.entries[work.head * p.rows * p.width + index];
+}
+
+/// Returns the row of a work tile that has `slot`.
+template <typename T>
+MOBA_DEVICE WorkRow row_of(const AttendParams<T>& p, const WorkTile& work, std::uint32_t slot) {
+  if (slot == kNoSlot) return {};
+  return {row_offset(p, p.q, work.head, p.by_ranks.quotient(slot)), slot};
 }
 
 /// Returns the keys that the r-th row of a work tile sees.
@@ -346,6 +356,8 @@ AttendParams<T> attend_params(const DeviceCall& call, const WorkSlice& slice, co
           .rows = call.rows(slice),
           .width = call.width(),
           .ranks = call.ranks(),
+          .by_heads_per_kv = Divisor(call.heads_per_kv),
+          .by_ranks = Divisor(call.ranks()),
           .token0 = static_cast<std::int32_t>(slice.token0),
           .token1 = static_cast<std::int32_t>(slice.token1),
           .diagonal = call.has_diagonal(),

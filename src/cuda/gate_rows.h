@@ -216,7 +216,6 @@ struct Top8Rows {
   TopK topk;
   tile::Candidates candidates[TopK::kUnits];  // of this lane's rows
   std::int32_t common_end = 0, all_end = 0;   // of the candidates of every row, and of any
-  float maxima[TopK::kUnits][2];
 
   /// The first `count` of 16 rows exist.
   MOBA_DEVICE Top8Rows(const GateParams<T>& params, const GateRow* of, int count, TopK::Memory& memory)
@@ -226,7 +225,6 @@ struct Top8Rows {
       const GateRow row = rows[TopK::row_of(unit)];
       candidates[unit] = {p.sinks, row.end, p.causal ? -1 : row.own};
       topk.begin(unit, row.to == nullptr ? 0 : p.width - forced(candidates[unit]));
-      maxima[unit][0] = maxima[unit][1] = -ptx::infinity();
     }
     if (count <= 0) return;
     common_end = rows[0].end;
@@ -235,32 +233,18 @@ struct Top8Rows {
 
   MOBA_DEVICE std::int32_t end() const { return all_end; }
 
-  /// Sets the score of what is no candidate of its row to -inf.
+  /// Sets the scores of what is no candidate to -inf; they are against the means of blocks [first, first + 8
+  /// tiles).
   template <int tiles>
   MOBA_DEVICE void mask(float (&scores)[tiles][4], std::int32_t first) const {
-    const bool is_whole = first >= p.sinks && first + 8 * tiles <= common_end && !p.own_block;
-    if (!is_whole) {
-      TopK::for_scores<tiles>([&](int unit, int column) {
-        float& score = scores[column / 2][2 * unit + column % 2];
-        if (!candidates[unit].has(TopK::block_at(first, column))) score = -ptx::infinity();
-      });
-    }
-  }
-
-  /// A first pass over some scores only raises the thresholds, so that few scores pass the second.
-  template <int tiles>
-  MOBA_DEVICE void sample(const float (&scores)[tiles][4]) {
+    if (first >= p.sinks && first + 8 * tiles <= common_end && !p.own_block) return;
     TopK::for_scores<tiles>([&](int unit, int column) {
-      float& max = maxima[unit][column / tiles];
-      max = tile::larger(max, scores[column / 2][2 * unit + column % 2]);
+      float& score = scores[column / 2][2 * unit + column % 2];
+      if (!candidates[unit].has(TopK::block_at(first, column))) score = -ptx::infinity();
     });
   }
-  MOBA_DEVICE void finish_sample() {
-    MOBA_UNROLL
-    for (int unit = 0; unit < TopK::kUnits; ++unit) topk.raise(unit, maxima[unit][0], maxima[unit][1]);
-  }
 
-  /// Pushes masked scores against the means of blocks [first, first + 8 tiles).
+  /// Pushes masked scores. Tiles come from the last to the first.
   template <int tiles>
   MOBA_DEVICE void push(const float (&scores)[tiles][4], std::int32_t first) {
     topk.push(scores, first, all_end);

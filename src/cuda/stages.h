@@ -65,7 +65,7 @@ void with_type(const DeviceCall& call, Run&& run) {
 }
 
 /// Scratch memory of a call, unless told otherwise.
-constexpr std::size_t kWorkspace = std::size_t{1} << 30;
+constexpr std::size_t kWorkspace = std::size_t{512} << 20;
 
 /// Splits a call into slices whose scratch memory is within the budget and whose entries can be counted.
 std::vector<WorkSlice> slices_of(const DeviceCall& call, const Execution& execution,

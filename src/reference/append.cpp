@@ -28,13 +28,13 @@ void store_row(const Tensor& t, std::int64_t token, std::int64_t head, DType dty
 }  // namespace
 
 void append(const Append& rows, std::int64_t block, std::int64_t head) {
-  const DType dtype = rows.layout.dtype;
+  const DType dtype = rows.k_layout.dtype;
   float* mean = rows.mean_of(block, head);
   const auto [first, last] = rows.tokens_of(block);
   for (std::int64_t token = first; token < last; ++token) {
-    const CacheRow key = cache_row(rows.layout, rows.k_pages, rows.first + token, head);
+    const CacheRow key = cache_row(rows.k_layout, rows.k_pages, rows.first + token, head);
     store_row(rows.k, token, head, dtype, key);
-    store_row(rows.v, token, head, dtype, cache_row(rows.layout, rows.v_pages, rows.first + token, head));
+    store_row(rows.v, token, head, dtype, cache_row(rows.v_layout, rows.v_pages, rows.first + token, head));
     const float scale = key.scale == nullptr ? 1.0F : *key.scale;
     for (std::int64_t d = 0; d < rows.k.sizes[2]; ++d)
       mean[d] += static_cast<float>(load(key.data, dtype, d)) * scale;

@@ -236,6 +236,48 @@ TEST(Checks, InvalidCacheShapeThrows) {
                  "KvCache: kv_heads: expected kv_heads x head_dim of at most ");
 }
 
+TEST(Checks, InvalidPagedCallThrows) {
+  const PageLayout good{.kv_heads = 2, .head_dim = 8, .block_size = 4, .page_tokens = 4};
+  const auto size = [](PageLayout layout) { return message_of([&] { page_bytes(layout); }); };
+  EXPECT_EQ(page_bytes(good), 2 * 2 * 8 * 4 * sizeof(float));
+  PageLayout layout = good;
+  layout.page_tokens = 0;
+  expect_message(size(layout), "page_bytes: page_tokens: expected 1 to 16777216, got 0");
+  layout = good;
+  layout.offset = 8;
+  expect_message(size(layout), "page_bytes: offset: expected a multiple of 64, got 8");
+  layout = good;
+  layout.dtype = DType::f64;
+  expect_message(size(layout), "page_bytes: dtype: expected f32, bf16, f16 or i8, got f64");
+
+  alignas(64) std::byte page[512];
+  std::byte* const pages[2] = {page, page + 8};
+  float means[64] = {};
+  Array keys(DType::f32, 5, 2, 8);
+  const auto append = [&](const PagedSequence& sequence) {
+    return message_of([&] { moba::append(keys.view(), keys.view(), good, sequence); });
+  };
+  expect_message(append({.length = -1}), "append: sequence.length: expected 0 to 2147483647 tokens, got -1");
+  expect_message(append({.length = std::numeric_limits<std::int64_t>::max()}),
+                 "append: sequence.length: expected 0 to 2147483647 tokens, got 9223372036854775807 and 5");
+  expect_message(append({.pages = {pages, 1}, .means = means}),
+                 "append: sequence.pages: expected at least 2 for 5 tokens, got 1");
+  expect_message(append({.pages = pages, .means = means}),
+                 "append: sequence.pages: expected alignment to 64 bytes, got a null or unaligned page 1");
+  std::byte* const twice[2] = {page, page};
+  expect_message(append({.pages = twice}), "append: sequence.means: expected f32 values, got a null");
+
+  const PagedSequence sequence{.length = 5, .pages = twice, .means = means};
+  Array q(DType::f32, 2, 2, 8);
+  const auto decode = [&](const Routing& routing) {
+    return message_of([&] { moba::decode(q.view(), good, {&sequence, 1}, routing, {.out = q.view()}); });
+  };
+  expect_message(decode({.block_size = 8, .top_k = 1}),
+                 "decode: block_size: expected 4 (the cache's), got 8");
+  expect_message(decode(Routing::full()),
+                 "decode: q: expected 1 tokens (one for each sequence of the cache), got 2");
+}
+
 TEST(Checks, InvalidCacheCallThrows) {
   KvCache cache({.kv_heads = 2, .head_dim = 8, .block_size = 4, .sequences = 3});
   Array keys(DType::f32, 5, 2, 8), narrow(DType::f32, 5, 2, 4), one_head(DType::f32, 5, 1, 8);

@@ -2,6 +2,10 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <memory>
+#include <new>
+#include <span>
+#include <vector>
 
 #include "backend.h"
 #include "backends.h"
@@ -351,6 +355,81 @@ TEST_P(Decode, ManyBlocksAndTiesMatchTheOracle) {
     };
     const Result expected = run(serial());
     for (const Parallel& parallel : {openmp(2), std_threads(5)}) EXPECT_TRUE(run(parallel) == expected);
+  }
+}
+
+/// Pages of two layers, and the means of one sequence of one of them.
+class Pages {
+ public:
+  Pages(const PageLayout& layout, std::int64_t count) : bytes_(layout.offset + page_bytes(layout)) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      pages_.push_back(static_cast<std::byte*>(::operator new (bytes_, std::align_val_t{64})));
+      owned_.emplace_back(pages_.back());
+    }
+  }
+  std::span<std::byte* const> view() const { return pages_; }
+  /// Shares the first `count` pages of `other`.
+  void share(const Pages& other, std::size_t count) {
+    std::copy_n(other.pages_.begin(), count, pages_.begin());
+  }
+
+ private:
+  struct Delete {
+    void operator()(std::byte* page) const { ::operator delete (page, std::align_val_t{64}); }
+  };
+  std::size_t bytes_;
+  std::vector<std::byte*> pages_;
+  std::vector<std::unique_ptr<std::byte, Delete>> owned_;
+};
+
+TEST_P(Decode, SharedPagesOfTheCallerGiveTheBitsOfACache) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::i8}) {
+    for (const std::int64_t page_tokens : {8, 24, 5}) {
+      Case c = small_case(dtype == DType::i8 ? DType::f32 : dtype, {.block_size = 8, .top_k = 3}, 121);
+      Case other = c;
+      other.seed = 12;
+      fill(other);
+      PageLayout layout{
+          .kv_heads = 2, .head_dim = 20, .block_size = 8, .page_tokens = page_tokens, .dtype = dtype};
+      layout.offset = page_bytes(layout);  // after another layer
+      KvCache cache({.kv_heads = 2, .head_dim = 20, .block_size = 8, .dtype = dtype, .sequences = 2});
+      const std::int64_t shared = page_tokens == 5 ? 40 : 48;  // whole pages and blocks
+      const Case* of[2] = {&c, &other};
+      Pages pages[2] = {{layout, 121 / page_tokens + 1}, {layout, 121 / page_tokens + 1}};
+      std::vector<float> means[2];
+      PagedSequence sequences[2];
+      for (std::size_t s = 0; s < 2; ++s) {
+        const std::int64_t begin = s == 0 ? 0 : shared;
+        append(cache, c, 0, begin, static_cast<std::int64_t>(s));
+        means[s].assign(16 * 40, 0.0F);
+        if (s == 1) {
+          pages[1].share(pages[0], static_cast<std::size_t>(begin / page_tokens));
+          std::copy_n(means[0].begin(), begin / 8 * 40, means[1].begin());
+        }
+        sequences[s] = {.length = begin, .pages = pages[s].view(), .means = means[s].data()};
+        for (const std::int64_t end : {begin + 3, begin + 20, std::int64_t{121}}) {
+          const auto k = of[s]->k.slice(sequences[s].length, end - sequences[s].length),
+                     v = of[s]->v.slice(sequences[s].length, end - sequences[s].length);
+          cache.append(k, v, static_cast<std::int64_t>(s), execution());
+          moba::append(k, v, layout, sequences[s], execution());
+          sequences[s].length = end;
+        }
+        const Case chunk = part_of(*of[s], 90, 31);
+        Result expected(chunk), found(chunk);
+        attention(chunk.q.view(), cache, static_cast<std::int64_t>(s), c.routing, expected.outputs(),
+                  execution());
+        attention(chunk.q.view(), layout, sequences[s], c.routing, found.outputs(), execution());
+        EXPECT_TRUE(found == expected) << moba::name_of(dtype) << ", pages of " << page_tokens;
+      }
+      Case batch = c;
+      batch.sequences = one_sequence(2);
+      Result expected(batch), found(batch);
+      decode(c.q.slice(0, 2), cache, c.routing, {.out = expected.out.view(), .lse = expected.outputs().lse},
+             execution());
+      decode(c.q.slice(0, 2), layout, sequences, c.routing,
+             {.out = found.out.view(), .lse = found.outputs().lse}, execution());
+      EXPECT_TRUE(found == expected) << moba::name_of(dtype) << ", pages of " << page_tokens;
+    }
   }
 }
 

@@ -55,6 +55,12 @@ MOBA_DEVICE int opaque(int number) {
   asm volatile("" : "+r"(number));
   return number;
 }
+/// The same of an address, to which offsets are then added in one step.
+template <typename T>
+MOBA_DEVICE T* opaque(T* address) {
+  asm volatile("" : "+l"(address));
+  return address;
+}
 
 MOBA_DEVICE int lane() {
   return thread() % kLanes;

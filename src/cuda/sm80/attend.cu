@@ -60,7 +60,7 @@ template <typename T, int head_dim>
 MOBA_DEVICE void store_row_table(const Shared<T, head_dim>& shared, const AttendParams<T>& p,
                                  const WorkTile& work) {
   for (int r = ptx::thread(); r < kTileRows; r += TileShape<head_dim>::kThreads) {
-    const WorkRow row = row_at(p, work, r);
+    const WorkRow row = row_of(p, work, slot_of(p, work, r));
     shared.q_offsets[r] = row.q_offset;
     shared.slots[r] = row.slot;
     shared.bounds[r] = visible_at(p, work, r);

@@ -222,7 +222,8 @@ attend_backward_dq_kernel(MOBA_GRID_CONSTANT DqParams<T> p) {
   if (index >= p.attend.work_tiles()) return;
   const WorkTile work = work_tile_at<C::kRows>(p.attend, static_cast<std::uint32_t>(index), first);
   if (work.count <= 0) return;
-  store_row_table<C::kRows, C::kThreads>(p, work, shared, ptx::thread());
+  for (int r = ptx::thread(); r < C::kRows; r += C::kThreads)
+    store_row(p, work, shared, r, slot_of(p.attend, work, r));
   if (ptx::thread() == 0) *shared.work = work;
   ptx::syncthreads();
   mainloop(p, shared, *shared.work);

@@ -23,10 +23,9 @@ struct Params {
   std::int32_t chunk;  // of the schedule
 };
 
-/// Table of the rows of a work tile, which the producer writes. There are more tables than buffers of q: an
-/// epilogue reads the table of its work tile when q of the next one has been multiplied.
-inline constexpr int kTables = 4;
+/// Table of the rows of a work tile, which the producer writes.
 struct RowTable {
+  std::int64_t q_offsets[kTileRows];
   KeyRange bounds[kTileRows];  // of diagonal tiles
   std::uint32_t slots[kTileRows];
   WorkTile work;
@@ -35,11 +34,13 @@ struct RowTable {
 template <typename T, int head_dim>
 struct Shared {
   static constexpr int kStages = head_dim > 64 ? 2 : 4;  // tiles of keys
+  static constexpr int kTables = 8;
   using Rows = tile::SwizzledTile128B<T, kTileRows, head_dim>;
   using Keys = tile::SwizzledTile128B<T, kKeys, head_dim>;
 
   struct Control {
     RowTable tables[kTables];
+    StageBarriers table_barriers[kTables];
     StageBarriers q[2], k[kStages], v[kStages];
     float poison[kStages][kKeys];  // of the values of mixed tiles
   };
@@ -53,49 +54,14 @@ struct Shared {
   MOBA_DEVICE Control& control() const { return *reinterpret_cast<Control*>(k(kStages).data); }
 };
 
-/// Producer of q: a warp gathers the rows of every second work tile into its buffer. What it needs for that
-/// is loaded while it waits for the buffer.
-template <typename T, int head_dim>
-MOBA_DEVICE void load_q(const AttendParams<T>& p, const Shared<T, head_dim>& shared,
-                        const TileSchedule& schedule, int buffer) {
-  constexpr int kVecs = head_dim / tile::kVecElements;  // of a row
-  constexpr int kRows = ptx::kLanes / kVecs;            // copied at a time by a warp
-  constexpr int kRowsPerLane = kTileRows / ptx::kLanes, kCopies = 2;
-  const auto q = shared.q(buffer);
-  StageBarriers& barriers = shared.control().q[buffer];
-  unsigned tile = 0;
-  for_own_work_tiles(p, schedule, kKeys, [&](const WorkTile& work) {
-    const unsigned own = tile++;
-    if (own % 2 != static_cast<unsigned>(buffer)) return;
-    RowTable& table = shared.control().tables[own % kTables];
-    const int lane = ptx::opaque(ptx::lane());
-    WorkRow rows[kRowsPerLane];
-    MOBA_UNROLL
-    for (int i = 0; i < kRowsPerLane; ++i) rows[i] = row_at(p, work, i * ptx::kLanes + lane);
-    ptx::mbarrier_wait(&barriers.empty, (own / 2 & 1U) ^ 1U);
-    MOBA_UNROLL
-    for (int i = 0; i < kRowsPerLane; ++i) {
-      const int row = i * ptx::kLanes + lane;
-      table.slots[row] = rows[i].slot;
-      if (work.diagonal) table.bounds[row] = visible_at(p, work, row);
-    }
-    MOBA_NO_UNROLL
-    for (int first = 0; first < ptx::kLanes; first += kCopies * kRows) {
-      MOBA_UNROLL
-      for (int copy = 0; copy < kCopies; ++copy) {
-        const int from = first + copy * kRows + lane / kVecs, vec = lane % kVecs;
-        MOBA_UNROLL
-        for (int i = 0; i < kRowsPerLane; ++i) {
-          const std::int64_t offset = ptx::shfl(rows[i].q_offset, from);
-          ptx::cp_async_16(q.data, q.start(from, vec) + i * ptx::kLanes * q.kRowBytes,
-                           offset == kNoRow ? nullptr : p.q.data + offset + vec * tile::kVecElements,
-                           offset != kNoRow);
-        }
-      }
-    }
-    if (lane == 0) table.work = work;
-    producer_commit(barriers.full);
-  });
+/// Fills row `r` of the table of a work tile. `slot` is that of the row.
+template <typename T>
+MOBA_DEVICE void store_row(const AttendParams<T>& p, const WorkTile& work, RowTable& table, int r,
+                           std::uint32_t slot) {
+  const WorkRow row = row_of(p, work, slot);
+  table.q_offsets[r] = row.q_offset;
+  table.slots[r] = row.slot;
+  if (work.diagonal) table.bounds[r] = visible_at(p, work, r);
 }
 
 /// A consumer warpgroup. Member functions are called by all of its threads.
@@ -112,7 +78,7 @@ struct Consumer {
 
   MOBA_DEVICE int first_row() const { return warpgroup * kWarpgroupRows; }
   MOBA_DEVICE int warp_row() const { return first_row() + ptx::warp() % 4 * 16; }
-  MOBA_DEVICE const RowTable& table(unsigned of) const { return shared.control().tables[of % kTables]; }
+  MOBA_DEVICE const RowTable& table(unsigned of) const { return shared.control().tables[of % S::kTables]; }
   MOBA_DEVICE StageBarriers& q_barriers() const { return shared.control().q[tile % 2]; }
   MOBA_DEVICE StageBarriers& k_barriers() const { return shared.control().k[k_stage.index]; }
   MOBA_DEVICE StageBarriers& v_barriers() const { return shared.control().v[v_stage.index]; }
@@ -166,13 +132,14 @@ struct Consumer {
     pack_p_as_a_operand<T>(probs, weights[0]);
   }
 
-  /// Stores the rows of work tile `of`.
+  /// Stores the rows of work tile `of`, and releases its table.
   MOBA_DEVICE void store(unsigned of, const float (&out)[1][head_dim / 8][4],
                          const tile::Softmax<1>& softmax) const {
     const RowTable& rows = table(of);
     const std::uint32_t slots[1][2] = {
         {rows.slots[warp_row() + ptx::lane() / 4], rows.slots[warp_row() + 8 + ptx::lane() / 4]}};
     store_out(p, rows.work.head, rows.work.count, warp_row(), slots, out, softmax);
+    consumer_release(shared.control().table_barriers[of % S::kTables].empty);
   }
 
   MOBA_DEVICE void run(std::int32_t own_tiles) {
@@ -240,13 +207,20 @@ attend_kernel(MOBA_GRID_CONSTANT Params<T> p) {
     specialise_warpgroups<kProducerRegisters, kConsumerRegisters>(
         [&] {
           auto& control = shared.control();
+          init_table_barriers(control);
           for (StageBarriers& barriers : control.q) barriers.init(ptx::kLanes);
           for (StageBarriers& barriers : control.k) barriers.init(1);
           for (StageBarriers& barriers : control.v) barriers.init(1);
         },
         [&] {
-          if (ptx::warp() == 0) load_kv(p.k, p.v, p.attend, shared, schedule);
-          if (ptx::warp() == 1 || ptx::warp() == 2) load_q(p.attend, shared, schedule, ptx::warp() - 1);
+          produce(
+              p.k, p.v, p.attend, shared, schedule, kKeys,
+              [&](const WorkTile& work, RowTable& table, int r, std::uint32_t slot) {
+                store_row(p.attend, work, table, r, slot);
+              },
+              [&](const RowTable& table, int buffer) {
+                gather_rows<ptx::kLanes>(shared.q(buffer), p.attend.q.data, table.q_offsets, ptx::lane());
+              });
         },
         [&](int warpgroup) {
           const std::int32_t own_tiles = schedule.own_tiles();

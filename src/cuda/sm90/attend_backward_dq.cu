@@ -30,10 +30,12 @@ struct RowTable {
 template <typename T, int head_dim>
 struct Shared {
   static constexpr int kStages = head_dim > 64 ? 2 : 4;  // tiles of keys
+  static constexpr int kTables = 4;
   using Rows = tile::SwizzledTile128B<T, kTileRows, head_dim>;
   using Keys = tile::SwizzledTile128B<T, kKeys, head_dim>;
   struct Control {
-    RowTable tables[2];
+    RowTable tables[kTables];
+    StageBarriers table_barriers[kTables];
     StageBarriers q[2], k[kStages], v[kStages];
     float poison[kStages][kKeys];  // of mixed tiles
   };
@@ -47,26 +49,6 @@ struct Shared {
   MOBA_DEVICE Keys v(int stage) const { return {k(stage).data + Keys::kBytes}; }
   MOBA_DEVICE Control& control() const { return *reinterpret_cast<Control*>(k(kStages).data); }
 };
-
-/// Producer of q and d_out. Called by kGatherThreads threads, numbered by `thread`.
-template <typename T, int head_dim>
-MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim>& shared, std::int64_t work_tiles,
-                        int thread) {
-  PipelineState<2> buffer;
-  for_own_tiles(work_tiles, [&](std::int64_t index) {
-    StageBarriers& barriers = shared.control().q[buffer.index];
-    RowTable& table = shared.control().tables[buffer.index];
-    ptx::mbarrier_wait(&barriers.empty, buffer.phase ^ 1U);
-    const WorkTile work = work_tile_at(p.dq.attend, static_cast<std::uint32_t>(index));
-    store_row_table<kTileRows, kGatherThreads>(p.dq, work, table, thread);
-    if (thread == 0) table.work = work;
-    ptx::bar_sync(kGatherSync, kGatherThreads);
-    gather_rows(shared.q(buffer.index), p.dq.attend.q.data, table.q_offsets, thread);
-    gather_rows(shared.d_out(buffer.index), p.dq.d_out.data, table.d_out_offsets, thread);
-    producer_commit(barriers.full);
-    buffer.advance();
-  });
-}
 
 /// LSE, delta and key range of the two rows that a thread holds.
 struct ThreadRows {
@@ -126,10 +108,11 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
   const int first_row = warpgroup * kWarpgroupRows;
   const int warp_row = first_row + ptx::warp() % 4 * 16;
   PipelineState<2> buffer;
+  PipelineState<S::kTables> row_table;
   PipelineState<S::kStages> stage;
   for_own_tiles(work_tiles, [&](std::int64_t) {
     ptx::mbarrier_wait(&control.q[buffer.index].full, buffer.phase);
-    const RowTable& table = control.tables[buffer.index];
+    const RowTable& table = control.tables[row_table.index];
     const WorkTile work = warp_uniform(table.work);
     const auto q = shared.q(buffer.index), d_out = shared.d_out(buffer.index);
     const bool has_rows = first_row < work.count;  // warpgroup-uniform
@@ -170,7 +153,9 @@ MOBA_DEVICE void consume(const Params<T>& p, const Shared<T, head_dim>& shared, 
       store_dq<head_dim>(p.dq, q, table.slots, work, dq, warp_row);
     }
     consumer_release(control.q[buffer.index].empty);
+    consumer_release(control.table_barriers[row_table.index].empty);
     buffer.advance();
+    row_table.advance();
   });
 }
 
@@ -183,16 +168,22 @@ attend_backward_dq_kernel(MOBA_GRID_CONSTANT Params<T> p) {
     specialise_warpgroups<kProducerRegisters, kConsumerRegisters>(
         [&] {
           auto& control = shared.control();
-          for (StageBarriers& barriers : control.q) barriers.init(kGatherThreads);
+          init_table_barriers(control);
+          for (StageBarriers& barriers : control.q) barriers.init(ptx::kLanes);
           for (StageBarriers& barriers : control.k) barriers.init(1);
           for (StageBarriers& barriers : control.v) barriers.init(1);
         },
         [&] {
-          if (ptx::warp() == 0) {
-            load_kv(p.k_map, p.v_map, p.dq.attend, shared, {.work_tiles = work_tiles});
-          } else {
-            load_q(p, shared, work_tiles, ptx::thread() - ptx::kLanes);
-          }
+          produce(
+              p.k_map, p.v_map, p.dq.attend, shared, {.work_tiles = work_tiles}, kKeys,
+              [&](const WorkTile& work, RowTable& table, int r, std::uint32_t slot) {
+                store_row(p.dq, work, table, r, slot);
+              },
+              [&](const RowTable& table, int buffer) {
+                gather_rows<ptx::kLanes>(shared.q(buffer), p.dq.attend.q.data, table.q_offsets, ptx::lane());
+                gather_rows<ptx::kLanes>(shared.d_out(buffer), p.dq.d_out.data, table.d_out_offsets,
+                                         ptx::lane());
+              });
         },
         [&](int warpgroup) { consume(p, shared, work_tiles, warpgroup); });
   }

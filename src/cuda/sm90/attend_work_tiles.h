@@ -5,7 +5,10 @@
 #include "cuda/attend_work_tiles.h"
 #include "cuda/sm90/pipeline.h"
 
-/// Work tiles of attend_work_tiles.h in the sm_90a kernels.
+/// Work tiles of attend_work_tiles.h in the sm_90a kernels. Of the producer warpgroup, warp 0 loads k and v,
+/// warps 1 and 2 gather the rows of every second work tile each, and warp 3 finds the work tiles and looks up
+/// their rows: it is up to kTables of them ahead, so that no other warp waits for the plan. `shared` has
+/// kTables row tables control().tables[i] with their StageBarriers control().table_barriers[i].
 namespace moba::cuda::sm90 {
 
 /// Returns the work tile that lane `lane` holds.
@@ -70,21 +73,86 @@ MOBA_DEVICE void for_own_work_tiles(const AttendParams<T>& p, const TileSchedule
   }
 }
 
+/// Initialises the barriers of the row tables: the consumers and the producer of k and v release them.
+template <typename Control>
+MOBA_DEVICE void init_table_barriers(Control& control) {
+  for (StageBarriers& barriers : control.table_barriers) barriers.init(1, kConsumerWarps + 1);
+}
+
+/// Fills the row table of each work tile by one warp; store(work, table, row, slot) fills a row of it. The
+/// slots of the next work tile are loaded meanwhile.
+template <typename Shared, typename T, typename Store>
+MOBA_DEVICE void find_work_tiles(const AttendParams<T>& p, const Shared& shared, const TileSchedule& schedule,
+                                 int kept_keys, Store&& store) {
+  constexpr int kRowsPerLane = kTileRows / ptx::kLanes;
+  struct Found {
+    WorkTile work;
+    std::uint32_t slots[kRowsPerLane];
+  };
+  auto& control = shared.control();
+  PipelineState<Shared::kTables> stage;
+  const auto publish = [&](const Found& found) {
+    auto& table = control.tables[stage.index];
+    StageBarriers& barriers = control.table_barriers[stage.index];
+    ptx::mbarrier_wait(&barriers.empty, stage.phase ^ 1U);
+    MOBA_UNROLL
+    for (int i = 0; i < kRowsPerLane; ++i)
+      store(found.work, table, i * ptx::kLanes + ptx::lane(), found.slots[i]);
+    if (ptx::lane() == 0) table.work = found.work;
+    ptx::syncwarp();
+    if (ptx::lane() == 0) ptx::mbarrier_arrive(&barriers.full);
+    stage.advance();
+  };
+  Found pending;
+  bool is_pending = false;
+  for_own_work_tiles(p, schedule, kept_keys, [&](const WorkTile& work) {
+    Found found{.work = work, .slots = {}};
+    MOBA_UNROLL
+    for (int i = 0; i < kRowsPerLane; ++i)
+      found.slots[i] = slot_of(p, work, i * ptx::kLanes + ptx::lane());
+    if (is_pending) publish(pending);
+    pending = found;
+    is_pending = true;
+  });
+  if (is_pending) publish(pending);
+}
+
+/// Producer of rows: a warp calls gather(table, buffer) for every second work tile of the thread block, whose
+/// rows fill that one of two buffers.
+template <typename Shared, typename Gather>
+MOBA_DEVICE void load_rows(const Shared& shared, std::int32_t own_tiles, int buffer, Gather&& gather) {
+  auto& control = shared.control();
+  PipelineState<Shared::kTables> stage;
+  if (buffer == 1) stage.advance();
+  for (std::int32_t own = buffer; own < own_tiles; own += 2) {
+    ptx::mbarrier_wait(&control.table_barriers[stage.index].full, stage.phase);
+    ptx::mbarrier_wait(&control.q[buffer].empty, (own / 2 & 1) ^ 1);
+    gather(control.tables[stage.index]);
+    producer_commit(control.q[buffer].full);
+    stage.advance();
+    stage.advance();
+  }
+}
+
 /// Producer of k and v: one warp loads the key tiles of every work tile by TMA. `shared` has kStages buffers
 /// k(stage) and v(stage) of type Keys, and StageBarriers control().k[stage] and control().v[stage].
-template <typename Shared, typename T>
-MOBA_DEVICE void load_kv(const TensorMap& k, const TensorMap& v, const AttendParams<T>& p,
-                         const Shared& shared, const TileSchedule& schedule) {
+template <typename Shared>
+MOBA_DEVICE void load_kv(const TensorMap& k, const TensorMap& v, std::int64_t head0, const Shared& shared,
+                         std::int32_t own_tiles) {
   using Keys = typename Shared::Keys;
   auto& control = shared.control();
+  PipelineState<Shared::kTables> table;
   PipelineState<Shared::kStages> stage;
   bool is_loaded = false;
-  for_own_work_tiles(p, schedule, Keys::kRows, [&](const WorkTile& work) {
-    if (std::exchange(is_loaded, work.keeps_kv)) return;
+  for (std::int32_t own = 0; own < own_tiles; ++own, table.advance()) {
+    ptx::mbarrier_wait(&control.table_barriers[table.index].full, table.phase);
+    const WorkTile work = control.tables[table.index].work;
+    consumer_release(control.table_barriers[table.index].empty);
+    if (std::exchange(is_loaded, work.keeps_kv)) continue;
     const auto load = [&](const TensorMap& map, const Keys& to, StageBarriers& barriers, std::int32_t key) {
       ptx::mbarrier_wait(&barriers.empty, stage.phase ^ 1U);
       ptx::mbarrier_arrive_expect_tx(&barriers.full, Keys::kBytes);
-      tma_load_tile(to, map, p.head0 + work.head, work.first_key + key, &barriers.full);
+      tma_load_tile(to, map, head0 + work.head, work.first_key + key, &barriers.full);
     };
     for (std::int32_t tile = 0; tile < work.key_tiles(Keys::kRows); ++tile, stage.advance()) {
       if (ptx::lane() != 0) continue;
@@ -92,7 +160,19 @@ MOBA_DEVICE void load_kv(const TensorMap& k, const TensorMap& v, const AttendPar
       load(k, shared.k(stage.index), control.k[stage.index], key);
       load(v, shared.v(stage.index), control.v[stage.index], key);
     }
-  });
+  }
+}
+
+/// Runs the producer warpgroup.
+template <typename Shared, typename T, typename Store, typename Gather>
+MOBA_DEVICE void produce(const TensorMap& k, const TensorMap& v, const AttendParams<T>& p,
+                         const Shared& shared, const TileSchedule& schedule, int kept_keys, Store&& store,
+                         Gather&& gather) {
+  const int warp = ptx::warp();
+  const std::int32_t own_tiles = schedule.own_tiles();
+  if (warp == 0) load_kv(k, v, p.head0, shared, own_tiles);
+  if (warp == 1 || warp == 2) load_rows(shared, own_tiles, warp - 1, [&](auto& table) { gather(table, warp - 1); });
+  if (warp == 3) find_work_tiles(p, shared, schedule, kept_keys, store);
 }
 
 }  // namespace moba::cuda::sm90

@@ -1,6 +1,6 @@
 // The gate on sm_90a. Warpgroup 0 is the producer: it gathers the queries of a tile and loads means by TMA.
-// A consumer warpgroup multiplies 64 rows and selects; others, of this and of a second thread block, multiply
-// meanwhile.
+// The consumer warpgroups hold 64 rows each and take turns to issue their products, so that one selects
+// (tile/top8.h, tile/topk.h) while the tensor cores compute the scores of the other.
 #include <algorithm>
 #include <cstdlib>
 #include <string_view>
@@ -15,9 +15,9 @@ namespace sm90::gating {
 inline constexpr int kMeans = 64;  // of a tile
 /// Two thread blocks of a multiprocessor hide each other's latencies.
 inline constexpr int kBlocksPerMultiprocessor = 2;
-/// The first pass, over as many blocks, is worth its products: it leaves about 14 scores of a row to the
-/// second.
-inline constexpr std::int32_t kSampled = 1024;
+/// The first pass takes as many tiles at most. It leaves about 14 scores of a row to append to the second
+/// pass, where 40 and more reach the thresholds that rise with it.
+inline constexpr std::int32_t kSampled = 16;
 inline constexpr int kProducerRegisters = 32, kConsumerRegisters = 104;
 
 template <typename T>
@@ -26,14 +26,16 @@ struct Params {
   GateParams<T> gate;
   std::int64_t heads;  // of the slice
 
-  /// Calls run(tile, index of the tile, head) for every work tile of this thread block; tiles of the last
-  /// queries, which have the most candidates, come first.
-  template <typename Run>
-  MOBA_DEVICE void for_own_rows(std::int32_t tiles, Run&& run) const {
-    for_own_tiles(tiles * heads, [&](std::int64_t work) {
-      const auto index = static_cast<std::int32_t>(tiles - 1 - work / heads);
-      run(tile_at(gate.batch, index, gate.token0, gate.token1, gate.heads_per_kv), index, work % heads);
-    });
+  /// Index of the tile of rows of work tile `work`; those of the last queries, which have the most
+  /// candidates, come first.
+  MOBA_DEVICE std::int32_t index_of(std::int64_t work, std::int32_t tiles) const {
+    return static_cast<std::int32_t>(tiles - 1 - work / heads);
+  }
+  MOBA_DEVICE Tile tile_of(std::int64_t work, std::int32_t tiles) const {
+    return tile_at(gate.batch, index_of(work, tiles), gate.token0, gate.token1, gate.heads_per_kv);
+  }
+  MOBA_DEVICE std::int32_t candidates_end(const Tile& tile) const {
+    return candidates_of(gate, tile, tile.count - 1).last;
   }
 };
 
@@ -69,21 +71,20 @@ struct Many {
   }
 };
 
-/// The tiles of means that a tile of rows meets: those of the first pass, if it takes one, then all, the last
-/// ones first.
+/// The tiles of means that a tile of rows meets: those of the first pass, if there is one, then all, from the
+/// last to the first.
 template <typename Selecting>
 struct Steps {
   std::int32_t sampled = 0, all = 0;
 
   MOBA_DEVICE explicit Steps(std::int32_t end) {
     const std::int32_t tiles = (end + kMeans - 1) / kMeans;
-    if (Selecting::kSamples && tiles > 1) sampled = tiles < kSampled / kMeans ? tiles : kSampled / kMeans;
+    if (Selecting::kSamples && tiles > 1) sampled = tiles < kSampled ? tiles : kSampled;
     all = sampled + tiles;
   }
-  MOBA_DEVICE bool samples(std::int32_t step) const { return step < sampled; }
+  /// The first block of the tile that comes at `step`.
   MOBA_DEVICE std::int32_t first_block(std::int32_t step) const {
-    if (samples(step)) return step * kMeans;
-    return (Selecting::kSamples ? all - 1 - step : step) * kMeans;
+    return (step < sampled || !Selecting::kSamples ? step : all - 1 - step) * kMeans;
   }
 };
 
@@ -116,27 +117,28 @@ template <typename T, int head_dim, typename Selecting>
 MOBA_DEVICE void load_q(const Params<T>& p, const Shared<T, head_dim, Selecting>& shared, std::int32_t tiles,
                         int thread) {
   auto& control = shared.control();
-  PipelineState<2> table_buffer;
-  PipelineState<1> q_buffer;
-  p.for_own_rows(tiles, [&](const Tile& tile, std::int32_t index, std::int64_t head) {
-    RowTable& table = control.tables[table_buffer.index];
-    ptx::mbarrier_wait(&control.table_empty[table_buffer.index], table_buffer.phase ^ 1U);
-    for (int r = thread; r < kTileRows; r += kGatherThreads) table.rows[r] = gate_row(p.gate, tile, head, r);
+  unsigned turn = 0;  // tables alternate
+  for_own_tiles(tiles * p.heads, [&](std::int64_t work) {
+    RowTable& table = control.tables[turn % 2];
+    ptx::mbarrier_wait(&control.table_empty[turn % 2], turn / 2 % 2 ^ 1U);
     if (thread == 0) {
-      table.tile = tile;
-      table.head = head;
-      table.index = index;
-      table.end = candidates_of(p.gate, tile, tile.count - 1).last;
+      table.tile = p.tile_of(work, tiles);
+      table.head = work % p.heads;
+      table.index = p.index_of(work, tiles);
+      table.end = p.candidates_end(table.tile);
     }
-    for (int r = thread; r < kTileRows; r += kGatherThreads)
-      control.q_offsets[r] = r < tile.count ? p.gate.query(tile, head, r) - p.gate.q.data : kNoRow;
-    ptx::mbarrier_wait(&control.q.empty, q_buffer.phase ^ 1U);
+    ptx::bar_sync(kGatherSync, kGatherThreads);
+    for (int r = thread; r < kTileRows; r += kGatherThreads) {
+      table.rows[r] = gate_row(p.gate, table.tile, table.head, r);
+      control.q_offsets[r] =
+          r < table.tile.count ? p.gate.query(table.tile, table.head, r) - p.gate.q.data : kNoRow;
+    }
+    ptx::mbarrier_wait(&control.q.empty, turn % 2 ^ 1U);
     ptx::bar_sync(kGatherSync, kGatherThreads);
     gather_rows(shared.q(), p.gate.q.data, control.q_offsets, thread);
     producer_commit(control.q.full);
     ptx::bar_sync(kGatherSync, kGatherThreads);  // the offsets were read
-    q_buffer.advance();
-    table_buffer.advance();
+    ++turn;
   });
 }
 
@@ -146,15 +148,16 @@ MOBA_DEVICE void load_means(const Params<T>& p, const Shared<T, head_dim, Select
                             std::int32_t tiles) {
   using S = Shared<T, head_dim, Selecting>;
   PipelineState<S::kStages> stage;
-  p.for_own_rows(tiles, [&](const Tile& tile, std::int32_t, std::int64_t head) {
-    const std::int32_t end = candidates_of(p.gate, tile, tile.count - 1).last;
-    const Steps<Selecting> steps(end);
+  for_own_tiles(tiles * p.heads, [&](std::int64_t work) {
+    const Tile tile = p.tile_of(work, tiles);
+    const Steps<Selecting> steps(p.candidates_end(tile));
+    const std::int32_t sequence_first = p.gate.batch.block_starts[tile.sequence];
     for (std::int32_t step = 0; step < steps.all; ++step, stage.advance()) {
       StageBarriers& barriers = shared.control().means[stage.index];
       ptx::mbarrier_wait(&barriers.empty, stage.phase ^ 1U);
       ptx::mbarrier_arrive_expect_tx(&barriers.full, S::Means::kBytes);
-      tma_load_tile(shared.means(stage.index), p.means, head,
-                    p.gate.batch.block_starts[tile.sequence] + steps.first_block(step), &barriers.full);
+      tma_load_tile(shared.means(stage.index), p.means, work % p.heads,
+                    sequence_first + steps.first_block(step), &barriers.full);
     }
   });
 }
@@ -167,12 +170,12 @@ MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim, Selecting>
   typename S::Control& control = shared.control();
   const int first_row = warpgroup * kWarpgroupRows;
   const int warp = warpgroup * 4 + ptx::warp() % 4;
-  PipelineState<1> q_buffer;
-  PipelineState<2> table_buffer;
   PipelineState<S::kStages> stage;
+  unsigned turn = 0;  // tables alternate
+  if (warpgroup == 1) pingpong_arrive(warpgroup);
   for_own_tiles(tiles * p.heads, [&](std::int64_t) {
-    ptx::mbarrier_wait(&control.q.full, q_buffer.phase);
-    const RowTable& table = control.tables[table_buffer.index];
+    ptx::mbarrier_wait(&control.q.full, turn);
+    const RowTable& table = control.tables[turn];
     const std::int32_t end = warp_uniform(table.end);
     const bool has_rows = warp_uniform(first_row < table.tile.count ? 1 : 0) != 0;
     auto rows = Selecting::rows(p.gate, table, warp, control.topk[warp], shared.heaps());
@@ -181,10 +184,14 @@ MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim, Selecting>
     for (std::int32_t step = 0; step < steps.all; ++step, stage.advance()) {
       float scores[kMeans / 8][4];
       ptx::mbarrier_wait(&control.means[stage.index].full, stage.phase);
+      pingpong_wait(warpgroup);
       if (has_rows) {
         ptx::wgmma_fence();
         issue_qk(scores, shared.q(), first_row, shared.means(stage.index));
+        pingpong_arrive(warpgroup);
         ptx::wgmma_wait(scores);
+      } else {
+        pingpong_arrive(warpgroup);
       }
       consumer_release(control.means[stage.index].empty);
       if (step + 1 == steps.all) consumer_release(control.q.empty);
@@ -192,17 +199,19 @@ MOBA_DEVICE void select(const Params<T>& p, const Shared<T, head_dim, Selecting>
       if (first >= rows.end()) continue;
       if constexpr (Selecting::kSamples) {
         rows.mask(scores, first);
-        if (steps.samples(step) || steps.all == 1) rows.sample(scores);
-        if (step + 1 == steps.sampled || steps.all == 1) rows.finish_sample();
-        if (steps.samples(step)) continue;
+        if (step < steps.sampled) {
+          rows.topk.sample(scores);
+          if (step + 1 == steps.sampled) rows.topk.finish_sample();
+          continue;
+        }
       }
       rows.push(scores, first);
     }
     rows.finish();
-    consumer_release(control.table_empty[table_buffer.index]);
-    q_buffer.advance();
-    table_buffer.advance();
+    consumer_release(control.table_empty[turn]);
+    turn ^= 1U;
   });
+  if (warpgroup == 0) pingpong_wait(warpgroup);  // matches the last arrive of warpgroup 1
 }
 
 template <typename T, int head_dim, typename Selecting>

@@ -37,9 +37,9 @@ struct StageBarriers {
   ptx::Mbarrier full, empty;
 
   /// Initialises both. Called by one thread, which fences afterwards.
-  MOBA_DEVICE void init(int producers) {
+  MOBA_DEVICE void init(int producers, int consumer_warps = kConsumerWarps) {
     ptx::mbarrier_init(&full, producers);
-    ptx::mbarrier_init(&empty, kConsumerWarps * kReleasingLanes);
+    ptx::mbarrier_init(&empty, consumer_warps * kReleasingLanes);
   }
 };
 
@@ -82,19 +82,38 @@ MOBA_DEVICE void tma_load_tile(const tile::SwizzledTile128B<T, rows, head_dim>& 
 }
 
 /// Issues cp.async copies of rows at element offsets `offsets` from `from`; kNoRow is a row of zeros. Called
-/// by kGatherThreads threads, numbered by `thread`; eight of them copy the 128 bytes of a row of a panel.
-template <typename T, int rows, int head_dim>
+/// by `threads` threads, numbered by `thread`; eight of them copy the 128 bytes of a row of a panel. Offsets
+/// are read for several copies at a time, which hides the latency of shared memory.
+template <int threads = kGatherThreads, typename T, int rows, int head_dim>
 MOBA_DEVICE void gather_rows(const tile::SwizzledTile128B<T, rows, head_dim>& to, const T* from,
                              const std::int64_t* offsets, int thread) {
-  const int vec = thread % 8;
-  for (int r = thread / 8; r < rows; r += kGatherThreads / 8) {
-    const std::int64_t offset = offsets[r];
+  using To = tile::SwizzledTile128B<T, rows, head_dim>;
+  constexpr int kStep = threads / 8, kSteps = (rows + kStep - 1) / kStep, kBatch = threads == ptx::kLanes ? 8 : 2;
+  static_assert(kStep % 8 == 4, "every second row of a thread has the same swizzle");
+  thread = ptx::opaque(thread);
+  const int row = thread / 8, vec = thread % 8;
+  const std::uint32_t starts[2] = {To::start(row, vec), To::start(row + kStep, vec)};
+  const T* const vec_from = ptx::opaque(from + vec * tile::kVecElements);
+  MOBA_NO_UNROLL
+  for (int first = 0; first < kSteps; first += kBatch) {
+    std::int64_t batch[kBatch];
     MOBA_UNROLL
-    for (int panel = 0; panel < head_dim / 64; ++panel) {
-      const int index = 8 * panel + vec;
-      ptx::cp_async_16(to.data, to.start(r, index),
-                       offset == kNoRow ? nullptr : from + offset + index * tile::kVecElements,
-                       offset != kNoRow);
+    for (int i = 0; i < kBatch; ++i) {
+      const int r = row + (first + i) * kStep;
+      if (r < rows) batch[i] = offsets[r];
+    }
+    MOBA_UNROLL
+    for (int i = 0; i < kBatch; ++i) {
+      const int step = first + i;
+      if (row + step * kStep >= rows) break;
+      const T* const row_from = vec_from + batch[i];
+      const bool exists = static_cast<std::int32_t>(batch[i]) != kNoRow;  // offsets are multiples of 8
+      MOBA_UNROLL
+      for (int panel = 0; panel < To::kPanels; ++panel) {
+        ptx::cp_async_16(to.data,
+                         starts[step % 2] + step / 2 * 2 * kStep * To::kRowBytes + panel * To::kPanelBytes,
+                         row_from + panel * To::kColumns, exists);
+      }
     }
   }
 }

@@ -76,6 +76,8 @@ struct Top8 {
   static constexpr int kRows = 16, kUnits = 2, kUnitRows = 8, kGroupTiles = 2, kColumns = 2 * kGroupTiles;
   static constexpr int kBuffer = 8;  // candidates of a lane and unit: a share of kTop, and a group
   static_assert(kTop / 4 + kColumns <= kBuffer);
+  static constexpr int kMany =
+      24;  // lanes with scores to append, from which raising the thresholds first is worth its time
   static constexpr float kLowest = -3.40282347e+38F;  // -inf and NaN do not reach it
 
   /// In shared memory, of one warp.
@@ -86,7 +88,8 @@ struct Top8 {
   Memory& memory;
   int k[kUnits] = {};  // 0: nothing is kept
   float threshold[kUnits] = {};
-  int counts[kUnits] = {};  // in this lane's buffers
+  int counts[kUnits] = {};        // in this lane's buffers
+  float sampled[kUnits][2] = {};  // maxima of what was sampled, of two sets of scores
 
   MOBA_DEVICE explicit Top8(Memory& of) : memory(of) {}
 
@@ -113,27 +116,23 @@ struct Top8 {
     k[unit] = kept;
     threshold[unit] = kept > 0 ? kLowest : ptx::infinity();
     counts[unit] = 0;
+    sampled[unit][0] = sampled[unit][1] = -ptx::infinity();
   }
 
-  /// Raises the threshold of a row to a score that at least k scores reach; `first` and `second` are the
-  /// maxima of two sets of scores of this lane.
-  MOBA_DEVICE void raise(int unit, float first, float second) {
-    float best[8] = {first, second};
-    order(best[0], best[1]);
+  /// A first pass over some of the scores raises the thresholds, so that few scores reach them in the second,
+  /// `push`.
+  template <int tiles>
+  MOBA_DEVICE void sample(const float (&scores)[tiles][4]) {
     MOBA_UNROLL
-    for (int n = 2; n < 8; n *= 2) {
+    for (int unit = 0; unit < kUnits; ++unit) {
       MOBA_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        if (i < n) best[2 * n - 1 - i] = ptx::shfl_xor(best[i], n / 2);
-      }
-      if (n == 2) {
-        sort_bitonic<4>(best);
-      } else {
-        sort_bitonic<8>(best);
+      for (int group = 0; group < tiles / kGroupTiles; ++group) {
+        float& max = sampled[unit][group / (tiles / kGroupTiles / 2)];
+        max = larger(max, max_of(scores, group, unit));
       }
     }
-    if (k[unit] > 0) threshold[unit] = larger(threshold[unit], at_rank(best, k[unit]));
   }
+  MOBA_DEVICE void finish_sample() { raise(sampled); }
 
   /// Appends the scores against the means of blocks [first, end) that reach the threshold of their row.
   /// Blocks come from the last to the first: of equal scores the later blocks win, so a full row takes only
@@ -141,6 +140,15 @@ struct Top8 {
   template <int tiles>
   MOBA_DEVICE void push(const float (&scores)[tiles][4], std::int32_t first, std::int32_t end) {
     constexpr int kGroups = tiles / kGroupTiles;
+    float maxima[kUnits][kGroups];
+    MOBA_UNROLL
+    for (int unit = 0; unit < kUnits; ++unit) {
+      MOBA_UNROLL
+      for (int group = 0; group < kGroups; ++group) maxima[unit][group] = max_of(scores, group, unit);
+    }
+    const unsigned lanes = reaching([&](int unit) { return max_of(maxima[unit], 0, kGroups); });
+    if (lanes == 0) return;
+    if (ptx::popc(lanes) >= kMany) raise(maxima);
     int done = 0;  // groups
     for (bool is_full = true; is_full;) {
       is_full = false;
@@ -149,11 +157,7 @@ struct Top8 {
         const int group = kGroups - 1 - i;
         const std::int32_t group_first = first + 8 * kGroupTiles * group;
         if (i < done || is_full || group_first >= end) continue;
-        bool passes = false;
-        for_scores<kGroupTiles>([&](int unit, int column) {
-          passes |= score_at(scores, group, unit, column) >= threshold[unit];
-        });
-        if (ptx::ballot(passes) != 0) {
+        if (reaching([&](int unit) { return maxima[unit][group]; }) != 0) {
           is_full = ptx::ballot(counts[0] > kBuffer - kColumns || counts[1] > kBuffer - kColumns) != 0;
           if (is_full) continue;
           append(scores, group, group_first);
@@ -177,6 +181,56 @@ struct Top8 {
   }
 
  private:
+  /// Maximum of values [begin, end); NaN only if all are.
+  template <int n>
+  MOBA_DEVICE static float max_of(const float (&values)[n], int begin, int end) {
+    float max = values[begin];
+    MOBA_UNROLL
+    for (int i = 0; i < n; ++i) {
+      if (i > begin && i < end) max = larger(max, values[i]);
+    }
+    return max;
+  }
+  template <int tiles>
+  MOBA_DEVICE static float max_of(const float (&scores)[tiles][4], int group, int unit) {
+    float max = score_at(scores, group, unit, 0);
+    MOBA_UNROLL
+    for (int column = 1; column < kColumns; ++column)
+      max = larger(max, score_at(scores, group, unit, column));
+    return max;
+  }
+
+  /// Returns the lanes with a maximum that reaches the threshold of its row.
+  template <typename Maximum>
+  MOBA_DEVICE unsigned reaching(Maximum&& maximum) const {
+    return ptx::ballot(maximum(0) >= threshold[0] || maximum(1) >= threshold[1]);
+  }
+
+  /// Raises the threshold of a row to a score that at least k scores reach: the k-th best of the maxima of
+  /// two sets of scores in each lane.
+  template <int groups>
+  MOBA_DEVICE void raise(const float (&maxima)[kUnits][groups]) {
+    MOBA_UNROLL
+    for (int unit = 0; unit < kUnits; ++unit) {
+      float best[8] = {larger(max_of(maxima[unit], 0, groups / 2), -ptx::infinity()),
+                       larger(max_of(maxima[unit], groups / 2, groups), -ptx::infinity())};
+      order(best[0], best[1]);
+      MOBA_UNROLL
+      for (int n = 2; n < 8; n *= 2) {
+        MOBA_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          if (i < n) best[2 * n - 1 - i] = ptx::shfl_xor(best[i], n / 2);
+        }
+        if (n == 2) {
+          sort_bitonic<4>(best);
+        } else {
+          sort_bitonic<8>(best);
+        }
+      }
+      if (k[unit] > 0) threshold[unit] = larger(threshold[unit], at_rank(best, k[unit]));
+    }
+  }
+
   template <int tiles>
   MOBA_DEVICE static float score_at(const float (&scores)[tiles][4], int group, int unit, int column) {
     return scores[group * kGroupTiles + column / 2][2 * unit + column % 2];

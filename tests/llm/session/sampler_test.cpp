@@ -92,6 +92,15 @@ TEST(Sampler, FiltersApplyBeforeTheTemperature) {
   EXPECT_EQ(shares(hot, logits_of({0.5, 0.3, 0.2})).size(), 2U);
 }
 
+TEST(Sampler, LogitBiasIsAddedFirst) {
+  Sampling sampling;
+  sampling.logit_bias = {{0, 2.5F}, {2, -100}, {7, 1}, {-1, 1}};  // the last two have no logit
+  EXPECT_EQ(Sampler(sampling)(std::vector<float>{1, 3, 9}), 0);
+  Sampling drawn = kEverything;
+  drawn.logit_bias = {{1, -std::numeric_limits<float>::infinity()}};
+  EXPECT_EQ(shares(drawn, logits_of({0.5, 0.3, 0.2})).count(1), 0U);
+}
+
 TEST(Sampler, SeedsAreReproducible) {
   const std::vector<float> flat(1000, 0.0f);
   const auto draw = [&](std::uint64_t seed) {

@@ -39,6 +39,10 @@ MOBA_DEVICE std::byte* shared() {
 MOBA_DEVICE int opaque(int number) {
   return number;
 }
+template <typename T>
+MOBA_DEVICE T* opaque(T* address) {
+  return address;
+}
 
 MOBA_DEVICE int lane() {
   return thread() % kLanes;

@@ -1,0 +1,574 @@
+#include "llm/engine/engine.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <limits>
+#include <list>
+#include <tuple>
+#include <utility>
+
+#include "llm/engine/sequence_cache.h"
+#include "llm/error.h"
+#include "src/stopwatch.h"
+
+namespace moba::llm {
+namespace {
+
+/// Maximum logits of one chunk, where those of every token are needed.
+constexpr std::int64_t kMaxChunkLogits = std::int64_t{1} << 26;
+
+/// One request in the engine. Its tokens are those of the prompt and of the answer; the cache holds the first
+/// of them.
+struct Sequence {
+  Sequence(Engine::Id number, Request r, const PageFormat& format)
+      : id(number),
+        request(std::move(r)),
+        tokens(request.prompt),
+        prompt_size(static_cast<std::int64_t>(tokens.size())),
+        cache(format),
+        sampler(request.sampling) {
+    usage.prompt_tokens = prompt_size;
+  }
+
+  Engine::Id id;
+  Request request;
+  std::vector<std::int32_t> tokens;
+  std::int64_t prompt_size;
+  SequenceCache cache;
+  Sampler sampler;
+  RequestUsage usage;
+  Stopwatch stage;  // since it was queued, started, or given its first logits
+  bool is_started = false, has_logits = false;
+  std::int64_t told = 0;  // tokens whose logits on_prompt_logits has received
+
+  std::int64_t unread() const { return static_cast<std::int64_t>(tokens.size()) - cache.length(); }
+  /// The tokens that are read in chunks: the prompt, and after a preemption all but the last one.
+  std::int64_t prefill_end() const {
+    return has_logits ? static_cast<std::int64_t>(tokens.size()) - 1 : prompt_size;
+  }
+  bool is_decoding() const { return has_logits && unread() == 1; }
+
+  std::int64_t tail_begin() const {
+    return request.prefill == AttentionMode::full
+               ? prompt_size
+               : std::max<std::int64_t>(0, prompt_size - request.full_tail);
+  }
+  AttentionMode mode_at(std::int64_t position) const {
+    return position < tail_begin()  ? request.prefill
+           : position < prompt_size ? AttentionMode::full
+                                    : request.decode;
+  }
+  /// Where the mode at `position` ends.
+  std::int64_t mode_end(std::int64_t position) const {
+    for (const std::int64_t end : {tail_begin(), prompt_size}) {
+      if (position < end) return end;
+    }
+    return std::numeric_limits<std::int64_t>::max();
+  }
+  /// The first position whose mode differs from that of the first token: keys before it depend on the tokens
+  /// and the variant alone.
+  std::int64_t variant_end() const {
+    std::int64_t end = mode_end(0);
+    while (end != std::numeric_limits<std::int64_t>::max() && mode_at(end) == mode_at(0)) end = mode_end(end);
+    return end;
+  }
+  /// The settings that the keys of the first tokens depend on.
+  std::string variant() const {
+    const AttentionMode mode = mode_at(0);
+    if (mode == AttentionMode::full) return std::string(name_of(mode));
+    return fmt::format("{} top_k {} sink {}", name_of(mode), request.moba.top_k, request.moba.sink_blocks);
+  }
+};
+
+}  // namespace
+
+std::string_view name_of(Finish finish) {
+  switch (finish) {
+    case Finish::end_token:
+      return "end_token";
+    case Finish::stopped:
+      return "stopped";
+    case Finish::length:
+      return "length";
+    case Finish::context:
+      return "context";
+    case Finish::cancelled:
+      return "cancelled";
+  }
+  return "?";
+}
+
+struct Engine::Impl {
+  using Sequences = std::list<Sequence>;  // oldest first
+
+  Impl(Model m, const EngineSettings& s);
+
+  void check(const Request& request) const;
+  bool step();
+  void finish(Sequences& list, Sequences::iterator sequence, Finish reason);
+  std::int64_t max_tokens() const;
+
+  void admit();
+  bool fits(Sequence& sequence);
+  bool reserve(Sequence& sequence, std::int64_t tokens);
+  void preempt(Sequences::iterator sequence);
+
+  Routing routing(const Sequence& sequence, AttentionMode mode, std::int64_t tokens) const;
+  Routing on_layer(const Routing& routing, std::int64_t layer) const;
+  void decode_all();
+  std::vector<float> decode(std::span<Sequence* const> batch);
+  void prefill_one(double decode_seconds);
+  Sequence* next_prefill();
+  void adopt_prefix(Sequence& sequence);
+  void prefill(Sequence& sequence, std::int64_t tokens);
+  void advance(Sequence& sequence, std::int64_t tokens);
+  void sample(Sequence& sequence, std::span<const float> logits);
+
+  Model model;
+  EngineSettings settings;
+  PageFormat format;
+  PagePool pool;
+  PrefixCache prefixes;
+  std::vector<bool> is_full;  // by layer
+  Parallel parallel;
+  Sequences waiting, running;
+  std::vector<std::pair<Id, Finish>> finished;  // in this step
+  ChunkSize chunk_size;
+  Id next_id = 0;
+  EngineStatistics sums;
+};
+
+namespace {
+
+DType kv_dtype(const Model& model, const EngineSettings& settings) {
+  return settings.kv_dtype.value_or(model.dtype());
+}
+
+std::int64_t context_of(const Model& model, const EngineSettings& settings) {
+  return settings.context == 0 ? model.config().context : settings.context;
+}
+
+std::int64_t max_pages(const PageFormat& format, const EngineSettings& settings) {
+  const auto pages = static_cast<std::int64_t>(settings.cache_bytes / format.bytes);
+  if (pages < 1) {
+    throw UsageError(fmt::format("cache_bytes: expected at least {} (a page of {} tokens), got {}",
+                                 format.bytes, format.page_tokens, settings.cache_bytes));
+  }
+  return pages;
+}
+
+void check_counts(const EngineSettings& settings) {
+  const auto at_least_one = [](const char* name, std::int64_t value) {
+    if (value < 1) throw UsageError(fmt::format("{}: expected at least 1, got {}", name, value));
+  };
+  if (settings.context < 0)
+    throw UsageError(fmt::format("context: expected at least 0, got {}", settings.context));
+  at_least_one("block_size", settings.block_size);
+  at_least_one("chunk", settings.chunk);
+  at_least_one("max_running", settings.max_running);
+  at_least_one("max_waiting", settings.max_waiting);
+}
+
+}  // namespace
+
+Engine::Impl::Impl(Model m, const EngineSettings& s)
+    : model(std::move(m)),
+      settings((check_counts(s), s)),
+      format(model.config(), settings.block_size, kv_dtype(model, settings), context_of(model, settings)),
+      pool(format.bytes, max_pages(format, settings)),
+      prefixes(format.page_tokens),
+      parallel(openmp(settings.threads)) {
+  const ModelConfig& config = model.config();
+  SessionSettings layers;
+  layers.full_layers = settings.full_layers;
+  llm::check(layers, config);
+  settings.context = context_of(model, settings);
+  is_full.resize(static_cast<std::size_t>(config.layers));
+  for (const LayerRange& range : settings.full_layers)
+    std::fill(is_full.begin() + range.first, is_full.begin() + range.last + 1, true);
+}
+
+/// Tokens that a lone request can hold.
+std::int64_t Engine::Impl::max_tokens() const {
+  const std::int64_t pages = pool.max_pages();
+  return pages > settings.context / format.page_tokens ? settings.context : pages * format.page_tokens;
+}
+
+void Engine::Impl::check(const Request& request) const {
+  const auto refuse = [](const char* name, const std::string& expected, std::int64_t got) {
+    throw UsageError(fmt::format("{}: expected {}, got {}", name, expected, got));
+  };
+  const auto size = static_cast<std::int64_t>(request.prompt.size());
+  if (size < 1 || size > max_tokens()) refuse("prompt", fmt::format("1 to {} tokens", max_tokens()), size);
+  for (const std::int32_t token : request.prompt) {
+    if (token < 0 || token >= model.config().vocab)
+      refuse("prompt", fmt::format("token ids below {}", model.config().vocab), token);
+  }
+  const Routing& moba = request.moba;
+  if (request.decode == AttentionMode::moba_naive)
+    throw UsageError("decode: expected full or moba, got moba-naive");
+  if (request.prefill != AttentionMode::full || request.decode != AttentionMode::full) {
+    if (moba.block_size != settings.block_size)
+      refuse("block_size", fmt::format("{} (the engine's)", settings.block_size), moba.block_size);
+    if (moba.top_k < 1) refuse("top_k", "at least 1", moba.top_k);
+    if (moba.sink_blocks < 0 || moba.sink_blocks >= moba.top_k)
+      refuse("sink_blocks", fmt::format("0 to {}, one less than top_k", moba.top_k - 1), moba.sink_blocks);
+  }
+  if (request.full_tail < 0) refuse("full_tail", "at least 0", request.full_tail);
+  if (request.max_tokens.value_or(0) < 0) refuse("max_tokens", "at least 0", *request.max_tokens);
+}
+
+bool Engine::Impl::step() {
+  ++sums.steps;
+  admit();
+  const double decode_seconds = seconds_of([&] { decode_all(); });
+  prefill_one(decode_seconds);
+  return !running.empty() || !waiting.empty();
+}
+
+void Engine::Impl::finish(Sequences& list, Sequences::iterator sequence, Finish reason) {
+  Sequence& s = *sequence;
+  (!s.is_started  ? s.usage.queue_seconds
+   : s.has_logits ? s.usage.decode_seconds
+                  : s.usage.prefill_seconds) += s.stage.seconds();
+  s.cache.clear();
+  ++sums.finished_requests;
+  Sequences ended;
+  ended.splice(ended.end(), list, sequence);
+  if (s.request.on_finish) s.request.on_finish(reason, s.usage);
+}
+
+/// Starts requests in the order of their arrival, where their prompts find room beside all that runs.
+void Engine::Impl::admit() {
+  while (!waiting.empty() && static_cast<std::int64_t>(running.size()) < settings.max_running) {
+    Sequence& next = waiting.front();
+    if (!running.empty() && !fits(next)) return;
+    if (!next.is_started) {
+      next.is_started = true;
+      next.usage.queue_seconds = next.stage.seconds();
+      next.stage = {};
+    }
+    const auto place = std::find_if(running.begin(), running.end(),
+                                    [&](const Sequence& other) { return other.id > next.id; });
+    running.splice(place, waiting, waiting.begin());
+  }
+}
+
+bool Engine::Impl::fits(Sequence& sequence) {
+  const std::vector<Page> shared = prefixes.match(sequence.variant(), sequence.tokens);
+  std::int64_t free = pool.max_pages() - (pool.used() - prefixes.idle_pages());
+  for (const Sequence& other : running) {  // what they have yet to read, and a page for the answer
+    const auto tokens = static_cast<std::int64_t>(other.tokens.size());
+    free -= std::max<std::int64_t>(0, format.pages_for(tokens) - other.cache.pages()) + 1;
+  }
+  const auto tokens = static_cast<std::int64_t>(sequence.tokens.size());
+  return format.pages_for(tokens + 1) - static_cast<std::int64_t>(shared.size()) <= free;
+}
+
+/// Gives `sequence` pages for `tokens` more tokens, at the cost of unused prefixes, then of younger requests.
+/// So the oldest request always gets what it needs.
+bool Engine::Impl::reserve(Sequence& sequence, std::int64_t tokens) {
+  while (sequence.cache.capacity() < sequence.cache.length() + tokens) {
+    if (Page page = pool.allocate()) {
+      sequence.cache.add(std::move(page));
+    } else if (prefixes.evict()) {
+      ++sums.evicted_pages;
+    } else {
+      const auto youngest = std::find_if(running.rbegin(), running.rend(),
+                                         [](const Sequence& s) { return s.cache.pages() > 0; });
+      if (youngest == running.rend() || youngest->id <= sequence.id) return false;
+      preempt(std::prev(youngest.base()));
+    }
+  }
+  return true;
+}
+
+/// Frees the pages of a request, which is read again when there is room.
+void Engine::Impl::preempt(Sequences::iterator sequence) {
+  ++sums.preemptions;
+  sequence->cache.clear();
+  const auto place = std::find_if(waiting.begin(), waiting.end(),
+                                  [&](const Sequence& other) { return other.id > sequence->id; });
+  waiting.splice(place, running, sequence);
+}
+
+/// The routing of queries on up to `tokens` keys. Where it covers every block it is full, so that the result
+/// does not depend on the other sequences of a batch.
+Routing Engine::Impl::routing(const Sequence& sequence, AttentionMode mode, std::int64_t tokens) const {
+  Routing result = sequence.request.moba;
+  const std::int64_t blocks = (tokens + settings.block_size - 1) / settings.block_size;
+  if (mode != AttentionMode::full && result.top_k < blocks) return result;
+  result = Routing::full();
+  result.block_size = settings.block_size;
+  return result;
+}
+
+Routing Engine::Impl::on_layer(const Routing& routing, std::int64_t layer) const {
+  if (!is_full[static_cast<std::size_t>(layer)]) return routing;
+  Routing full = Routing::full();
+  full.block_size = settings.block_size;
+  return full;
+}
+
+namespace {
+
+/// Rows [first, first + count) of a tensor.
+Tensor rows_of(const Tensor& t, std::size_t first, std::size_t count) {
+  Tensor rows = t;
+  rows.data = static_cast<std::byte*>(t.data) +
+              static_cast<std::int64_t>(first) * t.strides[0] * static_cast<std::int64_t>(size_of(t.dtype));
+  rows.sizes[0] = static_cast<std::int64_t>(count);
+  return rows;
+}
+
+auto key_of(const Routing& routing) {
+  return std::tuple(routing.top_k, routing.sink_blocks);
+}
+
+}  // namespace
+
+/// Reads the last token of every sequence; returns the logits [batch, vocab].
+std::vector<float> Engine::Impl::decode(std::span<Sequence* const> batch) {
+  std::vector<std::int32_t> tokens;
+  std::vector<std::int64_t> positions;
+  std::vector<Routing> routings;
+  for (Sequence* s : batch) {
+    tokens.push_back(s->tokens.back());
+    positions.push_back(s->cache.length());
+    routings.push_back(routing(*s, s->mode_at(s->cache.length()), s->cache.length() + 1));
+    s->cache.prepare(1);
+  }
+  double seconds = 0;
+  const Execution execution{.parallel = parallel};
+  std::vector<PagedSequence> views(batch.size());
+  std::vector<float> logits = model.decode(
+      tokens, positions,
+      [&](std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out) {
+        const ScopedTimer timer(seconds);
+        const PageLayout layout = format.layer(layer);
+        for (std::size_t i = 0; i < batch.size(); ++i) {
+          views[i] = batch[i]->cache.view(layer, positions[i]);
+          append(rows_of(k, i, 1), rows_of(v, i, 1), layout, views[i], execution);
+          ++views[i].length;
+        }
+        for (std::size_t first = 0, last = 0; first < batch.size(); first = last) {
+          while (last < batch.size() && key_of(routings[last]) == key_of(routings[first])) ++last;
+          moba::decode(rows_of(q, first, last - first), layout, std::span(views).subspan(first, last - first),
+                       on_layer(routings[first], layer), {.out = rows_of(out, first, last - first)},
+                       execution);
+        }
+      });
+  for (Sequence* s : batch) {
+    s->usage.attention.decode += seconds;
+    advance(*s, 1);
+  }
+  return logits;
+}
+
+void Engine::Impl::decode_all() {
+  std::vector<Sequence*> batch;
+  for (Sequence& sequence : running) {  // reserve() may take younger ones out of the list
+    if (sequence.is_decoding() && reserve(sequence, 1)) batch.push_back(&sequence);
+  }
+  if (batch.empty()) return;
+  const auto key = [&](const Sequence* s) {
+    return key_of(routing(*s, s->mode_at(s->cache.length()), s->cache.length() + 1));
+  };
+  std::stable_sort(batch.begin(), batch.end(), [&](auto* a, auto* b) { return key(a) < key(b); });
+  const std::vector<float> logits = decode(batch);
+  const auto vocab = static_cast<std::size_t>(model.config().vocab);
+  for (std::size_t i = 0; i < batch.size(); ++i)
+    sample(*batch[i], std::span(logits).subspan(i * vocab, vocab));
+}
+
+/// The request whose prompt is read next: every other time the oldest, so that it ends, else the one with
+/// the fewest tokens left, so that short ones need not wait for it.
+Sequence* Engine::Impl::next_prefill() {
+  Sequence* next = nullptr;
+  for (Sequence& s : running) {
+    if (s.is_decoding()) continue;
+    const auto left = [](const Sequence& of) { return of.prefill_end() - of.cache.length(); };
+    if (next == nullptr || (sums.steps % 2 == 1 && left(s) < left(*next))) next = &s;
+  }
+  return next;
+}
+
+/// Takes over what other requests have read meanwhile.
+void Engine::Impl::adopt_prefix(Sequence& sequence) {
+  if (sequence.request.on_prompt_logits) return;
+  // The last token of the prompt is read for its logits.
+  const std::int64_t last = sequence.has_logits ? sequence.prefill_end() : sequence.prompt_size - 1;
+  const std::int64_t end = std::min(last, sequence.variant_end());
+  if (end < (sequence.cache.length() / format.page_tokens + 1) * format.page_tokens) return;
+  const std::vector<Page> pages =
+      prefixes.match(sequence.variant(), std::span(sequence.tokens).first(static_cast<std::size_t>(end)));
+  const std::int64_t tokens = static_cast<std::int64_t>(pages.size()) * format.page_tokens;
+  const std::int64_t added = tokens - sequence.cache.length();
+  if (added <= 0) return;
+  sequence.cache.adopt(pages);
+  if (sequence.has_logits) return;
+  sequence.usage.cached_tokens += added;
+  sums.cached_tokens += added;
+}
+
+void Engine::Impl::prefill_one(double decode_seconds) {
+  Sequence* next = next_prefill();
+  if (next == nullptr) return;
+  Sequence& sequence = *next;
+  adopt_prefix(sequence);
+  const std::int64_t begin = sequence.cache.length(), end = sequence.prefill_end();
+  if (begin == end) return;  // after a preemption
+
+  std::int64_t chunk = settings.chunk;
+  const bool delays =
+      std::any_of(running.begin(), running.end(), [](const auto& s) { return s.is_decoding(); });
+  if (settings.max_step_seconds && delays)
+    chunk = std::min(chunk, chunk_size.within(*settings.max_step_seconds - decode_seconds));
+  if (sequence.request.on_prompt_logits)
+    chunk = std::min(chunk, std::max<std::int64_t>(1, kMaxChunkLogits / model.config().vocab));
+  // Whole pages can be shared while the prompt is being read.
+  const std::int64_t whole = (begin + chunk) / format.page_tokens * format.page_tokens;
+  std::int64_t last = begin + chunk < end && whole > begin ? whole : begin + chunk;
+  last = std::min({last, end, sequence.mode_end(begin)});
+  reserve(sequence, last - begin);
+  last = std::min(last, sequence.cache.capacity());
+  if (last > begin) prefill(sequence, last - begin);
+}
+
+void Engine::Impl::prefill(Sequence& sequence, std::int64_t tokens) {
+  const std::int64_t begin = sequence.cache.length(), end = begin + tokens;
+  const AttentionMode mode = sequence.mode_at(begin);
+  const Request& request = sequence.request;
+  const bool ends = !sequence.has_logits && end == sequence.prompt_size;
+  const Logits wanted = request.on_prompt_logits && !sequence.has_logits ? Logits::all
+                        : ends                                           ? Logits::last
+                                                                         : Logits::none;
+  Routing routing = request.moba;
+  if (mode == AttentionMode::full) {
+    routing = Routing::full();
+    routing.block_size = settings.block_size;
+  }
+  Execution execution{.parallel = parallel};
+  if (mode == AttentionMode::moba_naive) execution.backend = "reference";
+  sequence.cache.prepare(tokens);
+  const Stopwatch stopwatch;
+  const std::vector<float> logits = model.forward(
+      std::span(sequence.tokens).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(tokens)),
+      begin,
+      [&](std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out) {
+        {
+          const ScopedTimer timer(sequence.usage.attention.prefill);
+          const PageLayout layout = format.layer(layer);
+          PagedSequence view = sequence.cache.view(layer, begin);
+          append(k, v, layout, view, execution);
+          view.length = end;
+          if (q.sizes[0] == 1) {
+            moba::decode(q, layout, {&view, 1}, on_layer(routing, layer), {.out = out}, execution);
+          } else if (q.sizes[0] > 1) {
+            attention(q, layout, view, on_layer(routing, layer), {.out = out}, execution);
+          }
+        }
+        if (request.on_progress && !sequence.has_logits) {
+          const double share = static_cast<double>(layer + 1) / static_cast<double>(format.layers);
+          request.on_progress(static_cast<double>(begin) + share * static_cast<double>(tokens));
+        }
+      },
+      wanted);
+  chunk_size.measure(tokens, stopwatch.seconds());
+  advance(sequence, tokens);
+  if (!sequence.has_logits) sums.prompt_tokens += tokens;
+  const auto vocab = static_cast<std::size_t>(model.config().vocab);
+  if (wanted == Logits::all && end > sequence.told) {  // some may be known from before a preemption
+    const std::int64_t known = std::max<std::int64_t>(sequence.told - begin, 0);
+    request.on_prompt_logits(begin + known,
+                             std::span(logits).subspan(static_cast<std::size_t>(known) * vocab));
+    sequence.told = end;
+  }
+  if (!ends) return;
+  sequence.has_logits = true;
+  sequence.usage.prefill_seconds = sequence.stage.seconds();
+  sequence.stage = {};
+  sample(sequence, std::span(logits).last(vocab));
+}
+
+/// Counts tokens that were read, and caches pages that they have filled.
+void Engine::Impl::advance(Sequence& sequence, std::int64_t tokens) {
+  SequenceCache& cache = sequence.cache;
+  const std::int64_t size = format.page_tokens, before = cache.length() / size;
+  cache.advance(tokens);
+  const std::int64_t pages = std::min(cache.length(), sequence.variant_end()) / size;
+  if (pages <= before) return;
+  std::vector<Page> cached = cache.first_pages(pages);
+  prefixes.insert(sequence.variant(),
+                  std::span(sequence.tokens).first(static_cast<std::size_t>(pages * size)), cached);
+  cache.replace_first(cached);
+}
+
+/// Draws the next token, and ends the request if it was the last.
+void Engine::Impl::sample(Sequence& sequence, std::span<const float> logits) {
+  const Request& request = sequence.request;
+  const auto end = [&](Finish reason) {
+    const auto place =
+        std::find_if(running.begin(), running.end(), [&](const Sequence& s) { return s.id == sequence.id; });
+    finish(running, place, reason);
+  };
+  if (request.max_tokens == 0) return end(Finish::length);
+  const std::int32_t token = sequence.sampler(logits);
+  if (std::find(request.end_tokens.begin(), request.end_tokens.end(), token) != request.end_tokens.end())
+    return end(Finish::end_token);
+  sequence.tokens.push_back(token);
+  ++sequence.usage.generated_tokens;
+  ++sums.generated_tokens;
+  if (request.on_token && !request.on_token(token, logits)) return end(Finish::stopped);
+  if (sequence.cache.length() == max_tokens()) return end(Finish::context);
+  if (sequence.usage.generated_tokens == request.max_tokens) return end(Finish::length);
+}
+
+Engine::Engine(Model model, const EngineSettings& settings)
+    : impl_(std::make_unique<Impl>(std::move(model), settings)) {}
+Engine::~Engine() = default;
+Engine::Engine(Engine&&) noexcept = default;
+Engine& Engine::operator=(Engine&&) noexcept = default;
+
+Engine::Id Engine::submit(Request request) {
+  impl_->check(request);
+  if (static_cast<std::int64_t>(impl_->waiting.size()) >= impl_->settings.max_waiting) {
+    throw QueueFull(fmt::format("queue: expected at most {} waiting requests, got one more",
+                                impl_->settings.max_waiting));
+  }
+  impl_->waiting.emplace_back(impl_->next_id, std::move(request), impl_->format);
+  return impl_->next_id++;
+}
+
+void Engine::cancel(Id id) {
+  for (Impl::Sequences* list : {&impl_->waiting, &impl_->running}) {
+    const auto found =
+        std::find_if(list->begin(), list->end(), [&](const Sequence& s) { return s.id == id; });
+    if (found != list->end()) return impl_->finish(*list, found, Finish::cancelled);
+  }
+}
+
+bool Engine::step() {
+  return impl_->step();
+}
+
+EngineStatistics Engine::statistics() const {
+  EngineStatistics result = impl_->sums;
+  result.running = static_cast<std::int64_t>(impl_->running.size());
+  result.waiting = static_cast<std::int64_t>(impl_->waiting.size());
+  result.used_pages = impl_->pool.used();
+  result.cached_pages = impl_->prefixes.pages();
+  result.max_pages = impl_->pool.max_pages();
+  result.page_tokens = impl_->format.page_tokens;
+  return result;
+}
+
+std::int64_t Engine::max_prompt() const {
+  return impl_->max_tokens();
+}
+const Model& Engine::model() const {
+  return impl_->model;
+}
+
+}  // namespace moba::llm

@@ -1,0 +1,68 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "llm/config.h"
+#include "llm/engine/page_pool.h"
+#include "moba/cache.h"
+
+namespace moba::llm {
+
+/// The layout of an engine's pages, each with the same tokens of all layers: for each layer keys and values,
+/// then for each layer the means of the page's blocks [blocks, Hkv, D] in f32.
+struct PageFormat {
+  /// `context`: the longest sequence; blocks beyond it are never complete.
+  PageFormat(const ModelConfig& config, std::int64_t block_size, DType dtype, std::int64_t context);
+
+  std::int64_t layers, page_tokens;
+  PageLayout first_layer;
+  std::size_t layer_bytes, bytes;  // of one layer without means, and of a page
+
+  PageLayout layer(std::int64_t index) const;
+  /// Floats of one mean, and of the means of one layer in a page.
+  std::int64_t mean_size() const { return first_layer.kv_heads * first_layer.head_dim; }
+  std::int64_t means_size() const { return page_tokens / first_layer.block_size * mean_size(); }
+  float* means(std::byte* page, std::int64_t layer) const;
+  std::int64_t pages_for(std::int64_t tokens) const { return (tokens + page_tokens - 1) / page_tokens; }
+};
+
+/// The KV cache of one request: pages, and copies of their means in one piece, which the gate streams.
+class SequenceCache {
+ public:
+  explicit SequenceCache(const PageFormat& format) : format_(&format) {}
+
+  std::int64_t length() const { return length_; }
+  std::int64_t pages() const { return static_cast<std::int64_t>(pages_.size()); }
+  /// Returns the tokens that the pages have room for.
+  std::int64_t capacity() const { return pages() * format_->page_tokens; }
+
+  void add(Page page);
+  /// Drops the pages without tokens.
+  void trim();
+  /// Makes room for the means of `tokens` more tokens, before they are appended to the layers' views.
+  void prepare(std::int64_t tokens);
+  /// Returns the pages of a layer as if they held `length` tokens. Valid until the next change.
+  PagedSequence view(std::int64_t layer, std::int64_t length);
+  /// Counts `tokens` that were appended to every layer, and stores the means of complete blocks in their
+  /// pages.
+  void advance(std::int64_t tokens);
+  /// Continues after `pages`, which are full and hold at least length() tokens, the first ones included.
+  void adopt(std::span<const Page> pages);
+  /// Returns the first pages.
+  std::vector<Page> first_pages(std::int64_t count) const;
+  /// Replaces the first pages by others of the same tokens.
+  void replace_first(std::span<const Page> pages);
+  void clear();
+
+ private:
+  const PageFormat* format_;
+  std::int64_t length_ = 0;
+  std::vector<Page> pages_;
+  std::vector<std::byte*> memory_;         // of the pages
+  std::vector<std::vector<float>> means_;  // by layer: [complete blocks + 1, Hkv, D]
+};
+
+}  // namespace moba::llm

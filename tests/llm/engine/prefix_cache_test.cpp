@@ -1,0 +1,111 @@
+#include "llm/engine/prefix_cache.h"
+
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+namespace moba::llm {
+namespace {
+
+constexpr std::int64_t kPage = 4;
+
+std::vector<std::int32_t> tokens(std::int32_t first, std::int64_t count) {
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(count));
+  std::iota(ids.begin(), ids.end(), first);
+  return ids;
+}
+
+class PrefixCacheTest : public ::testing::Test {
+ protected:
+  /// Caches pages for `ids`; returns them.
+  std::vector<Page> insert(const std::vector<std::int32_t>& ids, std::string_view variant = "full") {
+    std::vector<Page> pages;
+    for (std::size_t i = 0; i < ids.size() / kPage; ++i) pages.push_back(pool_.allocate());
+    cache_.insert(variant, ids, pages);
+    return pages;
+  }
+  std::size_t matched(const std::vector<std::int32_t>& ids, std::string_view variant = "full") {
+    return cache_.match(variant, ids).size();
+  }
+
+  PagePool pool_{64, 10};
+  PrefixCache cache_{kPage};
+};
+
+TEST_F(PrefixCacheTest, MatchesWholePagesOfTheSameTokensAndVariant) {
+  const std::vector<Page> pages = insert(tokens(0, 12));
+  EXPECT_EQ(cache_.match("full", tokens(0, 12)), pages);
+  EXPECT_EQ(matched(tokens(0, 11)), 2U);
+  EXPECT_EQ(matched(tokens(0, 100)), 3U);
+  EXPECT_EQ(matched(tokens(1, 12)), 0U);
+  EXPECT_EQ(matched(tokens(0, 12), "moba"), 0U);
+  std::vector<std::int32_t> other = tokens(0, 12);
+  other[5] = 99;
+  EXPECT_EQ(matched(other), 1U);
+  EXPECT_EQ(matched({}), 0U);
+}
+
+TEST_F(PrefixCacheTest, EqualPagesAreCachedOnce) {
+  const std::vector<Page> first = insert(tokens(0, 8));
+  std::vector<std::int32_t> longer = tokens(0, 12);
+  const std::vector<Page> second = insert(longer);
+  EXPECT_EQ(second[0], first[0]);
+  EXPECT_EQ(second[1], first[1]);
+  EXPECT_EQ(cache_.pages(), 3);
+  EXPECT_EQ(pool_.used(), 3);
+}
+
+TEST_F(PrefixCacheTest, EvictsTheLeastRecentlyUsedEndOfAPrefix) {
+  insert(tokens(0, 12));
+  insert(tokens(100, 8));
+  EXPECT_EQ(matched(tokens(0, 12)), 3U);  // now the more recent
+  EXPECT_TRUE(cache_.evict());
+  EXPECT_EQ(cache_.match("full", tokens(100, 8)).size(), 1U);
+  EXPECT_TRUE(cache_.evict());
+  EXPECT_EQ(matched(tokens(0, 12)), 2U);
+  EXPECT_EQ(pool_.used(), 3);
+}
+
+TEST_F(PrefixCacheTest, PagesInUseAreNotEvicted) {
+  std::vector<Page> held = insert(tokens(0, 8));
+  EXPECT_EQ(cache_.idle_pages(), 0);
+  EXPECT_FALSE(cache_.evict());
+  held.pop_back();
+  EXPECT_EQ(cache_.idle_pages(), 1);
+  EXPECT_TRUE(cache_.evict());
+  EXPECT_FALSE(cache_.evict());
+  EXPECT_EQ(matched(tokens(0, 8)), 1U);
+}
+
+TEST_F(PrefixCacheTest, VeryLongPrefixesAreFreedWithoutRecursion) {
+  PagePool pool(64, 200000);
+  PrefixCache cache(1);
+  const std::vector<std::int32_t> ids = tokens(0, 200000);
+  std::vector<Page> pages;
+  for (std::size_t i = 0; i < ids.size(); ++i) pages.push_back(pool.allocate());
+  cache.insert("full", ids, pages);
+  EXPECT_EQ(cache.pages(), 200000);
+}
+
+TEST(PagePool, StopsAtItsLimitAndTakesPagesBack) {
+  PagePool pool(128, 2);
+  Page a = pool.allocate(), b = pool.allocate();
+  ASSERT_TRUE(a && b);
+  EXPECT_FALSE(pool.allocate());
+  a.reset();
+  EXPECT_EQ(pool.used(), 1);
+  EXPECT_TRUE(pool.allocate());
+  EXPECT_EQ(reinterpret_cast<std::uintptr_t>(b.get()) % 64, 0U);
+}
+
+TEST(PagePool, PagesOutliveIt) {
+  Page page;
+  {
+    PagePool pool(128, 2);
+    page = pool.allocate();
+  }
+  *page = std::byte{1};
+}
+
+}  // namespace
+}  // namespace moba::llm
