@@ -6,7 +6,7 @@ JOBS ?= $(shell nproc)
 PYTHON := .venv/bin/python
 SOURCES = git ls-files '*.h' '*.cpp' '*.cu'
 
-.PHONY: help setup build docs python demo test test-cpp test-asan test-tsan test-python test-long cuda gpu-kit gpu-check neon bench format lint lint-fast install-test clean
+.PHONY: help setup build docs python demo test test-cpp test-asan test-tsan test-python fuzz test-long cuda gpu-kit gpu-check neon wheel check-wheel dist sdist bench format lint lint-fast install-test clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z -]+):.*## /\1\t/' | \
@@ -26,6 +26,28 @@ docs: build  ## write the tables of flags in docs/command-line.md
 python: setup  ## install the PyTorch package into .venv
 	@echo "installing the Python package moba into .venv"
 	$(PYTHON) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps .
+
+# Highway is linked in; libgomp is torch's own, so that a process has one pool of threads.
+HIGHWAY = $(if $(wildcard build/highway),-C cmake.define.CMAKE_DISABLE_FIND_PACKAGE_hwy=ON -C cmake.define.FETCHCONTENT_SOURCE_DIR_HIGHWAY=$(abspath build/highway))
+wheel: setup  ## build one wheel for every Python and torch into dist/; MOBA_BUILD_CUDA=ON adds the CUDA backend
+	@tools/setup.sh release
+	rm -rf build/wheel-linux
+	$(PYTHON) -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps -w build/wheel-linux \
+	  -C build-dir=build/wheel-release $(HIGHWAY) .
+	PATH="$(abspath .venv/bin):$$PATH" $(PYTHON) -m auditwheel repair --only-plat --exclude libtorch_cpu.so --exclude libgomp.so.1 -w dist build/wheel-linux/*.whl
+
+WHEEL_PYTHONS ?= python3.11=2.13.0
+check-wheel: wheel  ## install the wheel in clean environments and use it; WHEEL_PYTHONS='python3.10=2.10.0 python3.13=2.15.0' names Pythons and torches
+	$(PYTHON) tools/check_wheel.py dist/*.whl $(WHEEL_PYTHONS)
+
+dist: build  ## pack the program with the libraries that it needs into one archive in dist/
+	@tools/setup.sh release
+	PATH="$(abspath .venv/bin):$$PATH" $(PYTHON) tools/make_dist.py
+	$(PYTHON) tools/make_dist.py --check
+
+sdist: setup  ## write the source distribution of the Python package into dist/
+	@tools/setup.sh release
+	$(PYTHON) -m build --sdist --no-isolation --skip-dependency-check --outdir dist .
 
 demo: setup  ## show a model that finds a fact in a long text, with full attention and with MoBA
 	@$(MAKE) --no-print-directory build
@@ -49,6 +71,13 @@ test-asan test-tsan: test-%: setup  ## run the library's tests under AddressSani
 test-python: test-cpp python  ## run the Python tests on the optimised build
 	@tools/setup.sh browser
 	$(PYTHON) -m pytest -q -n $(JOBS) --maxprocesses 8 tests
+
+FUZZ_SECONDS ?= 20
+fuzz: setup  ## fuzz the readers of GGUF, safetensors, JSON and texts; FUZZ_SECONDS=600 for longer
+	@tools/setup.sh fuzz
+	@cmake --preset fuzz --log-level=ERROR >/dev/null
+	cmake --build build/fuzz -j$(JOBS) --target fuzzers
+	$(PYTHON) tools/fuzz.py --seconds $(FUZZ_SECONDS)
 
 test-long: test-cpp python  ## run tens of thousands more generated cases, and read a million tokens
 	MOBA_TEST_CASES=2000 ctest --test-dir build/release --output-on-failure --progress -j$(JOBS) -R Agreement

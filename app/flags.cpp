@@ -38,22 +38,14 @@ std::optional<llm::LayerRange> layer_range(std::string_view text) {
   return llm::LayerRange{*first, *last};
 }
 
-/// Escapes what would end a cell of a table.
-std::string in_cell(const std::string& text) {
-  std::string cell;
-  for (const char c : text) cell += c == '|' ? "\\|" : std::string(1, c);
-  return cell;
-}
-
-/// Returns "a,b" as "`a`, `b`".
-std::string code_list(std::string_view text, char separator) {
-  std::string list;
+std::vector<std::string> split(std::string_view text, char separator) {
+  std::vector<std::string> parts;
   for (std::size_t begin = 0; begin <= text.size();) {
     const std::size_t end = std::min(text.find(separator, begin), text.size());
-    list += fmt::format("{}`{}`", list.empty() ? "" : ", ", text.substr(begin, end - begin));
+    parts.emplace_back(text.substr(begin, end - begin));
     begin = end + 1;
   }
-  return list;
+  return parts;
 }
 
 }  // namespace
@@ -118,23 +110,24 @@ std::string Flag::key() const {
   return key;
 }
 
-std::string Flag::markdown() const {
+Json Flag::description() const {
   const std::string type = option_->get_type_name();
-  const char separator = type.find('|') != std::string::npos ? '|' : ',';
-  const std::string words =
-      type.find(separator) == std::string::npos
-          ? ""
-          : fmt::format(". {} {}", separator == '|' ? "One of" : "Any of", code_list(type, separator));
-  return fmt::format("| {} | {} | {}{} |\n", code_list(option_->get_name(false, true), ','),
-                     option_->get_required() ? "required" : in_cell(default_), in_cell(help_), words);
+  const bool is_list = type.find('|') == std::string::npos && type.find(',') != std::string::npos;
+  const std::vector<std::string> words = split(type, is_list ? ',' : '|');
+  return {{"names", split(option_->get_name(false, true), ',')},
+          {"group", group()},
+          {"type", option_->get_items_expected_max() == 0 ? ""
+                   : words.size() > 1                     ? "WORD"
+                                                          : type},
+          {"words", words.size() > 1 ? words : std::vector<std::string>()},
+          {"list", is_list},
+          {"required", option_->get_required()},
+          {"default", default_},
+          {"help", help_}};
 }
 
 FlagTable::FlagTable(CLI::App& command) : command_(command) {
-  const auto print_markdown = [this] {
-    print(markdown());
-    throw CLI::Success();
-  };
-  command.add_flag_callback("--help-markdown", print_markdown)->group("");
+  add_description_flag(command, [this] { return description(); });
   group_ = command.option_defaults()->get_group();
 }
 
@@ -193,19 +186,12 @@ Json FlagTable::requested() const {
   return json;
 }
 
-std::string FlagTable::markdown() const {
-  std::vector<std::pair<std::string, std::string>> tables;  // of each group, in the order of --help
-  for (const Flag& flag : flags_) {
-    const auto is_its_group = [&](const auto& table) { return table.first == flag.group(); };
-    auto table = std::find_if(tables.begin(), tables.end(), is_its_group);
-    if (table == tables.end())
-      table = tables.insert(table, {flag.group(), "| flag | default | meaning |\n|---|---|---|\n"});
-    table->second += flag.markdown();
-  }
-  std::string text;
-  for (const auto& [group, table] : tables)
-    text += text.empty() ? table : fmt::format("\n{}:\n\n{}", group, table);
-  return text;
+Json FlagTable::description() const {
+  Json json{{"description", command_.get_description()},
+            {"examples", command_.get_footer()},
+            {"flags", Json::array()}};
+  for (const Flag& flag : flags_) json["flags"].push_back(flag.description());
+  return json;
 }
 
 CLI::Validator in_range(Range<std::int64_t> range) {

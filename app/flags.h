@@ -21,7 +21,8 @@
 #include "llm/error.h"
 
 // The declaration of a flag, once for all its uses: the option with its check in CLI11, the default, the
-// value in the JSON of a result, and the row in docs/command-line.md.
+// value in the JSON of a result, and its description in docs/command-line.md, the man page and the shells'
+// completions.
 namespace moba::app {
 
 inline constexpr std::int64_t kMaxTokens = std::numeric_limits<std::int32_t>::max();
@@ -89,8 +90,8 @@ class Flag {
   /// Returns the key of the flag in JSON: its name.
   std::string key() const;
   Json value() const { return value_(); }
-  /// Returns "| names | default | meaning |".
-  std::string markdown() const;
+  /// Returns names, type, the words that it takes, default and help.
+  Json description() const;
 
  private:
   void describe();
@@ -105,7 +106,7 @@ class Flag {
 /// fails a check ends parsing with "--flag: expected X, got Y". Variables and table must outlive parsing.
 class FlagTable {
  public:
-  /// Adds the hidden flag --help-markdown, which prints markdown() and ends the program.
+  /// Adds the hidden flag --help-json, which prints description() and ends the program.
   explicit FlagTable(CLI::App& command);
   FlagTable(const FlagTable&) = delete;
   FlagTable& operator=(const FlagTable&) = delete;
@@ -141,8 +142,8 @@ class FlagTable {
   Json json(std::string_view group = {}) const;
   /// Returns the words of the flags that may be auto, as they were requested.
   Json requested() const;
-  /// Returns a table of the flags for each group, under its name except for the first.
-  std::string markdown() const;
+  /// Returns the subcommand's description, examples and flags.
+  Json description() const;
 
  private:
   struct Report {

@@ -47,7 +47,6 @@ bool is_model_bench(std::span<char*> arguments) {
 
 int main(int argc, char** argv) {
   CLI::App app("Language models that read long documents with Mixture of Block Attention", "moba");
-  app.set_version_flag("--version", "moba " MOBA_VERSION);
   app.require_subcommand(1);
   std::function<int()> action;
   const auto add_handed_over = [&](const char* name, const char* what) {

@@ -4,8 +4,11 @@
 #include <cstdio>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
+#include "app/nearest.h"
+#include "app/version.h"
 #include "llm/error.h"
 
 namespace moba::app {
@@ -26,10 +29,10 @@ std::string command_of(const CLI::App& app) {
   return command;
 }
 
-/// Returns whether a subcommand is missing where one is needed.
-bool lacks_subcommand(const CLI::App& app) {
+/// Returns the last subcommand of the command line.
+const CLI::App& used_subcommand(const CLI::App& app) {
   const auto used = app.get_subcommands();
-  return used.empty() ? app.get_require_subcommand_min() > 0 : lacks_subcommand(*used.front());
+  return used.empty() ? app : used_subcommand(*used.front());
 }
 
 int fail(const CLI::App& app, const std::string& message, int code) {
@@ -37,14 +40,57 @@ int fail(const CLI::App& app, const std::string& message, int code) {
   return code;
 }
 
+std::vector<std::string> subcommands_of(const CLI::App& command) {
+  std::vector<std::string> names;
+  for (const CLI::App* subcommand : command.get_subcommands(nullptr)) names.push_back(subcommand->get_name());
+  return names;
+}
+
+/// The long names of the flags that --help lists.
+std::vector<std::string> flags_of(const CLI::App& command) {
+  std::vector<std::string> names;
+  for (const CLI::Option* option : command.get_options()) {
+    if (option->get_group().empty()) continue;
+    for (const std::string& name : option->get_lnames()) names.push_back("--" + name);
+  }
+  return names;
+}
+
+/// Describes the first argument that no flag and no subcommand takes.
+std::string unexpected(const CLI::App& app, const std::vector<std::string>& arguments) {
+  const CLI::App& command = used_subcommand(app);
+  const auto is_flag = [](const std::string& argument) { return argument.size() > 1 && argument[0] == '-'; };
+  const auto flag = std::find_if(arguments.begin(), arguments.end(), is_flag);
+  const bool is_subcommand = command.get_require_subcommand_min() > 0 && flag != arguments.begin();
+  const std::string& argument = is_subcommand || flag == arguments.end() ? arguments.front() : *flag;
+  const std::string word = argument.substr(0, argument.find('='));
+  const std::string near = nearest(word, is_subcommand ? subcommands_of(command) : flags_of(command));
+  return "expected a " + std::string(is_subcommand ? "subcommand" : "flag") + " (see " + command_of(app) +
+         " --help), got " + word + (near.empty() ? "" : "; did you mean " + near + "?");
+}
+
+/// Describes a command that has subcommands.
+nlohmann::ordered_json description_of(const CLI::App& command) {
+  nlohmann::ordered_json json{{"description", command.get_description()}, {"examples", command.get_footer()}};
+  for (const CLI::App* subcommand : command.get_subcommands(nullptr))
+    json["subcommands"].push_back(
+        {{"name", subcommand->get_name()}, {"description", subcommand->get_description()}});
+  return json;
+}
+
+/// Adds --help-json to the commands that have subcommands; a FlagTable adds it to the others.
+void describe_commands(CLI::App& command) {
+  if (command.get_require_subcommand_min() == 0) return;
+  add_description_flag(command, [&command] { return description_of(command); });
+  for (CLI::App* subcommand : command.get_subcommands(nullptr)) describe_commands(*subcommand);
+}
+
 /// Help and version go to standard output; every other message of CLI11 becomes one line.
 int explain(const CLI::App& app, const CLI::ParseError& error) {
   if (error.get_exit_code() == 0) return app.exit(error);
   std::string message = error.what();
   const std::vector<std::string> left = app.remaining(/*recurse=*/true);
-  if (lacks_subcommand(app) && !left.empty()) {
-    message = "expected a subcommand (see " + command_of(app) + " --help), got " + left.front();
-  }
+  if (!left.empty()) message = unexpected(app, left);
   std::replace(message.begin(), message.end(), '\n', ' ');
   return fail(app, message, kUsageError);
 }
@@ -52,6 +98,8 @@ int explain(const CLI::App& app, const CLI::ParseError& error) {
 }  // namespace
 
 int run(CLI::App& app, const std::function<int()>& action, int argc, char** argv) {
+  describe_commands(app);
+  app.set_version_flag("--version", version_text, "Print version, build and instruction sets, and exit");
   try {
     if (argc < 2) throw CLI::CallForHelp();
     app.parse(argc, argv);
@@ -65,6 +113,14 @@ int run(CLI::App& app, const std::function<int()>& action, int argc, char** argv
   } catch (const std::exception& error) {
     return fail(app, first_line(error.what()), kDataError);  // LibTorch's go on with a backtrace
   }
+}
+
+void add_description_flag(CLI::App& command, std::function<nlohmann::ordered_json()> description) {
+  const auto print_description = [description = std::move(description)] {
+    print(description().dump(2) + "\n");
+    throw CLI::Success();
+  };
+  command.add_flag_callback("--help-json", print_description)->group("");
 }
 
 void print(std::string_view text) {

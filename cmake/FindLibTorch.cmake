@@ -1,7 +1,10 @@
 # Finds LibTorch in the PyTorch wheel; defines the imported target LibTorch::LibTorch. Torch's own CMake package is not
 # used: with a CUDA wheel it requires a CUDA toolkit, and it adds a second to every configure. Searches MOBA_TORCH_DIR (a
-# folder with include/ and lib/), else the wheel of .venv's Python, else of python3.
+# folder with include/ and lib/), else the wheel of the Python that builds a package (pip), of .venv's, of python3.
 if(NOT MOBA_TORCH_DIR)
+  if(SKBUILD AND Python3_EXECUTABLE)
+    set(MOBA_TORCH_PYTHON ${Python3_EXECUTABLE})
+  endif()
   find_program(MOBA_TORCH_PYTHON NAMES python3 PATHS ${PROJECT_SOURCE_DIR}/.venv/bin NO_DEFAULT_PATH)
   find_program(MOBA_TORCH_PYTHON NAMES python3)
   execute_process(

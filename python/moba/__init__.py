@@ -32,4 +32,8 @@ def __getattr__(name: str) -> Any:
         from .cache import MobaCache
 
         return MobaCache
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("moba")
     raise AttributeError(f"module 'moba' has no attribute {name!r}")

@@ -7,36 +7,37 @@
 #include <string_view>
 
 #include "cpu/stages.h"
+#include "moba/build_info.h"
 
 namespace moba::cpu {
 namespace {
 
 /// The targets the kernels are compiled for and this CPU runs, as Highway's bits.
 std::int64_t available() {
-  return hwy::SupportedTargets() & HWY_TARGETS;
+  static const std::int64_t targets = hwy::SupportedTargets() & HWY_TARGETS;  // before one of them is forced
+  return targets;
 }
 
 std::int64_t lowest_bit(std::int64_t bits) {
   return bits & -bits;
 }
 
-std::string names(std::int64_t targets) {
+std::string list_of(const std::vector<std::string>& names) {
   std::string list;
-  for (; targets != 0; targets &= targets - 1) {
-    list += (list.empty() ? "" : ", ") + std::string(hwy::TargetName(lowest_bit(targets)));
-  }
+  for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
   return list;
 }
 
 std::string choose_target() {
+  const std::vector<std::string> names = cpu_targets();
   const char* forced = std::getenv("MOBA_CPU_TARGET");
   if (forced != nullptr && *forced != '\0') {
     std::int64_t wanted = available();
     while (wanted != 0 && std::string_view(hwy::TargetName(lowest_bit(wanted))) != forced)
       wanted &= wanted - 1;
     if (wanted == 0)
-      return "expected MOBA_CPU_TARGET to be one of " + names(available()) + ", got \"" +
-             std::string(forced) + "\"";
+      return "expected MOBA_CPU_TARGET to be one of " + list_of(names) + ", got \"" + std::string(forced) +
+             "\"";
     hwy::SetSupportedTargetsForTest(lowest_bit(wanted));
   }
   hwy::GetChosenTarget().Update(hwy::SupportedTargets());
@@ -56,7 +57,14 @@ namespace moba {
 
 std::string cpu_target() {
   if (!cpu::target_refusal().empty()) return {};
-  return hwy::TargetName(cpu::lowest_bit(cpu::available()));
+  return hwy::TargetName(cpu::lowest_bit(hwy::SupportedTargets() & HWY_TARGETS));
+}
+
+std::vector<std::string> cpu_targets() {
+  std::vector<std::string> names;
+  for (std::int64_t targets = cpu::available(); targets != 0; targets &= targets - 1)
+    names.emplace_back(hwy::TargetName(cpu::lowest_bit(targets)));
+  return names;
 }
 
 }  // namespace moba

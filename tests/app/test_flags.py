@@ -54,7 +54,7 @@ def test_tables_have_each_flag_of_help(tool):
     for command in tables_of(tool):
         text = help_of(tool.MOBA, *command.split())
         flags = re.findall(r"^  ((?:-\w,)?--[a-z0-9,-]+)", text, flags=re.MULTILINE)
-        rows = re.findall(r"^\| (`-.*?`) \|", tool.printed(command), flags=re.MULTILINE)
+        rows = re.findall(r"^\| (`-.*?`) \|", tool.tables(command), flags=re.MULTILINE)
         assert [row.replace("`", "").replace(", ", ",") for row in rows] == [
             flag for flag in flags if flag != "-h,--help"
         ]

@@ -1,7 +1,9 @@
 """The library in a separate project: installed, found by find_package, and as a subdirectory."""
 
 import argparse
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,37 +24,78 @@ target_link_libraries(consumer PRIVATE moba::moba)
 """
 
 
-def run(*command):
+VERSIONS = """
+cmake_minimum_required(VERSION 3.25)
+project(versions LANGUAGES CXX)
+foreach(version 0.9 1.99 2 99)
+  find_package(moba ${version} QUIET)
+  if(moba_FOUND)
+    message(FATAL_ERROR "version ${version} was found")
+  endif()
+endforeach()
+find_package(moba 1 REQUIRED)
+"""
+
+
+def run(*command, **options):
     done = subprocess.run(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
     )
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, command))}: exit code {done.returncode}\n{done.stdout}")
     return done.stdout
 
 
-def check_installed_example(cmake, source, build, folder):
-    prefix, example = folder / "prefix", folder / "example"
-    run(cmake, "--install", build, "--prefix", prefix)
+def install(cmake, source, build, folder):
+    """Install into one folder and move it to folder/prefix, since a package must not depend on its place."""
+    run(cmake, "--install", build, "--prefix", folder / "before")
+    prefix = folder / "prefix"
+    (folder / "before").rename(prefix)
     for header in (source / "include" / "moba").glob("*.h"):
         assert (prefix / "include" / "moba" / header.name).exists(), header.name
 
-    # A copy, so that the example cannot use the source tree.
-    (folder / "copy").mkdir()
-    for file in (source / "examples" / "cpp").iterdir():
-        (folder / "copy" / file.name).write_text(file.read_text())
-    run(
-        cmake,
-        "-S",
-        folder / "copy",
-        "-B",
-        example,
-        f"-DCMAKE_PREFIX_PATH={prefix}",
-        "-DCMAKE_CXX_FLAGS=-Wall -Wextra",
-    )
-    run(cmake, "--build", example)
 
-    lines = run(example / "example").splitlines()
+def build_example(cmake, source, folder, kind):
+    """Build a copy of the example, which cannot use the source tree, and return its program."""
+    copy, build = folder / f"copy-{kind}", folder / f"example-{kind}"
+    copy.mkdir()
+    for file in (source / "examples" / "cpp").iterdir():
+        text = file.read_text()
+        if kind == "shared" and file.name == "CMakeLists.txt":
+            text = text.replace("1.0 REQUIRED", "1.0 REQUIRED COMPONENTS shared")
+            text = text.replace("moba::moba", "moba::shared")
+            assert "moba::moba" not in text and "COMPONENTS" in text
+        (copy / file.name).write_text(text)
+    flags = [f"-DCMAKE_PREFIX_PATH={folder / 'prefix'}", "-DCMAKE_CXX_FLAGS=-Wall -Wextra"]
+    if kind == "shared":  # which needs no dependency of the library
+        flags.append("-DCMAKE_DISABLE_FIND_PACKAGE_hwy=ON")
+    run(cmake, "-S", copy, "-B", build, *flags)
+    run(cmake, "--build", build)
+    return build / "example"
+
+
+def build_with_pkg_config(compiler, source, folder, *flags):
+    """Build the example as a plain makefile would, and return its program."""
+    package = next((folder / "prefix").rglob("pkgconfig"))
+    environment = os.environ | {"PKG_CONFIG_PATH": str(package)}
+    words = run("pkg-config", "--cflags", "--libs", *flags, "moba", env=environment).split()
+    version = run("pkg-config", "--modversion", "moba", env=environment).strip()
+    assert re.search(rf"project\(moba VERSION {version} ", (source / "CMakeLists.txt").read_text())
+    program = folder / "by-pkg-config"
+    if flags:  # --static
+        words = [str(package.parent / "libmoba.a") if word == "-lmoba" else word for word in words]
+    search = f"-Wl,-rpath,{package.parent}"
+    main = source / "examples" / "cpp" / "main.cpp"
+    run(compiler, "-std=c++20", main, "-o", program, *words, search)
+    return program
+
+
+def check_example(program):
+    lines = run(program).splitlines()
     pattern = r"top-k +(\d+): +[\d.]+ ms, largest difference from full ([\d.]+), the last token selects blocks ([\d ]+)"
     (every, same, _), (few, other, blocks) = (
         re.fullmatch(pattern, line).groups() for line in lines
@@ -64,12 +107,9 @@ def check_installed_example(cmake, source, build, folder):
 
 
 def check_version_is_honoured(cmake, folder):
-    project = folder / "newer"
+    project = folder / "versions"
     project.mkdir()
-    (project / "CMakeLists.txt").write_text(
-        "cmake_minimum_required(VERSION 3.25)\nproject(newer LANGUAGES CXX)\nfind_package(moba 99 QUIET)\n"
-        'if(moba_FOUND)\n  message(FATAL_ERROR "version 99 was found")\nendif()\n'
-    )
+    (project / "CMakeLists.txt").write_text(VERSIONS)
     run(cmake, "-S", project, "-B", project / "build", f"-DCMAKE_PREFIX_PATH={folder / 'prefix'}")
 
 
@@ -83,12 +123,22 @@ def check_subdirectory(cmake, source, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("cmake", "source", "build"):
+    for name in ("cmake", "compiler", "source", "build"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        check_installed_example(options.cmake, options.source, options.build, folder)
+        install(options.cmake, options.source, options.build, folder)
+        kinds = ["static"]
+        if list((folder / "prefix").rglob("moba-shared-targets.cmake")):
+            kinds.append("shared")
+        for kind in kinds:
+            check_example(build_example(options.cmake, options.source, folder, kind))
+        if shutil.which("pkg-config"):
+            for flags in ([], ["--static"]):
+                check_example(
+                    build_with_pkg_config(options.compiler, options.source, folder, *flags)
+                )
         check_version_is_honoured(options.cmake, folder)
         check_subdirectory(options.cmake, options.source, folder)
 

@@ -1,10 +1,12 @@
 // Selection of the backend by argument, environment and device.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cstdlib>
 
 #include "cases.h"
+#include "moba/build_info.h"
 
 namespace moba::test {
 namespace {
@@ -32,6 +34,19 @@ TEST(BackendChoice, ReferenceAndCpuAreBuilt) {
 TEST(BackendChoice, CpuIsTheDefault) {
   EXPECT_EQ(backends().front(), "cpu");
   EXPECT_THROW(run_attention(double_case(), {}), Error);
+}
+
+TEST(BuildInfo, NamesVersionCompilerAndGpuArchitectures) {
+  const BuildInfo build = build_info();
+  EXPECT_THAT(build.version, testing::MatchesRegex("[0-9]+\\.[0-9]+\\.[0-9]+"));
+  EXPECT_FALSE(build.compiler.empty());
+  const std::vector<std::string> names = backends();
+  const bool has_cuda = std::find(names.begin(), names.end(), "cuda") != names.end();
+  EXPECT_EQ(build.cuda_architectures.empty(), !has_cuda);
+}
+
+TEST(BuildInfo, InstructionSetInUseIsOneOfThoseAvailable) {
+  EXPECT_THAT(cpu_targets(), testing::Contains(cpu_target()));
 }
 
 TEST(BackendChoice, ArgumentSelectsTheBackend) {

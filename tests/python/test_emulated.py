@@ -131,14 +131,8 @@ def test_decoding_empty_batches_is_legal(emulated):
             r"decode: k: expected \[2, tokens or blocks.*got sizes \[3, 60, 2, 64\]",
         ),
         ({1: torch.zeros(3, 60, 3, 64, dtype=torch.bfloat16)}, r"decode: v: expected"),
-        (
-            {3: torch.zeros(3, 6, 2, 64, dtype=torch.bfloat16)},
-            r"decode: means: expected .*7 .*got",
-        ),
-        (
-            {3: torch.zeros(3, 7, 2, 64)},
-            r"decode: means: expected the dtype of k, bf16, got f32",
-        ),
+        ({3: torch.zeros(3, 6, 2, 64, dtype=torch.bfloat16)}, r"decode: means: expected .*7 .*got"),
+        ({3: torch.zeros(3, 7, 2, 64)}, r"decode: means: expected the dtype of k, bf16, got f32"),
         (
             {4: torch.zeros(2, dtype=torch.int32)},
             "decode: begin, end: expected 3 entries .*, got 2 and 3",

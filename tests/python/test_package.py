@@ -19,6 +19,31 @@ def test_wheel_is_for_any_python_and_requires_torch_alone():
     assert (PACKAGE / "py.typed").exists()
 
 
+def test_licences_of_what_is_linked_in_are_included():
+    files = importlib.metadata.files("moba")
+    assert {"LICENSE", "highway.txt"} <= {file.name for file in files if "licenses" in file.parts}
+
+
+def symbols(*flags):
+    command = ["nm", "--dynamic", *flags, PACKAGE / "libmoba_torch.so"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [line.split()[-1] for line in done.stdout.splitlines()]
+
+
+def test_module_uses_the_stable_abi_of_torch_and_nothing_of_python():
+    needed = symbols("--undefined-only")
+    assert [name for name in needed if name.startswith(("Py", "_Py"))] == []
+    cpp_of_torch = ("_ZN2at", "_ZNK2at", "_ZN3c10", "_ZNK3c10", "_ZN5torch", "_ZNK5torch")
+    assert [name for name in needed if name.startswith(cpp_of_torch)] == []
+    assert any(name.startswith("aoti_torch_") for name in needed)
+
+
+def test_module_exports_no_function_of_the_library():
+    exported = symbols("--defined-only", "--no-weak")
+    assert [name for name in exported if name.startswith(("_ZN4moba", "_ZN3hwy"))] == []
+    assert "moba_last_argument_error" in exported
+
+
 def test_stubs_match_the_schemas():
     schemas = {
         name: getattr(moba.ops, name)._schema
