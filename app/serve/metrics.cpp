@@ -32,6 +32,8 @@ std::string metrics_text(const llm::EngineStatistics& engine,
   add("evicted_pages_total", "counter", "Pages evicted from the prefix cache.", engine.evicted_pages);
   add("preemptions_total", "counter", "Requests whose pages were taken for an older one.",
       engine.preemptions);
+  add("stored_pages", "gauge", "Pages in the folder --cache-dir.", engine.stored_pages);
+  add("restored_pages_total", "counter", "Pages that were read from it.", engine.restored_pages);
   head("http_responses_total", "counter", "Responses by status.");
   for (const auto& [status, count] : responses)
     text += fmt::format("moba_http_responses_total{{code=\"{}\"}} {}\n", status, count);

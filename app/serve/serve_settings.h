@@ -19,6 +19,7 @@ struct ServeSettings : SessionFlags {
   std::int64_t context = 0;
   std::int64_t parallel = 8, queue = 64;
   std::int64_t cache_bytes = std::int64_t{4} << 30;
+  std::optional<std::string> cache_dir;
   /// Milliseconds; 0: no limit.
   std::int64_t max_step = 250;
   /// Attention; unset: auto.

@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import openai
@@ -24,9 +25,9 @@ LONG = {"prompt": "Once upon a time", "max_tokens": 4000, "extra_body": {"ignore
 class Server:
     """A running `moba serve` and its clients."""
 
-    def __init__(self, build_folder, *flags):
+    def __init__(self, build_folder, *flags, model=SMOLLM2):
         program = existing(build_folder / "moba", "`make build` makes it")
-        arguments = ["-m", SMOLLM2, "-t", 2, "--dtype", "f32", "--cache-size", "600m", *flags]
+        arguments = ["-m", model, "-t", 2, "--dtype", "f32", "--cache-size", "600m", *flags]
         self.process = subprocess.Popen(
             [program, "serve", "--port", "0", *map(str, arguments)],
             stdout=subprocess.PIPE,
@@ -102,8 +103,8 @@ def start(build_folder):
     """start(flags...) returns a server, which the end of the test stops."""
     started = []
 
-    def run(*flags):
-        started.append(Server(build_folder, *flags))
+    def run(*flags, **model):
+        started.append(Server(build_folder, *flags, **model))
         return started[-1]
 
     yield run
@@ -313,9 +314,9 @@ def test_characters_of_several_tokens_are_never_split(client, server):
 
 def test_attention_is_chosen_per_request(client):
     document = (
-        "The grass is green. " * 60
+        "The grass is green. " * 30
         + "The code of the blue door is 7349. "
-        + "The sky is blue. " * 60
+        + "The sky is blue. " * 30
     )
     messages = [{"role": "user", "content": document + "What is the code of the blue door?"}]
     for moba in (
@@ -713,3 +714,68 @@ def test_grace_ends_and_streams_end_with_an_error(start, number):
     with pytest.raises(openai.APIError, match="the server is stopping"):
         list(stream)
     assert server.stop(number) == (0, "")
+
+
+NEEDLE = Path(__file__).resolve().parents[2] / "models" / "needle-2m"
+DOCUMENT = [i * i % 1999 + 1 for i in range(3000)]
+
+
+def ask(server, question):
+    """Return the continuation of a document and a question, both of token ids, and its cached tokens."""
+    settings = {"prompt": DOCUMENT + question, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
+    answer = server.client().completions.create(model=NEEDLE.name, temperature=0, **settings)
+    return answer.choices[0].text, answer.usage.prompt_tokens_details.cached_tokens
+
+
+def test_cache_dir_keeps_documents_over_a_restart(start, tmp_path):
+    folder = tmp_path / "cache"
+    flags = ["--cache-dir", folder, "--attn", "moba"]
+    server = start(*flags, model=NEEDLE)
+    page = server.metric("kv_cache_page_tokens")
+    text, cached = ask(server, [5] * 200)
+    assert cached == 0
+    assert server.stop() == (0, "")
+    files = sorted(folder.iterdir())
+    whole = len(DOCUMENT) // page
+    assert len(files) >= whole and {file.suffix for file in files} == {".page"}
+
+    server = start(*flags, model=NEEDLE)
+    assert server.metric("stored_pages") == len(files)
+    assert ask(server, [6] * 200)[1] == whole * page
+    assert ask(server, [5] * 200)[0] == text
+    assert server.metric("restored_pages_total") >= whole
+    assert server.stop() == (0, "")
+
+    for file in folder.iterdir():
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    (folder / "foreign.page").write_bytes(b"foreign")
+    server = start(*flags, model=NEEDLE)
+    assert ask(server, [5] * 200) == (text, 0)
+    assert ask(server, [5] * 200)[0] == text
+    code, errors = server.stop()
+    lines = errors.splitlines()
+    assert code == 0 and len(set(lines)) == len(lines) > 0
+    assert all("expected a page of this cache, got another content; ignored" in x for x in lines)
+
+
+def test_killed_while_it_writes_the_cache(start, tmp_path):
+    texts = set()
+    for kill in range(int(os.environ.get("MOBA_TEST_KILLS", "4"))):
+        server = start("--cache-dir", tmp_path / "cache", model=NEEDLE)
+        texts.add(ask(server, [5] * 200)[0])
+        ask(server, [kill] * 500)
+        server.process.kill()
+        assert server.process.wait() == -signal.SIGKILL
+        assert server.process.stderr.read() == b""
+    assert len(texts) == 1
+
+
+def test_full_disk_is_noted_once_and_answers_go_on(start, tmp_path):
+    server = start("--cache-dir", tmp_path / "cache", model=NEEDLE)
+    (tmp_path / "cache").rmdir()  # nothing else stops root from writing
+    assert ask(server, [5] * 200)[0]
+    code, errors = server.stop()
+    assert code == 0 and errors.count("\n") == 1
+    assert "pages are not stored while this lasts" in errors
