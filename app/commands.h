@@ -13,6 +13,7 @@ CLI::App* add_eval(CLI::App& parent, std::function<int()>& action);
 CLI::App* add_generate(CLI::App& parent, std::function<int()>& action);
 CLI::App* add_info(CLI::App& parent, std::function<int()>& action);
 CLI::App* add_inspect(CLI::App& parent, std::function<int()>& action);
+CLI::App* add_serve(CLI::App& parent, std::function<int()>& action);
 CLI::App* add_tokenize(CLI::App& parent, std::function<int()>& action);
 CLI::App* add_train(CLI::App& parent, std::function<int()>& action);
 

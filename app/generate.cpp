@@ -2,12 +2,10 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <limits>
 #include <memory>
-#include <numeric>
 #include <optional>
 #include <span>
 #include <string>
@@ -18,6 +16,7 @@
 #include "app/commands.h"
 #include "app/document.h"
 #include "app/generate_settings.h"
+#include "app/logprobs.h"
 #include "app/program.h"
 #include "app/progress.h"
 #include "llm/engine/engine.h"
@@ -51,27 +50,12 @@ struct Generation {
   Json logprobs = Json::array();
 };
 
-/// Returns the log-probability of `token` and those of the `count` likeliest tokens, likeliest first and of
-/// equal ones the lower id. They are the model's, before temperature and filters.
-Json logprobs_of(std::int32_t token, std::span<const float> logits, std::int64_t count,
-                 const llm::Tokenizer& tokenizer) {
-  const auto logit = [&](std::int32_t id) {
-    const float value = logits[static_cast<std::size_t>(id)];
-    return std::isnan(value) ? -std::numeric_limits<float>::infinity() : value;
+Json logprobs_json(const TokenLogprobs& logprobs, const llm::Tokenizer& tokenizer) {
+  const auto entry = [&](const TokenLogprob& of) {
+    return Json{{"id", of.id}, {"token", tokenizer.piece(of.id)}, {"logprob", of.logprob}};
   };
-  std::vector<std::int32_t> ids(logits.size());
-  std::iota(ids.begin(), ids.end(), 0);
-  std::partial_sort(ids.begin(), ids.begin() + count, ids.end(),
-                    [&](auto a, auto b) { return logit(a) != logit(b) ? logit(a) > logit(b) : a < b; });
-  const double largest = logit(ids.front());
-  double sum = 0;
-  for (const std::int32_t id : ids) sum += std::exp(logit(id) - largest);
-  const auto entry = [&](std::int32_t id) {
-    return Json{{"id", id}, {"token", tokenizer.piece(id)}, {"logprob", logit(id) - largest - std::log(sum)}};
-  };
-  Json json = entry(token);
-  for (std::int64_t i = 0; i < count; ++i)
-    json["top_logprobs"].push_back(entry(ids[static_cast<std::size_t>(i)]));
+  Json json = entry(logprobs.token);
+  for (const TokenLogprob& top : logprobs.top) json["top_logprobs"].push_back(entry(top));
   return json;
 }
 
@@ -164,7 +148,7 @@ Generation generate(const GenerateSettings& settings, const llm::Weights& weight
   request.on_token = [&](std::int32_t token, std::span<const float> logits) {
     result.generated.push_back(token);
     if (settings.logprobs > 0)
-      result.logprobs.push_back(logprobs_of(token, logits, settings.logprobs, tokenizer));
+      result.logprobs.push_back(logprobs_json(logprobs_of(token, logits, settings.logprobs), tokenizer));
     emit(stream.push(tokenizer.piece(token)));
     return !interrupt_requested();
   };

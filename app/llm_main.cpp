@@ -13,6 +13,7 @@ int main(int argc, char** argv) {
   moba::app::add_eval(app, action);
   moba::app::add_generate(app, action);
   moba::app::add_inspect(app, action);
+  moba::app::add_serve(app, action);
   moba::app::add_train(app, action);
   const int code = moba::app::run(app, action, argc, argv);
   std::fflush(nullptr);

@@ -8,6 +8,7 @@
 #include <tuple>
 #include <utility>
 
+#include "llm/engine/prefix_store.h"
 #include "llm/engine/sequence_cache.h"
 #include "llm/error.h"
 #include "src/stopwatch.h"
@@ -40,7 +41,8 @@ struct Sequence {
   RequestUsage usage;
   Stopwatch stage;  // since it was queued, started, or given its first logits
   bool is_started = false, has_logits = false;
-  std::int64_t told = 0;  // tokens whose logits on_prompt_logits has received
+  std::vector<PrefixStore::Key> keys;  // of the first pages, after the root
+  std::int64_t told = 0;               // tokens whose logits on_prompt_logits has received
 
   std::int64_t unread() const { return static_cast<std::int64_t>(tokens.size()) - cache.length(); }
   /// The tokens that are read in chunks: the prompt, and after a preemption all but the last one.
@@ -120,7 +122,12 @@ struct Engine::Impl {
   std::vector<float> decode(std::span<Sequence* const> batch);
   void prefill_one(double decode_seconds);
   Sequence* next_prefill();
+  std::int64_t prefix_end(const Sequence& sequence) const;
   void adopt_prefix(Sequence& sequence);
+  void adopt(Sequence& sequence, std::span<const Page> pages);
+  bool restore_prefix(Sequence& sequence, double decode_seconds);
+  const PrefixStore::Key& parent_key(Sequence& sequence, std::int64_t page) const;
+  std::span<const std::int32_t> page_of(const Sequence& sequence, std::int64_t page) const;
   void prefill(Sequence& sequence, std::int64_t tokens);
   void advance(Sequence& sequence, std::int64_t tokens);
   void sample(Sequence& sequence, std::span<const float> logits);
@@ -130,7 +137,8 @@ struct Engine::Impl {
   PageFormat format;
   PagePool pool;
   PrefixCache prefixes;
-  std::vector<bool> is_full;  // by layer
+  std::unique_ptr<PrefixStore> store;  // null without a folder
+  std::vector<bool> is_full;           // by layer
   Parallel parallel;
   Sequences waiting, running;
   std::vector<std::pair<Id, Finish>> finished;  // in this step
@@ -187,6 +195,14 @@ Engine::Impl::Impl(Model m, const EngineSettings& s)
   is_full.resize(static_cast<std::size_t>(config.layers));
   for (const LayerRange& range : settings.full_layers)
     std::fill(is_full.begin() + range.first, is_full.begin() + range.last + 1, true);
+  if (!settings.cache_folder.empty()) {
+    // Pages that wait to be written cannot be evicted.
+    const auto max_pending = static_cast<std::size_t>(std::clamp<std::int64_t>(pool.max_pages() / 4, 1, 64));
+    store = std::make_unique<PrefixStore>(PrefixStore::Settings{.folder = settings.cache_folder,
+                                                                .page_bytes = format.bytes,
+                                                                .max_pending = max_pending,
+                                                                .warn = s.warn});
+  }
 }
 
 /// Tokens that a lone request can hold.
@@ -221,6 +237,7 @@ void Engine::Impl::check(const Request& request) const {
 
 bool Engine::Impl::step() {
   ++sums.steps;
+  if (store) store->release_written();
   admit();
   const double decode_seconds = seconds_of([&] { decode_all(); });
   prefill_one(decode_seconds);
@@ -394,22 +411,83 @@ Sequence* Engine::Impl::next_prefill() {
   return next;
 }
 
-/// Takes over what other requests have read meanwhile.
-void Engine::Impl::adopt_prefix(Sequence& sequence) {
-  if (sequence.request.on_prompt_logits) return;
+/// Where the pages end that a sequence may take over.
+std::int64_t Engine::Impl::prefix_end(const Sequence& sequence) const {
+  if (sequence.request.on_prompt_logits) return 0;
   // The last token of the prompt is read for its logits.
   const std::int64_t last = sequence.has_logits ? sequence.prefill_end() : sequence.prompt_size - 1;
-  const std::int64_t end = std::min(last, sequence.variant_end());
+  return std::min(last, sequence.variant_end());
+}
+
+/// Continues after `pages`.
+void Engine::Impl::adopt(Sequence& sequence, std::span<const Page> pages) {
+  const std::int64_t before = sequence.cache.length();
+  sequence.cache.adopt(pages);
+  if (sequence.has_logits) return;
+  sequence.usage.cached_tokens += sequence.cache.length() - before;
+  sums.cached_tokens += sequence.cache.length() - before;
+}
+
+/// Takes over what other requests have read meanwhile.
+void Engine::Impl::adopt_prefix(Sequence& sequence) {
+  const std::int64_t end = prefix_end(sequence);
   if (end < (sequence.cache.length() / format.page_tokens + 1) * format.page_tokens) return;
   const std::vector<Page> pages =
       prefixes.match(sequence.variant(), std::span(sequence.tokens).first(static_cast<std::size_t>(end)));
-  const std::int64_t tokens = static_cast<std::int64_t>(pages.size()) * format.page_tokens;
-  const std::int64_t added = tokens - sequence.cache.length();
-  if (added <= 0) return;
-  sequence.cache.adopt(pages);
-  if (sequence.has_logits) return;
-  sequence.usage.cached_tokens += added;
-  sums.cached_tokens += added;
+  if (static_cast<std::int64_t>(pages.size()) * format.page_tokens > sequence.cache.length())
+    adopt(sequence, pages);
+}
+
+/// Returns the key of the page before the given one, or the root.
+const PrefixStore::Key& Engine::Impl::parent_key(Sequence& sequence, std::int64_t page) const {
+  std::vector<PrefixStore::Key>& keys = sequence.keys;
+  if (keys.empty()) {
+    std::string way =
+        fmt::format("{}\n{}\nkv {} blocks of {} pages of {} x {}\nfull layers", settings.model_fingerprint,
+                    sequence.variant(), name_of(format.first_layer.dtype), settings.block_size,
+                    format.page_tokens, format.bytes);
+    for (std::size_t layer = 0; layer < is_full.size(); ++layer)
+      if (is_full[layer]) way += fmt::format(" {}", layer);
+    keys.push_back(PrefixStore::root(way));
+  }
+  while (static_cast<std::int64_t>(keys.size()) <= page) {
+    const auto index = static_cast<std::int64_t>(keys.size()) - 1;
+    keys.push_back(PrefixStore::next(keys.back(), page_of(sequence, index)));
+  }
+  return keys[static_cast<std::size_t>(page)];
+}
+
+std::span<const std::int32_t> Engine::Impl::page_of(const Sequence& sequence, std::int64_t page) const {
+  return std::span(sequence.tokens)
+      .subspan(static_cast<std::size_t>(page * format.page_tokens),
+               static_cast<std::size_t>(format.page_tokens));
+}
+
+/// Reads pages from the folder for as long as a step may take, at least one. Returns whether there may be
+/// more.
+bool Engine::Impl::restore_prefix(Sequence& sequence, double decode_seconds) {
+  if (!store || sequence.cache.length() % format.page_tokens != 0) return false;
+  const std::int64_t size = format.page_tokens, first = sequence.cache.length() / size,
+                     end = prefix_end(sequence) / size;
+  const auto is_stored = [&](std::int64_t page) { return store->contains(parent_key(sequence, page + 1)); };
+  const Stopwatch stopwatch;
+  std::int64_t page = first;
+  bool has_time = true;
+  while (has_time && page < end && is_stored(page)) {
+    if (!reserve(sequence, (page + 1 - first) * size)) break;
+    std::byte* memory = sequence.cache.first_pages(page + 1).back().get();
+    if (!store->read(parent_key(sequence, page), page_of(sequence, page), memory)) break;
+    ++page;
+    has_time =
+        !settings.max_step_seconds || decode_seconds + stopwatch.seconds() < *settings.max_step_seconds;
+  }
+  if (page == first) return false;
+  sums.restored_pages += page - first;
+  std::vector<Page> pages = sequence.cache.first_pages(page);
+  prefixes.insert(sequence.variant(), std::span(sequence.tokens).first(static_cast<std::size_t>(page * size)),
+                  pages);
+  adopt(sequence, pages);
+  return !has_time;
 }
 
 void Engine::Impl::prefill_one(double decode_seconds) {
@@ -417,6 +495,7 @@ void Engine::Impl::prefill_one(double decode_seconds) {
   if (next == nullptr) return;
   Sequence& sequence = *next;
   adopt_prefix(sequence);
+  if (restore_prefix(sequence, decode_seconds)) return;
   const std::int64_t begin = sequence.cache.length(), end = sequence.prefill_end();
   if (begin == end) return;  // after a preemption
 
@@ -503,6 +582,12 @@ void Engine::Impl::advance(Sequence& sequence, std::int64_t tokens) {
   prefixes.insert(sequence.variant(),
                   std::span(sequence.tokens).first(static_cast<std::size_t>(pages * size)), cached);
   cache.replace_first(cached);
+  if (!store) return;
+  for (std::int64_t page = 0; page < pages; ++page) {
+    if (!store->contains(parent_key(sequence, page + 1)))
+      store->write(parent_key(sequence, page), page_of(sequence, page),
+                   cached[static_cast<std::size_t>(page)]);
+  }
 }
 
 /// Draws the next token, and ends the request if it was the last.
@@ -561,6 +646,7 @@ EngineStatistics Engine::statistics() const {
   result.cached_pages = impl_->prefixes.pages();
   result.max_pages = impl_->pool.max_pages();
   result.page_tokens = impl_->format.page_tokens;
+  if (impl_->store) result.stored_pages = impl_->store->pages();
   return result;
 }
 

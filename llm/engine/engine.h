@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <filesystem>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -41,6 +42,13 @@ struct EngineSettings {
   std::int64_t max_running = 8, max_waiting = 64;
   /// Maximum bytes of KV cache pages, of running requests and of finished ones together.
   std::size_t cache_bytes = std::size_t{4} << 30;
+  /// A folder that keeps the pages of prompts for later engines; empty: none. An engine reads the pages of
+  /// others with equal settings and the same `model_fingerprint`.
+  std::filesystem::path cache_folder{};
+  std::string model_fingerprint{};
+  /// Receives a line about a file of this folder that is ignored or cannot be written, also from another
+  /// thread.
+  std::function<void(const std::string&)> warn{};
   /// Threads of the attention; use_threads() sets those of the model.
   int threads = 1;
 };
@@ -103,6 +111,8 @@ struct EngineStatistics {
   std::int64_t used_pages = 0, cached_pages = 0, max_pages = 0, page_tokens = 0;
   std::int64_t prompt_tokens = 0, cached_tokens = 0, generated_tokens = 0;
   std::int64_t finished_requests = 0, steps = 0, evicted_pages = 0, preemptions = 0;
+  /// Pages in the folder, and those that were read from it.
+  std::int64_t stored_pages = 0, restored_pages = 0;
 };
 
 /// Runs requests on one model in turns (continuous batching): a step advances every decoding request by one

@@ -11,11 +11,11 @@
 #include <utility>
 
 #include "llm/error.h"
+#include "llm/formats/fingerprint.h"
 #include "llm/formats/json.h"
 #include "llm/formats/mapped_file.h"
 #include "llm/formats/output_file.h"
 #include "llm/formats/text_files.h"
-#include "llm/train/fingerprint.h"
 #include "llm/train/messages.h"
 
 namespace moba::llm::train {

@@ -8,13 +8,13 @@
 #include <utility>
 
 #include "llm/error.h"
+#include "llm/formats/fingerprint.h"
 #include "llm/formats/mapped_file.h"
 #include "llm/formats/output_file.h"
 #include "llm/tokenizer/bpe.h"
 #include "llm/tokenizer/tokenizer.h"
 #include "llm/tokenizer/tokenizer_data.h"
 #include "llm/tokenizer/utf8.h"
-#include "llm/train/fingerprint.h"
 
 namespace moba::llm::train {
 namespace {

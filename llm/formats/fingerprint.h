@@ -6,7 +6,7 @@
 #include <string>
 #include <string_view>
 
-namespace moba::llm::train {
+namespace moba::llm {
 
 /// Distinguishes contents that differ by accident; not cryptographic. FNV-1a of 64 bits, over words
 /// of 8 bytes where there are as many.
@@ -33,4 +33,4 @@ class Fingerprint {
   std::uint64_t hash_ = 0xCBF29CE484222325u;
 };
 
-}  // namespace moba::llm::train
+}  // namespace moba::llm

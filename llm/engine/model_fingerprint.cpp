@@ -1,0 +1,32 @@
+#include "llm/engine/model_fingerprint.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <span>
+
+#include "llm/engine/sha256.h"
+#include "llm/formats/write_config.h"
+
+namespace moba::llm {
+
+std::string model_fingerprint(const Weights& weights, const Arithmetic& arithmetic) {
+  constexpr std::size_t kSample = 4096;
+  Sha256 hash;
+  ModelConfig config = weights.config();
+  hash.add(std::as_bytes(std::span(config.rope_divisors)));
+  config.rope_divisors.clear();  // unknown to config_json()
+  hash.add(config_json(config).dump());
+  hash.add(fmt::format("{} {}", name_of(arithmetic.dtype), arithmetic.int8_decode));
+  for (const StoredTensor& tensor : weights.tensors()) {
+    hash.add(fmt::format("\n{} {} {}:", tensor.name, static_cast<int>(tensor.storage), tensor.bytes.size()));
+    for (const std::int64_t size : tensor.shape) hash.add(fmt::format(" {}", size));
+    const std::size_t sample = std::min(kSample, tensor.bytes.size());
+    hash.add(tensor.bytes.first(sample)).add(tensor.bytes.last(sample));
+  }
+  std::string text;
+  for (const std::uint8_t byte : hash.finish()) text += fmt::format("{:02x}", byte);
+  return text;
+}
+
+}  // namespace moba::llm
