@@ -34,8 +34,11 @@ struct PagePool::State {
 
  private:
   Memory create() const {
-    Memory memory(static_cast<std::byte*>(::operator new(page_bytes, alignment())), Delete{alignment()});
-    if (alignment() == kAlignment) madvise(memory.get(), page_bytes, MADV_HUGEPAGE);  // may fail
+    // Whole huge pages: the system backs the rest of one with small pages.
+    const auto step = static_cast<std::size_t>(alignment());
+    const std::size_t bytes = (page_bytes + step - 1) / step * step;
+    Memory memory(static_cast<std::byte*>(::operator new(bytes, alignment())), Delete{alignment()});
+    if (alignment() == kAlignment) madvise(memory.get(), bytes, MADV_HUGEPAGE);  // may fail
     return memory;
   }
 };
