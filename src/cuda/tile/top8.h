@@ -76,8 +76,8 @@ struct Top8 {
   static constexpr int kRows = 16, kUnits = 2, kUnitRows = 8, kGroupTiles = 2, kColumns = 2 * kGroupTiles;
   static constexpr int kBuffer = 8;  // candidates of a lane and unit: a share of kTop, and a group
   static_assert(kTop / 4 + kColumns <= kBuffer);
-  static constexpr int kMany =
-      24;  // lanes with scores to append, from which raising the thresholds first is worth its time
+  /// Lanes with scores to append, from which raising the thresholds first is worth its time.
+  static constexpr int kMany = 24;
   static constexpr float kLowest = -3.40282347e+38F;  // -inf and NaN do not reach it
 
   /// In shared memory, of one warp.
