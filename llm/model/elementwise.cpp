@@ -13,7 +13,7 @@
 #include <hwy/highway.h>
 
 #include "llm/formats/float_vectors-inl.h"
-#include "src/cpu/exp2-inl.h"
+#include "src/exp2-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::llm::HWY_NAMESPACE {

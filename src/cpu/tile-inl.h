@@ -16,7 +16,7 @@
 #include <utility>
 
 #include "call.h"
-#include "cpu/exp2-inl.h"
+#include "exp2-inl.h"
 #include "cpu/sizes.h"
 
 HWY_BEFORE_NAMESPACE();

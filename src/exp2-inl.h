@@ -1,9 +1,9 @@
 // Compiled once per instruction set: 2^x, the exponential of every softmax.
-#if defined(MOBA_CPU_EXP2_INL_H_) == defined(HWY_TARGET_TOGGLE)
-#ifdef MOBA_CPU_EXP2_INL_H_
-#undef MOBA_CPU_EXP2_INL_H_
+#if defined(MOBA_EXP2_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MOBA_EXP2_INL_H_
+#undef MOBA_EXP2_INL_H_
 #else
-#define MOBA_CPU_EXP2_INL_H_
+#define MOBA_EXP2_INL_H_
 #endif
 
 #include <hwy/highway.h>
