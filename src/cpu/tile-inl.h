@@ -16,8 +16,8 @@
 #include <utility>
 
 #include "call.h"
-#include "exp2-inl.h"
 #include "cpu/sizes.h"
+#include "exp2-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
