@@ -20,6 +20,7 @@
 #include "app/program.h"
 #include "app/progress.h"
 #include "llm/engine/engine.h"
+#include "llm/engine/model_fingerprint.h"
 #include "llm/error.h"
 #include "llm/formats/weights.h"
 #include "llm/memory.h"
@@ -97,7 +98,7 @@ void choose_attention(GenerateSettings& settings, const llm::ModelConfig& config
   }
 }
 
-llm::EngineSettings engine_settings(const GenerateSettings& settings) {
+llm::EngineSettings engine_settings(const GenerateSettings& settings, const llm::Weights& weights) {
   const llm::SessionSettings& session = settings.session;
   llm::EngineSettings engine;
   engine.block_size = session.moba.block_size;
@@ -107,6 +108,11 @@ llm::EngineSettings engine_settings(const GenerateSettings& settings) {
   engine.chunk = session.chunk;
   engine.cache_bytes = std::numeric_limits<std::size_t>::max();  // check_memory() has decided
   engine.threads = session.threads;
+  if (settings.cache_dir) {
+    engine.cache_folder = *settings.cache_dir;
+    engine.model_fingerprint = llm::model_fingerprint(weights, settings.arithmetic);
+    engine.warn = [](const std::string& line) { std::fprintf(stderr, "moba generate: %s\n", line.c_str()); };
+  }
   return engine;
 }
 
@@ -130,7 +136,7 @@ Generation generate(const GenerateSettings& settings, const llm::Weights& weight
 
   llm::use_threads(settings.session.threads);
   const Stopwatch load;
-  llm::Engine engine(llm::Model::load(weights, settings.arithmetic), engine_settings(settings));
+  llm::Engine engine(llm::Model::load(weights, settings.arithmetic), engine_settings(settings, weights));
   result.load_seconds = load.seconds();
 
   note_interrupts();
@@ -168,6 +174,7 @@ void print_json(const Json& settings, const Generation& result) {
             {"finish", finish_name(result.finish)},
             {"prompt_ids", result.prompt},
             {"generated_ids", result.generated},
+            {"cached_tokens", result.usage.cached_tokens},
             {"load_seconds", result.load_seconds},
             {"prefill_seconds", result.usage.prefill_seconds},
             {"decode_seconds", result.usage.decode_seconds},

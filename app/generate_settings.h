@@ -24,6 +24,7 @@ struct GenerateSettings : SessionFlags {
   /// The reason for the attention in prefill, once it is chosen.
   llm::AttentionReason reason = llm::AttentionReason::requested;
   bool chat = true, ignore_eos = false, json = false;
+  std::optional<std::string> cache_dir;
   /// Likeliest tokens whose log-probabilities are in the JSON, for each generated token; 0: none.
   std::int64_t logprobs = 0;
   llm::Sampling sampling;

@@ -128,7 +128,7 @@ class HttpServer::Impl {
   std::int64_t connections_ = 0;
   std::int64_t responses_ = 0;  // begun and not sent
   bool is_stopping_ = false, is_aborted_ = false;
-  asio::thread_pool workers_{1};
+  asio::thread_pool workers_{2};
 };
 
 HttpServer::Impl::Impl(const HttpSettings& settings, HttpHandlers handlers)
@@ -258,7 +258,8 @@ awaitable<bool> HttpServer::Impl::answer(Stream& stream, beast::flat_buffer& buf
   if (!wrong) {
     const HttpRequest head = head_of(parser);
     if (const std::optional<HttpResponse> refused = handlers_.check(head)) {
-      const bool keep_alive = parser.is_done() && parser.keep_alive();
+      const bool has_body = parser.get().method() != http::verb::head;  // of a response
+      const bool keep_alive = parser.is_done() && parser.keep_alive() && has_body;
       co_await send(stream, *refused, version, keep_alive);
       if (!keep_alive) co_await drop_rest(stream);
       co_return keep_alive;

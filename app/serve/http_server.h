@@ -38,7 +38,7 @@ struct HttpHandlers {
   std::function<void()> abort;
 };
 
-/// An HTTP/1.1 server, for which one thread sends and receives and another one handles requests.
+/// An HTTP/1.1 server, for which one thread sends and receives and two others handle requests.
 class HttpServer {
  public:
   /// Listens. Throws UsageError for an address that cannot be bound.

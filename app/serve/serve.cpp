@@ -96,7 +96,9 @@ int serve(const FlagTable& flags, ServeSettings& settings) {
                                        .begin_stop = [&] { service.begin_stop(); },
                                        .abort = [&] { thread.stop(); },
                                    });
-  print(fmt::format("{} at http://{}:{}/v1\n", model.name, settings.http.host, server.port()));
+  const bool is_ipv6 = settings.http.host.find(':') != std::string::npos;
+  const std::string host = is_ipv6 ? "[" + settings.http.host + "]" : settings.http.host;
+  print(fmt::format("{} at http://{}:{}/v1\n", model.name, host, server.port()));
   server.run();
   return 0;
 }

@@ -93,7 +93,7 @@ std::optional<HttpResponse> Service::check(const HttpRequest& head) const {
     if (head.path != "/health") check_access(head);
     const Endpoint endpoint = route_of(head).endpoint;
     if (is_stopping_ && (endpoint == Endpoint::chat || endpoint == Endpoint::completions))
-      throw HttpError(503, "the server is stopping", {.fields = {{"Connection", "close"}}});
+      throw HttpError(503, "the server is stopping");
     return std::nullopt;
   } catch (const HttpError& error) {
     return error_response(error);

@@ -197,7 +197,7 @@ Engine::Impl::Impl(Model m, const EngineSettings& s)
     std::fill(is_full.begin() + range.first, is_full.begin() + range.last + 1, true);
   if (!settings.cache_folder.empty()) {
     // Pages that wait to be written cannot be evicted.
-    const auto max_pending = static_cast<std::size_t>(std::clamp<std::int64_t>(pool.max_pages() / 4, 1, 64));
+    const auto max_pending = static_cast<std::size_t>(std::max<std::int64_t>(pool.max_pages() / 4, 1));
     store = std::make_unique<PrefixStore>(PrefixStore::Settings{.folder = settings.cache_folder,
                                                                 .page_bytes = format.bytes,
                                                                 .max_pending = max_pending,

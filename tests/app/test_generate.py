@@ -569,3 +569,17 @@ def test_help_exits_with_0(moba, arguments):
 
 def test_help_has_an_example(moba):
     assert b"moba generate -m" in moba("generate", "--help").stdout
+
+
+def test_cache_dir_keeps_a_document_for_the_next_run(moba, tmp_path):
+    file = tmp_path / "document.txt"
+    file.write_text(DOCUMENT * 8)
+    flags = ["--no-chat", "-f", file, "--cache-dir", tmp_path / "cache"]
+    first = generate(moba, NEEDLE, *flags, "-p", "What is the code?")
+    again = generate(moba, NEEDLE, *flags, "-p", "What is the code?")
+    other = generate(moba, NEEDLE, *flags, "-p", "When is it closed?")
+    moba_attention = generate(moba, NEEDLE, *flags, "-p", "?", "--attn", "moba")
+    assert again["text"] == first["text"]
+    assert first["cached_tokens"] == moba_attention["cached_tokens"] == 0
+    size = len(first["prompt_ids"])
+    assert size - 256 < again["cached_tokens"] < size and other["cached_tokens"] > size - 512
