@@ -98,6 +98,7 @@ TEST(HttpServer, ClientsOfManyThreadsGetTheirStreams) {
   std::thread running([&] { server.run(); });
 
   std::vector<std::thread> clients;
+  clients.reserve(4);
   for (int i = 0; i < 4; ++i) {
     clients.emplace_back([&] {
       const int client = connection_to(server.port());

@@ -205,6 +205,7 @@ void run_schedule(std::uint64_t seed, const std::vector<Request>& requests,
 TEST(Engine, SchedulesDoNotChangeAnswers) {
   const std::vector<Request> requests = mixed_requests();
   std::vector<Tokens> answers;
+  answers.reserve(requests.size());
   for (const Request& request : requests) answers.push_back(answer_of_session(request));
   for (std::uint64_t seed = 0; seed < 300 && !::testing::Test::HasFailure(); ++seed)
     run_schedule(seed, requests, answers);

@@ -63,7 +63,7 @@ class StoreFolder : public testing::Test {
 using PrefixStoreTest = StoreFolder;
 
 Page page_of(int value) {
-  const Page page(new std::byte[kBytes], [](const std::byte* bytes) { delete[] bytes; });
+  Page page(new std::byte[kBytes], [](const std::byte* bytes) { delete[] bytes; });
   std::fill_n(page.get(), kBytes, static_cast<std::byte>(value));
   return page;
 }
