@@ -20,7 +20,6 @@
 #include "app/program.h"
 #include "app/progress.h"
 #include "llm/engine/engine.h"
-#include "llm/engine/model_fingerprint.h"
 #include "llm/error.h"
 #include "llm/formats/weights.h"
 #include "llm/memory.h"
@@ -98,24 +97,6 @@ void choose_attention(GenerateSettings& settings, const llm::ModelConfig& config
   }
 }
 
-llm::EngineSettings engine_settings(const GenerateSettings& settings, const llm::Weights& weights) {
-  const llm::SessionSettings& session = settings.session;
-  llm::EngineSettings engine;
-  engine.block_size = session.moba.block_size;
-  engine.full_layers = session.full_layers;
-  engine.kv_dtype = session.kv_dtype;
-  engine.context = settings.context;
-  engine.chunk = session.chunk;
-  engine.cache_bytes = std::numeric_limits<std::size_t>::max();  // check_memory() has decided
-  engine.threads = session.threads;
-  if (settings.cache_dir) {
-    engine.cache_folder = *settings.cache_dir;
-    engine.model_fingerprint = llm::model_fingerprint(weights, settings.arithmetic);
-    engine.warn = [](const std::string& line) { std::fprintf(stderr, "moba generate: %s\n", line.c_str()); };
-  }
-  return engine;
-}
-
 llm::Request request_for(const GenerateSettings& settings, const llm::Tokenizer& tokenizer) {
   llm::Request request;
   request.prefill = settings.session.prefill;
@@ -136,7 +117,9 @@ Generation generate(const GenerateSettings& settings, const llm::Weights& weight
 
   llm::use_threads(settings.session.threads);
   const Stopwatch load;
-  llm::Engine engine(llm::Model::load(weights, settings.arithmetic), engine_settings(settings, weights));
+  llm::EngineSettings for_engine = engine_settings(settings, weights, "generate");
+  for_engine.cache_bytes = std::numeric_limits<std::size_t>::max();  // check_memory() has decided
+  llm::Engine engine(llm::Model::load(weights, settings.arithmetic), std::move(for_engine));
   result.load_seconds = load.seconds();
 
   note_interrupts();

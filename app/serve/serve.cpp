@@ -1,7 +1,6 @@
 #include <fmt/format.h>
 
 #include <CLI/CLI.hpp>
-#include <cstdio>
 #include <ctime>
 #include <filesystem>
 #include <functional>
@@ -16,7 +15,6 @@
 #include "app/serve/serve_settings.h"
 #include "app/serve/service.h"
 #include "llm/engine/engine.h"
-#include "llm/engine/model_fingerprint.h"
 #include "llm/error.h"
 #include "llm/formats/weights.h"
 #include "llm/session/session_memory.h"
@@ -32,24 +30,12 @@ std::string name_of_model(const std::string& path) {
   return fs::is_directory(full) ? full.filename().string() : full.stem().string();
 }
 
-llm::EngineSettings engine_settings(const ServeSettings& settings, const llm::Weights& weights) {
-  const llm::SessionSettings& session = settings.session;
-  llm::EngineSettings engine;
-  engine.block_size = session.moba.block_size;
-  engine.full_layers = session.full_layers;
-  engine.kv_dtype = session.kv_dtype;
-  engine.context = settings.context;
-  engine.chunk = session.chunk;
+llm::EngineSettings settings_of_engine(const ServeSettings& settings, const llm::Weights& weights) {
+  llm::EngineSettings engine = engine_settings(settings, weights, "serve");
   if (settings.max_step > 0) engine.max_step_seconds = 1e-3 * static_cast<double>(settings.max_step);
   engine.max_running = settings.parallel;
   engine.max_waiting = settings.parallel + settings.queue;  // EngineThread limits both together
   engine.cache_bytes = static_cast<std::size_t>(settings.cache_bytes);
-  engine.threads = session.threads;
-  if (settings.cache_dir) {
-    engine.cache_folder = *settings.cache_dir;
-    engine.model_fingerprint = llm::model_fingerprint(weights, settings.arithmetic);
-    engine.warn = [](const std::string& line) { std::fprintf(stderr, "moba serve: %s\n", line.c_str()); };
-  }
   return engine;
 }
 
@@ -76,7 +62,7 @@ int serve(const FlagTable& flags, ServeSettings& settings) {
   const std::int64_t capacity = settings.parallel + settings.queue;
 
   llm::use_threads(settings.session.threads);
-  llm::Engine engine(llm::Model::load(weights, settings.arithmetic), engine_settings(settings, weights));
+  llm::Engine engine(llm::Model::load(weights, settings.arithmetic), settings_of_engine(settings, weights));
   const ServedModel model{.name = settings.alias.value_or(name_of_model(settings.model)),
                           .config = weights.config(),
                           .tokenizer = llm::Tokenizer::open(settings.model),

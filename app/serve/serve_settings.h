@@ -4,26 +4,21 @@
 #include <optional>
 #include <string>
 
+#include "app/engine_flags.h"
 #include "app/serve/http_server.h"
-#include "app/session_flags.h"
 
 namespace moba::app {
 
 /// The variables of the flags of `moba serve`.
-struct ServeSettings : SessionFlags {
+struct ServeSettings : EngineFlags {
   HttpSettings http;
   std::int64_t port = 8080, max_body = std::int64_t{32} << 20;
   std::optional<std::string> api_key_file;
   std::optional<std::string> alias;
-  /// Maximum tokens of prompt and answer together; 0: as many as the model was trained for.
-  std::int64_t context = 0;
   std::int64_t parallel = 8, queue = 64;
   std::int64_t cache_bytes = std::int64_t{4} << 30;
-  std::optional<std::string> cache_dir;
   /// Milliseconds; 0: no limit.
   std::int64_t max_step = 250;
-  /// Attention; unset: auto.
-  std::optional<llm::AttentionMode> prefill, decode;
 };
 
 void add_flags(FlagTable& flags, ServeSettings& settings);

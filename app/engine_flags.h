@@ -1,0 +1,25 @@
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "app/session_flags.h"
+#include "llm/engine/engine.h"
+
+// What the subcommands that run the engine share.
+namespace moba::app {
+
+struct EngineFlags : SessionFlags {
+  /// Maximum tokens of prompt and answer together; 0: as many as the model was trained for.
+  std::int64_t context = 0;
+  std::optional<std::string> cache_dir;
+  /// Attention; unset: auto.
+  std::optional<llm::AttentionMode> prefill, decode;
+};
+
+/// Returns the engine's settings by these flags; warnings name the subcommand.
+llm::EngineSettings engine_settings(const EngineFlags& flags, const llm::Weights& weights,
+                                    const std::string& subcommand);
+
+}  // namespace moba::app
