@@ -574,6 +574,20 @@ PARTS = {
 }
 
 
+def torch_with_device(program):
+    """Return torch; exit with a sentence of `program` if it, moba or a CUDA device is missing."""
+    try:
+        import moba  # noqa: F401
+        import torch
+    except ImportError as error:
+        sys.exit(
+            f"{program}: expected the module {error.name}, which cannot be imported (`make gpu-check` builds it)"
+        )
+    if not torch.cuda.is_available():
+        sys.exit(f"{program}: expected a CUDA device that this torch can use, got none")
+    return torch
+
+
 def machine():
     import torch
 
@@ -604,15 +618,7 @@ def main():
             f"--only: expected parts of {','.join(PARTS)}, got {','.join(sorted(unknown))}"
         )
     deadline = time.monotonic() + options.seconds
-    try:
-        import moba  # noqa: F401
-        import torch
-    except ImportError as error:
-        sys.exit(
-            f"cuda: expected the module {error.name}, which cannot be imported (`make gpu-check` builds it)"
-        )
-    if not torch.cuda.is_available():
-        sys.exit("cuda: expected a CUDA device that this torch can use, got none")
+    torch = torch_with_device("cuda")
 
     report = {
         "machine": machine(),

@@ -108,13 +108,7 @@ def main():
     parser.add_argument("--once", choices=CALLS, metavar="CALL", help="run one call for ncu")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
-    try:
-        import moba  # noqa: F401
-        import torch
-    except ImportError as error:
-        sys.exit(f"cuda_kernels: expected the module {error.name}, which cannot be imported")
-    if not torch.cuda.is_available():
-        sys.exit("cuda_kernels: expected a CUDA device that this torch can use, got none")
+    torch = bench.torch_with_device("cuda_kernels")
     if options.once:
         make, *arguments = CALLS[options.once]
         run_once(make(*arguments))

@@ -56,35 +56,26 @@ class Calls:
         self.leaves = [t.detach().requires_grad_() for t in (inputs.q, inputs.k, inputs.v)]
         self.d_out = torch.randn_like(inputs.q)
 
+    def options(self, choice):
+        """Return the arguments that both of flash-moba's functions take after the tensors."""
+        inputs, (block_size, top_k) = self.inputs, choice
+        return {
+            "cu_seqlens_q": inputs.cu,
+            "cu_seqlens_k": inputs.cu,
+            "max_seqlen_q": inputs.tokens,
+            "max_seqlen_k": inputs.tokens,
+            "moba_chunk_size": block_size,
+            "moba_topk": top_k,
+            "causal": True,
+        }
+
     def select(self, choice):
         """Return flash-moba's selection by column: for each head and block the rows that selected it."""
-        inputs, (block_size, top_k) = self.inputs, choice
-        return self.package.flash_topk_varlen_func(
-            inputs.q,
-            inputs.k,
-            cu_seqlens_q=inputs.cu,
-            cu_seqlens_k=inputs.cu,
-            max_seqlen_q=inputs.tokens,
-            max_seqlen_k=inputs.tokens,
-            moba_topk=top_k,
-            moba_chunk_size=block_size,
-            causal=True,
-        )
+        q, k = self.inputs.q, self.inputs.k
+        return self.package.flash_topk_varlen_func(q, k, **self.options(choice))
 
     def flash_moba(self, choice, q, k, v):
-        inputs, (block_size, top_k) = self.inputs, choice
-        return self.package.flash_moba_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q=inputs.cu,
-            cu_seqlens_k=inputs.cu,
-            max_seqlen_q=inputs.tokens,
-            max_seqlen_k=inputs.tokens,
-            moba_chunk_size=block_size,
-            moba_topk=top_k,
-            causal=True,
-        )
+        return self.package.flash_moba_varlen_func(q, k, v, **self.options(choice))
 
     def select_with_moba(self, choice):
         from moba import ops
@@ -267,15 +258,7 @@ def imported(folder):
             f"flash_moba: --flash-moba: expected a folder of benchmarks/peers/build_flash_moba.sh, "
             f"got {folder} without flash_moba_cuda.so"
         )
-    try:
-        import moba  # noqa: F401
-        import torch
-    except ImportError as error:
-        sys.exit(
-            f"flash_moba: expected the module {error.name}, which cannot be imported (`make gpu-check` builds it)"
-        )
-    if not torch.cuda.is_available():
-        sys.exit("flash_moba: expected a CUDA device that this torch can use, got none")
+    torch = bench.torch_with_device("flash_moba")
     sys.path.insert(0, str(folder.resolve()))
     try:
         import flash_moba
