@@ -23,11 +23,6 @@ HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
 namespace {
 
-namespace hn = hwy::HWY_NAMESPACE;
-
-using F32 = hn::ScalableTag<float>;
-using Vec = hn::Vec<F32>;
-
 constexpr std::size_t kLanes = hn::MaxLanes(F32());
 /// Columns of a panel: two vectors, so that each broadcast row element feeds two multiply-adds.
 constexpr std::size_t kCols = 2 * kLanes;
