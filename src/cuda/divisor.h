@@ -1,10 +1,14 @@
 #pragma once
 
 #include <bit>
+#include <limits>
 
 #include "cuda/ptx/device.h"
 
 namespace moba::cuda {
+
+/// The largest position of a token: a larger block size divides positions like this one.
+constexpr std::int64_t kMaxPosition = std::numeric_limits<std::int32_t>::max();
 
 /// Divides numbers below 2^31 by a number of the launch, with a multiplication and a shift.
 struct Divisor {

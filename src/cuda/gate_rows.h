@@ -1,8 +1,8 @@
 #pragma once
 
 #include <algorithm>
-#include <limits>
 
+#include "cuda/divisor.h"
 #include "cuda/gate.h"
 #include "cuda/tile/top8.h"
 #include "cuda/tile/topk.h"
@@ -15,7 +15,7 @@ struct GateParams {
   View<const T> q;
   const T* means;  // [heads, max_blocks, D]
   Batch batch;
-  std::uint32_t block_size;
+  Divisor by_block_size, by_heads_per_kv;
   std::int64_t max_blocks, max_tiles;
   std::int64_t heads_per_kv, head0;
   std::int32_t token0, token1;
@@ -28,52 +28,45 @@ struct GateParams {
   MOBA_DEVICE tile::Key* heaps_of(std::int64_t head, std::int32_t index, tile::Key* shared) const {
     return heaps == nullptr ? shared : heaps + (head * max_tiles + index) * kTileRows * width;
   }
-  /// Returns row r of a tile.
+  /// Returns row r of a tile: a packed token, and which of the kv head's query heads.
+  struct Row {
+    std::int32_t token, member;
+  };
+  MOBA_DEVICE Row row_at(const Tile& tile, int r) const {
+    const auto row = static_cast<std::uint32_t>(tile.first_row + r), query = by_heads_per_kv.quotient(row);
+    return {token0 + static_cast<std::int32_t>(query),
+            static_cast<std::int32_t>(row - query * by_heads_per_kv.divisor)};
+  }
+  MOBA_DEVICE std::int64_t q_head(std::int64_t head, const Row& row) const {
+    return (head0 + head) * heads_per_kv + row.member;
+  }
+  /// Returns the query of row r of a tile, and where its selection goes.
   MOBA_DEVICE const T* query(const Tile& tile, std::int64_t head, int r) const {
-    const std::int64_t row = tile.first_row + r;
-    return q.row(token0 + row / heads_per_kv, (head0 + head) * heads_per_kv + row % heads_per_kv);
+    const Row row = row_at(tile, r);
+    return q.row(row.token, q_head(head, row));
+  }
+  MOBA_DEVICE std::int32_t* selection_of(const Tile& tile, std::int64_t head, int r) const {
+    const Row row = row_at(tile, r);
+    return selection.of(q_head(head, row), row.token);
+  }
+  /// Returns the block of that query; -1 before the first key.
+  MOBA_DEVICE std::int32_t own_block_at(const Tile& tile, int r) const {
+    const std::int32_t position = row_at(tile, r).token - batch.q_starts[tile.sequence] + tile.before;
+    return position < 0 ? -1 : static_cast<std::int32_t>(by_block_size.quotient(position));
   }
 };
 
-/// A row of a tile: its query within the sequence and its query head among those of the kv head.
-struct TileRow {
-  std::int32_t query = 0, member = 0;
-};
-
+/// Returns the candidates of a row with that own block, of which the first are behind the sinks.
 template <typename T>
-MOBA_DEVICE TileRow row_at(const GateParams<T>& p, const Tile& tile, int row) {
-  const std::int64_t index = tile.from + row;
-  if (p.heads_per_kv == 1) return {static_cast<std::int32_t>(index), 0};
-  if (index >> 32 == 0) {  // where a division costs a fifth
-    const auto divisor = static_cast<std::uint32_t>(p.heads_per_kv), low = static_cast<std::uint32_t>(index);
-    return {static_cast<std::int32_t>(low / divisor), static_cast<std::int32_t>(low % divisor)};
-  }
-  return {static_cast<std::int32_t>(index / p.heads_per_kv),
-          static_cast<std::int32_t>(index % p.heads_per_kv)};
+MOBA_DEVICE tile::Candidates candidates_given(const GateParams<T>& p, const Tile& tile, std::int32_t own) {
+  if (p.causal) return {p.sinks, own < 0 ? 0 : own, -1};
+  const auto keys = static_cast<std::uint32_t>(tile.keys), whole = p.by_block_size.quotient(keys);
+  const bool has_rest = whole * p.by_block_size.divisor != keys;
+  return {p.sinks, static_cast<std::int32_t>(whole + (has_rest ? 1 : 0)), p.own_block ? own : -1};
 }
-
-template <typename T>
-MOBA_DEVICE std::int32_t own_block_of(const GateParams<T>& p, const Tile& tile, int row) {
-  const std::int32_t position = row_at(p, tile, row).query + tile.before;
-  return position < 0 ? -1 : static_cast<std::int32_t>(static_cast<std::uint32_t>(position) / p.block_size);
-}
-
-/// Returns where the selection of a row goes.
-template <typename T>
-MOBA_DEVICE std::int32_t* selection_of(const GateParams<T>& p, const Tile& tile, std::int64_t head, int row) {
-  const TileRow at = row_at(p, tile, row);
-  return p.selection.of((p.head0 + head) * p.heads_per_kv + at.member,
-                        p.batch.q_starts[tile.sequence] + at.query);
-}
-
-/// Returns the candidates of a row, of which the first are behind the sinks.
 template <typename T>
 MOBA_DEVICE tile::Candidates candidates_of(const GateParams<T>& p, const Tile& tile, int row) {
-  const std::int32_t own = own_block_of(p, tile, row);
-  if (p.causal) return {p.sinks, own < 0 ? 0 : own, -1};
-  const auto keys = static_cast<std::uint32_t>(tile.keys);
-  return {p.sinks, static_cast<std::int32_t>(keys / p.block_size + (keys % p.block_size != 0 ? 1 : 0)),
-          p.own_block ? own : -1};
+  return candidates_given(p, tile, p.own_block_at(tile, row));
 }
 
 /// Fills the heap of a row with its forced blocks, sinks and own, above empty entries; that of a missing row
@@ -170,8 +163,8 @@ struct WarpRows {
   MOBA_DEVICE void finish() {
     topk.merge();
     if (!has_row()) return;
-    write_row(topk.heap, p.causal ? own_block_of(p, tile, lane_row()) : -1,
-              selection_of(p, tile, head, lane_row()), p.selection.stride);
+    write_row(topk.heap, p.causal ? p.own_block_at(tile, lane_row()) : -1,
+              p.selection_of(tile, head, lane_row()), p.selection.stride);
   }
 
  private:
@@ -200,10 +193,9 @@ struct GateRow {
 template <typename T>
 MOBA_DEVICE GateRow gate_row(const GateParams<T>& p, const Tile& tile, std::int64_t head, int row) {
   if (row >= tile.count) return {};
-  const std::int32_t own = own_block_of(p, tile, row);
-  std::int32_t* const to = selection_of(p, tile, head, row);
-  if (p.causal) return {own < 0 ? 0 : own, own, to};
-  return {candidates_of(p, tile, row).last, p.own_block ? own : -1, to};
+  const std::int32_t own = p.own_block_at(tile, row);
+  return {candidates_given(p, tile, own).last, p.causal || p.own_block ? own : -1,
+          p.selection_of(tile, head, row)};
 }
 
 /// The rows of a warp, of which each selects at most tile::kTop blocks by score or as sinks.
@@ -333,8 +325,8 @@ GateParams<T> gate_params(const DeviceCall& call, const WorkSlice& slice, const 
   return {.q = view_of<const T>(call.q),
           .means = static_cast<const T*>(means),
           .batch = batch,
-          .block_size = static_cast<std::uint32_t>(
-              std::min<std::int64_t>(call.routing.block_size, std::numeric_limits<std::int32_t>::max())),
+          .by_block_size = Divisor(std::min(call.routing.block_size, kMaxPosition)),
+          .by_heads_per_kv = Divisor(call.heads_per_kv),
           .max_blocks = call.max_blocks(),
           .max_tiles = call.max_tiles(slice),
           .heads_per_kv = call.heads_per_kv,

@@ -2,7 +2,6 @@
 // into partitions. The warps of a thread block scatter the selections of a partition in turn, so that the
 // entries of a block ascend without a sort.
 #include <algorithm>
-#include <limits>
 
 #include "cuda/divisor.h"
 #include "cuda/plan.h"
@@ -204,15 +203,12 @@ MOBA_KERNEL(kThreads, 2) scan_kernel(MOBA_GRID_CONSTANT PlanParams p) {
   const std::int64_t head = ptx::block_y();
   const std::int32_t block = static_cast<std::int32_t>(ptx::block_x()) * kThreads + ptx::thread();
   if (block < p.max_blocks) p.offsets(head)[block + 1] = scan_partitions(p, head, block);
-  ptx::threadfence();
   ptx::syncthreads();
-  if (ptx::thread() == 0) sums[0] = ptx::atomic_add(p.plan.arrivals + head, 1);
+  if (ptx::thread() == 0) sums[0] = ptx::atomic_add_acq_rel(p.plan.arrivals + head, 1);
   ptx::syncthreads();
   const bool is_last = sums[0] + 1 == ptx::blocks_x();
   ptx::syncthreads();
-  if (!is_last) return;
-  ptx::threadfence();
-  scan_blocks(p.offsets(head), p.max_blocks, sums);
+  if (is_last) scan_blocks(p.offsets(head), p.max_blocks, sums);
 }
 
 /// Lists the routed tiles of 32 blocks of a head; all lanes call.
@@ -332,7 +328,6 @@ void plan(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const 
   }
   const std::int64_t heads = slice.heads(), blocks = call.max_blocks();
   const std::int64_t windows = divide_up(blocks, kMaxWindow), window = divide_up(blocks, windows);
-  constexpr std::int64_t kMaxBlockSize = std::numeric_limits<std::int32_t>::max();
   const PlanParams params{.plan = plan,
                           .batch = batch,
                           .selection = selection.of(slice.head0 * call.heads_per_kv, slice.token0),
@@ -348,7 +343,7 @@ void plan(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const 
                           .token0 = static_cast<std::int32_t>(slice.token0),
                           .width = Divisor(call.width()),
                           .heads_per_kv = Divisor(call.heads_per_kv),
-                          .block_size = Divisor(std::min(call.routing.block_size, kMaxBlockSize)),
+                          .block_size = Divisor(std::min(call.routing.block_size, kMaxPosition)),
                           .causal = call.routing.causal,
                           .has_diagonal = call.has_diagonal()};
   const Grid shares{params.partitions * windows, heads};

@@ -17,9 +17,5 @@ MOBA_DEVICE void bar_sync(int id, int threads) {
 MOBA_DEVICE void bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-/// Orders the thread's accesses to global memory for all threads of the device.
-MOBA_DEVICE void threadfence() {
-  __threadfence();
-}
 
 }  // namespace moba::cuda::ptx

@@ -14,6 +14,5 @@ MOBA_DEVICE void bar_sync(int id, int threads) {
 MOBA_DEVICE void bar_arrive(int id, int threads) {
   emulation::barrier_arrive(id, threads);
 }
-MOBA_DEVICE void threadfence() {}
 
 }  // namespace moba::cuda::ptx
