@@ -117,6 +117,7 @@ struct Engine::Impl {
   void preempt(Sequences::iterator sequence);
 
   Routing routing(const Sequence& sequence, AttentionMode mode, std::int64_t tokens) const;
+  Routing full_routing() const;
   Routing on_layer(const Routing& routing, std::int64_t layer) const;
   void decode_all();
   std::vector<float> decode(std::span<Sequence* const> batch);
@@ -313,19 +314,20 @@ void Engine::Impl::preempt(Sequences::iterator sequence) {
 /// The routing of queries on up to `tokens` keys. Where it covers every block it is full, so that the result
 /// does not depend on the other sequences of a batch.
 Routing Engine::Impl::routing(const Sequence& sequence, AttentionMode mode, std::int64_t tokens) const {
-  Routing result = sequence.request.moba;
+  const Routing& moba = sequence.request.moba;
   const std::int64_t blocks = (tokens + settings.block_size - 1) / settings.block_size;
-  if (mode != AttentionMode::full && result.top_k < blocks) return result;
-  result = Routing::full();
+  return mode != AttentionMode::full && moba.top_k < blocks ? moba : full_routing();
+}
+
+/// Full attention over the engine's pages, which hold blocks of its size.
+Routing Engine::Impl::full_routing() const {
+  Routing result = Routing::full();
   result.block_size = settings.block_size;
   return result;
 }
 
 Routing Engine::Impl::on_layer(const Routing& routing, std::int64_t layer) const {
-  if (!is_full[static_cast<std::size_t>(layer)]) return routing;
-  Routing full = Routing::full();
-  full.block_size = settings.block_size;
-  return full;
+  return is_full[static_cast<std::size_t>(layer)] ? full_routing() : routing;
 }
 
 namespace {
@@ -523,11 +525,7 @@ void Engine::Impl::prefill(Sequence& sequence, std::int64_t tokens) {
   const Logits wanted = request.on_prompt_logits && !sequence.has_logits ? Logits::all
                         : ends                                           ? Logits::last
                                                                          : Logits::none;
-  Routing routing = request.moba;
-  if (mode == AttentionMode::full) {
-    routing = Routing::full();
-    routing.block_size = settings.block_size;
-  }
+  const Routing routing = mode == AttentionMode::full ? full_routing() : request.moba;
   Execution execution{.parallel = parallel};
   if (mode == AttentionMode::moba_naive) execution.backend = "reference";
   sequence.cache.prepare(tokens);

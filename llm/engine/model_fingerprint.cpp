@@ -24,9 +24,7 @@ std::string model_fingerprint(const Weights& weights, const Arithmetic& arithmet
     const std::size_t sample = std::min(kSample, tensor.bytes.size());
     hash.add(tensor.bytes.first(sample)).add(tensor.bytes.last(sample));
   }
-  std::string text;
-  for (const std::uint8_t byte : hash.finish()) text += fmt::format("{:02x}", byte);
-  return text;
+  return hex(hash.finish());
 }
 
 }  // namespace moba::llm

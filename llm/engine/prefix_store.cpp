@@ -122,9 +122,7 @@ PrefixStore::~PrefixStore() {
 }
 
 fs::path PrefixStore::path_of(const Key& key) const {
-  std::string name;
-  for (const std::uint8_t byte : key) name += fmt::format("{:02x}", byte);
-  return settings_.folder / (name + std::string(kExtension));
+  return settings_.folder / (hex(key) + std::string(kExtension));
 }
 
 bool PrefixStore::contains(const Key& key) const {

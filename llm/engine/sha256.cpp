@@ -1,5 +1,7 @@
 #include "llm/engine/sha256.h"
 
+#include <fmt/format.h>
+
 #include <bit>
 
 namespace moba::llm {
@@ -69,6 +71,12 @@ Sha256Digest Sha256::finish() {
   for (std::size_t i = 0; i < digest.size(); ++i)
     digest[i] = static_cast<std::uint8_t>(state_[i / 4] >> (24 - 8 * (i % 4)));
   return digest;
+}
+
+std::string hex(const Sha256Digest& digest) {
+  std::string digits;
+  for (const std::uint8_t byte : digest) digits += fmt::format("{:02x}", byte);
+  return digits;
 }
 
 }  // namespace moba::llm

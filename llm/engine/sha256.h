@@ -4,11 +4,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <string_view>
 
 namespace moba::llm {
 
 using Sha256Digest = std::array<std::uint8_t, 32>;
+
+/// Returns 64 hexadecimal digits.
+std::string hex(const Sha256Digest& digest);
 
 /// SHA-256 (FIPS 180-4) of bytes that are added in parts.
 class Sha256 {
