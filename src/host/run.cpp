@@ -10,14 +10,14 @@
 namespace moba::host {
 namespace {
 
-/// Returns `parallel` with loops that skip their tasks once the flag is set, and then throw.
-Parallel cancelled_by(const std::atomic<bool>* cancel, const Parallel& parallel) {
-  if (cancel == nullptr) return parallel;
-  return {parallel.threads, [cancel, parallel](std::int64_t tasks, const Parallel::Body& body) {
+/// Returns `parallel` with loops that skip their tasks once the call is cancelled, and then throw.
+Parallel cancellable(const Parallel& parallel, Cancel& cancelled) {
+  if (!cancelled.can_happen()) return parallel;
+  return {parallel.threads, [parallel, &cancelled](std::int64_t tasks, const Parallel::Body& body) {
             parallel.run(tasks, [&](std::int64_t task, int worker) {
-              if (!cancel->load(std::memory_order_relaxed)) body(task, worker);
+              if (!cancelled()) body(task, worker);
             });
-            if (cancel->load(std::memory_order_relaxed)) throw Cancellation{};
+            if (cancelled()) throw Cancellation{};
           }};
 }
 
@@ -27,10 +27,10 @@ Run::Run(const Call& call, const Execution& execution)
     : call_(call),
       execution_(execution),
       backend_(choose_backend(execution.backend, call)),
-      parallel_(
-          cancelled_by(execution.cancel, execution.parallel.run ? execution.parallel : openmp())),
+      cancelled_(execution.cancelled),
+      parallel_(cancellable(execution.parallel.run ? execution.parallel : openmp(), cancelled_)),
       scratch_(execution.scratch),
-      context_{parallel_, scratch_, execution.workspace_bytes.value_or(kHostWorkspace)} {}
+      context_{parallel_, scratch_, execution.workspace_bytes.value_or(kHostWorkspace), cancelled_} {}
 
 Run::~Run() {
   if (execution_.profile == nullptr) return;
