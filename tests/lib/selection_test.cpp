@@ -1,11 +1,13 @@
 // Attention to blocks that the caller selects: against the oracle, against the gate's own selection, and
 // merged from several calls.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <random>
 
@@ -517,6 +519,144 @@ TEST_P(SelectionOfCaller, InvalidSelectionsThrow) {
   Routing routing = c.routing;
   routing.selection = selected.view();
   EXPECT_THROW(select_blocks(c.q.view(), c.k.view(), c.sequences, routing, selected.blocks.data()), Error);
+}
+
+/// Calls of one token for each of several sequences, one of them empty, in every form of a cache.
+SelectedCase decode_case(std::uint64_t seed, DType dtype) {
+  return selected_case(seed, [&](Case& c) {
+    c.dtype = dtype;
+    c.values = Values::normal;
+    c.sequences = {{0, 1, 2, 3, 4}, {0, 130, 130, 131, 171}};
+    c.routing.causal = true;
+    c.routing.own_block = false;
+  });
+}
+
+/// Calls visit(sequence, first key, keys).
+template <typename Visit>
+void for_each_sequence(const Case& c, Visit&& visit) {
+  for (std::size_t s = 0; s + 1 < c.sequences.cu_seqlens_k.size(); ++s)
+    visit(s, c.sequences.cu_seqlens_k[s], c.sequences.cu_seqlens_k[s + 1] - c.sequences.cu_seqlens_k[s]);
+}
+
+/// A cache of the case's keys and values, whose blocks need not be the call's.
+KvCache cache_of(const Case& c, std::int64_t block_size) {
+  KvCache cache({.kv_heads = c.kv_heads,
+                 .head_dim = c.head_dim,
+                 .block_size = block_size,
+                 .dtype = c.dtype,
+                 .sequences = static_cast<std::int64_t>(c.sequences.cu_seqlens_k.size()) - 1});
+  for_each_sequence(c, [&](std::size_t s, std::int64_t first, std::int64_t keys) {
+    cache.append(c.k.slice(first, keys), c.v.slice(first, keys), static_cast<std::int64_t>(s));
+  });
+  return cache;
+}
+
+/// The same in pages, with the memory that the sequences point to.
+struct Pages {
+  PageLayout layout{};
+  std::vector<std::vector<std::byte*>> pages{};
+  std::vector<std::vector<float>> means{};
+  std::vector<PagedSequence> sequences{};
+  std::vector<std::byte> memory{};
+};
+
+Pages pages_of(const Case& c, std::int64_t block_size, std::int64_t page_tokens) {
+  Pages p{.layout = {.kv_heads = c.kv_heads,
+                     .head_dim = c.head_dim,
+                     .block_size = block_size,
+                     .page_tokens = page_tokens,
+                     .dtype = c.dtype}};
+  const std::size_t bytes = page_bytes(p.layout);
+  std::size_t count = 0;
+  for_each_sequence(c, [&](std::size_t, std::int64_t, std::int64_t keys) {
+    count += static_cast<std::size_t>(keys / page_tokens + 1);
+  });
+  p.memory.resize(count * bytes + 64);
+  void* aligned = p.memory.data();
+  std::size_t space = p.memory.size();
+  auto* next = static_cast<std::byte*>(std::align(64, count * bytes, aligned, space));
+  for_each_sequence(c, [&](std::size_t, std::int64_t first, std::int64_t keys) {
+    std::vector<std::byte*>& pages = p.pages.emplace_back();
+    for (std::int64_t page = 0; page <= keys / page_tokens; ++page, next += bytes) pages.push_back(next);
+    p.means.emplace_back(static_cast<std::size_t>((keys / block_size + 1) * c.kv_heads * c.head_dim), 0.0F);
+    PagedSequence& sequence =
+        p.sequences.emplace_back(PagedSequence{.pages = pages, .means = p.means.back().data()});
+    append(c.k.slice(first, keys), c.v.slice(first, keys), p.layout, sequence);
+    sequence.length = keys;
+  });
+  for (std::size_t s = 0; s < p.sequences.size(); ++s)
+    p.sequences[s].pages = p.pages[s];  // whose memory stays where it is, unlike the lists
+  return p;
+}
+
+TEST_P(SelectionOfCaller, DecodedTokensMatchTheOracle) {
+  for (std::uint64_t seed = 8000; seed < 8040 && !HasFailure(); ++seed) {
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      const SelectedCase s = decode_case(seed, dtype);
+      Case c = s.c;
+      c.routing.selection = s.selected.view();
+      Result result = run_selected(s, execution());  // for its selection
+      const Outputs outputs{.out = result.out.view(), .lse = result.outputs().lse};
+      const auto check = [&](const auto& run) {
+        std::fill_n(result.outputs().lse, c.q_heads() * c.queries(), -1.0F);
+        run();
+        EXPECT_TRUE(result.fences_untouched()) << describe(c);
+        check_attended(c, result, exact());
+      };
+      const KvCache cache = cache_of(c, seed % 2 == 0 ? c.routing.block_size : 24);
+      check([&] { decode(c.q.view(), cache, c.routing, outputs, execution()); });
+
+      std::vector<CachedSequence> cached;
+      for_each_sequence(c, [&](std::size_t, std::int64_t first, std::int64_t keys) {
+        cached.push_back({.k = c.k.slice(first, keys), .v = c.v.slice(first, keys)});
+      });
+      check([&] { decode(c.q.view(), cached, c.routing, outputs, execution()); });
+
+      const Pages pages = pages_of(c, 16, seed % 2 == 0 ? 16 : 40);
+      check([&] { decode(c.q.view(), pages.layout, pages.sequences, c.routing, outputs, execution()); });
+    }
+  }
+}
+
+TEST_P(SelectionOfCaller, QueriesOnACacheMatchTheOracle) {
+  for (std::uint64_t seed = 8100; seed < 8120 && !HasFailure(); ++seed) {
+    const SelectedCase s = selected_case(seed, [&](Case& c) {
+      c.values = Values::normal;
+      c.sequences = one_sequence(11, 97);
+      c.routing.causal = true;
+      c.routing.own_block = false;
+    });
+    Case c = s.c;
+    c.routing.selection = s.selected.view();
+    Result result = run_selected(s, execution());
+    const Outputs outputs{.out = result.out.view(), .lse = result.outputs().lse};
+    attention(c.q.view(), cache_of(c, 24), 0, c.routing, outputs, execution());
+    check_attended(c, result, exact());
+    const Pages pages = pages_of(c, 16, 40);
+    attention(c.q.view(), pages.layout, pages.sequences.front(), c.routing, outputs, execution());
+    check_attended(c, result, exact());
+  }
+}
+
+TEST_P(SelectionOfCaller, InvalidRowsOfACacheThrow) {
+  SelectedCase s = decode_case(1, DType::f32);
+  const std::int32_t own = static_cast<std::int32_t>(129 / s.c.routing.block_size);
+  s.selected = Selected(1, 4, 2, 0);
+  for (const auto& [token, block] : {std::pair(0, own), std::pair(2, 0)}) *s.selected.row(0, token) = block;
+  *s.selected.row(0, 3) = static_cast<std::int32_t>(39 / s.c.routing.block_size) + 1;
+  Case c = s.c;
+  c.routing.selection = s.selected.view();
+  Result result(c);
+  const Result untouched = result;
+  try {
+    decode(c.q.view(), cache_of(c, 16), c.routing, {.out = result.out.view()}, execution());
+    ADD_FAILURE() << "no error";
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), testing::MatchesRegex("decode: selection: expected blocks below .* for head 0, "
+                                                    "token 3, got block .*"));
+  }
+  EXPECT_EQ(result, untouched) << "outputs were written";
 }
 
 MOBA_FOR_EVERY_BACKEND(SelectionOfCaller);
