@@ -18,7 +18,8 @@ class MOBA_EXPORT KvCache {
   struct Shape {
     std::int64_t kv_heads = 1;
     std::int64_t head_dim = 64;
-    /// The block size of every routing used with this cache, except dense attention (top_k = kEverything).
+    /// The block size of every routing used with this cache, except dense attention (top_k = kEverything) and
+    /// the caller's selections.
     std::int64_t block_size = 512;
     /// The storage type of keys and values: f32, bf16, f16, or i8 with one f32 scale a row.
     DType dtype = DType::f32;
@@ -54,7 +55,8 @@ MOBA_EXPORT void attention(const Tensor& q, const KvCache& cache, std::int64_t s
 
 /// Decodes one new token for every sequence of the cache: `q` and `outputs.out` [sequences, Hq, D],
 /// `outputs.lse` [Hq, sequences]. Each query is the last token of its sequence, whose key the cache already
-/// holds. An empty sequence gets 0. `outputs.selection` must be null.
+/// holds. An empty sequence gets 0. `outputs.selection` must be null. A selection of the caller has a row for
+/// each sequence, [heads, sequences, stride].
 MOBA_EXPORT void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const Outputs& outputs,
                         const Execution& execution = {});
 
@@ -64,7 +66,8 @@ struct CachedSequence {
   /// [tokens, Hkv, D], the strides alike for all sequences of a call.
   Tensor k{}, v{};
   /// [at least tokens / block_size, Hkv, D], f32: the mean key of every complete block, rounded to the dtype
-  /// of k. Strides alike for all sequences. Not read, and may be empty, when the routing covers every block.
+  /// of k. Strides alike for all sequences. Not read, and may be empty, when the routing covers every block
+  /// or the caller selects.
   Tensor means{};
 };
 
