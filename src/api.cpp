@@ -4,6 +4,7 @@
 #include "cache_state.h"
 #include "checks.h"
 #include "errors.h"
+#include "gate_inputs.h"
 #include "host/flow.h"
 
 namespace moba {
@@ -48,6 +49,39 @@ void select_blocks(const Tensor& q, const Tensor& k, const Sequences& sequences,
     if (const DeviceFlow* device = device_for(q, execution))
       return device->attention(q, k, k, batch_of(sequences), routing, outputs, execution);
     host::forward(make_call(q, k, k, sequences, routing), nullptr, outputs, execution);
+  });
+}
+
+void select_blocks(const GateInputs& gate, const Sequences& sequences, const Routing& routing,
+                   std::int32_t* selection, const Execution& execution, std::int64_t selection_stride) {
+  named("select_blocks", [&] {
+    const Outputs outputs{.selection = selection, .selection_stride = selection_stride};
+    check_gate(gate, sequences, routing);
+    check_selected(outputs, routing, selection_width(sequences, routing));
+    if (const DeviceFlow* device = device_for(gate.q, execution)) {
+      if (gate.k.sizes[0] != count_blocks(sequences.cu_seqlens_k, routing.block_size).all)
+        refuse("gate.k",
+               "expected a row for every block, the incomplete last ones included (backend cuda), got ",
+               gate.k.sizes[0]);
+      return device->select(gate, batch_of(sequences), routing, outputs, execution);
+    }
+    const Call call = make_gate_call(gate, sequences, routing);
+    if (!call.needs_scores()) return host::forward(call, nullptr, outputs, execution);
+    Scratch scratch(execution.scratch);
+    const BlockMeans keys = gate_keys(call, gate.k, scratch);
+    host::forward(call, &keys, outputs, execution);
+  });
+}
+
+void block_features(const Tensor& k, const std::vector<std::int32_t>& cu_seqlens_k, std::int64_t block_size,
+                    const BlockFeatures& features, const Execution& execution) {
+  named("block_features", [&] {
+    check_features(k, cu_seqlens_k, block_size, features);
+    const Sequences sequences{cu_seqlens_k, cu_seqlens_k};
+    if (const DeviceFlow* device = device_for(k, execution))
+      return device->features(k, batch_of(sequences), block_size, features, execution);
+    const Routing routing{.block_size = block_size, .top_k = 1, .causal = false};
+    host::features(make_call(k, k, k, sequences, routing), features, execution);
   });
 }
 
@@ -140,6 +174,16 @@ void select_blocks(const Tensor& q, const Tensor& k, const DeviceSequences& sequ
     check_attention(q, k, k, sequences, routing);
     check_selected(outputs, routing, selection_width(sequences, routing));
     device_required(q, execution).attention(q, k, k, batch_of(sequences), routing, outputs, execution);
+  });
+}
+
+void select_blocks(const GateInputs& gate, const DeviceSequences& sequences, const Routing& routing,
+                   std::int32_t* selection, const Execution& execution, std::int64_t selection_stride) {
+  named("select_blocks", [&] {
+    const Outputs outputs{.selection = selection, .selection_stride = selection_stride};
+    check_gate(gate, sequences, routing);
+    check_selected(outputs, routing, selection_width(sequences, routing));
+    device_required(gate.q, execution).select(gate, batch_of(sequences), routing, outputs, execution);
   });
 }
 

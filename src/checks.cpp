@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "gate_inputs.h"
+
 namespace moba {
 namespace {
 
@@ -137,16 +139,33 @@ void check_heads(std::int64_t q_heads, const char* name, std::int64_t kv_heads) 
     refuse(name, "expected a number of heads that divides ", q_heads, " (the query heads), got ", kv_heads);
 }
 
-void check_offsets(const char* name, const std::vector<std::int32_t>& offsets, std::int64_t tokens,
-                   const char* tensor) {
+/// Checks offsets that start at 0 and never decrease.
+void check_offsets(const char* name, const std::vector<std::int32_t>& offsets) {
+  if (offsets.empty()) refuse(name, "expected at least one entry (0), got an empty list");
   if (offsets.front() != 0) refuse(name, "expected to start at 0, got ", offsets.front());
   for (std::size_t i = 1; i < offsets.size(); ++i) {
     if (offsets[i] < offsets[i - 1])
       refuse(name, "expected never to decrease, got ", offsets[i], " after ", offsets[i - 1], " at entry ",
              i);
   }
+}
+
+/// The same, to the tokens of a tensor.
+void check_offsets(const char* name, const std::vector<std::int32_t>& offsets, std::int64_t tokens,
+                   const char* tensor) {
+  check_offsets(name, offsets);
   if (offsets.back() != tokens)
     refuse(name, "expected to end at ", tokens, " (the tokens of ", tensor, "), got ", offsets.back());
+}
+
+/// Checks both offsets, those of the queries to their end.
+void check_offsets(const Sequences& sequences, std::int64_t queries) {
+  if (sequences.cu_seqlens_q.empty())
+    refuse("cu_seqlens_q", "expected at least one entry (0), got an empty list");
+  if (sequences.cu_seqlens_q.size() != sequences.cu_seqlens_k.size())
+    refuse("cu_seqlens_k", "expected ", sequences.cu_seqlens_q.size(), " entries (as cu_seqlens_q), got ",
+           sequences.cu_seqlens_k.size());
+  check_offsets("cu_seqlens_q", sequences.cu_seqlens_q, queries, "q");
 }
 
 void check_lse(const float* lse) {
@@ -175,6 +194,16 @@ void check_new(const char* name, const Tensor& t, const KvCache::Shape& shape) {
     refuse(name, "expected head_dim ", shape.head_dim, " (the cache's), got ", t.sizes[2]);
 }
 
+void check_sequences(const DeviceSequences& sequences) {
+  if (sequences.count < 0) refuse("sequences.count", "expected at least 0, got ", sequences.count);
+  if (sequences.count > 0 && (sequences.cu_seqlens_q == nullptr || sequences.cu_seqlens_k == nullptr))
+    refuse(sequences.cu_seqlens_q == nullptr ? "cu_seqlens_q" : "cu_seqlens_k", "expected [", sequences.count,
+           " + 1] int32 on the device, got null");
+  if (sequences.max_seqlen_k < 0 || sequences.max_seqlen_k > std::numeric_limits<std::int32_t>::max())
+    refuse("sequences.max_seqlen_k", "expected 0 to ", std::numeric_limits<std::int32_t>::max(), ", got ",
+           sequences.max_seqlen_k);
+}
+
 void check_tensors(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_view("q", q);
   check_view("k", k);
@@ -191,25 +220,14 @@ void check_tensors(const Tensor& q, const Tensor& k, const Tensor& v) {
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSequences& sequences,
                      const Routing& routing) {
   check_tensors(q, k, v);
-  if (sequences.count < 0) refuse("sequences.count", "expected at least 0, got ", sequences.count);
-  if (sequences.count > 0 && (sequences.cu_seqlens_q == nullptr || sequences.cu_seqlens_k == nullptr))
-    refuse(sequences.cu_seqlens_q == nullptr ? "cu_seqlens_q" : "cu_seqlens_k", "expected [", sequences.count,
-           " + 1] int32 on the device, got null");
-  if (sequences.max_seqlen_k < 0 || sequences.max_seqlen_k > std::numeric_limits<std::int32_t>::max())
-    refuse("sequences.max_seqlen_k", "expected 0 to ", std::numeric_limits<std::int32_t>::max(), ", got ",
-           sequences.max_seqlen_k);
+  check_sequences(sequences);
   check_routing(q, routing);
 }
 
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
                      const Routing& routing) {
   check_tensors(q, k, v);
-  if (sequences.cu_seqlens_q.empty())
-    refuse("cu_seqlens_q", "expected at least one entry (0), got an empty list");
-  if (sequences.cu_seqlens_q.size() != sequences.cu_seqlens_k.size())
-    refuse("cu_seqlens_k", "expected ", sequences.cu_seqlens_q.size(), " entries (as cu_seqlens_q), got ",
-           sequences.cu_seqlens_k.size());
-  check_offsets("cu_seqlens_q", sequences.cu_seqlens_q, q.sizes[0], "q");
+  check_offsets(sequences, q.sizes[0]);
   check_offsets("cu_seqlens_k", sequences.cu_seqlens_k, k.sizes[0], "k");
   check_routing(q, routing);
 }
@@ -261,6 +279,62 @@ void check_outputs(const Tensor& q, const Outputs& outputs, const Routing& routi
 void check_apart_from_keys(const Outputs& outputs, const Tensor& k, const Tensor& v) {
   check_apart("out", outputs.out, "k", k);
   check_apart("out", outputs.out, "v", v);
+}
+
+namespace {
+
+void check_gate(const GateInputs& gate) {
+  const auto& [q, k] = gate;
+  check_view("gate.q", q);
+  check_view("gate.k", k);
+  if (k.dtype != q.dtype && k.dtype != DType::f32)
+    refuse("gate.k", "expected f32 or the dtype of gate.q, ", name_of(q.dtype), ", got ", name_of(k.dtype));
+  if (k.device != q.device) refuse("gate.k", "expected the device of gate.q, got another one");
+  check_heads(q.sizes[1], "gate.k", k.sizes[1]);
+  if (k.sizes[2] != q.sizes[2])
+    refuse("gate.k", "expected head_dim ", q.sizes[2], " (that of gate.q), got ", k.sizes[2]);
+}
+
+}  // namespace
+
+void check_gate(const GateInputs& gate, const DeviceSequences& sequences, const Routing& routing) {
+  check_gate(gate);
+  check_sequences(sequences);
+  check_routing(gate.q, routing);
+}
+
+void check_gate(const GateInputs& gate, const Sequences& sequences, const Routing& routing) {
+  check_gate(gate);
+  const auto& [q, k] = gate;
+  check_offsets(sequences, q.sizes[0]);
+  check_offsets("cu_seqlens_k", sequences.cu_seqlens_k);
+  check_routing(q, routing);
+  const BlockCount blocks = count_blocks(sequences.cu_seqlens_k, routing.block_size);
+  if (k.sizes[0] != blocks.all && !(routing.causal && k.sizes[0] == blocks.complete))
+    refuse("gate.k", "expected ", blocks.all, " rows (a block of the sequences each), got ", k.sizes[0]);
+}
+
+void check_features(const Tensor& k, const std::vector<std::int32_t>& cu_seqlens_k, std::int64_t block_size,
+                    const BlockFeatures& features) {
+  check_view("k", k);
+  check_offsets("cu_seqlens_k", cu_seqlens_k, k.sizes[0], "k");
+  if (block_size < 1) refuse("block_size", "expected at least 1, got ", block_size);
+  const std::int64_t blocks = count_blocks(cu_seqlens_k, block_size).all;
+  const std::array<std::pair<const char*, const Tensor*>, 3> all{
+      {{"features.mean", &features.mean}, {"features.max", &features.max}, {"features.min", &features.min}}};
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const auto& [name, t] = all[i];
+    if (t->data == nullptr) continue;
+    check_view(name, *t);
+    if (t->dtype != k.dtype && t->dtype != DType::f32)
+      refuse(name, "expected f32 or the dtype of k, ", name_of(k.dtype), ", got ", name_of(t->dtype));
+    if (t->device != k.device) refuse(name, "expected the device of k, got another one");
+    if (t->sizes[0] != blocks || t->sizes[1] != k.sizes[1] || t->sizes[2] != k.sizes[2])
+      refuse(name, "expected [", blocks, ", ", k.sizes[1], ", ", k.sizes[2], "], got ", sizes_of(*t));
+    check_written(name, *t);
+    check_apart(name, *t, "k", k);
+    for (std::size_t j = 0; j < i; ++j) check_apart(name, *t, all[j].first, *all[j].second);
+  }
 }
 
 void check_selected(const Outputs& outputs, const Routing& routing, std::int64_t width) {

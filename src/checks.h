@@ -22,6 +22,12 @@ void check_routing(const Tensor& q, const Routing& routing);
 void check_outputs(const Tensor& q, const Outputs& outputs, const Routing& routing, std::int64_t width);
 /// Checks, beyond check_outputs, that out shares no memory with the caller's keys and values.
 void check_apart_from_keys(const Outputs& outputs, const Tensor& k, const Tensor& v);
+/// Checks the inputs of a gate, whose keys are counted by the sequences.
+void check_gate(const GateInputs& gate, const Sequences& sequences, const Routing& routing);
+/// The same, except the offsets, which only the device can read.
+void check_gate(const GateInputs& gate, const DeviceSequences& sequences, const Routing& routing);
+void check_features(const Tensor& k, const std::vector<std::int32_t>& cu_seqlens_k, std::int64_t block_size,
+                    const BlockFeatures& features);
 /// Checks, beyond check_attention, that select_blocks has to select, and its destination.
 void check_selected(const Outputs& outputs, const Routing& routing, std::int64_t width);
 void check_execution(const Execution& execution);

@@ -24,6 +24,8 @@ class MOBA_EXPORT KvCache {
     /// The storage type of keys and values: f32, bf16, f16, or i8 with one f32 scale a row.
     DType dtype = DType::f32;
     std::int64_t sequences = 1;
+    /// Whether the largest and the smallest value of every channel of a block are kept beside its mean.
+    bool extremes = false;
   };
 
   explicit KvCache(const Shape& shape);
@@ -34,8 +36,11 @@ class MOBA_EXPORT KvCache {
   const Shape& shape() const;
   /// Tokens held by a sequence.
   std::int64_t length(std::int64_t sequence = 0) const;
-  /// Bytes of all pages, means and scales.
+  /// Bytes of all pages, features and scales.
   std::size_t bytes() const;
+  /// Views of the features of a sequence's complete blocks, [blocks, Hkv, D] in f32, until the sequence
+  /// changes. `max` and `min` are empty unless Shape::extremes.
+  BlockFeatures features(std::int64_t sequence = 0) const;
 
   /// Adds tokens at the end: `k` and `v` [n, Hkv, D] in f32, bf16 or f16, converted to the cache's dtype. Of
   /// `execution`, the backend and the threads are used.
@@ -101,6 +106,9 @@ struct PagedSequence {
   /// [complete blocks + 1, Hkv, D]: the mean key of every complete block, rounded to the dtype of the layout,
   /// then the sum of the keys of the block that is being filled, 0 if it is empty. Kept by `append`.
   float* means = nullptr;
+  /// The same for the largest and the smallest value of every channel, of complete blocks and then of the one
+  /// that is being filled. Kept by `append` unless null.
+  float *max = nullptr, *min = nullptr;
 };
 
 /// `KvCache::append` with pages of the caller: writes tokens [length, length + n) of `sequence`, for which

@@ -38,6 +38,12 @@ MOBA_EXPORT void select_blocks(const Tensor& q, const Tensor& k, const DeviceSeq
                                const Routing& routing, std::int32_t* selection,
                                const Execution& execution = {}, std::int64_t selection_stride = 0);
 
+/// `select_blocks` by gate inputs, with the sequences' offsets in device memory. The gate keys are of the
+/// dtype of the queries, a row for every block, incomplete ones included: the offsets must not count more.
+MOBA_EXPORT void select_blocks(const GateInputs& gate, const DeviceSequences& sequences,
+                               const Routing& routing, std::int32_t* selection,
+                               const Execution& execution = {}, std::int64_t selection_stride = 0);
+
 /// Keys and values of many sequences in pages of device memory, as serving engines keep them. The caller owns
 /// all of it: it writes the keys and values of new tokens, then `lengths`, and calls `update_means`. Lowering
 /// a length drops tokens.

@@ -2,6 +2,7 @@
 /// synchronising.
 #pragma once
 
+#include <limits>
 #include <memory>
 
 #include "device.h"
@@ -54,6 +55,13 @@ class DeviceCall : public OperatorCall {
     check_offsets(name, t, device);
     lists_.push_back(t.size(0) > 1 && t.stride(0) != 1 ? torch::stable::contiguous(t) : t);
     return static_cast<const std::int32_t*>(lists_.back().data_ptr());
+  }
+
+  /// Bounds the longest sequence by the blocks of gate inputs.
+  void count_blocks(std::int64_t blocks) {
+    constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
+    const std::int64_t block_size = std::max<std::int64_t>(routing.block_size, 1);
+    sequences.max_seqlen_k = blocks > kMax / block_size ? kMax : blocks * block_size;
   }
 
   Execution execution(const std::string& backend, DType) {

@@ -93,6 +93,11 @@ class HostCall : public OperatorCall {
     sequences.cu_seqlens_k = offsets_of("cu_seqlens_k", cu_seqlens_k);
   }
   explicit HostCall(const Routing& call_routing) : OperatorCall{call_routing} {}
+  /// As DeviceCall, which finds its device by a tensor.
+  HostCall(const Routing& call_routing, const TorchTensor&) : HostCall(call_routing) {}
+
+  /// The blocks of gate inputs, which the offsets count.
+  void count_blocks(std::int64_t) {}
 
   /// Returns the execution on torch's threads; float64 without a backend runs on the reference, its only one.
   Execution execution(const std::string& backend, DType dtype) {

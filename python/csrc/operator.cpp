@@ -16,6 +16,8 @@ STABLE_TORCH_LIBRARY_IMPL(moba, CPU, library) {
   implement<"attention_backward", attention_backward<HostCall>>(library);
   implement<"decode", decode>(library);
   implement<"select", select_blocks<HostCall>>(library);
+  implement<"select_by_gate", select_by_gate<HostCall>>(library);
+  implement<"block_features", block_features<HostCall>>(library);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moba, CUDA, library) {

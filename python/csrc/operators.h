@@ -70,6 +70,12 @@ inline Routing routing_of(std::int64_t block_size, std::int64_t top_k, std::int6
   return routing;
 }
 
+/// Returns an error of the library in terms of the operator, whose arguments are members of a struct there.
+inline Error without_prefix(std::string message, std::string_view prefix) {
+  for (std::size_t at; (at = message.find(prefix)) != std::string::npos;) message.erase(at, prefix.size());
+  return Error(message);
+}
+
 template <typename AnyCall>
 std::tuple<TorchTensor, TorchTensor, TorchTensor> attention(
     const TorchTensor& q, const TorchTensor& k, const TorchTensor& v, const TorchTensor& cu_seqlens_q,
@@ -139,6 +145,55 @@ TorchTensor select_blocks(const TorchTensor& q, const TorchTensor& k, const Torc
   return selection;
 }
 
+/// Selects by the caller's gate inputs. A causal call's gate keys may lack the incomplete last blocks, so its
+/// rows have room for one block more than there are keys.
+template <typename AnyCall>
+TorchTensor select_by_gate(const TorchTensor& q, const TorchTensor& k, const TorchTensor& cu_seqlens_q,
+                           const TorchTensor& cu_seqlens_k, std::int64_t block_size, std::int64_t top_k,
+                           std::int64_t sink_blocks, bool causal, bool own_block, std::string backend) {
+  AnyCall call(routing_of(block_size, top_k, sink_blocks, causal, {}), q, k, cu_seqlens_q, cu_seqlens_k);
+  call.routing.own_block = own_block;
+  call.count_blocks(k.dim() > 0 ? k.size(0) : 0);
+  const Argument queries("q", q, call.device), keys("k", k, call.device);
+  const std::int64_t width = std::max<std::int64_t>(std::min(top_k, k.size(0) + (causal ? 1 : 0)), 0);
+  TorchTensor selection = empty({q.size(1), q.size(0), width}, ScalarType::Int, call.device);
+  // An empty tensor has no memory of its own.
+  const TorchTensor written = selection.numel() > 0 ? selection : empty({1}, ScalarType::Int, call.device);
+  try {
+    moba::select_blocks(GateInputs{queries.view(), keys.view()}, call.sequences, call.routing,
+                        static_cast<std::int32_t*>(written.data_ptr()),
+                        call.execution(backend, queries.view().dtype), width);
+  } catch (const Error& error) {
+    throw without_prefix(error.what(), "gate.");
+  }
+  return selection;
+}
+
+/// Computes the features of the blocks of sequences of `tokens` keys each, [blocks, Hkv, D] in the dtype of
+/// k.
+template <typename AnyCall>
+std::tuple<TorchTensor, TorchTensor, TorchTensor> block_features(const TorchTensor& k, std::int64_t tokens,
+                                                                 std::int64_t block_size,
+                                                                 std::string backend) {
+  AnyCall call({}, k);
+  const Argument keys("k", k, call.device);
+  if (tokens < 1 || k.size(0) % tokens != 0)
+    refuse("tokens", "expected a divisor of ", k.size(0), " (the tokens of k), got ", tokens);
+  if (block_size < 1) refuse("block_size", "expected at least 1, got ", block_size);
+  const std::int64_t sequences = k.size(0) / tokens, blocks = (tokens - 1) / block_size + 1;
+  std::vector<std::int32_t> starts;
+  for (std::int64_t s = 0; s <= sequences; ++s) starts.push_back(static_cast<std::int32_t>(s * tokens));
+  const auto feature = [&] {
+    return empty({sequences * blocks, k.size(1), k.size(2)}, k.scalar_type(), call.device);
+  };
+  TorchTensor mean = feature(), max = feature(), min = feature();
+  const auto view = [&](const TorchTensor& t) { return Argument("k", t, call.device).view(); };
+  moba::block_features(keys.view(), starts, block_size,
+                       {.mean = view(mean), .max = view(max), .min = view(min)},
+                       call.execution(backend, keys.view().dtype));
+  return {mean, max, min};
+}
+
 /// Returns a view of tokens [begin, end) of sequence `index` of a [sequences, tokens, heads, head_dim]
 /// tensor.
 inline moba::Tensor sequence_of(const TorchTensor& t, moba::DType dtype, std::int64_t index,
@@ -172,7 +227,8 @@ inline std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const T
                                                    const TorchTensor& begin, const TorchTensor& end,
                                                    std::int64_t block_size, std::int64_t top_k,
                                                    std::int64_t sink_blocks, std::optional<double> scale,
-                                                   const std::string& backend) {
+                                                   const std::string& backend,
+                                                   std::optional<TorchTensor> given) {
   const Argument queries("q", q, {});
   const std::int64_t sequences = q.size(0);
   require_cached("k", k, sequences, {});
@@ -196,17 +252,11 @@ inline std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const T
 
   TorchTensor out = empty_like(queries, {}), lse = empty({q.size(1), sequences}, ScalarType::Float, {});
   HostCall call(routing_of(block_size, top_k, sink_blocks, true, scale));
+  if (given) call.routing.selection = selection_of(*given, queries.view(), {});
   moba::decode(queries.view(), cached, call.routing,
                {.out = Argument("out", out, {}).view(), .lse = static_cast<float*>(lse.data_ptr())},
                call.execution(backend, queries.view().dtype));
   return {out, lse};
-}
-
-/// Returns an error of moba::decode in terms of the operator, whose arguments are members of a PagedCache.
-inline Error without_cache(std::string message) {
-  constexpr std::string_view kCache = "cache.";
-  for (std::size_t at; (at = message.find(kCache)) != std::string::npos;) message.erase(at, kCache.size());
-  return Error(message);
 }
 
 /// Decodes from caches on the device; the memory of each sequence is one page. `begin` and `end` are not
@@ -214,10 +264,12 @@ inline Error without_cache(std::string message) {
 inline std::tuple<TorchTensor, TorchTensor> decode_on_device(
     const TorchTensor& q, const TorchTensor& k, const TorchTensor& v, const TorchTensor& means,
     const TorchTensor& begin, const TorchTensor& end, std::int64_t block_size, std::int64_t top_k,
-    std::int64_t sink_blocks, std::optional<double> scale, const std::string& backend) {
+    std::int64_t sink_blocks, std::optional<double> scale, const std::string& backend,
+    std::optional<TorchTensor> given) {
   DeviceCall call(routing_of(block_size, top_k, sink_blocks, true, scale), q);
   const TorchDevice device = call.device;
   const Argument queries("q", q, device);
+  if (given) call.routing.selection = selection_of(*given, queries.view(), device);
   const std::int64_t sequences = q.size(0);
   require_cached("k", k, sequences, device);
   require_cached("v", v, sequences, device);
@@ -241,7 +293,7 @@ inline std::tuple<TorchTensor, TorchTensor> decode_on_device(
                  {.out = Argument("out", out, device).view(), .lse = static_cast<float*>(lse.data_ptr())},
                  call.execution(backend, queries.view().dtype));
   } catch (const Error& error) {
-    throw without_cache(error.what());
+    throw without_prefix(error.what(), "cache.");
   }
   return {out, lse};
 }
@@ -260,8 +312,16 @@ inline void define_operators(torch::stable::detail::StableLibrary& library) {
       "select(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt block_size, SymInt top_k, "
       "SymInt sink_blocks=0, bool causal=True, str backend=\"\") -> Tensor");
   library.def(
+      "select_by_gate(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt block_size, "
+      "SymInt "
+      "top_k, SymInt sink_blocks=0, bool causal=True, bool own_block=False, str backend=\"\") -> Tensor");
+  library.def(
+      "block_features(Tensor k, SymInt tokens, SymInt block_size, str backend=\"\") -> (Tensor mean, Tensor "
+      "max, Tensor min)");
+  library.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor means, Tensor begin, Tensor end, SymInt block_size, "
-      "SymInt top_k, SymInt sink_blocks=0, float? scale=None, str backend=\"\") -> (Tensor out, Tensor lse)");
+      "SymInt top_k, SymInt sink_blocks=0, float? scale=None, str backend=\"\", Tensor? selection=None) -> "
+      "(Tensor out, Tensor lse)");
 }
 
 inline void implement_on_device(torch::stable::detail::StableLibrary& library) {
@@ -269,6 +329,8 @@ inline void implement_on_device(torch::stable::detail::StableLibrary& library) {
   implement<"attention_backward", attention_backward<DeviceCall>>(library);
   implement<"decode", decode_on_device>(library);
   implement<"select", select_blocks<DeviceCall>>(library);
+  implement<"select_by_gate", select_by_gate<DeviceCall>>(library);
+  implement<"block_features", block_features<DeviceCall>>(library);
 }
 
 }  // namespace moba::pytorch

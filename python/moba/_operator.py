@@ -1,6 +1,7 @@
 """Load the compiled operators and register shapes, gradients, autocast and vmap for them."""
 
 import ctypes
+import math
 from pathlib import Path
 
 import torch
@@ -25,10 +26,12 @@ _TENSORS = {
     "attention": ("q", "k", "v", *_OFFSETS),
     "attention_backward": ("d_out", "q", "k", "v", "out", "lse", "selection", *_OFFSETS),
     "select": ("q", "k", *_OFFSETS),
+    "select_by_gate": ("q", "k", *_OFFSETS),
+    "block_features": ("k",),
     "decode": ("q", "k", "v", "means", "begin", "end"),
 }
-_SELECTION = 12
-"""Position of `attention`'s argument selection."""
+_SELECTION = {"attention": 12, "decode": 11}
+"""Positions of the caller's selection among the arguments."""
 _DTYPES = {"lse": torch.float32} | dict.fromkeys(
     (*_OFFSETS, "selection", "begin", "end"), torch.int32
 )
@@ -43,15 +46,17 @@ def means_dtype(keys: Tensor) -> torch.dtype:
 def _check_tensors(function: str, *tensors: Tensor) -> None:
     """Raise TypeError for a wrong dtype and ValueError for a wrong device; the compiled code cannot raise TypeError."""
     names = _TENSORS[function]
-    q = tensors[names.index("q")]
+    first = "q" if "q" in names else names[0]
+    q = tensors[names.index(first)]
     dtype, device = q.dtype, q.device
     if dtype not in _FLOATING:
         raise TypeError(
-            f"{function}: q: expected one of {', '.join(map(str, _FLOATING))}, got {dtype}"
+            f"{function}: {first}: expected one of {', '.join(map(str, _FLOATING))}, got {dtype}"
         )
     for name, t in zip(names, tensors):
         expected = means_dtype(q) if name == "means" else _DTYPES.get(name)
-        if expected is None and t.dtype is not dtype:
+        is_f32_gate = function == "select_by_gate" and name == "k" and t.dtype is torch.float32
+        if expected is None and t.dtype is not dtype and not is_f32_gate:
             raise TypeError(f"{function}: {name}: expected {dtype} (the dtype of q), got {t.dtype}")
         if expected is not None and t.dtype is not expected:
             raise TypeError(f"{function}: {name}: expected {expected}, got {t.dtype}")
@@ -61,15 +66,15 @@ def _check_tensors(function: str, *tensors: Tensor) -> None:
             )
 
 
-def _check_selection(q: Tensor, selection: Tensor | None) -> None:
+def _check_selection(function: str, q: Tensor, selection: Tensor | None) -> None:
     """Raise TypeError or ValueError for a wrong dtype or device of the caller's selection."""
     if selection is None:
         return
     if selection.dtype is not torch.int32:
-        raise TypeError(f"attention: selection: expected torch.int32, got {selection.dtype}")
+        raise TypeError(f"{function}: selection: expected torch.int32, got {selection.dtype}")
     if selection.device != q.device:
         raise ValueError(
-            f"attention: selection: expected device {q.device} (that of q), got {selection.device}"
+            f"{function}: selection: expected device {q.device} (that of q), got {selection.device}"
         )
 
 
@@ -88,11 +93,12 @@ def _register_checks(function: str) -> None:
     """Check the arguments of every call of the operator on every backend, unless it is traced."""
     operator = getattr(torch.ops.moba, function).default
     count = len(_TENSORS[function])
+    selection = _SELECTION.get(function, math.inf)
 
     def checked(keyset, *arguments):
         _check_tensors(function, *arguments[:count])
-        if function == "attention" and len(arguments) > _SELECTION:
-            _check_selection(arguments[0], arguments[_SELECTION])
+        if len(arguments) > selection:
+            _check_selection(function, arguments[0], arguments[selection])
         try:
             return operator.redispatch(keyset - _checks, *arguments)
         except (RuntimeError, ValueError) as error:
@@ -181,7 +187,7 @@ def _(
     selection=None,
 ):
     _check_tensors("attention", q, k, v, cu_seqlens_q, cu_seqlens_k)
-    _check_selection(q, selection)
+    _check_selection("attention", q, selection)
     _check_shapes("attention", q, k, v, block_size, top_k, selection)
     tokens, heads = q.shape[:2]
     selected = (
@@ -226,9 +232,49 @@ def _(q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, causal
     return _empty_selection(q, k.shape[0], block_size, top_k)
 
 
+@torch.library.register_fake("moba::select_by_gate")
+def _(
+    q,
+    k,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    block_size,
+    top_k,
+    sink_blocks=0,
+    causal=True,
+    own_block=False,
+    backend="",
+):
+    _check_tensors("select_by_gate", q, k, cu_seqlens_q, cu_seqlens_k)
+    _check_shapes("select_by_gate", q, k, k, block_size, top_k)
+    width = torch.sym_min(top_k, k.shape[0] + (1 if causal else 0))
+    return q.new_empty((q.shape[1], q.shape[0], width), dtype=torch.int32)
+
+
+@torch.library.register_fake("moba::block_features")
+def _(k, tokens, block_size, backend=""):
+    _check_tensors("block_features", k)
+    blocks = k.shape[0] // tokens * ((tokens + block_size - 1) // block_size)
+    return tuple(k.new_empty((blocks, *k.shape[1:])) for _ in range(3))
+
+
 @torch.library.register_fake("moba::decode")
-def _(q, k, v, means, begin, end, block_size, top_k, sink_blocks=0, scale=None, backend=""):
+def _(
+    q,
+    k,
+    v,
+    means,
+    begin,
+    end,
+    block_size,
+    top_k,
+    sink_blocks=0,
+    scale=None,
+    backend="",
+    selection=None,
+):
     _check_tensors("decode", q, k, v, means, begin, end)
+    _check_selection("decode", q, selection)
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
@@ -306,7 +352,7 @@ def _with_gradient(
 ):
     # In place of the checks at BackendSelect, which would run twice.
     _check_tensors("attention", q, k, v, cu_seqlens_q, cu_seqlens_k)
-    _check_selection(q, selection)
+    _check_selection("attention", q, selection)
     keyset = keyset & _below_gradient
     arguments = (
         q,
@@ -452,8 +498,9 @@ def _vmap_attention(info, in_dims, q, k, v, cu_seqlens_q, cu_seqlens_k, block_si
     _refuse_mapped_offsets("attention", in_dims[3:5])
     q, k, v = (_pack(t, dim, batch, 0) for t, dim in zip((q, k, v), in_dims))
     tokens, keys = q.shape[0] // batch, k.shape[0] // batch
-    if len(rest) == _SELECTION - 6 and rest[-1] is not None:
-        rest = *rest[:-1], _pack(rest[-1], in_dims[_SELECTION], batch, 1).contiguous()
+    at = _SELECTION["attention"]
+    if len(in_dims) > at and rest[-1] is not None:
+        rest = *rest[:-1], _pack(rest[-1], in_dims[at], batch, 1).contiguous()
     out, lse, selection = _attention(
         q,
         k,

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "errors.h"
+#include "number.h"
 #include "selection.h"
 #include "split.h"
 #include "stopwatch.h"
@@ -19,6 +20,12 @@ Parallel cancellable(const Parallel& parallel, Cancel& cancelled) {
             });
             if (cancelled()) throw Cancellation{};
           }};
+}
+
+void store_row(const float* row, const Tensor& to, std::int64_t token, std::int64_t head) {
+  if (to.data == nullptr) return;
+  const std::int64_t offset = token * to.strides[0] + head * to.strides[1];
+  for (std::int64_t d = 0; d < to.sizes[2]; ++d) store(to.data, to.dtype, offset + d, row[d]);
 }
 
 }  // namespace
@@ -96,6 +103,27 @@ Plan Run::plan_backward(const SliceSelection& selection) {
 
 void Run::attend_backward(const SliceSelection& selection, const Plan& plan, const Backward& backward) {
   timed(&Profile::attend, [&] { backend_.attend_backward(call_, selection, plan, backward, context_); });
+}
+
+void Run::features(const BlockFeatures& to) {
+  timed(&Profile::centroids, [&] {
+    const Buffer<float> memory(scratch_, 3 * parallel_.threads * call_.head_dim);
+    std::int64_t first = 0;  // among the blocks of all sequences
+    for (const SequenceView& s : call_.sequences) {
+      const std::int64_t blocks = call_.blocks(s);
+      parallel_.run(blocks * call_.kv_heads, [&](std::int64_t task, int worker) {
+        const std::int64_t block = task / call_.kv_heads, head = task % call_.kv_heads;
+        float* mean = memory.data() + 3 * worker * call_.head_dim;
+        const FeatureRows rows{mean, to.max.data == nullptr ? nullptr : mean + call_.head_dim,
+                               to.min.data == nullptr ? nullptr : mean + 2 * call_.head_dim};
+        backend_.features(call_, s, head, block, rows);
+        store_row(rows.mean, to.mean, first + block, head);
+        store_row(rows.max, to.max, first + block, head);
+        store_row(rows.min, to.min, first + block, head);
+      });
+      first += blocks;
+    }
+  });
 }
 
 void Run::decode(const BlockMeans& means, const Outputs& outputs) {

@@ -25,6 +25,7 @@ class Run {
   void attend(const SliceSelection& selection, const Plan& plan, const Outputs& outputs);
   Plan plan_backward(const SliceSelection& selection);
   void attend_backward(const SliceSelection& selection, const Plan& plan, const Backward& backward);
+  void features(const BlockFeatures& to);
   void decode(const BlockMeans& means, const Outputs& outputs);
 
  private:
