@@ -135,7 +135,7 @@ class BlockPlan:
         self.home = holder[torch.searchsorted(begin, starts)]
         if min(self.homes()) == 0:
             raise ValueError(
-                f"{function}: block_size: expected a block that begins on each of {ranks} ranks, got {self.blocks} blocks of "
+                f"{function}: block_size: expected a block that begins on each of {ranks} ranks, got {self.blocks} of "
                 f"{block_size} tokens"
             )
         self.to_homes = _move(length, holder, self.home[block], rank, ranks)
