@@ -8,6 +8,7 @@ rounding, and a checkpoint continues on any number of ranks.
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import moba
@@ -23,30 +24,29 @@ from transformers import LlamaConfig, LlamaForCausalLM
 BYTES = 256  # the vocabulary
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path(__file__), help="a text; a byte is a token")
-    parser.add_argument("--data-ranks", type=int, default=1, help="ranks that share out the batch")
-    parser.add_argument("--context-ranks", type=int, default=1, help="ranks that share out a row")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--attn", default="moba", choices=("full", "moba"))
-    parser.add_argument("--moba-chunk-size", type=int, default=16, help="tokens in a block")
-    parser.add_argument("--moba-topk", type=int, default=3, help="blocks a token attends to")
-    parser.add_argument("--layout", default="zigzag", choices=("contiguous", "zigzag"))
-    parser.add_argument(
-        "--strategy", default="auto", choices=("auto", "fetch", "queries", "heads")
-    )
-    parser.add_argument("--batch", type=int, default=4, help="rows in a step")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens in a row")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="folder of checkpoints and of the log")
-    parser.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
-    parser.add_argument("--resume", type=Path, metavar="CHECKPOINT", help="a folder step-N of --out")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--data", type=Path, default=Path(__file__), help="a text; a byte is a token")
+    add("--data-ranks", type=int, default=1, help="ranks that share out the batch")
+    add("--context-ranks", type=int, default=1, help="ranks that share out a row")
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--attn", default="moba", choices=("full", "moba"))
+    add("--moba-chunk-size", type=int, default=16, help="tokens in a block")
+    add("--moba-topk", type=int, default=3, help="blocks a token attends to")
+    add("--layout", default="zigzag", choices=("contiguous", "zigzag"))
+    add("--strategy", default="auto", choices=("auto", "fetch", "queries", "heads"))
+    add("--batch", type=int, default=4, help="rows in a step")
+    add("--tokens", type=int, default=128, help="tokens in a row")
+    add("--steps", type=int, default=100)
+    add("--lr", type=float, default=1e-3)
+    add("--layers", type=int, default=2)
+    add("--hidden", type=int, default=64)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, help="folder of the log and of checkpoints")
+    add("--save-every", type=int, default=50, help="steps between checkpoints")
+    add("--resume", type=Path, metavar="CHECKPOINT", help="a folder step-N of --out")
+    return parser.parse_args(words)
 
 
 def build(arguments: argparse.Namespace, mesh: DeviceMesh) -> LlamaForCausalLM:
@@ -68,7 +68,7 @@ def build(arguments: argparse.Namespace, mesh: DeviceMesh) -> LlamaForCausalLM:
         context_parallel=ContextParallel(mesh["context"], arguments.layout, arguments.strategy),
     )
     model.set_attn_implementation("moba")
-    everyone = mesh["data", "context"]._flatten("ranks")
+    everyone = DeviceMesh(arguments.device, mesh.mesh.flatten())
     for layer in model.model.layers:
         fully_shard(layer, mesh=everyone)
     fully_shard(model, mesh=everyone)
@@ -82,11 +82,8 @@ def rows_of(text: torch.Tensor, step: int, arguments: argparse.Namespace) -> tor
     return torch.stack([text[start : start + arguments.tokens] for start in starts.tolist()])
 
 
-def main() -> None:
-    arguments = parse()
-    dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
-    if arguments.device == "cuda":
-        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+def train(arguments: argparse.Namespace) -> list[float]:
+    """Train on the ranks of the default group; return the loss of every step."""
     mesh = init_device_mesh(
         arguments.device,
         (arguments.data_ranks, arguments.context_ranks),
@@ -94,32 +91,35 @@ def main() -> None:
     )
     model = build(arguments, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr)
-    first = 0
-    if arguments.resume:
-        first = load(model, optimizer, arguments.resume)
+    first = load(model, optimizer, arguments.resume) if arguments.resume else 0
     text = torch.tensor(list(arguments.data.read_bytes()))
-    log = None
-    if arguments.out and dist.get_rank() == 0:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        log = (arguments.out / "log.jsonl").open("a")
-
+    losses = []
     for step in range(first, arguments.steps):
-        rows = rows_of(text, step, arguments).chunk(arguments.data_ranks)[mesh.get_local_rank("data")]
-        rows = rows.to(arguments.device)
+        rows = rows_of(text, step, arguments).chunk(arguments.data_ranks)
+        rows = rows[mesh.get_local_rank("data")].to(arguments.device)
         batch = shard_batch({"input_ids": rows, "labels": rows}, mesh["context"], arguments.layout)
         with moba.mode(arguments.attn):
             loss = model(**batch, use_cache=False).loss
-            loss.backward()  # the mean over ranks, as FSDP averages gradients
+            loss.backward()  # FSDP averages the gradients over all ranks
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         mean = loss.detach() / dist.get_world_size()
         dist.all_reduce(mean)
-        if log:
-            print(json.dumps({"step": step, "loss": mean.item()}), file=log, flush=True)
+        losses.append(mean.item())
+        if arguments.out:
+            report(step, losses[-1], arguments.out)
         if arguments.out and (step + 1) % arguments.save_every == 0:
             save(model, optimizer, step + 1, arguments.out / f"step-{step + 1}")
-    dist.destroy_process_group()
+    return losses
+
+
+def report(step: int, loss: float, folder: Path) -> None:
+    """Append a step to the log."""
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.jsonl").open("a") as log:
+            print(json.dumps({"step": step, "loss": loss}), file=log)
 
 
 def save(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, folder: Path) -> None:
@@ -137,6 +137,15 @@ def load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path)
         model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
     )
     return int(state["step"])
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
+    train(arguments)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
