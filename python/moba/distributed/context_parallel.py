@@ -1,7 +1,5 @@
 """Attention over sequences whose tokens are shared out among the ranks of a group."""
 
-import struct
-import zlib
 from typing import Any, NamedTuple
 
 import torch
@@ -10,14 +8,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from ..functional import check_int, check_tensors, flatten
+from ..functional import flatten
 from . import fetch, heads, queries
-from .exchange import Group, all_gather, process_group
-from .plan import LAYOUTS, BlockPlan, block_plan, check_layout
+from .arguments import FUNCTION, agree, cast, check, check_routing
+from .exchange import Group, all_gather, exchange, process_group
+from .plan import BlockPlan, block_plan
 from .selection import Routing, gather_means, select, whole_selection
-
-STRATEGIES = ("auto", "fetch", "queries", "heads")
-_FUNCTION = "context_parallel_attention"
 
 
 class ContextParallel(NamedTuple):
@@ -71,21 +67,21 @@ def context_parallel_attention(
         q, k, v = (t.to_local() for t in (q, k, v))
     if group is None:
         group = dist.group.WORLD
-    ranks = process_group(_FUNCTION, group)
+    ranks = process_group(FUNCTION, group)
     routing, cuts, error = None, (), None
     try:
-        q, k, v = _cast(q, k, v)
-        cuts = _check(q, k, v, block_size, top_k, cu_seqlens, layout, strategy, ranks.size())
+        q, k, v = cast(q, k, v)
+        cuts = check(q, k, v, block_size, top_k, cu_seqlens, layout, strategy, ranks.size())
         routing = Routing(block_size, top_k, sink_blocks, scale, backend)
-        _check_routing(routing)
+        check_routing(routing)
     except (TypeError, ValueError) as refused:
         error = refused
-    gradient = _agree(q, k, cuts, routing, layout, strategy, ranks, error)
+    gradient = agree(q, k, cuts, routing, layout, strategy, ranks, error)
     if strategy == "heads":
         out, lse, selection = heads.attend(q, k, v, cuts, layout, routing, return_selection, ranks)
     else:
         plan = block_plan(
-            _FUNCTION, q.shape[0], q.shape[1], ranks.rank(), ranks.size(), layout, cuts, block_size
+            FUNCTION, q.shape[0], q.shape[1], ranks.rank(), ranks.size(), layout, cuts, block_size
         )
         out, lse, selection = _Attention.apply(
             flatten(q),
@@ -121,189 +117,37 @@ def _placed(
             or t.device_mesh != q.device_mesh
         ):
             raise TypeError(
-                f"{_FUNCTION}: {name}: expected a DTensor with mesh and placements of q, got "
+                f"{FUNCTION}: {name}: expected a DTensor with mesh and placements of q, got "
                 f"{getattr(t, 'placements', type(t).__name__)}"
             )
     dims = [dim for dim, placement in enumerate(q.placements) if placement == Shard(1)]
     if len(dims) != 1 or not all(p.is_replicate() or isinstance(p, Shard) for p in q.placements):
         raise ValueError(
-            f"{_FUNCTION}: q: expected Shard(1) (the tokens) on one dimension of the mesh, got {q.placements}"
+            f"{FUNCTION}: q: expected Shard(1) (the tokens) on one dimension of the mesh, got {q.placements}"
         )
     own = q.device_mesh.get_group(dims[0])
-    if group is not None and process_group(_FUNCTION, group) != own:
-        raise ValueError(
-            f"{_FUNCTION}: group: expected None or that of q's tokens, got another one"
-        )
+    if group is not None and process_group(FUNCTION, group) != own:
+        raise ValueError(f"{FUNCTION}: group: expected None or that of q's tokens, got another one")
     return q.device_mesh, q.placements, own
 
 
-def _cast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Check the tensors and convert them as autocast does for attention."""
-    check_tensors(_FUNCTION, q, k, v, "[batch, tokens, heads, head_dim]")
-    if not torch.is_autocast_enabled(q.device.type):
-        return q, k, v
-    dtype = torch.get_autocast_dtype(q.device.type)
-    q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
-    return q, k, v
+class _Sizes(NamedTuple):
+    """Rows of a strategy, [kv heads, ranks]: those that go from this rank to each other one, and those that come."""
+
+    there: Tensor
+    here: Tensor
+
+    def bytes_moved(self, row_bytes: int, rank: int) -> int:
+        """Return the bytes that this rank sends and receives."""
+        remote = torch.arange(self.there.shape[1]) != rank
+        return row_bytes * int((self.there[:, remote] + self.here[:, remote]).sum())
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_size: int | None,
-    top_k: int | None,
-    cu_seqlens: Tensor | None,
-    layout: str,
-    strategy: str,
-    ranks: int,
-) -> tuple[int, ...]:
-    """Check the arguments that need no other rank; return the offsets of the sequences."""
-    if k.shape[:2] != q.shape[:2]:
-        raise ValueError(
-            f"{_FUNCTION}: k: expected the batch and tokens of q, {list(q.shape[:2])}, got {list(k.shape[:2])}"
-        )
-    if v.shape != k.shape:
-        raise ValueError(
-            f"{_FUNCTION}: v: expected the sizes of k, {list(k.shape)}, got {list(v.shape)}"
-        )
-    if q.shape[2] % max(k.shape[2], 1) or k.shape[2] == 0:
-        raise ValueError(
-            f"{_FUNCTION}: k: expected a number of heads that divides {q.shape[2]} (the query heads), got {k.shape[2]}"
-        )
-    if k.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"{_FUNCTION}: k: expected head_dim {q.shape[3]} (that of q), got {k.shape[3]}"
-        )
-    if q.numel() == 0:
-        raise ValueError(
-            f"{_FUNCTION}: q: expected tokens on every rank, got sizes {list(q.shape)}"
-        )
-    for name, value in (("block_size", block_size), ("top_k", top_k)):
-        if check_int(_FUNCTION, name, value) < 1:
-            raise ValueError(f"{_FUNCTION}: {name}: expected at least 1, got {value}")
-    check_layout(_FUNCTION, layout)
-    if strategy not in STRATEGIES:
-        raise ValueError(
-            f"{_FUNCTION}: strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}"
-        )
-    if strategy == "heads":
-        heads.check_heads(_FUNCTION, q.shape[2], k.shape[2], ranks)
-    batch, share = q.shape[:2]
-    if layout == "zigzag" and share % 2:
-        raise ValueError(
-            f"{_FUNCTION}: q: expected two chunks of equal length for zigzag, got {share} tokens"
-        )
-    row = share * ranks
-    if cu_seqlens is None:
-        return tuple(range(0, batch * row + 1, row))
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(
-            f"{_FUNCTION}: cu_seqlens: expected an int32 tensor, got {getattr(cu_seqlens, 'dtype', type(cu_seqlens).__name__)}"
-        )
-    cuts = tuple(cu_seqlens.tolist())
-    if not cuts or cuts[0] != 0 or cuts[-1] != batch * row or list(cuts) != sorted(cuts):
-        raise ValueError(
-            f"{_FUNCTION}: cu_seqlens: expected offsets that rise from 0 to {batch * row} (the tokens of all ranks), got "
-            f"{_shortened(cuts)}"
-        )
-    missing = set(range(0, batch * row, row)) - set(cuts)
-    if missing:
-        raise ValueError(
-            f"{_FUNCTION}: cu_seqlens: expected a sequence to begin with each row of {row} tokens, got none at {min(missing)}"
-        )
-    return cuts
-
-
-def _shortened(values: tuple[int, ...]) -> str:
-    return str(list(values)) if len(values) <= 8 else f"{list(values[:8])[:-1]}, ...]"
-
-
-def _check_routing(routing: Routing) -> None:
-    sinks = check_int(_FUNCTION, "sink_blocks", routing.sink_blocks)
-    if not 0 <= sinks < routing.top_k:
-        raise ValueError(
-            f"{_FUNCTION}: sink_blocks: expected 0 to {routing.top_k - 1} for top_k {routing.top_k}, got {sinks}"
-        )
-    if routing.scale is not None and not isinstance(routing.scale, (int, float)):
-        raise TypeError(f"{_FUNCTION}: scale: expected a number, got {routing.scale!r}")
-    if not isinstance(routing.backend, str):
-        raise TypeError(f"{_FUNCTION}: backend: expected a str, got {routing.backend!r}")
-
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def _agree(
-    q: Tensor,
-    k: Tensor,
-    cuts: tuple[int, ...],
-    routing: Routing | None,
-    layout: str,
-    strategy: str,
-    group: dist.ProcessGroup,
-    error: Exception | None,
-) -> bool:
-    """Raise on every rank if the arguments of one are invalid or differ; return whether a rank needs gradients."""
-    names = (
-        ("q", "number of rows"),
-        ("q", "number of tokens"),
-        ("q", "number of heads"),
-        ("k", "number of heads"),
-        ("q", "head_dim"),
-        ("q", "dtype"),
-        ("block_size", "value"),
-        ("top_k", "value"),
-        ("sink_blocks", "value"),
-        ("scale", "value"),
-        ("cu_seqlens", "offsets (their checksum)"),
-        ("layout", "value"),
-        ("strategy", "value"),
-    )
-    mine = [0] * len(names)
-    device = q.device if isinstance(q, Tensor) else torch.device("cpu")
-    gradient = False
-    if error is None and routing is not None:
-        scale = float("nan") if routing.scale is None else float(routing.scale)
-        mine = [
-            *q.shape[:3],
-            *k.shape[2:],
-            _DTYPES.index(q.dtype),
-            routing.block_size,
-            min(routing.top_k, 2**62),
-            routing.sink_blocks,
-            struct.unpack("<q", struct.pack("<d", scale))[0],
-            zlib.crc32(repr(cuts).encode()),
-            LAYOUTS.index(layout),
-            STRATEGIES.index(strategy),
-        ]
-        gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-    header = torch.tensor([int(error is not None), int(gradient), *mine], device=device)
-    by_rank = all_gather(header, group).tolist()
-    if error is not None:
-        raise error
-    refused = [rank for rank, values in enumerate(by_rank) if values[0]]
-    if refused:
-        raise ValueError(
-            f"{_FUNCTION}: group: expected valid arguments on every rank, got invalid ones on rank {refused[0]}, which names them"
-        )
-    for i, (argument, what) in enumerate(names):
-        values = [others[i + 2] for others in by_rank]
-        if len(set(values)) > 1:
-            decoded = {"dtype": _DTYPES, "layout": LAYOUTS, "strategy": STRATEGIES}.get(
-                what if what == "dtype" else argument
-            )
-            shown = ", ".join(str(decoded[value] if decoded else value) for value in values)
-            raise ValueError(
-                f"{_FUNCTION}: {argument}: expected the same {what} on every rank, got {shown}"
-            )
-    return any(values[1] for values in by_rank)
-
-
-def _busiest(counts: Tensor, row_bytes: int) -> int:
-    """Return the bytes that the busiest rank sends and receives of `counts` [from, to] rows."""
-    moved = counts.clone().fill_diagonal_(0)
-    return int((moved.sum(0) + moved.sum(1)).max()) * row_bytes
+def _sizes(there: Tensor, group: dist.ProcessGroup, device: torch.device) -> list[_Sizes]:
+    """Tell every rank how many rows it gets: `there` [strategies, kv heads, ranks]."""
+    ones = [1] * group.size()
+    here = exchange(there.movedim(-1, 0).to(device), ones, ones, group).cpu().movedim(0, -1)
+    return [_Sizes(*rows) for rows in zip(there, here)]
 
 
 class _Attention(torch.autograd.Function):
@@ -333,41 +177,47 @@ class _Attention(torch.autograd.Function):
         remote = [fetch.remote_blocks(of_head, plan) for of_head in by_head]
         wanted = torch.stack([torch.bincount(plan.home[r], minlength=plan.ranks) for r in remote])
         if is_full or strategy == "fetch":
-            pairs, strategy = [], "fetch"
-            counts = all_gather(wanted.to(q.device), group).cpu()[:, None]
+            pairs: Any = [None] * kv_heads
+            (sizes,) = _sizes(wanted[None], group, q.device)
+            is_fetch = True
         else:
             pairs, there = zip(*(queries.pairs_of(of_head, plan) for of_head in by_head))
-            counts = all_gather(
-                torch.stack([wanted, torch.stack(there).cpu()]).to(q.device), group
-            ).cpu()  # [from, fetch or queries, kv head, to]
-        if strategy == "auto":
-            width = selected.shape[2]
-            of_fetch = _busiest(
-                counts[:, 0].sum(1), fetch.block_bytes(k, routing.block_size, gradient)
+            of_fetch, of_queries = _sizes(
+                torch.stack([wanted, torch.stack(there).cpu()]), group, q.device
             )
-            of_queries = _busiest(counts[:, 1].sum(1), queries.row_bytes(q, width, gradient))
-            strategy = "fetch" if of_fetch <= of_queries else "queries"
+            is_fetch = False
+            if strategy == "auto":
+                moved = (
+                    of_fetch.bytes_moved(
+                        fetch.block_bytes(k, routing.block_size, gradient), plan.rank
+                    ),
+                    of_queries.bytes_moved(
+                        queries.row_bytes(q, selected.shape[2], gradient), plan.rank
+                    ),
+                )
+                busiest = all_gather(torch.tensor(moved, device=q.device), group).amax(0)
+                is_fetch = bool(busiest[0] <= busiest[1])
+            sizes = of_fetch if is_fetch else of_queries
 
-        exchanges: list[Any] = []
-        rank = plan.rank
-        heads_per_kv = q_heads // kv_heads
-        if strategy == "fetch":
+        exchanges: list[fetch.Fetch | queries.Queries] = []
+        if is_fetch:
             out, lse = torch.empty_like(q), q.new_empty(q_heads, tokens, dtype=torch.float32)
         else:
             out, lse = queries.own_blocks(q, k, v, plan, routing)
         for head in range(kv_heads):
-            part = slice(head * heads_per_kv, (head + 1) * heads_per_kv)
-            if strategy == "fetch":
-                sizes = counts[rank, 0, head].tolist(), counts[:, 0, head, rank].tolist()
-                e = fetch.Fetch(by_head[head], remote[head], *sizes, plan, routing, group, q.device)
-                out[:, part], lse[part] = e.forward(q[:, part], k[:, head], v[:, head])
-            else:
-                sizes = counts[rank, 1, head].tolist(), counts[:, 1, head, rank].tolist()
-                e = queries.Queries(by_head[head], pairs[head], *sizes, plan, routing, group)
-                out[:, part], lse[part] = e.forward(
-                    q[:, part], k[:, head], v[:, head], out[:, part], lse[part]
+            part = slice(head * q_heads // kv_heads, (head + 1) * q_heads // kv_heads)
+            inputs = q[:, part], k[:, head], v[:, head]
+            rows = sizes.there[head].tolist(), sizes.here[head].tolist()
+            if is_fetch:
+                blocks = fetch.Fetch(
+                    by_head[head], remote[head], *rows, plan, routing, group, q.device
                 )
-            exchanges.append(e)
+                out[:, part], lse[part] = blocks.forward(*inputs)
+                exchanges.append(blocks)
+            else:
+                sent = queries.Queries(by_head[head], pairs[head], *rows, plan, routing, group)
+                out[:, part], lse[part] = sent.forward(*inputs, out[:, part], lse[part])
+                exchanges.append(sent)
         shared = plan.to_shares(out, group), plan.to_shares(lse.T, group).T
         selection = torch.empty(
             (q_heads, shared[0].shape[0], 0), dtype=torch.int32, device=q.device
@@ -392,22 +242,18 @@ class _Attention(torch.autograd.Function):
         plan, group = ctx.plan, ctx.group
         d_out = plan.to_homes(d_out, group)
         wide = torch.promote_types(q.dtype, torch.float32)
-        by_query = isinstance(ctx.exchanges[0], queries.Queries)
-        if by_query:
-            dq, *d_keys = (
-                t.to(wide)
-                for t in queries.own_blocks_backward(d_out, q, k, v, out, lse, plan, ctx.routing)
-            )
-            d_keys = torch.stack(d_keys)
+        if isinstance(ctx.exchanges[0], queries.Queries):
+            own = queries.own_blocks_backward(d_out, q, k, v, out, lse, plan, ctx.routing)
+            dq, d_keys = own[0].to(wide), torch.stack(own[1:]).to(wide)
         else:
             dq, d_keys = torch.empty_like(q), q.new_empty(2, *k.shape, dtype=wide)
         heads_per_kv = q.shape[1] // k.shape[1]
-        for head, e in enumerate(ctx.exchanges):
+        for head, rows in enumerate(ctx.exchanges):
             part = slice(head * heads_per_kv, (head + 1) * heads_per_kv)
             inputs = d_out[:, part], q[:, part], k[:, head], v[:, head], out[:, part], lse[part]
-            if by_query:
-                e.backward(*inputs, dq[:, part], d_keys[:, :, head])
+            if isinstance(rows, queries.Queries):
+                rows.backward(*inputs, dq[:, part], d_keys[:, :, head])
             else:
-                dq[:, part], d_keys[:, :, head] = e.backward(*inputs)
+                dq[:, part], d_keys[:, :, head] = rows.backward(*inputs)
         shared = (plan.to_shares(t.to(q.dtype), group) for t in (dq, *d_keys))
         return *shared, *(None,) * 6

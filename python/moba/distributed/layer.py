@@ -10,7 +10,8 @@ from ..config import MoBAConfig
 from ..functional import EVERYTHING, check_tensors
 from ..modes import records_of
 from ..wrapper import documents_of_mask, is_full, refuse
-from .context_parallel import STRATEGIES, ContextParallel, context_parallel_attention
+from .arguments import STRATEGIES
+from .context_parallel import ContextParallel, context_parallel_attention
 from .exchange import all_gather, process_group
 from .plan import check_layout
 from .shards import in_order
@@ -117,7 +118,7 @@ def _sequences(
             "moba_layer: position_ids: expected the positions of this rank's tokens (shard_batch), got None"
         )
     group = process_group("moba_layer", settings.group)
-    shares = all_gather(positions.expand(batch, share), group)
+    shares = all_gather(positions.to(torch.int32).expand(batch, share), group)
     if len(shares) > 1 and (shares == torch.arange(share, device=shares.device)).all():
         raise ValueError(
             "moba_layer: position_ids: expected positions in the whole row (shard_batch), got 0 to "
