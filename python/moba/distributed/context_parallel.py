@@ -245,6 +245,7 @@ class _Attention(torch.autograd.Function):
         if isinstance(ctx.exchanges[0], queries.Queries):
             own = queries.own_blocks_backward(d_out, q, k, v, out, lse, plan, ctx.routing)
             dq, d_keys = own[0].to(wide), torch.stack(own[1:]).to(wide)
+            del own
         else:
             dq, d_keys = torch.empty_like(q), q.new_empty(2, *k.shape, dtype=wide)
         heads_per_kv = q.shape[1] // k.shape[1]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,9 +105,18 @@ def exchange(
     return result
 
 
-def pack(*columns: Tensor) -> Tensor:
-    """Pack tensors [rows, ...] of any dtypes to bytes [rows, bytes]."""
-    return torch.cat([t.contiguous().flatten(1).view(torch.uint8) for t in columns], dim=1)
+def pack(*columns: tuple[Tensor, Any]) -> Tensor:
+    """Pack rows `t[index]` [rows, size] of tensors of any dtypes to bytes [rows, bytes], one column after the other."""
+    widths = [t.shape[-1] * t.element_size() for t, _ in columns]
+    packed = None
+    begin = 0
+    for (t, index), width in zip(columns, widths):
+        rows = t[index].contiguous()
+        if packed is None:
+            packed = rows.new_empty(len(rows), sum(widths), dtype=torch.uint8)
+        packed[:, begin : begin + width] = rows.view(torch.uint8)
+        begin += width
+    return packed
 
 
 def unpack(rows: Tensor, *columns: tuple[torch.dtype, int]) -> list[Tensor]:

@@ -168,6 +168,7 @@ class Fetch:
         ):  # a run has no row twice, so the order of sums is fixed
             for total, d_key in zip(sums, d_keys):
                 total.index_add_(0, self.keys.rows[begin:end], d_key[begin:end, 0].to(wide))
+        del d_keys
         there = sums[:, plan.tokens :].to(k.dtype).transpose(0, 1)
         back = exchange(
             there.unflatten(0, (-1, plan.block_size)), self.wanted, self.asked, self.group

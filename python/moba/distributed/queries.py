@@ -95,7 +95,12 @@ class Queries:
             self.routing.backend,
             selection=self.selection,
         )
-        back = exchange(pack(part[:, 0], part_lse[0][:, None]), self.here, self.there, self.group)
+        back = exchange(
+            pack((part, (slice(None), 0)), (part_lse[..., None], 0)),
+            self.here,
+            self.there,
+            self.group,
+        )
         parts, lses = unpack(back, (dtype, head_dim), (torch.float32, 1))
         out = own_out.to(torch.promote_types(dtype, torch.float32), copy=True)
         lse = own_lse.clone()
@@ -127,10 +132,11 @@ class Queries:
         """Add the gradients from other blocks to `dq` [tokens, heads, D] and `d_keys` [2, tokens, D], both wide."""
         head_dim, dtype = q.shape[2], q.dtype
         at = self.token, self.head
-        packed = pack(d_out[at], q[at], out[at], lse[self.head, self.token][:, None])
+        packed = pack((d_out, at), (q, at), (out, at), (lse.T[..., None], at))
         received = exchange(packed, self.there, self.here, self.group)
         del packed
         d_outs, qs, outs, lses = unpack(received, *[(dtype, head_dim)] * 3, (torch.float32, 1))
+        del received
         dqs, dk, dv = ops.attention_backward(
             d_outs[:, None],
             qs[:, None],
