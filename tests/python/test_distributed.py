@@ -2,8 +2,10 @@
 
 import os
 import random
+import re
 import signal
 import time
+from pathlib import Path
 
 import moba
 import pytest
@@ -25,6 +27,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 CASES = 14
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / "docs" / "distributed.md"
 
 
 def generated(seed, ranks):
@@ -364,3 +368,27 @@ def test_a_dead_rank_is_an_error_on_all_others(tmp_path):
     for text, in_time in on_ranks(3, attend_until_dead, 5, folder=tmp_path, timeout=5, dies=1):
         assert text.startswith("moba.distributed: group: expected every rank to answer within")
         assert in_time
+
+
+# docs/distributed.md
+
+
+def run_recipes(folder):
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # the group exists already
+    names = {"folder": folder}
+    recipes = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.DOTALL)
+    for number, code in enumerate(recipes):
+        exec(compile(code, f"recipe {number}", "exec"), names)
+    return len(recipes)
+
+
+def test_every_recipe_runs(tmp_path):
+    assert on_ranks(2, run_recipes, tmp_path / "out", folder=tmp_path) == [4, 4]
+
+
+def test_table_is_that_of_the_simulation():
+    rows = (ROOT / "benchmarks" / "results" / "context-parallel.md").read_text().splitlines()
+    shown = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
+    assert len(shown) > 20 and set(shown) <= set(rows)
