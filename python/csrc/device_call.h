@@ -56,6 +56,10 @@ class DeviceCall : public OperatorCall {
     return static_cast<const std::int32_t*>(lists_.back().data_ptr());
   }
 
+  /// The device alone reads lists, so nothing is checked, and the longest length is at most `bound`.
+  static void check_spans(const std::int32_t*, const std::int32_t*, std::int64_t, std::int64_t) {}
+  static std::int64_t max_length(const std::int32_t*, std::int64_t, std::int64_t bound) { return bound; }
+
   Execution execution(const std::string& backend, DType) {
     Execution execution;
     execution.backend = backend;

@@ -67,6 +67,10 @@ BlockMeans Run::centroids(const WorkSlice& slice) {
                [&] { return backend_.centroids(call_, slice.head0, slice.head1, context_); });
 }
 
+BlockMeans Run::centroids() {
+  return timed(&Profile::centroids, [&] { return backend_.centroids(call_, 0, call_.kv_heads, context_); });
+}
+
 Selection Run::gate(const BlockMeans& means, const WorkSlice& slice, const Outputs& outputs) {
   return timed(&Profile::gate, [&] {
     const bool is_given = outputs.selection != nullptr;
