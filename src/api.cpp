@@ -40,7 +40,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequence
                const Routing& routing, const Outputs& outputs, const Execution& execution) {
   named("attention", [&] {
     check_attention(q, k, v, sequences, routing);
-    check_outputs(q, outputs, selection_width(sequences, routing));
+    check_outputs(q, outputs, routing, selection_width(sequences, routing));
     check_apart_from_keys(outputs, k, v);
     if (const DeviceFlow* device = device_for(q, execution))
       return device->attention(q, k, v, batch_of(sequences), routing, outputs, execution);
@@ -53,7 +53,7 @@ void select_blocks(const Tensor& q, const Tensor& k, const Sequences& sequences,
   named("select_blocks", [&] {
     const Outputs outputs{.selection = selection, .selection_stride = selection_stride};
     check_attention(q, k, k, sequences, routing);
-    check_selected(outputs, selection_width(sequences, routing));
+    check_selected(outputs, routing, selection_width(sequences, routing));
     if (const DeviceFlow* device = device_for(q, execution))
       return device->attention(q, k, k, batch_of(sequences), routing, outputs, execution);
     host::forward(make_call(q, k, k, sequences, routing), nullptr, outputs, execution);
@@ -65,7 +65,7 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
                         const Gradients& gradients, const Execution& execution) {
   named("attention_backward", [&] {
     check_attention(q, k, v, sequences, routing);
-    check_backward(d_out, q, k, v, saved, selection_width(sequences, routing), gradients);
+    check_backward(d_out, q, k, v, saved, routing, selection_width(sequences, routing), gradients);
     if (const DeviceFlow* device = device_for(q, execution)) {
       return device->attention_backward(d_out, q, k, v, saved, batch_of(sequences), routing, gradients,
                                         execution);
@@ -79,7 +79,8 @@ void attention(const Tensor& q, const KvCache& cache, std::int64_t sequence, con
   named("attention", [&] {
     check_sequence(cache, sequence);
     check_cached(q, cache, routing);
-    check_outputs(q, outputs, selection_width(one_sequence(q.sizes[0], cache.length(sequence)), routing));
+    check_outputs(q, outputs, routing,
+                  selection_width(one_sequence(q.sizes[0], cache.length(sequence)), routing));
     check_execution(execution);
     const BlockMeans means = cached_means(cache, sequence);
     host::forward(cached_call(q, cache, sequence, routing), &means, outputs, execution);
@@ -91,7 +92,7 @@ void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const
   named("decode", [&] {
     check_cached(q, cache, routing);
     check_decode(q, cache.shape().sequences, outputs);
-    check_outputs(q, outputs, 0);
+    check_outputs(q, outputs, routing, 0);
     check_execution(execution);
     host::decode(decode_call(q, cache, routing), cached_means(cache), outputs, execution);
   });
@@ -101,7 +102,7 @@ void attention(const Tensor& q, const PageLayout& layout, const PagedSequence& s
                const Routing& routing, const Outputs& outputs, const Execution& execution) {
   named("attention", [&] {
     check_cached(q, layout, {&sequence, 1}, routing);
-    check_outputs(q, outputs, selection_width(one_sequence(q.sizes[0], sequence.length), routing));
+    check_outputs(q, outputs, routing, selection_width(one_sequence(q.sizes[0], sequence.length), routing));
     check_execution(execution);
     const BlockMeans means = cached_means(layout, {&sequence, 1});
     host::forward(cached_call(q, layout, sequence, routing), &means, outputs, execution);
@@ -113,7 +114,7 @@ void decode(const Tensor& q, const PageLayout& layout, std::span<const PagedSequ
   named("decode", [&] {
     check_cached(q, layout, sequences, routing);
     check_decode(q, static_cast<std::int64_t>(sequences.size()), outputs);
-    check_outputs(q, outputs, 0);
+    check_outputs(q, outputs, routing, 0);
     check_execution(execution);
     host::decode(decode_call(q, layout, sequences, routing), cached_means(layout, sequences), outputs,
                  execution);
@@ -124,7 +125,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSe
                const Routing& routing, const Outputs& outputs, const Execution& execution) {
   named("attention", [&] {
     check_attention(q, k, v, sequences, routing);
-    check_outputs(q, outputs, selection_width(sequences, routing));
+    check_outputs(q, outputs, routing, selection_width(sequences, routing));
     check_apart_from_keys(outputs, k, v);
     device_required(q, execution).attention(q, k, v, batch_of(sequences), routing, outputs, execution);
   });
@@ -135,7 +136,7 @@ void select_blocks(const Tensor& q, const Tensor& k, const DeviceSequences& sequ
   named("select_blocks", [&] {
     const Outputs outputs{.selection = selection, .selection_stride = selection_stride};
     check_attention(q, k, k, sequences, routing);
-    check_selected(outputs, selection_width(sequences, routing));
+    check_selected(outputs, routing, selection_width(sequences, routing));
     device_required(q, execution).attention(q, k, k, batch_of(sequences), routing, outputs, execution);
   });
 }
@@ -145,7 +146,7 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
                         const Gradients& gradients, const Execution& execution) {
   named("attention_backward", [&] {
     check_attention(q, k, v, sequences, routing);
-    check_backward(d_out, q, k, v, saved, selection_width(sequences, routing), gradients);
+    check_backward(d_out, q, k, v, saved, routing, selection_width(sequences, routing), gradients);
     device_required(q, execution)
         .attention_backward(d_out, q, k, v, saved, batch_of(sequences), routing, gradients, execution);
   });
@@ -158,7 +159,8 @@ void attention(const Tensor& q, const std::int32_t* cu_seqlens_q, const PagedCac
       refuse("backend", "expected one that works on CPU tensors, got cuda");
     require_host(q, execution);
     check_paged(q, cu_seqlens_q, cache, routing);
-    check_outputs(q, outputs, selection_width(DeviceSequences{.max_seqlen_k = cache.max_seqlen_k}, routing));
+    check_outputs(q, outputs, routing,
+                  selection_width(DeviceSequences{.max_seqlen_k = cache.max_seqlen_k}, routing));
     const Call call = paged_call(q, cu_seqlens_q, cache, routing);
     Scratch scratch(execution.scratch);
     const BlockMeans means = paged_means(call, cache, scratch, execution);
@@ -171,7 +173,7 @@ void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, co
   named("decode", [&] {
     check_paged(q, cache, routing);
     check_decode(q, cache.sequences, outputs);
-    check_outputs(q, outputs, 0);
+    check_outputs(q, outputs, routing, 0);
     if (const DeviceFlow* device = device_for(q, execution))
       return device->decode(q, cache, routing, outputs, execution);
     require_host(q, execution);

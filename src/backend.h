@@ -124,15 +124,15 @@ struct Backend {
   BlockMeans (*centroids)(const Call& call, std::int64_t head0, std::int64_t head1,
                           Context& context) = nullptr;
   /// Writes the rows of `selection`. Called only if the call needs scores.
-  void (*gate)(const Call& call, const BlockMeans& means, const Selection& selection,
+  void (*gate)(const Call& call, const BlockMeans& means, const SliceSelection& selection,
                Context& context) = nullptr;
-  Plan (*plan)(const Call& call, const Selection& selection, Context& context) = nullptr;
-  void (*attend)(const Call& call, const Selection& selection, const Plan& plan, const Outputs& outputs,
+  Plan (*plan)(const Call& call, const SliceSelection& selection, Context& context) = nullptr;
+  void (*attend)(const Call& call, const SliceSelection& selection, const Plan& plan, const Outputs& outputs,
                  Context& context) = nullptr;
   /// The same, with the ranges of `attend_backward`.
-  Plan (*plan_backward)(const Call& call, const Selection& selection, Context& context) = nullptr;
+  Plan (*plan_backward)(const Call& call, const SliceSelection& selection, Context& context) = nullptr;
   /// Overwrites (does not accumulate) dq, dk and dv of the slice's heads. The slice spans all tokens.
-  void (*attend_backward)(const Call& call, const Selection& selection, const Plan& plan,
+  void (*attend_backward)(const Call& call, const SliceSelection& selection, const Plan& plan,
                           const Backward& backward, Context& context) = nullptr;
   std::size_t (*workspace_backward)(const Call& call, const WorkSlice& slice, int threads) = nullptr;
   /// Decodes one query for every sequence; `means` are the cache's.

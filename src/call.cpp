@@ -38,7 +38,8 @@ Sequences one_sequence(std::int64_t queries, std::int64_t keys) {
 namespace {
 
 std::int64_t selection_width_of(std::int64_t max_seqlen_k, const Routing& routing) {
-  return std::min(routing.top_k, max_seqlen_k == 0 ? 0 : (max_seqlen_k - 1) / routing.block_size + 1);
+  const std::int64_t width = routing.selection.heads > 0 ? routing.selection.width : routing.top_k;
+  return std::min(width, max_seqlen_k == 0 ? 0 : (max_seqlen_k - 1) / routing.block_size + 1);
 }
 
 }  // namespace
@@ -64,7 +65,9 @@ CallShape shape_of(const Tensor& q, std::int64_t kv_heads, std::int64_t max_seql
                   .selection_width = selection_width_of(max_seqlen_k, routing)};
   shape.scale = routing.scale.value_or(1 / std::sqrt(static_cast<float>(shape.head_dim)));
   const std::int64_t block_size = std::max<std::int64_t>(max_seqlen_k, 1);
-  if (routing.top_k >= (block_size - 1) / routing.block_size + 1) {
+  if (shape.is_selected()) {
+    shape.routing.block_size = std::min(routing.block_size, block_size);
+  } else if (routing.top_k >= (block_size - 1) / routing.block_size + 1) {
     shape.is_dense = true;
     shape.routing.block_size = block_size;
     shape.routing.top_k = 1;

@@ -43,7 +43,7 @@ struct SequenceView {
 
 /// Shape and routing of a call on any device. `routing` is normalised: when top_k covers every block of every
 /// sequence, block_size is the longest sequence and top_k is 1, so that dense attention is the one-block case
-/// of everything below.
+/// of everything below. With the caller's selection it never takes place, and top_k is not read.
 struct CallShape {
   Routing routing{};
   Routing requested{};    // as the caller gave it
@@ -54,9 +54,15 @@ struct CallShape {
   std::int64_t max_seqlen_k = 0;     // most keys in any sequence
   std::int64_t selection_width = 0;  // blocks in a row of the selection
 
-  /// Blocks that a query selects by score: a causal query's own block is not among them.
-  std::int64_t width() const { return is_dense ? 0 : selection_width - (routing.causal ? 1 : 0); }
-  bool needs_scores() const { return width() > 0; }
+  /// Whether the caller selects the blocks, so that no gate runs.
+  bool is_selected() const { return routing.selection.heads > 0; }
+  /// Routed blocks of a query: those of its row of the selection, except a causal query's own block.
+  std::int64_t width() const {
+    return is_dense ? 0 : std::max<std::int64_t>(selection_width - (routing.causal ? 1 : 0), 0);
+  }
+  /// Whether there are rows of a selection, and whether the gate writes them.
+  bool is_routed() const { return width() > 0; }
+  bool needs_scores() const { return is_routed() && !is_selected(); }
 };
 
 /// Normalises the routing of a call whose longest sequence has `max_seqlen_k` keys.
@@ -81,7 +87,7 @@ struct Call : CallShape {
     const std::int64_t p = s.position(query);
     return p < 0 ? -1 : p / routing.block_size;
   }
-  /// Blocks of a query that the plan lists: those selected by score, or the one of non-causal dense
+  /// Blocks of a query that the plan lists: those it is routed to, or the one of non-causal dense
   /// attention.
   std::int64_t listed_width() const { return is_dense && !routing.causal ? 1 : width(); }
 
@@ -140,20 +146,23 @@ struct BlockMeans {
   }
 };
 
-/// Rows of a selection, in the form of Outputs::selection, for query heads from `head0` and packed tokens
-/// from `token0` on; in the caller's memory or in scratch memory.
+/// Rows of a selection, in the form of Outputs::selection or, with `heads_per_row`, of Routing::selection,
+/// for query heads from `head0` and packed tokens from `token0` on; in the caller's memory or in scratch
+/// memory.
 struct SelectionRows {
   std::int32_t* blocks = nullptr;  // [heads, tokens, stride]
   std::int64_t head0 = 0, token0 = 0, tokens = 0, stride = 0;
+  std::int64_t heads_per_row = 1;  // query heads that share a row; head0 is 0 if more than one
 
   constexpr std::int32_t* of(std::int64_t q_head, std::int64_t token) const {
-    return blocks + ((q_head - head0) * tokens + token - token0) * stride;
+    const std::int64_t head = heads_per_row == 1 ? q_head : q_head / heads_per_row;
+    return blocks + ((head - head0) * tokens + token - token0) * stride;
   }
 };
 
-/// The selection of a slice's queries. Causal calls that need no scores have none: every query attends to its
+/// The selection of a slice's queries. Causal calls that are not routed have none: every query attends to its
 /// own block.
-struct Selection {
+struct SliceSelection {
   WorkSlice slice{};
   SelectionRows rows{};
   Buffer<std::int32_t> storage{};

@@ -154,10 +154,14 @@ void check_lse(const float* lse) {
     refuse("lse", "expected alignment to f32, got an unaligned pointer");
 }
 
-void check_selection(const std::int32_t* selection, std::int64_t stride, std::int64_t width) {
+/// Checks where a selection is written, or where that of the forward pass is read.
+void check_selection(const char* name, const std::int32_t* selection, std::int64_t stride,
+                     const Routing& routing, std::int64_t width) {
+  if (selection != nullptr && routing.selection.heads != 0)
+    refuse(name, "expected null (the caller selects), got a pointer");
   if (reinterpret_cast<std::uintptr_t>(selection) % alignof(std::int32_t) != 0)
-    refuse("selection", "expected alignment to int32, got an unaligned pointer");
-  if (stride != 0 && stride < width)
+    refuse(name, "expected alignment to int32, got an unaligned pointer");
+  if (stride != 0 && stride < width && routing.selection.heads == 0)
     refuse("selection_stride", "expected 0 or at least ", width, " (the width of the selection), got ",
            stride);
 }
@@ -194,7 +198,7 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const De
   if (sequences.max_seqlen_k < 0 || sequences.max_seqlen_k > std::numeric_limits<std::int32_t>::max())
     refuse("sequences.max_seqlen_k", "expected 0 to ", std::numeric_limits<std::int32_t>::max(), ", got ",
            sequences.max_seqlen_k);
-  check_routing(routing);
+  check_routing(q, routing);
 }
 
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
@@ -207,11 +211,35 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Se
            sequences.cu_seqlens_k.size());
   check_offsets("cu_seqlens_q", sequences.cu_seqlens_q, q.sizes[0], "q");
   check_offsets("cu_seqlens_k", sequences.cu_seqlens_k, k.sizes[0], "k");
-  check_routing(routing);
+  check_routing(q, routing);
 }
 
-void check_routing(const Routing& routing) {
+namespace {
+
+void check_selection(const Tensor& q, const Selection& selection) {
+  if (selection.heads < 0 || q.sizes[1] % selection.heads != 0)
+    refuse("selection.heads", "expected a divisor of ", q.sizes[1], " (the query heads), got ",
+           selection.heads);
+  if (selection.width < 0 || selection.width > std::numeric_limits<std::int32_t>::max())
+    refuse("selection.width", "expected 0 to ", std::numeric_limits<std::int32_t>::max(), ", got ",
+           selection.width);
+  if (selection.stride != 0 && selection.stride < selection.width)
+    refuse("selection.stride", "expected 0 or at least ", selection.width, " (the width), got ",
+           selection.stride);
+  if (selection.blocks == nullptr && selection.width > 0 && q.sizes[0] > 0)
+    refuse("selection.blocks", "expected [", selection.heads, ", ", q.sizes[0], ", ", selection.width,
+           "] int32, got null");
+  if (reinterpret_cast<std::uintptr_t>(selection.blocks) % alignof(std::int32_t) != 0)
+    refuse("selection.blocks", "expected alignment to int32, got an unaligned pointer");
+}
+
+}  // namespace
+
+void check_routing(const Tensor& q, const Routing& routing) {
   if (routing.block_size < 1) refuse("block_size", "expected at least 1, got ", routing.block_size);
+  if (routing.scale && !std::isfinite(*routing.scale))
+    refuse("scale", "expected a finite number, got ", *routing.scale);
+  if (routing.selection.heads != 0) return check_selection(q, routing.selection);
   if (routing.top_k < 1) refuse("top_k", "expected at least 1, got ", routing.top_k);
   if (routing.own_block && routing.causal)
     refuse("own_block", "expected false for causal routing (it always includes the own block), got true");
@@ -219,17 +247,15 @@ void check_routing(const Routing& routing) {
   if (routing.sink_blocks < 0 || routing.sink_blocks > max_sinks)
     refuse("sink_blocks", "expected 0 to ", max_sinks, " for top_k ", routing.top_k, ", got ",
            routing.sink_blocks);
-  if (routing.scale && !std::isfinite(*routing.scale))
-    refuse("scale", "expected a finite number, got ", *routing.scale);
 }
 
-void check_outputs(const Tensor& q, const Outputs& outputs, std::int64_t width) {
+void check_outputs(const Tensor& q, const Outputs& outputs, const Routing& routing, std::int64_t width) {
   check_view("out", outputs.out);
   check_same_shape("out", outputs.out, "q", q);
   check_written("out", outputs.out);
   check_apart("out", outputs.out, "q", q);
   check_lse(outputs.lse);
-  check_selection(outputs.selection, outputs.selection_stride, width);
+  check_selection("selection", outputs.selection, outputs.selection_stride, routing, width);
 }
 
 void check_apart_from_keys(const Outputs& outputs, const Tensor& k, const Tensor& v) {
@@ -237,10 +263,13 @@ void check_apart_from_keys(const Outputs& outputs, const Tensor& k, const Tensor
   check_apart("out", outputs.out, "v", v);
 }
 
-void check_selected(const Outputs& outputs, std::int64_t width) {
+void check_selected(const Outputs& outputs, const Routing& routing, std::int64_t width) {
+  if (routing.selection.heads != 0)
+    refuse("routing.selection", "expected none (the gate selects), got one of ", routing.selection.heads,
+           " heads");
   if (outputs.selection == nullptr)
     refuse("selection", "expected [Hq, Tq, selection_width()] int32, got null");
-  check_selection(outputs.selection, outputs.selection_stride, width);
+  check_selection("selection", outputs.selection, outputs.selection_stride, routing, width);
 }
 
 void check_execution(const Execution& execution) {
@@ -258,14 +287,15 @@ void check_execution(const Execution& execution) {
 }
 
 void check_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                    const Saved& saved, std::int64_t width, const Gradients& gradients) {
+                    const Saved& saved, const Routing& routing, std::int64_t width,
+                    const Gradients& gradients) {
   check_view("d_out", d_out);
   check_same_shape("d_out", d_out, "q", q);
   check_view("saved.out", saved.out);
   check_same_shape("saved.out", saved.out, "q", q);
   if (saved.lse == nullptr && !is_empty(q)) refuse("saved.lse", "expected [Hq, Tq] f32, got null");
   check_lse(saved.lse);
-  check_selection(saved.selection, saved.selection_stride, width);
+  check_selection("saved.selection", saved.selection, saved.selection_stride, routing, width);
 
   struct Named {
     const char* name;
@@ -338,9 +368,10 @@ void check_sequence(const PageLayout& layout, const PagedSequence& sequence, std
 void check_cached(const Tensor& q, const KvCache::Shape& shape, const Routing& routing) {
   check_new("q", q, shape);
   check_heads(q.sizes[1], "cache", shape.kv_heads);
-  check_routing(routing);
+  check_routing(q, routing);
   if (!routing.causal) refuse("causal", "expected true (a cache takes causal queries only), got false");
-  if (routing.block_size != shape.block_size && routing.top_k != Routing::kEverything)
+  if (routing.block_size != shape.block_size && routing.top_k != Routing::kEverything &&
+      routing.selection.heads == 0)
     refuse("block_size", "expected ", shape.block_size, " (the cache's), got ", routing.block_size);
 }
 
@@ -481,14 +512,14 @@ void check_paged(const PagedCache& cache, std::int64_t block_size) {
 
 void check_paged(const Tensor& q, const PagedCache& cache, const Routing& routing) {
   check_view("q", q);
-  check_routing(routing);
+  check_routing(q, routing);
   if (!routing.causal) refuse("causal", "expected true (a cache takes causal queries only), got false");
   check_pages(cache);
   check_same_kind("cache.k", cache.k, "q", q);
   check_heads(q.sizes[1], "cache.k", cache.k.sizes[2]);
   if (cache.k.sizes[3] != q.sizes[2])
     refuse("cache.k", "expected head_dim ", q.sizes[2], " (that of q), got ", cache.k.sizes[3]);
-  if (routing.top_k > 1 && cache.max_seqlen_k > 0 &&
+  if (routing.selection.heads == 0 && routing.top_k > 1 && cache.max_seqlen_k > 0 &&
       routing.top_k <= (cache.max_seqlen_k - 1) / routing.block_size)
     check_means(cache, routing.block_size);
 }

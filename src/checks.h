@@ -16,16 +16,18 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Se
 /// The same, except the offsets, which only the device can read.
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSequences& sequences,
                      const Routing& routing);
-void check_routing(const Routing& routing);
-/// `width`: the selection's.
-void check_outputs(const Tensor& q, const Outputs& outputs, std::int64_t width);
+/// `q`: the queries, whose heads a selection of the caller has to divide.
+void check_routing(const Tensor& q, const Routing& routing);
+/// `width`: that of the gate's selection.
+void check_outputs(const Tensor& q, const Outputs& outputs, const Routing& routing, std::int64_t width);
 /// Checks, beyond check_outputs, that out shares no memory with the caller's keys and values.
 void check_apart_from_keys(const Outputs& outputs, const Tensor& k, const Tensor& v);
-/// Checks, beyond check_attention, the destination of select_blocks.
-void check_selected(const Outputs& outputs, std::int64_t width);
+/// Checks, beyond check_attention, that select_blocks has to select, and its destination.
+void check_selected(const Outputs& outputs, const Routing& routing, std::int64_t width);
 void check_execution(const Execution& execution);
 void check_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
-                    const Saved& saved, std::int64_t width, const Gradients& gradients);
+                    const Saved& saved, const Routing& routing, std::int64_t width,
+                    const Gradients& gradients);
 void check_cache_shape(const KvCache::Shape& shape);
 void check_append(const KvCache& cache, const Tensor& k, const Tensor& v, std::int64_t sequence);
 void check_page_layout(const PageLayout& layout);

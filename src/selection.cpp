@@ -1,6 +1,7 @@
 #include "selection.h"
 
 #include <algorithm>
+#include <string>
 
 #include "errors.h"
 
@@ -9,7 +10,7 @@ namespace {
 
 /// Calls visit(sequence, query, row of the selection) for every row of the slice.
 template <typename Visit>
-void for_each_row(const Call& call, const Selection& selection, Visit&& visit) {
+void for_each_row(const Call& call, const SliceSelection& selection, Visit&& visit) {
   const WorkSlice& slice = selection.slice;
   for (std::int64_t q_head = slice.head0 * call.heads_per_kv; q_head < slice.head1 * call.heads_per_kv;
        ++q_head) {
@@ -21,25 +22,44 @@ void for_each_row(const Call& call, const Selection& selection, Visit&& visit) {
   }
 }
 
-void check_row(const Call& call, const SequenceView& s, std::int64_t query, const std::int32_t* row) {
-  const std::int64_t own = call.routing.causal ? call.own_block(s, query) : call.blocks(s);
-  const std::int64_t visible = call.routing.causal ? own + 1 : own;
-  std::int64_t last = -1;
-  for (std::int64_t i = 0; i < call.selection_width; ++i) {
-    if (row[i] < 0) {
-      last = visible;  // nothing may follow
-      continue;
-    }
-    if (row[i] >= visible || row[i] <= last || (i == call.width() && row[i] != own)) {
-      refuse("saved.selection", "expected ascending blocks that query ", query, " may see, got block ",
-             row[i]);
-    }
+/// Checks the `width` entries of a row of the selection `name`.
+void check_row(const char* name, const Call& call, const SequenceView& s, std::int64_t query,
+               std::int64_t head, const std::int32_t* row, std::int64_t width) {
+  const std::int64_t own = call.routing.causal ? call.own_block(s, query) : -1;
+  const std::int64_t visible = call.routing.causal ? own + 1 : call.blocks(s);
+  const auto refuse_row = [&](const std::string& expected, const std::string& got) {
+    refuse(name, "expected ", expected, " for head ", head, ", token ", s.q_begin + query, ", got ", got);
+  };
+  const auto block = [](std::int64_t number) { return "block " + std::to_string(number); };
+  std::int64_t last = -1, i = 0;
+  for (; i < width && row[i] != -1; ++i) {
+    if (row[i] < 0 || row[i] >= visible)
+      refuse_row("blocks below " + std::to_string(visible) + " (those that the query may see) or -1",
+                 block(row[i]));
+    if (row[i] <= last) refuse_row("ascending blocks", block(row[i]) + " after " + block(last));
     last = row[i];
+  }
+  if (own >= 0 && last != own)
+    refuse_row(block(own) + " (the query's own) as the last", last < 0 ? "no block" : block(last));
+  for (; i < width; ++i) {
+    if (row[i] != -1) refuse_row("-1 alone after a -1", block(row[i]));
+  }
+}
+
+void check_rows(const char* name, const Call& call, const SelectionRows& rows, std::int64_t width) {
+  for (std::int64_t head = 0; head < call.q_heads / rows.heads_per_row; ++head) {
+    for (const SequenceView& s : call.sequences) {
+      for (std::int64_t query = 0; query < s.queries; ++query) {
+        const std::int32_t* row = rows.of(head * rows.heads_per_row, s.q_begin + query);
+        check_row(name, call, s, query, head, row, width);
+      }
+    }
   }
 }
 
 /// Entries of a row in scratch memory.
 std::int64_t scratch_stride(const Call& call) {
+  if (call.is_selected()) return 0;
   return call.needs_scores() ? call.selection_width : call.listed_width();
 }
 
@@ -56,6 +76,14 @@ SelectionRows rows_in(const Saved& saved, const CallShape& call) {
                  call);
 }
 
+SelectionRows selected_rows(const CallShape& call) {
+  const Selection& selection = call.routing.selection;
+  return {.blocks = const_cast<std::int32_t*>(selection.blocks),
+          .tokens = call.tokens,
+          .stride = selection.stride == 0 ? selection.width : selection.stride,
+          .heads_per_row = call.q_heads / selection.heads};
+}
+
 SelectionRows rows_in(std::int32_t* blocks, const CallShape& call, const WorkSlice& slice,
                       std::int64_t stride) {
   return {blocks, slice.head0 * call.heads_per_kv, slice.token0, slice.tokens(), stride};
@@ -66,9 +94,9 @@ std::size_t selection_bytes(const Call& call, const WorkSlice& slice) {
   return static_cast<std::size_t>(rows * scratch_stride(call)) * sizeof(std::int32_t);
 }
 
-Selection new_selection(const Call& call, const WorkSlice& slice, Scratch& scratch) {
+SliceSelection new_selection(const Call& call, const WorkSlice& slice, Scratch& scratch) {
   const std::int64_t rows = slice.heads() * call.heads_per_kv * slice.tokens(), stride = scratch_stride(call);
-  Selection selection{slice, {}, {scratch, rows * stride}};
+  SliceSelection selection{slice, {}, {scratch, rows * stride}};
   selection.rows = rows_in(selection.storage.data(), call, slice, stride);
   if (call.needs_scores() || call.routing.causal) return selection;
   for_each_row(call, selection, [](const SequenceView& s, std::int64_t /*query*/, std::int32_t* row) {
@@ -77,7 +105,7 @@ Selection new_selection(const Call& call, const WorkSlice& slice, Scratch& scrat
   return selection;
 }
 
-void write_unscored_selection(const Call& call, const Selection& selection) {
+void write_unscored_selection(const Call& call, const SliceSelection& selection) {
   const std::int64_t block_size = call.requested.block_size;
   for_each_row(call, selection, [&](const SequenceView& s, std::int64_t query, std::int32_t* row) {
     const std::int64_t last = call.routing.causal ? s.position(query) : s.keys - 1;
@@ -89,13 +117,13 @@ void write_unscored_selection(const Call& call, const Selection& selection) {
   });
 }
 
-void check_saved_selection(const Call& call, const Saved& saved) {
-  if (saved.selection == nullptr || !call.needs_scores()) return;
-  const WorkSlice all{0, call.kv_heads, 0, call.tokens};
-  for_each_row(call, {all, rows_in(saved, call), {}},
-               [&](const SequenceView& s, std::int64_t query, const std::int32_t* row) {
-                 check_row(call, s, query, row);
-               });
+void check_selection(const Call& call) {
+  if (call.is_selected()) check_rows("selection", call, selected_rows(call), call.routing.selection.width);
+}
+
+void check_selection(const Call& call, const Saved& saved) {
+  if (saved.selection != nullptr && call.needs_scores())
+    check_rows("saved.selection", call, rows_in(saved, call), call.selection_width);
 }
 
 }  // namespace moba

@@ -31,6 +31,20 @@ MOBA_EXPORT Sequences one_sequence(std::int64_t tokens);
 /// One sequence whose `queries` are the last of `keys` tokens.
 MOBA_EXPORT Sequences one_sequence(std::int64_t queries, std::int64_t keys);
 
+/// Blocks that the caller selects in place of the gate, [heads, Tq, stride]: in every row the blocks of a
+/// query, numbered within its sequence, ascending, padded with -1 to `width`. Causal: the query's own block
+/// is the last of them. Not causal: any blocks of the sequence, or none. Other rows throw Error; those in
+/// device memory are not checked, and entries that are no blocks of their query are ignored.
+struct Selection {
+  /// May be null if there are no rows or `width` is 0.
+  const std::int32_t* blocks = nullptr;
+  /// Divides Hq: query head h attends to the blocks of row h / (Hq / heads). 0: the gate selects.
+  std::int64_t heads = 0;
+  std::int64_t width = 0;
+  /// Elements from one row to the next, at least `width`; 0: `width`.
+  std::int64_t stride = 0;
+};
+
 /// The blocks that a query attends to. The paper's symbols: B = block_size, K = top_k (Equations 2 to 6).
 struct Routing {
   static constexpr std::int64_t kEverything = std::numeric_limits<std::int64_t>::max();
@@ -48,6 +62,9 @@ struct Routing {
   bool own_block = false;
   /// Softmax scale; default D^-0.5. Gate scores are not scaled.
   std::optional<float> scale{};
+  /// The caller's choice of blocks. If it has heads, no gate runs, and of the fields above block_size, causal
+  /// and scale are read.
+  Selection selection{};
 
   /// Dense attention.
   static Routing full(bool causal = true) { return {.top_k = kEverything, .causal = causal}; }
@@ -61,13 +78,13 @@ struct Outputs {
   Tensor out{};
   /// [Hq, Tq], natural logarithm of the softmax denominator over the selected keys; -inf if there are none.
   float* lse = nullptr;
-  /// Rows of blocks, padded with -1 to `selection_stride`.
+  /// Rows of blocks, padded with -1 to `selection_stride`. Null if the caller selects (Routing::selection).
   std::int32_t* selection = nullptr;
   /// Elements from one row of `selection` to the next, at least selection_width(); 0: selection_width().
   std::int64_t selection_stride = 0;
 };
 
-/// Width of a row of a selection: min(top_k, blocks of the longest sequence).
+/// Width of a row of a selection: min(top_k or the width of the caller's, blocks of the longest sequence).
 MOBA_EXPORT std::int64_t selection_width(const Sequences& sequences, const Routing& routing);
 
 /// Computes out = softmax(scale q k^T over the selected blocks) v. `q` [Tq, Hq, D], `k` and `v` [Tk, Hkv, D],
@@ -80,13 +97,16 @@ MOBA_EXPORT void select_blocks(const Tensor& q, const Tensor& k, const Sequences
                                const Routing& routing, std::int32_t* selection,
                                const Execution& execution = {}, std::int64_t selection_stride = 0);
 
-/// Results of the forward pass that the backward pass reads.
+/// Results of the forward pass that the backward pass reads. If the caller selects, `out` and `lse` may also
+/// be those of one softmax over the keys of several calls, merged from their results: the gradients of all
+/// calls then add up to that softmax's.
 struct Saved {
   /// [Tq, Hq, D], as `attention` wrote it.
   Tensor out{};
   /// [Hq, Tq], as `attention` wrote it; not null.
   const float* lse = nullptr;
-  /// As `attention` wrote it, with the same stride; if null, the same blocks are selected again.
+  /// As `attention` wrote it, with the same stride; if null, the same blocks are selected again. Null if the
+  /// caller selects.
   const std::int32_t* selection = nullptr;
   std::int64_t selection_stride = 0;
 };

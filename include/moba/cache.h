@@ -18,7 +18,8 @@ class MOBA_EXPORT KvCache {
   struct Shape {
     std::int64_t kv_heads = 1;
     std::int64_t head_dim = 64;
-    /// The block size of every routing used with this cache, except dense attention (top_k = kEverything).
+    /// The block size of every routing used with this cache, except dense attention (top_k = kEverything) and
+    /// the caller's selections.
     std::int64_t block_size = 512;
     /// The storage type of keys and values: f32, bf16, f16, or i8 with one f32 scale a row.
     DType dtype = DType::f32;
@@ -54,7 +55,8 @@ MOBA_EXPORT void attention(const Tensor& q, const KvCache& cache, std::int64_t s
 
 /// Decodes one new token for every sequence of the cache: `q` and `outputs.out` [sequences, Hq, D],
 /// `outputs.lse` [Hq, sequences]. Each query is the last token of its sequence, whose key the cache already
-/// holds. An empty sequence gets 0. `outputs.selection` must be null.
+/// holds. An empty sequence gets 0. `outputs.selection` must be null. A selection of the caller has a row for
+/// each sequence, [heads, sequences, stride].
 MOBA_EXPORT void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const Outputs& outputs,
                         const Execution& execution = {});
 
@@ -67,8 +69,8 @@ struct PagedCache {
   Tensor k{}, v{};
   /// [pages, blocks that a page can end, Hkv, D], f32 on the host, in the dtype of k on a device: the mean
   /// key of a complete block, rounded to the dtype of k, at the page where the block ends. Sequences that
-  /// share that page share the whole block. Not read, and may be empty, if nothing is selected: top_k is 1 or
-  /// covers every block.
+  /// share that page share the whole block. Not read, and may be empty, if nothing is selected by score:
+  /// top_k is 1 or covers every block, or the caller selects.
   Tensor means{};
   /// [sequences, table_stride]: page i of a sequence holds its tokens from i x page_tokens on. Entries after
   /// a sequence's last token are not read. If null, page i of sequence s is page s x table_stride + i.

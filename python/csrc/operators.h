@@ -40,6 +40,29 @@ const std::int32_t* saved_selection(const AnyCall& call, const Tensor& q, std::i
   return given.numel() == 0 ? nullptr : static_cast<const std::int32_t*>(given.data_ptr());
 }
 
+/// Returns a view of a selection of the caller, [selection heads, q tokens, width] in rows of any stride;
+/// throws ArgumentError for other shapes, dtypes, devices or strides.
+inline Selection selection_of(const TorchTensor& given, const Tensor& q, const TorchDevice& device) {
+  require_device("selection", given, device);
+  if (given.dim() != 3 || given.size(1) != q.sizes[0] || given.scalar_type() != ScalarType::Int)
+    refuse("selection", "expected [selection heads, ", q.sizes[0], ", width] of int32, got ",
+           torch::headeronly::toString(given.scalar_type()), " ", sizes_text(given));
+  const std::int64_t heads = given.size(0), tokens = given.size(1), width = given.size(2);
+  if (heads < 1 || q.sizes[1] % heads != 0)
+    refuse("selection", "expected a number of heads that divides ", q.sizes[1], " (the query heads), got ",
+           heads);
+  const std::int64_t stride = tokens > 1 ? given.stride(1) : heads > 1 ? given.stride(0) : width;
+  const bool in_rows = stride >= width && (width <= 1 || given.stride(2) == 1) &&
+                       (heads == 1 || given.stride(0) == tokens * stride);
+  if (given.numel() > 0 && !in_rows)
+    refuse("selection", "expected a contiguous tensor, or one cut from its last dimension, got strides [",
+           given.stride(0), ", ", given.stride(1), ", ", given.stride(2), "]");
+  return {.blocks = static_cast<const std::int32_t*>(given.data_ptr()),
+          .heads = heads,
+          .width = width,
+          .stride = std::max(stride, width)};
+}
+
 inline Routing routing_of(std::int64_t block_size, std::int64_t top_k, std::int64_t sink_blocks, bool causal,
                           std::optional<double> scale) {
   Routing routing{.block_size = block_size, .top_k = top_k, .sink_blocks = sink_blocks, .causal = causal};
@@ -51,10 +74,13 @@ template <typename AnyCall>
 std::tuple<TorchTensor, TorchTensor, TorchTensor> attention(
     const TorchTensor& q, const TorchTensor& k, const TorchTensor& v, const TorchTensor& cu_seqlens_q,
     const TorchTensor& cu_seqlens_k, std::int64_t block_size, std::int64_t top_k, std::int64_t sink_blocks,
-    bool causal, std::optional<double> scale, bool return_selection, std::string backend) {
+    bool causal, std::optional<double> scale, bool return_selection, std::string backend,
+    std::optional<TorchTensor> given) {
   AnyCall call(routing_of(block_size, top_k, sink_blocks, causal, scale), q, k, cu_seqlens_q, cu_seqlens_k);
   const TorchDevice device = call.device;
   const Argument queries("q", q, device), keys("k", k, device), values("v", v, device);
+  if (given) call.routing.selection = selection_of(*given, queries.view(), device);
+  if (given && return_selection) refuse("return_selection", "expected false with a selection, got true");
   TorchTensor out = empty_like(queries, device);
   TorchTensor lse = empty({q.size(1), q.size(0)}, ScalarType::Float, device);
   const std::int64_t width = return_selection ? call.width(k.size(0)) : 0;
@@ -80,18 +106,21 @@ std::tuple<TorchTensor, TorchTensor, TorchTensor> attention_backward(
   const TorchDevice device = call.device;
   const Argument gradient("d_out", d_out, device), queries("q", q, device), keys("k", k, device),
       values("v", v, device), forward("out", out, device);
+  const bool is_given = top_k == 0;
+  if (is_given) call.routing.selection = selection_of(selection, queries.view(), device);
   TorchTensor dq = empty_like(queries, device), dk = empty_like(keys, device),
               dv = empty_like(values, device);
-  moba::attention_backward(gradient.view(), queries.view(), keys.view(), values.view(),
-                           {.out = forward.view(),
-                            .lse = lse_of(lse, queries.view(), device),
-                            .selection = saved_selection(call, queries.view(), k.size(0), selection),
-                            .selection_stride = selection.size(2)},
-                           call.sequences, call.routing,
-                           {.dq = Argument("dq", dq, device).view(),
-                            .dk = Argument("dk", dk, device).view(),
-                            .dv = Argument("dv", dv, device).view()},
-                           call.execution(backend, queries.view().dtype));
+  moba::attention_backward(
+      gradient.view(), queries.view(), keys.view(), values.view(),
+      {.out = forward.view(),
+       .lse = lse_of(lse, queries.view(), device),
+       .selection = is_given ? nullptr : saved_selection(call, queries.view(), k.size(0), selection),
+       .selection_stride = is_given ? 0 : selection.size(2)},
+      call.sequences, call.routing,
+      {.dq = Argument("dq", dq, device).view(),
+       .dk = Argument("dk", dk, device).view(),
+       .dv = Argument("dv", dv, device).view()},
+      call.execution(backend, queries.view().dtype));
   return {dq, dk, dv};
 }
 
@@ -282,7 +311,7 @@ inline void define_operators(torch::stable::detail::StableLibrary& library) {
   library.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt block_size, "
       "SymInt top_k, SymInt sink_blocks=0, bool causal=True, float? scale=None, bool return_selection=False, "
-      "str backend=\"\") -> (Tensor out, Tensor lse, Tensor selection)");
+      "str backend=\"\", Tensor? selection=None) -> (Tensor out, Tensor lse, Tensor selected)");
   library.def(
       "attention_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor "
       "selection, "

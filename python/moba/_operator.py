@@ -30,6 +30,8 @@ _TENSORS = {
     "paged_decode": ("q", "k", "v", "means", "page_table", "lengths"),
     "update_means": ("k", "means", "page_table", "lengths", "before"),
 }
+_SELECTION = 12
+"""Position of `attention`'s argument selection."""
 _DTYPES = {"lse": torch.float32} | dict.fromkeys(
     (*_OFFSETS, "selection", "begin", "end", "page_table", "lengths", "before"), torch.int32
 )
@@ -65,6 +67,18 @@ def _check_tensors(function: str, *tensors: Tensor) -> None:
             )
 
 
+def _check_selection(q: Tensor, selection: Tensor | None) -> None:
+    """Raise TypeError or ValueError for a wrong dtype or device of the caller's selection."""
+    if selection is None:
+        return
+    if selection.dtype is not torch.int32:
+        raise TypeError(f"attention: selection: expected torch.int32, got {selection.dtype}")
+    if selection.device != q.device:
+        raise ValueError(
+            f"attention: selection: expected device {q.device} (that of q), got {selection.device}"
+        )
+
+
 def _operator_error(error: Exception) -> Exception:
     """Return ValueError for an argument that the compiled code refused, which torch raises as RuntimeError since 2.15; any
     other error as it is. Raise what a signal handler has raised during the call instead, such as KeyboardInterrupt."""
@@ -83,6 +97,8 @@ def _register_checks(function: str) -> None:
 
     def checked(keyset, *arguments):
         _check_tensors(function, *arguments[:count])
+        if function == "attention" and len(arguments) > _SELECTION:
+            _check_selection(arguments[0], arguments[_SELECTION])
         try:
             return operator.redispatch(keyset - _checks, *arguments)
         except (RuntimeError, ValueError) as error:
@@ -101,11 +117,28 @@ def selection_width(keys: int, block_size: int, top_k: int) -> int:
 
 
 def _check_shapes(
-    function: str, q: Tensor, k: Tensor, v: Tensor, block_size: int, top_k: int
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_size: int,
+    top_k: int,
+    selection: Tensor | None = None,
 ) -> None:
     for name, value in (("block_size", block_size), ("top_k", top_k)):
         torch._check_value(
-            value >= 1, lambda: f"{function}: {name}: expected at least 1, got {value}"
+            value >= 1 or (name == "top_k" and selection is not None),
+            lambda: f"{function}: {name}: expected at least 1, got {value}",
+        )
+    if selection is not None:
+        torch._check_value(
+            selection.dim() == 3
+            and selection.shape[1] == q.shape[0]
+            and selection.shape[0] > 0
+            and q.shape[1] % selection.shape[0] == 0,
+            lambda: (
+                f"{function}: selection: expected [a divisor of {q.shape[1]}, {q.shape[0]}, width], got sizes {list(selection.shape)}"
+            ),
         )
     for name, t in (("q", q), ("k", k), ("v", v)):
         torch._check_value(
@@ -151,16 +184,18 @@ def _(
     scale=None,
     return_selection=False,
     backend="",
+    selection=None,
 ):
     _check_tensors("attention", q, k, v, cu_seqlens_q, cu_seqlens_k)
-    _check_shapes("attention", q, k, v, block_size, top_k)
+    _check_selection(q, selection)
+    _check_shapes("attention", q, k, v, block_size, top_k, selection)
     tokens, heads = q.shape[:2]
-    selection = (
+    selected = (
         _empty_selection(q, k.shape[0], block_size, top_k)
         if return_selection
         else q.new_empty((heads, tokens, 0), dtype=torch.int32)
     )
-    return q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32), selection
+    return q.new_empty(q.shape), q.new_empty((heads, tokens), dtype=torch.float32), selected
 
 
 @torch.library.register_fake("moba::attention_backward")
@@ -184,7 +219,9 @@ def _(
     _check_tensors(
         "attention_backward", d_out, q, k, v, out, lse, selection, cu_seqlens_q, cu_seqlens_k
     )
-    _check_shapes("attention_backward", q, k, v, block_size, top_k)
+    _check_shapes(
+        "attention_backward", q, k, v, block_size, top_k, selection if top_k == 0 else None
+    )
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -255,9 +292,10 @@ class _Attention(torch.autograd.Function):
         scale,
         return_selection,
         backend,
+        selection,
     ):
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse, selection = _attention.redispatch(
+            out, lse, selected = _attention.redispatch(
                 keyset,
                 q,
                 k,
@@ -271,18 +309,21 @@ class _Attention(torch.autograd.Function):
                 scale,
                 return_selection,
                 backend,
+                selection,
             )
-        ctx.mark_non_differentiable(lse, selection)
+        ctx.mark_non_differentiable(lse, selected)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(q, k, v, out, lse, selection, cu_seqlens_q, cu_seqlens_k)
-        ctx.routing = (block_size, top_k, sink_blocks, causal, scale, backend)
-        return out, lse, selection
+        given = selection is not None
+        saved = selection if given else selected
+        ctx.save_for_backward(q, k, v, out, lse, saved, cu_seqlens_q, cu_seqlens_k)
+        ctx.routing = (block_size, 0 if given else top_k, sink_blocks, causal, scale, backend)
+        return out, lse, selected
 
     @staticmethod
-    def backward(ctx, d_out, d_lse, d_selection):
+    def backward(ctx, d_out, d_lse, d_selected):
         if d_out is None:
-            return (None,) * 13
-        return None, *_attention_backward(d_out, *ctx.saved_tensors, *ctx.routing), *(None,) * 9
+            return (None,) * 14
+        return None, *_attention_backward(d_out, *ctx.saved_tensors, *ctx.routing), *(None,) * 10
 
 
 def _with_gradient(
@@ -299,9 +340,11 @@ def _with_gradient(
     scale=None,
     return_selection=False,
     backend="",
+    selection=None,
 ):
     # In place of the checks at BackendSelect, which would run twice.
     _check_tensors("attention", q, k, v, cu_seqlens_q, cu_seqlens_k)
+    _check_selection(q, selection)
     keyset = keyset & _below_gradient
     arguments = (
         q,
@@ -316,6 +359,7 @@ def _with_gradient(
         scale,
         return_selection,
         backend,
+        selection,
     )
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if gradient and torch._C._are_functorch_transforms_active():
@@ -449,6 +493,8 @@ def _vmap_attention(info, in_dims, q, k, v, cu_seqlens_q, cu_seqlens_k, block_si
     _refuse_mapped_offsets("attention", in_dims[3:5])
     q, k, v = (_pack(t, dim, batch, 0) for t, dim in zip((q, k, v), in_dims))
     tokens, keys = q.shape[0] // batch, k.shape[0] // batch
+    if len(rest) == _SELECTION - 6 and rest[-1] is not None:
+        rest = *rest[:-1], _pack(rest[-1], in_dims[_SELECTION], batch, 1).contiguous()
     out, lse, selection = _attention(
         q,
         k,
@@ -489,7 +535,7 @@ def _vmap_backward(
         _pack(t, dim, batch, 1).contiguous() for t, dim in zip((lse, selection), in_dims[5:7])
     )
     tokens, keys = q.shape[0] // batch, k.shape[0] // batch
-    if selection.shape[2]:
+    if selection.shape[2] and top_k > 0:
         missing = selection_width(k.shape[0], block_size, top_k) - selection.shape[2]
         selection = torch.nn.functional.pad(selection, (0, missing), value=-1)
     gradients = _attention_backward(

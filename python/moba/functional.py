@@ -59,8 +59,25 @@ def varlen(
     scale: float | None = None,
     return_selection: bool = False,
     backend: str = "",
+    selection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Call `ops.attention`, keeping the selection for the backward pass if selecting again would be costly."""
+    if selection is not None:
+        return ops.attention(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            block_size,
+            0,
+            0,
+            causal,
+            scale,
+            False,
+            backend,
+            selection.contiguous(),
+        )
     gradient = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     keep = gradient and top_k < EVERYTHING and _costs_to_select(k.shape[0], block_size, top_k)
     return ops.attention(
@@ -98,6 +115,7 @@ def attention(
     causal: bool = True,
     scale: float | None = None,
     padding_mask: Tensor | None = None,
+    selection: Tensor | None = None,
     return_lse: bool = False,
     return_selection: bool = False,
     backend: str = "",
@@ -108,6 +126,12 @@ def attention(
     of the keys. Every query attends to `top_k` blocks of `block_size` tokens, its own included; `config` gives both instead (its
     `full_layers`, `full_tail` and `decode` have no effect here). `padding_mask` [B, Sk]: true at tokens, false at padding on either side; queries that are
     padding get 0. `scale` of the logits, D^-0.5 unless given.
+
+    With a `selection`, int32 [B, Hs, Sq, W], the blocks are the caller's and no gate runs: of the routing only `block_size` is
+    read. Query head h attends to the blocks of row `h // (Hq // Hs)`, `Hq % Hs == 0`: numbered from the row's first token,
+    ascending, padded with -1 at the end, the query's own the last of them. With `causal=False` a query attends to the listed
+    blocks alone, any or none of them; where there is none, `out` is 0 and the logarithm -inf. Rows of padding are ignored. On
+    CUDA entries are not checked; those that are no blocks of their query are ignored.
 
     Returns `out` [B, Sq, Hq, D]; with `return_lse` also the natural logarithm of each softmax denominator [B, Hq, Sq]; with
     `return_selection` also block numbers, ascending, padded with -1, counted from the row's first token [B, Hq, Sq,
@@ -129,7 +153,8 @@ def attention(
             config.sink_blocks or sink_blocks,
         )
     block_size = check_int("attention", "block_size", block_size)
-    top_k = check_int("attention", "top_k", top_k)
+    if selection is None:
+        top_k = check_int("attention", "top_k", top_k)
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"attention: scale: expected a number, got {scale!r}")
     if not isinstance(backend, str):
@@ -152,7 +177,8 @@ def attention(
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_of(
             _spans(padding_mask, batch, queries, keys), queries, keys
         )
-    out, lse, selection = varlen(
+    rows = None if selection is None else _selection_rows(selection, q, padding_mask)
+    out, lse, selected = varlen(
         flatten(q),
         flatten(k),
         flatten(v),
@@ -165,13 +191,43 @@ def attention(
         scale,
         return_selection,
         backend,
+        rows,
     )
     results = [out.unflatten(0, (batch, queries))]
     if return_lse:
         results.append(lse.unflatten(1, (batch, queries)).transpose(0, 1))
     if return_selection:
-        results.append(selection.unflatten(1, (batch, queries)).transpose(0, 1))
+        results.append(
+            selected.unflatten(1, (batch, queries)).transpose(0, 1)
+            if selection is None
+            else selection
+        )
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _selection_rows(selection: Tensor, q: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Check the caller's selection [B, Hs, Sq, W] and pack it to [Hs, B * Sq, W], without blocks for padding."""
+    if not isinstance(selection, Tensor):
+        raise TypeError(
+            f"attention: selection: expected an int32 tensor, got {type(selection).__name__}"
+        )
+    if selection.dtype != torch.int32:
+        raise TypeError(f"attention: selection: expected torch.int32, got {selection.dtype}")
+    batch, queries, heads = q.shape[:3]
+    if (
+        selection.dim() != 4
+        or selection.shape[0] != batch
+        or selection.shape[1] < 1
+        or heads % selection.shape[1]
+        or selection.shape[2] != queries
+    ):
+        raise ValueError(
+            f"attention: selection: expected [{batch}, a divisor of {heads}, {queries}, width], got sizes {list(selection.shape)}"
+        )
+    if padding_mask is not None:
+        is_padding = ~padding_mask[:, padding_mask.shape[1] - queries :].bool()
+        selection = selection.masked_fill(is_padding[:, None, :, None], -1)
+    return selection.transpose(0, 1).flatten(1, 2)
 
 
 def _spans(padding_mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:

@@ -26,12 +26,18 @@ def attention(
     scale: float | None = None,
     return_selection: bool = False,
     backend: str = "",
+    selection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `out [Tq, Hq, D]`, `lse [Hq, Tq]` (float32, natural logarithm, no gradient) and the selection, of width 0 unless
     `return_selection`.
 
     Differentiable in q, k and v; the selection is a constant. `scale`: softmax scale; D^-0.5 if None. `backend`: "cpu",
     "reference" or "cuda"; empty: the best for the device.
+
+    `selection`, int32 `[Hs, Tq, W]` with `Hq % Hs == 0`: the caller's blocks, in place of the gate. Query head h attends to the
+    blocks of row `h // (Hq // Hs)`: numbered within the sequence, ascending, padded with -1 at the end; causal: up to the
+    query's own, which is the last; not causal: any, or none (`out` 0, `lse` -inf). `top_k` and `sink_blocks` are not read then,
+    and the returned selection has width 0.
     """
 
 def attention_backward(
@@ -51,7 +57,12 @@ def attention_backward(
     scale: float | None = None,
     backend: str = "",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `dq, dk, dv` in the shapes of q, k and v. Without a selection (width 0) the same blocks are selected again."""
+    """Return `dq, dk, dv` in the shapes of q, k and v. Without a selection (width 0) the same blocks are selected again.
+
+    With `top_k` 0 the selection is the caller's, as in `attention`. `out` and `lse` may then be those of one softmax over the
+    keys of several calls: with `lse = logsumexp(lse_i)` and `out = sum of exp(lse_i - lse) out_i` of calls i, each call's
+    gradients are its part of that softmax's.
+    """
 
 def select(
     q: Tensor,

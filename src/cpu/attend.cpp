@@ -329,7 +329,7 @@ std::size_t attend_bytes(const Call& call, std::int64_t rows) {
   return sizeof(TileScratch) + round_up(floats * sizeof(float), Scratch::kAlignment);
 }
 
-void attend(const Call& call, const Selection& /*selection*/, const Plan& plan, const Outputs& outputs,
+void attend(const Call& call, const SliceSelection& /*selection*/, const Plan& plan, const Outputs& outputs,
             Context& context) {
   if (plan.ranges.empty()) return;
   std::int64_t rows = 0;

@@ -464,8 +464,8 @@ std::size_t attend_backward_bytes(const Call& call, const WorkSlice& slice, int 
          static_cast<std::size_t>(threads) * worker_bytes(call);
 }
 
-void attend_backward(const Call& call, const Selection& selection, const Plan& plan, const Backward& backward,
-                     Context& context) {
+void attend_backward(const Call& call, const SliceSelection& selection, const Plan& plan,
+                     const Backward& backward, Context& context) {
   const WorkSlice& slice = selection.slice;
   const Parallel& parallel = context.parallel;
   const Gradients& gradients = backward.gradients;

@@ -13,6 +13,7 @@
 #include "cpu/stages.h"
 #include "cpu/topk.h"
 #include "number.h"
+#include "selection.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "cpu/decode.cpp"
@@ -213,6 +214,7 @@ class Decoding {
         width_(call.listed_width()),
         stride_(round_up(static_cast<std::size_t>(call.head_dim), kMaxLanes) + kMaxLanes),
         units_(call.sequences.size() * static_cast<std::size_t>(call.kv_heads)) {
+    if (call.is_selected()) rows_ = selected_rows(call);
     std::int64_t listed = 0, splits = 0, mean_splits = 0;
     for (std::size_t u = 0; u < units_.size(); ++u) {
       plan(units_[u], u);
@@ -259,7 +261,7 @@ class Decoding {
     unit.keys = s.keys;
     unit.block_size = std::min(call_.routing.block_size, call_.max_seqlen_k);
     unit.own = call_.own_block(s, 0);
-    unit.candidates = candidates_of(call_, s, 0, width_);
+    if (!call_.is_selected()) unit.candidates = candidates_of(call_, s, 0, width_);
     const std::int64_t candidates = unit.candidates.last - unit.candidates.first;
     if (unit.candidates.k > 0 && candidates > unit.candidates.k) {
       unit.listed = std::min(unit.candidates.k, kSplitMeans);
@@ -334,6 +336,11 @@ class Decoding {
 
   void select(DecodeUnit& unit, std::int64_t g) const {
     std::int32_t* selected = unit.selected + g * width_;
+    if (call_.is_selected()) {
+      const SequenceView& s = call_.sequences[unit.sequence];
+      std::copy_n(rows_.of(unit.head * call_.heads_per_kv + g, s.q_begin), width_, selected);
+      return;
+    }
     TopK topk{unit.topk_scores + g * width_, selected, 0, unit.candidates.k};
     if (unit.listed == 0) {
       for (std::int64_t block = unit.candidates.first; block < unit.candidates.last && topk.k > 0; ++block)
@@ -369,6 +376,7 @@ class Decoding {
   const Call& call_;
   const BlockMeans& means_;
   const Outputs& outputs_;
+  SelectionRows rows_{};  // the caller's
   std::int64_t width_ = 0, tasks_ = 0;
   std::size_t stride_ = 0;
   std::vector<DecodeUnit> units_;

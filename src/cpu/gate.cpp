@@ -58,8 +58,8 @@ void score_exactly(GateRows& rows, TileScratch& tile, float* packed) {
 }  // namespace
 
 /// `memory` holds gate_bytes() bytes.
-void gate_rows(const Call& call, const BlockMeans& means, const GateTask& task, const Selection& selection,
-               std::byte* memory) {
+void gate_rows(const Call& call, const BlockMeans& means, const GateTask& task,
+               const SliceSelection& selection, std::byte* memory) {
   const auto take = [&memory](auto* /*type*/ kind, std::int64_t count) {
     auto* taken = reinterpret_cast<decltype(kind)>(memory);
     memory += round_up(static_cast<std::size_t>(count) * sizeof(*kind), Scratch::kAlignment);
@@ -183,7 +183,7 @@ std::size_t gate_bytes(const Call& call) {
   return round_up(bytes, Scratch::kAlignment) + 16 * Scratch::kAlignment;
 }
 
-void gate(const Call& call, const BlockMeans& means, const Selection& selection, Context& context) {
+void gate(const Call& call, const BlockMeans& means, const SliceSelection& selection, Context& context) {
   const WorkSlice& slice = selection.slice;
   const Buffer<std::byte> screened_memory(context.scratch,
                                           static_cast<std::int64_t>(screened_bytes(call, slice.heads())));

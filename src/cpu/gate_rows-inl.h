@@ -24,8 +24,8 @@ struct GateRows {
   const GateTask& task;
   const SequenceView& sequence;
   std::int64_t width, count;
-  const Selection& selection;  // a row holds the row's list until it is finished
-  float* scores;               // [count, width]
+  const SliceSelection& selection;  // a row holds the row's list until it is finished
+  float* scores;                    // [count, width]
   Candidates* candidates;
   std::int64_t first_scored = 0;
 

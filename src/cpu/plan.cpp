@@ -38,9 +38,9 @@ std::int64_t max_ranges(const Call& call, const WorkSlice& slice, int threads) {
 }
 
 /// Most rows of a range: enough for kRowsPerBlock, within the scratch budget.
-std::int64_t max_range_rows(const Call& call, const Selection& selection, const Context& context) {
+std::int64_t max_range_rows(const Call& call, const SliceSelection& selection, const Context& context) {
   std::int64_t rows = kDenseRows;
-  if (call.needs_scores()) rows = std::max(rows, kRowsPerBlock * blocks_of_longest(call) / call.width());
+  if (call.is_routed()) rows = std::max(rows, kRowsPerBlock * blocks_of_longest(call) / call.width());
 
   const int threads = context.parallel.threads;
   const std::size_t taken = context.scratch.held() + plan_bytes(call, selection.slice, threads);
@@ -55,7 +55,7 @@ std::int64_t max_range_rows(const Call& call, const Selection& selection, const 
 /// Returns the queries of a range. Of the lengths that max_range_rows() allows it takes the one with which
 /// the threads finish first, if every row costs the same: with few ranges, such as those of a short chunk of
 /// a prompt, threads would otherwise wait for the last one.
-std::int64_t range_queries(const Call& call, const Selection& selection, const Context& context) {
+std::int64_t range_queries(const Call& call, const SliceSelection& selection, const Context& context) {
   const WorkSlice& slice = selection.slice;
   std::int64_t longest = 1;
   for (const SequenceView& s : call.sequences) {
@@ -91,26 +91,33 @@ std::int64_t range_queries(const Call& call, const Selection& selection, const C
   return best;
 }
 
-void invert(const Call& call, const Selection& selection, const Range& range, std::uint32_t* offsets,
+void invert(const Call& call, const SliceSelection& selection, const Range& range, std::uint32_t* offsets,
             std::uint32_t* rows) {
   const SequenceView& s = call.sequences[static_cast<std::size_t>(range.sequence)];
   const std::int64_t blocks = call.blocks(s), width = call.listed_width();
+  // Query heads that share a row of the selection are listed together.
+  const std::int64_t shared = std::gcd(call.heads_per_kv, selection.rows.heads_per_row);
   // A row is over where its own block or the padding begins: no routed block follows either.
   const auto for_each_entry = [&](auto&& visit) {
     std::uint32_t row = 0;
     for (std::int64_t query = range.q0; query < range.q1; ++query) {
       const auto own = static_cast<std::int32_t>(call.routing.causal ? call.own_block(s, query) : blocks);
-      for (std::int64_t g = 0; g < call.heads_per_kv; ++g, ++row) {
+      for (std::int64_t g = 0; g < call.heads_per_kv; g += shared) {
         const std::int32_t* selected = selection.of(range.head * call.heads_per_kv + g, s.q_begin + query);
         for (std::int64_t i = 0; i < width && selected[i] >= 0 && selected[i] < own; ++i)
           visit(selected[i], row);
+        row += static_cast<std::uint32_t>(shared);
       }
     }
   };
+  const auto rows_of_entry = static_cast<std::uint32_t>(shared);
   std::fill(offsets, offsets + blocks + 1, 0);
-  for_each_entry([&](std::int32_t block, std::uint32_t /*row*/) { ++offsets[block + 1]; });
+  for_each_entry([&](std::int32_t block, std::uint32_t /*row*/) { offsets[block + 1] += rows_of_entry; });
   std::partial_sum(offsets, offsets + blocks + 1, offsets);
-  for_each_entry([&](std::int32_t block, std::uint32_t row) { rows[offsets[block]++] = row; });
+  for_each_entry([&](std::int32_t block, std::uint32_t row) {
+    std::uint32_t& offset = offsets[block];
+    for (std::uint32_t i = 0; i < rows_of_entry; ++i) rows[offset++] = row + i;
+  });
   // The scatter moved every offset to the next one's place.
   std::copy_backward(offsets, offsets + blocks, offsets + blocks + 1);
   offsets[0] = 0;
@@ -146,7 +153,7 @@ struct PlanBuilder {
   }
 };
 
-Plan build_plan(const Call& call, const Selection& selection, PlanBuilder builder, Context& context) {
+Plan build_plan(const Call& call, const SliceSelection& selection, PlanBuilder builder, Context& context) {
   Plan plan = std::move(builder.plan);
   if (call.listed_width() == 0) return plan;
   plan.offsets = Buffer<std::uint32_t>(context.scratch, builder.offsets);
@@ -161,7 +168,7 @@ Plan build_plan(const Call& call, const Selection& selection, PlanBuilder builde
 
 }  // namespace
 
-Plan plan(const Call& call, const Selection& selection, Context& context) {
+Plan plan(const Call& call, const SliceSelection& selection, Context& context) {
   const WorkSlice& slice = selection.slice;
   const std::int64_t step = range_queries(call, selection, context);
   PlanBuilder builder;
@@ -191,7 +198,7 @@ std::int64_t backward_parts(const Call& call, const SequenceView& sequence) {
       std::bit_floor(static_cast<std::uint64_t>(std::max<std::int64_t>(max_parts, 1))));
 }
 
-Plan plan_backward(const Call& call, const Selection& selection, Context& context) {
+Plan plan_backward(const Call& call, const SliceSelection& selection, Context& context) {
   const WorkSlice& slice = selection.slice;
   PlanBuilder builder;
   for (std::size_t s = 0; s < call.sequences.size(); ++s) {

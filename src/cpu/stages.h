@@ -11,15 +11,15 @@ const std::string& target_refusal();
 
 void append(const Append& rows, std::int64_t block, std::int64_t head);
 BlockMeans centroids(const Call& call, std::int64_t head0, std::int64_t head1, Context& context);
-void gate(const Call& call, const BlockMeans& means, const Selection& selection, Context& context);
-Plan plan(const Call& call, const Selection& selection, Context& context);
-void attend(const Call& call, const Selection& selection, const Plan& plan, const Outputs& outputs,
+void gate(const Call& call, const BlockMeans& means, const SliceSelection& selection, Context& context);
+Plan plan(const Call& call, const SliceSelection& selection, Context& context);
+void attend(const Call& call, const SliceSelection& selection, const Plan& plan, const Outputs& outputs,
             Context& context);
 /// The ranges of a sequence and head follow each other; their number, `backward_parts`, depends on the
 /// call alone.
-Plan plan_backward(const Call& call, const Selection& selection, Context& context);
-void attend_backward(const Call& call, const Selection& selection, const Plan& plan, const Backward& backward,
-                     Context& context);
+Plan plan_backward(const Call& call, const SliceSelection& selection, Context& context);
+void attend_backward(const Call& call, const SliceSelection& selection, const Plan& plan,
+                     const Backward& backward, Context& context);
 void decode(const Call& call, const BlockMeans& means, const Outputs& outputs, Context& context);
 
 /// Scratch bytes of one worker of `attend` for ranges of `rows` rows.

@@ -78,6 +78,8 @@ DeviceCall make_call(const Tensor& q, const Tensor& k, const Tensor& v, const De
   check_view("k", k);
   check_view("v", v);
   check_supported(q, k);
+  if (routing.selection.heads != 0)
+    refuse("selection", "expected none (backend cuda), got one of ", routing.selection.heads, " heads");
   check_device(q.sizes[2]);
   if (batch.on_device) {
     check_list("cu_seqlens_q", batch.q_starts);

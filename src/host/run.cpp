@@ -71,33 +71,34 @@ BlockMeans Run::centroids() {
   return timed(&Profile::centroids, [&] { return backend_.centroids(call_, 0, call_.kv_heads, context_); });
 }
 
-Selection Run::gate(const BlockMeans& means, const WorkSlice& slice, const Outputs& outputs) {
+SliceSelection Run::gate(const BlockMeans& means, const WorkSlice& slice, const Outputs& outputs) {
   return timed(&Profile::gate, [&] {
+    if (call_.is_selected()) return SliceSelection{slice, selected_rows(call_), {}};
     const bool is_given = outputs.selection != nullptr;
     if (!call_.needs_scores()) {
       if (is_given) write_unscored_selection(call_, {slice, rows_in(outputs, call_), {}});
       return new_selection(call_, slice, scratch_);
     }
-    Selection selection =
-        is_given ? Selection{slice, rows_in(outputs, call_), {}} : new_selection(call_, slice, scratch_);
+    SliceSelection selection =
+        is_given ? SliceSelection{slice, rows_in(outputs, call_), {}} : new_selection(call_, slice, scratch_);
     backend_.gate(call_, means, selection, context_);
     return selection;
   });
 }
 
-Plan Run::plan(const Selection& selection) {
+Plan Run::plan(const SliceSelection& selection) {
   return timed(&Profile::plan, [&] { return backend_.plan(call_, selection, context_); });
 }
 
-void Run::attend(const Selection& selection, const Plan& plan, const Outputs& outputs) {
+void Run::attend(const SliceSelection& selection, const Plan& plan, const Outputs& outputs) {
   timed(&Profile::attend, [&] { backend_.attend(call_, selection, plan, outputs, context_); });
 }
 
-Plan Run::plan_backward(const Selection& selection) {
+Plan Run::plan_backward(const SliceSelection& selection) {
   return timed(&Profile::plan, [&] { return backend_.plan_backward(call_, selection, context_); });
 }
 
-void Run::attend_backward(const Selection& selection, const Plan& plan, const Backward& backward) {
+void Run::attend_backward(const SliceSelection& selection, const Plan& plan, const Backward& backward) {
   timed(&Profile::attend, [&] { backend_.attend_backward(call_, selection, plan, backward, context_); });
 }
 

@@ -21,12 +21,12 @@ class Run {
   BlockMeans centroids(const WorkSlice& slice);
   /// The means of all blocks, for a cache.
   BlockMeans centroids();
-  /// Writes `outputs.selection` if it is not null.
-  Selection gate(const BlockMeans& means, const WorkSlice& slice, const Outputs& outputs = {});
-  Plan plan(const Selection& selection);
-  void attend(const Selection& selection, const Plan& plan, const Outputs& outputs);
-  Plan plan_backward(const Selection& selection);
-  void attend_backward(const Selection& selection, const Plan& plan, const Backward& backward);
+  /// Writes `outputs.selection` if it is not null. Returns the caller's selection where there is one.
+  SliceSelection gate(const BlockMeans& means, const WorkSlice& slice, const Outputs& outputs = {});
+  Plan plan(const SliceSelection& selection);
+  void attend(const SliceSelection& selection, const Plan& plan, const Outputs& outputs);
+  Plan plan_backward(const SliceSelection& selection);
+  void attend_backward(const SliceSelection& selection, const Plan& plan, const Backward& backward);
   void decode(const BlockMeans& means, const Outputs& outputs);
 
  private:

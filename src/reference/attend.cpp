@@ -14,7 +14,7 @@ std::int64_t worker_doubles(const Call& call) {
 }
 
 /// One softmax over all keys that a row attends to.
-void attend_row(const Call& call, const Selection& selection, const Row& row, double* memory,
+void attend_row(const Call& call, const SliceSelection& selection, const Row& row, double* memory,
                 const Outputs& outputs) {
   const SequenceView& s = row.sequence;
   const std::int64_t depth = call.head_dim;
@@ -61,7 +61,7 @@ std::size_t attend_bytes(const Call& call) {
   return static_cast<std::size_t>(worker_doubles(call)) * sizeof(double);
 }
 
-void attend(const Call& call, const Selection& selection, const Plan& /*by block; rows are walked here*/,
+void attend(const Call& call, const SliceSelection& selection, const Plan& /*by block; rows are walked here*/,
             const Outputs& outputs, Context& context) {
   const std::int64_t size = worker_doubles(call);
   const Buffer<double> memory(context.scratch, context.parallel.threads * size);

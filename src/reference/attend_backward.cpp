@@ -1,6 +1,7 @@
 // Gradients in two passes that share only two values per row: by row for dq, then by key for dk and dv.
 // Probabilities are recomputed in double instead of read from the rounded `out` and `lse`, so that this is an
-// oracle for backends that read them.
+// oracle for backends that read them. Where the caller selects, `out` and `lse` are read: the softmax may
+// have more keys than the call.
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -20,7 +21,7 @@ struct RowSums {
 
 struct BackwardPass {
   const Call& call;
-  const Selection& selection;
+  const SliceSelection& selection;
   const Backward& backward;
   const Buffer<RowSums>& sums;
 
@@ -37,6 +38,12 @@ std::int64_t key_doubles(const Call& call) {
 }
 std::int64_t worker_doubles(const Call& call) {
   return std::max(row_doubles(call), key_doubles(call));
+}
+
+/// The sums that the forward pass left in `lse` and `out`. `out` is scratch memory for a row.
+RowSums saved_sums(const BackwardPass& w, const Row& row, const double* d_out, double* out) {
+  load_f64(w.call, w.backward.out, row, out);
+  return {w.backward.lse[row.q_head * w.call.tokens + row.token()], dot(d_out, out, w.call.head_dim)};
 }
 
 /// dq = scale * sum over keys of p (dp - delta) k, with p = exp(logit - lse), dp = <d_out, v>, delta = sum of
@@ -71,8 +78,9 @@ void backward_dq(const BackwardPass& w, const Row& row, double* memory) {
     weighted += weight * dp[i];
   });
   // A row that sees nothing has out = 0 whatever the inputs: p = exp(logit - inf) = 0 makes its gradients 0.
-  const RowSums sums = sum == 0 ? RowSums{std::numeric_limits<double>::infinity(), 0}
-                                : RowSums{largest + std::log(sum), weighted / sum};
+  RowSums sums = sum == 0 ? RowSums{std::numeric_limits<double>::infinity(), 0}
+                          : RowSums{largest + std::log(sum), weighted / sum};
+  if (call.is_selected() && sum != 0) sums = saved_sums(w, row, d_out, value);
   w.sums_of(row.q_head, row.token()) = sums;
 
   std::fill_n(dq, depth, 0.0);
@@ -144,8 +152,8 @@ std::size_t attend_backward_bytes(const Call& call, const WorkSlice& slice, int 
   return rows * sizeof(RowSums) + static_cast<std::size_t>(threads * worker_doubles(call)) * sizeof(double);
 }
 
-void attend_backward(const Call& call, const Selection& selection, const Plan& plan, const Backward& backward,
-                     Context& context) {
+void attend_backward(const Call& call, const SliceSelection& selection, const Plan& plan,
+                     const Backward& backward, Context& context) {
   const WorkSlice& slice = selection.slice;
   const std::int64_t size = worker_doubles(call);
   const Buffer<double> memory(context.scratch, context.parallel.threads * size);

@@ -7,7 +7,8 @@ namespace moba::reference {
 
 void decode(const Call& call, const BlockMeans& means, const Outputs& outputs, Context& context) {
   const WorkSlice all{0, call.kv_heads, 0, call.tokens};
-  const Selection selection = new_selection(call, all, context.scratch);
+  const SliceSelection selection = call.is_selected() ? SliceSelection{all, selected_rows(call), {}}
+                                                      : new_selection(call, all, context.scratch);
   if (call.needs_scores()) gate(call, means, selection, context);
   attend(call, selection, {}, outputs, context);
 }

@@ -59,12 +59,13 @@ std::int64_t select_row(const Call& call, const BlockMeans& means, const Row& ro
 }  // namespace
 
 std::size_t gate_bytes(const Call& call) {
+  if (!call.needs_scores()) return 0;
   const auto blocks = static_cast<std::size_t>(max_blocks(call));
   return static_cast<std::size_t>(call.head_dim) * sizeof(double) +
          blocks * (sizeof(double) + sizeof(std::int32_t));
 }
 
-void gate(const Call& call, const BlockMeans& means, const Selection& selection, Context& context) {
+void gate(const Call& call, const BlockMeans& means, const SliceSelection& selection, Context& context) {
   const std::int64_t blocks = max_blocks(call), threads = context.parallel.threads;
   const GateScratch memory{Buffer<double>(context.scratch, threads * call.head_dim),
                            Buffer<double>(context.scratch, threads * blocks),

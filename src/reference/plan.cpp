@@ -8,7 +8,7 @@ namespace {
 
 /// Inverts the selection by count, prefix sum and stable scatter: for each block, the rows that selected it,
 /// ascending.
-void invert(const Call& call, const Selection& selection, const Range& range, std::uint32_t* offsets,
+void invert(const Call& call, const SliceSelection& selection, const Range& range, std::uint32_t* offsets,
             std::uint32_t* rows) {
   const SequenceView& s = call.sequences[static_cast<std::size_t>(range.sequence)];
   const std::int64_t blocks = call.blocks(s), group = call.heads_per_kv;
@@ -52,7 +52,7 @@ std::size_t plan_bytes(const Call& call, const WorkSlice& slice) {
   return static_cast<std::size_t>(rows + blocks * slice.heads()) * sizeof(std::uint32_t);
 }
 
-Plan plan(const Call& call, const Selection& selection, Context& context) {
+Plan plan(const Call& call, const SliceSelection& selection, Context& context) {
   Plan plan;
   std::int64_t offsets = 0, rows = 0;
   list_ranges(call, selection.slice, plan, offsets, rows);

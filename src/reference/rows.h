@@ -39,7 +39,7 @@ void for_each_row(const Call& call, const WorkSlice& slice, Context& context, Bo
 
 /// Calls visit(block) for every block that a query selected by score, ascending.
 template <typename Visit>
-void for_each_scored_block(const Call& call, const Selection& selection, const SequenceView& s,
+void for_each_scored_block(const Call& call, const SliceSelection& selection, const SequenceView& s,
                            std::int64_t query, std::int64_t q_head, Visit&& visit) {
   const std::int64_t width = std::min(call.listed_width(), selection.rows.stride);
   const std::int64_t own = call.routing.causal ? call.own_block(s, query) : -1;
@@ -51,7 +51,7 @@ void for_each_scored_block(const Call& call, const Selection& selection, const S
 
 /// Calls visit(begin, end) for every contiguous range of keys that a row attends to, ascending.
 template <typename Visit>
-void for_each_key_range(const Call& call, const Selection& selection, const Row& row, Visit&& visit) {
+void for_each_key_range(const Call& call, const SliceSelection& selection, const Row& row, Visit&& visit) {
   const SequenceView& s = row.sequence;
   const std::int64_t block_size = call.routing.block_size;
   for_each_scored_block(call, selection, s, row.query, row.q_head, [&](std::int64_t block) {

@@ -8,12 +8,12 @@ namespace moba::reference {
 
 void append(const Append& rows, std::int64_t block, std::int64_t head);
 BlockMeans centroids(const Call& call, std::int64_t head0, std::int64_t head1, Context& context);
-void gate(const Call& call, const BlockMeans& means, const Selection& selection, Context& context);
-Plan plan(const Call& call, const Selection& selection, Context& context);
-void attend(const Call& call, const Selection& selection, const Plan& plan, const Outputs& outputs,
+void gate(const Call& call, const BlockMeans& means, const SliceSelection& selection, Context& context);
+Plan plan(const Call& call, const SliceSelection& selection, Context& context);
+void attend(const Call& call, const SliceSelection& selection, const Plan& plan, const Outputs& outputs,
             Context& context);
-void attend_backward(const Call& call, const Selection& selection, const Plan& plan, const Backward& backward,
-                     Context& context);
+void attend_backward(const Call& call, const SliceSelection& selection, const Plan& plan,
+                     const Backward& backward, Context& context);
 void decode(const Call& call, const BlockMeans& means, const Outputs& outputs, Context& context);
 
 /// Scratch bytes of each stage; those of one worker where a stage has workers with memory of their own.

@@ -26,6 +26,7 @@ def test_every_recipe_runs(capsys):
         "Hybrid layers",
         "Sparse decode",
         "Inspect routing",
+        "Any gate",
     }
     assert "layer 3: the last token's heads select blocks" in capsys.readouterr().out
 

@@ -7,11 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import moba as package
 import pytest
 import torch
 from builds import BUILD, ROOT, SMOLLM2, existing
+from moba.vllm import settings_of
+from moba.vllm.batch import parts_of, runs_of
 
 ENGINE = Path(__file__).with_name("vllm_engine.py")
 NEEDLE_MODEL = ROOT / "models/needle-2m"
@@ -34,7 +37,7 @@ def vllm(tmp_path_factory):
     for part in (Path(package.__file__).parent, metadata):
         (plugin / part.name).symlink_to(part)
 
-    def run(jobs, succeeds=True, **environment):
+    def run(jobs, **environment):
         out = plugin / "out.json"
         done = subprocess.run(
             [python, ENGINE, out],
@@ -50,9 +53,6 @@ def vllm(tmp_path_factory):
             }
             | environment,
         )
-        if not succeeds:
-            assert done.returncode != 0
-            return done.stderr
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(out.read_text())
 
@@ -89,6 +89,81 @@ def generate(tmp_path_factory):
         return report["prompt_ids"], report["generated_ids"]
 
     return run
+
+
+def config_with(**attributes):
+    """Return what settings_of reads of vLLM's configuration."""
+    model = SimpleNamespace(hf_text_config=SimpleNamespace(**attributes))
+    return SimpleNamespace(model_config=model, additional_config={})
+
+
+def test_the_strongest_settings_count(monkeypatch):
+    monkeypatch.delenv("MOBA_VLLM", raising=False)
+    assert settings_of(config_with(hidden_size=64)) is None
+    config = config_with(moba_chunk_size=128, moba_topk=3, moba_sink=1, moba_full_layers=[-1])
+    assert settings_of(config) == package.MoBAConfig(128, 3, full_layers=(-1,), sink_blocks=1)
+    config.additional_config = {"moba": {"moba_chunk_size": 64, "moba_topk": 5}}
+    assert settings_of(config) == package.MoBAConfig(64, 5)
+    monkeypatch.setenv(
+        "MOBA_VLLM", '{"moba_chunk_size": 32, "moba_topk": 7, "moba_decode": "moba"}'
+    )
+    assert settings_of(config) == package.MoBAConfig(32, 7, decode="moba")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "MOBA_VLLM: expected a JSON object, got '{'"),
+        ("[1]", r"MOBA_VLLM: expected an object of settings, got \[1\]"),
+        ('{"topk": 3}', "MOBA_VLLM: expected settings among moba_chunk_size, .*, got 'topk'"),
+        ('{"moba_topk": 3}', "MOBA_VLLM.moba_chunk_size: expected an int, got None"),
+        (
+            '{"moba_chunk_size": 64, "moba_topk": 0}',
+            "MOBA_VLLM.moba_topk: expected at least 1, got 0",
+        ),
+    ],
+)
+def test_invalid_settings_are_named(monkeypatch, text, message):
+    monkeypatch.setenv("MOBA_VLLM", text)
+    with pytest.raises((TypeError, ValueError), match=f"^moba.vllm: {message}"):
+        settings_of(config_with())
+
+
+def kinds_of(config, before, length, prompt):
+    """Return the attention of every token that one step reads, "m" or "f"."""
+    parts = parts_of(config, [0, length - before], [length], [prompt])
+    assert [part.first for part in parts] == [0, *(part.last for part in parts[:-1])]
+    assert parts[-1].last == length - before and parts[-1].length == length
+    return "".join(("f" if part.is_full else "m") * (part.last - part.first) for part in parts)
+
+
+@pytest.mark.parametrize("decode, after", [("full", "f"), ("moba", "m")])
+def test_the_position_of_a_token_decides(decode, after):
+    """A prompt of 10 tokens with a full tail of 3, and 4 tokens after it, in any steps."""
+    config = package.MoBAConfig(4, 2, full_tail=3, decode=decode)
+    kinds = "m" * 7 + "f" * 3 + after * 4
+    assert kinds_of(config, 0, 14, 10) == kinds
+    for first in range(14):
+        for last in range(first + 1, 15):
+            assert kinds_of(config, first, last, 10) == kinds[first:last]
+    assert kinds_of(package.MoBAConfig(4, 2, full_tail=30), 0, 10, 10) == "f" * 10
+
+
+def test_adjacent_parts_with_one_attention_are_one_run():
+    """Two decoded tokens, a chunk, a prompt with its tail, another chunk."""
+    config = package.MoBAConfig(4, 2, full_tail=3)
+    parts = parts_of(config, [0, 1, 2, 7, 17, 20], [31, 12, 9, 10, 23], [20, 12, 40, 10, 40])
+    table = torch.arange(10, dtype=torch.int32).view(5, 2)
+    runs = runs_of(parts, table)
+    assert [(run.first, run.last, run.is_full, run.decodes) for run in runs] == [
+        (0, 2, True, True),
+        (2, 14, False, False),
+        (14, 17, True, False),
+        (17, 20, False, False),
+    ]
+    assert runs[1].page_table.tolist() == table[2:4].tolist()
+    assert runs[1].lengths.tolist() == [9, 7] and runs[1].cu_seqlens_q.tolist() == [0, 5, 12]
+    assert runs[2].lengths.tolist() == [10] and runs[2].cu_seqlens_q.tolist() == [0, 3]
 
 
 def job(model, rounds, **options):
@@ -159,6 +234,93 @@ def test_selecting_everything_is_vllms_own_attention(vllm, smollm2_folder):
     assert ids_of(own[0]) == ids_of(ours[0])
 
 
+TINY = dict(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=512,
+    moba_chunk_size=128,
+    moba_topk=2,
+)
+REFUSED = {  # the config.json of a model, and the sentence
+    "mistral": (
+        dict(TINY, architectures=["MistralForCausalLM"], sliding_window=64),
+        "sliding_window: expected none in model.layers.0.self_attn.attn (or the layer in moba_full_layers), got 63",
+    ),
+    "bloom": (
+        dict(
+            vocab_size=256,
+            hidden_size=128,
+            n_layer=2,
+            n_head=2,
+            seq_length=512,
+            moba_chunk_size=128,
+            moba_topk=2,
+            architectures=["BloomForCausalLM"],
+        ),
+        "alibi_slopes: expected none in transformer.h.0.self_attention.attn (or the layer in moba_full_layers), got ALiBi",
+    ),
+    "gemma2": (
+        dict(
+            TINY,
+            architectures=["Gemma2ForCausalLM"],
+            attn_logit_softcapping=50.0,
+            layer_types=["full_attention"] * 2,
+        ),
+        "logits_soft_cap: expected none in model.layers.0.self_attn.attn (or the layer in moba_full_layers), got 50.0",
+    ),
+    "deepseek_v2": (
+        dict(
+            TINY,
+            architectures=["DeepseekV2ForCausalLM"],
+            kv_lora_rank=512,
+            q_lora_rank=None,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            n_routed_experts=4,
+            num_experts_per_tok=1,
+            moe_intermediate_size=32,
+            first_k_dense_replace=2,
+        ),
+        "model: expected keys and values for every head, got multi-head latent attention (MLA)",
+    ),
+    "bert": (
+        dict(TINY, architectures=["BertModel"], position_embedding_type="absolute"),
+        "attn_type: expected decoder layers in encoder.layer.0.attention.self.attn (or the layer in moba_full_layers), got encoder_only",
+    ),
+}
+
+
+def test_what_moba_cannot_compute_is_refused(vllm, tmp_path):
+    jobs, sentences = [], []
+    for name, (config, sentence) in REFUSED.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        folder.joinpath("config.json").write_text(json.dumps(config | {"model_type": name}))
+        jobs.append(job(folder, [], load_format="dummy", max_model_len=512))
+        sentences.append(sentence)
+    for options, sentence in (
+        (
+            dict(block_size=96),
+            "block_size: expected a divisor or a multiple of moba_chunk_size 128, got 96 (--block-size sets it)",
+        ),
+        (
+            dict(kv_cache_dtype="fp8", dtype="bfloat16"),
+            "kv_cache_dtype: expected auto in model.layers.0.self_attn.attn (or the layer in moba_full_layers), got fp8",
+        ),
+        (dict(hf_overrides={"moba_topk": 0}), "config.moba_topk: expected at least 1, got 0"),
+    ):
+        jobs.append(job(NEEDLE_MODEL, [], **(dict(max_model_len=512) | options)))
+        sentences.append(sentence)
+    for found, sentence in zip(vllm(jobs), sentences):
+        assert f"moba.vllm: {sentence}" in str(found)
+
+
 def needle_prompt():
     place = TEXT.rindex("\n", 0, 7_000) + 1
     return f"{TEXT[:place]}{FACT}\n{TEXT[place:18_000]}\n{QUESTION}"
@@ -172,6 +334,7 @@ def test_two_processes_find_the_needle(vllm, generate):
     (two,) = vllm(
         [job(NEEDLE_MODEL, [[ids]], tensor_parallel_size=2)],
         VLLM_ENABLE_V1_MULTIPROCESSING="1",
+        VLLM_CPU_OMP_THREADS_BIND="0|1",
         MOBA_VLLM=json.dumps(settings),
     )
     assert 3_000 < len(ids) < 9_000

@@ -1,6 +1,6 @@
 """Runs prompts of token ids through vLLM, for test_vllm.py, in the environment that has it: reads a list of jobs as JSON from
 standard input, each with the options of vllm.LLM and rounds of prompts, and writes the generated ids of every prompt of every
-round to the file that the first argument names."""
+round, or the error that refused the job, to the file that the first argument names."""
 
 import json
 import sys
@@ -9,7 +9,10 @@ import sys
 def generate(job):
     from vllm import LLM, SamplingParams
 
-    engine = LLM(enforce_eager=True, skip_tokenizer_init=True, **job["options"])
+    try:
+        engine = LLM(enforce_eager=True, skip_tokenizer_init=True, **job["options"])
+    except Exception as error:  # of the model, of vLLM or of the plugin
+        return f"{type(error).__name__}: {error}"
     sampling = SamplingParams(
         temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False
     )

@@ -27,27 +27,10 @@ from .. import ops
 from ..config import MoBAConfig
 from ..functional import EVERYTHING
 from . import settings_of
+from .batch import Run, parts_of, runs_of
 
 logger = init_logger(__name__)
 _MAX_HEAD_DIM = 256
-
-
-@dataclass
-class Run:
-    """Adjacent queries [first, last) of a batch that attend in one way. Each of its parts, the queries of a request with one
-    kind of attention, ends at token `lengths[i]` of the request."""
-
-    first: int
-    last: int
-    is_full: bool
-    page_table: Tensor  # int32 [parts, pages]
-    lengths: Tensor  # int32 [parts]
-    cu_seqlens_q: Tensor  # int32 [parts + 1]
-
-    @property
-    def decodes(self) -> bool:
-        """Whether every part is a single query."""
-        return self.last - self.first == len(self.lengths)
 
 
 @dataclass
@@ -55,64 +38,6 @@ class MobaMetadata(CPUAttentionMetadata):
     before: Tensor | None = None  # int32 [requests]: tokens in the cache before this step
     completes_blocks: bool = False
     runs: list[Run] = field(default_factory=list)
-
-
-@dataclass
-class _Part:
-    request: int
-    first: int  # query of the batch
-    last: int
-    length: int
-    is_full: bool
-
-
-def parts_of(
-    config: MoBAConfig, starts: list[int], lengths: list[int], prompts: list[int]
-) -> list[_Part]:
-    """Cut the queries of every request, [starts[i], starts[i + 1]) of the batch and the last of `lengths[i]` tokens, where
-    their attention changes: a prompt is read with MoBA but for its full tail, tokens after it as config.decode says. The
-    position of a token alone decides, however a prompt is cut into chunks or read again."""
-    parts = []
-    for request, length in enumerate(lengths):
-        query, end = starts[request], starts[request + 1]
-        position, prompt = length - (end - query), prompts[request]
-        tail = max(prompt - config.full_tail, 0)
-        for limit, is_full in ((tail, False), (prompt, True), (length, config.decode == "full")):
-            last = min(limit, length)
-            if last <= position:
-                continue
-            parts.append(_Part(request, query, query + last - position, last, is_full))
-            query += last - position
-            position = last
-    return parts
-
-
-def runs_of(parts: list[_Part], block_table: Tensor) -> list[Run]:
-    """Join adjacent parts with the same attention; those of one query, which are decoded, apart from longer ones."""
-    groups: list[list[_Part]] = []
-    for part in parts:
-        kind = (part.is_full, part.last - part.first == 1)
-        if groups and kind == (
-            groups[-1][-1].is_full,
-            groups[-1][-1].last - groups[-1][-1].first == 1,
-        ):
-            groups[-1].append(part)
-        else:
-            groups.append([part])
-    return [
-        Run(
-            first=group[0].first,
-            last=group[-1].last,
-            is_full=group[0].is_full,
-            page_table=block_table[[part.request for part in group]],
-            lengths=torch.tensor([part.length for part in group], dtype=torch.int32),
-            cu_seqlens_q=torch.tensor(
-                [part.first - group[0].first for part in group] + [group[-1].last - group[0].first],
-                dtype=torch.int32,
-            ),
-        )
-        for group in groups
-    ]
 
 
 class MobaMetadataBuilder(CPUAttentionMetadataBuilder):
