@@ -6,6 +6,7 @@
 #include "errors.h"
 #include "gate_inputs.h"
 #include "host/flow.h"
+#include "paged_cache.h"
 
 namespace moba {
 namespace {
@@ -24,6 +25,14 @@ const DeviceFlow& device_required(const Tensor& q, const Execution& execution) {
            named_backend(execution.backend, q.device).name);
   }
   return *device;
+}
+
+/// Throws ArgumentError unless q is in host memory, as a host backend needs it.
+void require_host(const Tensor& q, const Execution& execution) {
+  if (q.device != Device::cpu) {
+    refuse("backend", "expected one that works on CUDA tensors, got ",
+           named_backend(execution.backend, q.device).name);
+  }
 }
 
 }  // namespace
@@ -123,17 +132,6 @@ void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const
   });
 }
 
-void decode(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing,
-            const Outputs& outputs, const Execution& execution) {
-  named("decode", [&] {
-    check_cached(q, sequences, routing);
-    check_decode(q, static_cast<std::int64_t>(sequences.size()), outputs);
-    check_outputs(q, outputs, routing, 0);
-    check_execution(execution);
-    host::decode(decode_call(q, sequences, routing), cached_means(sequences), outputs, execution);
-  });
-}
-
 void attention(const Tensor& q, const PageLayout& layout, const PagedSequence& sequence,
                const Routing& routing, const Outputs& outputs, const Execution& execution) {
   named("attention", [&] {
@@ -198,13 +196,34 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
   });
 }
 
+void attention(const Tensor& q, const std::int32_t* cu_seqlens_q, const PagedCache& cache,
+               const Routing& routing, const Outputs& outputs, const Execution& execution) {
+  named("attention", [&] {
+    if (device_for(q, execution) != nullptr)
+      refuse("backend", "expected one that works on CPU tensors, got cuda");
+    require_host(q, execution);
+    check_paged(q, cu_seqlens_q, cache, routing);
+    check_outputs(q, outputs, routing,
+                  selection_width(DeviceSequences{.max_seqlen_k = cache.max_seqlen_k}, routing));
+    const Call call = paged_call(q, cu_seqlens_q, cache, routing);
+    Scratch scratch(execution.scratch);
+    const BlockMeans means = paged_means(call, cache, scratch, execution);
+    host::forward(call, &means, outputs, execution);
+  });
+}
+
 void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, const Outputs& outputs,
             const Execution& execution) {
   named("decode", [&] {
     check_paged(q, cache, routing);
     check_decode(q, cache.sequences, outputs);
     check_outputs(q, outputs, routing, 0);
-    device_required(q, execution).decode(q, cache, routing, outputs, execution);
+    if (const DeviceFlow* device = device_for(q, execution))
+      return device->decode(q, cache, routing, outputs, execution);
+    require_host(q, execution);
+    const Call call = paged_call(q, nullptr, cache, routing);
+    Scratch scratch(execution.scratch);
+    host::decode(call, paged_means(call, cache, scratch, execution), outputs, execution);
   });
 }
 
@@ -214,7 +233,11 @@ void update_means(const PagedCache& cache, std::int64_t block_size, const std::i
     if (block_size < 1) refuse("block_size", "expected at least 1, got ", block_size);
     if (max_added < 0) refuse("max_added", "expected at least 0, got ", max_added);
     check_paged(cache, block_size);
-    device_required(cache.k, execution).update_means(cache, block_size, before, max_added, execution);
+    if (const DeviceFlow* device = device_for(cache.k, execution))
+      return device->update_means(cache, block_size, before, max_added, execution);
+    require_host(cache.k, execution);
+    check_update(cache, before, max_added);
+    host::update_means(cache, block_size, before, execution);
   });
 }
 

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include "call.h"
+#include "moba/cache.h"
 #include "moba/cuda.h"
 
 namespace moba {

@@ -251,43 +251,6 @@ BlockMeans cached_means(const KvCache& cache) {
   return means;
 }
 
-Call decode_call(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing) {
-  Call call;
-  call.q = q;
-  call.page_storage.reserve(2 * sequences.size());
-  std::int64_t max_seqlen_k = 1;
-  for (const CachedSequence& s : sequences) {
-    call.page_storage.push_back(static_cast<const std::byte*>(s.k.data));
-    call.page_storage.push_back(static_cast<const std::byte*>(s.v.data));
-    max_seqlen_k = std::max(max_seqlen_k, s.k.sizes[0]);
-  }
-  const std::byte* const* pages = call.page_storage.data();
-  for (const CachedSequence& s : sequences) {
-    call.sequences.push_back({.q_begin = static_cast<std::int64_t>(call.sequences.size()),
-                              .queries = 1,
-                              .keys = s.k.sizes[0],
-                              .k_pages = {pages, 1},
-                              .v_pages = {pages + 1, 1}});
-    pages += 2;
-  }
-  const CachedSequence none{.k = {.sizes = {0, 1, 1}}, .v{}, .means{}};
-  const CachedSequence& first = sequences.empty() ? none : sequences.front();
-  call.k = {first.k.dtype, max_seqlen_k, first.k.strides[0], first.k.strides[1]};
-  call.v = {first.v.dtype, max_seqlen_k, first.v.strides[0], first.v.strides[1]};
-  finish_call(call, routing, first.k.sizes[1]);
-  return call;
-}
-
-BlockMeans cached_means(std::span<const CachedSequence> sequences) {
-  BlockMeans means;
-  for (const CachedSequence& s : sequences) {
-    means.base.push_back(static_cast<const float*>(s.means.data));
-    means.block_stride = s.means.strides[0];
-    means.head_stride = s.means.strides[1];
-  }
-  return means;
-}
-
 namespace {
 
 /// Layouts of keys and of values.

@@ -75,7 +75,6 @@ const CacheState& state_of(const KvCache& cache);
 
 Call cached_call(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing);
 Call decode_call(const Tensor& q, const KvCache& cache, const Routing& routing);
-Call decode_call(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing);
 Call cached_call(const Tensor& q, const PageLayout& layout, const PagedSequence& sequence,
                  const Routing& routing);
 Call decode_call(const Tensor& q, const PageLayout& layout, std::span<const PagedSequence> sequences,
@@ -83,7 +82,6 @@ Call decode_call(const Tensor& q, const PageLayout& layout, std::span<const Page
 /// Views of the means kept in the cache: of one sequence, or of all.
 BlockMeans cached_means(const KvCache& cache, std::int64_t sequence);
 BlockMeans cached_means(const KvCache& cache);
-BlockMeans cached_means(std::span<const CachedSequence> sequences);
 BlockMeans cached_means(const PageLayout& layout, std::span<const PagedSequence> sequences);
 
 }  // namespace moba

@@ -489,38 +489,6 @@ void check_cached(const Tensor& q, const PageLayout& layout, std::span<const Pag
   for (const PagedSequence& sequence : sequences) check_sequence(layout, sequence, 0);
 }
 
-void check_cached(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing) {
-  check_view("q", q);
-  check_routing(q, routing);
-  if (!routing.causal) refuse("causal", "expected true (a cache takes causal queries only), got false");
-  bool choosing = false;
-  for (const CachedSequence& s : sequences) {
-    const CachedSequence& first = sequences.front();
-    check_view("k", s.k);
-    check_view("v", s.v);
-    check_same_kind("k", s.k, "q", q);
-    check_heads(q.sizes[1], "k", s.k.sizes[1]);
-    if (s.k.sizes[2] != q.sizes[2])
-      refuse("k", "expected head_dim ", q.sizes[2], " (that of q), got ", s.k.sizes[2]);
-    check_same_shape("v", s.v, "k", s.k);
-    if (s.k.sizes[1] != first.k.sizes[1] || s.k.strides != first.k.strides || s.v.strides != first.v.strides)
-      refuse("k, v", "expected the heads and strides of the first sequence, got others");
-    choosing |= s.k.sizes[0] > 0 && routing.top_k <= (s.k.sizes[0] - 1) / routing.block_size;
-  }
-  if (!choosing || routing.selection.heads != 0) return;
-  for (const CachedSequence& s : sequences) {
-    const CachedSequence& first = sequences.front();
-    const std::int64_t blocks = s.k.sizes[0] / routing.block_size;
-    check_view("means", s.means);
-    if (s.means.dtype != DType::f32) refuse("means", "expected f32, got ", name_of(s.means.dtype));
-    if (s.means.sizes[0] < blocks || s.means.sizes[1] != s.k.sizes[1] || s.means.sizes[2] != s.k.sizes[2])
-      refuse("means", "expected at least [", blocks, ", ", s.k.sizes[1], ", ", s.k.sizes[2], "], got ",
-             sizes_of(s.means));
-    if (s.means.strides != first.means.strides)
-      refuse("means", "expected the strides of the first sequence, got others");
-  }
-}
-
 Tensor page_of(const Tensor& pages) {
   Tensor page = pages;
   page.rank = 3;
@@ -547,7 +515,12 @@ Tensor checked_page(const char* name, const Tensor& t) {
 void check_means(const PagedCache& cache, std::int64_t block_size) {
   const Tensor &k = cache.k, &means = cache.means;
   checked_page("cache.means", means);
-  check_same_kind("cache.means", means, "cache.k", k);
+  if (k.device == Device::cuda) {
+    check_same_kind("cache.means", means, "cache.k", k);
+  } else if (means.dtype != DType::f32 || means.device != Device::cpu) {
+    refuse("cache.means", "expected f32 in host memory, got ", name_of(means.dtype),
+           means.device == Device::cpu ? "" : " on a device");
+  }
   const std::int64_t page_tokens = k.sizes[1];
   const std::int64_t blocks =
       page_tokens < block_size ? 1 : std::min(page_tokens, cache.max_seqlen_k) / block_size;
@@ -560,6 +533,26 @@ void check_means(const PagedCache& cache, std::int64_t block_size) {
            " (the tokens of a page of cache.k), got ", block_size);
 }
 
+/// Checks the values of the lists, which only the host can read.
+void check_lists(const PagedCache& cache) {
+  const std::int64_t page_tokens = cache.k.sizes[1], pages = cache.k.sizes[0];
+  for (std::int64_t s = 0; s < cache.sequences; ++s) {
+    const std::int32_t length = cache.lengths[s], start = cache.starts == nullptr ? 0 : cache.starts[s];
+    if (length < 0 || length > cache.max_seqlen_k)
+      refuse("cache.lengths", "expected 0 to ", cache.max_seqlen_k, " (max_seqlen_k), got ", length,
+             " in sequence ", s);
+    if (start < 0 || start > length)
+      refuse("cache.starts", "expected 0 to ", length, " (the length), got ", start, " in sequence ", s);
+    if (cache.page_table == nullptr || start == length) continue;
+    for (std::int64_t i = start / page_tokens; i <= (length - 1) / page_tokens; ++i) {
+      const std::int32_t page = cache.page_table[s * cache.table_stride + i];
+      if (page < 0 || page >= pages)
+        refuse("cache.page_table", "expected 0 to ", pages - 1, " (the pages of cache.k), got ", page,
+               " at page ", i, " of sequence ", s);
+    }
+  }
+}
+
 void check_pages(const PagedCache& cache) {
   const Tensor k = checked_page("cache.k", cache.k), v = checked_page("cache.v", cache.v);
   check_same_shape("cache.v", v, "cache.k", k);
@@ -567,7 +560,7 @@ void check_pages(const PagedCache& cache) {
     refuse("cache.v", "expected ", cache.k.sizes[0], " pages (as cache.k), got ", cache.v.sizes[0]);
   if (cache.sequences < 0) refuse("cache.sequences", "expected at least 0, got ", cache.sequences);
   if (cache.sequences > 0 && cache.lengths == nullptr)
-    refuse("cache.lengths", "expected int32 on the device, got null");
+    refuse("cache.lengths", "expected [", cache.sequences, "] int32, got null");
   constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
   if (cache.max_seqlen_k < 0 || cache.max_seqlen_k > kMax)
     refuse("cache.max_seqlen_k", "expected 0 to ", kMax, ", got ", cache.max_seqlen_k);
@@ -581,6 +574,7 @@ void check_pages(const PagedCache& cache) {
   if (cache.page_table == nullptr && needed > 0 && cache.k.sizes[0] / cache.table_stride < cache.sequences)
     refuse("cache.k", "expected ", cache.sequences, " x ", cache.table_stride,
            " pages without a page_table, got ", cache.k.sizes[0]);
+  if (cache.k.device == Device::cpu) check_lists(cache);
 }
 
 }  // namespace
@@ -602,6 +596,22 @@ void check_paged(const Tensor& q, const PagedCache& cache, const Routing& routin
   if (routing.selection.heads == 0 && routing.top_k > 1 && cache.max_seqlen_k > 0 &&
       routing.top_k <= (cache.max_seqlen_k - 1) / routing.block_size)
     check_means(cache, routing.block_size);
+}
+
+void check_paged(const Tensor& q, const std::int32_t* cu_seqlens_q, const PagedCache& cache,
+                 const Routing& routing) {
+  check_paged(q, cache, routing);
+  if (cu_seqlens_q == nullptr) refuse("cu_seqlens_q", "expected [", cache.sequences, " + 1] int32, got null");
+  check_offsets("cu_seqlens_q", {cu_seqlens_q, cu_seqlens_q + cache.sequences + 1}, q.sizes[0], "q");
+}
+
+void check_update(const PagedCache& cache, const std::int32_t* before, std::int64_t max_added) {
+  for (std::int64_t s = 0; s < cache.sequences && before != nullptr; ++s) {
+    const std::int64_t added = std::int64_t{cache.lengths[s]} - before[s];
+    if (before[s] < 0 || added > max_added)
+      refuse("before", "expected ", std::max<std::int64_t>(cache.lengths[s] - max_added, 0),
+             " or more (max_added tokens below the length), got ", before[s], " in sequence ", s);
+  }
 }
 
 void check_decode(const Tensor& q, std::int64_t sequences, const Outputs& outputs) {

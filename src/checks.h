@@ -43,14 +43,17 @@ void check_cached(const Tensor& q, const PageLayout& layout, std::span<const Pag
                   const Routing& routing);
 void check_truncate(const KvCache& cache, std::int64_t tokens, std::int64_t sequence);
 void check_cached(const Tensor& q, const KvCache& cache, const Routing& routing);
-/// Checks the sequences in the caller's memory that decode reads.
-void check_cached(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing);
 /// Returns the first page of [pages, page_tokens, Hkv, D]; without tokens if there is none.
 Tensor page_of(const Tensor& pages);
 /// Checks a paged cache: its tensors, means included, and that page and block sizes fit.
 void check_paged(const PagedCache& cache, std::int64_t block_size);
 /// The same with a query; means only if it has to select.
 void check_paged(const Tensor& q, const PagedCache& cache, const Routing& routing);
+/// The same with the queries of every sequence.
+void check_paged(const Tensor& q, const std::int32_t* cu_seqlens_q, const PagedCache& cache,
+                 const Routing& routing);
+/// Checks, beyond check_paged, the former lengths of a cache on the host.
+void check_update(const PagedCache& cache, const std::int32_t* before, std::int64_t max_added);
 /// Checks, beyond check_cached, that there is one query for every sequence.
 void check_decode(const Tensor& q, std::int64_t sequences, const Outputs& outputs);
 void check_sequence(const KvCache& cache, std::int64_t sequence);

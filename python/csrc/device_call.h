@@ -64,6 +64,10 @@ class DeviceCall : public OperatorCall {
     sequences.max_seqlen_k = blocks > kMax / block_size ? kMax : blocks * block_size;
   }
 
+  /// The device alone reads lists, so nothing is checked, and the longest length is at most `bound`.
+  static void check_spans(const std::int32_t*, const std::int32_t*, std::int64_t, std::int64_t) {}
+  static std::int64_t max_length(const std::int32_t*, std::int64_t, std::int64_t bound) { return bound; }
+
   Execution execution(const std::string& backend, DType) {
     Execution execution;
     execution.backend = backend;

@@ -29,11 +29,14 @@ _TENSORS = {
     "select_by_gate": ("q", "k", *_OFFSETS),
     "block_features": ("k",),
     "decode": ("q", "k", "v", "means", "begin", "end"),
+    "paged_attention": ("q", "k", "v", "means", "page_table", "lengths", "cu_seqlens_q"),
+    "paged_decode": ("q", "k", "v", "means", "page_table", "lengths"),
+    "update_means": ("k", "means", "page_table", "lengths", "before"),
 }
 _SELECTION = {"attention": 12, "decode": 11}
 """Positions of the caller's selection among the arguments."""
 _DTYPES = {"lse": torch.float32} | dict.fromkeys(
-    (*_OFFSETS, "selection", "begin", "end"), torch.int32
+    (*_OFFSETS, "selection", "begin", "end", "page_table", "lengths", "before"), torch.int32
 )
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -46,23 +49,25 @@ def means_dtype(keys: Tensor) -> torch.dtype:
 def _check_tensors(function: str, *tensors: Tensor) -> None:
     """Raise TypeError for a wrong dtype and ValueError for a wrong device; the compiled code cannot raise TypeError."""
     names = _TENSORS[function]
-    first = "q" if "q" in names else names[0]
-    q = tensors[names.index(first)]
-    dtype, device = q.dtype, q.device
+    model_name = "q" if "q" in names else "k"
+    model = tensors[names.index(model_name)]
+    dtype, device = model.dtype, model.device
     if dtype not in _FLOATING:
         raise TypeError(
-            f"{function}: {first}: expected one of {', '.join(map(str, _FLOATING))}, got {dtype}"
+            f"{function}: {model_name}: expected one of {', '.join(map(str, _FLOATING))}, got {dtype}"
         )
     for name, t in zip(names, tensors):
-        expected = means_dtype(q) if name == "means" else _DTYPES.get(name)
+        expected = means_dtype(model) if name == "means" else _DTYPES.get(name)
         is_f32_gate = function == "select_by_gate" and name == "k" and t.dtype is torch.float32
         if expected is None and t.dtype is not dtype and not is_f32_gate:
-            raise TypeError(f"{function}: {name}: expected {dtype} (the dtype of q), got {t.dtype}")
+            raise TypeError(
+                f"{function}: {name}: expected {dtype} (the dtype of {model_name}), got {t.dtype}"
+            )
         if expected is not None and t.dtype is not expected:
             raise TypeError(f"{function}: {name}: expected {expected}, got {t.dtype}")
         if t.device != device:
             raise ValueError(
-                f"{function}: {name}: expected device {device} (that of q), got {t.device}"
+                f"{function}: {name}: expected device {device} (that of {model_name}), got {t.device}"
             )
 
 
@@ -278,6 +283,38 @@ def _(
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
+@torch.library.register_fake("moba::paged_attention")
+def _(
+    q,
+    k,
+    v,
+    means,
+    page_table,
+    lengths,
+    cu_seqlens_q,
+    block_size,
+    top_k,
+    sink_blocks=0,
+    scale=None,
+    backend="",
+):
+    _check_tensors("paged_attention", q, k, v, means, page_table, lengths, cu_seqlens_q)
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("moba::paged_decode")
+def _(
+    q, k, v, means, page_table, lengths, block_size, top_k, sink_blocks=0, scale=None, backend=""
+):
+    _check_tensors("paged_decode", q, k, v, means, page_table, lengths)
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("moba::update_means")
+def _(k, means, page_table, lengths, before, block_size, max_added, backend=""):
+    _check_tensors("update_means", k, means, page_table, lengths, before)
+
+
 _below_gradient = torch._C._after_autograd_keyset - _checks
 
 
@@ -396,8 +433,10 @@ def _check_no_tangent(function, *tensors):
 
 
 _NO_DERIVATIVE = {
-    "attention_backward": "d_out: expected a first derivative of attention, got a second one",
-    "decode": "q, k, v: expected no backward pass (decode has no derivative), got one",
+    "attention_backward": "d_out: expected a first derivative of attention, got a second one"
+} | {
+    name: f"q, k, v: expected no backward pass ({name} has no derivative), got one"
+    for name in ("decode", "paged_attention", "paged_decode")
 }
 
 
@@ -433,7 +472,8 @@ def _register_not_differentiable(function):
 
 _library.impl("attention", _with_gradient, "Autograd", with_keyset=True)
 _register_not_differentiable("attention_backward")
-_register_not_differentiable("decode")
+for _name in ("decode", "paged_attention", "paged_decode"):
+    _register_not_differentiable(_name)
 
 
 # Autocast converts the inputs to its dtype, as for torch's own attention; float64 stays float64.

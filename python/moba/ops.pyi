@@ -126,3 +126,59 @@ def decode(
 
     `selection`, int32 `[Hs, B, W]`: the caller's blocks, counted from `begin[b]`, as in `attention`; `top_k` is not read then.
     """
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    cu_seqlens_q: Tensor,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    scale: float | None = None,
+    backend: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Return `out [Tq, Hq, D]` and `lse [Hq, Tq]` of new queries over the pages of a serving engine, which already hold their
+    keys, on the CPU and without a derivative. Queries `[cu_seqlens_q[s], cu_seqlens_q[s + 1])` are the last of the
+    `lengths[s]` tokens of sequence s.
+
+    `k`, `v` `[pages, page_tokens, Hkv, D]`, any strides; `page_table` int32 `[sequences, pages of a sequence]`: page i of a
+    sequence holds its tokens from `i * page_tokens` on. `means` as `update_means` keeps them; not read where nothing is
+    selected, else `page_tokens` divides `block_size` or is a multiple of it.
+    """
+
+def paged_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    scale: float | None = None,
+    backend: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Return `out [B, Hq, D]` and `lse [Hq, B]` for one new token of each of B sequences, whose pages already hold its key, as
+    `paged_attention` describes them. On CUDA the values of `page_table` and `lengths` are not checked."""
+
+def update_means(
+    k: Tensor,
+    means: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    before: Tensor,
+    block_size: int,
+    max_added: int,
+    backend: str = "",
+) -> None:
+    """Write the means of the blocks that tokens have completed since sequences held `before` (int32 `[sequences]`) of them, at
+    most `max_added` each.
+
+    `means` `[pages, max(1, page_tokens // block_size), Hkv, D]`: the mean key of a complete block, rounded to the dtype of k,
+    at the page where the block ends; float32 on the CPU, the dtype of k on CUDA.
+    """

@@ -74,6 +74,10 @@ BlockMeans Run::centroids(const WorkSlice& slice) {
                [&] { return backend_.centroids(call_, slice.head0, slice.head1, context_); });
 }
 
+BlockMeans Run::centroids() {
+  return timed(&Profile::centroids, [&] { return backend_.centroids(call_, 0, call_.kv_heads, context_); });
+}
+
 SliceSelection Run::gate(const BlockMeans& means, const WorkSlice& slice, const Outputs& outputs) {
   return timed(&Profile::gate, [&] {
     if (call_.is_selected()) return SliceSelection{slice, selected_rows(call_), {}};

@@ -19,6 +19,8 @@ class Run {
 
   /// No means if no query has to select.
   BlockMeans centroids(const WorkSlice& slice);
+  /// The means of all blocks, for a cache.
+  BlockMeans centroids();
   /// Writes `outputs.selection` if it is not null. Returns the caller's selection where there is one.
   SliceSelection gate(const BlockMeans& means, const WorkSlice& slice, const Outputs& outputs = {});
   Plan plan(const SliceSelection& selection);

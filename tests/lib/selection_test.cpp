@@ -446,6 +446,39 @@ Pages pages_of(const Case& c, std::int64_t block_size, std::int64_t page_tokens)
   return p;
 }
 
+/// The packed keys and values of a case as pages of one token each.
+struct TokenPages {
+  explicit TokenPages(const Case& c) {
+    std::int64_t longest = 0;
+    for_each_sequence(c, [&](std::size_t, std::int64_t, std::int64_t keys) {
+      lengths.push_back(static_cast<std::int32_t>(keys));
+      longest = std::max(longest, keys);
+    });
+    table.resize(lengths.size() * static_cast<std::size_t>(longest));
+    for_each_sequence(c, [&](std::size_t s, std::int64_t first, std::int64_t keys) {
+      std::iota(table.begin() + static_cast<std::ptrdiff_t>(s) * longest,
+                table.begin() + static_cast<std::ptrdiff_t>(s) * longest + keys,
+                static_cast<std::int32_t>(first));
+    });
+    const auto pages_of_one = [](Tensor t) {
+      t.rank = 4;
+      t.sizes = {t.sizes[0], 1, t.sizes[1], t.sizes[2]};
+      t.strides = {t.strides[0], 0, t.strides[1], t.strides[2]};
+      return t;
+    };
+    cache = {.k = pages_of_one(c.k.view()),
+             .v = pages_of_one(c.v.view()),
+             .page_table = table.data(),
+             .table_stride = longest,
+             .lengths = lengths.data(),
+             .sequences = static_cast<std::int64_t>(lengths.size()),
+             .max_seqlen_k = longest};
+  }
+
+  std::vector<std::int32_t> lengths{}, table{};
+  PagedCache cache{};
+};
+
 TEST_P(SelectionOfCaller, DecodedTokensMatchTheOracle) {
   for (std::uint64_t seed = 8000; seed < 8040 && !HasFailure(); ++seed) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
@@ -463,11 +496,11 @@ TEST_P(SelectionOfCaller, DecodedTokensMatchTheOracle) {
       const KvCache cache = cache_of(c, seed % 2 == 0 ? c.routing.block_size : 24);
       check([&] { decode(c.q.view(), cache, c.routing, outputs, execution()); });
 
-      std::vector<CachedSequence> cached;
-      for_each_sequence(c, [&](std::size_t, std::int64_t first, std::int64_t keys) {
-        cached.push_back({.k = c.k.slice(first, keys), .v = c.v.slice(first, keys)});
+      const TokenPages tokens(c);
+      check([&] { decode(c.q.view(), tokens.cache, c.routing, outputs, execution()); });
+      check([&] {
+        attention(c.q.view(), c.sequences.cu_seqlens_q.data(), tokens.cache, c.routing, outputs, execution());
       });
-      check([&] { decode(c.q.view(), cached, c.routing, outputs, execution()); });
 
       const Pages pages = pages_of(c, 16, seed % 2 == 0 ? 16 : 40);
       check([&] { decode(c.q.view(), pages.layout, pages.sequences, c.routing, outputs, execution()); });
