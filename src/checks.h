@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "call.h"
 #include "errors.h"
 #include "moba/cache.h"
 #include "moba/cuda.h"
@@ -45,6 +46,10 @@ void check_paged(const PagedCache& cache, std::int64_t block_size);
 void check_paged(const Tensor& q, const PagedCache& cache, const Routing& routing);
 /// Checks, beyond check_cached, that there is one query for every sequence.
 void check_decode(const Tensor& q, std::int64_t sequences, const Outputs& outputs);
+/// Checks the destinations of weights against the sequences of a decode call.
+void check_weights(const Outputs& outputs, std::span<const SequenceView> sequences);
+/// Checks that no weights are requested where none are computed.
+void check_no_weights(const Outputs& outputs);
 void check_sequence(const KvCache& cache, std::int64_t sequence);
 
 }  // namespace moba
