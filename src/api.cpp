@@ -42,6 +42,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequence
   named("attention", [&] {
     check_attention(q, k, v, sequences, routing);
     check_outputs(q, outputs, routing, selection_width(sequences, routing));
+    check_no_weights(outputs);
     check_apart_from_keys(outputs, k, v);
     if (const DeviceFlow* device = device_for(q, execution))
       return device->attention(q, k, v, batch_of(sequences), routing, outputs, execution);
@@ -115,6 +116,7 @@ void attention(const Tensor& q, const KvCache& cache, std::int64_t sequence, con
     check_cached(q, cache, routing);
     check_outputs(q, outputs, routing,
                   selection_width(one_sequence(q.sizes[0], cache.length(sequence)), routing));
+    check_no_weights(outputs);
     check_execution(execution);
     const BlockMeans means = cached_means(cache, sequence);
     host::forward(cached_call(q, cache, sequence, routing), &means, outputs, execution);
@@ -128,7 +130,9 @@ void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const
     check_decode(q, cache.shape().sequences, outputs);
     check_outputs(q, outputs, routing, 0);
     check_execution(execution);
-    host::decode(decode_call(q, cache, routing), cached_means(cache), outputs, execution);
+    const Call call = decode_call(q, cache, routing);
+    check_weights(outputs, call.sequences);
+    host::decode(call, cached_means(cache), outputs, execution);
   });
 }
 
@@ -137,6 +141,7 @@ void attention(const Tensor& q, const PageLayout& layout, const PagedSequence& s
   named("attention", [&] {
     check_cached(q, layout, {&sequence, 1}, routing);
     check_outputs(q, outputs, routing, selection_width(one_sequence(q.sizes[0], sequence.length), routing));
+    check_no_weights(outputs);
     check_execution(execution);
     const BlockMeans means = cached_means(layout, {&sequence, 1});
     host::forward(cached_call(q, layout, sequence, routing), &means, outputs, execution);
@@ -150,8 +155,9 @@ void decode(const Tensor& q, const PageLayout& layout, std::span<const PagedSequ
     check_decode(q, static_cast<std::int64_t>(sequences.size()), outputs);
     check_outputs(q, outputs, routing, 0);
     check_execution(execution);
-    host::decode(decode_call(q, layout, sequences, routing), cached_means(layout, sequences), outputs,
-                 execution);
+    const Call call = decode_call(q, layout, sequences, routing);
+    check_weights(outputs, call.sequences);
+    host::decode(call, cached_means(layout, sequences), outputs, execution);
   });
 }
 
@@ -160,6 +166,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSe
   named("attention", [&] {
     check_attention(q, k, v, sequences, routing);
     check_outputs(q, outputs, routing, selection_width(sequences, routing));
+    check_no_weights(outputs);
     check_apart_from_keys(outputs, k, v);
     device_required(q, execution).attention(q, k, v, batch_of(sequences), routing, outputs, execution);
   });
@@ -218,6 +225,7 @@ void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, co
     check_paged(q, cache, routing);
     check_decode(q, cache.sequences, outputs);
     check_outputs(q, outputs, routing, 0);
+    check_no_weights(outputs);
     if (const DeviceFlow* device = device_for(q, execution))
       return device->decode(q, cache, routing, outputs, execution);
     require_host(q, execution);

@@ -621,6 +621,28 @@ void check_decode(const Tensor& q, std::int64_t sequences, const Outputs& output
     refuse("selection", "expected null (attention on the cache selects), got a pointer");
 }
 
+void check_weights(const Outputs& outputs, std::span<const SequenceView> sequences) {
+  if (outputs.weights.empty()) return;
+  if (outputs.weights.size() != sequences.size())
+    refuse("weights", "expected one for each of ", sequences.size(), " sequences or none, got ",
+           outputs.weights.size());
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    const KeyWeights& weights = outputs.weights[i];
+    if (weights.data == nullptr) continue;
+    if (reinterpret_cast<std::uintptr_t>(weights.data) % alignof(float) != 0)
+      refuse("weights", "expected alignment to f32, got an unaligned pointer");
+    if (weights.range < 1) refuse("weights.range", "expected at least 1, got ", weights.range);
+    if (weights.keys < 0 || weights.keys > sequences[i].keys)
+      refuse("weights.keys", "expected 0 to ", sequences[i].keys, " (those of the sequence), got ",
+             weights.keys);
+  }
+}
+
+void check_no_weights(const Outputs& outputs) {
+  if (!outputs.weights.empty())
+    refuse("weights", "expected none (decode on the host computes them), got ", outputs.weights.size());
+}
+
 void check_sequence(const KvCache& cache, std::int64_t sequence) {
   const std::int64_t sequences = cache.shape().sequences;
   if (sequence < 0 || sequence >= sequences)

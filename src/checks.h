@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "call.h"
 #include "errors.h"
 #include "moba/cache.h"
 #include "moba/cuda.h"
@@ -56,6 +57,10 @@ void check_paged(const Tensor& q, const std::int32_t* cu_seqlens_q, const PagedC
 void check_update(const PagedCache& cache, const std::int32_t* before, std::int64_t max_added);
 /// Checks, beyond check_cached, that there is one query for every sequence.
 void check_decode(const Tensor& q, std::int64_t sequences, const Outputs& outputs);
+/// Checks the destinations of weights against the sequences of a decode call.
+void check_weights(const Outputs& outputs, std::span<const SequenceView> sequences);
+/// Checks that no weights are requested where none are computed.
+void check_no_weights(const Outputs& outputs);
 void check_sequence(const KvCache& cache, std::int64_t sequence);
 
 }  // namespace moba

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -70,6 +71,16 @@ struct Routing {
   static Routing full(bool causal = true) { return {.top_k = kEverything, .causal = causal}; }
 };
 
+/// Destination of the softmax weights of a decoded query, summed over ranges of its keys.
+struct KeyWeights {
+  /// [Hq, ceil(keys / range)], f32; null: not computed.
+  float* data = nullptr;
+  /// Number of consecutive keys that share a weight, at least 1.
+  std::int64_t range = 1;
+  /// Number of keys that are counted: the first ones of the sequence.
+  std::int64_t keys = 0;
+};
+
 /// Destinations of a forward pass. Only `out` is required; `lse` and `selection` may be null. A selection is
 /// [Hq, Tq, selection_width()]: for every query head and token the blocks, numbered within the sequence,
 /// ascending, its own included.
@@ -82,6 +93,9 @@ struct Outputs {
   std::int32_t* selection = nullptr;
   /// Elements from one row of `selection` to the next, at least selection_width(); 0: selection_width().
   std::int64_t selection_stride = 0;
+  /// Of `decode` on the host alone: the weights of each sequence's query, 0 for keys that it does not attend
+  /// to. Empty: none.
+  std::span<const KeyWeights> weights{};
 };
 
 /// Width of a row of a selection: min(top_k or the width of the caller's, blocks of the longest sequence).
