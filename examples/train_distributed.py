@@ -8,7 +8,6 @@ rounding, and a checkpoint continues on any number of ranks.
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import moba
@@ -142,7 +141,7 @@ def load(model: torch.nn.Module, optimizer: torch.optim.Optimizer, folder: Path)
 def main() -> None:
     arguments = parse()
     if arguments.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(dist.get_node_local_rank())
     dist.init_process_group("nccl" if arguments.device == "cuda" else "gloo")
     train(arguments)
     dist.destroy_process_group()

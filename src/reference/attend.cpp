@@ -15,7 +15,7 @@ std::int64_t worker_doubles(const Call& call) {
 }
 
 /// Sums the weights of a row, `weights` divided by `sum`, over ranges of its keys.
-void store_weights(const Call& call, const Selection& selection, const Row& row, const double* weights,
+void store_weights(const Call& call, const SliceSelection& selection, const Row& row, const double* weights,
                    double sum, const KeyWeights& to) {
   const std::int64_t ranges = (to.keys + to.range - 1) / to.range;
   float* row_sums = to.data + row.q_head * ranges;
