@@ -209,11 +209,14 @@ inline void require_spans(std::int64_t begins, std::int64_t ends, std::int64_t s
   refuse("begin, end", "expected ", sequences, " entries (the sequences of q), got ", begins, " and ", ends);
 }
 
-/// Returns an error of libmoba in terms of an operator, whose arguments are members of a PagedCache.
-inline Error without_cache(std::string message) {
-  constexpr std::string_view kCache = "cache.";
-  for (std::size_t at; (at = message.find(kCache)) != std::string::npos;) message.erase(at, kCache.size());
-  return Error(message);
+/// Calls libmoba with a PagedCache, whose members are arguments of the operator: errors name those.
+template <typename Body>
+void call_with_cache(const Body& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    throw without_prefix(error.what(), "cache.");
+  }
 }
 
 /// Decodes one token for each sequence from caches whose memory is one page of each sequence.
@@ -247,13 +250,11 @@ std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const TorchTen
                          .starts = starts,
                          .sequences = sequences,
                          .max_seqlen_k = k.size(1)};
-  try {
+  call_with_cache([&] {
     moba::decode(queries.view(), cache, call.routing,
                  {.out = Argument("out", out, device).view(), .lse = static_cast<float*>(lse.data_ptr())},
                  call.execution(backend, queries.view().dtype));
-  } catch (const Error& error) {
-    throw without_prefix(error.what(), "cache.");
-  }
+  });
   return {out, lse};
 }
 
@@ -308,14 +309,12 @@ std::tuple<TorchTensor, TorchTensor> paged_attention(
   }
   TorchTensor out = empty_like(queries, call.device),
               lse = empty({q.size(1), q.size(0)}, ScalarType::Float, call.device);
-  try {
+  call_with_cache([&] {
     moba::attention(
         queries.view(), offsets, pages.cache, call.routing,
         {.out = Argument("out", out, call.device).view(), .lse = static_cast<float*>(lse.data_ptr())},
         call.execution(backend, queries.view().dtype));
-  } catch (const Error& error) {
-    throw without_cache(error.what());
-  }
+  });
   return {out, lse};
 }
 
@@ -332,14 +331,12 @@ std::tuple<TorchTensor, TorchTensor> paged_decode(const TorchTensor& q, const To
   const PagedArguments<AnyCall> pages(call, k, v, means, page_table, lengths);
   TorchTensor out = empty_like(queries, call.device),
               lse = empty({q.size(1), q.size(0)}, ScalarType::Float, call.device);
-  try {
+  call_with_cache([&] {
     moba::decode(
         queries.view(), pages.cache, call.routing,
         {.out = Argument("out", out, call.device).view(), .lse = static_cast<float*>(lse.data_ptr())},
         call.execution(backend, queries.view().dtype));
-  } catch (const Error& error) {
-    throw without_cache(error.what());
-  }
+  });
   return {out, lse};
 }
 
@@ -356,12 +353,10 @@ void update_means(const TorchTensor& k, const TorchTensor& means, const TorchTen
   if (before.size(0) != pages.cache.sequences) {
     refuse("before", "expected ", pages.cache.sequences, " entries (as lengths), got ", before.size(0));
   }
-  try {
+  call_with_cache([&] {
     moba::update_means(pages.cache, block_size, former, max_added,
                        call.execution(backend, pages.cache.k.dtype));
-  } catch (const Error& error) {
-    throw without_cache(error.what());
-  }
+  });
 }
 
 inline void define_operators(torch::stable::detail::StableLibrary& library) {

@@ -214,6 +214,7 @@ def test_answers_are_those_of_the_program(vllm, generate, smollm2_folder):
                 smollm2_folder,
                 [prompts],
                 hf_overrides=SETTINGS,
+                max_model_len=1500,
                 max_num_batched_tokens=512,
                 num_gpu_blocks_override=sum(map(len, prompts)) // 128,
             ),
