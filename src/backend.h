@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <span>
 #include <string>
 #include <string_view>
@@ -64,11 +65,29 @@ inline CacheRow cache_row(const KvLayout& layout, std::span<const std::byte* con
           layout.scale_offset == 0 ? nullptr : reinterpret_cast<float*>(page + layout.scale_offset) + slot};
 }
 
-/// Execution context of a host backend.
+/// Execution::cancelled, which stays true once it was.
+class Cancel {
+ public:
+  explicit Cancel(const std::function<bool()>& cancelled) : cancelled_(cancelled) {}
+
+  bool can_happen() const { return static_cast<bool>(cancelled_); }
+  bool operator()() {
+    if (can_happen() && !happened_.load(std::memory_order_relaxed) && cancelled_()) happened_ = true;
+    return happened_.load(std::memory_order_relaxed);
+  }
+
+ private:
+  const std::function<bool()>& cancelled_;
+  std::atomic<bool> happened_{false};
+};
+
+/// Execution context of a host backend. Tasks of `parallel` are skipped after `cancelled`; those that take
+/// long also ask by themselves.
 struct Context {
   const Parallel& parallel;
   Scratch& scratch;
   std::size_t budget;
+  Cancel& cancelled;
 };
 
 /// Sequences of a call on a device, with offsets on the host or the device.

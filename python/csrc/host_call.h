@@ -4,6 +4,7 @@
 #include <atomic>
 #include <optional>
 
+#include "interrupt.h"
 #include "tensors.h"
 
 namespace moba::pytorch {
@@ -103,12 +104,14 @@ class HostCall : public OperatorCall {
     Execution execution;
     execution.backend = backend.empty() && dtype == DType::f64 ? "reference" : backend;
     execution.parallel = torch_threads();
+    execution.cancelled = [this] { return interrupt_.run_handlers(); };
     execution.scratch = scratch_.allocator();
     return execution;
   }
 
  private:
   Scratch scratch_{};
+  Interrupt interrupt_{};
 };
 
 }  // namespace moba::pytorch

@@ -12,6 +12,8 @@ _LIBRARY_PATH = str(next(Path(__file__).parent.glob("libmoba_torch.*")))
 torch.ops.load_library(_LIBRARY_PATH)
 _last_argument_error = ctypes.CDLL(_LIBRARY_PATH).moba_last_argument_error
 _last_argument_error.restype = ctypes.c_char_p
+_raise_interrupt = ctypes.PyDLL(_LIBRARY_PATH).moba_raise_interrupt
+_raise_interrupt.restype = None
 
 _attention = torch.ops.moba.attention.default
 _attention_backward = torch.ops.moba.attention_backward.default
@@ -78,7 +80,8 @@ def _check_selection(function: str, q: Tensor, selection: Tensor | None) -> None
 
 def _operator_error(error: Exception) -> Exception:
     """Return ValueError for an argument that the compiled code refused, which torch raises as RuntimeError since 2.15; any
-    other error as it is."""
+    other error as it is. Raise what a signal handler has raised during the call instead, such as KeyboardInterrupt."""
+    _raise_interrupt()
     message = _last_argument_error().decode()
     return ValueError(message) if message and message in str(error) else error
 

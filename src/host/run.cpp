@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "errors.h"
 #include "number.h"
 #include "selection.h"
 #include "split.h"
@@ -16,15 +17,27 @@ void store_row(const float* row, const Tensor& to, std::int64_t token, std::int6
   for (std::int64_t d = 0; d < to.sizes[2]; ++d) store(to.data, to.dtype, offset + d, row[d]);
 }
 
+/// Returns `parallel` with loops that skip their tasks once the call is cancelled, and then throw.
+Parallel cancellable(const Parallel& parallel, Cancel& cancelled) {
+  if (!cancelled.can_happen()) return parallel;
+  return {parallel.threads, [parallel, &cancelled](std::int64_t tasks, const Parallel::Body& body) {
+            parallel.run(tasks, [&](std::int64_t task, int worker) {
+              if (!cancelled()) body(task, worker);
+            });
+            if (cancelled()) throw Cancellation{};
+          }};
+}
+
 }  // namespace
 
 Run::Run(const Call& call, const Execution& execution)
     : call_(call),
       execution_(execution),
       backend_(choose_backend(execution.backend, call)),
-      parallel_(execution.parallel.run ? execution.parallel : openmp()),
+      cancelled_(execution.cancelled),
+      parallel_(cancellable(execution.parallel.run ? execution.parallel : openmp(), cancelled_)),
       scratch_(execution.scratch),
-      context_{parallel_, scratch_, execution.workspace_bytes.value_or(kHostWorkspace)} {}
+      context_{parallel_, scratch_, execution.workspace_bytes.value_or(kHostWorkspace), cancelled_} {}
 
 Run::~Run() {
   if (execution_.profile == nullptr) return;

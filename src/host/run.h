@@ -35,6 +35,7 @@ class Run {
   const Call& call_;
   const Execution& execution_;
   const Backend& backend_;
+  Cancel cancelled_;
   Parallel parallel_;
   Scratch scratch_;
   Context context_;
