@@ -1,86 +1,22 @@
 // Attention to blocks that the caller selects: against the oracle, against the gate's own selection, and
 // merged from several calls.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <numeric>
 #include <random>
 
 #include "backends.h"
 #include "moba/cache.h"
-#include "oracle.h"
+#include "selected.h"
 
 namespace moba::test {
 namespace {
-
-/// A selection with its memory. Elements beyond the width hold a block that no query has.
-struct Selected {
-  std::int64_t heads = 1, tokens = 0, width = 0, stride = 0;
-  std::vector<std::int32_t> blocks{};
-
-  Selected(std::int64_t head_count, std::int64_t token_count, std::int64_t row_width, std::int64_t gap)
-      : heads(head_count),
-        tokens(token_count),
-        width(row_width),
-        stride(row_width + gap),
-        blocks(static_cast<std::size_t>(head_count * token_count * stride), 1 << 30) {
-    for (std::int64_t i = 0; i < heads * tokens; ++i) std::fill_n(blocks.begin() + i * stride, width, -1);
-  }
-  std::int32_t* row(std::int64_t head, std::int64_t token) {
-    return blocks.data() + (head * tokens + token) * stride;
-  }
-  const std::int32_t* row(std::int64_t head, std::int64_t token) const {
-    return blocks.data() + (head * tokens + token) * stride;
-  }
-  Selection view() const {
-    return {.blocks = blocks.data(), .heads = heads, .width = width, .stride = stride};
-  }
-};
-
-/// Calls visit(head, packed token, own block, blocks that it may see) for every row of `heads` heads.
-template <typename Visit>
-void for_each_row(const Case& c, std::int64_t heads, Visit&& visit) {
-  for (std::size_t s = 0; s + 1 < c.sequences.cu_seqlens_q.size(); ++s) {
-    const std::int64_t q0 = c.sequences.cu_seqlens_q[s], q1 = c.sequences.cu_seqlens_q[s + 1];
-    const std::int64_t keys = c.sequences.cu_seqlens_k[s + 1] - c.sequences.cu_seqlens_k[s];
-    for (std::int64_t token = q0; token < q1; ++token) {
-      const std::int64_t position = token - q1 + keys;
-      const std::int64_t own = c.routing.causal && position >= 0 ? position / c.routing.block_size : -1;
-      const std::int64_t seen = c.routing.causal ? own + 1
-                                : keys == 0      ? 0
-                                                 : (keys - 1) / c.routing.block_size + 1;
-      for (std::int64_t head = 0; head < heads; ++head) visit(head, token, own, seen);
-    }
-  }
-}
-
-/// Selects a random number of random blocks for every row; an own block among them.
-Selected random_selection(const Case& c, std::uint64_t seed) {
-  std::mt19937_64 engine(seed);
-  const auto between = [&](std::int64_t low, std::int64_t high) {
-    return std::uniform_int_distribution<std::int64_t>(low, high)(engine);
-  };
-  std::vector<std::int64_t> divisors;
-  for (std::int64_t heads = 1; heads <= c.q_heads(); ++heads) {
-    if (c.q_heads() % heads == 0) divisors.push_back(heads);
-  }
-  const std::int64_t heads = divisors[static_cast<std::size_t>(between(0, std::ssize(divisors) - 1))];
-  Selected selected(heads, c.queries(), between(c.routing.causal ? 1 : 0, 9), between(0, 3));
-  for_each_row(c, heads, [&](std::int64_t head, std::int64_t token, std::int64_t own, std::int64_t seen) {
-    std::vector<std::int32_t> blocks(static_cast<std::size_t>(own >= 0 ? seen - 1 : seen));
-    std::iota(blocks.begin(), blocks.end(), 0);
-    std::shuffle(blocks.begin(), blocks.end(), engine);
-    const std::int64_t most = std::min(std::ssize(blocks), selected.width - (own >= 0 ? 1 : 0));
-    blocks.resize(static_cast<std::size_t>(between(0, std::max<std::int64_t>(most, 0))));
-    if (own >= 0) blocks.push_back(static_cast<std::int32_t>(own));
-    std::sort(blocks.begin(), blocks.end());
-    std::copy(blocks.begin(), blocks.end(), selected.row(head, token));
-  });
-  return selected;
-}
 
 /// A random case in which the caller selects. Fields of the routing that are not read have no valid value.
 struct SelectedCase {
@@ -105,15 +41,9 @@ Result run_selected(const SelectedCase& s, const Execution& execution) {
   c.routing.selection = s.selected.view();
   Result result(c);
   Outputs outputs = result.outputs();
-  std::int32_t* written = outputs.selection;
   outputs.selection = nullptr;
   attention(c.q.view(), c.k.view(), c.v.view(), c.sequences, c.routing, outputs, execution);
-  for (std::int64_t head = 0; head < c.q_heads(); ++head) {
-    for (std::int64_t token = 0; token < c.queries(); ++token) {
-      const std::int32_t* row = s.selected.row(head / (c.q_heads() / s.selected.heads), token);
-      std::copy_n(row, result.width, written + (head * c.queries() + token) * result.width);
-    }
-  }
+  enter(s.selected, s.c, result);
   return result;
 }
 
@@ -123,14 +53,6 @@ struct Differentiated {
     return dq.bytes() == other.dq.bytes() && dk.bytes() == other.dk.bytes() && dv.bytes() == other.dv.bytes();
   }
 };
-
-Array gradient_for(const Case& c) {
-  Case other = c;
-  other.seed = c.seed + 99;
-  other.values = Values::normal;
-  fill(other);
-  return other.q;
-}
 
 Differentiated run_backward(const Case& c, const Array& d_out, const Saved& saved,
                             const Execution& execution) {
@@ -147,70 +69,6 @@ Differentiated run_backward(const SelectedCase& s, const Array& d_out, Result& f
   Case c = s.c;
   c.routing.selection = s.selected.view();
   return run_backward(c, d_out, {.out = forward.out.view(), .lse = forward.outputs().lse}, execution);
-}
-
-/// Gradients by their definition, in double: [tokens, heads, D] each.
-struct TrueGradients {
-  std::vector<double> dq, dk, dv;
-};
-
-TrueGradients true_gradients(const Case& c, const Result& result, const Array& d_out) {
-  const Attended<double> truth = attend_densely<double>(c, result);
-  const auto size = [&](std::int64_t tokens, std::int64_t heads) {
-    return static_cast<std::size_t>(tokens * heads * c.head_dim);
-  };
-  TrueGradients g{std::vector<double>(size(c.queries(), c.q_heads())),
-                  std::vector<double>(size(c.keys(), c.kv_heads)),
-                  std::vector<double>(size(c.keys(), c.kv_heads))};
-  const double scale = c.routing.scale.value_or(1 / std::sqrt(static_cast<float>(c.head_dim)));
-  for (std::size_t s = 0; s + 1 < c.sequences.cu_seqlens_q.size(); ++s) {
-    const std::int64_t q0 = c.sequences.cu_seqlens_q[s], q1 = c.sequences.cu_seqlens_q[s + 1];
-    const std::int64_t k0 = c.sequences.cu_seqlens_k[s], k1 = c.sequences.cu_seqlens_k[s + 1];
-    for (std::int64_t token = q0; token < q1; ++token) {
-      for (std::int64_t head = 0; head < c.q_heads(); ++head) {
-        const auto row = static_cast<std::size_t>(head * c.queries() + token);
-        const std::int64_t kv = head / c.heads_per_kv;
-        double delta = 0;
-        for (std::int64_t d = 0; d < c.head_dim; ++d)
-          delta += d_out.get(token, head, d) *
-                   truth.out[row * static_cast<std::size_t>(c.head_dim) + static_cast<std::size_t>(d)];
-        for (const std::int32_t block : result.row(head, token)) {
-          const std::int64_t begin = k0 + block * c.routing.block_size;
-          for (std::int64_t key = begin; key < std::min(begin + c.routing.block_size, k1); ++key) {
-            if (c.routing.causal && key - k0 > token - q1 + k1 - k0) continue;
-            double logit = 0, dp = 0;
-            for (std::int64_t d = 0; d < c.head_dim; ++d) {
-              logit += c.q.get(token, head, d) * c.k.get(key, kv, d);
-              dp += d_out.get(token, head, d) * c.v.get(key, kv, d);
-            }
-            const double p = std::exp(scale * logit - truth.lse[row]), ds = scale * p * (dp - delta);
-            for (std::int64_t d = 0; d < c.head_dim; ++d) {
-              const auto of_q = static_cast<std::size_t>((token * c.q_heads() + head) * c.head_dim + d);
-              const auto of_k = static_cast<std::size_t>((key * c.kv_heads + kv) * c.head_dim + d);
-              g.dq[of_q] += ds * c.k.get(key, kv, d);
-              g.dk[of_k] += ds * c.q.get(token, head, d);
-              g.dv[of_k] += p * d_out.get(token, head, d);
-            }
-          }
-        }
-      }
-    }
-  }
-  return g;
-}
-
-void check_near(const Case& c, const char* name, const Array& found, const std::vector<double>& expected,
-                double tolerance) {
-  std::size_t i = 0;
-  for (std::int64_t token = 0; token < found.tokens(); ++token) {
-    for (std::int64_t head = 0; head < found.heads(); ++head) {
-      for (std::int64_t d = 0; d < found.head_dim(); ++d, ++i) {
-        ASSERT_NEAR(found.get(token, head, d), expected[i], tolerance * (1 + std::fabs(expected[i])))
-            << describe(c) << "\n"
-            << name << " of token " << token << ", head " << head << ", element " << d;
-      }
-    }
-  }
 }
 
 double tolerance_of(DType dtype) {
@@ -517,6 +375,177 @@ TEST_P(SelectionOfCaller, InvalidSelectionsThrow) {
   Routing routing = c.routing;
   routing.selection = selected.view();
   EXPECT_THROW(select_blocks(c.q.view(), c.k.view(), c.sequences, routing, selected.blocks.data()), Error);
+}
+
+/// Calls of one token for each of several sequences, one of them empty, in every form of a cache.
+SelectedCase decode_case(std::uint64_t seed, DType dtype) {
+  return selected_case(seed, [&](Case& c) {
+    c.dtype = dtype;
+    c.values = Values::normal;
+    c.sequences = {{0, 1, 2, 3, 4}, {0, 130, 130, 131, 171}};
+    c.routing.causal = true;
+    c.routing.own_block = false;
+  });
+}
+
+/// Calls visit(sequence, first key, keys).
+template <typename Visit>
+void for_each_sequence(const Case& c, Visit&& visit) {
+  for (std::size_t s = 0; s + 1 < c.sequences.cu_seqlens_k.size(); ++s)
+    visit(s, c.sequences.cu_seqlens_k[s], c.sequences.cu_seqlens_k[s + 1] - c.sequences.cu_seqlens_k[s]);
+}
+
+/// A cache of the case's keys and values, whose blocks need not be the call's.
+KvCache cache_of(const Case& c, std::int64_t block_size) {
+  KvCache cache({.kv_heads = c.kv_heads,
+                 .head_dim = c.head_dim,
+                 .block_size = block_size,
+                 .dtype = c.dtype,
+                 .sequences = static_cast<std::int64_t>(c.sequences.cu_seqlens_k.size()) - 1});
+  for_each_sequence(c, [&](std::size_t s, std::int64_t first, std::int64_t keys) {
+    cache.append(c.k.slice(first, keys), c.v.slice(first, keys), static_cast<std::int64_t>(s));
+  });
+  return cache;
+}
+
+/// The same in pages, with the memory that the sequences point to.
+struct Pages {
+  PageLayout layout{};
+  std::vector<std::vector<std::byte*>> pages{};
+  std::vector<std::vector<float>> means{};
+  std::vector<PagedSequence> sequences{};
+  std::vector<std::byte> memory{};
+};
+
+Pages pages_of(const Case& c, std::int64_t block_size, std::int64_t page_tokens) {
+  Pages p{.layout = {.kv_heads = c.kv_heads,
+                     .head_dim = c.head_dim,
+                     .block_size = block_size,
+                     .page_tokens = page_tokens,
+                     .dtype = c.dtype}};
+  const std::size_t bytes = page_bytes(p.layout);
+  std::size_t count = 0;
+  for_each_sequence(c, [&](std::size_t, std::int64_t, std::int64_t keys) {
+    count += static_cast<std::size_t>(keys / page_tokens + 1);
+  });
+  p.memory.resize(count * bytes + 64);
+  void* aligned = p.memory.data();
+  std::size_t space = p.memory.size();
+  auto* next = static_cast<std::byte*>(std::align(64, count * bytes, aligned, space));
+  for_each_sequence(c, [&](std::size_t, std::int64_t first, std::int64_t keys) {
+    std::vector<std::byte*>& pages = p.pages.emplace_back();
+    for (std::int64_t page = 0; page <= keys / page_tokens; ++page, next += bytes) pages.push_back(next);
+    p.means.emplace_back(static_cast<std::size_t>((keys / block_size + 1) * c.kv_heads * c.head_dim), 0.0F);
+    PagedSequence& sequence =
+        p.sequences.emplace_back(PagedSequence{.pages = pages, .means = p.means.back().data()});
+    append(c.k.slice(first, keys), c.v.slice(first, keys), p.layout, sequence);
+    sequence.length = keys;
+  });
+  for (std::size_t s = 0; s < p.sequences.size(); ++s)
+    p.sequences[s].pages = p.pages[s];  // whose memory stays where it is, unlike the lists
+  return p;
+}
+
+/// The packed keys and values of a case as pages of one token each.
+struct TokenPages {
+  explicit TokenPages(const Case& c) {
+    std::int64_t longest = 0;
+    for_each_sequence(c, [&](std::size_t, std::int64_t, std::int64_t keys) {
+      lengths.push_back(static_cast<std::int32_t>(keys));
+      longest = std::max(longest, keys);
+    });
+    table.resize(lengths.size() * static_cast<std::size_t>(longest));
+    for_each_sequence(c, [&](std::size_t s, std::int64_t first, std::int64_t keys) {
+      std::iota(table.begin() + static_cast<std::ptrdiff_t>(s) * longest,
+                table.begin() + static_cast<std::ptrdiff_t>(s) * longest + keys,
+                static_cast<std::int32_t>(first));
+    });
+    const auto pages_of_one = [](Tensor t) {
+      t.rank = 4;
+      t.sizes = {t.sizes[0], 1, t.sizes[1], t.sizes[2]};
+      t.strides = {t.strides[0], 0, t.strides[1], t.strides[2]};
+      return t;
+    };
+    cache = {.k = pages_of_one(c.k.view()),
+             .v = pages_of_one(c.v.view()),
+             .page_table = table.data(),
+             .table_stride = longest,
+             .lengths = lengths.data(),
+             .sequences = static_cast<std::int64_t>(lengths.size()),
+             .max_seqlen_k = longest};
+  }
+
+  std::vector<std::int32_t> lengths{}, table{};
+  PagedCache cache{};
+};
+
+TEST_P(SelectionOfCaller, DecodedTokensMatchTheOracle) {
+  for (std::uint64_t seed = 8000; seed < 8040 && !HasFailure(); ++seed) {
+    for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+      const SelectedCase s = decode_case(seed, dtype);
+      Case c = s.c;
+      c.routing.selection = s.selected.view();
+      Result result = run_selected(s, execution());  // for its selection
+      const Outputs outputs{.out = result.out.view(), .lse = result.outputs().lse};
+      const auto check = [&](const auto& run) {
+        std::fill_n(result.outputs().lse, c.q_heads() * c.queries(), -1.0F);
+        run();
+        EXPECT_TRUE(result.fences_untouched()) << describe(c);
+        check_attended(c, result, exact());
+      };
+      const KvCache cache = cache_of(c, seed % 2 == 0 ? c.routing.block_size : 24);
+      check([&] { decode(c.q.view(), cache, c.routing, outputs, execution()); });
+
+      const TokenPages tokens(c);
+      check([&] { decode(c.q.view(), tokens.cache, c.routing, outputs, execution()); });
+      check([&] {
+        attention(c.q.view(), c.sequences.cu_seqlens_q.data(), tokens.cache, c.routing, outputs, execution());
+      });
+
+      const Pages pages = pages_of(c, 16, seed % 2 == 0 ? 16 : 40);
+      check([&] { decode(c.q.view(), pages.layout, pages.sequences, c.routing, outputs, execution()); });
+    }
+  }
+}
+
+TEST_P(SelectionOfCaller, QueriesOnACacheMatchTheOracle) {
+  for (std::uint64_t seed = 8100; seed < 8120 && !HasFailure(); ++seed) {
+    const SelectedCase s = selected_case(seed, [&](Case& c) {
+      c.values = Values::normal;
+      c.sequences = one_sequence(11, 97);
+      c.routing.causal = true;
+      c.routing.own_block = false;
+    });
+    Case c = s.c;
+    c.routing.selection = s.selected.view();
+    Result result = run_selected(s, execution());
+    const Outputs outputs{.out = result.out.view(), .lse = result.outputs().lse};
+    attention(c.q.view(), cache_of(c, 24), 0, c.routing, outputs, execution());
+    check_attended(c, result, exact());
+    const Pages pages = pages_of(c, 16, 40);
+    attention(c.q.view(), pages.layout, pages.sequences.front(), c.routing, outputs, execution());
+    check_attended(c, result, exact());
+  }
+}
+
+TEST_P(SelectionOfCaller, InvalidRowsOfACacheThrow) {
+  SelectedCase s = decode_case(1, DType::f32);
+  const std::int32_t own = static_cast<std::int32_t>(129 / s.c.routing.block_size);
+  s.selected = Selected(1, 4, 2, 0);
+  for (const auto& [token, block] : {std::pair(0, own), std::pair(2, 0)}) *s.selected.row(0, token) = block;
+  *s.selected.row(0, 3) = static_cast<std::int32_t>(39 / s.c.routing.block_size) + 1;
+  Case c = s.c;
+  c.routing.selection = s.selected.view();
+  Result result(c);
+  const Result untouched = result;
+  try {
+    decode(c.q.view(), cache_of(c, 16), c.routing, {.out = result.out.view()}, execution());
+    ADD_FAILURE() << "no error";
+  } catch (const Error& error) {
+    EXPECT_THAT(error.what(), testing::MatchesRegex("decode: selection: expected blocks below .* for head 0, "
+                                                    "token 3, got block .*"));
+  }
+  EXPECT_EQ(result, untouched) << "outputs were written";
 }
 
 MOBA_FOR_EVERY_BACKEND(SelectionOfCaller);
