@@ -32,7 +32,7 @@ def _work(function, rank, ranks, store, timeout, results, arguments):
         os._exit(1)
 
 
-def on_ranks(ranks, function, *arguments, folder, timeout=60, dies=None):
+def on_ranks(ranks, function, *arguments, folder, timeout=240, dies=None):
     """Call `function` on every rank and return the results in rank order; the error of a rank is raised here. A rank named
     `dies` is expected to kill itself."""
     results = _context.Queue()

@@ -26,7 +26,7 @@ from ranks import on_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-CASES = 14
+CASES = 10
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENT = ROOT / "docs" / "distributed.md"
 
@@ -351,21 +351,24 @@ def test_errors_reach_every_rank(tmp_path):
     assert of_1 == [ON_RANK_1 if "which names them" in text else text for text in EXPECTED]
 
 
-def attend_until_dead(seconds):
-    """Let rank 1 die in the middle of a step; return how the others notice, and after how long."""
+def attend_until_dead(timeout):
+    """Let rank 1 die in the middle of a step; return how the others notice, and whether within the timeout."""
     q, k, v = inputs(96)
     out = context_parallel_attention(q, k, v, block_size=4, top_k=3)
+    dist.barrier()
     if dist.get_rank() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     begin = time.monotonic()
     with pytest.raises(RuntimeError) as caught:
         out.sum().backward()
         context_parallel_attention(q, k, v, block_size=4, top_k=3)
-    return str(caught.value), time.monotonic() - begin < seconds + 5
+    return str(caught.value), time.monotonic() - begin < 2 * timeout
 
 
 def test_a_dead_rank_is_an_error_on_all_others(tmp_path):
-    for text, in_time in on_ranks(3, attend_until_dead, 5, folder=tmp_path, timeout=5, dies=1):
+    timeout = 20
+    found = on_ranks(3, attend_until_dead, timeout, folder=tmp_path, timeout=timeout, dies=1)
+    for text, in_time in found:
         assert text.startswith("moba.distributed: group: expected every rank to answer within")
         assert in_time
 

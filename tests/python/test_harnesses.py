@@ -65,7 +65,6 @@ def log_likelihood(model, text, choice):
 
 def test_lm_eval_scores_are_those_of_moba(folder, tmp_path):
     needs("lm_eval")
-    needs("wonderwords")
     from transformers import AutoModelForCausalLM
 
     (tmp_path / "letters.jsonl").write_text(
@@ -74,7 +73,7 @@ def test_lm_eval_scores_are_those_of_moba(folder, tmp_path):
     (tmp_path / "letters.yaml").write_text(TASK % (tmp_path / "letters.jsonl"))
     routing = ["--moba-chunk-size", "8", "--moba-topk", "2", "--moba-full-layers=-1"]
     model = f"pretrained={folder},attn_implementation=moba,dtype=float32,max_length=2048"
-    tasks = ["--tasks", "letters,niah_single_1", "--include_path", tmp_path, "--limit", "4"]
+    tasks = ["--tasks", "letters,ruler_fwe", "--include_path", tmp_path, "--limit", "4"]
     command = ["moba", *routing, "-m", "lm_eval", "--model", "hf", "--model_args", model, *tasks]
     command += ["--metadata", '{"max_seq_lengths": [1024]}', "--device", "cpu", "--log_samples"]
     command += ["--gen_kwargs", "max_gen_toks=4"]
@@ -86,7 +85,7 @@ def test_lm_eval_scores_are_those_of_moba(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     (results,) = (tmp_path / "out").rglob("results_*.json")
-    assert {"letters", "niah_single_1"} <= set(json.loads(results.read_text())["results"])
+    assert {"letters", "ruler_fwe"} <= set(json.loads(results.read_text())["results"])
 
     (samples,) = (tmp_path / "out").rglob("samples_letters_*.jsonl")
     moba.register_moba(moba.MoBAConfig(8, 2, full_layers=(-1,)))

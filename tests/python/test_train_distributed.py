@@ -11,7 +11,7 @@ import torch
 from ranks import on_ranks
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "train_distributed.py"
-SIZES = ["--data", SCRIPT, "--tokens", 64, "--hidden", 32, "--moba-chunk-size", 8, "--steps", 100]
+SIZES = ["--data", SCRIPT, "--tokens", 64, "--hidden", 32, "--layers", 1, "--moba-chunk-size", 8]
 
 
 def train(*words):

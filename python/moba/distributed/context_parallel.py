@@ -1,10 +1,13 @@
 """Attention over sequences whose tokens are shared out among the ranks of a group."""
 
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -150,6 +153,46 @@ def _sizes(there: Tensor, group: dist.ProcessGroup, device: torch.device) -> lis
     return [_Sizes(*rows) for rows in zip(there, here)]
 
 
+def _choose(
+    strategy: str,
+    selected: list[Tensor | None],
+    q: Tensor,
+    k: Tensor,
+    plan: BlockPlan,
+    routing: Routing,
+    gradient: bool,
+    group: dist.ProcessGroup,
+) -> tuple[ModuleType, Sequence[Tensor], _Sizes]:
+    """Return the strategy, what the kv heads need of other ranks, and its sizes: for "auto" the strategy that moves fewer bytes on
+    the busiest rank."""
+    remote = [fetch.remote_blocks(of_head, plan) for of_head in selected]
+    wanted = torch.stack([torch.bincount(plan.home[r], minlength=plan.ranks) for r in remote])
+    if strategy == "fetch":
+        (sizes,) = _sizes(wanted[None], group, q.device)
+        return fetch, remote, sizes
+    pairs, there = zip(*(queries.pairs_of(of_head, plan) for of_head in selected))
+    both = torch.stack([wanted, torch.stack(there).cpu()])
+    of_fetch, of_queries = _sizes(both, group, q.device)
+    if strategy == "auto":
+        width = routing.top_k - 1
+        block_bytes = fetch.block_bytes(k, routing.block_size, gradient)
+        row_bytes = queries.row_bytes(q, width, gradient)
+        moved = (
+            of_fetch.bytes_moved(block_bytes, plan.rank),
+            of_queries.bytes_moved(row_bytes, plan.rank),
+        )
+        busiest = all_gather(torch.tensor(moved, device=q.device), group).amax(0)
+        if busiest[0] <= busiest[1]:
+            return fetch, remote, of_fetch
+    return queries, pairs, of_queries
+
+
+def _query_heads(q_heads: int, kv_heads: int) -> list[slice]:
+    """Return the query heads of each kv head."""
+    group = q_heads // kv_heads
+    return [slice(begin, begin + group) for begin in range(0, q_heads, group)]
+
+
 class _Attention(torch.autograd.Function):
     """Attention at the homes of the blocks, by fetching or by sending queries."""
 
@@ -167,57 +210,22 @@ class _Attention(torch.autograd.Function):
         group: dist.ProcessGroup,
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (plan.to_homes(t, group) for t in (q, k, v))
-        tokens, q_heads, head_dim = q.shape
-        kv_heads = k.shape[1]
+        q_heads, kv_heads = q.shape[1], k.shape[1]
         is_full = routing.top_k >= plan.max_blocks
         selected = None if is_full else select(q, gather_means(k, plan, group), plan, routing)
-        by_head: list[Tensor | None] = [None] * kv_heads
-        if selected is not None:
-            by_head = list(selected.unflatten(0, (kv_heads, -1)))
-        remote = [fetch.remote_blocks(of_head, plan) for of_head in by_head]
-        wanted = torch.stack([torch.bincount(plan.home[r], minlength=plan.ranks) for r in remote])
-        if is_full or strategy == "fetch":
-            pairs: Any = [None] * kv_heads
-            (sizes,) = _sizes(wanted[None], group, q.device)
-            is_fetch = True
-        else:
-            pairs, there = zip(*(queries.pairs_of(of_head, plan) for of_head in by_head))
-            of_fetch, of_queries = _sizes(
-                torch.stack([wanted, torch.stack(there).cpu()]), group, q.device
-            )
-            is_fetch = False
-            if strategy == "auto":
-                moved = (
-                    of_fetch.bytes_moved(
-                        fetch.block_bytes(k, routing.block_size, gradient), plan.rank
-                    ),
-                    of_queries.bytes_moved(
-                        queries.row_bytes(q, selected.shape[2], gradient), plan.rank
-                    ),
-                )
-                busiest = all_gather(torch.tensor(moved, device=q.device), group).amax(0)
-                is_fetch = bool(busiest[0] <= busiest[1])
-            sizes = of_fetch if is_fetch else of_queries
-
-        exchanges: list[fetch.Fetch | queries.Queries] = []
-        if is_fetch:
-            out, lse = torch.empty_like(q), q.new_empty(q_heads, tokens, dtype=torch.float32)
-        else:
-            out, lse = queries.own_blocks(q, k, v, plan, routing)
-        for head in range(kv_heads):
-            part = slice(head * q_heads // kv_heads, (head + 1) * q_heads // kv_heads)
-            inputs = q[:, part], k[:, head], v[:, head]
+        by_head = [None] * kv_heads if is_full else list(selected.unflatten(0, (kv_heads, -1)))
+        strategy_of, needed, sizes = _choose(
+            "fetch" if is_full else strategy, by_head, q, k, plan, routing, gradient, group
+        )
+        out, lse = strategy_of.begin(q, k, v, plan, routing)
+        exchanges = []
+        for head, part in enumerate(_query_heads(q_heads, kv_heads)):
             rows = sizes.there[head].tolist(), sizes.here[head].tolist()
-            if is_fetch:
-                blocks = fetch.Fetch(
-                    by_head[head], remote[head], *rows, plan, routing, group, q.device
-                )
-                out[:, part], lse[part] = blocks.forward(*inputs)
-                exchanges.append(blocks)
-            else:
-                sent = queries.Queries(by_head[head], pairs[head], *rows, plan, routing, group)
-                out[:, part], lse[part] = sent.forward(*inputs, out[:, part], lse[part])
-                exchanges.append(sent)
+            of_head = strategy_of.Exchange(
+                by_head[head], needed[head], *rows, plan, routing, group, q.device
+            )
+            of_head.forward(q[:, part], k[:, head], v[:, head], out[:, part], lse[part])
+            exchanges.append(of_head)
         shared = plan.to_shares(out, group), plan.to_shares(lse.T, group).T
         selection = torch.empty(
             (q_heads, shared[0].shape[0], 0), dtype=torch.int32, device=q.device
@@ -228,12 +236,13 @@ class _Attention(torch.autograd.Function):
 
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.plan, ctx.routing, ctx.group = plan, routing, group
-        ctx.exchanges = exchanges
+        ctx.strategy, ctx.exchanges = strategy_of, exchanges
         ctx.mark_non_differentiable(shared[1], selection)
         ctx.set_materialize_grads(False)
         return *shared, selection
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         d_out = gradients[0]
         if d_out is None:
@@ -241,20 +250,17 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         plan, group = ctx.plan, ctx.group
         d_out = plan.to_homes(d_out, group)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        if isinstance(ctx.exchanges[0], queries.Queries):
-            own = queries.own_blocks_backward(d_out, q, k, v, out, lse, plan, ctx.routing)
-            dq, d_keys = own[0].to(wide), torch.stack(own[1:]).to(wide)
-            del own
-        else:
-            dq, d_keys = torch.empty_like(q), q.new_empty(2, *k.shape, dtype=wide)
-        heads_per_kv = q.shape[1] // k.shape[1]
-        for head, rows in enumerate(ctx.exchanges):
-            part = slice(head * heads_per_kv, (head + 1) * heads_per_kv)
-            inputs = d_out[:, part], q[:, part], k[:, head], v[:, head], out[:, part], lse[part]
-            if isinstance(rows, queries.Queries):
-                rows.backward(*inputs, dq[:, part], d_keys[:, :, head])
-            else:
-                dq[:, part], d_keys[:, :, head] = rows.backward(*inputs)
+        dq, d_keys = ctx.strategy.begin_backward(d_out, q, k, v, out, lse, plan, ctx.routing)
+        for head, part in enumerate(_query_heads(q.shape[1], k.shape[1])):
+            ctx.exchanges[head].backward(
+                d_out[:, part],
+                q[:, part],
+                k[:, head],
+                v[:, head],
+                out[:, part],
+                lse[part],
+                dq[:, part],
+                d_keys[:, :, head],
+            )
         shared = (plan.to_shares(t.to(q.dtype), group) for t in (dq, *d_keys))
         return *shared, *(None,) * 6

@@ -4,6 +4,7 @@ One kv head at a time, so that at most one head's keys and values of other ranks
 them again and sends their gradients home.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -74,10 +75,32 @@ def _compact(selected: Tensor | None, fetched: Tensor, plan: BlockPlan) -> _Comp
     )
 
 
-class Fetch:
+def begin(
+    q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, routing: Routing
+) -> tuple[Tensor, Tensor]:
+    """Return memory for out [tokens, Hq, D] and lse [Hq, tokens]."""
+    return torch.empty_like(q), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+def begin_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    plan: BlockPlan,
+    routing: Routing,
+) -> tuple[Tensor, Tensor]:
+    """Return memory for dq, and for dk and dv [2, tokens, Hkv, D] in float32 (float64 for float64)."""
+    wide = torch.promote_types(k.dtype, torch.float32)
+    return torch.empty_like(q), k.new_empty(2, *k.shape, dtype=wide)
+
+
+class Exchange:
     """The exchange of one kv head: which blocks come, and which go to other ranks.
 
-    `wanted[r]`: blocks that this rank needs of rank r; `asked[r]`: blocks that rank r needs of this one."""
+    `wanted[r]`: blocks that this rank needs of rank r, `remote`; `asked[r]`: blocks that rank r needs of this one."""
 
     def __init__(
         self,
@@ -114,10 +137,10 @@ class Fetch:
             result.append(keys)
         return result[0], result[1]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Return out [tokens, heads, D] and lse [heads, tokens] of `q` [tokens, heads, D], `k` and `v` [tokens, D]."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Write `out` [tokens, heads, D] and `lse` [heads, tokens] of `q` [tokens, heads, D], `k` and `v` [tokens, D]."""
         keys, values = self._compact_keys(k, v)
-        out, lse, _ = ops.attention(
+        out[:], lse[:], _ = ops.attention(
             q,
             keys,
             values,
@@ -125,59 +148,58 @@ class Fetch:
             self.keys.cu_k,
             self.routing.block_size,
             self.top_k,
-            0,
-            True,
-            self.routing.scale,
-            False,
-            self.routing.backend,
+            scale=self.routing.scale,
+            backend=self.routing.backend,
             selection=self.keys.selection,
         )
-        return out, lse
 
     def backward(
-        self, d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Return dq and the sums of dk and dv, [2, tokens, D] in float32 (float64 for float64)."""
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        d_keys: Tensor,
+    ) -> None:
+        """Write `dq` [tokens, heads, D] and `d_keys` [2, tokens, D], the sums of dk and dv."""
         keys, values = self._compact_keys(k, v)
         selection = self.keys.selection
-        dq, *d_keys = ops.attention_backward(
+        if selection is None:
+            selection = torch.empty((*lse.shape, 0), dtype=torch.int32, device=q.device)
+        dq[:], *found = ops.attention_backward(
             d_out,
             q,
             keys,
             values,
             out,
             lse,
-            q.new_empty((*lse.shape, 0), dtype=torch.int32) if selection is None else selection,
+            selection,
             self.keys.cu_q,
             self.keys.cu_k,
             self.routing.block_size,
             self.top_k,
-            0,
-            True,
-            self.routing.scale,
-            self.routing.backend,
+            scale=self.routing.scale,
+            backend=self.routing.backend,
         )
         del keys, values
-        plan = self.plan
-        wide = torch.promote_types(k.dtype, torch.float32)
+        plan, wide = self.plan, d_keys.dtype
         fetched = sum(self.wanted) * plan.block_size
         sums = q.new_zeros(2, plan.tokens + fetched, k.shape[1], dtype=wide)
-        cuts = self.keys.cu_k.tolist()
-        for begin, end in zip(
-            cuts, cuts[1:]
-        ):  # a run has no row twice, so the order of sums is fixed
-            for total, d_key in zip(sums, d_keys):
-                total.index_add_(0, self.keys.rows[begin:end], d_key[begin:end, 0].to(wide))
-        del d_keys
+        for begin, end in pairwise(self.keys.cu_k.tolist()):
+            rows = self.keys.rows[begin:end]  # none twice, so the order of sums is fixed
+            for total, gradient in zip(sums, found):
+                total.index_add_(0, rows, gradient[begin:end, 0].to(wide))
+        del found
+        d_keys[:] = sums[:, : plan.tokens]
         there = sums[:, plan.tokens :].to(k.dtype).transpose(0, 1)
-        back = exchange(
-            there.unflatten(0, (-1, plan.block_size)), self.wanted, self.asked, self.group
-        )
-        mine = sums[:, : plan.tokens]
+        there = there.unflatten(0, (-1, plan.block_size))
+        back = exchange(there, self.wanted, self.asked, self.group).flatten(0, 1)
         begin = 0
         for count in self.asked:  # in rank order
             end = begin + count * plan.block_size
-            part = back.flatten(0, 1)[begin:end].transpose(0, 1).to(wide)
-            mine.index_add_(1, self.sent[begin:end], part)
+            part = back[begin:end].transpose(0, 1).to(wide)
+            d_keys.index_add_(1, self.sent[begin:end], part)
             begin = end
-        return dq, mine

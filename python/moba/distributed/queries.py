@@ -48,8 +48,8 @@ def _blocks_there(selected: Tensor, rank: Tensor, plan: BlockPlan) -> Tensor:
     return torch.where(blocks == last, -1, blocks)
 
 
-class Queries:
-    """The exchange of one kv head: `there[r]` rows go to rank r, `here[r]` come from it."""
+class Exchange:
+    """The exchange of one kv head: `there[r]` rows, `pairs`, go to rank r, `here[r]` come from it."""
 
     def __init__(
         self,
@@ -60,8 +60,9 @@ class Queries:
         plan: BlockPlan,
         routing: Routing,
         group: dist.ProcessGroup,
+        device: torch.device,
     ) -> None:
-        self.plan, self.routing, self.group = plan, routing, group
+        self.routing, self.group = routing, group
         self.there, self.here = there, here
         tokens = selected.shape[1]
         rows = selected.shape[0] * tokens
@@ -70,18 +71,12 @@ class Queries:
         numbers = _blocks_there(selected.flatten(0, 1)[row], pairs // rows, plan)
         self.selection = exchange(numbers, there, here, group)[None].contiguous()
         whole = plan.here[plan.length[plan.here] == plan.block_size]
-        self.keys = ranges(plan.at[whole], plan.length[whole]).to(selected.device)
-        self.cu_q = offsets([sum(here)]).to(selected.device)
-        self.cu_k = offsets([len(self.keys)]).to(selected.device)
+        self.keys = ranges(plan.at[whole], plan.length[whole]).to(device)
+        self.cu_q = offsets([sum(here)]).to(device)
+        self.cu_k = offsets([len(self.keys)]).to(device)
 
-    def _settings(self) -> tuple[int, int, int, bool, float | None]:
-        return self.routing.block_size, 0, 0, False, self.routing.scale
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, own_out: Tensor, own_lse: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Merge the results of other blocks with those of the own ones, `own_out` [tokens, heads, D], `own_lse` [heads, tokens]:
-        first the own block, then ranks in order."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
+        """Merge the results of other blocks into `out` [tokens, heads, D] and `lse` [heads, tokens], in rank order."""
         head_dim, dtype = q.shape[2], q.dtype
         rows = exchange(q[self.token, self.head], self.there, self.here, self.group)
         part, part_lse, _ = ops.attention(
@@ -90,9 +85,11 @@ class Queries:
             v[self.keys][:, None],
             self.cu_q,
             self.cu_k,
-            *self._settings(),
-            False,
-            self.routing.backend,
+            self.routing.block_size,
+            0,
+            causal=False,
+            scale=self.routing.scale,
+            backend=self.routing.backend,
             selection=self.selection,
         )
         back = exchange(
@@ -102,21 +99,20 @@ class Queries:
             self.group,
         )
         parts, lses = unpack(back, (dtype, head_dim), (torch.float32, 1))
-        out = own_out.to(torch.promote_types(dtype, torch.float32), copy=True)
-        lse = own_lse.clone()
+        merged = out.to(torch.promote_types(dtype, torch.float32), copy=True)
         begin = 0
         for count in self.there:  # a rank has no row twice
             new = slice(begin, begin + count)
             token, head = self.token[new], self.head[new]
             before, here = lse[head, token], lses[new, 0]
             both = torch.logaddexp(before, here)
-            out[token, head] = (
-                out[token, head] * (before - both).exp()[:, None]
+            merged[token, head] = (
+                merged[token, head] * (before - both).exp()[:, None]
                 + parts[new] * (here - both).exp()[:, None]
             )
             lse[head, token] = both
             begin += count
-        return out.to(dtype), lse
+        out[:] = merged
 
     def backward(
         self,
@@ -147,8 +143,11 @@ class Queries:
             self.selection,
             self.cu_q,
             self.cu_k,
-            *self._settings(),
-            self.routing.backend,
+            self.routing.block_size,
+            0,
+            causal=False,
+            scale=self.routing.scale,
+            backend=self.routing.backend,
         )
         for total, d_key in zip(d_keys, (dk, dv)):
             total.index_add_(0, self.keys, d_key[:, 0].to(total.dtype))
@@ -168,7 +167,7 @@ def _own_selection(plan: BlockPlan, device: torch.device) -> tuple[Tensor, Tenso
     return torch.cat(own).to(device, torch.int32)[None, :, None], cuts.to(device)
 
 
-def own_blocks(
+def begin(
     q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, routing: Routing
 ) -> tuple[Tensor, Tensor]:
     """Attend to each query's own block: out [tokens, Hq, D] and lse [Hq, tokens]."""
@@ -188,7 +187,7 @@ def own_blocks(
     return out, lse
 
 
-def own_blocks_backward(
+def begin_backward(
     d_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -197,10 +196,11 @@ def own_blocks_backward(
     lse: Tensor,
     plan: BlockPlan,
     routing: Routing,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the part of dq, dk and dv that comes from own blocks, of the merged `out` and `lse`."""
+) -> tuple[Tensor, Tensor]:
+    """Return the part of dq, and of dk and dv [2, tokens, Hkv, D], that comes from own blocks, for the merged `out` and `lse`,
+    in float32 (float64 for float64)."""
     own, cuts = _own_selection(plan, q.device)
-    return ops.attention_backward(
+    dq, *d_keys = ops.attention_backward(
         d_out,
         q,
         k,
@@ -215,3 +215,5 @@ def own_blocks_backward(
         scale=routing.scale,
         backend=routing.backend,
     )
+    wide = torch.promote_types(k.dtype, torch.float32)
+    return dq.to(wide), torch.stack(d_keys).to(wide)
