@@ -250,7 +250,7 @@ TINY = dict(
 REFUSED = {  # the config.json of a model, and the sentence
     "mistral": (
         dict(TINY, architectures=["MistralForCausalLM"], sliding_window=64),
-        "sliding_window: expected none in model.layers.0.self_attn.attn (or the layer in moba_full_layers), got 63",
+        "sliding_window: expected none in model.layers.0.self_attn.attn (or the layer in moba_full_layers), got 64",
     ),
     "bloom": (
         dict(
@@ -292,7 +292,7 @@ REFUSED = {  # the config.json of a model, and the sentence
     ),
     "bert": (
         dict(TINY, architectures=["BertModel"], position_embedding_type="absolute"),
-        "attn_type: expected decoder layers in encoder.layer.0.attention.self.attn (or the layer in moba_full_layers), got encoder_only",
+        "attn_type: expected decoder layers in model.encoder.layer.0.attention.output.attn (or the layer in moba_full_layers), got encoder_only",
     ),
 }
 
