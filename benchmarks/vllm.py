@@ -61,7 +61,9 @@ def measure(options):
 
 
 def run(options, settings, plugin):
+    (site,) = (options.vllm / "lib").glob("python3*/site-packages")
     environment = {
+        "LD_PRELOAD": str(site / "torch/lib/libgomp.so.1"),  # as vLLM starts its workers
         "PYTHONPATH": plugin,
         "PYTHONSAFEPATH": "1",  # this folder's vllm.py is not vLLM
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

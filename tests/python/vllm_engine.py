@@ -6,6 +6,19 @@ import json
 import sys
 
 
+def count_preemptions(engine):
+    """Return a list that gets an entry whenever a request is set back."""
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    preempt, seen = scheduler._preempt_request, []
+
+    def preempt_and_count(*arguments, **named):
+        seen.append(arguments[0].request_id)
+        return preempt(*arguments, **named)
+
+    scheduler._preempt_request = preempt_and_count
+    return seen
+
+
 def generate(job):
     from vllm import LLM, SamplingParams
 
@@ -16,6 +29,7 @@ def generate(job):
     sampling = SamplingParams(
         temperature=0, max_tokens=job["tokens"], ignore_eos=True, detokenize=False
     )
+    preempted = count_preemptions(engine) if "preempts" in job else []
     answers = []
     for prompts in job["rounds"]:
         outputs = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
@@ -26,6 +40,8 @@ def generate(job):
             ]
         )
     engine.llm_engine.engine_core.shutdown()
+    if "preempts" in job and not preempted:
+        return "expected a preemption, got none"
     return answers
 
 

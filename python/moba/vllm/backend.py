@@ -88,7 +88,7 @@ class MobaMetadataBuilder(CPUAttentionMetadataBuilder):
                 "attn_type",
                 impl.attn_type != AttentionType.DECODER,
                 "decoder layers",
-                impl.attn_type,
+                AttentionType(impl.attn_type).value,
             ),
             ("sliding_window", impl.sliding_window != -1, "none", impl.sliding_window),
             ("alibi_slopes", impl.alibi_slopes is not None, "none", "ALiBi"),
