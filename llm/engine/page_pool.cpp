@@ -2,44 +2,67 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <new>
-#include <utility>
 #include <vector>
 
 namespace moba::llm {
+namespace {
 
-struct PagePool::State {
-  /// Large pages lie on huge ones of the system, so that decode does not miss the TLB in every row.
-  static constexpr std::align_val_t kAlignment{std::size_t{2} << 20}, kSmallAlignment{64};
+constexpr std::size_t kHugePage = std::size_t{2} << 20, kSlabBytes = std::size_t{32} << 20;
 
-  struct Delete {
-    std::align_val_t alignment;
-    void operator()(std::byte* memory) const { ::operator delete(memory, alignment); }
-  };
-  using Memory = std::unique_ptr<std::byte, Delete>;
+std::size_t round_up(std::size_t bytes, std::size_t multiple) {
+  return (bytes + multiple - 1) / multiple * multiple;
+}
 
-  std::size_t page_bytes = 0;
-  std::int64_t max_pages = 0, used = 0;
-  std::vector<Memory> free;
-
-  Memory take() {
-    if (free.empty()) return create();
-    Memory memory = std::move(free.back());
-    free.pop_back();
-    return memory;
+/// Memory from the system, not the heap: pages live long, and between the temporary tensors of a step they
+/// would keep the heap from shrinking. It lies on huge pages, so that decode does not miss the TLB in every
+/// row.
+class Slab {
+ public:
+  explicit Slab(std::size_t bytes) : bytes_(bytes + kHugePage) {
+    memory_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory_ == MAP_FAILED) throw std::bad_alloc();
+    madvise(memory_, bytes_, MADV_HUGEPAGE);  // may fail
   }
-  std::align_val_t alignment() const {
-    return page_bytes < static_cast<std::size_t>(kAlignment) ? kSmallAlignment : kAlignment;
+  ~Slab() { munmap(memory_, bytes_); }
+  Slab(const Slab&) = delete;
+  Slab& operator=(const Slab&) = delete;
+
+  std::byte* begin() const {
+    return reinterpret_cast<std::byte*>(round_up(reinterpret_cast<std::uintptr_t>(memory_), kHugePage));
   }
 
  private:
-  Memory create() const {
-    // Whole huge pages: the system backs the rest of one with small pages.
-    const auto step = static_cast<std::size_t>(alignment());
-    const std::size_t bytes = (page_bytes + step - 1) / step * step;
-    Memory memory(static_cast<std::byte*>(::operator new(bytes, alignment())), Delete{alignment()});
-    if (alignment() == kAlignment) madvise(memory.get(), bytes, MADV_HUGEPAGE);  // may fail
+  void* memory_;
+  std::size_t bytes_;
+};
+
+}  // namespace
+
+struct PagePool::State {
+  std::size_t page_bytes = 0;
+  std::int64_t max_pages = 0, used = 0, created = 0;
+  std::vector<std::unique_ptr<Slab>> slabs;
+  std::vector<std::byte*> free;
+
+  std::byte* take() {
+    if (free.empty()) return create();
+    std::byte* memory = free.back();
+    free.pop_back();
     return memory;
+  }
+
+ private:
+  std::byte* create() {
+    const std::size_t stride = round_up(page_bytes, page_bytes < kHugePage ? 64 : kHugePage);
+    const auto per_slab = static_cast<std::int64_t>(std::max<std::size_t>(kSlabBytes / stride, 1));
+    if (created % per_slab == 0) {
+      const std::int64_t pages = std::min(per_slab, max_pages - created);
+      free.reserve(static_cast<std::size_t>(created + pages));  // freeing cannot throw
+      slabs.push_back(std::make_unique<Slab>(static_cast<std::size_t>(pages) * stride));
+    }
+    return slabs.back()->begin() + static_cast<std::size_t>(created++ % per_slab) * stride;
   }
 };
 
@@ -50,12 +73,10 @@ PagePool::PagePool(std::size_t page_bytes, std::int64_t max_pages) : state_(std:
 
 Page PagePool::allocate() {
   if (state_->used == state_->max_pages) return nullptr;
-  State::Memory memory = state_->take();
-  state_->free.reserve(static_cast<std::size_t>(state_->used) + state_->free.size() +
-                       1);  // freeing cannot throw
+  std::byte* memory = state_->take();
   ++state_->used;
-  return {memory.release(), [state = state_](std::byte* freed) {
-            state->free.emplace_back(freed, State::Delete{state->alignment()});
+  return {memory, [state = state_](std::byte* freed) {
+            state->free.push_back(freed);
             --state->used;
           }};
 }
