@@ -30,19 +30,25 @@ template <typename... Parts>
   throw ArgumentError{std::move(message)};
 }
 
+/// Internal: the end of a cancelled call, without the name of the public function.
+struct Cancellation {};
+
 /// Internal: a failure of the device, without the name of the public function.
 struct DeviceFailure {
   std::string message;
 };
 
 /// Runs the body of a public function. An ArgumentError leaves it as Error "function: argument: expected X,
-/// got Y", a DeviceFailure as DeviceError "function: message".
+/// got Y", a DeviceFailure as DeviceError "function: message", a Cancellation as Cancelled "function:
+/// cancelled".
 template <typename Body>
 decltype(auto) named(std::string_view function, Body&& body) {
   try {
     return body();
   } catch (const ArgumentError& error) {
     throw Error(std::string(function) + ": " + error.message);
+  } catch (const Cancellation&) {
+    throw Cancelled(std::string(function) + ": cancelled");
   } catch (const DeviceFailure& failure) {
     throw DeviceError(std::string(function) + ": " + failure.message);
   }

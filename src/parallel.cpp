@@ -1,4 +1,5 @@
 #include <omp.h>
+#include <pthread.h>
 
 #include <algorithm>
 #include <atomic>
@@ -8,6 +9,18 @@
 #include "moba/execution.h"
 
 namespace moba {
+namespace {
+
+/// Returns whether this process was forked from one that had called before. OpenMP's threads do not survive a
+/// fork, and GNU's runtime would wait for them forever.
+bool is_forked() {
+  static std::atomic<bool> forked{false};
+  [[maybe_unused]] static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+  return forked.load(std::memory_order_relaxed);
+}
+
+}  // namespace
 
 Parallel serial() {
   return {1, [](std::int64_t tasks, const Parallel::Body& body) {
@@ -22,6 +35,7 @@ Parallel openmp(int threads) {
 #endif
   return {count, [count](std::int64_t tasks, const Parallel::Body& body) {
             if (tasks <= 1 || count == 1) return serial().run(tasks, body);
+            if (is_forked()) return std_threads(count).run(tasks, body);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(count)
             for (std::int64_t task = 0; task < tasks; ++task) body(task, omp_get_thread_num());
           }};

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -53,6 +54,9 @@ struct Execution {
   /// Scratch memory is kept below this many bytes; long inputs with many heads are then processed in
   /// slices. Unset: 256 MiB, on CUDA 512 MiB.
   std::optional<std::size_t> workspace_bytes{};
+  /// Another thread may set the flag to end the call early: it then throws Cancelled. Read between tasks of
+  /// some milliseconds. Ignored by `append`, which is short, and on CUDA. May be null.
+  const std::atomic<bool>* cancel = nullptr;
   /// The CUDA stream, as a cudaStream_t.
   void* stream = nullptr;
   /// Receives the cost of the call, added to what it holds; may be null.

@@ -2,17 +2,33 @@
 
 #include <algorithm>
 
+#include "errors.h"
 #include "selection.h"
 #include "split.h"
 #include "stopwatch.h"
 
 namespace moba::host {
+namespace {
+
+/// Returns `parallel` with loops that skip their tasks once the flag is set, and then throw.
+Parallel cancelled_by(const std::atomic<bool>* cancel, const Parallel& parallel) {
+  if (cancel == nullptr) return parallel;
+  return {parallel.threads, [cancel, parallel](std::int64_t tasks, const Parallel::Body& body) {
+            parallel.run(tasks, [&](std::int64_t task, int worker) {
+              if (!cancel->load(std::memory_order_relaxed)) body(task, worker);
+            });
+            if (cancel->load(std::memory_order_relaxed)) throw Cancellation{};
+          }};
+}
+
+}  // namespace
 
 Run::Run(const Call& call, const Execution& execution)
     : call_(call),
       execution_(execution),
       backend_(choose_backend(execution.backend, call)),
-      parallel_(execution.parallel.run ? execution.parallel : openmp()),
+      parallel_(
+          cancelled_by(execution.cancel, execution.parallel.run ? execution.parallel : openmp())),
       scratch_(execution.scratch),
       context_{parallel_, scratch_, execution.workspace_bytes.value_or(kHostWorkspace)} {}
 
