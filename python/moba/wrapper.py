@@ -246,6 +246,10 @@ def moba_layer(
     """Compute one layer's attention: `query` [B, Hq, Sq, D], `key` and `value` [B, Hkv, Sk, D]. Returns [B, Sq, Hq, D] and,
     from the naive implementation with output_attentions, the weights [B, Hq, Sq, Sk]."""
     check_tensors("moba_layer", query, key, value, "[batch, heads, tokens, head_dim]")
+    config = config.of_layer(
+        getattr(module, "layer_idx", None) or 0,
+        getattr(getattr(module, "config", None), "num_hidden_layers", 0),
+    )
     _refuse(module, dropout, is_causal, options)
     weights = bool(options.get("output_attentions"))
     if weights and not naive:
