@@ -18,6 +18,10 @@ struct EngineFlags : SessionFlags {
   std::optional<llm::AttentionMode> prefill, decode;
 };
 
+/// Uses the calibration beside the model, if there is one, where the attention and its routing are left to
+/// the program.
+void find_calibration(const FlagTable& flags, EngineFlags& settings);
+
 /// Returns the engine's settings by these flags; warnings name the subcommand.
 llm::EngineSettings engine_settings(const EngineFlags& flags, const llm::Weights& weights,
                                     const std::string& subcommand);
