@@ -82,7 +82,7 @@ fuzz: setup  ## fuzz the readers of GGUF, safetensors, JSON and texts; FUZZ_SECO
 test-long: test-cpp python  ## run tens of thousands more generated cases, and read a million tokens
 	MOBA_TEST_CASES=2000 ctest --test-dir build/release --output-on-failure --progress -j$(JOBS) -R Agreement
 	MOBA_TEST_CASES=2000 $(PYTHON) -m pytest -q tests/python/test_operator.py -k "float64 or reference"
-	MOBA_TEST_KILLS=50 $(PYTHON) -m pytest -q tests/app/test_train.py -k killed
+	MOBA_TEST_KILLS=50 MOBA_TEST_FAULTS=1000 $(PYTHON) -m pytest -q tests/app/test_train.py tests/app/test_faults.py -k 'killed or survives'
 	MOBA_TEST_TOKENS=1048576 $(PYTHON) -m pytest -q tests/app/test_long_context.py
 
 cuda: setup  ## build the CUDA backend with nvcc, without a GPU; prints the registers of its kernels

@@ -135,7 +135,7 @@ Generation generate(const GenerateSettings& settings, const llm::Weights& weight
   };
   llm::Request request = request_for(settings, tokenizer);
   request.prompt = result.prompt;
-  request.on_progress = [&](double tokens_read) { (*progress)(tokens_read); };
+  request.on_progress = [&](double tokens_read, const llm::RequestUsage&) { (*progress)(tokens_read); };
   request.on_token = [&](std::int32_t token, std::span<const float> logits) {
     result.generated.push_back(token);
     if (settings.logprobs > 0)

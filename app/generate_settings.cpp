@@ -21,11 +21,10 @@ void add_flags(FlagTable& flags, GenerateSettings& settings) {
               "Maximum tokens of prompt and answer together; a longer prompt is an error")
       .default_text("the model's context")
       .json();
-  flags
-      .value("--cache-dir", settings.cache_dir, "PATH",
-             "Folder that keeps the KV cache of prompts, so that a document is read once; as in moba serve")
-      .default_text("none")
-      .json();
+  add_cache_dir_flags(
+      flags, settings,
+      "Folder that keeps the KV cache of prompts, so that a document is read once; as in moba serve",
+      /*is_json=*/true);
   add_threads_flag(flags, settings.session.threads);
   add_dtype_flag(flags, settings);
   add_kv_dtype_flag(flags, settings);

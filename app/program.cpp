@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <new>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -17,8 +19,22 @@ namespace {
 constexpr int kDataError = 1;
 constexpr int kUsageError = 2;
 
-std::string first_line(const std::string& text) {
-  return text.substr(0, text.find('\n'));
+/// Returns the message in one line: LibTorch's go on with a backtrace. Its allocator has no exception of its
+/// own.
+std::string brief(const std::string& text) {
+  constexpr std::string_view kAllocator = "can't allocate memory: you tried to allocate ";
+  const std::string line = text.substr(0, text.find('\n'));
+  const std::size_t found = line.find(kAllocator);
+  if (found == std::string::npos) return line;
+  const std::size_t digits = found + kAllocator.size();
+  return "out of memory: expected " + line.substr(digits, line.find(' ', digits) - digits) +
+         " bytes more, got none";
+}
+
+/// "file: expected X, got Y" for a file that could not be created, renamed or removed.
+std::string brief(const std::filesystem::filesystem_error& error) {
+  const std::filesystem::path& path = error.path2().empty() ? error.path1() : error.path2();
+  return path.string() + ": expected a file or folder that can be written, got " + error.code().message();
 }
 
 /// "moba eval needle".
@@ -110,8 +126,10 @@ int run(CLI::App& app, const std::function<int()>& action, int argc, char** argv
     return fail(app, error.what(), kUsageError);
   } catch (const std::bad_alloc&) {
     return fail(app, "out of memory", kDataError);
+  } catch (const std::filesystem::filesystem_error& error) {
+    return fail(app, brief(error), kDataError);
   } catch (const std::exception& error) {
-    return fail(app, first_line(error.what()), kDataError);  // LibTorch's go on with a backtrace
+    return fail(app, brief(std::string(error.what())), kDataError);
   }
 }
 

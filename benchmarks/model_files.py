@@ -122,7 +122,7 @@ def random_llama(folder, kind, tokenizer):
 
 
 def hugging_face_folder(folder, model):
-    """Return a folder in `folder` with the weights of a GGUF file in bf16, writing it the first time."""
+    """Return a folder in `folder` with the weights of a GGUF file in bf16 and its tokenizer, writing it the first time."""
     import torch
     import transformers
 
@@ -138,4 +138,7 @@ def hugging_face_folder(folder, model):
         plain.load_state_dict(network.state_dict(), assign=True)
         plain.tie_weights()
         plain.save_pretrained(place)
+    if not (place / "tokenizer.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model.parent, gguf_file=model.name)
+        tokenizer.save_pretrained(place)
     return place

@@ -4,7 +4,9 @@
 #include "cache_state.h"
 #include "checks.h"
 #include "errors.h"
+#include "gate_inputs.h"
 #include "host/flow.h"
+#include "paged_cache.h"
 
 namespace moba {
 namespace {
@@ -25,6 +27,14 @@ const DeviceFlow& device_required(const Tensor& q, const Execution& execution) {
   return *device;
 }
 
+/// Throws ArgumentError unless q is in host memory, as a host backend needs it.
+void require_host(const Tensor& q, const Execution& execution) {
+  if (q.device != Device::cpu) {
+    refuse("backend", "expected one that works on CUDA tensors, got ",
+           named_backend(execution.backend, q.device).name);
+  }
+}
+
 }  // namespace
 
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
@@ -32,6 +42,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequence
   named("attention", [&] {
     check_attention(q, k, v, sequences, routing);
     check_outputs(q, outputs, routing, selection_width(sequences, routing));
+    check_no_weights(outputs);
     check_apart_from_keys(outputs, k, v);
     if (const DeviceFlow* device = device_for(q, execution))
       return device->attention(q, k, v, batch_of(sequences), routing, outputs, execution);
@@ -48,6 +59,39 @@ void select_blocks(const Tensor& q, const Tensor& k, const Sequences& sequences,
     if (const DeviceFlow* device = device_for(q, execution))
       return device->attention(q, k, k, batch_of(sequences), routing, outputs, execution);
     host::forward(make_call(q, k, k, sequences, routing), nullptr, outputs, execution);
+  });
+}
+
+void select_blocks(const GateInputs& gate, const Sequences& sequences, const Routing& routing,
+                   std::int32_t* selection, const Execution& execution, std::int64_t selection_stride) {
+  named("select_blocks", [&] {
+    const Outputs outputs{.selection = selection, .selection_stride = selection_stride};
+    check_gate(gate, sequences, routing);
+    check_selected(outputs, routing, selection_width(sequences, routing));
+    if (const DeviceFlow* device = device_for(gate.q, execution)) {
+      if (gate.k.sizes[0] != count_blocks(sequences.cu_seqlens_k, routing.block_size).all)
+        refuse("gate.k",
+               "expected a row for every block, the incomplete last ones included (backend cuda), got ",
+               gate.k.sizes[0]);
+      return device->select(gate, batch_of(sequences), routing, outputs, execution);
+    }
+    const Call call = make_gate_call(gate, sequences, routing);
+    if (!call.needs_scores()) return host::forward(call, nullptr, outputs, execution);
+    Scratch scratch(execution.scratch);
+    const BlockMeans keys = gate_keys(call, gate.k, scratch);
+    host::forward(call, &keys, outputs, execution);
+  });
+}
+
+void block_features(const Tensor& k, const std::vector<std::int32_t>& cu_seqlens_k, std::int64_t block_size,
+                    const BlockFeatures& features, const Execution& execution) {
+  named("block_features", [&] {
+    check_features(k, cu_seqlens_k, block_size, features);
+    const Sequences sequences{cu_seqlens_k, cu_seqlens_k};
+    if (const DeviceFlow* device = device_for(k, execution))
+      return device->features(k, batch_of(sequences), block_size, features, execution);
+    const Routing routing{.block_size = block_size, .top_k = 1, .causal = false};
+    host::features(make_call(k, k, k, sequences, routing), features, execution);
   });
 }
 
@@ -72,6 +116,7 @@ void attention(const Tensor& q, const KvCache& cache, std::int64_t sequence, con
     check_cached(q, cache, routing);
     check_outputs(q, outputs, routing,
                   selection_width(one_sequence(q.sizes[0], cache.length(sequence)), routing));
+    check_no_weights(outputs);
     check_execution(execution);
     const BlockMeans means = cached_means(cache, sequence);
     host::forward(cached_call(q, cache, sequence, routing), &means, outputs, execution);
@@ -85,18 +130,9 @@ void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const
     check_decode(q, cache.shape().sequences, outputs);
     check_outputs(q, outputs, routing, 0);
     check_execution(execution);
-    host::decode(decode_call(q, cache, routing), cached_means(cache), outputs, execution);
-  });
-}
-
-void decode(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing,
-            const Outputs& outputs, const Execution& execution) {
-  named("decode", [&] {
-    check_cached(q, sequences, routing);
-    check_decode(q, static_cast<std::int64_t>(sequences.size()), outputs);
-    check_outputs(q, outputs, routing, 0);
-    check_execution(execution);
-    host::decode(decode_call(q, sequences, routing), cached_means(sequences), outputs, execution);
+    const Call call = decode_call(q, cache, routing);
+    check_weights(outputs, call.sequences);
+    host::decode(call, cached_means(cache), outputs, execution);
   });
 }
 
@@ -105,6 +141,7 @@ void attention(const Tensor& q, const PageLayout& layout, const PagedSequence& s
   named("attention", [&] {
     check_cached(q, layout, {&sequence, 1}, routing);
     check_outputs(q, outputs, routing, selection_width(one_sequence(q.sizes[0], sequence.length), routing));
+    check_no_weights(outputs);
     check_execution(execution);
     const BlockMeans means = cached_means(layout, {&sequence, 1});
     host::forward(cached_call(q, layout, sequence, routing), &means, outputs, execution);
@@ -118,8 +155,9 @@ void decode(const Tensor& q, const PageLayout& layout, std::span<const PagedSequ
     check_decode(q, static_cast<std::int64_t>(sequences.size()), outputs);
     check_outputs(q, outputs, routing, 0);
     check_execution(execution);
-    host::decode(decode_call(q, layout, sequences, routing), cached_means(layout, sequences), outputs,
-                 execution);
+    const Call call = decode_call(q, layout, sequences, routing);
+    check_weights(outputs, call.sequences);
+    host::decode(call, cached_means(layout, sequences), outputs, execution);
   });
 }
 
@@ -128,6 +166,7 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSe
   named("attention", [&] {
     check_attention(q, k, v, sequences, routing);
     check_outputs(q, outputs, routing, selection_width(sequences, routing));
+    check_no_weights(outputs);
     check_apart_from_keys(outputs, k, v);
     device_required(q, execution).attention(q, k, v, batch_of(sequences), routing, outputs, execution);
   });
@@ -143,6 +182,16 @@ void select_blocks(const Tensor& q, const Tensor& k, const DeviceSequences& sequ
   });
 }
 
+void select_blocks(const GateInputs& gate, const DeviceSequences& sequences, const Routing& routing,
+                   std::int32_t* selection, const Execution& execution, std::int64_t selection_stride) {
+  named("select_blocks", [&] {
+    const Outputs outputs{.selection = selection, .selection_stride = selection_stride};
+    check_gate(gate, sequences, routing);
+    check_selected(outputs, routing, selection_width(sequences, routing));
+    device_required(gate.q, execution).select(gate, batch_of(sequences), routing, outputs, execution);
+  });
+}
+
 void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
                         const Saved& saved, const DeviceSequences& sequences, const Routing& routing,
                         const Gradients& gradients, const Execution& execution) {
@@ -154,13 +203,35 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
   });
 }
 
+void attention(const Tensor& q, const std::int32_t* cu_seqlens_q, const PagedCache& cache,
+               const Routing& routing, const Outputs& outputs, const Execution& execution) {
+  named("attention", [&] {
+    if (device_for(q, execution) != nullptr)
+      refuse("backend", "expected one that works on CPU tensors, got cuda");
+    require_host(q, execution);
+    check_paged(q, cu_seqlens_q, cache, routing);
+    check_outputs(q, outputs, routing,
+                  selection_width(DeviceSequences{.max_seqlen_k = cache.max_seqlen_k}, routing));
+    const Call call = paged_call(q, cu_seqlens_q, cache, routing);
+    Scratch scratch(execution.scratch);
+    const BlockMeans means = paged_means(call, cache, scratch, execution);
+    host::forward(call, &means, outputs, execution);
+  });
+}
+
 void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, const Outputs& outputs,
             const Execution& execution) {
   named("decode", [&] {
     check_paged(q, cache, routing);
     check_decode(q, cache.sequences, outputs);
     check_outputs(q, outputs, routing, 0);
-    device_required(q, execution).decode(q, cache, routing, outputs, execution);
+    check_no_weights(outputs);
+    if (const DeviceFlow* device = device_for(q, execution))
+      return device->decode(q, cache, routing, outputs, execution);
+    require_host(q, execution);
+    const Call call = paged_call(q, nullptr, cache, routing);
+    Scratch scratch(execution.scratch);
+    host::decode(call, paged_means(call, cache, scratch, execution), outputs, execution);
   });
 }
 
@@ -170,7 +241,11 @@ void update_means(const PagedCache& cache, std::int64_t block_size, const std::i
     if (block_size < 1) refuse("block_size", "expected at least 1, got ", block_size);
     if (max_added < 0) refuse("max_added", "expected at least 0, got ", max_added);
     check_paged(cache, block_size);
-    device_required(cache.k, execution).update_means(cache, block_size, before, max_added, execution);
+    if (const DeviceFlow* device = device_for(cache.k, execution))
+      return device->update_means(cache, block_size, before, max_added, execution);
+    require_host(cache.k, execution);
+    check_update(cache, before, max_added);
+    host::update_means(cache, block_size, before, execution);
   });
 }
 

@@ -1,11 +1,13 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <span>
 #include <string>
 #include <string_view>
 
 #include "call.h"
+#include "moba/cache.h"
 #include "moba/cuda.h"
 
 namespace moba {
@@ -18,6 +20,11 @@ struct Backward {
   Gradients gradients;
 };
 
+/// Features of one block at one kv head, D values each. `max` and `min` may be null.
+struct FeatureRows {
+  float *mean = nullptr, *max = nullptr, *min = nullptr;
+};
+
 /// New keys and values of one sequence of a cache, and the pages and means that take them.
 struct Append {
   Tensor k{}, v{};         // [n, Hkv, D], n > 0
@@ -27,15 +34,20 @@ struct Append {
   std::int64_t block_size = 1;
   /// [blocks, Hkv, D]: the sum of the keys of each block that is being filled, the mean of each that is full.
   float* means = nullptr;
+  float *max = nullptr, *min = nullptr;  // as `means`; may be null
 
   /// The new tokens [first, last) of a block, counted from the first new one.
   std::pair<std::int64_t, std::int64_t> tokens_of(std::int64_t block) const {
     return {std::max<std::int64_t>(block * block_size - first, 0),
             std::min((block + 1) * block_size - first, k.sizes[0])};
   }
-  float* mean_of(std::int64_t block, std::int64_t head) const {
-    return means + (block * k.sizes[1] + head) * k.sizes[2];
+  /// The features of a block that are kept.
+  FeatureRows features_of(std::int64_t block, std::int64_t head) const {
+    const std::int64_t offset = (block * k.sizes[1] + head) * k.sizes[2];
+    return {means + offset, max == nullptr ? nullptr : max + offset, min == nullptr ? nullptr : min + offset};
   }
+  /// Whether the first token of the block is among the new ones.
+  bool begins(std::int64_t block) const { return first <= block * block_size; }
   /// Whether the block is full once the new tokens are in it.
   bool completes(std::int64_t block) const { return (block + 1) * block_size <= first + k.sizes[0]; }
 };
@@ -54,11 +66,29 @@ inline CacheRow cache_row(const KvLayout& layout, std::span<const std::byte* con
           layout.scale_offset == 0 ? nullptr : reinterpret_cast<float*>(page + layout.scale_offset) + slot};
 }
 
-/// Execution context of a host backend.
+/// Execution::cancelled, which stays true once it was.
+class Cancel {
+ public:
+  explicit Cancel(const std::function<bool()>& cancelled) : cancelled_(cancelled) {}
+
+  bool can_happen() const { return static_cast<bool>(cancelled_); }
+  bool operator()() {
+    if (can_happen() && !happened_.load(std::memory_order_relaxed) && cancelled_()) happened_ = true;
+    return happened_.load(std::memory_order_relaxed);
+  }
+
+ private:
+  const std::function<bool()>& cancelled_;
+  std::atomic<bool> happened_{false};
+};
+
+/// Execution context of a host backend. Tasks of `parallel` are skipped after `cancelled`; those that take
+/// long also ask by themselves.
 struct Context {
   const Parallel& parallel;
   Scratch& scratch;
   std::size_t budget;
+  Cancel& cancelled;
 };
 
 /// Sequences of a call on a device, with offsets on the host or the device.
@@ -75,6 +105,10 @@ struct DeviceFlow {
   /// Computes the selection alone if `outputs.out` has no data.
   void (*attention)(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBatch& batch,
                     const Routing& routing, const Outputs& outputs, const Execution& execution);
+  void (*select)(const GateInputs& gate, const DeviceBatch& batch, const Routing& routing,
+                 const Outputs& outputs, const Execution& execution);
+  void (*features)(const Tensor& k, const DeviceBatch& batch, std::int64_t block_size,
+                   const BlockFeatures& features, const Execution& execution);
   void (*attention_backward)(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
                              const Saved& saved, const DeviceBatch& batch, const Routing& routing,
                              const Gradients& gradients, const Execution& execution);
@@ -98,11 +132,14 @@ struct Backend {
   std::size_t (*workspace)(const Call& call, const WorkSlice& slice, int threads) = nullptr;
 
   /// Stores the new rows of one block at one kv head, and adds its keys to the block's sum in token order; a
-  /// full block's sum becomes its mean.
+  /// full block's sum becomes its mean. Keeps the extremes of stored keys where there is room for them.
   void (*append)(const Append& rows, std::int64_t block, std::int64_t head) = nullptr;
 
   BlockMeans (*centroids)(const Call& call, std::int64_t head0, std::int64_t head1,
                           Context& context) = nullptr;
+  /// Computes features of one block at one kv head; the mean has the bits of `centroids`.
+  void (*features)(const Call& call, const SequenceView& s, std::int64_t head, std::int64_t block,
+                   const FeatureRows& to) = nullptr;
   /// Writes the rows of `selection`. Called only if the call needs scores.
   void (*gate)(const Call& call, const BlockMeans& means, const SliceSelection& selection,
                Context& context) = nullptr;

@@ -1,6 +1,7 @@
 #include "moba/cache.h"
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <utility>
 
@@ -89,6 +90,9 @@ void CacheState::resize(Sequence& s, std::int64_t tokens) const {
   s.means.resize((static_cast<std::size_t>(tokens / shape.block_size) + 1) * row);
   if (s.means.size() > before)
     std::fill(s.means.begin() + static_cast<std::ptrdiff_t>(before), s.means.end(), 0.0F);
+  if (!shape.extremes) return;
+  s.max.resize(s.means.size());
+  s.min.resize(s.means.size());
 }
 
 KvLayout CacheState::layout() const {
@@ -128,7 +132,7 @@ std::size_t KvCache::bytes() const {
   std::size_t total = 0;
   for (const CacheState::Sequence& s : state_->sequences) {
     for (const CacheState::Slab& slab : s.slabs) total += slab.size();
-    total += s.means.capacity() * sizeof(float);
+    total += (s.means.capacity() + s.max.capacity() + s.min.capacity()) * sizeof(float);
   }
   return total;
 }
@@ -152,7 +156,9 @@ void KvCache::append(const Tensor& k, const Tensor& v, std::int64_t sequence, co
                     .k_pages = s.k_pages,
                     .v_pages = s.v_pages,
                     .block_size = state_->shape.block_size,
-                    .means = s.means.data()};
+                    .means = s.means.data(),
+                    .max = s.max.empty() ? nullptr : s.max.data(),
+                    .min = s.min.empty() ? nullptr : s.min.data()};
   s.length += added;
   append_rows(*backend, rows, execution);
 }
@@ -161,20 +167,41 @@ void KvCache::truncate(std::int64_t tokens, std::int64_t sequence) {
   named("KvCache::truncate", [&] { check_truncate(*this, tokens, sequence); });
   CacheState::Sequence& s = state_->sequences[static_cast<std::size_t>(sequence)];
   if (tokens == s.length) return;
-  const auto [kv_heads, head_dim, block_size, dtype, sequences] = state_->shape;
+  const auto [kv_heads, head_dim, block_size, dtype, sequences, extremes] = state_->shape;
   s.length = tokens;
   state_->resize(s, tokens);
 
-  float* sums = s.means.data() + tokens / block_size * kv_heads * head_dim;
-  std::fill(sums, sums + kv_heads * head_dim, 0.0F);
+  const std::int64_t row_size = kv_heads * head_dim, first = tokens / block_size * row_size;
+  float* sums = s.means.data() + first;
+  std::fill(sums, sums + row_size, 0.0F);
   for (std::int64_t token = tokens / block_size * block_size; token < tokens; ++token) {
     for (std::int64_t head = 0; head < kv_heads; ++head) {
       const CacheRow row = cache_row(state_->layout(), s.k_pages, token, head);
       const float scale = row.scale == nullptr ? 1.0F : *row.scale;
-      for (std::int64_t d = 0; d < head_dim; ++d)
-        sums[head * head_dim + d] += static_cast<float>(load(row.data, dtype, d)) * scale;
+      for (std::int64_t d = 0; d < head_dim; ++d) {
+        const float value = static_cast<float>(load(row.data, dtype, d)) * scale;
+        const std::int64_t at = head * head_dim + d;
+        sums[at] += value;
+        if (!extremes) continue;
+        const bool is_first = token % block_size == 0;
+        float &max = s.max[static_cast<std::size_t>(first + at)],
+              &min = s.min[static_cast<std::size_t>(first + at)];
+        if (is_first || value > max || std::isnan(value)) max = value;
+        if (is_first || value < min || std::isnan(value)) min = value;
+      }
     }
   }
+}
+
+BlockFeatures KvCache::features(std::int64_t sequence) const {
+  named("KvCache::features", [&] { check_sequence(*this, sequence); });
+  CacheState::Sequence& s = state_->sequences[static_cast<std::size_t>(sequence)];
+  const auto view_of = [&](std::vector<float, CacheAllocator<float>>& list) {
+    return list.empty() ? Tensor{}
+                        : view(list.data(), {s.length / state_->shape.block_size, state_->shape.kv_heads,
+                                             state_->shape.head_dim});
+  };
+  return {.mean = view_of(s.means), .max = view_of(s.max), .min = view_of(s.min)};
 }
 
 namespace {
@@ -224,43 +251,6 @@ BlockMeans cached_means(const KvCache& cache) {
   return means;
 }
 
-Call decode_call(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing) {
-  Call call;
-  call.q = q;
-  call.page_storage.reserve(2 * sequences.size());
-  std::int64_t max_seqlen_k = 1;
-  for (const CachedSequence& s : sequences) {
-    call.page_storage.push_back(static_cast<const std::byte*>(s.k.data));
-    call.page_storage.push_back(static_cast<const std::byte*>(s.v.data));
-    max_seqlen_k = std::max(max_seqlen_k, s.k.sizes[0]);
-  }
-  const std::byte* const* pages = call.page_storage.data();
-  for (const CachedSequence& s : sequences) {
-    call.sequences.push_back({.q_begin = static_cast<std::int64_t>(call.sequences.size()),
-                              .queries = 1,
-                              .keys = s.k.sizes[0],
-                              .k_pages = {pages, 1},
-                              .v_pages = {pages + 1, 1}});
-    pages += 2;
-  }
-  const CachedSequence none{.k = {.sizes = {0, 1, 1}}, .v{}, .means{}};
-  const CachedSequence& first = sequences.empty() ? none : sequences.front();
-  call.k = {first.k.dtype, max_seqlen_k, first.k.strides[0], first.k.strides[1]};
-  call.v = {first.v.dtype, max_seqlen_k, first.v.strides[0], first.v.strides[1]};
-  finish_call(call, routing, first.k.sizes[1]);
-  return call;
-}
-
-BlockMeans cached_means(std::span<const CachedSequence> sequences) {
-  BlockMeans means;
-  for (const CachedSequence& s : sequences) {
-    means.base.push_back(static_cast<const float*>(s.means.data));
-    means.block_stride = s.means.strides[0];
-    means.head_stride = s.means.strides[1];
-  }
-  return means;
-}
-
 namespace {
 
 /// Layouts of keys and of values.
@@ -303,7 +293,9 @@ void append(const Tensor& k, const Tensor& v, const PageLayout& layout, const Pa
                .k_pages = sequence.pages,
                .v_pages = sequence.pages,
                .block_size = layout.block_size,
-               .means = sequence.means},
+               .means = sequence.means,
+               .max = sequence.max,
+               .min = sequence.min},
               execution);
 }
 

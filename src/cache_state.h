@@ -55,6 +55,8 @@ struct CacheState {
     std::vector<const std::byte*> k_pages, v_pages;  // those in use, slab after slab
     /// [complete blocks + 1, Hkv, D]: the last is the sum of the keys of the block that is being filled.
     std::vector<float, CacheAllocator<float>> means;
+    /// The same of the extremes; empty unless Shape::extremes.
+    std::vector<float, CacheAllocator<float>> max, min;
   };
 
   KvCache::Shape shape;
@@ -63,7 +65,7 @@ struct CacheState {
   std::vector<Sequence> sequences;
 
   std::size_t page_bytes() const { return 2 * half_page_bytes; }
-  /// Resizes the pages in use and the means to `tokens` tokens; sums that are new are 0.
+  /// Resizes the pages in use and the features to `tokens` tokens; sums that are new are 0.
   void resize(Sequence& sequence, std::int64_t tokens) const;
 
   KvLayout layout() const;
@@ -73,7 +75,6 @@ const CacheState& state_of(const KvCache& cache);
 
 Call cached_call(const Tensor& q, const KvCache& cache, std::int64_t sequence, const Routing& routing);
 Call decode_call(const Tensor& q, const KvCache& cache, const Routing& routing);
-Call decode_call(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing);
 Call cached_call(const Tensor& q, const PageLayout& layout, const PagedSequence& sequence,
                  const Routing& routing);
 Call decode_call(const Tensor& q, const PageLayout& layout, std::span<const PagedSequence> sequences,
@@ -81,7 +82,6 @@ Call decode_call(const Tensor& q, const PageLayout& layout, std::span<const Page
 /// Views of the means kept in the cache: of one sequence, or of all.
 BlockMeans cached_means(const KvCache& cache, std::int64_t sequence);
 BlockMeans cached_means(const KvCache& cache);
-BlockMeans cached_means(std::span<const CachedSequence> sequences);
 BlockMeans cached_means(const PageLayout& layout, std::span<const PagedSequence> sequences);
 
 }  // namespace moba

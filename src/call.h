@@ -34,6 +34,7 @@ struct SequenceView {
   std::int64_t q_begin = 0;            // its first query among the packed ones
   std::int64_t queries = 0, keys = 0;  // Lq, Lk
   std::span<const std::byte*const> k_pages{}, v_pages{};
+  std::int64_t first_row = 0;  // of its first key in the first page
 
   /// Key position of query i: bottom-right aligned (semantics: causal, `p`). Negative: the query sees nothing
   /// when causal.
@@ -91,10 +92,10 @@ struct Call : CallShape {
   std::int64_t listed_width() const { return is_dense && !routing.causal ? 1 : width(); }
 
   Rows keys(const SequenceView& s, std::int64_t head, std::int64_t first) const {
-    return rows(k, s.k_pages, s.keys, head, first);
+    return rows(k, s.k_pages, s, head, first);
   }
   Rows values(const SequenceView& s, std::int64_t head, std::int64_t first) const {
-    return rows(v, s.v_pages, s.keys, head, first);
+    return rows(v, s.v_pages, s, head, first);
   }
   /// Element offset of query `i` of sequence `s` at `head` in any [Tq, Hq, D] tensor.
   static std::int64_t offset(const Tensor& t, const SequenceView& s, std::int64_t query, std::int64_t head) {
@@ -103,9 +104,10 @@ struct Call : CallShape {
 
  private:
   /// The rows from `first` to the end of its page or of the sequence.
-  static Rows rows(const KvLayout& layout, std::span<const std::byte* const> pages, std::int64_t length,
+  static Rows rows(const KvLayout& layout, std::span<const std::byte* const> pages, const SequenceView& s,
                    std::int64_t head, std::int64_t first) {
-    const std::int64_t page = first / layout.page_tokens, row = first % layout.page_tokens;
+    const std::int64_t at = s.first_row + first, page = at / layout.page_tokens,
+                       row = at % layout.page_tokens;
     const std::byte* base = pages[static_cast<std::size_t>(page)] + layout.page_offset;
     const std::int64_t element = head * layout.head_stride + row * layout.token_stride;
     const auto* scales =
@@ -113,7 +115,7 @@ struct Call : CallShape {
             ? nullptr
             : reinterpret_cast<const float*>(base + layout.scale_offset) + head * layout.page_tokens + row;
     return {base + element * static_cast<std::int64_t>(size_of(layout.dtype)), layout.token_stride,
-            std::min(layout.page_tokens - row, length - first), scales};
+            std::min(layout.page_tokens - row, s.keys - first), scales};
   }
 };
 

@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "gate_inputs.h"
+
 namespace moba {
 namespace {
 
@@ -137,16 +139,33 @@ void check_heads(std::int64_t q_heads, const char* name, std::int64_t kv_heads) 
     refuse(name, "expected a number of heads that divides ", q_heads, " (the query heads), got ", kv_heads);
 }
 
-void check_offsets(const char* name, const std::vector<std::int32_t>& offsets, std::int64_t tokens,
-                   const char* tensor) {
+/// Checks offsets that start at 0 and never decrease.
+void check_offsets(const char* name, const std::vector<std::int32_t>& offsets) {
+  if (offsets.empty()) refuse(name, "expected at least one entry (0), got an empty list");
   if (offsets.front() != 0) refuse(name, "expected to start at 0, got ", offsets.front());
   for (std::size_t i = 1; i < offsets.size(); ++i) {
     if (offsets[i] < offsets[i - 1])
       refuse(name, "expected never to decrease, got ", offsets[i], " after ", offsets[i - 1], " at entry ",
              i);
   }
+}
+
+/// The same, to the tokens of a tensor.
+void check_offsets(const char* name, const std::vector<std::int32_t>& offsets, std::int64_t tokens,
+                   const char* tensor) {
+  check_offsets(name, offsets);
   if (offsets.back() != tokens)
     refuse(name, "expected to end at ", tokens, " (the tokens of ", tensor, "), got ", offsets.back());
+}
+
+/// Checks both offsets, those of the queries to their end.
+void check_offsets(const Sequences& sequences, std::int64_t queries) {
+  if (sequences.cu_seqlens_q.empty())
+    refuse("cu_seqlens_q", "expected at least one entry (0), got an empty list");
+  if (sequences.cu_seqlens_q.size() != sequences.cu_seqlens_k.size())
+    refuse("cu_seqlens_k", "expected ", sequences.cu_seqlens_q.size(), " entries (as cu_seqlens_q), got ",
+           sequences.cu_seqlens_k.size());
+  check_offsets("cu_seqlens_q", sequences.cu_seqlens_q, queries, "q");
 }
 
 void check_lse(const float* lse) {
@@ -175,6 +194,16 @@ void check_new(const char* name, const Tensor& t, const KvCache::Shape& shape) {
     refuse(name, "expected head_dim ", shape.head_dim, " (the cache's), got ", t.sizes[2]);
 }
 
+void check_sequences(const DeviceSequences& sequences) {
+  if (sequences.count < 0) refuse("sequences.count", "expected at least 0, got ", sequences.count);
+  if (sequences.count > 0 && (sequences.cu_seqlens_q == nullptr || sequences.cu_seqlens_k == nullptr))
+    refuse(sequences.cu_seqlens_q == nullptr ? "cu_seqlens_q" : "cu_seqlens_k", "expected [", sequences.count,
+           " + 1] int32 on the device, got null");
+  if (sequences.max_seqlen_k < 0 || sequences.max_seqlen_k > std::numeric_limits<std::int32_t>::max())
+    refuse("sequences.max_seqlen_k", "expected 0 to ", std::numeric_limits<std::int32_t>::max(), ", got ",
+           sequences.max_seqlen_k);
+}
+
 void check_tensors(const Tensor& q, const Tensor& k, const Tensor& v) {
   check_view("q", q);
   check_view("k", k);
@@ -191,25 +220,14 @@ void check_tensors(const Tensor& q, const Tensor& k, const Tensor& v) {
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSequences& sequences,
                      const Routing& routing) {
   check_tensors(q, k, v);
-  if (sequences.count < 0) refuse("sequences.count", "expected at least 0, got ", sequences.count);
-  if (sequences.count > 0 && (sequences.cu_seqlens_q == nullptr || sequences.cu_seqlens_k == nullptr))
-    refuse(sequences.cu_seqlens_q == nullptr ? "cu_seqlens_q" : "cu_seqlens_k", "expected [", sequences.count,
-           " + 1] int32 on the device, got null");
-  if (sequences.max_seqlen_k < 0 || sequences.max_seqlen_k > std::numeric_limits<std::int32_t>::max())
-    refuse("sequences.max_seqlen_k", "expected 0 to ", std::numeric_limits<std::int32_t>::max(), ", got ",
-           sequences.max_seqlen_k);
+  check_sequences(sequences);
   check_routing(q, routing);
 }
 
 void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequences& sequences,
                      const Routing& routing) {
   check_tensors(q, k, v);
-  if (sequences.cu_seqlens_q.empty())
-    refuse("cu_seqlens_q", "expected at least one entry (0), got an empty list");
-  if (sequences.cu_seqlens_q.size() != sequences.cu_seqlens_k.size())
-    refuse("cu_seqlens_k", "expected ", sequences.cu_seqlens_q.size(), " entries (as cu_seqlens_q), got ",
-           sequences.cu_seqlens_k.size());
-  check_offsets("cu_seqlens_q", sequences.cu_seqlens_q, q.sizes[0], "q");
+  check_offsets(sequences, q.sizes[0]);
   check_offsets("cu_seqlens_k", sequences.cu_seqlens_k, k.sizes[0], "k");
   check_routing(q, routing);
 }
@@ -261,6 +279,62 @@ void check_outputs(const Tensor& q, const Outputs& outputs, const Routing& routi
 void check_apart_from_keys(const Outputs& outputs, const Tensor& k, const Tensor& v) {
   check_apart("out", outputs.out, "k", k);
   check_apart("out", outputs.out, "v", v);
+}
+
+namespace {
+
+void check_gate(const GateInputs& gate) {
+  const auto& [q, k] = gate;
+  check_view("gate.q", q);
+  check_view("gate.k", k);
+  if (k.dtype != q.dtype && k.dtype != DType::f32)
+    refuse("gate.k", "expected f32 or the dtype of gate.q, ", name_of(q.dtype), ", got ", name_of(k.dtype));
+  if (k.device != q.device) refuse("gate.k", "expected the device of gate.q, got another one");
+  check_heads(q.sizes[1], "gate.k", k.sizes[1]);
+  if (k.sizes[2] != q.sizes[2])
+    refuse("gate.k", "expected head_dim ", q.sizes[2], " (that of gate.q), got ", k.sizes[2]);
+}
+
+}  // namespace
+
+void check_gate(const GateInputs& gate, const DeviceSequences& sequences, const Routing& routing) {
+  check_gate(gate);
+  check_sequences(sequences);
+  check_routing(gate.q, routing);
+}
+
+void check_gate(const GateInputs& gate, const Sequences& sequences, const Routing& routing) {
+  check_gate(gate);
+  const auto& [q, k] = gate;
+  check_offsets(sequences, q.sizes[0]);
+  check_offsets("cu_seqlens_k", sequences.cu_seqlens_k);
+  check_routing(q, routing);
+  const BlockCount blocks = count_blocks(sequences.cu_seqlens_k, routing.block_size);
+  if (k.sizes[0] != blocks.all && !(routing.causal && k.sizes[0] == blocks.complete))
+    refuse("gate.k", "expected ", blocks.all, " rows (a block of the sequences each), got ", k.sizes[0]);
+}
+
+void check_features(const Tensor& k, const std::vector<std::int32_t>& cu_seqlens_k, std::int64_t block_size,
+                    const BlockFeatures& features) {
+  check_view("k", k);
+  check_offsets("cu_seqlens_k", cu_seqlens_k, k.sizes[0], "k");
+  if (block_size < 1) refuse("block_size", "expected at least 1, got ", block_size);
+  const std::int64_t blocks = count_blocks(cu_seqlens_k, block_size).all;
+  const std::array<std::pair<const char*, const Tensor*>, 3> all{
+      {{"features.mean", &features.mean}, {"features.max", &features.max}, {"features.min", &features.min}}};
+  for (std::size_t i = 0; i < all.size(); ++i) {
+    const auto& [name, t] = all[i];
+    if (t->data == nullptr) continue;
+    check_view(name, *t);
+    if (t->dtype != k.dtype && t->dtype != DType::f32)
+      refuse(name, "expected f32 or the dtype of k, ", name_of(k.dtype), ", got ", name_of(t->dtype));
+    if (t->device != k.device) refuse(name, "expected the device of k, got another one");
+    if (t->sizes[0] != blocks || t->sizes[1] != k.sizes[1] || t->sizes[2] != k.sizes[2])
+      refuse(name, "expected [", blocks, ", ", k.sizes[1], ", ", k.sizes[2], "], got ", sizes_of(*t));
+    check_written(name, *t);
+    check_apart(name, *t, "k", k);
+    for (std::size_t j = 0; j < i; ++j) check_apart(name, *t, all[j].first, *all[j].second);
+  }
 }
 
 void check_selected(const Outputs& outputs, const Routing& routing, std::int64_t width) {
@@ -415,38 +489,6 @@ void check_cached(const Tensor& q, const PageLayout& layout, std::span<const Pag
   for (const PagedSequence& sequence : sequences) check_sequence(layout, sequence, 0);
 }
 
-void check_cached(const Tensor& q, std::span<const CachedSequence> sequences, const Routing& routing) {
-  check_view("q", q);
-  check_routing(q, routing);
-  if (!routing.causal) refuse("causal", "expected true (a cache takes causal queries only), got false");
-  bool choosing = false;
-  for (const CachedSequence& s : sequences) {
-    const CachedSequence& first = sequences.front();
-    check_view("k", s.k);
-    check_view("v", s.v);
-    check_same_kind("k", s.k, "q", q);
-    check_heads(q.sizes[1], "k", s.k.sizes[1]);
-    if (s.k.sizes[2] != q.sizes[2])
-      refuse("k", "expected head_dim ", q.sizes[2], " (that of q), got ", s.k.sizes[2]);
-    check_same_shape("v", s.v, "k", s.k);
-    if (s.k.sizes[1] != first.k.sizes[1] || s.k.strides != first.k.strides || s.v.strides != first.v.strides)
-      refuse("k, v", "expected the heads and strides of the first sequence, got others");
-    choosing |= s.k.sizes[0] > 0 && routing.top_k <= (s.k.sizes[0] - 1) / routing.block_size;
-  }
-  if (!choosing || routing.selection.heads != 0) return;
-  for (const CachedSequence& s : sequences) {
-    const CachedSequence& first = sequences.front();
-    const std::int64_t blocks = s.k.sizes[0] / routing.block_size;
-    check_view("means", s.means);
-    if (s.means.dtype != DType::f32) refuse("means", "expected f32, got ", name_of(s.means.dtype));
-    if (s.means.sizes[0] < blocks || s.means.sizes[1] != s.k.sizes[1] || s.means.sizes[2] != s.k.sizes[2])
-      refuse("means", "expected at least [", blocks, ", ", s.k.sizes[1], ", ", s.k.sizes[2], "], got ",
-             sizes_of(s.means));
-    if (s.means.strides != first.means.strides)
-      refuse("means", "expected the strides of the first sequence, got others");
-  }
-}
-
 Tensor page_of(const Tensor& pages) {
   Tensor page = pages;
   page.rank = 3;
@@ -473,7 +515,12 @@ Tensor checked_page(const char* name, const Tensor& t) {
 void check_means(const PagedCache& cache, std::int64_t block_size) {
   const Tensor &k = cache.k, &means = cache.means;
   checked_page("cache.means", means);
-  check_same_kind("cache.means", means, "cache.k", k);
+  if (k.device == Device::cuda) {
+    check_same_kind("cache.means", means, "cache.k", k);
+  } else if (means.dtype != DType::f32 || means.device != Device::cpu) {
+    refuse("cache.means", "expected f32 in host memory, got ", name_of(means.dtype),
+           means.device == Device::cpu ? "" : " on a device");
+  }
   const std::int64_t page_tokens = k.sizes[1];
   const std::int64_t blocks =
       page_tokens < block_size ? 1 : std::min(page_tokens, cache.max_seqlen_k) / block_size;
@@ -486,6 +533,26 @@ void check_means(const PagedCache& cache, std::int64_t block_size) {
            " (the tokens of a page of cache.k), got ", block_size);
 }
 
+/// Checks the values of the lists, which only the host can read.
+void check_lists(const PagedCache& cache) {
+  const std::int64_t page_tokens = cache.k.sizes[1], pages = cache.k.sizes[0];
+  for (std::int64_t s = 0; s < cache.sequences; ++s) {
+    const std::int32_t length = cache.lengths[s], start = cache.starts == nullptr ? 0 : cache.starts[s];
+    if (length < 0 || length > cache.max_seqlen_k)
+      refuse("cache.lengths", "expected 0 to ", cache.max_seqlen_k, " (max_seqlen_k), got ", length,
+             " in sequence ", s);
+    if (start < 0 || start > length)
+      refuse("cache.starts", "expected 0 to ", length, " (the length), got ", start, " in sequence ", s);
+    if (cache.page_table == nullptr || start == length) continue;
+    for (std::int64_t i = start / page_tokens; i <= (length - 1) / page_tokens; ++i) {
+      const std::int32_t page = cache.page_table[s * cache.table_stride + i];
+      if (page < 0 || page >= pages)
+        refuse("cache.page_table", "expected 0 to ", pages - 1, " (the pages of cache.k), got ", page,
+               " at page ", i, " of sequence ", s);
+    }
+  }
+}
+
 void check_pages(const PagedCache& cache) {
   const Tensor k = checked_page("cache.k", cache.k), v = checked_page("cache.v", cache.v);
   check_same_shape("cache.v", v, "cache.k", k);
@@ -493,7 +560,7 @@ void check_pages(const PagedCache& cache) {
     refuse("cache.v", "expected ", cache.k.sizes[0], " pages (as cache.k), got ", cache.v.sizes[0]);
   if (cache.sequences < 0) refuse("cache.sequences", "expected at least 0, got ", cache.sequences);
   if (cache.sequences > 0 && cache.lengths == nullptr)
-    refuse("cache.lengths", "expected int32 on the device, got null");
+    refuse("cache.lengths", "expected [", cache.sequences, "] int32, got null");
   constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
   if (cache.max_seqlen_k < 0 || cache.max_seqlen_k > kMax)
     refuse("cache.max_seqlen_k", "expected 0 to ", kMax, ", got ", cache.max_seqlen_k);
@@ -507,6 +574,7 @@ void check_pages(const PagedCache& cache) {
   if (cache.page_table == nullptr && needed > 0 && cache.k.sizes[0] / cache.table_stride < cache.sequences)
     refuse("cache.k", "expected ", cache.sequences, " x ", cache.table_stride,
            " pages without a page_table, got ", cache.k.sizes[0]);
+  if (cache.k.device == Device::cpu) check_lists(cache);
 }
 
 }  // namespace
@@ -530,11 +598,49 @@ void check_paged(const Tensor& q, const PagedCache& cache, const Routing& routin
     check_means(cache, routing.block_size);
 }
 
+void check_paged(const Tensor& q, const std::int32_t* cu_seqlens_q, const PagedCache& cache,
+                 const Routing& routing) {
+  check_paged(q, cache, routing);
+  if (cu_seqlens_q == nullptr) refuse("cu_seqlens_q", "expected [", cache.sequences, " + 1] int32, got null");
+  check_offsets("cu_seqlens_q", {cu_seqlens_q, cu_seqlens_q + cache.sequences + 1}, q.sizes[0], "q");
+}
+
+void check_update(const PagedCache& cache, const std::int32_t* before, std::int64_t max_added) {
+  for (std::int64_t s = 0; s < cache.sequences && before != nullptr; ++s) {
+    const std::int64_t added = std::int64_t{cache.lengths[s]} - before[s];
+    if (before[s] < 0 || added > max_added)
+      refuse("before", "expected ", std::max<std::int64_t>(cache.lengths[s] - max_added, 0),
+             " or more (max_added tokens below the length), got ", before[s], " in sequence ", s);
+  }
+}
+
 void check_decode(const Tensor& q, std::int64_t sequences, const Outputs& outputs) {
   if (q.sizes[0] != sequences)
     refuse("q", "expected ", sequences, " tokens (one for each sequence of the cache), got ", q.sizes[0]);
   if (outputs.selection != nullptr)
     refuse("selection", "expected null (attention on the cache selects), got a pointer");
+}
+
+void check_weights(const Outputs& outputs, std::span<const SequenceView> sequences) {
+  if (outputs.weights.empty()) return;
+  if (outputs.weights.size() != sequences.size())
+    refuse("weights", "expected one for each of ", sequences.size(), " sequences or none, got ",
+           outputs.weights.size());
+  for (std::size_t i = 0; i < sequences.size(); ++i) {
+    const KeyWeights& weights = outputs.weights[i];
+    if (weights.data == nullptr) continue;
+    if (reinterpret_cast<std::uintptr_t>(weights.data) % alignof(float) != 0)
+      refuse("weights", "expected alignment to f32, got an unaligned pointer");
+    if (weights.range < 1) refuse("weights.range", "expected at least 1, got ", weights.range);
+    if (weights.keys < 0 || weights.keys > sequences[i].keys)
+      refuse("weights.keys", "expected 0 to ", sequences[i].keys, " (those of the sequence), got ",
+             weights.keys);
+  }
+}
+
+void check_no_weights(const Outputs& outputs) {
+  if (!outputs.weights.empty())
+    refuse("weights", "expected none (decode on the host computes them), got ", outputs.weights.size());
 }
 
 void check_sequence(const KvCache& cache, std::int64_t sequence) {

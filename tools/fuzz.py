@@ -9,7 +9,9 @@ Corpora grow in build/fuzz/corpus. A crash leaves its input in build/fuzz/crashe
 
 import argparse
 import json
+import math
 import re
+import struct
 import subprocess
 import sys
 import tempfile
@@ -19,7 +21,15 @@ import make_bad_files
 from flag_tables import ROOT
 
 BUILD = ROOT / "build" / "fuzz"
-NAMES = ("gguf", "safetensors", "config_json", "tokenizer_json", "tokenizer_text")
+NAMES = (
+    "gguf",
+    "safetensors",
+    "config_json",
+    "tokenizer_json",
+    "tokenizer_text",
+    "chat_template",
+    "checkpoint",
+)
 
 TOKENIZER = {
     "version": "1.0",
@@ -41,6 +51,28 @@ TEXTS = (
     "\u00e9\u4e2d\U0001f600\u200d",
     "don't\t\r\n\r\n",
 )
+TEMPLATES = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] | trim + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\\nBe kind<|im_end|>\\n' }}{% endif %}",
+    "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\\n\\n' + m['content'] | trim + '<|eot_id|>' }}",
+    "{{ bos_token + '[INST] ' + '<<SYS>>\\n' + m['content'] + '\\n<</SYS>>\\n\\n' + ' [/INST]' + eos_token }}",
+)
+SECTIONS = {
+    f"{section}/{name}": shape
+    for section in ("adam.m", "adam.v")
+    for name, shape in {"weight": [4, 2], "norm": [4]}.items()
+}
+
+
+def checkpoint():
+    """Return the optimiser's file of a model of two tensors, as safetensors."""
+    header, end = {}, 0
+    for name, shape in SECTIONS.items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + bytes(end)
 
 
 def write_seeds(folder):
@@ -55,6 +87,9 @@ def write_seeds(folder):
                 seed = folder / kinds[file.suffix] / f"seed-{file.parent.name}-{file.name}"
                 seed.write_bytes(file.read_bytes())
     (folder / "tokenizer_json" / "seed").write_text(json.dumps(TOKENIZER))
+    (folder / "checkpoint" / "seed").write_bytes(checkpoint())
+    for i, template in enumerate(TEMPLATES):
+        (folder / "chat_template" / f"seed-{i}").write_text(template)
     for i, text in enumerate(TEXTS):
         (folder / "tokenizer_text" / f"seed-{i}").write_text(text)
     (folder / "tokenizer_text" / "seed-bytes").write_bytes(bytes(range(256)))

@@ -15,7 +15,7 @@ build_packages=(
   g++ cmake ninja-build                                   # the build
   libhwy-dev                                              # the library: vectors
   libcli11-dev libfmt-dev nlohmann-json3-dev              # the program: flags, text, JSON
-  libboost-dev                                            # the server: HTTP
+  libboost-dev libssl-dev                                 # the server: HTTP, SHA-256
   libpcre2-dev libutf8proc-dev                            # the tokenizer
   libcairo2-dev pkg-config                                # plots of evaluations
   libgtest-dev libgmock-dev                               # the tests

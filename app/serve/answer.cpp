@@ -5,6 +5,7 @@
 
 #include "llm/session/stop_text.h"
 #include "llm/session/text_stream.h"
+#include "src/stopwatch.h"
 
 namespace moba::app {
 namespace {
@@ -20,6 +21,8 @@ class AnswerWriter {
         tokenizer_(model.tokenizer),
         stop_(request.stop),
         queue_(std::move(queue)) {}
+
+  void give_evidence(std::shared_ptr<const PromptBlocks> blocks) { evidence_.emplace(std::move(blocks)); }
 
   void echo(const CompletionPrompt& prompt) {
     AnswerPart part{.answer = answer_, .text = prompt.text};
@@ -39,8 +42,28 @@ class AnswerWriter {
     if (!part.logprobs.empty()) queue_->push(std::move(part));
   }
 
+  /// Reports the first and the last step and some of those between.
+  void progress(double tokens_read, const llm::RequestUsage& usage) {
+    constexpr double kSeconds = 0.1;
+    const bool is_last = tokens_read >= static_cast<double>(usage.prompt_tokens);
+    if (!begin_) begin_.emplace();
+    if (reported_ && !is_last && reported_->seconds() < kSeconds) return;
+    reported_.emplace();
+    AnswerPart part{.answer = answer_};
+    part.progress = PromptProgress{.total = usage.prompt_tokens,
+                                   .cache = usage.cached_tokens,
+                                   .processed = static_cast<std::int64_t>(tokens_read),
+                                   .seconds = begin_->seconds()};
+    queue_->push(std::move(part));
+  }
+
+  void weights(std::span<const float> weights) { weights_.assign(weights.begin(), weights.end()); }
+
   bool token(std::int32_t token, std::span<const float> logits) {
-    AnswerPart part{.answer = answer_, .text = stop_.push(stream_.push(tokenizer_.piece(token)))};
+    const std::string text = stream_.push(tokenizer_.piece(token));
+    if (evidence_) evidence_->add(weights_, text);
+    AnswerPart part{.answer = answer_, .text = stop_.push(text)};
+    bytes_ += part.text.size();
     if (logprobs_) part.logprobs.push_back(logprobs_of(token, logits, *logprobs_));
     if (!part.text.empty() || logprobs_) queue_->push(std::move(part));
     return !stop_.found();
@@ -49,7 +72,12 @@ class AnswerWriter {
   void finish(llm::Finish finish, const llm::RequestUsage& usage) {
     std::string text = stop_.push(stream_.finish());
     text += stop_.finish();
-    queue_->push({.answer = answer_, .text = std::move(text), .finish = finish, .usage = usage});
+    if (evidence_) evidence_->finish(bytes_ + text.size());
+    queue_->push({.answer = answer_,
+                  .text = std::move(text),
+                  .finish = finish,
+                  .evidence = std::move(evidence_),
+                  .usage = usage});
   }
 
   void fail(const std::string& message) { queue_->push({.answer = answer_, .error = message}); }
@@ -61,6 +89,10 @@ class AnswerWriter {
   llm::Tokenizer tokenizer_;
   llm::TextStream stream_;
   llm::StopText stop_;
+  std::size_t bytes_ = 0;  // of the text that is sent
+  std::optional<Evidence> evidence_;
+  std::vector<float> weights_;  // of the next token
+  std::optional<Stopwatch> begin_, reported_;
   std::shared_ptr<AnswerQueue> queue_;
 };
 
@@ -101,6 +133,15 @@ std::vector<EngineJob> jobs_for(const CompletionRequest& request, const ServedMo
                                            std::int64_t first, std::span<const float> logits) {
           writer->prompt_logits(tokens, first, logits);
         };
+      }
+      if (request.return_progress) {
+        job.request.on_progress = [writer](double tokens_read, const llm::RequestUsage& usage) {
+          writer->progress(tokens_read, usage);
+        };
+      }
+      if (prompt.blocks) {
+        writer->give_evidence(prompt.blocks);
+        job.request.on_weights = [writer](std::span<const float> weights) { writer->weights(weights); };
       }
       job.request.on_token = [writer](std::int32_t token, std::span<const float> logits) {
         return writer->token(token, logits);

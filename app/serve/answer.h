@@ -10,6 +10,7 @@
 
 #include "app/logprobs.h"
 #include "app/serve/engine_thread.h"
+#include "app/serve/evidence.h"
 #include "app/serve/openai_request.h"
 #include "app/serve/served_model.h"
 #include "llm/engine/engine.h"
@@ -23,8 +24,11 @@ struct AnswerPart {
   std::string text{};
   /// Those of the tokens since the part before; NaN for the first token of a prompt.
   std::vector<TokenLogprobs> logprobs{};
+  /// How far the prompt is read, instead of text.
+  std::optional<PromptProgress> progress{};
   /// With the last part.
   std::optional<llm::Finish> finish{};
+  std::optional<Evidence> evidence{};
   llm::RequestUsage usage{};
   /// Why there is no answer, instead of all else.
   std::string error{};

@@ -89,6 +89,7 @@ void Completion::add(AnswerPart part, std::string& events) {
   if (!part.logprobs.empty())
     logprobs = logprobs_json(head_.is_chat, part.logprobs, model_.tokenizer, offsets_[part.answer]);
   if (part.finish) finish(part.answer, part.usage);
+  if (part.evidence) choice.evidence = part.evidence->json();
   if (!request_.stream) {
     choice.text += part.text;
     if (!logprobs.is_null()) append_logprobs(choice.logprobs, std::move(logprobs));
@@ -99,6 +100,7 @@ void Completion::add(AnswerPart part, std::string& events) {
   choice.logprobs = std::move(logprobs);
   choice.finish = part.finish;
   OrderedJson json = chunk_json(head_, &choice);
+  if (part.progress) json["prompt_progress"] = progress_json(*part.progress);
   if (part.finish && !timings_.is_null()) json["timings"] = timings_;
   events += event(std::move(json));
 }

@@ -175,15 +175,31 @@ MobaExtension extension_of(const JsonValue& body, const ServedModel& model) {
   return result;
 }
 
+/// The blocks of requested evidence are those of the routing, or of as many tokens as the request names.
+std::optional<std::int64_t> evidence_block_size(const JsonValue& body, const ServedModel& model) {
+  constexpr std::int64_t kMinBlock = 16;
+  const auto evidence = body.find("evidence");
+  if (!evidence) return std::nullopt;
+  if (!evidence->value().is_object())
+    return evidence->boolean() ? std::optional(std::max(model.moba.block_size, kMinBlock)) : std::nullopt;
+  for (const auto& [name, value] : evidence->object())
+    if (name != "block_size") evidence->fail("block_size", "'" + name + "'");
+  return integer_of(*evidence, "block_size", kMinBlock, kMaxCount,
+                    std::max(model.moba.block_size, kMinBlock));
+}
+
 struct Prompt {
   std::string text;
   std::vector<std::int32_t> tokens;
+  std::vector<llm::TurnText> messages{};
 };
 
 /// Completes a request for `prompts`, which are the member `param` of the body.
 void fill(CompletionRequest& request, std::vector<Prompt> prompts, const char* param,
           std::optional<std::int64_t> default_tokens, const JsonValue& body, const ServedModel& model) {
   request.stream = boolean_of(body, "stream");
+  const bool wants_progress = boolean_of(body, "return_progress");
+  request.return_progress = request.stream && wants_progress;
   if (const auto options = body.find("stream_options"))
     request.include_usage = boolean_of(*options, "include_usage");
   request.stop = stops_of(body);
@@ -200,6 +216,7 @@ void fill(CompletionRequest& request, std::vector<Prompt> prompts, const char* p
   for (const char* name : {"max_tokens", "max_completion_tokens"})
     if (const auto value = body.find(name)) max_tokens = integer_of(*value, 0, kMaxCount);
   const bool ignore_eos = boolean_of(body, "ignore_eos");
+  const std::optional<std::int64_t> block_size = evidence_block_size(body, model);
 
   for (Prompt& prompt : prompts) {
     const auto size = static_cast<std::int64_t>(prompt.tokens.size());
@@ -218,6 +235,11 @@ void fill(CompletionRequest& request, std::vector<Prompt> prompts, const char* p
                                                                .calibrated = extension.layers,
                                                                .trained = model.config.moba});
     CompletionPrompt& filled = request.prompts.emplace_back();
+    if (block_size) {
+      filled.blocks = std::make_shared<const PromptBlocks>(
+          prompt_blocks(model.tokenizer, prompt.text, prompt.tokens, prompt.messages, *block_size));
+      filled.request.weight_range = *block_size;
+    }
     filled.text = std::move(prompt.text);
     filled.request.prompt = std::move(prompt.tokens);
     filled.request.prefill = choice.prefill;
@@ -304,7 +326,8 @@ CompletionRequest chat_request(const Json& document, const ServedModel& model) {
     const std::int64_t top = integer_of(body, "top_logprobs", 0, kMaxLogprobs, 0);
     if (boolean_of(body, "logprobs")) request.logprobs = top;
     std::vector<Prompt> prompts;
-    prompts.push_back({"", llm::apply_chat_template(model.tokenizer, turns_of(body.at("messages")))});
+    llm::ChatPrompt chat = llm::chat_prompt(model.tokenizer, turns_of(body.at("messages")));
+    prompts.push_back({std::move(chat.text), std::move(chat.ids), std::move(chat.turns)});
     fill(request, std::move(prompts), "messages", std::nullopt, body, model);
     return request;
   });

@@ -1,11 +1,13 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "app/serve/evidence.h"
 #include "app/serve/served_model.h"
 #include "llm/engine/engine.h"
 
@@ -15,6 +17,8 @@ namespace moba::app {
 struct CompletionPrompt {
   std::string text;
   llm::Request request;
+  /// Set if evidence is requested.
+  std::shared_ptr<const PromptBlocks> blocks{};
 };
 
 /// A request to /v1/chat/completions or /v1/completions.
@@ -26,7 +30,7 @@ struct CompletionRequest {
   std::vector<std::string> stop;
   /// Likeliest tokens whose log-probabilities are given with each token's own; unset: none at all.
   std::optional<std::int64_t> logprobs;
-  bool echo = false, stream = false, include_usage = false;
+  bool echo = false, stream = false, include_usage = false, return_progress = false;
 
   std::size_t answers() const { return prompts.size() * static_cast<std::size_t>(n); }
 };

@@ -141,6 +141,13 @@ OrderedJson timings_json(const llm::RequestUsage& usage) {
           {"predicted_per_second", per_second(written, usage.decode_seconds)}};
 }
 
+OrderedJson progress_json(const PromptProgress& progress) {
+  return {{"total", progress.total},
+          {"cache", progress.cache},
+          {"processed", progress.processed},
+          {"time_ms", static_cast<std::int64_t>(1e3 * progress.seconds)}};
+}
+
 OrderedJson whole_json(const ResponseHead& head, std::span<const ChoiceText> choices) {
   OrderedJson json = head_json(head, head.is_chat ? "chat.completion" : "text_completion");
   json["choices"] = OrderedJson::array();
@@ -154,6 +161,7 @@ OrderedJson whole_json(const ResponseHead& head, std::span<const ChoiceText> cho
     }
     entry["logprobs"] = choice.logprobs;
     entry["finish_reason"] = finish_json(choice.finish);
+    if (!choice.evidence.is_null()) entry["evidence"] = choice.evidence;
     json["choices"].push_back(std::move(entry));
   }
   return json;
@@ -175,6 +183,7 @@ OrderedJson chunk_json(const ResponseHead& head, const ChoiceText* choice, bool 
   }
   entry["logprobs"] = choice->logprobs;
   entry["finish_reason"] = finish_json(choice->finish);
+  if (!choice->evidence.is_null()) entry["evidence"] = choice->evidence;
   json["choices"].push_back(std::move(entry));
   return json;
 }

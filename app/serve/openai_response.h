@@ -22,6 +22,13 @@ struct ResponseHead {
   std::int64_t created = 0;
 };
 
+/// The state of reading a prompt, with the names that llama.cpp uses.
+struct PromptProgress {
+  /// Tokens of the prompt; those that a cache had; those that are read, cached ones included.
+  std::int64_t total = 0, cache = 0, processed = 0;
+  double seconds = 0;
+};
+
 /// The answers so far, or a part of one.
 struct ChoiceText {
   std::size_t index = 0;
@@ -29,6 +36,8 @@ struct ChoiceText {
   /// Null, or as logprobs_json() returns it.
   OrderedJson logprobs{};
   std::optional<llm::Finish> finish{};
+  /// Null, or Evidence::json().
+  OrderedJson evidence{};
 };
 
 /// Returns the log-probabilities of tokens in the form of chats or of completions, whose `text_offset` begins
@@ -43,6 +52,8 @@ OrderedJson usage_json(std::int64_t prompt_tokens, std::int64_t cached_tokens,
                        std::int64_t completion_tokens);
 /// The times of one request, with the names that llama.cpp uses.
 OrderedJson timings_json(const llm::RequestUsage& usage);
+
+OrderedJson progress_json(const PromptProgress& progress);
 
 /// Returns a whole response without usage and timings.
 OrderedJson whole_json(const ResponseHead& head, std::span<const ChoiceText> choices);

@@ -25,10 +25,9 @@ void add_flags(FlagTable& flags, ServeSettings& settings) {
                "Maximum answers that wait besides; further requests get status 429");
   flags.size("--cache-size", settings.cache_bytes, {1, kMaxBytes},
              "Maximum bytes of the KV cache: of running requests and of prefixes of finished ones");
-  flags
-      .value("--cache-dir", settings.cache_dir, "PATH",
-             "Folder that keeps prefixes for the next start: it grows, and its files may be deleted")
-      .default_text("none");
+  add_cache_dir_flags(flags, settings,
+                      "Folder that keeps prefixes for the next start; its files may be deleted",
+                      /*is_json=*/false);
   flags.number("--max-step-ms", settings.max_step, {0, 1'000'000},
                "Time between two tokens of an answer that the reading of other prompts may take, in "
                "milliseconds; 0: no limit");

@@ -6,16 +6,18 @@
 #include <utility>
 
 #include "app/serve/completion.h"
+#include "app/serve/content_security_policy.h"
 #include "app/serve/http_server.h"
 #include "app/serve/metrics.h"
 #include "app/serve/openai_request.h"
 #include "app/serve/openai_response.h"
+#include "app/serve/page.h"
 #include "llm/session/text_stream.h"
 
 namespace moba::app {
 namespace {
 
-enum class Endpoint { chat, completions, models, model, tokenize, detokenize, health, metrics };
+enum class Endpoint { page, chat, completions, models, model, tokenize, detokenize, health, metrics };
 
 struct Route {
   Endpoint endpoint;
@@ -23,6 +25,7 @@ struct Route {
 };
 constexpr std::string_view kModels = "/v1/models/";
 constexpr Route kRoutes[] = {
+    {Endpoint::page, "GET", "/"},
     {Endpoint::chat, "POST", "/v1/chat/completions"},
     {Endpoint::completions, "POST", "/v1/completions"},
     {Endpoint::models, "GET", "/v1/models"},
@@ -90,7 +93,7 @@ std::optional<HttpResponse> Service::check(const HttpRequest& head) const {
                           .fields = {{"Access-Control-Allow-Methods", "GET, POST"},
                                      {"Access-Control-Allow-Headers", "Authorization, Content-Type"}}};
     }
-    if (head.path != "/health") check_access(head);
+    if (head.path != "/health" && head.path != "/") check_access(head);
     const Endpoint endpoint = route_of(head).endpoint;
     if (is_stopping_ && (endpoint == Endpoint::chat || endpoint == Endpoint::completions))
       throw HttpError(503, "the server is stopping");
@@ -102,6 +105,8 @@ std::optional<HttpResponse> Service::check(const HttpRequest& head) const {
 
 HttpReply Service::handle(const HttpRequest& request) {
   switch (route_of(request).endpoint) {
+    case Endpoint::page:
+      return page();
     case Endpoint::chat:
       return start_completion(chat_request(parse_body(request.body), model_), model_, engine_);
     case Endpoint::completions:
@@ -133,6 +138,17 @@ HttpReply Service::handle(const HttpRequest& request) {
       return metrics();
   }
   throw HttpError(404, "path: expected an endpoint, got " + request.path);
+}
+
+/// The page asks for a key itself, so it needs none.
+HttpResponse Service::page() {
+  static const std::string policy = content_security_policy(kPage);
+  return {.body = kPage,
+          .content_type = "text/html; charset=utf-8",
+          .fields = {{"Content-Security-Policy", policy},
+                     {"X-Content-Type-Options", "nosniff"},
+                     {"Referrer-Policy", "no-referrer"},
+                     {"Cache-Control", "no-cache"}}};
 }
 
 HttpResponse Service::health() const {

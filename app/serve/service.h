@@ -40,6 +40,7 @@ class Service {
 
  private:
   void check_access(const HttpRequest& head) const;
+  static HttpResponse page();
   HttpResponse health() const;
   HttpResponse models() const;
   HttpResponse metrics();

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -70,6 +71,16 @@ struct Routing {
   static Routing full(bool causal = true) { return {.top_k = kEverything, .causal = causal}; }
 };
 
+/// Destination of the softmax weights of a decoded query, summed over ranges of its keys.
+struct KeyWeights {
+  /// [Hq, ceil(keys / range)], f32; null: not computed.
+  float* data = nullptr;
+  /// Number of consecutive keys that share a weight, at least 1.
+  std::int64_t range = 1;
+  /// Number of keys that are counted: the first ones of the sequence.
+  std::int64_t keys = 0;
+};
+
 /// Destinations of a forward pass. Only `out` is required; `lse` and `selection` may be null. A selection is
 /// [Hq, Tq, selection_width()]: for every query head and token the blocks, numbered within the sequence,
 /// ascending, its own included.
@@ -82,6 +93,9 @@ struct Outputs {
   std::int32_t* selection = nullptr;
   /// Elements from one row of `selection` to the next, at least selection_width(); 0: selection_width().
   std::int64_t selection_stride = 0;
+  /// Of `decode` on the host alone: the weights of each sequence's query, 0 for keys that it does not attend
+  /// to. Empty: none.
+  std::span<const KeyWeights> weights{};
 };
 
 /// Width of a row of a selection: min(top_k or the width of the caller's, blocks of the longest sequence).
@@ -96,6 +110,37 @@ MOBA_EXPORT void attention(const Tensor& q, const Tensor& k, const Tensor& v, co
 MOBA_EXPORT void select_blocks(const Tensor& q, const Tensor& k, const Sequences& sequences,
                                const Routing& routing, std::int32_t* selection,
                                const Execution& execution = {}, std::int64_t selection_stride = 0);
+
+/// Inputs of a gate other than MoBA's, whose scores are <q, k>, unscaled.
+struct GateInputs {
+  /// [Tq, Hg, Dg].
+  Tensor q{};
+  /// [blocks, Hk, Dg], Hg % Hk == 0, in the dtype of q or in f32: one key for every block of every sequence,
+  /// in their order. Causal: the incomplete blocks at the ends of all sequences may be missing, and are not
+  /// read.
+  Tensor k{};
+};
+
+/// Computes a selection [Hg, Tq, selection_width()] from gate inputs, by the rules of `Routing`. With the
+/// queries and the means of the keys' blocks it is MoBA's, bit for bit. Of `sequences`, the keys are counted
+/// alone.
+MOBA_EXPORT void select_blocks(const GateInputs& gate, const Sequences& sequences, const Routing& routing,
+                               std::int32_t* selection, const Execution& execution = {},
+                               std::int64_t selection_stride = 0);
+
+/// Features of blocks of keys, [blocks, Hkv, D] each, in f32 or the dtype of the keys: of every channel the
+/// mean, the largest and the smallest value. NaN if a key has NaN there.
+struct BlockFeatures {
+  /// f32 sums, rounded to the dtype of the keys.
+  Tensor mean{};
+  Tensor max{}, min{};
+};
+
+/// Writes those features that have data, in one pass over `k` [Tk, Hkv, D]: a row for every block of every
+/// sequence, in their order, an incomplete last one included. `cu_seqlens_k`: as in `Sequences`.
+MOBA_EXPORT void block_features(const Tensor& k, const std::vector<std::int32_t>& cu_seqlens_k,
+                                std::int64_t block_size, const BlockFeatures& features,
+                                const Execution& execution = {});
 
 /// Results of the forward pass that the backward pass reads. If the caller selects, `out` and `lse` may also
 /// be those of one softmax over the keys of several calls, merged from their results: the gradients of all

@@ -14,7 +14,7 @@ class MOBA_EXPORT Error : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
-/// The caller cancelled the call (Execution::cancel). The contents of the outputs are undefined.
+/// The caller cancelled the call (Execution::cancelled). The contents of the outputs are undefined.
 class MOBA_EXPORT Cancelled : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;

@@ -1,6 +1,5 @@
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -54,9 +53,9 @@ struct Execution {
   /// Scratch memory is kept below this many bytes; long inputs with many heads are then processed in
   /// slices. Unset: 256 MiB, on CUDA 512 MiB.
   std::optional<std::size_t> workspace_bytes{};
-  /// Another thread may set the flag to end the call early: it then throws Cancelled. Read between tasks of
-  /// some milliseconds. Ignored by `append`, which is short, and on CUDA. May be null.
-  const std::atomic<bool>* cancel = nullptr;
+  /// Returns true to end the call early: it then throws Cancelled. Asked every few milliseconds by any thread
+  /// of the call, and not again after true. Ignored by `append`, which is short, and on CUDA.
+  std::function<bool()> cancelled{};
   /// The CUDA stream, as a cudaStream_t.
   void* stream = nullptr;
   /// Receives the cost of the call, added to what it holds; may be null.

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "llm/engine/prefix_store.h"
+#include "llm/engine/prompt_weights.h"
 #include "llm/engine/sequence_cache.h"
 #include "llm/error.h"
 #include "src/stopwatch.h"
@@ -44,8 +45,12 @@ struct Sequence {
   RequestUsage usage;
   Stopwatch stage;  // since it was queued, started, or given its first logits
   bool is_started = false, has_logits = false;
-  std::vector<PrefixStore::Key> keys;  // of the first pages, after the root
-  std::int64_t told = 0;               // tokens whose logits on_prompt_logits has received
+  std::optional<PrefixCache::Place> prefix;  // after its full pages of the variant; unset: not begun
+  std::vector<PrefixStore::Key> keys;        // of the first pages, after the root
+  std::int64_t stored = 0;                   // pages that the store has or will write
+  PrefixStore::Time begin{};                 // when it was started
+  std::int64_t told = 0;                     // tokens whose logits on_prompt_logits has received
+  std::optional<PromptWeights> weights;      // of the query that was read last, if on_weights is set
 
   std::int64_t unread() const { return static_cast<std::int64_t>(tokens.size()) - cache.length(); }
   /// The tokens that are read in chunks: the prompt, and after a preemption all but the last one.
@@ -122,6 +127,7 @@ struct Engine::Impl {
   bool fits(Sequence& sequence);
   bool reserve(Sequence& sequence, std::int64_t tokens);
   void preempt(Sequences::iterator sequence);
+  void release(Sequence& sequence);
 
   std::vector<Routing> routings(const Sequence& sequence, std::int64_t tokens) const;
   void decode_all();
@@ -130,11 +136,17 @@ struct Engine::Impl {
   Sequence* next_prefill();
   std::int64_t prefix_end(const Sequence& sequence) const;
   void adopt_prefix(Sequence& sequence);
-  void adopt(Sequence& sequence, std::span<const Page> pages);
+  void adopt(Sequence& sequence, std::span<const Page> pages, const PrefixCache::Place& after);
+  std::int64_t full_pages(const Sequence& sequence) const;
+  PrefixCache::Place& place_of(Sequence& sequence);
+  void store_pages(Sequence& sequence);
   bool restore_prefix(Sequence& sequence, double decode_seconds);
   const PrefixStore::Key& parent_key(Sequence& sequence, std::int64_t page) const;
-  std::span<const std::int32_t> page_of(const Sequence& sequence, std::int64_t page) const;
+  std::span<const std::int32_t> tokens_of(const Sequence& sequence, std::int64_t first,
+                                          std::int64_t last) const;
   void prefill(Sequence& sequence, std::int64_t tokens);
+  void attend_last(Sequence& sequence, const Tensor& q, const PageLayout& layout, const PagedSequence& view,
+                   const Routing& routing, const Tensor& out, const Execution& execution);
   void advance(Sequence& sequence, std::int64_t tokens);
   void sample(Sequence& sequence, std::span<const float> logits);
 
@@ -214,6 +226,7 @@ Engine::Impl::Impl(Model m, const EngineSettings& s)
     const auto max_pending = static_cast<std::size_t>(std::max<std::int64_t>(pool.max_pages() / 4, 1));
     store = std::make_unique<PrefixStore>(PrefixStore::Settings{.folder = settings.cache_folder,
                                                                 .page_bytes = format.bytes,
+                                                                .max_bytes = settings.cache_folder_bytes,
                                                                 .max_pending = max_pending,
                                                                 .warn = s.warn});
   }
@@ -252,6 +265,8 @@ void Engine::Impl::check(const Request& request) const {
     if (moba.sink_blocks < 0 || moba.sink_blocks >= moba.top_k)
       refuse("sink_blocks", fmt::format("0 to {}, one less than top_k", moba.top_k - 1), moba.sink_blocks);
   }
+  if (request.on_weights && request.weight_range < 1)
+    refuse("weight_range", "at least 1", request.weight_range);
   if (request.full_tail < 0) refuse("full_tail", "at least 0", request.full_tail);
   if (request.max_tokens.value_or(0) < 0) refuse("max_tokens", "at least 0", *request.max_tokens);
 }
@@ -270,7 +285,7 @@ void Engine::Impl::finish(Sequences& list, Sequences::iterator sequence, Finish 
   (!s.is_started  ? s.usage.queue_seconds
    : s.has_logits ? s.usage.decode_seconds
                   : s.usage.prefill_seconds) += s.stage.seconds();
-  s.cache.clear();
+  release(s);
   ++sums.finished_requests;
   Sequences ended;
   ended.splice(ended.end(), list, sequence);
@@ -284,6 +299,7 @@ void Engine::Impl::admit() {
     if (!running.empty() && !fits(next)) return;
     if (!next.is_started) {
       next.is_started = true;
+      next.begin = PrefixStore::Time::clock::now();
       next.usage.queue_seconds = next.stage.seconds();
       next.stage = {};
     }
@@ -294,7 +310,9 @@ void Engine::Impl::admit() {
 }
 
 bool Engine::Impl::fits(Sequence& sequence) {
-  const std::vector<Page> shared = prefixes.match(sequence.variant(), sequence.tokens);
+  PrefixCache::Place place = prefixes.root(sequence.variant());
+  const std::vector<Page> shared = prefixes.match(place, sequence.tokens);
+  prefixes.touch(place);
   std::int64_t free = pool.max_pages() - (pool.used() - prefixes.idle_pages());
   for (const Sequence& other : running) {  // what they have yet to read, and a page for the answer
     const auto tokens = static_cast<std::int64_t>(other.tokens.size());
@@ -325,10 +343,22 @@ bool Engine::Impl::reserve(Sequence& sequence, std::int64_t tokens) {
 /// Frees the pages of a request, which is read again when there is room.
 void Engine::Impl::preempt(Sequences::iterator sequence) {
   ++sums.preemptions;
-  sequence->cache.clear();
+  release(*sequence);
   const auto place = std::find_if(waiting.begin(), waiting.end(),
                                   [&](const Sequence& other) { return other.id > sequence->id; });
   waiting.splice(place, running, sequence);
+}
+
+/// Frees the pages of a request, of which the prefix cache and the store keep the full ones.
+void Engine::Impl::release(Sequence& sequence) {
+  if (sequence.prefix) prefixes.touch(*sequence.prefix);
+  if (store) {
+    store_pages(sequence);
+    const auto keys = std::min(sequence.keys.size(), static_cast<std::size_t>(full_pages(sequence)) + 1);
+    store->use(std::span(sequence.keys).first(keys), sequence.begin);
+  }
+  sequence.prefix.reset();
+  sequence.cache.clear();
 }
 
 /// The routings of the last of `tokens` tokens, by layer. One that covers every block is full, so that the
@@ -378,7 +408,11 @@ std::vector<float> Engine::Impl::decode(std::span<Sequence* const> batch) {
     positions.push_back(s->cache.length());
     by_sequence.push_back(routings(*s, s->cache.length() + 1));
     s->cache.prepare(1);
+    if (s->weights) s->weights->clear();
   }
+  const bool any_weights =
+      std::any_of(batch.begin(), batch.end(), [](const Sequence* s) { return s->weights.has_value(); });
+  std::vector<KeyWeights> weights(any_weights ? batch.size() : 0);
   double seconds = 0;
   const Execution execution{.parallel = parallel};
   std::vector<PagedSequence> views(batch.size());
@@ -391,15 +425,20 @@ std::vector<float> Engine::Impl::decode(std::span<Sequence* const> batch) {
           views[i] = batch[i]->cache.view(layer, positions[i]);
           append(rows_of(k, i, 1), rows_of(v, i, 1), layout, views[i], execution);
           ++views[i].length;
+          if (batch[i]->weights) weights[i] = batch[i]->weights->layer();
         }
         for (std::size_t first = 0, last = 0; first < batch.size(); first = last) {
           const auto routing_of = [&](std::size_t i) -> const Routing& {
             return by_sequence[i][static_cast<std::size_t>(layer)];
           };
           while (last < batch.size() && key_of(routing_of(last)) == key_of(routing_of(first))) ++last;
+          Outputs outputs{.out = rows_of(out, first, last - first)};
+          if (any_weights) outputs.weights = std::span(weights).subspan(first, last - first);
           moba::decode(rows_of(q, first, last - first), layout, std::span(views).subspan(first, last - first),
-                       routing_of(first), {.out = rows_of(out, first, last - first)}, execution);
+                       routing_of(first), outputs, execution);
         }
+        for (Sequence* s : batch)
+          if (s->weights) s->weights->add_layer();
       });
   for (Sequence* s : batch) {
     s->usage.attention.decode += seconds;
@@ -444,23 +483,38 @@ std::int64_t Engine::Impl::prefix_end(const Sequence& sequence) const {
   return std::min(last, sequence.variant_end());
 }
 
-/// Continues after `pages`.
-void Engine::Impl::adopt(Sequence& sequence, std::span<const Page> pages) {
+/// The pages that are full of tokens of the variant.
+std::int64_t Engine::Impl::full_pages(const Sequence& sequence) const {
+  return std::min(sequence.cache.length(), sequence.variant_end()) / format.page_tokens;
+}
+
+PrefixCache::Place& Engine::Impl::place_of(Sequence& sequence) {
+  if (!sequence.prefix) sequence.prefix = prefixes.root(sequence.variant());
+  return *sequence.prefix;
+}
+
+/// Continues after `pages`, which follow its full ones and end at the place `after`.
+void Engine::Impl::adopt(Sequence& sequence, std::span<const Page> pages, const PrefixCache::Place& after) {
   const std::int64_t before = sequence.cache.length();
   sequence.cache.adopt(pages);
+  sequence.prefix = after;
   if (sequence.has_logits) return;
   sequence.usage.cached_tokens += sequence.cache.length() - before;
   sums.cached_tokens += sequence.cache.length() - before;
+  if (sequence.request.on_progress)
+    sequence.request.on_progress(static_cast<double>(sequence.cache.length()), sequence.usage);
 }
 
 /// Takes over what other requests have read meanwhile.
 void Engine::Impl::adopt_prefix(Sequence& sequence) {
-  const std::int64_t end = prefix_end(sequence);
-  if (end < (sequence.cache.length() / format.page_tokens + 1) * format.page_tokens) return;
-  const std::vector<Page> pages =
-      prefixes.match(sequence.variant(), std::span(sequence.tokens).first(static_cast<std::size_t>(end)));
-  if (static_cast<std::int64_t>(pages.size()) * format.page_tokens > sequence.cache.length())
-    adopt(sequence, pages);
+  const std::int64_t first = sequence.cache.length() / format.page_tokens,
+                     last = prefix_end(sequence) / format.page_tokens;
+  if (last <= first) return;
+  PrefixCache::Place place = place_of(sequence);
+  const std::vector<Page> pages = prefixes.match(place, tokens_of(sequence, first, last));
+  if (pages.empty()) return;
+  adopt(sequence, pages, place);
+  prefixes.touch(place);
 }
 
 /// Returns the key of the page before the given one, or the root.
@@ -476,15 +530,17 @@ const PrefixStore::Key& Engine::Impl::parent_key(Sequence& sequence, std::int64_
   }
   while (static_cast<std::int64_t>(keys.size()) <= page) {
     const auto index = static_cast<std::int64_t>(keys.size()) - 1;
-    keys.push_back(PrefixStore::next(keys.back(), page_of(sequence, index)));
+    keys.push_back(PrefixStore::next(keys.back(), tokens_of(sequence, index, index + 1)));
   }
   return keys[static_cast<std::size_t>(page)];
 }
 
-std::span<const std::int32_t> Engine::Impl::page_of(const Sequence& sequence, std::int64_t page) const {
+/// The tokens of pages [first, last).
+std::span<const std::int32_t> Engine::Impl::tokens_of(const Sequence& sequence, std::int64_t first,
+                                                      std::int64_t last) const {
   return std::span(sequence.tokens)
-      .subspan(static_cast<std::size_t>(page * format.page_tokens),
-               static_cast<std::size_t>(format.page_tokens));
+      .subspan(static_cast<std::size_t>(first * format.page_tokens),
+               static_cast<std::size_t>((last - first) * format.page_tokens));
 }
 
 /// Reads pages from the folder for as long as a step may take, at least one. Returns whether there may be
@@ -499,18 +555,18 @@ bool Engine::Impl::restore_prefix(Sequence& sequence, double decode_seconds) {
   bool has_time = true;
   while (has_time && page < end && is_stored(page)) {
     if (!reserve(sequence, (page + 1 - first) * size)) break;
-    std::byte* memory = sequence.cache.first_pages(page + 1).back().get();
-    if (!store->read(parent_key(sequence, page), page_of(sequence, page), memory)) break;
+    std::byte* memory = sequence.cache.page(page).get();
+    if (!store->read(parent_key(sequence, page), tokens_of(sequence, page, page + 1), memory)) break;
     ++page;
     has_time =
         !settings.max_step_seconds || decode_seconds + stopwatch.seconds() < *settings.max_step_seconds;
   }
   if (page == first) return false;
   sums.restored_pages += page - first;
-  std::vector<Page> pages = sequence.cache.first_pages(page);
-  prefixes.insert(sequence.variant(), std::span(sequence.tokens).first(static_cast<std::size_t>(page * size)),
-                  pages);
-  adopt(sequence, pages);
+  std::vector<Page> pages = sequence.cache.copy_pages(first, page);
+  PrefixCache::Place place = place_of(sequence);
+  prefixes.insert(place, tokens_of(sequence, first, page), pages);
+  adopt(sequence, pages, place);
   return !has_time;
 }
 
@@ -551,6 +607,11 @@ void Engine::Impl::prefill(Sequence& sequence, std::int64_t tokens) {
   Execution execution{.parallel = parallel};
   if (mode == AttentionMode::moba_naive) execution.backend = "reference";
   sequence.cache.prepare(tokens);
+  if (request.on_weights && !sequence.weights)
+    sequence.weights.emplace(model.config().heads, request.weight_range, sequence.prompt_size);
+  if (sequence.weights) sequence.weights->clear();
+  if (request.on_progress && begin == sequence.usage.cached_tokens && !sequence.has_logits)
+    request.on_progress(static_cast<double>(begin), sequence.usage);
   const Stopwatch stopwatch;
   const std::vector<float> logits = model.forward(
       std::span(sequence.tokens).subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(tokens)),
@@ -563,15 +624,14 @@ void Engine::Impl::prefill(Sequence& sequence, std::int64_t tokens) {
           append(k, v, layout, view, execution);
           view.length = end;
           const Routing& routing = routings[static_cast<std::size_t>(layer)];
-          if (q.sizes[0] == 1) {
-            moba::decode(q, layout, {&view, 1}, routing, {.out = out}, execution);
-          } else if (q.sizes[0] > 1) {
-            attention(q, layout, view, routing, {.out = out}, execution);
-          }
+          if (q.sizes[0] > 1) attention(q, layout, view, routing, {.out = out}, execution);
+          if (q.sizes[0] == 1 || (ends && sequence.weights))
+            attend_last(sequence, q, layout, view, routing, out, execution);
         }
         if (request.on_progress && !sequence.has_logits) {
           const double share = static_cast<double>(layer + 1) / static_cast<double>(format.layer_count());
-          request.on_progress(static_cast<double>(begin) + share * static_cast<double>(tokens));
+          request.on_progress(static_cast<double>(begin) + share * static_cast<double>(tokens),
+                              sequence.usage);
         }
       },
       wanted);
@@ -592,22 +652,47 @@ void Engine::Impl::prefill(Sequence& sequence, std::int64_t tokens) {
   sample(sequence, std::span(logits).last(vocab));
 }
 
+/// Decodes the last row of `q`: into `out` if it is the only one, else for its weights alone.
+void Engine::Impl::attend_last(Sequence& sequence, const Tensor& q, const PageLayout& layout,
+                               const PagedSequence& view, const Routing& routing, const Tensor& out,
+                               const Execution& execution) {
+  const auto last = static_cast<std::size_t>(q.sizes[0]) - 1;
+  Outputs outputs{.out = rows_of(out, last, 1)};
+  std::vector<std::byte> unused;
+  if (last > 0) {
+    unused.resize(static_cast<std::size_t>(out.sizes[1] * out.sizes[2]) * size_of(out.dtype));
+    outputs.out.data = unused.data();
+    outputs.out.strides = {out.sizes[1] * out.sizes[2], out.sizes[2], 1};
+  }
+  KeyWeights weights;
+  const bool is_weighted = sequence.weights && view.length >= sequence.prompt_size;
+  if (is_weighted) {
+    weights = sequence.weights->layer();
+    outputs.weights = {&weights, 1};
+  }
+  moba::decode(rows_of(q, last, 1), layout, {&view, 1}, routing, outputs, execution);
+  if (is_weighted) sequence.weights->add_layer();
+}
+
 /// Counts tokens that were read, and caches pages that they have filled.
 void Engine::Impl::advance(Sequence& sequence, std::int64_t tokens) {
-  SequenceCache& cache = sequence.cache;
-  const std::int64_t size = format.page_tokens, before = cache.length() / size;
-  cache.advance(tokens);
-  const std::int64_t pages = std::min(cache.length(), sequence.variant_end()) / size;
-  if (pages <= before) return;
-  std::vector<Page> cached = cache.first_pages(pages);
-  prefixes.insert(sequence.variant(),
-                  std::span(sequence.tokens).first(static_cast<std::size_t>(pages * size)), cached);
-  cache.replace_first(cached);
-  if (!store) return;
-  for (std::int64_t page = 0; page < pages; ++page) {
-    if (!store->contains(parent_key(sequence, page + 1)))
-      store->write(parent_key(sequence, page), page_of(sequence, page),
-                   cached[static_cast<std::size_t>(page)]);
+  const std::int64_t before = full_pages(sequence);
+  sequence.cache.advance(tokens);
+  const std::int64_t pages = full_pages(sequence);
+  if (pages == before) return;
+  std::vector<Page> cached = sequence.cache.copy_pages(before, pages);
+  prefixes.insert(place_of(sequence), tokens_of(sequence, before, pages), cached);
+  sequence.cache.replace(before, cached);
+  if (store) store_pages(sequence);
+}
+
+/// Gives the store the pages that it does not have, as far as it takes them.
+void Engine::Impl::store_pages(Sequence& sequence) {
+  for (std::int64_t& page = sequence.stored; page < full_pages(sequence); ++page) {
+    if (store->contains(parent_key(sequence, page + 1))) continue;
+    if (!store->write(parent_key(sequence, page), tokens_of(sequence, page, page + 1),
+                      sequence.cache.page(page), PrefixStore::time_of_page(sequence.begin, page)))
+      return;
   }
 }
 
@@ -626,6 +711,7 @@ void Engine::Impl::sample(Sequence& sequence, std::span<const float> logits) {
   sequence.tokens.push_back(token);
   ++sequence.usage.generated_tokens;
   ++sums.generated_tokens;
+  if (sequence.weights) request.on_weights(sequence.weights->average());
   if (request.on_token && !request.on_token(token, logits)) return end(Finish::stopped);
   if (sequence.cache.length() == max_tokens()) return end(Finish::context);
   if (sequence.usage.generated_tokens == request.max_tokens) return end(Finish::length);

@@ -5,6 +5,7 @@
 #include <deque>
 #include <filesystem>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -45,6 +46,9 @@ struct EngineSettings {
   /// A folder that keeps the pages of prompts for later engines; empty: none. An engine reads the pages of
   /// others with equal settings and the same `model_fingerprint`.
   std::filesystem::path cache_folder{};
+  /// Maximum bytes of the files in this folder, those of other engines included: the least recently used are
+  /// removed.
+  std::uint64_t cache_folder_bytes = std::numeric_limits<std::uint64_t>::max();
   std::string model_fingerprint{};
   /// Receives a line about a file of this folder that is ignored or cannot be written, also from another
   /// thread.
@@ -90,8 +94,9 @@ struct Request {
   std::optional<std::int64_t> max_tokens{};
   std::vector<std::int32_t> end_tokens{};
 
-  /// Receives the part of the prompt that is read, in tokens, after each layer of each chunk.
-  std::function<void(double tokens_read)> on_progress{};
+  /// Receives the part of the prompt that is read, in tokens, before the first chunk, after each layer of
+  /// each chunk, and after pages were found in a cache. Of `usage`, the tokens are known.
+  std::function<void(double tokens_read, const RequestUsage& usage)> on_progress{};
   /// Receives the logits [n, vocab] after n tokens of the prompt, from `first` on, in order. With it, the
   /// whole prompt is computed: the prefix cache is not read.
   std::function<void(std::int64_t first, std::span<const float> logits)> on_prompt_logits{};
@@ -99,6 +104,12 @@ struct Request {
   /// continue.
   std::function<bool(std::int32_t token, std::span<const float> logits)> on_token{};
   std::function<void(Finish finish, const RequestUsage& usage)> on_finish{};
+
+  /// Receives, before each token of the answer, the attention weights of the query that it was drawn from: of
+  /// every `weight_range` tokens of the prompt [ceil(prompt / weight_range)], averaged over layers and heads.
+  /// The rest up to 1 is the weight of the answer. Unset: they are not computed.
+  std::function<void(std::span<const float> weights)> on_weights{};
+  std::int64_t weight_range = 256;
 };
 
 /// Thrown for a request when max_waiting requests wait.

@@ -9,9 +9,11 @@ bool PrefixCache::Less::operator()(std::span<const std::int32_t> a, std::span<co
   return std::lexicographical_compare(a.begin(), a.end(), b.begin(), b.end());
 }
 
-PrefixCache::Children& PrefixCache::roots(std::string_view variant) {
+PrefixCache::Place PrefixCache::root(std::string_view variant) {
   const auto found = roots_.find(variant);
-  return found != roots_.end() ? found->second : roots_[std::string(variant)];
+  Place place;
+  place.children_ = found != roots_.end() ? &found->second : &roots_[std::string(variant)];
+  return place;
 }
 
 std::span<const std::int32_t> PrefixCache::page_of(std::span<const std::int32_t> tokens,
@@ -20,47 +22,40 @@ std::span<const std::int32_t> PrefixCache::page_of(std::span<const std::int32_t>
   return tokens.subspan(index * size, size);
 }
 
-void PrefixCache::touch(std::span<Node* const> path) {
-  for (auto node = path.rbegin(); node != path.rend(); ++node)
-    nodes_.splice(nodes_.begin(), nodes_, (*node)->self);
-}
-
-std::vector<Page> PrefixCache::match(std::string_view variant, std::span<const std::int32_t> tokens) {
+std::vector<Page> PrefixCache::match(Place& place, std::span<const std::int32_t> tokens) const {
   std::vector<Page> pages;
-  std::vector<Node*> path;
-  const Children* children = &roots(variant);
   const std::size_t count = tokens.size() / static_cast<std::size_t>(page_tokens_);
-  while (path.size() < count) {
-    const auto next = children->find(page_of(tokens, path.size()));
-    if (next == children->end()) break;
-    path.push_back(next->second);
-    pages.push_back(next->second->page);
-    children = &next->second->children;
+  while (pages.size() < count) {
+    const auto next = place.children_->find(page_of(tokens, pages.size()));
+    if (next == place.children_->end()) break;
+    place.node_ = next->second;
+    place.children_ = &place.node_->children;
+    pages.push_back(place.node_->page);
   }
-  touch(path);
   return pages;
 }
 
-void PrefixCache::insert(std::string_view variant, std::span<const std::int32_t> tokens,
-                         std::span<Page> pages) {
-  std::vector<Node*> path;
-  Children* children = &roots(variant);
-  for (Page& page : pages) {
-    const std::span<const std::int32_t> key = page_of(tokens, path.size());
-    auto place = children->find(key);
-    if (place == children->end()) {
+void PrefixCache::insert(Place& place, std::span<const std::int32_t> tokens, std::span<Page> pages) {
+  for (std::size_t i = 0; i < pages.size(); ++i) {
+    const std::span<const std::int32_t> key = page_of(tokens, i);
+    auto found = place.children_->find(key);
+    if (found == place.children_->end()) {
       Node& node = nodes_.emplace_front();
       node.self = nodes_.begin();
-      node.siblings = children;
-      node.page = page;
-      node.place = place = children->emplace(std::vector(key.begin(), key.end()), &node).first;
+      node.parent = place.node_;
+      node.siblings = place.children_;
+      node.page = pages[i];
+      node.place = found = place.children_->emplace(std::vector(key.begin(), key.end()), &node).first;
     }
-    Node* node = place->second;
-    page = node->page;
-    path.push_back(node);
-    children = &node->children;
+    place.node_ = found->second;
+    place.children_ = &place.node_->children;
+    pages[i] = place.node_->page;
   }
-  touch(path);
+}
+
+void PrefixCache::touch(const Place& place) {
+  for (Node* node = place.node_; node != nullptr; node = node->parent)
+    nodes_.splice(nodes_.begin(), nodes_, node->self);
 }
 
 bool PrefixCache::evict() {

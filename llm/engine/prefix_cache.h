@@ -15,14 +15,34 @@ namespace moba::llm {
 /// Pages of prompts by their tokens: a radix tree with one page an edge, and one tree for each way to read
 /// tokens (`variant`), since keys and values depend on the attention of the layers before. Not thread-safe.
 class PrefixCache {
+ private:
+  struct Less {
+    using is_transparent = void;
+    bool operator()(std::span<const std::int32_t> a, std::span<const std::int32_t> b) const;
+  };
+  struct Node;
+  using Children = std::map<std::vector<std::int32_t>, Node*, Less>;
+
  public:
+  /// A cached prefix: none yet, or up to a page. Valid while its pages have another owner.
+  class Place {
+    friend PrefixCache;
+    Children* children_ = nullptr;
+    Node* node_ = nullptr;  // of the last page
+  };
+
   explicit PrefixCache(std::int64_t page_tokens) : page_tokens_(page_tokens) {}
 
-  /// Returns the pages of the longest cached prefix of `tokens`, now the most recently used.
-  std::vector<Page> match(std::string_view variant, std::span<const std::int32_t> tokens);
-  /// Caches `pages`, which hold `tokens` from the first on. Where a page of the same tokens is cached, it
-  /// replaces that of the caller.
-  void insert(std::string_view variant, std::span<const std::int32_t> tokens, std::span<Page> pages);
+  /// Returns the empty prefix of a variant.
+  Place root(std::string_view variant);
+  /// Returns the cached pages of `tokens`, which follow `place`, up to the first one that is missing, and
+  /// moves `place` after them.
+  std::vector<Page> match(Place& place, std::span<const std::int32_t> tokens) const;
+  /// Caches `pages`, which hold `tokens` and follow `place`, and moves `place` after them. Where a page of
+  /// the same tokens is cached, it replaces that of the caller.
+  void insert(Place& place, std::span<const std::int32_t> tokens, std::span<Page> pages);
+  /// Marks the pages of a prefix as used now, each more recently than the next.
+  void touch(const Place& place);
   /// Drops the least recently used page that has no other owner and no cached continuation. Returns false if
   /// there is none.
   bool evict();
@@ -33,13 +53,8 @@ class PrefixCache {
   std::int64_t idle_pages() const;
 
  private:
-  struct Less {
-    using is_transparent = void;
-    bool operator()(std::span<const std::int32_t> a, std::span<const std::int32_t> b) const;
-  };
-  struct Node;
-  using Children = std::map<std::vector<std::int32_t>, Node*, Less>;
   struct Node {
+    Node* parent = nullptr;
     Children* siblings = nullptr;
     Children::iterator place{};
     Page page;
@@ -47,10 +62,7 @@ class PrefixCache {
     std::list<Node>::iterator self{};
   };
 
-  Children& roots(std::string_view variant);
   std::span<const std::int32_t> page_of(std::span<const std::int32_t> tokens, std::size_t index) const;
-  /// Marks a path as used now, the first page last, so that every page is more recent than its continuations.
-  void touch(std::span<Node* const> path);
 
   std::int64_t page_tokens_;
   std::map<std::string, Children, std::less<>> roots_;

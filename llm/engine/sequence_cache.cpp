@@ -69,11 +69,6 @@ void SequenceCache::add(Page page) {
   pages_.push_back(std::move(page));
 }
 
-void SequenceCache::trim() {
-  pages_.resize(static_cast<std::size_t>(format_->pages_for(length_)));
-  memory_.resize(pages_.size());
-}
-
 void SequenceCache::prepare(std::int64_t tokens) {
   means_.resize(format_->layers.size());
   for (std::size_t layer = 0; layer < means_.size(); ++layer) {
@@ -103,28 +98,29 @@ void SequenceCache::adopt(std::span<const Page> pages) {
   const std::int64_t kept = length_ / format_->page_tokens;
   pages_.resize(static_cast<std::size_t>(kept));
   memory_.resize(pages_.size());
-  length_ = static_cast<std::int64_t>(pages.size()) * format_->page_tokens;
+  length_ = (kept + static_cast<std::int64_t>(pages.size())) * format_->page_tokens;
   prepare(0);
-  for (std::int64_t i = kept; i < static_cast<std::int64_t>(pages.size()); ++i) {
-    add(pages[static_cast<std::size_t>(i)]);
+  for (const Page& page : pages) {
+    add(page);
     for (std::int64_t layer = 0; layer < format_->layer_count(); ++layer) {
-      const std::int64_t size = format_->means_size(layer);
+      const std::int64_t size = format_->means_size(layer), at = (this->pages() - 1) * size;
       std::copy_n(format_->means(memory_.back(), layer), size,
-                  means_[static_cast<std::size_t>(layer)].begin() + i * size);
+                  means_[static_cast<std::size_t>(layer)].begin() + at);
     }
   }
   for (std::vector<float>& means : means_)
     std::fill(means.end() - format_->mean_size(), means.end(), 0.0F);  // the block that begins
 }
 
-std::vector<Page> SequenceCache::first_pages(std::int64_t count) const {
-  return {pages_.begin(), pages_.begin() + count};
+std::vector<Page> SequenceCache::copy_pages(std::int64_t first, std::int64_t last) const {
+  return {pages_.begin() + first, pages_.begin() + last};
 }
 
-void SequenceCache::replace_first(std::span<const Page> pages) {
+void SequenceCache::replace(std::int64_t first, std::span<const Page> pages) {
   for (std::size_t i = 0; i < pages.size(); ++i) {
-    pages_[i] = pages[i];
-    memory_[i] = pages[i].get();
+    const std::size_t at = static_cast<std::size_t>(first) + i;
+    pages_[at] = pages[i];
+    memory_[at] = pages[i].get();
   }
 }
 

@@ -47,9 +47,8 @@ class SequenceCache {
   /// Returns the tokens that the pages have room for.
   std::int64_t capacity() const { return pages() * format_->page_tokens; }
 
+  const Page& page(std::int64_t index) const { return pages_[static_cast<std::size_t>(index)]; }
   void add(Page page);
-  /// Drops the pages without tokens.
-  void trim();
   /// Makes room for the means of `tokens` more tokens, before they are appended to the layers' views.
   void prepare(std::int64_t tokens);
   /// Returns the pages of a layer as if they held `length` tokens. Valid until the next change.
@@ -57,12 +56,13 @@ class SequenceCache {
   /// Counts `tokens` that were appended to every layer, and stores the means of complete blocks in their
   /// pages.
   void advance(std::int64_t tokens);
-  /// Continues after `pages`, which are full and hold at least length() tokens, the first ones included.
+  /// Continues after its full pages and `pages`, which are full, too, and hold the tokens that follow. Drops
+  /// all others.
   void adopt(std::span<const Page> pages);
-  /// Returns the first pages.
-  std::vector<Page> first_pages(std::int64_t count) const;
-  /// Replaces the first pages by others of the same tokens.
-  void replace_first(std::span<const Page> pages);
+  /// Returns pages [first, last).
+  std::vector<Page> copy_pages(std::int64_t first, std::int64_t last) const;
+  /// Replaces the pages from `first` on by others of the same tokens.
+  void replace(std::int64_t first, std::span<const Page> pages);
   void clear();
 
  private:

@@ -17,15 +17,29 @@ namespace {
 /// The text of a conversation.
 struct Rendered {
   std::vector<TextPart> parts;
-  std::vector<Span> answers;  // the parts of each assistant turn after its header
+  std::vector<Span> answers;    // the parts of each assistant turn after its header
+  std::vector<TurnText> turns;  // the texts of the caller's turns
+  std::size_t bytes = 0;        // of the parts
 
-  void special(std::string text) { parts.push_back({std::move(text), true}); }
-  void plain(std::string text) { parts.push_back({std::move(text), false}); }
+  void special(std::string text) { add({std::move(text), true}); }
+  void plain(std::string text) { add({std::move(text), false}); }
   /// Adds the text of a turn and the special token that ends it.
   void content(const std::string& role, std::string text, std::string end) {
     plain(std::move(text));
     special(std::move(end));
     if (role == "assistant") answers.push_back({parts.size() - 2, parts.size()});
+  }
+  /// Notes that the next part shows `shown`, of the text of a turn, from its byte `at` on.
+  void note(std::size_t turn, const std::string& text, std::string_view shown, std::size_t at = 0) {
+    const std::size_t offset = text.find(shown);
+    if (!shown.empty() && offset != std::string::npos)
+      turns.push_back({turn, offset, {bytes + at, bytes + at + shown.size()}});
+  }
+
+ private:
+  void add(TextPart part) {
+    bytes += part.text.size();
+    parts.push_back(std::move(part));
   }
 };
 
@@ -139,20 +153,28 @@ Rendered chatml(const Tokenizer& tokenizer, const std::vector<Turn>& turns, bool
   const bool trim = trims_content(source);
   Rendered chat;
   chat.special(bos_text(tokenizer));
-  const auto say = [&](const Turn& turn) {
+  const auto head = [&](const std::string& role) {
     chat.special("<|im_start|>");
-    chat.plain(turn.role + "\n");
-    chat.content(turn.role, trim ? trimmed(turn.text) : turn.text, "<|im_end|>");
+    chat.plain(role + "\n");
+  };
+  const auto say = [&](const std::string& role, const std::string& text) {
+    chat.content(role, text, "<|im_end|>");
     chat.plain("\n");
   };
   auto system = literal_between(source, "<|im_start|>system\\n", "<|im_end|>");
   if (!system) system = literal_between(source, "<|im_start|>system\n", "<|im_end|>");
-  if (system && !begins_with_system(turns)) say({"system", *system});
-  for (const Turn& turn : with_reasoning(source, turns)) say(turn);
-  if (add_generation_prompt) {
-    chat.special("<|im_start|>");
-    chat.plain("assistant\n");
+  if (system && !begins_with_system(turns)) {
+    head("system");
+    say("system", trim ? trimmed(*system) : *system);
   }
+  const std::vector<Turn> written = with_reasoning(source, turns);
+  for (std::size_t i = 0; i < turns.size(); ++i) {
+    const std::string text = trim ? trimmed(written[i].text) : written[i].text;
+    head(written[i].role);
+    chat.note(i, turns[i].text, text);
+    say(written[i].role, text);
+  }
+  if (add_generation_prompt) head("assistant");
   return chat;
 }
 
@@ -178,16 +200,18 @@ Rendered llama3(const Tokenizer& tokenizer, const std::vector<Turn>& turns, bool
     chat.special("<|end_header_id|>");
     chat.plain("\n\n");
   };
-  const auto say = [&](const std::string& role, const std::string& text) {
-    head(role);
-    chat.content(role, text, "<|eot_id|>");
-  };
   const std::string dates = llama3_dates(source);
   const bool has_system = begins_with_system(turns);
-  if (!dates.empty() && !has_system) say("system", dates);
-  for (const Turn& turn : turns) {
-    const bool first_system = has_system && &turn == &turns.front();
-    say(turn.role, (first_system ? dates : "") + (trim ? trimmed(turn.text) : turn.text));
+  if (!dates.empty() && !has_system) {
+    head("system");
+    chat.content("system", dates, "<|eot_id|>");
+  }
+  for (std::size_t i = 0; i < turns.size(); ++i) {
+    const std::string before = has_system && i == 0 ? dates : "";
+    const std::string text = trim ? trimmed(turns[i].text) : turns[i].text;
+    head(turns[i].role);
+    chat.note(i, turns[i].text, text, before.size());
+    chat.content(turns[i].role, before + text, "<|eot_id|>");
   }
   if (add_generation_prompt) head("assistant");
   return chat;
@@ -198,7 +222,8 @@ Rendered llama2(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
   const std::string eos =
       tokenizer.end_tokens().empty() ? "" : tokenizer.piece(tokenizer.end_tokens().front(), true);
   const bool has_system = begins_with_system(turns);
-  std::string system = has_system ? fmt::format("<<SYS>>\n{}\n<</SYS>>\n\n", turns.front().text) : "";
+  constexpr std::string_view kInst = "[INST] ", kSystem = "<<SYS>>\n";
+  std::string system = has_system ? fmt::format("{}{}\n<</SYS>>\n\n", kSystem, turns.front().text) : "";
   Rendered chat;
   bool users_turn = true;
   for (std::size_t i = has_system ? 1 : 0; i < turns.size(); ++i) {
@@ -209,10 +234,15 @@ Rendered llama2(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
     }
     if (users_turn) {
       chat.special(bos);
-      chat.plain(fmt::format("[INST] {} [/INST]", trimmed(system + turn.text)));
+      const std::string body = trimmed(system + turn.text), text = trimmed(turn.text);
+      if (!system.empty()) chat.note(0, turns[0].text, turns[0].text, kInst.size() + kSystem.size());
+      chat.note(i, turn.text, text, kInst.size() + body.size() - text.size());
+      chat.plain(fmt::format("{}{} [/INST]", kInst, body));
       system.clear();
     } else {
-      chat.content("assistant", fmt::format(" {} ", trimmed(turn.text)), eos);
+      const std::string text = trimmed(turn.text);
+      chat.note(i, turn.text, text, 1);
+      chat.content("assistant", fmt::format(" {} ", text), eos);
     }
     users_turn = !users_turn;
   }
@@ -240,6 +270,14 @@ std::string_view chat_form(std::string_view source) {
 
 std::vector<std::int32_t> apply_chat_template(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
   return tokenizer.encode(rendered(tokenizer, turns, true).parts);
+}
+
+ChatPrompt chat_prompt(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {
+  Rendered chat = rendered(tokenizer, turns, true);
+  ChatPrompt prompt{.text = {}, .ids = tokenizer.encode(chat.parts), .turns = std::move(chat.turns)};
+  prompt.text.reserve(chat.bytes);
+  for (const TextPart& part : chat.parts) prompt.text += part.text;
+  return prompt;
 }
 
 ChatTokens encode_chat(const Tokenizer& tokenizer, const std::vector<Turn>& turns) {

@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "llm/tokenizer/utf8.h"
+
 namespace moba::llm {
 
 /// A part of a text, and whether it may spell special tokens.
@@ -68,6 +70,24 @@ struct Turn {
 /// of the model's template, recognised by its markers, with the template's default system turn. Text inside
 /// turns never becomes a special token. Throws UsageError, naming --no-chat, for another template or none.
 std::vector<std::int32_t> apply_chat_template(const Tokenizer& tokenizer, const std::vector<Turn>& turns);
+
+/// The place of a turn's text, or of the part of it that the template keeps, in a rendered conversation.
+struct TurnText {
+  std::size_t turn = 0;
+  std::size_t offset = 0;  // of the first byte in the text of the turn
+  Span place{};
+};
+
+/// A conversation as apply_chat_template() encodes it, with its text.
+struct ChatPrompt {
+  std::string text;
+  std::vector<std::int32_t> ids;
+  /// In order; a turn is missing if the template writes another text or none.
+  std::vector<TurnText> turns;
+};
+
+/// Renders a conversation, with the errors of apply_chat_template().
+ChatPrompt chat_prompt(const Tokenizer& tokenizer, const std::vector<Turn>& turns);
 
 /// Tokens [begin, end).
 struct TokenRange {

@@ -2,6 +2,7 @@
 /// synchronising.
 #pragma once
 
+#include <limits>
 #include <memory>
 
 #include "device.h"
@@ -55,6 +56,17 @@ class DeviceCall : public OperatorCall {
     lists_.push_back(t.size(0) > 1 && t.stride(0) != 1 ? torch::stable::contiguous(t) : t);
     return static_cast<const std::int32_t*>(lists_.back().data_ptr());
   }
+
+  /// Bounds the longest sequence by the blocks of gate inputs.
+  void count_blocks(std::int64_t blocks) {
+    constexpr std::int64_t kMax = std::numeric_limits<std::int32_t>::max();
+    const std::int64_t block_size = std::max<std::int64_t>(routing.block_size, 1);
+    sequences.max_seqlen_k = blocks > kMax / block_size ? kMax : blocks * block_size;
+  }
+
+  /// The device alone reads lists, so nothing is checked, and the longest length is at most `bound`.
+  static void check_spans(const std::int32_t*, const std::int32_t*, std::int64_t, std::int64_t) {}
+  static std::int64_t max_length(const std::int32_t*, std::int64_t, std::int64_t bound) { return bound; }
 
   Execution execution(const std::string& backend, DType) {
     Execution execution;

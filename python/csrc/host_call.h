@@ -2,8 +2,10 @@
 #pragma once
 
 #include <atomic>
+#include <deque>
 #include <optional>
 
+#include "interrupt.h"
 #include "tensors.h"
 
 namespace moba::pytorch {
@@ -91,19 +93,49 @@ class HostCall : public OperatorCall {
     sequences.cu_seqlens_q = offsets_of("cu_seqlens_q", cu_seqlens_q);
     sequences.cu_seqlens_k = offsets_of("cu_seqlens_k", cu_seqlens_k);
   }
-  explicit HostCall(const Routing& call_routing) : OperatorCall{call_routing} {}
+  HostCall(const Routing& call_routing, const TorchTensor& q) : HostCall(call_routing) {
+    require_device("q", q, device);
+  }
+
+  /// Returns the elements of a one-dimensional int32 tensor, copied for the duration of the call.
+  const std::int32_t* list(const char* name, const TorchTensor& t) {
+    return lists_.emplace_back(offsets_of(name, t)).data();
+  }
+  /// Throws ArgumentError unless every span lies within `tokens` tokens.
+  static void check_spans(const std::int32_t* begins, const std::int32_t* ends, std::int64_t sequences,
+                          std::int64_t tokens) {
+    for (std::int64_t s = 0; s < sequences; ++s) {
+      if (begins[s] < 0 || ends[s] < begins[s] || ends[s] > tokens) {
+        refuse("begin, end", "expected tokens of k and v (", tokens, ") in sequence ", s, ", got ", begins[s],
+               " and ", ends[s]);
+      }
+    }
+  }
+  /// Returns the longest of some lengths, which is at most `bound`.
+  static std::int64_t max_length(const std::int32_t* lengths, std::int64_t count, std::int64_t bound) {
+    const std::int32_t* longest = std::max_element(lengths, lengths + count);
+    return count == 0 ? 0 : std::clamp<std::int64_t>(*longest, 0, bound);
+  }
+
+  /// The blocks of gate inputs, which the offsets count.
+  void count_blocks(std::int64_t) {}
 
   /// Returns the execution on torch's threads; float64 without a backend runs on the reference, its only one.
   Execution execution(const std::string& backend, DType dtype) {
     Execution execution;
     execution.backend = backend.empty() && dtype == DType::f64 ? "reference" : backend;
     execution.parallel = torch_threads();
+    execution.cancelled = [this] { return interrupt_.run_handlers(); };
     execution.scratch = scratch_.allocator();
     return execution;
   }
 
  private:
+  explicit HostCall(const Routing& call_routing) : OperatorCall{call_routing} {}
+
+  std::deque<std::vector<std::int32_t>> lists_{};
   Scratch scratch_{};
+  Interrupt interrupt_{};
 };
 
 }  // namespace moba::pytorch

@@ -14,8 +14,13 @@ STABLE_TORCH_LIBRARY(moba, library) {
 STABLE_TORCH_LIBRARY_IMPL(moba, CPU, library) {
   implement<"attention", attention<HostCall>>(library);
   implement<"attention_backward", attention_backward<HostCall>>(library);
-  implement<"decode", decode>(library);
+  implement<"decode", decode<HostCall>>(library);
+  implement<"paged_attention", paged_attention<HostCall>>(library);
+  implement<"paged_decode", paged_decode<HostCall>>(library);
   implement<"select", select_blocks<HostCall>>(library);
+  implement<"select_by_gate", select_by_gate<HostCall>>(library);
+  implement<"block_features", block_features<HostCall>>(library);
+  implement<"update_means", update_means<HostCall>>(library);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moba, CUDA, library) {

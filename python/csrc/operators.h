@@ -70,6 +70,12 @@ inline Routing routing_of(std::int64_t block_size, std::int64_t top_k, std::int6
   return routing;
 }
 
+/// Returns an error of the library in terms of the operator, whose arguments are members of a struct there.
+inline Error without_prefix(std::string message, std::string_view prefix) {
+  for (std::size_t at; (at = message.find(prefix)) != std::string::npos;) message.erase(at, prefix.size());
+  return Error(message);
+}
+
 template <typename AnyCall>
 std::tuple<TorchTensor, TorchTensor, TorchTensor> attention(
     const TorchTensor& q, const TorchTensor& k, const TorchTensor& v, const TorchTensor& cu_seqlens_q,
@@ -139,16 +145,53 @@ TorchTensor select_blocks(const TorchTensor& q, const TorchTensor& k, const Torc
   return selection;
 }
 
-/// Returns a view of tokens [begin, end) of sequence `index` of a [sequences, tokens, heads, head_dim]
-/// tensor.
-inline moba::Tensor sequence_of(const TorchTensor& t, moba::DType dtype, std::int64_t index,
-                                std::int64_t begin, std::int64_t end) {
-  const auto offset = static_cast<std::size_t>(index * t.stride(0) + begin * t.stride(1));
-  return {.data = static_cast<std::byte*>(t.data_ptr()) + offset * moba::size_of(dtype),
-          .dtype = dtype,
-          .rank = 3,
-          .sizes = {end - begin, t.size(2), t.size(3)},
-          .strides = {t.stride(1), t.stride(2), t.stride(3)}};
+/// Selects by the caller's gate inputs. A causal call's gate keys may lack the incomplete last blocks, so its
+/// rows have room for one block more than there are keys.
+template <typename AnyCall>
+TorchTensor select_by_gate(const TorchTensor& q, const TorchTensor& k, const TorchTensor& cu_seqlens_q,
+                           const TorchTensor& cu_seqlens_k, std::int64_t block_size, std::int64_t top_k,
+                           std::int64_t sink_blocks, bool causal, bool own_block, std::string backend) {
+  AnyCall call(routing_of(block_size, top_k, sink_blocks, causal, {}), q, k, cu_seqlens_q, cu_seqlens_k);
+  call.routing.own_block = own_block;
+  call.count_blocks(k.dim() > 0 ? k.size(0) : 0);
+  const Argument queries("q", q, call.device), keys("k", k, call.device);
+  const std::int64_t width = std::max<std::int64_t>(std::min(top_k, k.size(0) + (causal ? 1 : 0)), 0);
+  TorchTensor selection = empty({q.size(1), q.size(0), width}, ScalarType::Int, call.device);
+  // An empty tensor has no memory of its own.
+  const TorchTensor written = selection.numel() > 0 ? selection : empty({1}, ScalarType::Int, call.device);
+  try {
+    moba::select_blocks(GateInputs{queries.view(), keys.view()}, call.sequences, call.routing,
+                        static_cast<std::int32_t*>(written.data_ptr()),
+                        call.execution(backend, queries.view().dtype), width);
+  } catch (const Error& error) {
+    throw without_prefix(error.what(), "gate.");
+  }
+  return selection;
+}
+
+/// Computes the features of the blocks of sequences of `tokens` keys each, [blocks, Hkv, D] in the dtype of
+/// k.
+template <typename AnyCall>
+std::tuple<TorchTensor, TorchTensor, TorchTensor> block_features(const TorchTensor& k, std::int64_t tokens,
+                                                                 std::int64_t block_size,
+                                                                 std::string backend) {
+  AnyCall call({}, k);
+  const Argument keys("k", k, call.device);
+  if (tokens < 1 || k.size(0) % tokens != 0)
+    refuse("tokens", "expected a divisor of ", k.size(0), " (the tokens of k), got ", tokens);
+  if (block_size < 1) refuse("block_size", "expected at least 1, got ", block_size);
+  const std::int64_t sequences = k.size(0) / tokens, blocks = (tokens - 1) / block_size + 1;
+  std::vector<std::int32_t> starts;
+  for (std::int64_t s = 0; s <= sequences; ++s) starts.push_back(static_cast<std::int32_t>(s * tokens));
+  const auto feature = [&] {
+    return empty({sequences * blocks, k.size(1), k.size(2)}, k.scalar_type(), call.device);
+  };
+  TorchTensor mean = feature(), max = feature(), min = feature();
+  const auto view = [&](const TorchTensor& t) { return Argument("k", t, call.device).view(); };
+  moba::block_features(keys.view(), starts, block_size,
+                       {.mean = view(mean), .max = view(max), .min = view(min)},
+                       call.execution(backend, keys.view().dtype));
+  return {mean, max, min};
 }
 
 /// Throws ArgumentError unless `t` is [sequences, tokens or blocks, heads, head_dim] on that device.
@@ -166,58 +209,28 @@ inline void require_spans(std::int64_t begins, std::int64_t ends, std::int64_t s
   refuse("begin, end", "expected ", sequences, " entries (the sequences of q), got ", begins, " and ", ends);
 }
 
-/// Decodes one token for each sequence from caches on the CPU.
-inline std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const TorchTensor& k,
-                                                   const TorchTensor& v, const TorchTensor& means,
-                                                   const TorchTensor& begin, const TorchTensor& end,
-                                                   std::int64_t block_size, std::int64_t top_k,
-                                                   std::int64_t sink_blocks, std::optional<double> scale,
-                                                   const std::string& backend) {
-  const Argument queries("q", q, {});
-  const std::int64_t sequences = q.size(0);
-  require_cached("k", k, sequences, {});
-  require_cached("v", v, sequences, {});
-  require_cached("means", means, sequences, {});
-  const DType k_dtype = pytorch::dtype_of("k", k), v_dtype = pytorch::dtype_of("v", v),
-              means_dtype = pytorch::dtype_of("means", means);
-  const std::vector<std::int32_t> from = offsets_of("begin", begin), to = offsets_of("end", end);
-  require_spans(static_cast<std::int64_t>(from.size()), static_cast<std::int64_t>(to.size()), sequences);
-
-  std::vector<moba::CachedSequence> cached;
-  for (std::int64_t s = 0; s < sequences; ++s) {
-    const std::int64_t first = from[static_cast<std::size_t>(s)], last = to[static_cast<std::size_t>(s)];
-    if (first < 0 || last < first || last > k.size(1) || last > v.size(1)) {
-      refuse("begin, end", "expected tokens of k (", k.size(1), ") and v (", v.size(1), ") in sequence ", s,
-             ", got ", first, " and ", last);
-    }
-    cached.push_back({sequence_of(k, k_dtype, s, first, last), sequence_of(v, v_dtype, s, first, last),
-                      sequence_of(means, means_dtype, s, 0, means.size(1))});
+/// Calls libmoba with a PagedCache, whose members are arguments of the operator: errors name those.
+template <typename Body>
+void call_with_cache(const Body& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    throw without_prefix(error.what(), "cache.");
   }
-
-  TorchTensor out = empty_like(queries, {}), lse = empty({q.size(1), sequences}, ScalarType::Float, {});
-  HostCall call(routing_of(block_size, top_k, sink_blocks, true, scale));
-  moba::decode(queries.view(), cached, call.routing,
-               {.out = Argument("out", out, {}).view(), .lse = static_cast<float*>(lse.data_ptr())},
-               call.execution(backend, queries.view().dtype));
-  return {out, lse};
 }
 
-/// Returns an error of moba::decode in terms of the operator, whose arguments are members of a PagedCache.
-inline Error without_cache(std::string message) {
-  constexpr std::string_view kCache = "cache.";
-  for (std::size_t at; (at = message.find(kCache)) != std::string::npos;) message.erase(at, kCache.size());
-  return Error(message);
-}
-
-/// Decodes from caches on the device; the memory of each sequence is one page. `begin` and `end` are not
-/// checked.
-inline std::tuple<TorchTensor, TorchTensor> decode_on_device(
-    const TorchTensor& q, const TorchTensor& k, const TorchTensor& v, const TorchTensor& means,
-    const TorchTensor& begin, const TorchTensor& end, std::int64_t block_size, std::int64_t top_k,
-    std::int64_t sink_blocks, std::optional<double> scale, const std::string& backend) {
-  DeviceCall call(routing_of(block_size, top_k, sink_blocks, true, scale), q);
+/// Decodes one token for each sequence from caches whose memory is one page of each sequence.
+template <typename AnyCall>
+std::tuple<TorchTensor, TorchTensor> decode(const TorchTensor& q, const TorchTensor& k, const TorchTensor& v,
+                                            const TorchTensor& means, const TorchTensor& begin,
+                                            const TorchTensor& end, std::int64_t block_size,
+                                            std::int64_t top_k, std::int64_t sink_blocks,
+                                            std::optional<double> scale, const std::string& backend,
+                                            std::optional<TorchTensor> given) {
+  AnyCall call(routing_of(block_size, top_k, sink_blocks, true, scale), q);
   const TorchDevice device = call.device;
   const Argument queries("q", q, device);
+  if (given) call.routing.selection = selection_of(*given, queries.view(), device);
   const std::int64_t sequences = q.size(0);
   require_cached("k", k, sequences, device);
   require_cached("v", v, sequences, device);
@@ -225,6 +238,7 @@ inline std::tuple<TorchTensor, TorchTensor> decode_on_device(
   const Argument keys("k", k, device, 4), values("v", v, device, 4), averages("means", means, device, 4);
   const std::int32_t *starts = call.list("begin", begin), *lengths = call.list("end", end);
   require_spans(begin.size(0), end.size(0), sequences);
+  call.check_spans(starts, lengths, sequences, k.size(1));
 
   TorchTensor out = empty_like(queries, device),
               lse = empty({q.size(1), sequences}, ScalarType::Float, device);
@@ -236,14 +250,113 @@ inline std::tuple<TorchTensor, TorchTensor> decode_on_device(
                          .starts = starts,
                          .sequences = sequences,
                          .max_seqlen_k = k.size(1)};
-  try {
+  call_with_cache([&] {
     moba::decode(queries.view(), cache, call.routing,
                  {.out = Argument("out", out, device).view(), .lse = static_cast<float*>(lse.data_ptr())},
                  call.execution(backend, queries.view().dtype));
-  } catch (const Error& error) {
-    throw without_cache(error.what());
-  }
+  });
   return {out, lse};
+}
+
+/// A cache in pages: its tensors, page_table [sequences, pages of a sequence] and lengths [sequences].
+template <typename AnyCall>
+class PagedArguments {
+ public:
+  PagedArguments(AnyCall& call, const TorchTensor& k, const TorchTensor& v, const TorchTensor& means,
+                 const TorchTensor& page_table, const TorchTensor& lengths)
+      : k_("k", k, call.device, 4), v_("v", v, call.device, 4), means_("means", means, call.device, 4) {
+    const std::int64_t sequences = lengths.dim() == 1 ? lengths.size(0) : -1;
+    const std::int32_t* list = call.list("lengths", lengths);
+    require_device("page_table", page_table, call.device);
+    if (page_table.dim() != 2 || page_table.size(0) != sequences ||
+        page_table.scalar_type() != ScalarType::Int) {
+      refuse("page_table", "expected int32 [", sequences, " (the sequences of lengths), pages], got ",
+             torch::headeronly::toString(page_table.scalar_type()), " ", sizes_text(page_table));
+    }
+    table_ = page_table.size(1) > 1 && page_table.stride(1) != 1 ? torch::stable::contiguous(page_table)
+                                                                 : page_table;
+    cache = {.k = k_.view(),
+             .v = v_.view(),
+             .means = means_.view(),
+             .page_table = static_cast<const std::int32_t*>(table_.data_ptr()),
+             .table_stride = table_.size(0) > 1 ? table_.stride(0) : table_.size(1),
+             .lengths = list,
+             .sequences = sequences};
+    cache.max_seqlen_k = call.max_length(list, sequences, table_.size(1) * k.size(1));
+  }
+
+  PagedCache cache{};
+
+ private:
+  Argument k_, v_, means_;
+  TorchTensor table_;
+};
+
+/// Attends with the last queries of every sequence to its pages.
+template <typename AnyCall>
+std::tuple<TorchTensor, TorchTensor> paged_attention(
+    const TorchTensor& q, const TorchTensor& k, const TorchTensor& v, const TorchTensor& means,
+    const TorchTensor& page_table, const TorchTensor& lengths, const TorchTensor& cu_seqlens_q,
+    std::int64_t block_size, std::int64_t top_k, std::int64_t sink_blocks, std::optional<double> scale,
+    const std::string& backend) {
+  AnyCall call(routing_of(block_size, top_k, sink_blocks, true, scale), q);
+  const Argument queries("q", q, call.device);
+  const PagedArguments<AnyCall> pages(call, k, v, means, page_table, lengths);
+  const std::int32_t* offsets = call.list("cu_seqlens_q", cu_seqlens_q);
+  if (cu_seqlens_q.size(0) != pages.cache.sequences + 1) {
+    refuse("cu_seqlens_q", "expected ", pages.cache.sequences + 1, " entries (one more than lengths), got ",
+           cu_seqlens_q.size(0));
+  }
+  TorchTensor out = empty_like(queries, call.device),
+              lse = empty({q.size(1), q.size(0)}, ScalarType::Float, call.device);
+  call_with_cache([&] {
+    moba::attention(
+        queries.view(), offsets, pages.cache, call.routing,
+        {.out = Argument("out", out, call.device).view(), .lse = static_cast<float*>(lse.data_ptr())},
+        call.execution(backend, queries.view().dtype));
+  });
+  return {out, lse};
+}
+
+/// Decodes one token for each sequence from its pages.
+template <typename AnyCall>
+std::tuple<TorchTensor, TorchTensor> paged_decode(const TorchTensor& q, const TorchTensor& k,
+                                                  const TorchTensor& v, const TorchTensor& means,
+                                                  const TorchTensor& page_table, const TorchTensor& lengths,
+                                                  std::int64_t block_size, std::int64_t top_k,
+                                                  std::int64_t sink_blocks, std::optional<double> scale,
+                                                  const std::string& backend) {
+  AnyCall call(routing_of(block_size, top_k, sink_blocks, true, scale), q);
+  const Argument queries("q", q, call.device);
+  const PagedArguments<AnyCall> pages(call, k, v, means, page_table, lengths);
+  TorchTensor out = empty_like(queries, call.device),
+              lse = empty({q.size(1), q.size(0)}, ScalarType::Float, call.device);
+  call_with_cache([&] {
+    moba::decode(
+        queries.view(), pages.cache, call.routing,
+        {.out = Argument("out", out, call.device).view(), .lse = static_cast<float*>(lse.data_ptr())},
+        call.execution(backend, queries.view().dtype));
+  });
+  return {out, lse};
+}
+
+/// Writes the means of the blocks that tokens have completed.
+template <typename AnyCall>
+void update_means(const TorchTensor& k, const TorchTensor& means, const TorchTensor& page_table,
+                  const TorchTensor& lengths, const TorchTensor& before, std::int64_t block_size,
+                  std::int64_t max_added, const std::string& backend) {
+  AnyCall call(Routing{}, k);
+  const PagedArguments<AnyCall> pages(call, k, k, means, page_table, lengths);
+  const std::int32_t* former = call.list("before", before);
+  if (pages.cache.means.data != means.data_ptr())
+    refuse("means", "expected rows of contiguous elements, got other strides");
+  if (before.size(0) != pages.cache.sequences) {
+    refuse("before", "expected ", pages.cache.sequences, " entries (as lengths), got ", before.size(0));
+  }
+  call_with_cache([&] {
+    moba::update_means(pages.cache, block_size, former, max_added,
+                       call.execution(backend, pages.cache.k.dtype));
+  });
 }
 
 inline void define_operators(torch::stable::detail::StableLibrary& library) {
@@ -260,15 +373,38 @@ inline void define_operators(torch::stable::detail::StableLibrary& library) {
       "select(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt block_size, SymInt top_k, "
       "SymInt sink_blocks=0, bool causal=True, str backend=\"\") -> Tensor");
   library.def(
+      "select_by_gate(Tensor q, Tensor k, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt block_size, "
+      "SymInt "
+      "top_k, SymInt sink_blocks=0, bool causal=True, bool own_block=False, str backend=\"\") -> Tensor");
+  library.def(
+      "block_features(Tensor k, SymInt tokens, SymInt block_size, str backend=\"\") -> (Tensor mean, Tensor "
+      "max, Tensor min)");
+  library.def(
       "decode(Tensor q, Tensor k, Tensor v, Tensor means, Tensor begin, Tensor end, SymInt block_size, "
-      "SymInt top_k, SymInt sink_blocks=0, float? scale=None, str backend=\"\") -> (Tensor out, Tensor lse)");
+      "SymInt top_k, SymInt sink_blocks=0, float? scale=None, str backend=\"\", Tensor? selection=None) -> "
+      "(Tensor out, Tensor lse)");
+  library.def(
+      "paged_attention(Tensor q, Tensor k, Tensor v, Tensor means, Tensor page_table, Tensor lengths, Tensor "
+      "cu_seqlens_q, SymInt block_size, SymInt top_k, SymInt sink_blocks=0, float? scale=None, str "
+      "backend=\"\") -> (Tensor out, Tensor lse)");
+  library.def(
+      "paged_decode(Tensor q, Tensor k, Tensor v, Tensor means, Tensor page_table, Tensor lengths, SymInt "
+      "block_size, SymInt top_k, SymInt sink_blocks=0, float? scale=None, str backend=\"\") -> (Tensor out, "
+      "Tensor lse)");
+  library.def(
+      "update_means(Tensor k, Tensor(a!) means, Tensor page_table, Tensor lengths, Tensor before, SymInt "
+      "block_size, SymInt max_added, str backend=\"\") -> ()");
 }
 
 inline void implement_on_device(torch::stable::detail::StableLibrary& library) {
   implement<"attention", attention<DeviceCall>>(library);
   implement<"attention_backward", attention_backward<DeviceCall>>(library);
-  implement<"decode", decode_on_device>(library);
+  implement<"decode", decode<DeviceCall>>(library);
+  implement<"paged_decode", paged_decode<DeviceCall>>(library);
   implement<"select", select_blocks<DeviceCall>>(library);
+  implement<"select_by_gate", select_by_gate<DeviceCall>>(library);
+  implement<"block_features", block_features<DeviceCall>>(library);
+  implement<"update_means", update_means<DeviceCall>>(library);
 }
 
 }  // namespace moba::pytorch

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import ops
 from .config import MoBAConfig
-from .functional import attention
+from .functional import attention, block_features, select
 from .moba_efficient import moba_attn_varlen
 from .moba_naive import moba_attn_varlen_naive
 from .modes import Routing, mode, routing
@@ -18,12 +18,14 @@ __all__ = [
     "MobaCache",
     "Routing",
     "attention",
+    "block_features",
     "moba_attn_varlen",
     "moba_attn_varlen_naive",
     "mode",
     "ops",
     "register_moba",
     "routing",
+    "select",
 ]
 
 

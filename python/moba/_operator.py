@@ -1,6 +1,7 @@
 """Load the compiled operators and register shapes, gradients, autocast and vmap for them."""
 
 import ctypes
+import math
 from pathlib import Path
 
 import torch
@@ -11,6 +12,8 @@ _LIBRARY_PATH = str(next(Path(__file__).parent.glob("libmoba_torch.*")))
 torch.ops.load_library(_LIBRARY_PATH)
 _last_argument_error = ctypes.CDLL(_LIBRARY_PATH).moba_last_argument_error
 _last_argument_error.restype = ctypes.c_char_p
+_raise_interrupt = ctypes.PyDLL(_LIBRARY_PATH).moba_raise_interrupt
+_raise_interrupt.restype = None
 
 _attention = torch.ops.moba.attention.default
 _attention_backward = torch.ops.moba.attention_backward.default
@@ -23,12 +26,17 @@ _TENSORS = {
     "attention": ("q", "k", "v", *_OFFSETS),
     "attention_backward": ("d_out", "q", "k", "v", "out", "lse", "selection", *_OFFSETS),
     "select": ("q", "k", *_OFFSETS),
+    "select_by_gate": ("q", "k", *_OFFSETS),
+    "block_features": ("k",),
     "decode": ("q", "k", "v", "means", "begin", "end"),
+    "paged_attention": ("q", "k", "v", "means", "page_table", "lengths", "cu_seqlens_q"),
+    "paged_decode": ("q", "k", "v", "means", "page_table", "lengths"),
+    "update_means": ("k", "means", "page_table", "lengths", "before"),
 }
-_SELECTION = 12
-"""Position of `attention`'s argument selection."""
+_SELECTION = {"attention": 12, "decode": 11}
+"""Positions of the caller's selection among the arguments."""
 _DTYPES = {"lse": torch.float32} | dict.fromkeys(
-    (*_OFFSETS, "selection", "begin", "end"), torch.int32
+    (*_OFFSETS, "selection", "begin", "end", "page_table", "lengths", "before"), torch.int32
 )
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,39 +49,44 @@ def means_dtype(keys: Tensor) -> torch.dtype:
 def _check_tensors(function: str, *tensors: Tensor) -> None:
     """Raise TypeError for a wrong dtype and ValueError for a wrong device; the compiled code cannot raise TypeError."""
     names = _TENSORS[function]
-    q = tensors[names.index("q")]
-    dtype, device = q.dtype, q.device
+    model_name = "q" if "q" in names else "k"
+    model = tensors[names.index(model_name)]
+    dtype, device = model.dtype, model.device
     if dtype not in _FLOATING:
         raise TypeError(
-            f"{function}: q: expected one of {', '.join(map(str, _FLOATING))}, got {dtype}"
+            f"{function}: {model_name}: expected one of {', '.join(map(str, _FLOATING))}, got {dtype}"
         )
     for name, t in zip(names, tensors):
-        expected = means_dtype(q) if name == "means" else _DTYPES.get(name)
-        if expected is None and t.dtype is not dtype:
-            raise TypeError(f"{function}: {name}: expected {dtype} (the dtype of q), got {t.dtype}")
+        expected = means_dtype(model) if name == "means" else _DTYPES.get(name)
+        is_f32_gate = function == "select_by_gate" and name == "k" and t.dtype is torch.float32
+        if expected is None and t.dtype is not dtype and not is_f32_gate:
+            raise TypeError(
+                f"{function}: {name}: expected {dtype} (the dtype of {model_name}), got {t.dtype}"
+            )
         if expected is not None and t.dtype is not expected:
             raise TypeError(f"{function}: {name}: expected {expected}, got {t.dtype}")
         if t.device != device:
             raise ValueError(
-                f"{function}: {name}: expected device {device} (that of q), got {t.device}"
+                f"{function}: {name}: expected device {device} (that of {model_name}), got {t.device}"
             )
 
 
-def _check_selection(q: Tensor, selection: Tensor | None) -> None:
+def _check_selection(function: str, q: Tensor, selection: Tensor | None) -> None:
     """Raise TypeError or ValueError for a wrong dtype or device of the caller's selection."""
     if selection is None:
         return
     if selection.dtype is not torch.int32:
-        raise TypeError(f"attention: selection: expected torch.int32, got {selection.dtype}")
+        raise TypeError(f"{function}: selection: expected torch.int32, got {selection.dtype}")
     if selection.device != q.device:
         raise ValueError(
-            f"attention: selection: expected device {q.device} (that of q), got {selection.device}"
+            f"{function}: selection: expected device {q.device} (that of q), got {selection.device}"
         )
 
 
 def _operator_error(error: Exception) -> Exception:
     """Return ValueError for an argument that the compiled code refused, which torch raises as RuntimeError since 2.15; any
-    other error as it is."""
+    other error as it is. Raise what a signal handler has raised during the call instead, such as KeyboardInterrupt."""
+    _raise_interrupt()
     message = _last_argument_error().decode()
     return ValueError(message) if message and message in str(error) else error
 
@@ -85,11 +98,12 @@ def _register_checks(function: str) -> None:
     """Check the arguments of every call of the operator on every backend, unless it is traced."""
     operator = getattr(torch.ops.moba, function).default
     count = len(_TENSORS[function])
+    selection = _SELECTION.get(function, math.inf)
 
     def checked(keyset, *arguments):
         _check_tensors(function, *arguments[:count])
-        if function == "attention" and len(arguments) > _SELECTION:
-            _check_selection(arguments[0], arguments[_SELECTION])
+        if len(arguments) > selection:
+            _check_selection(function, arguments[0], arguments[selection])
         try:
             return operator.redispatch(keyset - _checks, *arguments)
         except (RuntimeError, ValueError) as error:
@@ -178,7 +192,7 @@ def _(
     selection=None,
 ):
     _check_tensors("attention", q, k, v, cu_seqlens_q, cu_seqlens_k)
-    _check_selection(q, selection)
+    _check_selection("attention", q, selection)
     _check_shapes("attention", q, k, v, block_size, top_k, selection)
     tokens, heads = q.shape[:2]
     selected = (
@@ -223,10 +237,82 @@ def _(q, k, cu_seqlens_q, cu_seqlens_k, block_size, top_k, sink_blocks=0, causal
     return _empty_selection(q, k.shape[0], block_size, top_k)
 
 
+@torch.library.register_fake("moba::select_by_gate")
+def _(
+    q,
+    k,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    block_size,
+    top_k,
+    sink_blocks=0,
+    causal=True,
+    own_block=False,
+    backend="",
+):
+    _check_tensors("select_by_gate", q, k, cu_seqlens_q, cu_seqlens_k)
+    _check_shapes("select_by_gate", q, k, k, block_size, top_k)
+    width = torch.sym_min(top_k, k.shape[0] + (1 if causal else 0))
+    return q.new_empty((q.shape[1], q.shape[0], width), dtype=torch.int32)
+
+
+@torch.library.register_fake("moba::block_features")
+def _(k, tokens, block_size, backend=""):
+    _check_tensors("block_features", k)
+    blocks = k.shape[0] // tokens * ((tokens + block_size - 1) // block_size)
+    return tuple(k.new_empty((blocks, *k.shape[1:])) for _ in range(3))
+
+
 @torch.library.register_fake("moba::decode")
-def _(q, k, v, means, begin, end, block_size, top_k, sink_blocks=0, scale=None, backend=""):
+def _(
+    q,
+    k,
+    v,
+    means,
+    begin,
+    end,
+    block_size,
+    top_k,
+    sink_blocks=0,
+    scale=None,
+    backend="",
+    selection=None,
+):
     _check_tensors("decode", q, k, v, means, begin, end)
+    _check_selection("decode", q, selection)
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("moba::paged_attention")
+def _(
+    q,
+    k,
+    v,
+    means,
+    page_table,
+    lengths,
+    cu_seqlens_q,
+    block_size,
+    top_k,
+    sink_blocks=0,
+    scale=None,
+    backend="",
+):
+    _check_tensors("paged_attention", q, k, v, means, page_table, lengths, cu_seqlens_q)
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("moba::paged_decode")
+def _(
+    q, k, v, means, page_table, lengths, block_size, top_k, sink_blocks=0, scale=None, backend=""
+):
+    _check_tensors("paged_decode", q, k, v, means, page_table, lengths)
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("moba::update_means")
+def _(k, means, page_table, lengths, before, block_size, max_added, backend=""):
+    _check_tensors("update_means", k, means, page_table, lengths, before)
 
 
 _below_gradient = torch._C._after_autograd_keyset - _checks
@@ -303,7 +389,7 @@ def _with_gradient(
 ):
     # In place of the checks at BackendSelect, which would run twice.
     _check_tensors("attention", q, k, v, cu_seqlens_q, cu_seqlens_k)
-    _check_selection(q, selection)
+    _check_selection("attention", q, selection)
     keyset = keyset & _below_gradient
     arguments = (
         q,
@@ -347,8 +433,10 @@ def _check_no_tangent(function, *tensors):
 
 
 _NO_DERIVATIVE = {
-    "attention_backward": "d_out: expected a first derivative of attention, got a second one",
-    "decode": "q, k, v: expected no backward pass (decode has no derivative), got one",
+    "attention_backward": "d_out: expected a first derivative of attention, got a second one"
+} | {
+    name: f"q, k, v: expected no backward pass ({name} has no derivative), got one"
+    for name in ("decode", "paged_attention", "paged_decode")
 }
 
 
@@ -384,7 +472,8 @@ def _register_not_differentiable(function):
 
 _library.impl("attention", _with_gradient, "Autograd", with_keyset=True)
 _register_not_differentiable("attention_backward")
-_register_not_differentiable("decode")
+for _name in ("decode", "paged_attention", "paged_decode"):
+    _register_not_differentiable(_name)
 
 
 # Autocast converts the inputs to its dtype, as for torch's own attention; float64 stays float64.
@@ -449,8 +538,9 @@ def _vmap_attention(info, in_dims, q, k, v, cu_seqlens_q, cu_seqlens_k, block_si
     _refuse_mapped_offsets("attention", in_dims[3:5])
     q, k, v = (_pack(t, dim, batch, 0) for t, dim in zip((q, k, v), in_dims))
     tokens, keys = q.shape[0] // batch, k.shape[0] // batch
-    if len(rest) == _SELECTION - 6 and rest[-1] is not None:
-        rest = *rest[:-1], _pack(rest[-1], in_dims[_SELECTION], batch, 1).contiguous()
+    at = _SELECTION["attention"]
+    if len(in_dims) > at and rest[-1] is not None:
+        rest = *rest[:-1], _pack(rest[-1], in_dims[at], batch, 1).contiguous()
     out, lse, selection = _attention(
         q,
         k,

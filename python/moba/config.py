@@ -153,15 +153,29 @@ _IN_MODEL = {  # field: attribute of a model's config, as `moba train` writes it
 }
 
 
-def config_of(model_config: Any) -> MoBAConfig | None:
+def config_of(model_config: Any, function: str = "moba_layer") -> MoBAConfig | None:
     """Return the configuration in a model's config of `transformers`, or None if it has neither `moba_chunk_size` nor
     `moba_topk`. Raises TypeError or ValueError naming the attribute."""
     attributes = getattr(model_config, "__dict__", {})
     if attributes.get("moba_chunk_size") is None and attributes.get("moba_topk") is None:
         return None
+    known = {name: attributes.get(name) for name in _IN_MODEL.values()}
+    return config_from(known, f"{function}: config")
+
+
+def config_from(settings: Any, name: str) -> MoBAConfig:
+    """Return the configuration of a mapping with the names of config.json, null where a setting has its default. Raises
+    TypeError or ValueError that begins with `name` and names the setting."""
+    if not isinstance(settings, dict):
+        raise TypeError(f"{name}: expected an object of settings, got {settings!r}")
+    for setting in settings:
+        if setting not in _IN_MODEL.values():
+            raise ValueError(
+                f"{name}: expected settings among {', '.join(_IN_MODEL.values())}, got {setting!r}"
+            )
     fields: dict[str, Any] = {"moba_chunk_size": None, "moba_topk": None}
-    for field, attribute in _IN_MODEL.items():
-        value = attributes.get(attribute)
+    for field, setting in _IN_MODEL.items():
+        value = settings.get(setting)
         if value is not None:
             fields[field] = value
     try:
@@ -169,6 +183,4 @@ def config_of(model_config: Any) -> MoBAConfig | None:
     except (TypeError, ValueError) as error:
         _, place, wrong = str(error).split(": ", 2)
         field, bracket, layer = place.partition("[")
-        raise type(error)(
-            f"moba_layer: config.{_IN_MODEL[field]}{bracket}{layer}: {wrong}"
-        ) from None
+        raise type(error)(f"{name}.{_IN_MODEL[field]}{bracket}{layer}: {wrong}") from None

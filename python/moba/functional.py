@@ -147,6 +147,10 @@ def attention(
             raise TypeError(
                 "attention: config: expected either a config or block_size and top_k, got both"
             )
+        if any(isinstance(value, tuple) for value in (config.moba_chunk_size, config.moba_topk, config.sink_blocks)):
+            raise TypeError(
+                "attention: config: expected that of one layer (config.of_layer(layer, layers)), got lists of layers"
+            )
         block_size, top_k, sink_blocks = (
             config.moba_chunk_size,
             config.moba_topk,
@@ -175,7 +179,7 @@ def attention(
         cu_seqlens_q, cu_seqlens_k = steps * queries, steps * keys
     else:
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_of(
-            _spans(padding_mask, batch, queries, keys), queries, keys
+            _spans("attention", padding_mask, batch, queries, keys), queries, keys
         )
     rows = None if selection is None else _selection_rows(selection, q, padding_mask)
     out, lse, selected = varlen(
@@ -230,20 +234,119 @@ def _selection_rows(selection: Tensor, q: Tensor, padding_mask: Tensor | None) -
     return selection.transpose(0, 1).flatten(1, 2)
 
 
-def _spans(padding_mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
+def _spans(function: str, padding_mask: Tensor, batch: int, queries: int, keys: int) -> Tensor:
     if not isinstance(padding_mask, Tensor) or padding_mask.is_floating_point():
         raise TypeError(
-            f"attention: padding_mask: expected bool, got {getattr(padding_mask, 'dtype', padding_mask)!r}"
+            f"{function}: padding_mask: expected bool, got {getattr(padding_mask, 'dtype', padding_mask)!r}"
         )
     if padding_mask.shape != (batch, keys):
         raise ValueError(
-            f"attention: padding_mask: expected [{batch}, {keys}], got sizes {list(padding_mask.shape)}"
+            f"{function}: padding_mask: expected [{batch}, {keys}], got sizes {list(padding_mask.shape)}"
         )
     if queries > keys:
         raise ValueError(
-            f"attention: q: expected at most {keys} tokens (those of k) with a padding_mask, got {queries}"
+            f"{function}: {'gate_q' if function == 'select' else 'q'}: expected at most {keys} tokens (those of k) with a padding_mask, got {queries}"
         )
     return spans_of_mask(padding_mask, queries, keys - queries)
+
+
+def block_features(
+    k: Tensor, block_size: int, *, backend: str = ""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute features of the blocks of keys `k` [B, S, Hkv, D], any strides, in one pass.
+
+    Returns the mean, the largest and the smallest value of every channel [B, ceil(S / block_size), Hkv, D], in the dtype of k,
+    NaN where a key is; the mean is that of MoBA's gate, a float32 sum rounded once. Constants: they have no gradient. Raises
+    TypeError or ValueError naming the argument.
+    """
+    if not isinstance(k, Tensor):
+        raise TypeError(f"block_features: k: expected a tensor, got {type(k).__name__}")
+    if k.dim() != 4:
+        raise ValueError(
+            f"block_features: k: expected [batch, tokens, heads, head_dim], got sizes {list(k.shape)}"
+        )
+    block_size = check_int("block_features", "block_size", block_size)
+    batch, tokens = k.shape[:2]
+    if batch == 0 or tokens == 0:
+        raise ValueError(
+            f"block_features: k: expected at least one token, got sizes {list(k.shape)}"
+        )
+    features = ops.block_features(flatten(k.detach()), tokens, block_size, backend)
+    return tuple(t.unflatten(0, (batch, t.shape[0] // batch)) for t in features)
+
+
+def select(
+    gate_q: Tensor,
+    gate_k: Tensor,
+    *,
+    block_size: int,
+    top_k: int,
+    keys: int | None = None,
+    sink_blocks: int = 0,
+    causal: bool = True,
+    own_block: bool = False,
+    padding_mask: Tensor | None = None,
+    backend: str = "",
+) -> Tensor:
+    """Select blocks by a gate: the `top_k` of highest `<gate_q, gate_k>`, by the rules of MoBA's own.
+
+    `gate_q` [B, Sq, Hg, Dg]; `gate_k` [B, ceil(Sk / block_size), Hk, Dg], a key for every block, in the dtype of `gate_q` or
+    float32, `Hg % Hk == 0`. `keys` is Sk, Sq unless given; the queries are the last of the keys. With `padding_mask` [B, Sk] the
+    blocks of a row are counted from its first token, and so are its rows of `gate_k`, of which those after its last block are
+    not read. A causal query's own block counts in `top_k` and is always selected, so its key has no effect; with
+    `causal=False` it is forced by `own_block`. Equal scores: the later block; NaN: the lowest score.
+
+    Returns int32 [B, Hg, Sq, min(top_k, ceil(Sk / block_size))], as `attention` takes it: `gate_q = q` and `gate_k =
+    block_features(k)[0]` is MoBA bit for bit. Has no gradient. On CUDA, Dg is at most 256. Raises TypeError or ValueError
+    naming the argument.
+    """
+    for name, t in (("gate_q", gate_q), ("gate_k", gate_k)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"select: {name}: expected a tensor, got {type(t).__name__}")
+        if t.dim() != 4:
+            raise ValueError(
+                f"select: {name}: expected [batch, tokens or blocks, heads, head_dim], got sizes {list(t.shape)}"
+            )
+    block_size = check_int("select", "block_size", block_size)
+    top_k = check_int("select", "top_k", top_k)
+    batch, queries = gate_q.shape[:2]
+    keys = queries if keys is None else check_int("select", "keys", keys)
+    blocks = (keys + block_size - 1) // block_size if block_size > 0 else 0
+    if gate_k.shape[:2] != (batch, blocks):
+        raise ValueError(
+            f"select: gate_k: expected [{batch}, {blocks}, heads, head_dim] ({keys} keys in blocks of {block_size}), got sizes {list(gate_k.shape)}"
+        )
+    if padding_mask is None:
+        steps = torch.arange(batch + 1, dtype=torch.int32, device=gate_q.device)
+        cu_seqlens_q, cu_seqlens_k = steps * queries, steps * keys
+        gate_keys = flatten(gate_k)
+    else:
+        spans = _spans("select", padding_mask, batch, queries, keys)
+        q_begin, q_end, k_begin, k_end = spans.unbind(-1)
+        rows = torch.stack([q_begin, q_end, torch.zeros_like(k_begin), k_end - k_begin], dim=-1)
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_of(rows, queries, k_end - k_begin)
+        of_row = (k_end - k_begin + block_size - 1) // block_size
+        gate_keys = gate_k[torch.arange(blocks, device=gate_k.device) < of_row[:, None]]
+    gate_queries = flatten(gate_q.detach())
+    if gate_q.is_cuda:  # whose kernels know a few sizes: zeros change no score
+        missing = next((n - gate_q.shape[3] for n in (64, 96, 128, 256) if n >= gate_q.shape[3]), 0)
+        gate_queries = torch.nn.functional.pad(gate_queries, (0, missing))
+        gate_keys = torch.nn.functional.pad(gate_keys, (0, missing)).to(gate_q.dtype)
+    selection = ops.select_by_gate(
+        gate_queries,
+        gate_keys.detach(),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        block_size,
+        top_k,
+        sink_blocks,
+        causal,
+        own_block,
+        backend,
+    )
+    width = min(top_k, blocks)
+    selection = torch.nn.functional.pad(selection, (0, width - selection.shape[2]), value=-1)
+    return selection.unflatten(1, (batch, queries)).transpose(0, 1)
 
 
 def check_varlen(

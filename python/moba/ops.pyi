@@ -77,6 +77,32 @@ def select(
 ) -> Tensor:
     """Return the selection alone."""
 
+def select_by_gate(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    causal: bool = True,
+    own_block: bool = False,
+    backend: str = "",
+) -> Tensor:
+    """Return the selection of a gate with other inputs, int32 `[Hg, Tq, min(top_k, blocks + 1 if causal)]`, by `select`'s rules.
+
+    `q [Tq, Hg, Dg]`, `k [blocks, Hk, Dg]` in the dtype of q or float32, `Hg % Hk == 0`: a key for every block of every sequence,
+    in their order; causal calls may leave out the incomplete last blocks of all sequences on the CPU. The offsets count tokens.
+    Scores are `<q, k>`; NaN counts as -inf. `own_block`, not causal: a query's own block is selected first.
+    """
+
+def block_features(
+    k: Tensor, tokens: int, block_size: int, backend: str = ""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean, the largest and the smallest value of every channel of every block, `[blocks, Hkv, D]` in the dtype of k,
+    an incomplete last block included, of sequences of `tokens` keys each, `k [sequences * tokens, Hkv, D]`, without a
+    derivative."""
+
 def decode(
     q: Tensor,
     k: Tensor,
@@ -89,11 +115,70 @@ def decode(
     sink_blocks: int = 0,
     scale: float | None = None,
     backend: str = "",
+    selection: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return `out [B, Hq, D]` and `lse [Hq, B]` for one new token of each of B sequences, `q [B, Hq, D]`, without a derivative.
 
     `k`, `v` `[B, tokens, Hkv, D]`, any strides; sequence b is tokens `[begin[b], end[b])` (int32), the last of which is the
     query's own. `means` `[B, blocks, Hkv, D]`: the mean key of every complete block counted from `begin[b]`, rounded to the
-    dtype of k; float32 on the CPU, the dtype of k on CUDA; not read where the routing covers every block. On CUDA the values
-    of `begin` and `end` are not checked.
+    dtype of k; float32 on the CPU, the dtype of k on CUDA; not read where the routing covers every block or `selection` is given.
+    On CUDA the values of `begin` and `end` are not checked.
+
+    `selection`, int32 `[Hs, B, W]`: the caller's blocks, counted from `begin[b]`, as in `attention`; `top_k` is not read then.
+    """
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    cu_seqlens_q: Tensor,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    scale: float | None = None,
+    backend: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Return `out [Tq, Hq, D]` and `lse [Hq, Tq]` of new queries over the pages of a serving engine, which already hold their
+    keys, on the CPU and without a derivative. Queries `[cu_seqlens_q[s], cu_seqlens_q[s + 1])` are the last of the
+    `lengths[s]` tokens of sequence s.
+
+    `k`, `v` `[pages, page_tokens, Hkv, D]`, any strides; `page_table` int32 `[sequences, pages of a sequence]`: page i of a
+    sequence holds its tokens from `i * page_tokens` on. `means` as `update_means` keeps them; not read where nothing is
+    selected, else `page_tokens` divides `block_size` or is a multiple of it.
+    """
+
+def paged_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    means: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    block_size: int,
+    top_k: int,
+    sink_blocks: int = 0,
+    scale: float | None = None,
+    backend: str = "",
+) -> tuple[Tensor, Tensor]:
+    """Return `out [B, Hq, D]` and `lse [Hq, B]` for one new token of each of B sequences, whose pages already hold its key, as
+    `paged_attention` describes them. On CUDA the values of `page_table` and `lengths` are not checked."""
+
+def update_means(
+    k: Tensor,
+    means: Tensor,
+    page_table: Tensor,
+    lengths: Tensor,
+    before: Tensor,
+    block_size: int,
+    max_added: int,
+    backend: str = "",
+) -> None:
+    """Write the means of the blocks that tokens have completed since sequences held `before` (int32 `[sequences]`) of them, at
+    most `max_added` each.
+
+    `means` `[pages, max(1, page_tokens // block_size), Hkv, D]`: the mean key of a complete block, rounded to the dtype of k,
+    at the page where the block ends; float32 on the CPU, the dtype of k on CUDA.
     """

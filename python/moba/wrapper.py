@@ -1,6 +1,7 @@
 """MoBA as an attention implementation of `transformers` models."""
 
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,14 +18,20 @@ from .modes import current_mode, records_of
 from .padding import cu_seqlens_of, spans_of_documents, spans_of_mask, split_tail, whole_spans
 
 
-def register_moba(cfg: MoBAConfig | None = None, name: str = "moba") -> None:
+def register_moba(
+    cfg: MoBAConfig | None = None, name: str = "moba", context_parallel: Any = None
+) -> None:
     """Register attention implementations of `transformers`, with their masks: "moba" and "moba_naive", for
     `from_pretrained(..., attn_implementation="moba")`, or another `name`, such as "moba-16x3", and that followed by "_naive".
 
     A model with "moba" has the configuration in its `model.config`, the attributes that `moba train` writes:
     `moba_chunk_size`, `moba_topk` and, with MoBAConfig's defaults, `moba_sink`, `moba_full_tail`, `moba_full_layers` and
     `moba_decode`. Without the first two it has `cfg`, the default of all such models; None is no default. A model with
-    another name has the `cfg` of that name. Calling it again replaces `cfg` for existing models, too."""
+    another name has the `cfg` of that name. Calling it again replaces `cfg` for existing models, too.
+
+    `context_parallel`: the ranks that share out each row, a process group, a mesh with one dimension, or a
+    `moba.distributed.ContextParallel` with layout and strategy. Such a model takes what `moba.distributed.shard_batch` returns,
+    has no cache, and no `full_tail`."""
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
 
@@ -38,26 +45,39 @@ def register_moba(cfg: MoBAConfig | None = None, name: str = "moba") -> None:
             'register_moba: name: expected "moba" followed by letters, digits, ".", "_" or "-", without "_naive", "flash", '
             f'"flex" and "sdpa" (which have a meaning), got {name!r}'
         )
+    layer: Callable[..., Any] = moba_layer
+    mask: Callable[..., Any] = moba_mask
+    if context_parallel is not None:
+        from .distributed.layer import context_parallel_layer, context_parallel_mask, settings_of
+
+        layer = partial(context_parallel_layer, settings_of(context_parallel))
+        mask = context_parallel_mask
+    if is_default:
+        layer = partial(_default_layer, layer)
     for suffix, naive in (("", False), ("_naive", True)):
-        layer = partial(_default_layer if is_default else moba_layer, cfg, naive)
-        AttentionInterface.register(name + suffix, layer)
-        AttentionMaskInterface.register(name + suffix, moba_mask)
+        AttentionInterface.register(name + suffix, partial(layer, cfg, naive))
+        AttentionMaskInterface.register(name + suffix, mask)
 
 
 _NAME = re.compile(r"(?!.*(?:_naive|flash|flex|sdpa))moba[A-Za-z0-9._-]*")
 
 
 def _default_layer(
-    default: MoBAConfig | None, naive: bool, module: Module, *tensors: Any, **options: Any
+    layer: Callable[..., tuple[Tensor, Tensor | None]],
+    default: MoBAConfig | None,
+    naive: bool,
+    module: Module,
+    *tensors: Any,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute `moba_layer` with the configuration of the model, or else the default."""
+    """Compute `layer` with the configuration of the model, or else the default."""
     config = config_of(getattr(module, "config", None)) or default
     if config is None:
         raise ValueError(
             "moba_layer: config: expected moba_chunk_size and moba_topk in model.config, or a default from "
             "register_moba(MoBAConfig(...)), got neither"
         )
-    return moba_layer(config, naive, module, *tensors, **options)
+    return layer(config, naive, module, *tensors, **options)
 
 
 def moba_mask(
@@ -78,7 +98,7 @@ def moba_mask(
 
     if mask_function is not None and mask_function is not causal_mask_function:
         if attention_mask is None and q_offset == 0 and q_length == kv_length:
-            return _documents_of_mask(mask_function, batch_size, q_length, device)
+            return documents_of_mask(mask_function, batch_size, q_length, device)
         raise NotImplementedError(_OTHER_MASK)
     if kv_offset != 0:
         raise NotImplementedError(
@@ -109,7 +129,7 @@ _OTHER_MASK = (
 )
 
 
-def _documents_of_mask(mask_function: Any, batch: int, tokens: int, device: Any) -> Tensor:
+def documents_of_mask(mask_function: Any, batch: int, tokens: int, device: Any) -> Tensor:
     """Return the lengths of the documents of a mask that is causal within each, int32 [documents], of all rows."""
     if torch.compiler.is_compiling():
         raise NotImplementedError(_OTHER_MASK)
@@ -199,9 +219,8 @@ def _spans(attention_mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
     return attention_mask[:, 0, 0]
 
 
-def _refuse(
-    module: Module, dropout: float, is_causal: bool | None, options: dict[str, Any]
-) -> None:
+def refuse(module: Module, dropout: float, is_causal: bool | None, options: dict[str, Any]) -> None:
+    """Raise NotImplementedError for a layer that asks for more than causal attention."""
     if dropout:
         raise NotImplementedError(
             f"moba_layer: dropout: expected an attention_dropout of 0, got {dropout}"
@@ -217,7 +236,14 @@ def _refuse(
             )
 
 
-def _is_full(config: MoBAConfig, module: Module, queries: int) -> bool:
+def of_layer(config: MoBAConfig, module: Module) -> MoBAConfig:
+    """Return the configuration of a model's attention layer."""
+    layers = getattr(getattr(module, "config", None), "num_hidden_layers", 0)
+    return config.of_layer(getattr(module, "layer_idx", None) or 0, layers)
+
+
+def is_full(config: MoBAConfig, module: Module, queries: int) -> bool:
+    """Return whether a layer attends fully in a step of `queries` tokens a row."""
     forced = current_mode()
     if forced is not None:
         return forced == "full"
@@ -246,11 +272,8 @@ def moba_layer(
     """Compute one layer's attention: `query` [B, Hq, Sq, D], `key` and `value` [B, Hkv, Sk, D]. Returns [B, Sq, Hq, D] and,
     from the naive implementation with output_attentions, the weights [B, Hq, Sq, Sk]."""
     check_tensors("moba_layer", query, key, value, "[batch, heads, tokens, head_dim]")
-    config = config.of_layer(
-        getattr(module, "layer_idx", None) or 0,
-        getattr(getattr(module, "config", None), "num_hidden_layers", 0),
-    )
-    _refuse(module, dropout, is_causal, options)
+    config = of_layer(config, module)
+    refuse(module, dropout, is_causal, options)
     weights = bool(options.get("output_attentions"))
     if weights and not naive:
         raise NotImplementedError(
@@ -262,7 +285,7 @@ def moba_layer(
         spans = _spans(attention_mask, query, key)
     else:
         spans, rows, attention_mask = spans_of_documents(documents), (documents, documents), None
-    top_k = EVERYTHING if _is_full(config, module, queries) else config.moba_topk
+    top_k = EVERYTHING if is_full(config, module, queries) else config.moba_topk
     if naive:
         attend = partial(_attend_naive, query, key, value, config, scaling, rows)
     else:

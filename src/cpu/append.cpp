@@ -11,7 +11,7 @@
 // foreach_target first
 #include <hwy/highway.h>
 
-#include "cpu/tile-inl.h"
+#include "cpu/features-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace moba::cpu::HWY_NAMESPACE {
@@ -69,14 +69,18 @@ void store_row(const Tensor& t, std::int64_t token, std::int64_t head, DType dty
 void append_rows(const Append& rows, std::int64_t block, std::int64_t head, float* scratch) {
   const DType dtype = rows.k_layout.dtype;
   const auto size = static_cast<std::size_t>(rows.k.sizes[2]);
-  float* mean = rows.mean_of(block, head);
+  const FeatureRows to = rows.features_of(block, head);
+  float* mean = to.mean;
+  if (rows.begins(block)) begin_extremes(to, size);
   const auto [first, last] = rows.tokens_of(block);
   for (std::int64_t token = first; token < last; ++token) {
     const CacheRow key = cache_row(rows.k_layout, rows.k_pages, rows.first + token, head);
     store_row(rows.k, token, head, dtype, scratch, key);
     store_row(rows.v, token, head, dtype, scratch,
               cache_row(rows.v_layout, rows.v_pages, rows.first + token, head));
-    add_row(row_as_f32({.data = key.data, .scales = key.scale}, dtype, 0, size, scratch), size, mean);
+    const float* row = row_as_f32({.data = key.data, .scales = key.scale}, dtype, 0, size, scratch);
+    add_row(row, size, mean);
+    add_to_extremes(row, size, to);
   }
   if (!rows.completes(block)) return;
   for (std::size_t i = 0; i < size; ++i)

@@ -249,7 +249,7 @@ void finish_rows(const AttendWorker<Arithmetic>& w, std::int64_t rows, const Out
 
 template <TileArithmetic Arithmetic>
 void attend_with(const Call& call, const Plan& plan, const Range& range, RangeState state, TileScratch& tile,
-                 Arithmetic arithmetic, const Outputs& outputs) {
+                 Arithmetic arithmetic, const Outputs& outputs, Cancel& cancelled) {
   const float scale = call.scale;
   AttendWorker<Arithmetic> w{.call = call,
                              .sequence = call.sequences[static_cast<std::size_t>(range.sequence)],
@@ -264,6 +264,7 @@ void attend_with(const Call& call, const Plan& plan, const Range& range, RangeSt
   KeyTileIterator key_tiles(call, w.sequence, plan, range, Arithmetic::kMaxKeys);
   KeyTile now, next;
   for (bool more = key_tiles.next(next); more;) {
+    if (cancelled()) return;
     now = next;
     more = key_tiles.next(next);
     if (more) w.kv_prefetch.begin(call, w.sequence, range.head, next.first, next.count);
@@ -276,7 +277,7 @@ void attend_with(const Call& call, const Plan& plan, const Range& range, RangeSt
 
 /// `memory` holds attend_bytes() bytes.
 void attend_range(const Call& call, const Plan& plan, const Range& range, float* memory,
-                  const Outputs& outputs) {
+                  const Outputs& outputs, Cancel& cancelled) {
   const std::int64_t rows = (range.q1 - range.q0) * call.heads_per_kv;
   const std::size_t stride = padded_dim(call.head_dim);
   auto& tile = *reinterpret_cast<TileScratch*>(memory);
@@ -299,7 +300,7 @@ void attend_range(const Call& call, const Plan& plan, const Range& range, float*
     attend_with(
         call, plan, range, state, tile,
         BFloat16{tile, head_dim, reinterpret_cast<bfloat16*>(keys), reinterpret_cast<bfloat16*>(values)},
-        outputs);
+        outputs, cancelled);
     return tiles->end();
   }
   if (const Bf16x6Tiles* tiles = bf16x6_tiles(); tiles != nullptr) {
@@ -307,11 +308,11 @@ void attend_range(const Call& call, const Plan& plan, const Range& range, float*
     attend_with(call, plan, range, state, tile,
                 F32AsBf16x6{tile, head_dim, reinterpret_cast<std::uint32_t*>(keys),
                             reinterpret_cast<std::uint32_t*>(values)},
-                outputs);
+                outputs, cancelled);
     return tiles->end();
   }
 #endif
-  attend_with(call, plan, range, state, tile, Float32{tile, head_dim, keys, values}, outputs);
+  attend_with(call, plan, range, state, tile, Float32{tile, head_dim, keys, values}, outputs, cancelled);
 }
 
 }  // namespace moba::cpu::HWY_NAMESPACE
@@ -338,7 +339,7 @@ void attend(const Call& call, const SliceSelection& /*selection*/, const Plan& p
   const auto run = &HWY_DYNAMIC_DISPATCH(attend_range);
   context.parallel.run(static_cast<std::int64_t>(plan.ranges.size()), [&](std::int64_t task, int worker) {
     run(call, plan, plan.ranges[static_cast<std::size_t>(task)],
-        memory.data() + static_cast<std::size_t>(worker) * floats, outputs);
+        memory.data() + static_cast<std::size_t>(worker) * floats, outputs, context.cancelled);
   });
 }
 

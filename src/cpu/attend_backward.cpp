@@ -220,7 +220,7 @@ void for_key_tiles(BackwardWorker& w, Visit&& visit) {
     }
     return KeyTile{};
   };
-  for (w.next_key_tile = next_seen(); w.next_key_tile.count > 0;) {
+  for (w.next_key_tile = next_seen(); w.next_key_tile.count > 0 && !w.g.cancelled();) {
     w.key_tile = w.next_key_tile;
     w.next_key_tile = next_seen();
     visit();
@@ -474,9 +474,16 @@ void attend_backward(const Call& call, const SliceSelection& selection, const Pl
       dk(gradients.dk, slice.head0, slice.head1, context),
       dv(gradients.dv, slice.head0, slice.head1, context);
   const Buffer<RowStats> stats(context.scratch, slice.heads() * call.heads_per_kv * call.tokens);
-  const BackwardState g{call,    plan,         backward,
-                        slice,   dq.sums,      dk.sums,
-                        dv.sums, stats.data(), units_for(call, backward, slice, parallel)};
+  const BackwardState g{call,
+                        plan,
+                        backward,
+                        slice,
+                        dq.sums,
+                        dk.sums,
+                        dv.sums,
+                        stats.data(),
+                        units_for(call, backward, slice, parallel),
+                        context.cancelled};
   for (const GradientAccumulator* output : {&dq, &dk, &dv}) output->clear(parallel);
 
   constexpr std::int64_t kTokens = 256;

@@ -49,6 +49,7 @@ const Backend cpu_backend{
     .workspace = workspace,
     .append = cpu::append,
     .centroids = cpu::centroids,
+    .features = cpu::features,
     .gate = cpu::gate,
     .plan = cpu::plan,
     .attend = cpu::attend,

@@ -39,6 +39,7 @@ struct BackwardState {
   AccumulatorView dq, dk, dv;
   RowStats* stats;  // [query heads of the slice, tokens]
   Units units;
+  Cancel& cancelled;
 
   RowStats& stats_of(std::int64_t q_head, std::int64_t token) const {
     return stats[(q_head - slice.head0 * call.heads_per_kv) * call.tokens + token];

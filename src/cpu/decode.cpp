@@ -96,6 +96,28 @@ std::pair<float, float> exp2_logits(float* logits, std::size_t count) {
   return {max, hn::GetLane(hn::SumOfLanes(d, total))};
 }
 
+float sum_of(const float* values, std::int64_t count) {
+  const F32 d;
+  const auto lanes = static_cast<std::int64_t>(kLanes);
+  Vec total = hn::Zero(d);
+  std::int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) total = hn::Add(total, hn::LoadU(d, values + i));
+  float sum = hn::GetLane(hn::SumOfLanes(d, total));
+  for (; i < count; ++i) sum += values[i];
+  return sum;
+}
+
+/// Sums the weights of a split's keys, those of one head, over the ranges of the unit.
+void sum_ranges(const DecodeUnit& unit, const KvSplit& split, const float* weights, float* sums) {
+  const DecodeUnit::Counted keys = unit.counted(split);
+  const std::int64_t size = unit.weights->range;
+  for (std::int64_t first = keys.begin, range = keys.range; first < keys.end; ++range) {
+    const std::int64_t end = std::min((range + 1) * size, keys.end);
+    *sums++ = sum_of(weights + (first - split.first), end - first);
+    first = end;
+  }
+}
+
 /// Computes attention of the unit's query heads that see a split into its partials [group][stride]: the
 /// unnormalised output, the maximum (log2 units) and the sum. Heads that do not see the split keep a maximum
 /// of -inf.
@@ -130,6 +152,9 @@ void attend_split(const Call& call, const DecodeUnit& unit, std::int64_t width, 
         hn::Store(hn::Mul(to_log2, hn::Load(d, weights.of(h) + i)), d, weights.of(h) + i);
       std::tie(heads.out[h][stride - 2], heads.out[h][stride - 1]) =
           exp2_logits(weights.of(h), static_cast<std::size_t>(split.count));
+      if (unit.weights == nullptr) continue;
+      const std::int64_t row = (heads.out[h] - unit.partials) / static_cast<std::int64_t>(stride);
+      sum_ranges(unit, split, weights.of(h), unit.range_sums + row * unit.ranges_per_split);
     }
 
     // The split that this thread will most likely take next.
@@ -215,10 +240,11 @@ class Decoding {
         stride_(round_up(static_cast<std::size_t>(call.head_dim), kMaxLanes) + kMaxLanes),
         units_(call.sequences.size() * static_cast<std::size_t>(call.kv_heads)) {
     if (call.is_selected()) rows_ = selected_rows(call);
-    std::int64_t listed = 0, splits = 0, mean_splits = 0;
+    std::int64_t listed = 0, splits = 0, mean_splits = 0, range_sums = 0;
     for (std::size_t u = 0; u < units_.size(); ++u) {
       plan(units_[u], u);
       listed += list_size(units_[u]);
+      range_sums += max_range_sums(units_[u]);
       splits += max_splits(units_[u]);
       mean_splits += units_[u].mean_splits;
     }
@@ -231,7 +257,8 @@ class Decoding {
     list_scores_ = {scratch, listed};
     lists_ = {scratch, listed};
     partials_ = {scratch, splits * call.heads_per_kv * static_cast<std::int64_t>(stride_)};
-    listed = splits = 0;
+    range_sums_ = {scratch, range_sums};
+    listed = splits = range_sums = 0;
     for (std::size_t u = 0; u < units_.size(); ++u) {
       DecodeUnit& unit = units_[u];
       const auto head = static_cast<std::int64_t>(u) * call.heads_per_kv;
@@ -242,8 +269,10 @@ class Decoding {
       unit.list_scores = list_scores_.data() + listed;
       unit.lists = lists_.data() + listed;
       unit.partials = partials_.data() + splits * call.heads_per_kv * static_cast<std::int64_t>(stride_);
+      unit.range_sums = range_sums_.data() + range_sums;
       listed += list_size(unit);
       splits += max_splits(unit);
+      range_sums += max_range_sums(unit);
       load_queries_f32(unit);
     }
   }
@@ -274,6 +303,10 @@ class Decoding {
       unit.block_splits = divided_up(unit.block_size, unit.split_keys);
       unit.own_splits = divided_up(unit.keys - unit.own * unit.block_size, unit.split_keys);
     }
+    if (!outputs_.weights.empty() && outputs_.weights[unit.sequence].data != nullptr) {
+      unit.weights = &outputs_.weights[unit.sequence];
+      unit.ranges_per_split = divided_up(unit.split_keys, unit.weights->range) + 1;
+    }
     unit.means_left = unit.mean_splits;
     unit.splits_left = unit.own_splits + 1;  // and the selection
   }
@@ -284,6 +317,10 @@ class Decoding {
   std::int64_t max_splits(const DecodeUnit& unit) const {
     return unit.own_splits +
            std::min(call_.heads_per_kv * width_, std::max<std::int64_t>(unit.own, 0)) * unit.block_splits;
+  }
+
+  std::int64_t max_range_sums(const DecodeUnit& unit) const {
+    return max_splits(unit) * call_.heads_per_kv * unit.ranges_per_split;
   }
 
   void load_queries_f32(DecodeUnit& unit) const {
@@ -370,6 +407,24 @@ class Decoding {
       if (outputs_.lse != nullptr) {
         outputs_.lse[head * call_.tokens + s.q_begin] = sum == 0 ? kNegInf : (max + std::log2(sum)) * kLn2;
       }
+      if (unit.weights != nullptr) combine_weights(unit, g, max, inverse);
+    }
+  }
+
+  /// Writes the weights of one query head, whose splits have the maximum `max` and the sum 1 / `inverse`.
+  void combine_weights(const DecodeUnit& unit, std::int64_t g, float max, float inverse) const {
+    const std::int64_t size = unit.weights->range, ranges = divided_up(unit.weights->keys, size);
+    float* weights = unit.weights->data + (unit.head * call_.heads_per_kv + g) * ranges;
+    std::fill_n(weights, ranges, 0.0F);
+    for (std::int64_t p = 0; p < unit.splits; ++p) {
+      const std::int64_t row = p * call_.heads_per_kv + g;
+      const float split_max = unit.partials[static_cast<std::size_t>(row) * stride_ + stride_ - 2];
+      const DecodeUnit::Counted keys = unit.counted(unit.split(p));
+      if (split_max == kNegInf || keys.begin >= keys.end) continue;
+      const float scale = std::exp2(split_max - max) * inverse;
+      const float* sums = unit.range_sums + row * unit.ranges_per_split;
+      for (std::int64_t range = keys.range; range * size < keys.end; ++range)
+        weights[range] += scale * *sums++;
     }
   }
 
@@ -380,7 +435,7 @@ class Decoding {
   std::int64_t width_ = 0, tasks_ = 0;
   std::size_t stride_ = 0;
   std::vector<DecodeUnit> units_;
-  Buffer<float> queries_, topk_scores_, list_scores_, partials_;
+  Buffer<float> queries_, topk_scores_, list_scores_, partials_, range_sums_;
   Buffer<std::int32_t> selected_, blocks_, lists_;
 };
 

@@ -7,6 +7,7 @@
 
 #include "cpu/sizes.h"
 #include "cpu/topk.h"
+#include "moba/attention.h"
 
 /// The work of a decode call: its units, and the splits that their keys are cut into.
 namespace moba::cpu {
@@ -29,14 +30,17 @@ struct alignas(64) DecodeUnit {
   std::int64_t split_keys = 0, own_splits = 0, block_splits = 0;
   std::int64_t splits = 0;  // known once gate_done
   Candidates candidates;
-  std::int64_t listed = 0;           // longest top-k list of a split of the means
-  float* list_scores = nullptr;      // [mean_splits][group][listed]
-  std::int32_t* lists = nullptr;     // the blocks of these scores
-  float* topk_scores = nullptr;      // [group][width], scores of the selected blocks
-  float* queries = nullptr;          // [group][kMaxHeadDim], f32, unscaled, zero padded
-  std::int32_t* selected = nullptr;  // [group][width]
-  std::int32_t* blocks = nullptr;    // union of the selections without the own block, ascending
-  float* partials = nullptr;         // [splits][group][stride]
+  std::int64_t listed = 0;              // longest top-k list of a split of the means
+  float* list_scores = nullptr;         // [mean_splits][group][listed]
+  std::int32_t* lists = nullptr;        // the blocks of these scores
+  float* topk_scores = nullptr;         // [group][width], scores of the selected blocks
+  float* queries = nullptr;             // [group][kMaxHeadDim], f32, unscaled, zero padded
+  std::int32_t* selected = nullptr;     // [group][width]
+  std::int32_t* blocks = nullptr;       // union of the selections without the own block, ascending
+  float* partials = nullptr;            // [splits][group][stride]
+  const KeyWeights* weights = nullptr;  // null: not computed
+  std::int64_t ranges_per_split = 0;    // that a split may reach into
+  float* range_sums = nullptr;          // [splits][group][ranges_per_split], unnormalised
 
   alignas(64) std::atomic<std::int64_t> next_means = 0, means_left = 0;
   std::atomic<std::int64_t> next_split = 0, splits_left = 0;
@@ -46,6 +50,13 @@ struct alignas(64) DecodeUnit {
   bool sees(std::int64_t width, std::int64_t g, std::int64_t block) const {
     const std::int32_t* from = selected + g * width;
     return block == own || std::find(from, from + width, static_cast<std::int32_t>(block)) != from + width;
+  }
+  /// Keys [begin, end) of a split that are counted in `weights`, and the range of the first one.
+  struct Counted {
+    std::int64_t begin, end, range;
+  };
+  Counted counted(const KvSplit& split) const {
+    return {split.first, std::min(split.first + split.count, weights->keys), split.first / weights->range};
   }
   KvSplit split(std::int64_t index) const {
     const std::int64_t other = index - own_splits;

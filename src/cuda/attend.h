@@ -31,7 +31,7 @@ void attend_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
                  const Plan& plan, const Partials& partials, const Outputs& outputs);
 
 /// Merges each row's slots in the order of their ranks, and writes the outputs.
-void combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const SelectionRows& selection,
-             const Partials& partials, const Outputs& outputs);
+void combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+             const SelectionRows& selection, const Partials& partials, const Outputs& outputs);
 
 }  // namespace moba::cuda

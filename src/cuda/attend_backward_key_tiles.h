@@ -76,7 +76,7 @@ DkvParams<T> dkv_params(const DeviceCall& call, const WorkSlice& slice, const Ba
           .rows = call.rows(slice),
           .width = call.width(),
           .heads_per_kv = Divisor(call.heads_per_kv),
-          .ranks = Divisor(call.ranks()),
+          .ranks = Divisor(std::max<std::int64_t>(call.ranks(), 1)),
           .diagonal = call.has_diagonal(),
           .causal = call.routing.causal,
           .segments = false,

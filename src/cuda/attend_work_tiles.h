@@ -358,7 +358,7 @@ AttendParams<T> attend_params(const DeviceCall& call, const WorkSlice& slice, co
           .width = call.width(),
           .ranks = call.ranks(),
           .by_heads_per_kv = Divisor(call.heads_per_kv),
-          .by_ranks = Divisor(call.ranks()),
+          .by_ranks = Divisor(std::max<std::int64_t>(call.ranks(), 1)),
           .token0 = static_cast<std::int32_t>(slice.token0),
           .token1 = static_cast<std::int32_t>(slice.token1),
           .diagonal = call.has_diagonal(),

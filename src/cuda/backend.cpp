@@ -6,6 +6,8 @@ namespace moba {
 namespace {
 
 constexpr DeviceFlow kFlow{.attention = cuda::attention,
+                           .select = cuda::select,
+                           .features = cuda::features,
                            .attention_backward = cuda::attention_backward,
                            .decode = cuda::decode,
                            .update_means = cuda::update_means};

@@ -78,9 +78,8 @@ DeviceCall make_call(const Tensor& q, const Tensor& k, const Tensor& v, const De
   check_view("k", k);
   check_view("v", v);
   check_supported(q, k);
-  if (routing.selection.heads != 0)
-    refuse("selection", "expected none (backend cuda), got one of ", routing.selection.heads, " heads");
   check_device(q.sizes[2]);
+  if (routing.selection.width > 0 && q.sizes[0] > 0) check_list("selection.blocks", routing.selection.blocks);
   if (batch.on_device) {
     check_list("cu_seqlens_q", batch.q_starts);
     check_list("cu_seqlens_k", batch.k_starts);

@@ -1,4 +1,6 @@
 // Merges partial outputs in the order of their ranks: out = sum of 2^(lse_i - lse) out_i.
+#include <limits>
+
 #include "cuda/attend.h"
 #include "cuda/ptx/convert.h"
 #include "cuda/ptx/copy.h"
@@ -16,7 +18,10 @@ struct CombineParams {
   const T* partials;         // [heads, rows * ranks, D]
   const float* partial_lse;  // [heads, rows * ranks]
   SelectionRows selection;
+  Batch batch;
+  std::int64_t block_size;
   bool causal;
+  bool is_selected;  // by the caller, who may list blocks that the plan left out
   std::int64_t rows, width, ranks, heads_per_kv, head0, token0, tokens;
   View<T> out;
   float* lse;  // [Hq, Tq], may be null
@@ -36,14 +41,21 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
                      q_head = (p.head0 + head) * p.heads_per_kv + row % p.heads_per_kv;
   // Slots after the last block that was selected by score are empty; after that block, a causal row holds its
   // own. The diagonal slot is always filled.
-  const std::int32_t* selected = p.selection.of(q_head, token) + (p.causal ? 1 : 0);
+  const std::int32_t* selected = p.selection.of(q_head, token) + (p.causal && !p.is_selected ? 1 : 0);
+  std::int64_t end = std::numeric_limits<std::int32_t>::max();
+  if (p.is_selected) {
+    const auto packed = static_cast<std::int32_t>(token);
+    const std::int32_t s = sequence_of(p.batch.q_starts, p.batch.sequences, packed);
+    end = scored_end(p.batch, s, packed, p.block_size, p.causal);
+  }
   const std::int64_t first = (head * p.rows + row) * p.ranks;
   const auto load_lse = [&](float(&lse)[kLoads], std::int64_t rank) {
     bool filled[kLoads];
     MOBA_UNROLL
     for (int i = 0; i < kLoads; ++i) {
       const std::int64_t r = rank + i;
-      filled[i] = r == p.width || selected[r < p.width ? r : 0] >= 0;
+      const std::int32_t block = selected[r < p.width ? r : 0];
+      filled[i] = r == p.width || (block >= 0 && block < end);
     }
     MOBA_UNROLL
     for (int i = 0; i < kLoads; ++i)
@@ -90,19 +102,22 @@ combine_kernel(MOBA_GRID_CONSTANT CombineParams<T> p) {
 }  // namespace
 
 Partials carve_partials(ArenaLayout& layout, const DeviceCall& call, const WorkSlice& slice) {
-  if (call.width() == 0) return {};
+  if (!call.is_routed()) return {};
   const std::int64_t slots = slice.heads() * call.rows(slice) * call.ranks();
   return {layout.take<std::uint16_t>(slots * call.head_dim), layout.take<float>(slots)};
 }
 
-void combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const SelectionRows& selection,
-             const Partials& partials, const Outputs& outputs) {
-  if (call.width() == 0) return;
+void combine(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+             const SelectionRows& selection, const Partials& partials, const Outputs& outputs) {
+  if (!call.merges()) return;
   with_type(call, [&]<typename T, int head_dim>() {
     const CombineParams<T> params{.partials = static_cast<const T*>(partials.out),
                                   .partial_lse = partials.lse,
                                   .selection = selection,
+                                  .batch = batch,
+                                  .block_size = call.routing.block_size,
                                   .causal = call.routing.causal,
+                                  .is_selected = call.is_selected(),
                                   .rows = call.rows(slice),
                                   .width = call.width(),
                                   .ranks = call.ranks(),

@@ -14,6 +14,7 @@
 #include "cuda/tile/scan.h"
 #include "cuda/tile/softmax.h"
 #include "cuda/tile/swizzled_tile.h"
+#include "selection.h"
 
 namespace moba::cuda {
 namespace {
@@ -336,6 +337,47 @@ MOBA_KERNEL(ptx::kLanes, 16) decode_select_kernel(MOBA_GRID_CONSTANT SelectParam
   MOBA_NO_UNROLL
   for (std::int32_t i = kept + ptx::lane(); i < p.width; i += ptx::kLanes) to[i] = -1;
   if (ptx::lane() == 0) p.decoding.arrivals[row] = 0;
+}
+
+struct TakeParams {
+  Decoding decoding;
+  Spans spans;
+  SelectionRows selection;
+  std::int64_t sequence0, head0;  // query head
+  std::uint32_t q_heads;
+  std::int32_t block_size, width, ranks, splits, head_dim;
+};
+
+/// Copies the blocks of a query head that its query may see, in ascending order. The slots of those that are
+/// missing are empty and have arrived.
+MOBA_KERNEL(ptx::kLanes, 16) decode_take_selection_kernel(MOBA_GRID_CONSTANT TakeParams p) {
+  ptx::griddepcontrol_launch_dependents();
+  const std::int64_t row = ptx::block_x(), sequence = p.sequence0 + ptx::block_x() / p.q_heads;
+  const std::int32_t own = own_block_of(p.spans.of(sequence).size(), p.block_size);
+  const std::int32_t* from = p.selection.of(p.head0 + ptx::block_x() % p.q_heads, sequence);
+  std::int32_t* to = p.decoding.selection + row * p.width;
+  auto* found = reinterpret_cast<std::int32_t*>(ptx::shared());
+  if (ptx::lane() == 0) {
+    std::int32_t count = 0, last = -1;
+    MOBA_NO_UNROLL
+    for (std::int32_t i = 0; i < p.width; ++i) {
+      if (from[i] <= last || from[i] >= own) continue;
+      to[count++] = last = from[i];
+    }
+    MOBA_NO_UNROLL
+    for (std::int32_t i = count; i < p.width; ++i) to[i] = -1;
+    *found = count;
+  }
+  ptx::syncthreads();
+  const std::int32_t missing = std::min(own, p.width) - *found;
+  const std::int64_t first = (row * p.ranks + *found) * p.splits, slots = std::int64_t{missing} * p.splits;
+  if (ptx::lane() == 0) p.decoding.arrivals[row] = static_cast<std::uint32_t>(slots);
+  MOBA_NO_UNROLL
+  for (std::int64_t i = ptx::lane(); i < slots; i += ptx::kLanes)
+    p.decoding.partial_lse[first + i] = -ptx::infinity();
+  MOBA_NO_UNROLL
+  for (std::int64_t i = ptx::lane(); i < slots * p.head_dim; i += ptx::kLanes)
+    p.decoding.partials[first * p.head_dim + i] = 0;
 }
 
 template <typename T>
@@ -688,8 +730,8 @@ Decoding carve_decoding(ArenaLayout& layout, const DeviceCall& call, const WorkS
     decoding.orders = layout.take<std::uint32_t>(rows * groups_of(call) * kGroup);
     decoding.maxima = layout.take<std::uint32_t>(rows * groups_of(call));
     decoding.best_groups = layout.take<std::int32_t>(rows * call.width());
-    decoding.selection = layout.take<std::int32_t>(rows * call.width());
   }
+  if (call.is_routed()) decoding.selection = layout.take<std::int32_t>(rows * call.width());
   const std::int64_t slots = rows * call.ranks() * splits_per_block(call);
   decoding.partials = layout.take<float>(slots * call.head_dim);
   decoding.partial_lse = layout.take<float>(slots);
@@ -729,6 +771,23 @@ void decode_select(Stream& stream, const DeviceCall& call, const WorkSlice& slic
                           ptx::kLanes, sizeof(std::int32_t), params);
 }
 
+void decode_take_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
+                           const PagedCache& cache, const Decoding& decoding) {
+  const TakeParams params{.decoding = decoding,
+                          .spans = {cache.starts, cache.lengths},
+                          .selection = selected_rows(call),
+                          .sequence0 = slice.token0,
+                          .head0 = slice.head0 * call.heads_per_kv,
+                          .q_heads = static_cast<std::uint32_t>(slice.heads() * call.heads_per_kv),
+                          .block_size = clamped(call.routing.block_size),
+                          .width = static_cast<std::int32_t>(call.width()),
+                          .ranks = static_cast<std::int32_t>(call.ranks()),
+                          .splits = static_cast<std::int32_t>(splits_per_block(call)),
+                          .head_dim = static_cast<std::int32_t>(call.head_dim)};
+  stream.launch("decode_take_selection", decode_take_selection_kernel, {slice.heads() * call.rows(slice)},
+                ptx::kLanes, sizeof(std::int32_t), params);
+}
+
 void decode_attend(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                    const Decoding& decoding, const Outputs& outputs) {
   with_type(call, [&]<typename T, int head_dim>() {
@@ -741,7 +800,7 @@ void decode_attend(Stream& stream, const DeviceCall& call, const WorkSlice& slic
                                  .out = view_of<T>(outputs.out),
                                  .lse = outputs.lse,
                                  .tokens = call.tokens};
-    if (call.needs_scores()) {
+    if (call.is_routed()) {
       stream.launch_dependent("decode_attend", decode_attend_kernel<T, head_dim>, grid, kThreads,
                               Shared<T, head_dim>::kBytes, params);
     } else {

@@ -27,6 +27,9 @@ void decode_score(Stream& stream, const DeviceCall& call, const WorkSlice& slice
 /// Selects the best candidates.
 void decode_select(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                    const Decoding& decoding);
+/// Copies the caller's selection in place of both.
+void decode_take_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
+                           const PagedCache& cache, const Decoding& decoding);
 /// Attends to splits of the selected blocks and of the own block, and merges them in the order of their keys.
 void decode_attend(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const PagedCache& cache,
                    const Decoding& decoding, const Outputs& outputs);

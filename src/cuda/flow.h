@@ -8,6 +8,14 @@ namespace moba::cuda {
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBatch& batch,
                const Routing& routing, const Outputs& outputs, const Execution& execution);
 
+/// Computes a selection from the caller's gate inputs.
+void select(const GateInputs& gate, const DeviceBatch& batch, const Routing& routing, const Outputs& outputs,
+            const Execution& execution);
+
+/// Writes the features that have data.
+void features(const Tensor& k, const DeviceBatch& batch, std::int64_t block_size,
+              const BlockFeatures& features, const Execution& execution);
+
 void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
                         const Saved& saved, const DeviceBatch& batch, const Routing& routing,
                         const Gradients& gradients, const Execution& execution);

@@ -45,6 +45,7 @@ Memory carve(std::byte* arena, const DeviceCall& call, const DeviceBatch& batch,
   memory.sums = layout.take<LseDelta>(all.heads() * call.rows(all));
   if (call.needs_scores())
     memory.selection = selects(call, saved) ? carve_selection(layout, call, all) : rows_in(saved, call);
+  if (call.is_selected()) memory.selection = selected_rows(call);
   ArenaLayout routing = layout, by_key = layout, by_row = layout;
   if (selects(call, saved)) {
     memory.means = routing.take<std::uint16_t>(all.heads() * call.max_blocks() * call.head_dim);
@@ -96,8 +97,7 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
       compute_delta(stream, call, all, backward, memory.sums);
       if (selects(call, saved)) {
         centroids(stream, call, all, on_device, memory.means);
-        (gate_uses_sm90(call) ? gate_sm90 : gate)(stream, call, all, on_device, memory.means, memory.heaps,
-                                                  memory.selection);
+        select_best(stream, call, all, on_device, memory.means, memory.heaps, memory.selection);
       }
       plan(stream, call, all, on_device, memory.selection, memory.plan);
       plan_dkv(stream, call, all, on_device, memory.plan, memory.keys);

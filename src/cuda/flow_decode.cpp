@@ -54,6 +54,8 @@ void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, co
     if (call.needs_scores()) {
       decode_score(stream, call, slice, cache, decoding);
       decode_select(stream, call, slice, cache, decoding);
+    } else if (call.is_routed()) {
+      decode_take_selection(stream, call, slice, cache, decoding);
     }
     decode_attend(stream, call, slice, cache, decoding, outputs);
   }

@@ -21,6 +21,10 @@ bool gate_uses_sm90(const DeviceCall& call);
 void gate_sm90(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                const void* means, std::uint64_t* heaps, const SelectionRows& selection);
 
+/// One of the two, whichever runs the call.
+void select_best(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+                 const void* means, std::uint64_t* heaps, const SelectionRows& selection);
+
 /// Writes the selection of a call that needs no scores: every visible block if dense, else the own block.
 void write_unscored_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
                               const Batch& batch, const SelectionRows& selection);

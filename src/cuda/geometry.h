@@ -43,7 +43,7 @@ struct Pages {
   }
   MOBA_HOST_DEVICE T* mean(std::int64_t sequence, std::int32_t block, std::int32_t block_size,
                            std::int64_t head) const {
-    const std::int32_t token = block * block_size;
+    const std::int32_t token = (block + 1) * block_size - 1;  // the page where the block ends
     return at(sequence, token, token % page_tokens / block_size, head);
   }
 

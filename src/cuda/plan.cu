@@ -30,14 +30,15 @@ std::int64_t partitions_of(const DeviceCall& call, const WorkSlice& slice) {
 struct PlanParams {
   Plan plan;
   Batch batch;
-  const std::int32_t* selection;  // of the first query head and token of the slice
+  const std::int32_t* selection;  // of the first token of the slice
   std::int64_t head_stride;       // of the selection
+  std::uint32_t first_head;       // of the slice, among the query heads of the selection
   std::uint32_t token_stride;
   std::uint32_t rows, selections;  // of a head
   std::uint32_t partition_rows;
   std::int32_t partitions, windows, window;
   std::int32_t max_blocks, token0;
-  Divisor width, heads_per_kv, block_size;
+  Divisor width, heads_per_kv, heads_per_row, block_size;
   bool causal, has_diagonal;
 
   MOBA_DEVICE std::uint32_t* counts(std::int64_t head, std::int32_t partition) const {
@@ -90,15 +91,16 @@ class Rows {
   MOBA_DEVICE Rows(const PlanParams& p, const Share& share)
       : p_(p),
         first_block_(share.first_block),
-        selection_(p.selection + share.head * p.heads_per_kv.divisor * p.head_stride) {}
+        first_head_(p.first_head + static_cast<std::uint32_t>(share.head) * p.heads_per_kv.divisor) {}
 
   MOBA_DEVICE Row at(std::uint32_t row) {
     const std::uint32_t query = p_.heads_per_kv.quotient(row), member = row - query * p_.heads_per_kv.divisor;
     const auto token = p_.token0 + static_cast<std::int32_t>(query);
     if (token >= q_end_) seek(token);
     const std::int32_t position = token + before_;
+    const std::uint32_t head = p_.heads_per_row.quotient(first_head_ + member);
     return {
-        selection_ + std::uint64_t{query} * p_.token_stride + member * p_.head_stride,
+        p_.selection + std::uint64_t{query} * p_.token_stride + head * p_.head_stride,
         p_.causal ? p_.block_size.quotient(static_cast<std::uint32_t>(position > 0 ? position : 0)) : blocks_,
         shift_};
   }
@@ -117,7 +119,7 @@ class Rows {
 
   const PlanParams& p_;
   std::int32_t first_block_;
-  const std::int32_t* selection_;
+  std::uint32_t first_head_;
   std::int32_t sequence_ = 0, q_end_ = 0, before_ = 0, shift_ = 0;
   std::uint32_t blocks_ = 0;
 };
@@ -328,24 +330,27 @@ void plan(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const 
   }
   const std::int64_t heads = slice.heads(), blocks = call.max_blocks();
   const std::int64_t windows = divide_up(blocks, kMaxWindow), window = divide_up(blocks, windows);
-  const PlanParams params{.plan = plan,
-                          .batch = batch,
-                          .selection = selection.of(slice.head0 * call.heads_per_kv, slice.token0),
-                          .head_stride = selection.tokens * selection.stride,
-                          .token_stride = static_cast<std::uint32_t>(selection.stride),
-                          .rows = static_cast<std::uint32_t>(call.rows(slice)),
-                          .selections = static_cast<std::uint32_t>(call.rows(slice) * call.width()),
-                          .partition_rows = static_cast<std::uint32_t>(partition_rows(call)),
-                          .partitions = static_cast<std::int32_t>(partitions_of(call, slice)),
-                          .windows = static_cast<std::int32_t>(windows),
-                          .window = static_cast<std::int32_t>(window),
-                          .max_blocks = static_cast<std::int32_t>(blocks),
-                          .token0 = static_cast<std::int32_t>(slice.token0),
-                          .width = Divisor(call.width()),
-                          .heads_per_kv = Divisor(call.heads_per_kv),
-                          .block_size = Divisor(std::min(call.routing.block_size, kMaxPosition)),
-                          .causal = call.routing.causal,
-                          .has_diagonal = call.has_diagonal()};
+  const PlanParams params{
+      .plan = plan,
+      .batch = batch,
+      .selection = selection.blocks + (slice.token0 - selection.token0) * selection.stride,
+      .head_stride = selection.tokens * selection.stride,
+      .first_head = static_cast<std::uint32_t>(slice.head0 * call.heads_per_kv - selection.head0),
+      .token_stride = static_cast<std::uint32_t>(selection.stride),
+      .rows = static_cast<std::uint32_t>(call.rows(slice)),
+      .selections = static_cast<std::uint32_t>(call.rows(slice) * call.width()),
+      .partition_rows = static_cast<std::uint32_t>(partition_rows(call)),
+      .partitions = static_cast<std::int32_t>(partitions_of(call, slice)),
+      .windows = static_cast<std::int32_t>(windows),
+      .window = static_cast<std::int32_t>(window),
+      .max_blocks = static_cast<std::int32_t>(blocks),
+      .token0 = static_cast<std::int32_t>(slice.token0),
+      .width = Divisor(call.width()),
+      .heads_per_kv = Divisor(call.heads_per_kv),
+      .heads_per_row = Divisor(selection.heads_per_row),
+      .block_size = Divisor(std::min(call.routing.block_size, kMaxPosition)),
+      .causal = call.routing.causal,
+      .has_diagonal = call.has_diagonal()};
   const Grid shares{params.partitions * windows, heads};
   const std::size_t shared = static_cast<std::size_t>(window) * sizeof(std::uint32_t);
   stream.launch("count", count_kernel, shares, kThreads, shared, params);

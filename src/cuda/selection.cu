@@ -43,6 +43,11 @@ SelectionRows carve_selection(ArenaLayout& layout, const DeviceCall& call, const
   return rows_in(layout.take<std::int32_t>(slice.heads() * call.rows(slice) * stride), call, slice, stride);
 }
 
+void select_best(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
+                 const void* means, std::uint64_t* heaps, const SelectionRows& selection) {
+  (gate_uses_sm90(call) ? gate_sm90 : gate)(stream, call, slice, batch, means, heaps, selection);
+}
+
 void write_unscored_selection(Stream& stream, const DeviceCall& call, const WorkSlice& slice,
                               const Batch& batch, const SelectionRows& selection) {
   const ListParams params{.selection = selection,

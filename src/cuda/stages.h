@@ -19,6 +19,8 @@ struct DeviceCall : CallShape {
   bool has_diagonal() const { return routing.causal || is_dense; }
   /// Partial results of a row: one for each selected block, then that of its diagonal keys.
   std::int64_t ranks() const { return width() + (has_diagonal() ? 1 : 0); }
+  /// Returns whether rows have slots of partial results to merge, or none at all: a row of no block gets 0.
+  bool merges() const { return width() > 0 || !has_diagonal(); }
   /// An upper bound of the blocks of all sequences; the device alone knows their number.
   std::int64_t max_blocks() const { return keys / routing.block_size + sequences; }
   std::int64_t rows(const WorkSlice& slice) const { return slice.tokens() * heads_per_kv; }
@@ -86,8 +88,13 @@ Batch lay_out(Stream& stream, const DeviceCall& call, const DeviceBatch& batch, 
 /// Returns whether the entries of a head's lists can be counted in 32 bits.
 bool slots_are_countable(const DeviceCall& call, const WorkSlice& slice);
 
+/// Lays the caller's gate keys, call.k [blocks, heads, D], out as `centroids` does the means.
+void lay_out_gate_keys(Stream& stream, const DeviceCall& call, const WorkSlice& slice, void* means);
+
 /// Computes the means of all blocks, rounded to the dtype of k: [heads of the slice, max_blocks, D].
 void centroids(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                void* means);
+/// Writes the features that have data, of all blocks and heads.
+void features(Stream& stream, const DeviceCall& call, const Batch& batch, const BlockFeatures& features);
 
 }  // namespace moba::cuda

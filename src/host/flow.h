@@ -11,6 +11,8 @@ void forward(const Call& call, const BlockMeans* cached, const Outputs& outputs,
 /// Overwrites the gradients. Checks `saved.selection` first.
 void backward(const Call& call, const Tensor& d_out, const Saved& saved, const Gradients& gradients,
               const Execution& execution);
+/// Writes the features that have data.
+void features(const Call& call, const BlockFeatures& features, const Execution& execution);
 /// Decodes one query for every sequence; `means` are the cache's.
 void decode(const Call& call, const BlockMeans& means, const Outputs& outputs, const Execution& execution);
 

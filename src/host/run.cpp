@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "errors.h"
+#include "number.h"
 #include "selection.h"
 #include "split.h"
 #include "stopwatch.h"
@@ -10,15 +11,21 @@
 namespace moba::host {
 namespace {
 
-/// Returns `parallel` with loops that skip their tasks once the flag is set, and then throw.
-Parallel cancelled_by(const std::atomic<bool>* cancel, const Parallel& parallel) {
-  if (cancel == nullptr) return parallel;
-  return {parallel.threads, [cancel, parallel](std::int64_t tasks, const Parallel::Body& body) {
+/// Returns `parallel` with loops that skip their tasks once the call is cancelled, and then throw.
+Parallel cancellable(const Parallel& parallel, Cancel& cancelled) {
+  if (!cancelled.can_happen()) return parallel;
+  return {parallel.threads, [parallel, &cancelled](std::int64_t tasks, const Parallel::Body& body) {
             parallel.run(tasks, [&](std::int64_t task, int worker) {
-              if (!cancel->load(std::memory_order_relaxed)) body(task, worker);
+              if (!cancelled()) body(task, worker);
             });
-            if (cancel->load(std::memory_order_relaxed)) throw Cancellation{};
+            if (cancelled()) throw Cancellation{};
           }};
+}
+
+void store_row(const float* row, const Tensor& to, std::int64_t token, std::int64_t head) {
+  if (to.data == nullptr) return;
+  const std::int64_t offset = token * to.strides[0] + head * to.strides[1];
+  for (std::int64_t d = 0; d < to.sizes[2]; ++d) store(to.data, to.dtype, offset + d, row[d]);
 }
 
 }  // namespace
@@ -27,10 +34,10 @@ Run::Run(const Call& call, const Execution& execution)
     : call_(call),
       execution_(execution),
       backend_(choose_backend(execution.backend, call)),
-      parallel_(
-          cancelled_by(execution.cancel, execution.parallel.run ? execution.parallel : openmp())),
+      cancelled_(execution.cancelled),
+      parallel_(cancellable(execution.parallel.run ? execution.parallel : openmp(), cancelled_)),
       scratch_(execution.scratch),
-      context_{parallel_, scratch_, execution.workspace_bytes.value_or(kHostWorkspace)} {}
+      context_{parallel_, scratch_, execution.workspace_bytes.value_or(kHostWorkspace), cancelled_} {}
 
 Run::~Run() {
   if (execution_.profile == nullptr) return;
@@ -67,6 +74,10 @@ BlockMeans Run::centroids(const WorkSlice& slice) {
                [&] { return backend_.centroids(call_, slice.head0, slice.head1, context_); });
 }
 
+BlockMeans Run::centroids() {
+  return timed(&Profile::centroids, [&] { return backend_.centroids(call_, 0, call_.kv_heads, context_); });
+}
+
 SliceSelection Run::gate(const BlockMeans& means, const WorkSlice& slice, const Outputs& outputs) {
   return timed(&Profile::gate, [&] {
     if (call_.is_selected()) return SliceSelection{slice, selected_rows(call_), {}};
@@ -96,6 +107,27 @@ Plan Run::plan_backward(const SliceSelection& selection) {
 
 void Run::attend_backward(const SliceSelection& selection, const Plan& plan, const Backward& backward) {
   timed(&Profile::attend, [&] { backend_.attend_backward(call_, selection, plan, backward, context_); });
+}
+
+void Run::features(const BlockFeatures& to) {
+  timed(&Profile::centroids, [&] {
+    const Buffer<float> memory(scratch_, 3 * parallel_.threads * call_.head_dim);
+    std::int64_t first = 0;  // among the blocks of all sequences
+    for (const SequenceView& s : call_.sequences) {
+      const std::int64_t blocks = call_.blocks(s);
+      parallel_.run(blocks * call_.kv_heads, [&](std::int64_t task, int worker) {
+        const std::int64_t block = task / call_.kv_heads, head = task % call_.kv_heads;
+        float* mean = memory.data() + 3 * worker * call_.head_dim;
+        const FeatureRows rows{mean, to.max.data == nullptr ? nullptr : mean + call_.head_dim,
+                               to.min.data == nullptr ? nullptr : mean + 2 * call_.head_dim};
+        backend_.features(call_, s, head, block, rows);
+        store_row(rows.mean, to.mean, first + block, head);
+        store_row(rows.max, to.max, first + block, head);
+        store_row(rows.min, to.min, first + block, head);
+      });
+      first += blocks;
+    }
+  });
 }
 
 void Run::decode(const BlockMeans& means, const Outputs& outputs) {

@@ -19,12 +19,15 @@ class Run {
 
   /// No means if no query has to select.
   BlockMeans centroids(const WorkSlice& slice);
+  /// The means of all blocks, for a cache.
+  BlockMeans centroids();
   /// Writes `outputs.selection` if it is not null. Returns the caller's selection where there is one.
   SliceSelection gate(const BlockMeans& means, const WorkSlice& slice, const Outputs& outputs = {});
   Plan plan(const SliceSelection& selection);
   void attend(const SliceSelection& selection, const Plan& plan, const Outputs& outputs);
   Plan plan_backward(const SliceSelection& selection);
   void attend_backward(const SliceSelection& selection, const Plan& plan, const Backward& backward);
+  void features(const BlockFeatures& to);
   void decode(const BlockMeans& means, const Outputs& outputs);
 
  private:
@@ -34,6 +37,7 @@ class Run {
   const Call& call_;
   const Execution& execution_;
   const Backend& backend_;
+  Cancel cancelled_;
   Parallel parallel_;
   Scratch scratch_;
   Context context_;

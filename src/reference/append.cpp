@@ -1,6 +1,7 @@
 #include <cmath>
 
 #include "number.h"
+#include "reference/rows.h"
 #include "reference/stages.h"
 
 namespace moba::reference {
@@ -29,15 +30,20 @@ void store_row(const Tensor& t, std::int64_t token, std::int64_t head, DType dty
 
 void append(const Append& rows, std::int64_t block, std::int64_t head) {
   const DType dtype = rows.k_layout.dtype;
-  float* mean = rows.mean_of(block, head);
+  const FeatureRows to = rows.features_of(block, head);
+  float* mean = to.mean;
+  if (rows.begins(block)) begin_extremes(to, rows.k.sizes[2]);
   const auto [first, last] = rows.tokens_of(block);
   for (std::int64_t token = first; token < last; ++token) {
     const CacheRow key = cache_row(rows.k_layout, rows.k_pages, rows.first + token, head);
     store_row(rows.k, token, head, dtype, key);
     store_row(rows.v, token, head, dtype, cache_row(rows.v_layout, rows.v_pages, rows.first + token, head));
     const float scale = key.scale == nullptr ? 1.0F : *key.scale;
-    for (std::int64_t d = 0; d < rows.k.sizes[2]; ++d)
-      mean[d] += static_cast<float>(load(key.data, dtype, d)) * scale;
+    for (std::int64_t d = 0; d < rows.k.sizes[2]; ++d) {
+      const float value = static_cast<float>(load(key.data, dtype, d)) * scale;
+      mean[d] += value;
+      add_to_extremes(to, d, value);
+    }
   }
   if (!rows.completes(block)) return;
   for (std::int64_t d = 0; d < rows.k.sizes[2]; ++d)

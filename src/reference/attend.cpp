@@ -1,5 +1,6 @@
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "reference/rows.h"
 #include "reference/stages.h"
@@ -11,6 +12,20 @@ constexpr double kNegInf = -std::numeric_limits<double>::infinity();
 
 std::int64_t worker_doubles(const Call& call) {
   return 3 * call.head_dim + max_attended_keys(call);
+}
+
+/// Sums the weights of a row, `weights` divided by `sum`, over ranges of its keys.
+void store_weights(const Call& call, const SliceSelection& selection, const Row& row, const double* weights,
+                   double sum, const KeyWeights& to) {
+  const std::int64_t ranges = (to.keys + to.range - 1) / to.range;
+  float* row_sums = to.data + row.q_head * ranges;
+  std::vector<double> sums(static_cast<std::size_t>(ranges));
+  for_each_key_range(call, selection, row, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t token = begin; token < end; ++token, ++weights) {
+      if (token < to.keys && sum > 0) sums[static_cast<std::size_t>(token / to.range)] += *weights / sum;
+    }
+  });
+  std::copy(sums.begin(), sums.end(), row_sums);
 }
 
 /// One softmax over all keys that a row attends to.
@@ -34,6 +49,9 @@ void attend_row(const Call& call, const SliceSelection& selection, const Row& ro
 
   double sum = 0;
   for (std::int64_t i = 0; i < count; ++i) sum += weights[i] = std::exp(weights[i] - largest);
+
+  if (!outputs.weights.empty() && outputs.weights[row.sequence_index].data != nullptr)
+    store_weights(call, selection, row, weights, sum, outputs.weights[row.sequence_index]);
 
   std::fill_n(out, depth, 0.0);
   count = 0;

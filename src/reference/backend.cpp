@@ -36,6 +36,7 @@ const Backend reference_backend{
     .workspace = workspace,
     .append = reference::append,
     .centroids = reference::centroids,
+    .features = reference::features,
     .gate = reference::gate,
     .plan = reference::plan,
     .attend = reference::attend,

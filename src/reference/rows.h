@@ -1,7 +1,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "backend.h"
 #include "number.h"
@@ -84,6 +86,17 @@ inline void load_key(const Call& call, const SequenceView& s, std::int64_t head,
 inline void load_value(const Call& call, const SequenceView& s, std::int64_t head, std::int64_t token,
                        double* to) {
   load_f64(call, call.values(s, head, token), call.v.dtype, to);
+}
+
+inline void begin_extremes(const FeatureRows& to, std::int64_t head_dim) {
+  if (to.max != nullptr) std::fill_n(to.max, head_dim, -std::numeric_limits<float>::infinity());
+  if (to.min != nullptr) std::fill_n(to.min, head_dim, std::numeric_limits<float>::infinity());
+}
+
+/// NaN stays.
+inline void add_to_extremes(const FeatureRows& to, std::int64_t d, float value) {
+  if (to.max != nullptr && (value > to.max[d] || std::isnan(value))) to.max[d] = value;
+  if (to.min != nullptr && (value < to.min[d] || std::isnan(value))) to.min[d] = value;
 }
 
 inline double dot(const double* a, const double* b, std::int64_t size) {

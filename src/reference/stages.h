@@ -8,6 +8,8 @@ namespace moba::reference {
 
 void append(const Append& rows, std::int64_t block, std::int64_t head);
 BlockMeans centroids(const Call& call, std::int64_t head0, std::int64_t head1, Context& context);
+void features(const Call& call, const SequenceView& s, std::int64_t head, std::int64_t block,
+              const FeatureRows& to);
 void gate(const Call& call, const BlockMeans& means, const SliceSelection& selection, Context& context);
 Plan plan(const Call& call, const SliceSelection& selection, Context& context);
 void attend(const Call& call, const SliceSelection& selection, const Plan& plan, const Outputs& outputs,

@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -10,83 +12,18 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
-from builds import SMOLLM2, existing
+from builds import SMOLLM2
+from serving import Server
 
 NAME = SMOLLM2.stem
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 LONG = {"prompt": "Once upon a time", "max_tokens": 4000, "extra_body": {"ignore_eos": True}}
-
-
-class Server:
-    """A running `moba serve` and its clients."""
-
-    def __init__(self, build_folder, *flags, model=SMOLLM2):
-        program = existing(build_folder / "moba", "`make build` makes it")
-        arguments = ["-m", model, "-t", 2, "--dtype", "f32", "--cache-size", "600m", *flags]
-        self.process = subprocess.Popen(
-            [program, "serve", "--port", "0", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        self.line = self.process.stdout.readline().decode()
-        assert self.line, self.process.stderr.read().decode()
-        self.url = re.search(r"http://\S+(?=/v1)", self.line)[0]
-        self.port = int(self.url.rpartition(":")[2])
-
-    def client(self, **settings):
-        settings = {"api_key": "none", "max_retries": 0, "timeout": 120, **settings}
-        return openai.OpenAI(base_url=f"{self.url}/v1", **settings)
-
-    def send(self, path, body=None, **fields):
-        """Return status, fields and text of a response."""
-        data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, fields)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return response.status, response.headers, response.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.headers, error.read().decode()
-
-    def raw(self, data, timeout=20):
-        """Send bytes as they are; return what comes until the connection ends."""
-        with socket.create_connection(("127.0.0.1", self.port), timeout=timeout) as connection:
-            try:
-                connection.sendall(data)
-                connection.shutdown(socket.SHUT_WR)
-            except OSError:
-                pass
-            answer = b""
-            try:
-                while part := connection.recv(1 << 16):
-                    answer += part
-            except ConnectionResetError:
-                pass
-            return answer
-
-    def metric(self, name):
-        return int(re.search(rf"^moba_{name} (\d+)$", self.send("/metrics")[2], re.MULTILINE)[1])
-
-    def wait_until_idle(self):
-        """Wait until no request is left and every used page is a cached prefix."""
-        for _ in range(200):
-            text = self.send("/metrics")[2]
-            found = dict(re.findall(r"^moba_(\w+) (\d+)$", text, re.MULTILINE))
-            busy = int(found["num_requests_running"]) + int(found["num_requests_waiting"])
-            if busy == 0 and found["kv_cache_pages_used"] == found["kv_cache_pages_cached"]:
-                return
-            time.sleep(0.05)
-        pytest.fail(text)
-
-    def stop(self, number=signal.SIGTERM):
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        code = self.process.wait(timeout=30)
-        return code, self.process.stderr.read().decode()
 
 
 @pytest.fixture(scope="module")
@@ -428,6 +365,10 @@ def test_full_queue_gives_429_with_retry_after(client, server):
         ("completions", "prompt", ["x"] * 9, "at most 8"),
         ("completions", "prompt", "x " * 9000, "at most 8192 tokens"),
         ("completions", "max_tokens", 8192, "at most 8192 tokens"),
+        ("completions", "evidence", 1, "true or false, got 1"),
+        ("completions", "evidence", {"block_size": 15}, "16 to"),
+        ("completions", "evidence", {"size": 16}, "got 'size'"),
+        ("completions", "return_progress", "yes", "true or false"),
         ("completions", "moba", {"attn": "best"}, "auto, full, moba"),
         ("completions", "moba", {"topk": 2, "sink": 2}, "0 to 1"),
         ("completions", "moba", {"top_k": 2}, "got 'top_k'"),
@@ -772,10 +713,111 @@ def test_killed_while_it_writes_the_cache(start, tmp_path):
     assert len(texts) == 1
 
 
-def test_full_disk_is_noted_once_and_answers_go_on(start, tmp_path):
+def test_folder_that_is_gone_is_noted_once_and_answers_go_on(start, tmp_path):
     server = start("--cache-dir", tmp_path / "cache", model=NEEDLE)
-    (tmp_path / "cache").rmdir()  # nothing else stops root from writing
+    (tmp_path / "cache").rmdir()
     assert ask(server, [5] * 200)[0]
     code, errors = server.stop()
     assert code == 0 and errors.count("\n") == 1
     assert "pages are not stored while this lasts" in errors
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Return a folder on a disk of 4 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("a disk of its own needs root and the right to mount")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def check_full(start, flags, limit=None):
+    """Ask a server whose pages do not all fit; return its cached tokens after a restart."""
+    expected = ask(start(model=NEEDLE), [5] * 200)[0]
+    server = start(*flags, model=NEEDLE, preexec=limit)
+    assert ask(server, [5] * 200) == (expected, 0)
+    assert ask(server, [6] * 200)[1] > 2000  # from memory
+    code, errors = server.stop()
+    assert code == 0 and errors.count("\n") == 1
+    assert "pages are not stored while this lasts" in errors
+    server = start(*flags, model=NEEDLE)
+    text, cached = ask(server, [5] * 200)
+    assert text == expected
+    return cached
+
+
+def test_full_disk_is_noted_once_and_answers_go_on(start, small_disk):
+    cached = check_full(start, ["--cache-dir", small_disk])
+    assert 0 < cached < len(DOCUMENT) // 2
+    assert {file.suffix for file in small_disk.iterdir()} == {".page"}
+
+
+def test_limit_of_a_file_is_noted_once_and_answers_go_on(start, tmp_path):
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    assert check_full(start, ["--cache-dir", tmp_path / "cache"], limit) == 0
+
+
+def test_cache_dir_size_is_kept_by_two_servers(start, tmp_path):
+    folder, size = tmp_path / "cache", 6 << 20
+    flags = ["--cache-dir", folder, "--cache-dir-size", "6m", "--attn", "moba"]
+    servers = [start(*flags, model=NEEDLE) for _ in range(2)]
+    text = ask(servers[0], [5] * 200)[0]
+    for document in range(4):
+        for server in servers:
+            prompt = [(document + 3) * i % 1999 + 1 for i in range(1500)]
+            server.client().completions.create(model=NEEDLE.name, prompt=prompt, max_tokens=1)
+    for server in servers:
+        assert server.stop() == (0, "")
+    files = list(folder.iterdir())
+    page = files[0].stat().st_size
+    assert size / 2 < sum(file.stat().st_size for file in files) <= size + 2 * (size // 16 + page)
+    server = start(*flags, model=NEEDLE)
+    assert ask(server, [5] * 200)[0] == text
+    prompt = [6 * i % 1999 + 1 for i in range(1500)]  # the last one
+    usage = server.client().completions.create(model=NEEDLE.name, prompt=prompt, max_tokens=1).usage
+    assert usage.prompt_tokens_details.cached_tokens > 0
+
+
+def resident(server):
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) << 10
+
+
+def test_memory_stays_flat_over_many_requests(start):
+    """Send 400 requests, or MOBA_TEST_REQUESTS, of every kind: streams, evidence, cancelled ones, errors."""
+    server = start("--cache-size", "16m", model=NEEDLE)
+    client = server.client()
+
+    def send(seed):
+        draw = random.Random(seed)
+        prompt = [draw.randrange(1, 2000) for _ in range(draw.randrange(1, 400))]
+        settings = {"model": NEEDLE.name, "prompt": prompt, "max_tokens": 4}
+        extra = {"ignore_eos": True, "evidence": seed % 3 == 0, "return_progress": seed % 2 == 0}
+        if seed % 10 == 0:
+            with pytest.raises(openai.BadRequestError):
+                client.completions.create(**settings, temperature=-1)
+        elif seed % 10 == 1:
+            stream = client.completions.create(
+                **{**settings, "max_tokens": 2000}, stream=True, extra_body=extra
+            )
+            next(iter(stream))
+            stream.close()
+        else:
+            answer = client.completions.create(**settings, stream=seed % 2 == 0, extra_body=extra)
+            assert seed % 2 or list(answer)
+
+    total = int(os.environ.get("MOBA_TEST_REQUESTS", "400"))
+    sizes = []
+    with ThreadPoolExecutor(4) as threads:
+        for part in range(4):
+            list(threads.map(send, range(total * part // 4, total * (part + 1) // 4)))
+            server.wait_until_idle()
+            sizes.append(resident(server))
+    # After the first part the cache is full and every path has been used.
+    assert sizes[3] - sizes[0] < 8 << 20, [size >> 20 for size in sizes]

@@ -83,7 +83,7 @@ struct Paged {
 
   /// Row of a block in `means`.
   std::int64_t mean_row(std::size_t sequence, std::int64_t block) const {
-    const std::int64_t token = block * routing.block_size;
+    const std::int64_t token = (block + 1) * routing.block_size - 1;
     const std::int64_t page = table[sequence * static_cast<std::size_t>(cache.table_stride) +
                                     static_cast<std::size_t>(token / shape.page_tokens)];
     return page * means_of_page +
@@ -109,25 +109,31 @@ struct Paged {
   }
   /// Decodes with the reference, given the means that the device has computed.
   Result decode_by_reference() const {
-    std::vector<std::vector<float>> wide(sequences.size());
-    std::vector<CachedSequence> cached;
+    Result result(result_shape());
     for (std::size_t s = 0; s < sequences.size(); ++s) {
       const std::int64_t blocks = lengths[s] / routing.block_size;
-      std::vector<float>& mean = wide[s];
-      mean.reserve(static_cast<std::size_t>(blocks * shape.kv_heads * shape.head_dim + 1));
+      std::vector<float> wide;
       for (std::int64_t block = 0; block < blocks; ++block) {
         for (std::int64_t head = 0; head < shape.kv_heads; ++head) {
           for (std::int64_t d = 0; d < shape.head_dim; ++d)
-            mean.push_back(static_cast<float>(means.get(mean_row(s, block), head, d)));
+            wide.push_back(static_cast<float>(means.get(mean_row(s, block), head, d)));
         }
       }
-      cached.push_back({.k = sequences[s].k.view(),
-                        .v = sequences[s].v.view(),
-                        .means = view(mean.data(), {blocks, shape.kv_heads, shape.head_dim})});
+      // One page, as long as the sequence.
+      const PagedCache contiguous{.k = one_page(sequences[s].k.view()),
+                                  .v = one_page(sequences[s].v.view()),
+                                  .means = view(wide.data(), {1, blocks, shape.kv_heads, shape.head_dim}),
+                                  .table_stride = 1,
+                                  .lengths = &lengths[s],
+                                  .sequences = 1,
+                                  .max_seqlen_k = lengths[s]};
+      std::vector<float> lse(static_cast<std::size_t>(q.heads()));
+      const auto row = static_cast<std::int64_t>(s);
+      decode(q.slice(row, 1), contiguous, routing, {.out = result.out.slice(row, 1), .lse = lse.data()},
+             {.backend = "reference"});
+      for (std::int64_t head = 0; head < q.heads(); ++head)
+        result.outputs().lse[head * cache.sequences + row] = lse[static_cast<std::size_t>(head)];
     }
-    Result result(result_shape());
-    decode(q.view(), cached, routing, {.out = result.out.view(), .lse = result.outputs().lse},
-           {.backend = "reference"});
     return result;
   }
 
@@ -140,6 +146,12 @@ struct Paged {
   PagedCache cache;
 
  private:
+  static Tensor one_page(Tensor t) {
+    t.rank = 4;
+    t.sizes = {1, t.sizes[0], t.sizes[1], t.sizes[2]};
+    t.strides = {0, t.strides[0], t.strides[1], 1};
+    return t;
+  }
   Tensor in_pages(const Array& array, std::int64_t rows) const {
     Tensor t = on_device(array.view());
     t.rank = 4;
@@ -410,7 +422,7 @@ TEST(CudaDecode, InvalidArgumentsThrow) {
             "decode: causal: expected true (a cache takes causal queries only), got false");
   wrong = p.cache;
   wrong.lengths = nullptr;
-  EXPECT_EQ(error_of(wrong, p.routing), "decode: cache.lengths: expected int32 on the device, got null");
+  EXPECT_EQ(error_of(wrong, p.routing), "decode: cache.lengths: expected [2] int32, got null");
   wrong = p.cache;
   wrong.page_table = nullptr;
   wrong.sequences = 3;

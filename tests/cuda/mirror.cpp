@@ -121,6 +121,14 @@ std::int64_t selected(const DeviceBatch& batch, const Routing& routing, const Te
   return q.sizes[0] * q.sizes[1] * (stride == 0 ? std::min(routing.top_k, blocks) : stride);
 }
 
+/// The routing with the caller's selection on the device.
+Routing route(Mirror& mirror, Routing routing, const Tensor& q) {
+  Selection& s = routing.selection;
+  const std::int64_t stride = s.stride == 0 ? s.width : s.stride;
+  if (s.width > 0) s.blocks = mirror.read(s.blocks, s.heads * q.sizes[0] * stride);
+  return routing;
+}
+
 void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBatch& batch,
                const Routing& routing, const Outputs& outputs, const Execution& execution) {
   Mirror mirror;
@@ -129,8 +137,28 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBa
       .lse = mirror.write(outputs.lse, q.sizes[0] * q.sizes[1]),
       .selection = mirror.write(outputs.selection, selected(batch, routing, q, outputs.selection_stride)),
       .selection_stride = outputs.selection_stride};
-  cuda::attention(mirror.read(q), mirror.read(k), mirror.read(v), starts(mirror, batch), routing, there,
-                  mirror.context(execution));
+  cuda::attention(mirror.read(q), mirror.read(k), mirror.read(v), starts(mirror, batch),
+                  route(mirror, routing, q), there, mirror.context(execution));
+  mirror.copy_back();
+}
+
+void select(const GateInputs& gate, const DeviceBatch& batch, const Routing& routing, const Outputs& outputs,
+            const Execution& execution) {
+  Mirror mirror;
+  const Outputs there{.selection = mirror.write(outputs.selection,
+                                                selected(batch, routing, gate.q, outputs.selection_stride)),
+                      .selection_stride = outputs.selection_stride};
+  cuda::select({mirror.read(gate.q), mirror.read(gate.k)}, starts(mirror, batch), routing, there,
+               mirror.context(execution));
+  mirror.copy_back();
+}
+
+void features(const Tensor& k, const DeviceBatch& batch, std::int64_t block_size,
+              const BlockFeatures& features, const Execution& execution) {
+  Mirror mirror;
+  cuda::features(mirror.read(k), starts(mirror, batch), block_size,
+                 {mirror.write(features.mean), mirror.write(features.max), mirror.write(features.min)},
+                 mirror.context(execution));
   mirror.copy_back();
 }
 
@@ -145,7 +173,8 @@ void attention_backward(const Tensor& d_out, const Tensor& q, const Tensor& k, c
       .selection_stride = saved.selection_stride};
   const Gradients there{mirror.write(gradients.dq), mirror.write(gradients.dk), mirror.write(gradients.dv)};
   cuda::attention_backward(mirror.read(d_out), mirror.read(q), mirror.read(k), mirror.read(v), forward,
-                           starts(mirror, batch), routing, there, mirror.context(execution));
+                           starts(mirror, batch), route(mirror, routing, q), there,
+                           mirror.context(execution));
   mirror.copy_back();
 }
 
@@ -163,7 +192,7 @@ void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, co
             const Execution& execution) {
   Mirror mirror;
   const PagedCache there = paged(mirror, cache);
-  cuda::decode(mirror.read(q), there, routing,
+  cuda::decode(mirror.read(q), there, route(mirror, routing, q),
                {.out = mirror.write(outputs.out), .lse = mirror.write(outputs.lse, q.sizes[0] * q.sizes[1])},
                mirror.context(execution));
   mirror.copy_back();
@@ -179,6 +208,8 @@ void update_means(const PagedCache& cache, std::int64_t block_size, const std::i
 }
 
 constexpr DeviceFlow kFlow{.attention = attention,
+                           .select = select,
+                           .features = features,
                            .attention_backward = attention_backward,
                            .decode = decode,
                            .update_means = update_means};

@@ -95,6 +95,105 @@ TEST_P(Decode, DecodedTokensMatchTheOracle) {
   }
 }
 
+/// Returns the weights [Hq, keys] of the last query on the keys of its selected blocks, in double.
+std::vector<double> weights_of(const Case& last, const Result& selected) {
+  const std::int64_t keys = last.keys();
+  const double scale = 1 / std::sqrt(static_cast<double>(last.head_dim));
+  std::vector<double> weights(static_cast<std::size_t>(last.q_heads() * keys));
+  for (std::int64_t head = 0; head < last.q_heads(); ++head) {
+    double* row = weights.data() + head * keys;
+    double sum = 0;
+    for (const std::int32_t block : selected.row(head, 0)) {
+      const std::int64_t begin = block * std::min(last.routing.block_size, keys);
+      for (std::int64_t key = begin; key < std::min(begin + last.routing.block_size, keys); ++key) {
+        double logit = 0;
+        for (std::int64_t d = 0; d < last.head_dim; ++d)
+          logit += last.q.get(0, head, d) * last.k.get(key, head / last.heads_per_kv, d);
+        sum += row[key] = std::exp(scale * logit);
+      }
+    }
+    for (std::int64_t key = 0; key < keys; ++key) row[key] /= sum;
+  }
+  return weights;
+}
+
+TEST_P(Decode, WeightsOfRangesMatchASoftmaxInDouble) {
+  constexpr std::int64_t kKeys = 700;
+  std::vector<Routing> of = routings();
+  of.push_back({.block_size = 300, .top_k = 2});
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const Routing& routing : of) {
+      const Case c = small_case(dtype, routing, kKeys);
+      KvCache cache = cache_for(c, 2);
+      append(cache, c, 0, kKeys, 0);
+      append(cache, c, 0, kKeys - 1, 1);
+      const Case last = part_of(c, kKeys - 1, 1);
+      Result selected(last);
+      attention(last.q.view(), cache, 0, routing, selected.outputs(), execution());
+      const std::vector<double> expected = weights_of(last, selected);
+
+      Case batch = c;
+      batch.sequences = one_sequence(2);
+      batch.q = Array(dtype, 2, c.q_heads(), c.head_dim);
+      for (std::int64_t head = 0; head < c.q_heads(); ++head) {
+        for (std::int64_t d = 0; d < c.head_dim; ++d) {
+          batch.q.set(0, head, d, last.q.get(0, head, d));
+          batch.q.set(1, head, d, last.q.get(0, head, d));
+        }
+      }
+      Result plain(batch);
+      decode(batch.q.view(), cache, routing, {.out = plain.out.view(), .lse = plain.outputs().lse},
+             execution());
+      for (const std::int64_t range : {1, 8, 7, 64, 1000}) {
+        for (const std::int64_t counted : {kKeys, std::int64_t{130}, std::int64_t{1}, std::int64_t{0}}) {
+          const std::int64_t ranges = (counted + range - 1) / range;
+          std::vector<float> found(static_cast<std::size_t>(c.q_heads() * ranges) + 1, 7.0F);
+          const KeyWeights weights[2] = {{.data = found.data(), .range = range, .keys = counted}, {}};
+          Result result(batch);
+          decode(batch.q.view(), cache, routing,
+                 {.out = result.out.view(), .lse = result.outputs().lse, .weights = weights}, execution());
+          EXPECT_TRUE(result == plain);  // weights cost no bit of the output
+          EXPECT_EQ(found.back(), 7.0F);
+          for (std::int64_t head = 0; head < c.q_heads(); ++head) {
+            for (std::int64_t r = 0; r < ranges; ++r) {
+              double sum = 0;
+              for (std::int64_t key = r * range; key < std::min((r + 1) * range, counted); ++key)
+                sum += expected[static_cast<std::size_t>(head * kKeys + key)];
+              ASSERT_NEAR(found[static_cast<std::size_t>(head * ranges + r)], sum, 2e-6)
+                  << name_of(dtype) << ", blocks of " << routing.block_size << ", range " << r << " of "
+                  << range;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(Decode, InvalidWeightsThrow) {
+  const Case c = small_case(DType::f32, {.block_size = 8, .top_k = 3}, 20);
+  KvCache cache = cache_for(c);
+  append(cache, c, 0, 20);
+  const Case last = part_of(c, 19, 1);
+  Result result(last);
+  float data[200];
+  const auto run = [&](const KeyWeights& weights) {
+    decode(last.q.view(), cache, c.routing, {.out = result.out.view(), .weights = {&weights, 1}},
+           execution());
+  };
+  EXPECT_THROW(run({.data = data, .range = 0, .keys = 20}), Error);
+  EXPECT_THROW(run({.data = data, .range = 1, .keys = 21}), Error);
+  EXPECT_THROW(run({.data = data, .range = 1, .keys = -1}), Error);
+  EXPECT_NO_THROW(run({.data = data, .range = 1, .keys = 20}));
+  const KeyWeights two[2]{};
+  EXPECT_THROW(
+      decode(last.q.view(), cache, c.routing, {.out = result.out.view(), .weights = two}, execution()),
+      Error);
+  EXPECT_THROW(
+      attention(last.q.view(), cache, 0, c.routing, {.out = result.out.view(), .weights = two}, execution()),
+      Error);
+}
+
 /// Query heads share the rows of their kv head in groups, whose size depends on the instruction set.
 TEST_P(Decode, AnyNumberOfHeadsMatchesTheOracle) {
   for (const std::int64_t heads_per_kv : {1, 2, 4, 5, 7, 9}) {

@@ -13,76 +13,10 @@
 
 #include "backends.h"
 #include "moba/cache.h"
-#include "oracle.h"
+#include "selected.h"
 
 namespace moba::test {
 namespace {
-
-/// A selection with its memory. Elements beyond the width hold a block that no query has.
-struct Selected {
-  std::int64_t heads = 1, tokens = 0, width = 0, stride = 0;
-  std::vector<std::int32_t> blocks{};
-
-  Selected(std::int64_t head_count, std::int64_t token_count, std::int64_t row_width, std::int64_t gap)
-      : heads(head_count),
-        tokens(token_count),
-        width(row_width),
-        stride(row_width + gap),
-        blocks(static_cast<std::size_t>(head_count * token_count * stride), 1 << 30) {
-    for (std::int64_t i = 0; i < heads * tokens; ++i) std::fill_n(blocks.begin() + i * stride, width, -1);
-  }
-  std::int32_t* row(std::int64_t head, std::int64_t token) {
-    return blocks.data() + (head * tokens + token) * stride;
-  }
-  const std::int32_t* row(std::int64_t head, std::int64_t token) const {
-    return blocks.data() + (head * tokens + token) * stride;
-  }
-  Selection view() const {
-    return {.blocks = blocks.data(), .heads = heads, .width = width, .stride = stride};
-  }
-};
-
-/// Calls visit(head, packed token, own block, blocks that it may see) for every row of `heads` heads.
-template <typename Visit>
-void for_each_row(const Case& c, std::int64_t heads, Visit&& visit) {
-  for (std::size_t s = 0; s + 1 < c.sequences.cu_seqlens_q.size(); ++s) {
-    const std::int64_t q0 = c.sequences.cu_seqlens_q[s], q1 = c.sequences.cu_seqlens_q[s + 1];
-    const std::int64_t keys = c.sequences.cu_seqlens_k[s + 1] - c.sequences.cu_seqlens_k[s];
-    for (std::int64_t token = q0; token < q1; ++token) {
-      const std::int64_t position = token - q1 + keys;
-      const std::int64_t own = c.routing.causal && position >= 0 ? position / c.routing.block_size : -1;
-      const std::int64_t seen = c.routing.causal ? own + 1
-                                : keys == 0      ? 0
-                                                 : (keys - 1) / c.routing.block_size + 1;
-      for (std::int64_t head = 0; head < heads; ++head) visit(head, token, own, seen);
-    }
-  }
-}
-
-/// Selects a random number of random blocks for every row; an own block among them.
-Selected random_selection(const Case& c, std::uint64_t seed) {
-  std::mt19937_64 engine(seed);
-  const auto between = [&](std::int64_t low, std::int64_t high) {
-    return std::uniform_int_distribution<std::int64_t>(low, high)(engine);
-  };
-  std::vector<std::int64_t> divisors;
-  for (std::int64_t heads = 1; heads <= c.q_heads(); ++heads) {
-    if (c.q_heads() % heads == 0) divisors.push_back(heads);
-  }
-  const std::int64_t heads = divisors[static_cast<std::size_t>(between(0, std::ssize(divisors) - 1))];
-  Selected selected(heads, c.queries(), between(c.routing.causal ? 1 : 0, 9), between(0, 3));
-  for_each_row(c, heads, [&](std::int64_t head, std::int64_t token, std::int64_t own, std::int64_t seen) {
-    std::vector<std::int32_t> blocks(static_cast<std::size_t>(own >= 0 ? seen - 1 : seen));
-    std::iota(blocks.begin(), blocks.end(), 0);
-    std::shuffle(blocks.begin(), blocks.end(), engine);
-    const std::int64_t most = std::min(std::ssize(blocks), selected.width - (own >= 0 ? 1 : 0));
-    blocks.resize(static_cast<std::size_t>(between(0, std::max<std::int64_t>(most, 0))));
-    if (own >= 0) blocks.push_back(static_cast<std::int32_t>(own));
-    std::sort(blocks.begin(), blocks.end());
-    std::copy(blocks.begin(), blocks.end(), selected.row(head, token));
-  });
-  return selected;
-}
 
 /// A random case in which the caller selects. Fields of the routing that are not read have no valid value.
 struct SelectedCase {
@@ -107,15 +41,9 @@ Result run_selected(const SelectedCase& s, const Execution& execution) {
   c.routing.selection = s.selected.view();
   Result result(c);
   Outputs outputs = result.outputs();
-  std::int32_t* written = outputs.selection;
   outputs.selection = nullptr;
   attention(c.q.view(), c.k.view(), c.v.view(), c.sequences, c.routing, outputs, execution);
-  for (std::int64_t head = 0; head < c.q_heads(); ++head) {
-    for (std::int64_t token = 0; token < c.queries(); ++token) {
-      const std::int32_t* row = s.selected.row(head / (c.q_heads() / s.selected.heads), token);
-      std::copy_n(row, result.width, written + (head * c.queries() + token) * result.width);
-    }
-  }
+  enter(s.selected, s.c, result);
   return result;
 }
 
@@ -125,14 +53,6 @@ struct Differentiated {
     return dq.bytes() == other.dq.bytes() && dk.bytes() == other.dk.bytes() && dv.bytes() == other.dv.bytes();
   }
 };
-
-Array gradient_for(const Case& c) {
-  Case other = c;
-  other.seed = c.seed + 99;
-  other.values = Values::normal;
-  fill(other);
-  return other.q;
-}
 
 Differentiated run_backward(const Case& c, const Array& d_out, const Saved& saved,
                             const Execution& execution) {
@@ -149,70 +69,6 @@ Differentiated run_backward(const SelectedCase& s, const Array& d_out, Result& f
   Case c = s.c;
   c.routing.selection = s.selected.view();
   return run_backward(c, d_out, {.out = forward.out.view(), .lse = forward.outputs().lse}, execution);
-}
-
-/// Gradients by their definition, in double: [tokens, heads, D] each.
-struct TrueGradients {
-  std::vector<double> dq, dk, dv;
-};
-
-TrueGradients true_gradients(const Case& c, const Result& result, const Array& d_out) {
-  const Attended<double> truth = attend_densely<double>(c, result);
-  const auto size = [&](std::int64_t tokens, std::int64_t heads) {
-    return static_cast<std::size_t>(tokens * heads * c.head_dim);
-  };
-  TrueGradients g{std::vector<double>(size(c.queries(), c.q_heads())),
-                  std::vector<double>(size(c.keys(), c.kv_heads)),
-                  std::vector<double>(size(c.keys(), c.kv_heads))};
-  const double scale = c.routing.scale.value_or(1 / std::sqrt(static_cast<float>(c.head_dim)));
-  for (std::size_t s = 0; s + 1 < c.sequences.cu_seqlens_q.size(); ++s) {
-    const std::int64_t q0 = c.sequences.cu_seqlens_q[s], q1 = c.sequences.cu_seqlens_q[s + 1];
-    const std::int64_t k0 = c.sequences.cu_seqlens_k[s], k1 = c.sequences.cu_seqlens_k[s + 1];
-    for (std::int64_t token = q0; token < q1; ++token) {
-      for (std::int64_t head = 0; head < c.q_heads(); ++head) {
-        const auto row = static_cast<std::size_t>(head * c.queries() + token);
-        const std::int64_t kv = head / c.heads_per_kv;
-        double delta = 0;
-        for (std::int64_t d = 0; d < c.head_dim; ++d)
-          delta += d_out.get(token, head, d) *
-                   truth.out[row * static_cast<std::size_t>(c.head_dim) + static_cast<std::size_t>(d)];
-        for (const std::int32_t block : result.row(head, token)) {
-          const std::int64_t begin = k0 + block * c.routing.block_size;
-          for (std::int64_t key = begin; key < std::min(begin + c.routing.block_size, k1); ++key) {
-            if (c.routing.causal && key - k0 > token - q1 + k1 - k0) continue;
-            double logit = 0, dp = 0;
-            for (std::int64_t d = 0; d < c.head_dim; ++d) {
-              logit += c.q.get(token, head, d) * c.k.get(key, kv, d);
-              dp += d_out.get(token, head, d) * c.v.get(key, kv, d);
-            }
-            const double p = std::exp(scale * logit - truth.lse[row]), ds = scale * p * (dp - delta);
-            for (std::int64_t d = 0; d < c.head_dim; ++d) {
-              const auto of_q = static_cast<std::size_t>((token * c.q_heads() + head) * c.head_dim + d);
-              const auto of_k = static_cast<std::size_t>((key * c.kv_heads + kv) * c.head_dim + d);
-              g.dq[of_q] += ds * c.k.get(key, kv, d);
-              g.dk[of_k] += ds * c.q.get(token, head, d);
-              g.dv[of_k] += p * d_out.get(token, head, d);
-            }
-          }
-        }
-      }
-    }
-  }
-  return g;
-}
-
-void check_near(const Case& c, const char* name, const Array& found, const std::vector<double>& expected,
-                double tolerance) {
-  std::size_t i = 0;
-  for (std::int64_t token = 0; token < found.tokens(); ++token) {
-    for (std::int64_t head = 0; head < found.heads(); ++head) {
-      for (std::int64_t d = 0; d < found.head_dim(); ++d, ++i) {
-        ASSERT_NEAR(found.get(token, head, d), expected[i], tolerance * (1 + std::fabs(expected[i])))
-            << describe(c) << "\n"
-            << name << " of token " << token << ", head " << head << ", element " << d;
-      }
-    }
-  }
 }
 
 double tolerance_of(DType dtype) {
@@ -590,6 +446,39 @@ Pages pages_of(const Case& c, std::int64_t block_size, std::int64_t page_tokens)
   return p;
 }
 
+/// The packed keys and values of a case as pages of one token each.
+struct TokenPages {
+  explicit TokenPages(const Case& c) {
+    std::int64_t longest = 0;
+    for_each_sequence(c, [&](std::size_t, std::int64_t, std::int64_t keys) {
+      lengths.push_back(static_cast<std::int32_t>(keys));
+      longest = std::max(longest, keys);
+    });
+    table.resize(lengths.size() * static_cast<std::size_t>(longest));
+    for_each_sequence(c, [&](std::size_t s, std::int64_t first, std::int64_t keys) {
+      std::iota(table.begin() + static_cast<std::ptrdiff_t>(s) * longest,
+                table.begin() + static_cast<std::ptrdiff_t>(s) * longest + keys,
+                static_cast<std::int32_t>(first));
+    });
+    const auto pages_of_one = [](Tensor t) {
+      t.rank = 4;
+      t.sizes = {t.sizes[0], 1, t.sizes[1], t.sizes[2]};
+      t.strides = {t.strides[0], 0, t.strides[1], t.strides[2]};
+      return t;
+    };
+    cache = {.k = pages_of_one(c.k.view()),
+             .v = pages_of_one(c.v.view()),
+             .page_table = table.data(),
+             .table_stride = longest,
+             .lengths = lengths.data(),
+             .sequences = static_cast<std::int64_t>(lengths.size()),
+             .max_seqlen_k = longest};
+  }
+
+  std::vector<std::int32_t> lengths{}, table{};
+  PagedCache cache{};
+};
+
 TEST_P(SelectionOfCaller, DecodedTokensMatchTheOracle) {
   for (std::uint64_t seed = 8000; seed < 8040 && !HasFailure(); ++seed) {
     for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
@@ -607,11 +496,11 @@ TEST_P(SelectionOfCaller, DecodedTokensMatchTheOracle) {
       const KvCache cache = cache_of(c, seed % 2 == 0 ? c.routing.block_size : 24);
       check([&] { decode(c.q.view(), cache, c.routing, outputs, execution()); });
 
-      std::vector<CachedSequence> cached;
-      for_each_sequence(c, [&](std::size_t, std::int64_t first, std::int64_t keys) {
-        cached.push_back({.k = c.k.slice(first, keys), .v = c.v.slice(first, keys)});
+      const TokenPages tokens(c);
+      check([&] { decode(c.q.view(), tokens.cache, c.routing, outputs, execution()); });
+      check([&] {
+        attention(c.q.view(), c.sequences.cu_seqlens_q.data(), tokens.cache, c.routing, outputs, execution());
       });
-      check([&] { decode(c.q.view(), cached, c.routing, outputs, execution()); });
 
       const Pages pages = pages_of(c, 16, seed % 2 == 0 ? 16 : 40);
       check([&] { decode(c.q.view(), pages.layout, pages.sequences, c.routing, outputs, execution()); });

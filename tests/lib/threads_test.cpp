@@ -14,21 +14,14 @@
 namespace moba::test {
 namespace {
 
-/// Counts tasks on the calling thread and sets the flag when `after` of them have run.
+/// Cancels a call when it has asked `left` times; never if negative.
 struct Countdown {
-  std::atomic<bool> cancel{false};
-  std::int64_t after = 0, done = 0;
+  std::int64_t left = 0, asked = 0;
 
-  Parallel parallel() {
-    return {1, [this](std::int64_t tasks, const Parallel::Body& body) {
-              for (std::int64_t task = 0; task < tasks; ++task) {
-                if (done++ == after) cancel = true;
-                body(task, 0);
-              }
-            }};
+  std::function<bool()> cancelled() {
+    return [this] { return asked++ == left; };
   }
 };
-
 
 Case threaded_case(std::uint64_t seed) {
   return plain_case(seed, 300, 300, {.block_size = 16, .top_k = 4});
@@ -38,8 +31,8 @@ Case threaded_case(std::uint64_t seed) {
 void run_both(const Case& c, const Execution& execution) {
   Result forward(c);
   attention(c.q.view(), c.k.view(), c.v.view(), c.sequences, c.routing, forward.outputs(), execution);
-  const Array dq(c.dtype, c.queries(), c.q_heads(), c.head_dim), dk(c.dtype, c.keys(), c.kv_heads, c.head_dim),
-      dv(c.dtype, c.keys(), c.kv_heads, c.head_dim);
+  const Array dq(c.dtype, c.queries(), c.q_heads(), c.head_dim),
+      dk(c.dtype, c.keys(), c.kv_heads, c.head_dim), dv(c.dtype, c.keys(), c.kv_heads, c.head_dim);
   attention_backward(c.q.view(), c.q.view(), c.k.view(), c.v.view(),
                      {.out = forward.out.view(), .lse = forward.outputs().lse}, c.sequences, c.routing,
                      {dq.view(), dk.view(), dv.view()}, execution);
@@ -47,13 +40,13 @@ void run_both(const Case& c, const Execution& execution) {
 
 using Cancelling = EveryBackend;
 
-TEST_P(Cancelling, EveryTaskCanBeTheLast) {
+TEST_P(Cancelling, EndsTheCallWhereverItIsAsked) {
   const Case c = threaded_case(1);
-  Countdown whole{.after = -1};
-  run_both(c, {.backend = GetParam(), .parallel = whole.parallel(), .cancel = &whole.cancel});
-  ASSERT_GT(whole.done, 10);
-  for (std::int64_t after = 0; after < whole.done; after += 1 + whole.done / 50) {
-    Countdown few{.after = after};
+  Countdown never{.left = -1};
+  run_both(c, {.backend = GetParam(), .parallel = serial(), .cancelled = never.cancelled()});
+  ASSERT_GT(never.asked, 10);
+  for (std::int64_t left = 0; left < never.asked; left += 1 + never.asked / 100) {
+    Countdown few{.left = left};
     std::int64_t held = 0;
     const Allocator counted{[&](std::size_t bytes) {
                               ++held;
@@ -64,30 +57,31 @@ TEST_P(Cancelling, EveryTaskCanBeTheLast) {
                               std::free(memory);
                             }};
     try {
-      run_both(c, {.backend = GetParam(), .parallel = few.parallel(), .scratch = counted, .cancel = &few.cancel});
-      FAIL() << "not cancelled after " << after << " tasks";
+      run_both(
+          c, {.backend = GetParam(), .parallel = serial(), .scratch = counted, .cancelled = few.cancelled()});
+      FAIL() << "not cancelled when asked " << left << " times";
     } catch (const Cancelled& error) {
       EXPECT_TRUE(std::string(error.what()).ends_with(": cancelled")) << error.what();
     }
+    EXPECT_EQ(few.asked, left + 1);
     EXPECT_EQ(held, 0);
   }
 }
 
-TEST_P(Cancelling, ASetFlagEndsACallBeforeItWrites) {
+TEST_P(Cancelling, ACallCancelledFromTheStartWritesNothing) {
   const Case c = threaded_case(2);
-  const std::atomic<bool> cancel{true};
   Result found(c);
   const Result untouched = found;
   EXPECT_THROW(attention(c.q.view(), c.k.view(), c.v.view(), c.sequences, c.routing, found.outputs(),
-                         {.backend = GetParam(), .cancel = &cancel}),
+                         {.backend = GetParam(), .cancelled = [] { return true; }}),
                Cancelled);
   EXPECT_TRUE(found == untouched);
 }
 
-TEST_P(Cancelling, AnUnsetFlagChangesNothing) {
+TEST_P(Cancelling, AskingChangesNothing) {
   const Case c = threaded_case(3);
-  const std::atomic<bool> cancel{false};
-  EXPECT_TRUE(run_attention(c, {.backend = GetParam(), .cancel = &cancel}) == run_attention(c, execution()));
+  EXPECT_TRUE(run_attention(c, {.backend = GetParam(), .cancelled = [] { return false; }}) ==
+              run_attention(c, execution()));
 }
 
 using Threads = EveryBackend;

@@ -51,6 +51,50 @@ def test_attention_backward_and_select_match_float64(emulated, dtype):
         close(found, right, dtype, 3)
 
 
+@pytest.mark.parametrize("heads", (4, 2, 1))
+def test_the_callers_selection_matches_the_cpu(emulated, heads):
+    q, k, v, cu, _ = batch([40, 0, 1, 90], 4, 2, 64, torch.bfloat16)
+    selection = ops.select(q, k, cu, cu, 16, 3)[:: 4 // heads].contiguous()
+    arguments = (cu, cu, 16, 0)
+    out, lse, _ = emulated.attention(q, k, v, *arguments, selection=selection)
+    expected, expected_lse, _ = ops.attention(q, k, v, *arguments, selection=selection)
+    close(out, expected, torch.bfloat16)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-3, rtol=1e-4)
+    saved = (torch.randn_like(out), q, k, v, expected, expected_lse, selection, *arguments)
+    for found, wanted in zip(emulated.attention_backward(*saved), ops.attention_backward(*saved)):
+        close(found, wanted, torch.bfloat16, 3)
+
+
+def test_gates_and_features_match_the_cpu(emulated):
+    gate_q, k, _, cu, _ = batch([40, 0, 1, 90], 4, 2, 64, torch.bfloat16)
+    features = [
+        torch.cat(parts)
+        for parts in zip(*(emulated.block_features(t, len(t), 16) for t in k.split([40, 1, 90])))
+    ]
+    expected = [
+        torch.cat(parts)
+        for parts in zip(*(ops.block_features(t, len(t), 16) for t in k.split([40, 1, 90])))
+    ]
+    torch.testing.assert_close(features[0], expected[0], atol=1e-2, rtol=1e-2)
+    assert torch.equal(features[1], expected[1]) and torch.equal(features[2], expected[2])
+    gate_k = torch.randint(-3, 4, (10, 2, 64)).bfloat16()
+    gate_q = torch.randint(-3, 4, gate_q.shape).bfloat16()
+    arguments = (gate_q, gate_k, cu, cu, 16, 3)
+    assert torch.equal(emulated.select_by_gate(*arguments), ops.select_by_gate(*arguments))
+
+
+def test_decode_over_the_callers_selection_matches_the_cpu(emulated):
+    q, keys, values, means, begin, end = cached(torch.bfloat16)
+    own = (end - begin - 1) // 8
+    selection = torch.stack([torch.zeros_like(own), own], -1).expand(2, 3, 2).contiguous()
+    arguments = (q, keys, values, means[:, :0], begin, end, 8, 0)
+    out, lse = emulated.decode(*arguments, selection=selection)
+    arguments = (q, keys, values, means[:, :0].float(), begin, end, 8, 0)
+    expected, expected_lse = ops.decode(*arguments, selection=selection)
+    close(out, expected, torch.bfloat16)
+    torch.testing.assert_close(lse, expected_lse, atol=1e-3, rtol=1e-4)
+
+
 def test_strided_inputs_give_the_same_bits(emulated):
     q, k, v, cu, _ = batch([70], 2, 2, 64, torch.bfloat16)
     expected = emulated.attention(q, k, v, cu, cu, 16, 3)[0]

@@ -3,7 +3,7 @@
 import moba
 import pytest
 import torch
-from packed import batch
+from packed import batch, cached
 
 ops = moba.ops
 
@@ -163,6 +163,24 @@ def test_rows_may_be_cut_from_wider_ones():
     wide = torch.cat([selection, torch.full((4, 40, 2), 7, dtype=torch.int32)], -1)
     a = ops.attention(q, k, v, cu, cu, 8, 0, selection=selection)[0]
     assert torch.equal(a, ops.attention(q, k, v, cu, cu, 8, 0, selection=wide[..., :3])[0])
+
+
+def test_decode_attends_to_the_selection():
+    q, keys, values, means, begin, end = cached(torch.float32)
+    lengths = (end - begin).tolist()
+    selection = random_selection([1] * 3, lengths, 2, 8, 3, True)
+    out, lse = ops.decode(q, keys, values, means[:, :0], begin, end, 8, 0, selection=selection)
+    packed = [
+        torch.cat([t[b, begin[b] : end[b]] for b in range(3)]).double() for t in (keys, values)
+    ]
+    expected, expected_lse = masked(q, *packed, selection, [1] * 3, lengths, 8, True)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="^decode: selection: .* for head 1, token 2, got block"):
+        selection[1, 2, 0] = 100
+        ops.decode(q, keys, values, means, begin, end, 8, 0, selection=selection)
+    with pytest.raises(TypeError, match="^decode: selection: expected torch.int32"):
+        ops.decode(q, keys, values, means, begin, end, 8, 0, selection=selection.long())
 
 
 def bad(row, head=1, token=21, **change):

@@ -315,7 +315,7 @@ void attend_backward_dq(Stream& stream, const DeviceCall& call, const WorkSlice&
 
 void sum_dq_slots(Stream& stream, const DeviceCall& call, const WorkSlice& slice, const Batch& batch,
                   const SelectionRows& selection, const void* slots, const Backward& backward) {
-  if (call.width() == 0) return;
+  if (!call.merges()) return;
   with_type(call, [&]<typename T, int head_dim>() {
     const AddParams<T> params{.slots = static_cast<const T*>(slots),
                               .selection = selection,

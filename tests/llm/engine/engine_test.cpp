@@ -1,10 +1,13 @@
 #include "llm/engine/engine.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <map>
+#include <numeric>
 #include <random>
 #include <string>
 
@@ -180,9 +183,10 @@ TEST(Engine, LayersWithTheirOwnRoutingGiveTheAnswerOfASession) {
   EXPECT_GT(engine.statistics().cached_tokens, 0);
 }
 
-/// One schedule: random settings, arrivals and cancellations. `answers` are those of the requests alone.
-void run_schedule(std::uint64_t seed, const std::vector<Request>& requests,
-                  const std::vector<Tokens>& answers) {
+/// One schedule: random settings, arrivals and cancellations, with or without pages in `folder`. `answers`
+/// are those of the requests alone. Returns the number of pages that were read from the folder.
+std::int64_t run_schedule(std::uint64_t seed, const std::vector<Request>& requests,
+                          const std::vector<Tokens>& answers, const std::filesystem::path& folder) {
   SCOPED_TRACE("seed " + std::to_string(seed));
   std::mt19937_64 random(seed);
   const auto below = [&](std::int64_t n) {
@@ -193,6 +197,12 @@ void run_schedule(std::uint64_t seed, const std::vector<Request>& requests,
   with.max_running = 1 + below(12);
   if (below(2) == 0) with.max_step_seconds = 1e-4 * static_cast<double>(1 + below(30));
   if (below(2) == 0) with.cache_bytes = bytes_of_pages(7 + below(12));
+  if (below(3) > 0) {
+    with.cache_folder = folder;
+    with.model_fingerprint = "schedules";
+    if (below(2) == 0) with.cache_folder_bytes = bytes_of_pages(10 + below(20));
+    with.warn = [](const std::string& line) { ADD_FAILURE() << line; };
+  }
   Engine engine(model(), with);
 
   struct Sent {
@@ -205,11 +215,21 @@ void run_schedule(std::uint64_t seed, const std::vector<Request>& requests,
   std::vector<Outcome> outcomes(kRequests);
   bool busy = true;
   for (int step = 0; sent.size() < kRequests || busy; ++step) {
-    ASSERT_LT(step, 100000) << "the engine does not get on";
+    if (step == 100000) {
+      ADD_FAILURE() << "the engine does not get on";
+      return 0;
+    }
     while (sent.size() < kRequests && below(4) == 0) {
       const auto which = static_cast<std::size_t>(below(static_cast<std::int64_t>(requests.size())));
-      const Engine::Id id = engine.submit(recorded(requests[which], outcomes[sent.size()]));
-      sent.push_back({which, id});
+      Request request = recorded(requests[which], outcomes[sent.size()]);
+      if (below(3) == 0) {
+        request.weight_range = 1 + below(100);
+        request.on_weights = [](std::span<const float> weights) {
+          const float sum = std::accumulate(weights.begin(), weights.end(), 0.0F);
+          EXPECT_TRUE(sum > 0 && sum < 1.001F) << sum;
+        };
+      }
+      sent.push_back({which, engine.submit(std::move(request))});
     }
     if (!sent.empty() && below(40) == 0) {
       Sent& victim = sent[static_cast<std::size_t>(below(static_cast<std::int64_t>(sent.size())))];
@@ -221,11 +241,12 @@ void run_schedule(std::uint64_t seed, const std::vector<Request>& requests,
   for (std::size_t i = 0; i < sent.size(); ++i) {
     const Tokens& expected = answers[sent[i].request];
     const Outcome& found = outcomes[i];
-    ASSERT_TRUE(found.finish) << i;
+    EXPECT_TRUE(found.finish) << i;
     if (found.finish == Finish::cancelled) {
       EXPECT_TRUE(sent[i].cancelled);
-      ASSERT_LE(found.tokens.size(), expected.size());
-      EXPECT_TRUE(std::equal(found.tokens.begin(), found.tokens.end(), expected.begin())) << i;
+      EXPECT_TRUE(found.tokens.size() <= expected.size() &&
+                  std::equal(found.tokens.begin(), found.tokens.end(), expected.begin()))
+          << i;
     } else {
       EXPECT_EQ(found.tokens, expected) << i;
     }
@@ -233,15 +254,56 @@ void run_schedule(std::uint64_t seed, const std::vector<Request>& requests,
   const EngineStatistics end = engine.statistics();
   EXPECT_EQ(end.used_pages, end.cached_pages);
   EXPECT_EQ(end.running + end.waiting, 0);
+  return end.restored_pages;
 }
 
 TEST(Engine, SchedulesDoNotChangeAnswers) {
+  const std::filesystem::path folder =
+      std::filesystem::temp_directory_path() / ("moba-schedules-" + std::to_string(getpid()));
+  std::int64_t restored = 0;
   const std::vector<Request> requests = mixed_requests();
   std::vector<Tokens> answers;
   answers.reserve(requests.size());
   for (const Request& request : requests) answers.push_back(answer_of_session(request));
   for (std::uint64_t seed = 0; seed < 300 && !::testing::Test::HasFailure(); ++seed)
-    run_schedule(seed, requests, answers);
+    restored += run_schedule(seed, requests, answers, folder);
+  std::filesystem::remove_all(folder);
+  EXPECT_GT(restored, 100);
+}
+
+TEST(Engine, WeightsAreThoseOfTheLastQueryWhateverTheChunks) {
+  const Tokens prompt = random_tokens(1, 100);
+  std::vector<std::vector<float>> expected;
+  for (const std::int64_t chunk : {128, 7, 1, 99}) {
+    EngineSettings with = settings();
+    with.chunk = chunk;
+    Engine engine(model(), with);
+    for (int repeat = 0; repeat < 2; ++repeat) {  // the second time with a cached prefix
+      Request request = request_of(prompt, 5);
+      std::vector<std::vector<float>> found;
+      std::size_t tokens = 0;
+      request.weight_range = 30;
+      request.on_weights = [&](std::span<const float> weights) {
+        EXPECT_EQ(weights.size(), 4U);
+        found.emplace_back(weights.begin(), weights.end());
+      };
+      Outcome outcome;
+      request = recorded(request, outcome);
+      request.on_token = [&](std::int32_t, std::span<const float>) { return ++tokens == found.size(); };
+      engine.submit(std::move(request));
+      while (engine.step()) {
+      }
+      ASSERT_EQ(found.size(), 5U);
+      // The first query sees the prompt alone, the next ones the answer, too.
+      EXPECT_NEAR(std::accumulate(found[0].begin(), found[0].end(), 0.0F), 1, 1e-5);
+      EXPECT_LT(std::accumulate(found[4].begin(), found[4].end(), 0.0F), 0.9999F);
+      if (expected.empty()) expected = found;
+      for (std::size_t i = 0; i < 5; ++i) {
+        for (std::size_t range = 0; range < 4; ++range)
+          EXPECT_NEAR(found[i][range], expected[i][range], 1e-5);
+      }
+    }
+  }
 }
 
 TEST(Engine, PrefixesAreReadOnce) {

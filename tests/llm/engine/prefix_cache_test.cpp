@@ -21,11 +21,19 @@ class PrefixCacheTest : public ::testing::Test {
   std::vector<Page> insert(const std::vector<std::int32_t>& ids, std::string_view variant = "full") {
     std::vector<Page> pages;
     for (std::size_t i = 0; i < ids.size() / kPage; ++i) pages.push_back(pool_.allocate());
-    cache_.insert(variant, ids, pages);
+    PrefixCache::Place place = cache_.root(variant);
+    cache_.insert(place, ids, pages);
+    return pages;
+  }
+  /// Returns the cached pages of a prompt that uses them now.
+  std::vector<Page> match(const std::vector<std::int32_t>& ids, std::string_view variant = "full") {
+    PrefixCache::Place place = cache_.root(variant);
+    std::vector<Page> pages = cache_.match(place, ids);
+    cache_.touch(place);
     return pages;
   }
   std::size_t matched(const std::vector<std::int32_t>& ids, std::string_view variant = "full") {
-    return cache_.match(variant, ids).size();
+    return match(ids, variant).size();
   }
 
   PagePool pool_{64, 10};
@@ -34,7 +42,7 @@ class PrefixCacheTest : public ::testing::Test {
 
 TEST_F(PrefixCacheTest, MatchesWholePagesOfTheSameTokensAndVariant) {
   const std::vector<Page> pages = insert(tokens(0, 12));
-  EXPECT_EQ(cache_.match("full", tokens(0, 12)), pages);
+  EXPECT_EQ(match(tokens(0, 12)), pages);
   EXPECT_EQ(matched(tokens(0, 11)), 2U);
   EXPECT_EQ(matched(tokens(0, 100)), 3U);
   EXPECT_EQ(matched(tokens(1, 12)), 0U);
@@ -60,10 +68,24 @@ TEST_F(PrefixCacheTest, EvictsTheLeastRecentlyUsedEndOfAPrefix) {
   insert(tokens(100, 8));
   EXPECT_EQ(matched(tokens(0, 12)), 3U);  // now the more recent
   EXPECT_TRUE(cache_.evict());
-  EXPECT_EQ(cache_.match("full", tokens(100, 8)).size(), 1U);
+  EXPECT_EQ(matched(tokens(100, 8)), 1U);
   EXPECT_TRUE(cache_.evict());
   EXPECT_EQ(matched(tokens(0, 12)), 2U);
   EXPECT_EQ(pool_.used(), 3);
+}
+
+TEST_F(PrefixCacheTest, PlaceContinuesWhereItIs) {
+  const std::vector<std::int32_t> ids = tokens(0, 12);
+  const std::vector<Page> pages = insert(ids);
+  PrefixCache::Place place = cache_.root("full");
+  EXPECT_EQ(cache_.match(place, std::span(ids).first(4)), std::vector<Page>({pages[0]}));
+  EXPECT_EQ(cache_.match(place, std::span(ids).subspan(4)), std::vector<Page>({pages[1], pages[2]}));
+  EXPECT_TRUE(cache_.match(place, tokens(50, 4)).empty());
+  std::vector<Page> more = {pool_.allocate()};
+  cache_.insert(place, tokens(50, 4), more);
+  std::vector<std::int32_t> longer = ids;
+  for (const std::int32_t id : tokens(50, 4)) longer.push_back(id);
+  EXPECT_EQ(matched(longer), 4U);
 }
 
 TEST_F(PrefixCacheTest, PagesInUseAreNotEvicted) {
@@ -83,7 +105,8 @@ TEST_F(PrefixCacheTest, VeryLongPrefixesAreFreedWithoutRecursion) {
   const std::vector<std::int32_t> ids = tokens(0, 200000);
   std::vector<Page> pages;
   for (std::size_t i = 0; i < ids.size(); ++i) pages.push_back(pool.allocate());
-  cache.insert("full", ids, pages);
+  PrefixCache::Place place = cache.root("full");
+  cache.insert(place, ids, pages);
   EXPECT_EQ(cache.pages(), 200000);
 }
 

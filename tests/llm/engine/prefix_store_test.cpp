@@ -1,6 +1,8 @@
 #include "llm/engine/prefix_store.h"
 
+#include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/file.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -71,10 +73,15 @@ Page page_of(int value) {
 const Tokens kFirst{1, 2, 3}, kSecond{4, 5, 6};
 const PrefixStore::Key kRoot = PrefixStore::root("full"), kFirstKey = PrefixStore::next(kRoot, kFirst);
 
+/// A time some seconds after a fixed one.
+PrefixStore::Time at(int seconds) {
+  return PrefixStore::Time(std::chrono::seconds(1'000'000'000 + seconds));
+}
+
 void write_two(PrefixStore::Settings settings) {
   PrefixStore store(std::move(settings));
-  store.write(kRoot, kFirst, page_of(7));
-  store.write(kFirstKey, kSecond, page_of(8));
+  store.write(kRoot, kFirst, page_of(7), at(0));
+  store.write(kFirstKey, kSecond, page_of(8), at(0));
 }
 
 TEST_F(PrefixStoreTest, LaterStoreReadsThePages) {
@@ -117,7 +124,7 @@ TEST_F(PrefixStoreTest, ChangedByteOfAFileIsNotedOnceAndThePageIsWrittenAgain) {
     std::ofstream(file, std::ios::binary) << other;
     PrefixStore store(settings());
     EXPECT_FALSE(store.read(parent, tokens, page.data()));
-    store.write(parent, tokens, page_of(is_first ? 7 : 8));
+    store.write(parent, tokens, page_of(is_first ? 7 : 8), at(0));
   }
   std::string again(whole.size(), '\0');
   std::ifstream(file, std::ios::binary).read(again.data(), size);
@@ -142,11 +149,135 @@ TEST_F(PrefixStoreTest, FolderThatCannotBeWrittenIsNotedOnce) {
   {
     PrefixStore store(settings());
     fs::remove_all(folder_);
-    store.write(kRoot, kFirst, page_of(7));
-    store.write(kFirstKey, kSecond, page_of(8));
+    store.write(kRoot, kFirst, page_of(7), at(0));
+    store.write(kFirstKey, kSecond, page_of(8), at(0));
   }
   ASSERT_EQ(warnings_.size(), 1U);
   EXPECT_NE(warnings_.front().find("expected a writable file"), std::string::npos);
+}
+
+/// A chain of pages of one prompt.
+std::vector<PrefixStore::Key> keys_of(int prompt, int pages) {
+  std::vector<PrefixStore::Key> keys = {PrefixStore::root("full")};
+  for (int i = 0; i < pages; ++i) keys.push_back(PrefixStore::next(keys.back(), Tokens{prompt, i, 0}));
+  return keys;
+}
+
+void write_prompt(PrefixStore& store, int prompt, int pages, PrefixStore::Time time) {
+  const std::vector<PrefixStore::Key> keys = keys_of(prompt, pages);
+  for (int i = 0; i < pages; ++i) {
+    EXPECT_TRUE(store.write(keys[static_cast<std::size_t>(i)], Tokens{prompt, i, 0}, page_of(prompt),
+                            PrefixStore::time_of_page(time, i)));
+  }
+}
+
+class LimitedStore : public StoreFolder {
+ protected:
+  /// Room for ten pages.
+  PrefixStore::Settings settings() {
+    PrefixStore::Settings result = StoreFolder::settings();
+    result.max_bytes = 10 * kFileBytes + kFileBytes / 2;
+    result.max_pending = 100;
+    return result;
+  }
+  /// Returns how many of the first pages of a prompt are in the folder.
+  int stored(int prompt, int pages) {
+    PrefixStore store(settings());
+    const std::vector<PrefixStore::Key> keys = keys_of(prompt, pages);
+    int count = 0;
+    while (count < pages && store.contains(keys[static_cast<std::size_t>(count) + 1])) ++count;
+    return count;
+  }
+  std::uint64_t bytes() const {
+    std::uint64_t sum = 0;
+    for (const fs::path& file : files()) sum += fs::file_size(file);
+    return sum;
+  }
+
+  static constexpr std::uint64_t kFileBytes = kBytes + 88 + 3 * 4 + 16;  // page, trailer, tokens, checksum
+};
+
+TEST_F(LimitedStore, LeastRecentlyUsedPagesGoFirstAndPrefixesFromTheirEnds) {
+  {
+    PrefixStore store(settings());
+    write_prompt(store, 1, 4, at(1));
+    write_prompt(store, 2, 4, at(2));
+    store.use(keys_of(1, 4), at(3));  // now the more recent
+    write_prompt(store, 3, 4, at(4));
+  }
+  EXPECT_EQ(files().size(), 10U);
+  EXPECT_LE(bytes(), settings().max_bytes);
+  EXPECT_EQ(fs::file_size(files().front()), kFileBytes);
+  EXPECT_EQ(stored(1, 4), 4);
+  EXPECT_EQ(stored(2, 4), 2);
+  EXPECT_EQ(stored(3, 4), 4);
+}
+
+TEST_F(LimitedStore, PromptBeyondTheLimitKeepsItsBegin) {
+  {
+    PrefixStore store(settings());
+    write_prompt(store, 1, 4, at(1));
+    write_prompt(store, 2, 30, at(2));
+  }
+  EXPECT_EQ(stored(1, 4), 0);
+  EXPECT_EQ(stored(2, 30), 10);
+  {
+    PrefixStore store(settings());
+    write_prompt(store, 3, 1, at(1));  // older than all that is there
+  }
+  EXPECT_EQ(stored(3, 1), 0);
+}
+
+TEST_F(LimitedStore, PagesThatAreBeingReadStay) {
+  {
+    PrefixStore store(settings());
+    write_prompt(store, 1, 10, at(1));
+  }
+  std::vector<int> held;
+  for (const fs::path& file : files()) {
+    held.push_back(open(file.c_str(), O_RDONLY));
+    ASSERT_EQ(flock(held.back(), LOCK_SH), 0);
+  }
+  {
+    PrefixStore store(settings());
+    write_prompt(store, 2, 3, at(2));
+  }
+  EXPECT_EQ(stored(1, 10), 10);
+  EXPECT_EQ(stored(2, 3), 0);
+  for (const int file : held) close(file);
+  {
+    PrefixStore store(settings());
+    write_prompt(store, 2, 3, at(2));
+  }
+  EXPECT_EQ(stored(1, 10), 7);
+  EXPECT_EQ(stored(2, 3), 3);
+  EXPECT_TRUE(warnings_.empty());
+}
+
+TEST_F(LimitedStore, ProcessesShareTheLimit) {
+  {
+    PrefixStore first(settings()), second(settings());
+    for (int round = 0; round < 8; ++round) {
+      write_prompt(first, 10 + round, 2, at(2 * round));
+      write_prompt(second, 30 + round, 2, at(2 * round + 1));
+    }
+  }
+  // Each may write a sixteenth, here less than a page, before it looks what the others have written.
+  EXPECT_LE(bytes(), settings().max_bytes + 2 * kFileBytes);
+  EXPECT_GE(files().size(), 9U);
+  EXPECT_EQ(stored(37, 2), 2);
+}
+
+TEST_F(LimitedStore, PageThatAnotherProcessWroteIsFound) {
+  PrefixStore first(settings());
+  {
+    PrefixStore second(settings());
+    write_prompt(second, 1, 1, at(1));
+  }
+  const PrefixStore::Key root = PrefixStore::root("full");
+  EXPECT_TRUE(first.contains(keys_of(1, 1).back()));
+  std::vector<std::byte> page(kBytes);
+  EXPECT_TRUE(first.read(root, Tokens{1, 0, 0}, page.data()));
 }
 
 TEST_F(PrefixStoreTest, FileInPlaceOfTheFolderThrows) {
