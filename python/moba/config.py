@@ -69,6 +69,11 @@ class MoBAConfig:
         if self.decode not in ("full", "moba"):
             raise ValueError(f'MoBAConfig: decode: expected "full" or "moba", got {self.decode!r}')
 
+    @property
+    def is_by_layer(self) -> bool:
+        """Whether a field is a list with one number for each layer."""
+        return any(isinstance(getattr(self, name), tuple) for name in _BY_LAYER)
+
     def _at(self, name: str, layer: int) -> int:
         value = getattr(self, name)
         return value[layer] if isinstance(value, tuple) else value

@@ -147,7 +147,7 @@ def attention(
             raise TypeError(
                 "attention: config: expected either a config or block_size and top_k, got both"
             )
-        if any(isinstance(value, tuple) for value in (config.moba_chunk_size, config.moba_topk, config.sink_blocks)):
+        if config.is_by_layer:
             raise TypeError(
                 "attention: config: expected that of one layer (config.of_layer(layer, layers)), got lists of layers"
             )

@@ -328,3 +328,12 @@ def test_a_calibration_of_another_number_of_layers_is_refused(tmp_path):
     moba.register_moba(config, name="moba-shorter")
     with pytest.raises(ValueError, match="^moba_layer: moba_chunk_size: expected 3 layers, got 2"):
         logits(build("llama"), "moba-shorter", random_ids(1, 20))
+
+
+def test_attention_takes_the_configuration_of_one_layer():
+    config = MoBAConfig((8, 16), (3, 2))
+    q = torch.randn(1, 64, 2, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match="^attention: config: expected that of one layer"):
+        moba.attention(q, q, q, config=config)
+    found = moba.attention(q, q, q, config=config.of_layer(1, 2))
+    assert torch.equal(found, moba.attention(q, q, q, block_size=16, top_k=2))
