@@ -64,13 +64,14 @@ void add_flags(FlagTable& table, ModelBenchFlags& flags) {
   table.choice("--attn", flags.attention, modes, "Attention variants for prompts, a row for each");
   table.choice("--decode", flags.decode, modes, "Attention variants for generated tokens, a row for each")
       .default_text("as --attn");
-  add_routing_flags(table, flags.session.moba, kDefault);
+  add_calibration_flag(table, flags);
+  add_routing_flags(table, flags.session.moba, kDefault, [&flags] { return !flags.calibration; });
   table
       .number("--moba-full-tail", flags.session.full_tail, {0, kMaxTokens},
               "Last tokens of a prompt whose queries use full attention")
       .default_text(kDefault)
       .json();
-  add_full_layers_flag(table, flags.session.full_layers, kDefault);
+  add_full_layers_flag(table, flags.session.full_layers, kDefault, [&flags] { return !flags.calibration; });
 }
 
 /// Returns every combination of a variant, a depth and a number of tokens, in this order. Those beyond
@@ -235,7 +236,7 @@ BenchedModel describe(const FlagTable& table, const ModelBenchFlags& flags, cons
 
 int run(const FlagTable& table, ModelBenchFlags& flags) {
   const llm::Weights weights = llm::Weights::open(flags.model);
-  complete(table, weights.config(), flags);
+  complete(table, weights, flags);
   check(flags.session, weights.config());
   const std::vector<ModelTest> tests = checked_tests(table, flags, weights.config().context);
   const BenchedModel model = describe(table, flags, weights);

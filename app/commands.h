@@ -9,6 +9,7 @@ namespace moba::app {
 CLI::App* add_bench(CLI::App& parent, std::function<int()>& action);
 /// `bench` with a model, which add_bench() does not know.
 CLI::App* add_bench_model(CLI::App& parent, std::function<int()>& action);
+CLI::App* add_calibrate(CLI::App& parent, std::function<int()>& action);
 CLI::App* add_eval(CLI::App& parent, std::function<int()>& action);
 CLI::App* add_generate(CLI::App& parent, std::function<int()>& action);
 CLI::App* add_info(CLI::App& parent, std::function<int()>& action);

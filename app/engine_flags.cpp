@@ -1,10 +1,20 @@
 #include "app/engine_flags.h"
 
 #include <cstdio>
+#include <filesystem>
 
+#include "llm/calibrate/calibration.h"
 #include "llm/engine/model_fingerprint.h"
 
 namespace moba::app {
+
+void find_calibration(const FlagTable& flags, EngineFlags& settings) {
+  if (settings.prefill || settings.calibration) return;
+  for (const char* flag : {"--moba-chunk-size", "--moba-topk", "--moba-sink", "--moba-full-layers"})
+    if (flags.given(flag)) return;
+  const std::filesystem::path file = llm::calibration_beside(settings.model);
+  if (std::filesystem::exists(file)) settings.calibration = file.string();
+}
 
 void add_cache_dir_flags(FlagTable& flags, EngineFlags& settings, const char* help, bool is_json) {
   constexpr std::int64_t kMaxBytes = std::int64_t{1} << 50;
@@ -20,7 +30,9 @@ llm::EngineSettings engine_settings(const EngineFlags& flags, const llm::Weights
                                     const std::string& subcommand) {
   const llm::SessionSettings& session = flags.session;
   llm::EngineSettings engine;
-  engine.block_size = session.moba.block_size;
+  engine.block_sizes = {session.moba.block_size};
+  if (!session.layers.empty()) engine.block_sizes.clear();
+  for (const Routing& routing : session.layers) engine.block_sizes.push_back(routing.block_size);
   engine.full_layers = session.full_layers;
   engine.kv_dtype = session.kv_dtype;
   engine.context = flags.context;

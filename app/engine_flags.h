@@ -19,6 +19,9 @@ struct EngineFlags : SessionFlags {
   std::optional<llm::AttentionMode> prefill, decode;
 };
 
+/// Uses the calibration beside the model, if there is one, where the attention and its routing are left to
+/// the program.
+void find_calibration(const FlagTable& flags, EngineFlags& settings);
 /// Adds --cache-dir, and --cache-dir-size. `is_json`: the subcommand reports them.
 void add_cache_dir_flags(FlagTable& flags, EngineFlags& settings, const char* help, bool is_json);
 

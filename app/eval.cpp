@@ -3,7 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
+#include <limits>
 
 #include "app/commands.h"
 #include "app/program.h"
@@ -11,21 +13,27 @@
 
 namespace moba::app {
 void add_flags(FlagTable& table, EvalFlags& flags) {
-  const Words<bool> outputs{{"table", false}, {"json", true}};
+  const Words<ReportFormat> outputs{
+      {"table", ReportFormat::table}, {"json", ReportFormat::json}, {"lm-eval", ReportFormat::lm_eval}};
   add_model_flag(table, flags);
   add_dtype_flag(table, flags);
   add_kv_dtype_flag(table, flags);
   add_threads_flag(table, flags.session.threads);
   table.number("--seed", flags.seed, {0, kMaxSeed}, "Random seed of the evaluation").json();
-  table.choice("-o,--output", flags.json, outputs, "Format of the results");
+  table.choice("-o,--output", flags.format, outputs,
+               "Format of the results; lm-eval: JSON in the layout of lm-evaluation-harness");
   table.value("--png", flags.png, "PATH", "Also draw the results into this PNG file");
 }
 
 void add_attention_flags(FlagTable& table, EvalFlags& flags, bool decodes) {
   table.group("Attention");
+  Words<llm::AttentionMode> modes = kAttentionModes;
+  modes.emplace_back("oracle", llm::AttentionMode::oracle);
   table.choice(
-      "--attn", flags.attention, kAttentionModes,
-      "Attention variants for prefill, each evaluated; moba-naive is MoBA on the reference backend, slow");
+      "--attn", flags.attention, modes,
+      "Attention variants for prefill, each evaluated; moba-naive is MoBA on the reference backend, "
+      "slow; oracle selects the blocks with the most mass under full attention, slow, and shows what "
+      "a better gate could reach");
   llm::SessionSettings& session = flags.session;
   if (decodes) {
     table.choice("--decode", session.decode, kDecodeModes, "Attention for decode").json();
@@ -37,14 +45,14 @@ void add_attention_flags(FlagTable& table, EvalFlags& flags, bool decodes) {
 
 void add_haystack_flags(FlagTable& table, EvalFlags& flags, std::vector<std::int64_t>& lengths, bool& chat) {
   table.value("--data", flags.data, "PATH", "Text files and folders that the haystack is taken from")
-      .default_text("the sources of Python's standard library");
+      .default_text("code and prose: the sources of Python's standard library and Debian's licences");
   table.size("--lengths", lengths, {1, kMaxTokens}, "Tokens of prompt and answer together, such as 8k");
   table.toggle("--no-chat", chat, "Do not apply the chat template").json();
 }
 
 Subject open_subject(const FlagTable& table, EvalFlags& flags) {
   llm::Weights weights = llm::Weights::open(flags.model);
-  complete(table, weights.config(), flags);
+  complete(table, weights, flags);
   std::vector<Variant> variants;
   std::vector<std::string_view> names;
   for (const llm::AttentionMode mode : flags.attention) {
@@ -94,6 +102,34 @@ Json json_head(const char* task, const FlagTable& table, EvalFlags& flags, const
 
 void print_json(const Json& json) {
   print(json.dump(2, ' ', false, Json::error_handler_t::replace) + "\n");
+}
+
+double share_error(double share, std::int64_t tried) {
+  return tried > 1 ? std::sqrt(share * (1 - share) / static_cast<double>(tried - 1))
+                   : std::numeric_limits<double>::quiet_NaN();
+}
+
+void print_lm_eval(const char* task, const Json& config, std::int64_t samples,
+                   const std::vector<std::pair<std::string, std::vector<Metric>>>& by_variant) {
+  Json json;
+  for (const char* member : {"results", "versions", "n-shot", "higher_is_better", "n-samples"})
+    json[member] = Json::object();
+  for (const auto& [variant, metrics] : by_variant) {
+    const std::string name = fmt::format("moba_{}_{}", task, variant);
+    json["results"][name]["alias"] = name;
+    for (const Metric& metric : metrics) {
+      json["results"][name][metric.name + ",none"] = metric.value;
+      json["results"][name][metric.name + "_stderr,none"] =
+          std::isfinite(metric.error) ? Json(metric.error) : Json("N/A");
+      json["higher_is_better"][name][metric.name] = metric.higher_is_better;
+    }
+    json["versions"][name] = 1;
+    json["n-shot"][name] = 0;
+    json["n-samples"][name] = {{"original", samples}, {"effective", samples}};
+  }
+  json["config"] = config;
+  json["model_name"] = config["model"];
+  print_json(json);
 }
 
 CLI::App* add_eval(CLI::App& parent, std::function<int()>& action) {

@@ -6,6 +6,7 @@
 #include <functional>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "app/session_flags.h"
@@ -18,12 +19,15 @@
 // The flags, output and set-up that the evaluations share.
 namespace moba::app {
 
+/// A table; everything as JSON; or the metrics alone, as lm-evaluation-harness writes them.
+enum class ReportFormat : std::uint8_t { table, json, lm_eval };
+
 /// The variables of the flags that the evaluations share.
 struct EvalFlags : SessionFlags {
   std::vector<llm::AttentionMode> attention{llm::AttentionMode::full, llm::AttentionMode::moba};
   std::vector<std::filesystem::path> data;
   std::int64_t seed = 0;
-  bool json = false;
+  ReportFormat format = ReportFormat::table;
   std::optional<std::string> png;
 };
 
@@ -65,6 +69,19 @@ std::string share_text(double share, const llm::eval::Interval& interval);
 Json json_head(const char* task, const FlagTable& table, EvalFlags& flags, const Subject& subject);
 
 void print_json(const Json& json);
+
+/// A mean over samples with its standard error, NaN where it is unknown.
+struct Metric {
+  std::string name;
+  double value, error;
+  bool higher_is_better;
+};
+/// Prints results in the layout of lm-evaluation-harness: the metrics of each variant of `task` as those of a
+/// task "<task>_<variant>", over `samples` sequences or questions. `config` is the head of the JSON.
+void print_lm_eval(const char* task, const Json& config, std::int64_t samples,
+                   const std::vector<std::pair<std::string, std::vector<Metric>>>& by_variant);
+/// The standard error of a share of `tried`.
+double share_error(double share, std::int64_t tried);
 
 /// Each adds itself to `moba eval`.
 CLI::App* add_eval_loss(CLI::App& parent, std::function<int()>& action);

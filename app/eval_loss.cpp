@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <limits>
 #include <memory>
+#include <numeric>
 
 #include "app/eval.h"
 #include "app/flags.h"
@@ -13,7 +15,6 @@
 #include "app/program.h"
 #include "app/progress.h"
 #include "llm/error.h"
-#include "src/stopwatch.h"
 
 namespace moba::app {
 namespace {
@@ -64,6 +65,13 @@ std::int64_t trailing_from(const std::optional<std::string>& text, std::int64_t 
   return std::clamp<std::int64_t>(tokens, 1, seq_len - 1);
 }
 
+/// The variant with full attention, which the others are compared with.
+std::optional<std::size_t> reference_of(const Subject& subject) {
+  for (std::size_t w = 0; w < subject.variants.size() && subject.variants.size() > 1; ++w)
+    if (subject.variants[w].session.prefill == llm::AttentionMode::full) return w;
+  return std::nullopt;
+}
+
 /// Fills `predictions`, one for each variant, sequence by sequence. Throws Interrupted; what is in them then
 /// is the same sequences for every variant.
 void predict(const Subject& subject, const llm::Model& model, const Sequences& sequences,
@@ -72,21 +80,24 @@ void predict(const Subject& subject, const llm::Model& model, const Sequences& s
   for (const auto& sequence : sequences) total += static_cast<double>(sequence.size());
   total *= static_cast<double>(subject.variants.size());
   ProgressLine progress("", total);
+  const std::optional<std::size_t> reference = reference_of(subject);
   const Parallel parallel = openmp(subject.variants.front().session.threads);
   std::vector<llm::Session> sessions;
   for (const Variant& variant : subject.variants) sessions.emplace_back(model, variant.session);
 
   for (const auto& sequence : sequences) {
-    std::vector<std::vector<double>> losses;
+    std::vector<double> read(sessions.size());
+    const std::vector<llm::eval::TokenScores> scores = llm::eval::token_scores(
+        sessions, reference, sequence, 1, parallel, [&](std::size_t w, double tokens) {
+          progress.name(subject.variants[w].name + ":");
+          read[w] = tokens;
+          progress(done + std::accumulate(read.begin(), read.end(), 0.0));
+        });
+    done += static_cast<double>(sequence.size() * sessions.size());
     for (std::size_t w = 0; w < sessions.size(); ++w) {
-      progress.name(subject.variants[w].name + ":");
-      const Stopwatch stopwatch;
-      losses.push_back(llm::eval::token_losses(sessions[w], sequence, parallel,
-                                               [&](double read) { progress(done + read); }));
-      predictions[w].seconds += stopwatch.seconds();
-      done += static_cast<double>(sequence.size());
+      add(predictions[w].losses, positions, scores[w]);
+      predictions[w].seconds += scores[w].seconds;
     }
-    for (std::size_t w = 0; w < sessions.size(); ++w) add(predictions[w].losses, positions, losses[w]);
   }
 }
 
@@ -128,6 +139,14 @@ std::string text_table(const Subject& subject, const Positions& positions,
     }
     text += "\n";
   }
+  const std::optional<std::size_t> reference = reference_of(subject);
+  for (std::size_t w = 0; reference && w < predictions.size(); ++w) {
+    if (w == *reference) continue;
+    const Losses& losses = predictions[w].losses;
+    text += fmt::format("{} against {}: KL divergence {}, same likeliest token {}\n",
+                        subject.variants[w].name, subject.variants[*reference].name,
+                        text_of(estimate(losses.divergence)), text_of(estimate(losses.agreement)));
+  }
   text += fmt::format("\n{:>15} {:>10}", "position", "tokens");
   for (const Variant& variant : subject.variants) text += fmt::format(" {:>10}", variant.name);
   for (std::int64_t b = 0; b < positions.buckets; ++b) {
@@ -141,13 +160,17 @@ std::string text_table(const Subject& subject, const Positions& positions,
   return text + "\n";
 }
 
-Json to_json(const Estimate& estimate) {
-  Json json{{"loss", estimate.value}, {"low", nullptr}, {"high", nullptr}, {"tokens", estimate.tokens}};
+Json value_json(const Estimate& estimate, const char* name) {
+  Json json{{name, estimate.value}, {"low", nullptr}, {"high", nullptr}, {"tokens", estimate.tokens}};
   if (estimate.interval) {
     json["low"] = estimate.interval->low;
     json["high"] = estimate.interval->high;
   }
   return json;
+}
+
+Json to_json(const Estimate& estimate) {
+  return value_json(estimate, "loss");
 }
 
 /// So that models can be compared sequence by sequence, as attention variants are here.
@@ -196,6 +219,10 @@ Json to_json(Json json, const Subject& subject, const Positions& positions,
     variant.update(to_json(losses, positions));
     variant["seconds"] = predictions[w].seconds;
     json["by_attn"].push_back(variant);
+    if (!losses.divergence.empty()) {
+      json["by_attn"].back()["kl"] = value_json(estimate(losses.divergence), "kl");
+      json["by_attn"].back()["top1_agreement"] = value_json(estimate(losses.agreement), "agreement");
+    }
     if (w == 0) continue;
     Json compared{{"attn", subject.variants[w].name}, {"against", subject.variants[0].name}};
     compared.update(difference_json(losses.all, first.all));
@@ -203,6 +230,38 @@ Json to_json(Json json, const Subject& subject, const Positions& positions,
     json["differences"].push_back(compared);
   }
   return json;
+}
+
+/// The standard error of a mean over sequences, by the spread of their means.
+double standard_error(const std::vector<Portion>& portions) {
+  const double all = llm::eval::mean(portions);
+  const auto n = static_cast<double>(portions.size());
+  double sum = 0;
+  for (const Portion& portion : portions) {
+    const double deviation = portion.sum / static_cast<double>(portion.count) - all;
+    sum += deviation * deviation;
+  }
+  return n > 1 ? std::sqrt(sum / (n - 1) / n) : std::numeric_limits<double>::quiet_NaN();
+}
+
+void print_lm_eval(const Json& config, const Subject& subject, const std::vector<Prediction>& predictions) {
+  std::vector<std::pair<std::string, std::vector<Metric>>> by_variant;
+  for (std::size_t w = 0; w < predictions.size(); ++w) {
+    const Losses& losses = predictions[w].losses;
+    std::vector<Metric>& metrics =
+        by_variant.emplace_back(subject.variants[w].name, std::vector<Metric>()).second;
+    const auto add = [&](const char* name, const std::vector<Portion>& portions, bool higher_is_better) {
+      if (!portions.empty())
+        metrics.push_back({name, llm::eval::mean(portions), standard_error(portions), higher_is_better});
+    };
+    add("loss", losses.all, false);
+    add("trailing_loss", losses.trailing, false);
+    add("kl", losses.divergence, false);
+    add("top1_agreement", losses.agreement, true);
+    const double perplexity = std::exp(metrics.front().value);
+    metrics.push_back({"token_perplexity", perplexity, perplexity * metrics.front().error, false});
+  }
+  print_lm_eval("loss", config, static_cast<std::int64_t>(predictions.front().losses.all.size()), by_variant);
 }
 
 void draw(const std::string& png, const Subject& subject, const Positions& positions,
@@ -246,10 +305,12 @@ int loss(const FlagTable& table, LossFlags& flags) {
     complete = false;
   }
   if (predictions.front().losses.all.empty()) return kInterruptedCode;
-  if (flags.json) {
-    Json head = json_head("loss", table, flags, subject);
-    head.update(table.json("Sequences"));
+  Json head = json_head("loss", table, flags, subject);
+  head.update(table.json("Sequences"));
+  if (flags.format == ReportFormat::json) {
     print_json(to_json(std::move(head), subject, positions, predictions, complete));
+  } else if (flags.format == ReportFormat::lm_eval) {
+    print_lm_eval(head, subject, predictions);
   } else {
     print(text_table(subject, positions, predictions));
   }

@@ -162,7 +162,20 @@ std::string text_table(const Subject& subject, const Grid& grid, const std::vect
         text += fmt::format(" {:>8}", fmt::format("{}/{}", cell.found(), cell.samples.size()));
       }
     }
-    text += "\n";
+    std::string all = "\n     all", intervals = "\n     95%";
+    for (std::size_t l = 0; l < grid.lengths.size(); ++l) {
+      std::int64_t found_there = 0, tried_there = 0;
+      for (std::size_t d = 0; d < grid.depths.size(); ++d) {
+        const Cell& cell = findings[w].cells[l * grid.depths.size() + d];
+        found_there += cell.found();
+        tried_there += static_cast<std::int64_t>(cell.samples.size());
+      }
+      const llm::eval::Interval interval = llm::eval::wilson(static_cast<double>(found_there), tried_there);
+      all += fmt::format(" {:>8}", fmt::format("{}/{}", found_there, tried_there));
+      intervals +=
+          fmt::format(" {:>8}", fmt::format("{:.0f}-{:.0f}%", 100 * interval.low, 100 * interval.high));
+    }
+    text += all + intervals + "\n";
   }
   return text;
 }
@@ -205,6 +218,16 @@ Json to_json(Json json, const Subject& subject, const std::vector<Findings>& fin
   json["by_attn"] = by_variant;
   json["cells"] = cells;
   return json;
+}
+
+void print_lm_eval(const Json& config, const Subject& subject, const std::vector<Findings>& findings) {
+  std::vector<std::pair<std::string, std::vector<Metric>>> by_variant;
+  for (std::size_t w = 0; w < findings.size(); ++w) {
+    const std::int64_t found = findings[w].found(), tried = findings[w].tried();
+    const double accuracy = share(found, tried);
+    by_variant.push_back({subject.variants[w].name, {{"acc", accuracy, share_error(accuracy, tried), true}}});
+  }
+  print_lm_eval("needle", config, findings.front().tried(), by_variant);
 }
 
 void draw(const std::string& png, const Subject& subject, const Grid& grid,
@@ -254,11 +277,13 @@ int needle(const FlagTable& table, NeedleFlags& flags) {
   } catch (const Interrupted&) {
     complete = false;
   }
-  if (flags.json) {
-    Json head = json_head("needle", table, flags, subject);
-    head["haystack"] = haystack.source();
-    head.update(table.json("Needles"));
+  Json head = json_head("needle", table, flags, subject);
+  head["haystack"] = haystack.source();
+  head.update(table.json("Needles"));
+  if (flags.format == ReportFormat::json) {
     print_json(to_json(std::move(head), subject, findings, complete));
+  } else if (flags.format == ReportFormat::lm_eval) {
+    print_lm_eval(head, subject, findings);
   } else {
     print(text_table(subject, grid, findings));
   }

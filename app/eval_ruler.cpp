@@ -157,6 +157,16 @@ Json to_json(Json json, const Subject& subject, const std::vector<Cell>& cells, 
   return json;
 }
 
+void print_lm_eval(const Json& config, const Subject& subject, const std::vector<Cell>& cells) {
+  std::vector<std::pair<std::string, std::vector<Metric>>> by_variant;
+  for (std::size_t w = 0; w < subject.variants.size(); ++w) {
+    const Score score = score_of(cells, w);
+    by_variant.push_back(
+        {subject.variants[w].name, {{"score", score.mean(), share_error(score.mean(), score.tried), true}}});
+  }
+  print_lm_eval("ruler", config, score_of(cells, 0).tried, by_variant);
+}
+
 void draw(const std::string& png, const Subject& subject, const std::vector<std::string>& tasks,
           const std::vector<std::int64_t>& lengths, const std::vector<Cell>& cells) {
   std::vector<Heatmap> maps;
@@ -199,11 +209,13 @@ int ruler(const FlagTable& table, RulerFlags& flags) {
   } catch (const Interrupted&) {
     complete = false;
   }
-  if (flags.json) {
-    Json head = json_head("ruler", table, flags, subject);
-    head["haystack"] = haystack.source();
-    head.update(table.json("Tasks"));
+  Json head = json_head("ruler", table, flags, subject);
+  head["haystack"] = haystack.source();
+  head.update(table.json("Tasks"));
+  if (flags.format == ReportFormat::json) {
     print_json(to_json(std::move(head), subject, cells, complete));
+  } else if (flags.format == ReportFormat::lm_eval) {
+    print_lm_eval(head, subject, cells);
   } else {
     print(text_table(subject, flags.tasks, flags.lengths, cells));
   }

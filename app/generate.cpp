@@ -85,6 +85,7 @@ void choose_attention(GenerateSettings& settings, const llm::ModelConfig& config
                                                              .decode = settings.decode,
                                                              .prompt_tokens = prompt,
                                                              .moba = settings.session.moba,
+                                                             .calibrated = settings.session.layers,
                                                              .trained = config.moba});
   settings.session.prefill = choice.prefill;
   settings.session.decode = choice.decode;
@@ -92,8 +93,8 @@ void choose_attention(GenerateSettings& settings, const llm::ModelConfig& config
   if (choice.reason == llm::AttentionReason::not_trained && prompt > kLongPrompt) {
     std::fprintf(
         stderr,
-        "note: --attn moba reads long prompts faster; this model was not trained with it, so check its "
-        "quality with `moba eval`\n");
+        "note: --attn moba reads long prompts faster; this model was not trained with it: `moba calibrate` "
+        "finds where it may be used, `moba eval` checks its quality\n");
   }
 }
 
@@ -102,6 +103,7 @@ llm::Request request_for(const GenerateSettings& settings, const llm::Tokenizer&
   request.prefill = settings.session.prefill;
   request.decode = settings.session.decode;
   request.moba = settings.session.moba;
+  request.layers = settings.session.layers;
   request.full_tail = settings.session.full_tail;
   request.sampling = settings.sampling;
   if (settings.predict >= 0) request.max_tokens = settings.predict;
@@ -195,7 +197,8 @@ void print_summary(const GenerateSettings& settings, const Generation& result) {
 int run(const FlagTable& flags, GenerateSettings& settings) {
   complete(flags, settings);
   const llm::Weights weights = llm::Weights::open(settings.model);
-  complete(flags, weights.config(), settings);
+  find_calibration(flags, settings);
+  complete(flags, weights, settings);
   if (settings.context == 0) settings.context = weights.config().context;
   check(settings.session, weights.config());
   if (settings.logprobs > weights.config().vocab) {

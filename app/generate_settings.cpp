@@ -59,9 +59,11 @@ void add_flags(FlagTable& flags, GenerateSettings& settings) {
 
   flags.group("Attention");
   const llm::SessionSettings& session = settings.session;
-  flags.choice("--attn", settings.prefill, kAttentionModes,
-               "Attention for prefill; auto: moba for long prompts if the model was trained with MoBA, else "
-               "full; moba-naive is MoBA on the reference backend, slow, for comparison");
+  flags.choice(
+      "--attn", settings.prefill, kAttentionModes,
+      "Attention for prefill; auto: moba for long prompts if the model was trained with MoBA or has a "
+      "calibration beside it (x.moba.json beside x.gguf, model.moba.json in a folder), else full; moba-naive "
+      "is MoBA on the reference backend, slow, for comparison");
   flags.report("attn", [&session] { return Json(name_of(session.prefill)); });
   flags.report("attn_reason", [&settings] { return Json(name_of(settings.reason)); });
   flags.choice(

@@ -91,9 +91,10 @@ nlohmann::ordered_json to_json(const Inspection& inspection) {
   const RoutingMap& map = inspection.map;
   nlohmann::ordered_json json{{"model", inspection.model},
                               {"tokens", map.tokens},
-                              {"block_size", inspection.session.moba.block_size},
+                              {"block_size", map.block_size},
                               {"top_k", inspection.session.moba.top_k},
                               {"sink_blocks", inspection.session.moba.sink_blocks},
+                              {"calibrated", !inspection.session.layers.empty()},
                               {"heads", map.layers.front().size()},
                               {"rows", map.rows},
                               {"columns", map.columns},
@@ -183,10 +184,12 @@ void draw_picture(const std::filesystem::path& path, const Inspection& inspectio
   Picture picture(std::max(width, 640.0),
                   kTop + static_cast<double>(layers.size()) * (kSide + kGap) + kBottom);
   const Routing& moba = inspection.session.moba;
+  const std::string routing = inspection.session.layers.empty()
+                                  ? fmt::format("{} of {} blocks of {} for each query",
+                                                std::min(moba.top_k, map.blocks), map.blocks, moba.block_size)
+                                  : "blocks by a calibration of each layer";
   picture.text({kLeft, 28}, fmt::format("What MoBA reads: {}", inspection.model), 15);
-  picture.text({kLeft, 48},
-               fmt::format("{} tokens, {} of {} blocks of {} for each query; queries down, blocks across",
-                           map.tokens, std::min(moba.top_k, map.blocks), map.blocks, moba.block_size),
+  picture.text({kLeft, 48}, fmt::format("{} tokens, {}; queries down, blocks across", map.tokens, routing),
                12, Align::left, kMuted);
   for (std::size_t h = 0; h < heads.size(); ++h) {
     const double x = kLeft + static_cast<double>(h) * (kSide + kGap);
@@ -195,7 +198,7 @@ void draw_picture(const std::filesystem::path& path, const Inspection& inspectio
       const double y = kTop + static_cast<double>(l) * (kSide + kGap);
       if (h == 0)
         picture.text({kLeft - 10, y + kSide / 2}, fmt::format("layer {}", layers[l]), 12, Align::right);
-      draw_map(picture, {x, y}, kSide, map, map.layers[layers[l]][heads[h]], moba.block_size);
+      draw_map(picture, {x, y}, kSide, map, map.layers[layers[l]][heads[h]], map.block_size);
     }
   }
   const double y = kTop + static_cast<double>(layers.size()) * (kSide + kGap) + 12;
@@ -222,20 +225,21 @@ int inspect(const FlagTable& table, InspectFlags& flags) {
   if (!flags.prompt && !flags.file) throw UsageError("expected -p/--prompt or -f/--file, got neither");
   const llm::Weights weights = llm::Weights::open(flags.model);
   const llm::ModelConfig& config = weights.config();
-  complete(table, config, flags);
+  complete(table, weights, flags);
   Inspection inspection;
   inspection.session = flags.session;
-  inspection.session.prefill = llm::AttentionMode::moba;  // the gate's selection is recorded in every mode
   check(inspection.session, config);
   const llm::Tokenizer tokenizer = llm::Tokenizer::open(flags.model);
   inspection.tokens = tokens_from(flags, tokenizer);
-  inspection.texts = block_texts(tokenizer, inspection.tokens, inspection.session.moba.block_size);
   inspection.model = std::filesystem::absolute(flags.model).lexically_normal().filename().string();
-  inspection.reads_fully.assign(static_cast<std::size_t>(config.layers),
-                                flags.session.prefill == llm::AttentionMode::full);
-  for (const llm::LayerRange& range : inspection.session.full_layers) {
-    std::fill(inspection.reads_fully.begin() + range.first, inspection.reads_fully.begin() + range.last + 1,
-              true);
+  const llm::SessionSettings& session = inspection.session;
+  std::vector<Routing> gates =
+      llm::layer_routings(session.moba, session.layers, session.full_layers, config.layers);
+  for (Routing& gate : gates) {
+    inspection.reads_fully.push_back(session.prefill == llm::AttentionMode::full || llm::is_full(gate));
+    if (!llm::is_full(gate)) continue;  // shows what its gate would select
+    gate.top_k = session.moba.top_k;
+    gate.sink_blocks = session.moba.sink_blocks;
   }
 
   llm::use_threads(inspection.session.threads);
@@ -243,14 +247,14 @@ int inspect(const FlagTable& table, InspectFlags& flags) {
   note_interrupts();
   try {
     ProgressLine progress("reading", static_cast<double>(inspection.tokens.size()));
-    inspection.map = llm::eval::map_routing(model, inspection.tokens,
-                                            {.moba = inspection.session.moba,
-                                             .reads_fully = inspection.reads_fully,
-                                             .threads = inspection.session.threads},
-                                            std::ref(progress));
+    inspection.map = llm::eval::map_routing(
+        model, inspection.tokens,
+        {.layers = gates, .reads_fully = inspection.reads_fully, .threads = inspection.session.threads},
+        std::ref(progress));
   } catch (const Interrupted&) {
     return kInterruptedCode;
   }
+  inspection.texts = block_texts(tokenizer, inspection.tokens, inspection.map.block_size);
   for (const std::string& output : flags.outputs)
     (output.ends_with(".png") ? draw_picture : write_page)(output, inspection);
   return 0;

@@ -10,6 +10,7 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   std::function<int()> action;
   moba::app::add_bench_model(app, action);
+  moba::app::add_calibrate(app, action);
   moba::app::add_eval(app, action);
   moba::app::add_generate(app, action);
   moba::app::add_inspect(app, action);

@@ -58,6 +58,7 @@ int main(int argc, char** argv) {
   add_handed_over("generate", "Read a prompt or a long document and answer");
   add_handed_over("train", "Train a model, from scratch or further");
   add_handed_over("eval", "Measure what a model predicts and finds");
+  add_handed_over("calibrate", "Find how a model that was not trained with MoBA may use it, layer by layer");
   add_handed_over("inspect", "Show which blocks every layer and head selects");
   add_handed_over("serve", "Answer requests of OpenAI's API, many at a time, by HTTP");
   if (is_model_bench({argv, static_cast<std::size_t>(argc)})) {

@@ -1,6 +1,7 @@
 #include "app/session_flags.h"
 
 #include "app/routing_flags.h"
+#include "llm/calibrate/calibration.h"
 
 namespace moba::app {
 
@@ -34,11 +35,21 @@ void add_kv_dtype_flag(FlagTable& flags, SessionFlags& settings) {
   flags.report("kv_dtype", [&settings] { return Json(name_of(settings.session.kv_dtype.value())); });
 }
 
+void add_calibration_flag(FlagTable& flags, SessionFlags& settings) {
+  flags
+      .value("--calibration", settings.calibration, "PATH",
+             "Routing of each layer, a .moba.json file of moba calibrate, in place of the --moba flags")
+      .default_text("none")
+      .json([&settings] { return settings.calibration.has_value(); });
+}
+
 void add_moba_flags(FlagTable& flags, SessionFlags& settings, bool has_tail) {
   llm::SessionSettings& session = settings.session;
+  add_calibration_flag(flags, settings);
   const auto prefill_is_sparse = [&session] { return session.prefill != AttentionMode::full; };
-  const auto is_sparse = [&session] {
-    return session.prefill != AttentionMode::full || session.decode != AttentionMode::full;
+  const auto is_sparse = [&settings, &session] {
+    return !settings.calibration &&
+           (session.prefill != AttentionMode::full || session.decode != AttentionMode::full);
   };
   constexpr const char* kDefault = "the model's, else {}";
   add_routing_flags(flags, session.moba, kDefault, is_sparse);
@@ -55,7 +66,21 @@ void add_moba_flags(FlagTable& flags, SessionFlags& settings, bool has_tail) {
   add_full_layers_flag(flags, session.full_layers, kDefault, is_sparse);
 }
 
-void complete(const FlagTable& flags, const llm::ModelConfig& config, SessionFlags& settings) {
+namespace {
+
+void use_calibration(const FlagTable& flags, const llm::Weights& weights, SessionFlags& settings) {
+  for (const char* flag : {"--moba-chunk-size", "--moba-topk", "--moba-sink", "--moba-full-layers"})
+    flags.refuse(flag, "with --calibration");
+  const llm::Calibration calibration = llm::read_calibration(*settings.calibration, settings.model, weights);
+  settings.session.layers = calibration.layers;
+  settings.session.full_layers.clear();
+  if (!flags.given("--moba-full-tail")) settings.session.full_tail = calibration.full_tail;
+}
+
+}  // namespace
+
+void complete(const FlagTable& flags, const llm::Weights& weights, SessionFlags& settings) {
+  const llm::ModelConfig& config = weights.config();
   llm::SessionSettings& session = settings.session;
   settings.arithmetic = settings.dtype ? llm::Arithmetic{.dtype = *settings.dtype} : llm::best_arithmetic();
   const bool halves = !settings.dtype && settings.arithmetic.dtype == DType::f32;
@@ -69,8 +94,12 @@ void complete(const FlagTable& flags, const llm::ModelConfig& config, SessionFla
     use("--moba-sink", session.moba.sink_blocks, trained->sink_blocks);
     use("--moba-full-tail", session.full_tail, trained->full_tail);
     use("--moba-full-layers", session.full_layers, trained->full_layers);
+    const bool is_changed =
+        flags.given("--moba-chunk-size") || flags.given("--moba-topk") || flags.given("--moba-sink");
+    if (!is_changed) session.layers = trained->layers;
   }
   limit_sink(flags, session.moba);
+  if (settings.calibration) use_calibration(flags, weights, settings);
 }
 
 }  // namespace moba::app

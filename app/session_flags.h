@@ -4,6 +4,7 @@
 #include <string>
 
 #include "app/flags.h"
+#include "llm/formats/weights.h"
 #include "llm/model/arithmetic.h"
 #include "llm/session/session.h"
 #include "moba/tensor.h"
@@ -17,7 +18,8 @@ extern const Words<llm::AttentionMode> kAttentionModes, kDecodeModes;
 struct SessionFlags {
   std::string model;
   std::optional<DType> dtype, kv_dtype;  // unset: auto
-  llm::Arithmetic arithmetic;            // set by complete()
+  std::optional<std::string> calibration;
+  llm::Arithmetic arithmetic;  // set by complete()
   llm::SessionSettings session;
 };
 
@@ -25,11 +27,13 @@ struct SessionFlags {
 void add_model_flag(FlagTable& flags, SessionFlags& settings);
 void add_dtype_flag(FlagTable& flags, SessionFlags& settings);
 void add_kv_dtype_flag(FlagTable& flags, SessionFlags& settings);
-/// Adds the --moba flags; --moba-full-tail only if `has_tail`.
+/// Adds --calibration.
+void add_calibration_flag(FlagTable& flags, SessionFlags& settings);
+/// Adds --calibration and the --moba flags; --moba-full-tail only if `has_tail`.
 void add_moba_flags(FlagTable& flags, SessionFlags& settings, bool has_tail);
 
 /// Applies the defaults of the model and of the machine, and checks the flags against each other. The --moba
-/// flags are accepted and idle where attention is full. Throws UsageError.
-void complete(const FlagTable& flags, const llm::ModelConfig& config, SessionFlags& settings);
+/// flags are accepted and idle where attention is full. Throws UsageError, and DataError for the calibration.
+void complete(const FlagTable& flags, const llm::Weights& weights, SessionFlags& settings);
 
 }  // namespace moba::app

@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include "moba/attention.h"
+
 namespace moba::llm {
 
 /// The scaling of positions beyond the trained context (`rope_scaling` / `rope_parameters` in config.json,
@@ -37,6 +39,8 @@ inline std::vector<std::int64_t> layers_in(const std::vector<LayerRange>& ranges
 struct TrainedAttention {
   std::int64_t block_size = 0, top_k = 0, sink_blocks = 0, full_tail = 0;
   std::vector<LayerRange> full_layers;
+  /// Those of each layer, where config.json has lists; the first three are then the first layer's.
+  std::vector<Routing> layers{};
 };
 
 /// The shape of a Llama-family model, from any file format.

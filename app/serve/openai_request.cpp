@@ -136,15 +136,16 @@ std::vector<std::string> stops_of(const JsonValue& body) {
   return stops;
 }
 
-/// The extensions: attention in prefill and decode, and the routing, whose block size is the server's.
+/// The extensions: attention in prefill and decode, and the routing, whose block sizes are the server's.
 struct MobaExtension {
   std::optional<AttentionMode> prefill, decode;
   Routing moba;
+  std::vector<Routing> layers;
   std::int64_t full_tail;
 };
 
 MobaExtension extension_of(const JsonValue& body, const ServedModel& model) {
-  MobaExtension result{model.prefill, model.decode, model.moba, model.full_tail};
+  MobaExtension result{model.prefill, model.decode, model.moba, model.layers, model.full_tail};
   const auto moba = body.find("moba");
   if (!moba) return result;
   for (const auto& [name, value] : moba->object()) {
@@ -164,6 +165,12 @@ MobaExtension extension_of(const JsonValue& body, const ServedModel& model) {
   const std::int64_t max_sinks = result.moba.top_k - 1;
   result.moba.sink_blocks =
       integer_of(*moba, "sink", 0, max_sinks, std::min(result.moba.sink_blocks, max_sinks));
+  for (Routing& routing : result.layers) {
+    if (llm::is_full(routing)) continue;
+    if (moba->find("topk")) routing.top_k = result.moba.top_k;
+    if (moba->find("sink")) routing.sink_blocks = result.moba.sink_blocks;
+    routing.sink_blocks = std::min(routing.sink_blocks, routing.top_k - 1);
+  }
   result.full_tail = integer_of(*moba, "full_tail", 0, kMaxCount, result.full_tail);
   return result;
 }
@@ -225,6 +232,7 @@ void fill(CompletionRequest& request, std::vector<Prompt> prompts, const char* p
                                                                .decode = extension.decode,
                                                                .prompt_tokens = size,
                                                                .moba = extension.moba,
+                                                               .calibrated = extension.layers,
                                                                .trained = model.config.moba});
     CompletionPrompt& filled = request.prompts.emplace_back();
     if (block_size) {
@@ -237,6 +245,7 @@ void fill(CompletionRequest& request, std::vector<Prompt> prompts, const char* p
     filled.request.prefill = choice.prefill;
     filled.request.decode = choice.decode;
     filled.request.moba = extension.moba;
+    filled.request.layers = extension.layers;
     filled.request.full_tail = extension.full_tail;
     filled.request.sampling = sampling;
     filled.request.max_tokens = max_tokens;

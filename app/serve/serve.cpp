@@ -55,7 +55,8 @@ int serve(const FlagTable& flags, ServeSettings& settings) {
   if (settings.api_key_file) access.keys = ApiKeys::read(*settings.api_key_file);
   access.cors_origin = settings.http.cors_origin;
   const llm::Weights weights = llm::Weights::open(settings.model);
-  complete(flags, weights.config(), settings);
+  find_calibration(flags, settings);
+  complete(flags, weights, settings);
   if (settings.context == 0) settings.context = weights.config().context;
   check(settings.session, weights.config());
   check_memory(settings, weights);
@@ -69,6 +70,7 @@ int serve(const FlagTable& flags, ServeSettings& settings) {
                           .prefill = settings.prefill,
                           .decode = settings.decode,
                           .moba = settings.session.moba,
+                          .layers = settings.session.layers,
                           .full_tail = settings.session.full_tail,
                           .context = engine.max_prompt(),
                           .max_answers = capacity,

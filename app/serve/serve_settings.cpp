@@ -53,9 +53,11 @@ void add_flags(FlagTable& flags, ServeSettings& settings) {
                "Seconds that answers may still take after SIGTERM or Ctrl-C");
 
   flags.group("Attention");
-  flags.choice("--attn", settings.prefill, kAttentionModes,
-               "Attention for prefill; auto: moba for long prompts if the model was trained with MoBA, else "
-               "full; requests may choose another");
+  flags.choice(
+      "--attn", settings.prefill, kAttentionModes,
+      "Attention for prefill; auto: moba for long prompts if the model was trained with MoBA or has a "
+      "calibration beside it (x.moba.json beside x.gguf, model.moba.json in a folder), else full; requests "
+      "may choose another");
   flags.choice("--decode", settings.decode, kDecodeModes,
                "Attention for decode; auto: full; requests may choose another");
   add_moba_flags(flags, settings, /*has_tail=*/true);

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "llm/config.h"
 #include "llm/session/session.h"
@@ -18,6 +19,8 @@ struct ServedModel {
   /// Attention; unset: chosen for each prompt.
   std::optional<llm::AttentionMode> prefill, decode;
   Routing moba;
+  /// The routing of each layer by a calibration; empty without one.
+  std::vector<Routing> layers{};
   std::int64_t full_tail = 0;
   /// Maximum tokens of prompt and answer together.
   std::int64_t context = 0;

@@ -1,6 +1,7 @@
 #include "llm/engine/engine.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <limits>
@@ -23,9 +24,10 @@ constexpr std::int64_t kMaxChunkLogits = std::int64_t{1} << 26;
 /// One request in the engine. Its tokens are those of the prompt and of the answer; the cache holds the first
 /// of them.
 struct Sequence {
-  Sequence(Engine::Id number, Request r, const PageFormat& format)
+  Sequence(Engine::Id number, Request r, std::vector<Routing> moba_layers, const PageFormat& format)
       : id(number),
         request(std::move(r)),
+        moba(std::move(moba_layers)),
         tokens(request.prompt),
         prompt_size(static_cast<std::int64_t>(tokens.size())),
         cache(format),
@@ -35,6 +37,7 @@ struct Sequence {
 
   Engine::Id id;
   Request request;
+  std::vector<Routing> moba;  // by layer, in mode moba
   std::vector<std::int32_t> tokens;
   std::int64_t prompt_size;
   SequenceCache cache;
@@ -84,7 +87,11 @@ struct Sequence {
   std::string variant() const {
     const AttentionMode mode = mode_at(0);
     if (mode == AttentionMode::full) return std::string(name_of(mode));
-    return fmt::format("{} top_k {} sink {}", name_of(mode), request.moba.top_k, request.moba.sink_blocks);
+    if (request.layers.empty())
+      return fmt::format("{} top_k {} sink {}", name_of(mode), request.moba.top_k, request.moba.sink_blocks);
+    std::string layers = fmt::format("{} by layer", name_of(mode));
+    for (const Routing& routing : moba) layers += fmt::format(" {}/{}", routing.top_k, routing.sink_blocks);
+    return layers;
   }
 };
 
@@ -122,9 +129,7 @@ struct Engine::Impl {
   void preempt(Sequences::iterator sequence);
   void release(Sequence& sequence);
 
-  Routing routing(const Sequence& sequence, AttentionMode mode, std::int64_t tokens) const;
-  Routing full_routing() const;
-  Routing on_layer(const Routing& routing, std::int64_t layer) const;
+  std::vector<Routing> routings(const Sequence& sequence, std::int64_t tokens) const;
   void decode_all();
   std::vector<float> decode(std::span<Sequence* const> batch);
   void prefill_one(double decode_seconds);
@@ -151,7 +156,7 @@ struct Engine::Impl {
   PagePool pool;
   PrefixCache prefixes;
   std::unique_ptr<PrefixStore> store;  // null without a folder
-  std::vector<bool> is_full;           // by layer
+  std::vector<Routing> full;           // by layer
   Parallel parallel;
   Sequences waiting, running;
   std::vector<std::pair<Id, Finish>> finished;  // in this step
@@ -185,29 +190,37 @@ void check_counts(const EngineSettings& settings) {
   };
   if (settings.context < 0)
     throw UsageError(fmt::format("context: expected at least 0, got {}", settings.context));
-  at_least_one("block_size", settings.block_size);
+  for (const std::int64_t block_size : settings.block_sizes) at_least_one("block_sizes", block_size);
   at_least_one("chunk", settings.chunk);
   at_least_one("max_running", settings.max_running);
   at_least_one("max_waiting", settings.max_waiting);
+}
+
+const EngineSettings& checked(const EngineSettings& settings, const ModelConfig& config) {
+  check_counts(settings);
+  SessionSettings layers;
+  layers.full_layers = settings.full_layers;
+  llm::check(layers, config);
+  const auto sizes = static_cast<std::int64_t>(settings.block_sizes.size());
+  if (sizes != 1 && sizes != config.layers) {
+    throw UsageError(
+        fmt::format("block_sizes: expected one, or {} (one for each layer), got {}", config.layers, sizes));
+  }
+  return settings;
 }
 
 }  // namespace
 
 Engine::Impl::Impl(Model m, const EngineSettings& s)
     : model(std::move(m)),
-      settings((check_counts(s), s)),
-      format(model.config(), settings.block_size, kv_dtype(model, settings), context_of(model, settings)),
+      settings(checked(s, model.config())),
+      format(model.config(), settings.block_sizes, kv_dtype(model, settings), context_of(model, settings)),
       pool(format.bytes, max_pages(format, settings)),
       prefixes(format.page_tokens),
       parallel(openmp(settings.threads)) {
-  const ModelConfig& config = model.config();
-  SessionSettings layers;
-  layers.full_layers = settings.full_layers;
-  llm::check(layers, config);
   settings.context = context_of(model, settings);
-  is_full.resize(static_cast<std::size_t>(config.layers));
-  for (const LayerRange& range : settings.full_layers)
-    std::fill(is_full.begin() + range.first, is_full.begin() + range.last + 1, true);
+  for (const PageLayout& layer : format.layers)
+    full.push_back(full_on_blocks_of({.block_size = layer.block_size}));
   if (!settings.cache_folder.empty()) {
     // Pages that wait to be written cannot be evicted.
     const auto max_pending = static_cast<std::size_t>(std::max<std::int64_t>(pool.max_pages() / 4, 1));
@@ -235,12 +248,19 @@ void Engine::Impl::check(const Request& request) const {
     if (token < 0 || token >= model.config().vocab)
       refuse("prompt", fmt::format("token ids below {}", model.config().vocab), token);
   }
-  const Routing& moba = request.moba;
-  if (request.decode == AttentionMode::moba_naive)
-    throw UsageError("decode: expected full or moba, got moba-naive");
-  if (request.prefill != AttentionMode::full || request.decode != AttentionMode::full) {
-    if (moba.block_size != settings.block_size)
-      refuse("block_size", fmt::format("{} (the engine's)", settings.block_size), moba.block_size);
+  if (request.prefill == AttentionMode::oracle)
+    throw UsageError("prefill: expected full, moba or moba-naive, got oracle");
+  if (request.decode != AttentionMode::full && request.decode != AttentionMode::moba)
+    throw UsageError(fmt::format("decode: expected full or moba, got {}", name_of(request.decode)));
+  const std::int64_t layers = format.layer_count();
+  if (!request.layers.empty() && static_cast<std::int64_t>(request.layers.size()) != layers)
+    refuse("layers", fmt::format("{} routings", layers), static_cast<std::int64_t>(request.layers.size()));
+  const bool is_sparse = request.prefill != AttentionMode::full || request.decode != AttentionMode::full;
+  for (std::int64_t layer = 0; is_sparse && layer < layers; ++layer) {
+    const Routing& moba =
+        request.layers.empty() ? request.moba : request.layers[static_cast<std::size_t>(layer)];
+    if (moba.block_size != format.block_size(layer))
+      refuse("block_size", fmt::format("{} (the engine's)", format.block_size(layer)), moba.block_size);
     if (moba.top_k < 1) refuse("top_k", "at least 1", moba.top_k);
     if (moba.sink_blocks < 0 || moba.sink_blocks >= moba.top_k)
       refuse("sink_blocks", fmt::format("0 to {}, one less than top_k", moba.top_k - 1), moba.sink_blocks);
@@ -341,23 +361,17 @@ void Engine::Impl::release(Sequence& sequence) {
   sequence.cache.clear();
 }
 
-/// The routing of queries on up to `tokens` keys. Where it covers every block it is full, so that the result
-/// does not depend on the other sequences of a batch.
-Routing Engine::Impl::routing(const Sequence& sequence, AttentionMode mode, std::int64_t tokens) const {
-  const Routing& moba = sequence.request.moba;
-  const std::int64_t blocks = (tokens + settings.block_size - 1) / settings.block_size;
-  return mode != AttentionMode::full && moba.top_k < blocks ? moba : full_routing();
-}
-
-/// Full attention over the engine's pages, which hold blocks of its size.
-Routing Engine::Impl::full_routing() const {
-  Routing result = Routing::full();
-  result.block_size = settings.block_size;
+/// The routings of the last of `tokens` tokens, by layer. One that covers every block is full, so that the
+/// result does not depend on the other sequences of a batch.
+std::vector<Routing> Engine::Impl::routings(const Sequence& sequence, std::int64_t tokens) const {
+  std::vector<Routing> result = full;
+  if (sequence.mode_at(tokens - 1) == AttentionMode::full) return result;
+  for (std::size_t layer = 0; layer < result.size(); ++layer) {
+    const Routing& moba = sequence.moba[layer];
+    const std::int64_t blocks = (tokens + moba.block_size - 1) / moba.block_size;
+    if (moba.top_k < blocks) result[layer] = moba;
+  }
   return result;
-}
-
-Routing Engine::Impl::on_layer(const Routing& routing, std::int64_t layer) const {
-  return is_full[static_cast<std::size_t>(layer)] ? full_routing() : routing;
 }
 
 namespace {
@@ -371,8 +385,15 @@ Tensor rows_of(const Tensor& t, std::size_t first, std::size_t count) {
   return rows;
 }
 
+/// Orders the routings of one layer, whose block size is the engine's.
 auto key_of(const Routing& routing) {
   return std::tuple(routing.top_k, routing.sink_blocks);
+}
+
+bool comes_before(const std::vector<Routing>& a, const std::vector<Routing>& b) {
+  return std::lexicographical_compare(
+      a.begin(), a.end(), b.begin(), b.end(),
+      [](const Routing& x, const Routing& y) { return key_of(x) < key_of(y); });
 }
 
 }  // namespace
@@ -381,11 +402,11 @@ auto key_of(const Routing& routing) {
 std::vector<float> Engine::Impl::decode(std::span<Sequence* const> batch) {
   std::vector<std::int32_t> tokens;
   std::vector<std::int64_t> positions;
-  std::vector<Routing> routings;
+  std::vector<std::vector<Routing>> by_sequence;  // [batch][layers]
   for (Sequence* s : batch) {
     tokens.push_back(s->tokens.back());
     positions.push_back(s->cache.length());
-    routings.push_back(routing(*s, s->mode_at(s->cache.length()), s->cache.length() + 1));
+    by_sequence.push_back(routings(*s, s->cache.length() + 1));
     s->cache.prepare(1);
     if (s->weights) s->weights->clear();
   }
@@ -399,7 +420,7 @@ std::vector<float> Engine::Impl::decode(std::span<Sequence* const> batch) {
       tokens, positions,
       [&](std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out) {
         const ScopedTimer timer(seconds);
-        const PageLayout layout = format.layer(layer);
+        const PageLayout& layout = format.layer(layer);
         for (std::size_t i = 0; i < batch.size(); ++i) {
           views[i] = batch[i]->cache.view(layer, positions[i]);
           append(rows_of(k, i, 1), rows_of(v, i, 1), layout, views[i], execution);
@@ -407,11 +428,14 @@ std::vector<float> Engine::Impl::decode(std::span<Sequence* const> batch) {
           if (batch[i]->weights) weights[i] = batch[i]->weights->layer();
         }
         for (std::size_t first = 0, last = 0; first < batch.size(); first = last) {
-          while (last < batch.size() && key_of(routings[last]) == key_of(routings[first])) ++last;
+          const auto routing_of = [&](std::size_t i) -> const Routing& {
+            return by_sequence[i][static_cast<std::size_t>(layer)];
+          };
+          while (last < batch.size() && key_of(routing_of(last)) == key_of(routing_of(first))) ++last;
           Outputs outputs{.out = rows_of(out, first, last - first)};
           if (any_weights) outputs.weights = std::span(weights).subspan(first, last - first);
           moba::decode(rows_of(q, first, last - first), layout, std::span(views).subspan(first, last - first),
-                       on_layer(routings[first], layer), outputs, execution);
+                       routing_of(first), outputs, execution);
         }
         for (Sequence* s : batch)
           if (s->weights) s->weights->add_layer();
@@ -429,10 +453,10 @@ void Engine::Impl::decode_all() {
     if (sequence.is_decoding() && reserve(sequence, 1)) batch.push_back(&sequence);
   }
   if (batch.empty()) return;
-  const auto key = [&](const Sequence* s) {
-    return key_of(routing(*s, s->mode_at(s->cache.length()), s->cache.length() + 1));
-  };
-  std::stable_sort(batch.begin(), batch.end(), [&](auto* a, auto* b) { return key(a) < key(b); });
+  const auto routings_now = [&](const Sequence* s) { return routings(*s, s->cache.length() + 1); };
+  std::stable_sort(batch.begin(), batch.end(), [&](const Sequence* a, const Sequence* b) {
+    return comes_before(routings_now(a), routings_now(b));
+  });
   const std::vector<float> logits = decode(batch);
   const auto vocab = static_cast<std::size_t>(model.config().vocab);
   for (std::size_t i = 0; i < batch.size(); ++i)
@@ -499,10 +523,9 @@ const PrefixStore::Key& Engine::Impl::parent_key(Sequence& sequence, std::int64_
   if (keys.empty()) {
     std::string way =
         fmt::format("{}\n{}\nkv {} blocks of {} pages of {} x {}\nfull layers", settings.model_fingerprint,
-                    sequence.variant(), name_of(format.first_layer.dtype), settings.block_size,
-                    format.page_tokens, format.bytes);
-    for (std::size_t layer = 0; layer < is_full.size(); ++layer)
-      if (is_full[layer]) way += fmt::format(" {}", layer);
+                    sequence.variant(), name_of(format.layers.front().dtype),
+                    fmt::join(settings.block_sizes, " "), format.page_tokens, format.bytes);
+    for (const std::int64_t layer : layers_in(settings.full_layers)) way += fmt::format(" {}", layer);
     keys.push_back(PrefixStore::root(way));
   }
   while (static_cast<std::int64_t>(keys.size()) <= page) {
@@ -580,7 +603,7 @@ void Engine::Impl::prefill(Sequence& sequence, std::int64_t tokens) {
   const Logits wanted = request.on_prompt_logits && !sequence.has_logits ? Logits::all
                         : ends                                           ? Logits::last
                                                                          : Logits::none;
-  const Routing routing = mode == AttentionMode::full ? full_routing() : request.moba;
+  const std::vector<Routing>& routings = mode == AttentionMode::full ? full : sequence.moba;
   Execution execution{.parallel = parallel};
   if (mode == AttentionMode::moba_naive) execution.backend = "reference";
   sequence.cache.prepare(tokens);
@@ -596,16 +619,17 @@ void Engine::Impl::prefill(Sequence& sequence, std::int64_t tokens) {
       [&](std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out) {
         {
           const ScopedTimer timer(sequence.usage.attention.prefill);
-          const PageLayout layout = format.layer(layer);
+          const PageLayout& layout = format.layer(layer);
           PagedSequence view = sequence.cache.view(layer, begin);
           append(k, v, layout, view, execution);
           view.length = end;
-          if (q.sizes[0] > 1) attention(q, layout, view, on_layer(routing, layer), {.out = out}, execution);
+          const Routing& routing = routings[static_cast<std::size_t>(layer)];
+          if (q.sizes[0] > 1) attention(q, layout, view, routing, {.out = out}, execution);
           if (q.sizes[0] == 1 || (ends && sequence.weights))
-            attend_last(sequence, q, layout, view, on_layer(routing, layer), out, execution);
+            attend_last(sequence, q, layout, view, routing, out, execution);
         }
         if (request.on_progress && !sequence.has_logits) {
-          const double share = static_cast<double>(layer + 1) / static_cast<double>(format.layers);
+          const double share = static_cast<double>(layer + 1) / static_cast<double>(format.layer_count());
           request.on_progress(static_cast<double>(begin) + share * static_cast<double>(tokens),
                               sequence.usage);
         }
@@ -705,7 +729,9 @@ Engine::Id Engine::submit(Request request) {
     throw QueueFull(fmt::format("queue: expected at most {} waiting requests, got one more",
                                 impl_->settings.max_waiting));
   }
-  impl_->waiting.emplace_back(impl_->next_id, std::move(request), impl_->format);
+  std::vector<Routing> moba =
+      layer_routings(request.moba, request.layers, impl_->settings.full_layers, impl_->format.layer_count());
+  impl_->waiting.emplace_back(impl_->next_id, std::move(request), std::move(moba), impl_->format);
   return impl_->next_id++;
 }
 

@@ -27,8 +27,8 @@ namespace moba::llm {
 
 /// Settings that all requests of an engine share.
 struct EngineSettings {
-  /// The block size of every request's routing.
-  std::int64_t block_size = 256;
+  /// The block size of every request's routing: one for all layers, or one for each.
+  std::vector<std::int64_t> block_sizes{256};
   /// Layers that are in mode full throughout.
   std::vector<LayerRange> full_layers{};
   /// The storage type of the KV cache: f32, bf16, f16 or i8; unset: the dtype of the model.
@@ -83,8 +83,10 @@ struct Request {
   AttentionMode prefill = AttentionMode::full;
   /// full or moba.
   AttentionMode decode = AttentionMode::full;
-  /// Top-k and sink of the layers that are in mode moba. The block size is the engine's.
+  /// Top-k and sink of the layers that are in mode moba. The block sizes are the engine's.
   Routing moba{.block_size = 256, .top_k = 4, .sink_blocks = 1};
+  /// The routing of each layer in mode moba, top_k kEverything where it is full; empty: `moba` in all.
+  std::vector<Routing> layers{};
   /// Number of last tokens of the prompt that are read in mode full where prefill is not.
   std::int64_t full_tail = 128;
   Sampling sampling{};

@@ -10,14 +10,16 @@
 
 namespace moba::llm {
 
-std::string model_fingerprint(const Weights& weights, const Arithmetic& arithmetic) {
+namespace {
+
+std::string fingerprint(const Weights& weights, const std::string& arithmetic) {
   constexpr std::size_t kSample = 4096;
   Sha256 hash;
   ModelConfig config = weights.config();
   hash.add(std::as_bytes(std::span(config.rope_divisors)));
   config.rope_divisors.clear();  // unknown to config_json()
   hash.add(config_json(config).dump());
-  hash.add(fmt::format("{} {}", name_of(arithmetic.dtype), arithmetic.int8_decode));
+  hash.add(arithmetic);
   for (const StoredTensor& tensor : weights.tensors()) {
     hash.add(fmt::format("\n{} {} {}:", tensor.name, static_cast<int>(tensor.storage), tensor.bytes.size()));
     for (const std::int64_t size : tensor.shape) hash.add(fmt::format(" {}", size));
@@ -25,6 +27,16 @@ std::string model_fingerprint(const Weights& weights, const Arithmetic& arithmet
     hash.add(tensor.bytes.first(sample)).add(tensor.bytes.last(sample));
   }
   return hex(hash.finish());
+}
+
+}  // namespace
+
+std::string weights_fingerprint(const Weights& weights) {
+  return fingerprint(weights, "");
+}
+
+std::string model_fingerprint(const Weights& weights, const Arithmetic& arithmetic) {
+  return fingerprint(weights, fmt::format("{} {}", name_of(arithmetic.dtype), arithmetic.int8_decode));
 }
 
 }  // namespace moba::llm

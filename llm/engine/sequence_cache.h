@@ -14,19 +14,27 @@ namespace moba::llm {
 /// The layout of an engine's pages, each with the same tokens of all layers: for each layer keys and values,
 /// then for each layer the means of the page's blocks [blocks, Hkv, D] in f32.
 struct PageFormat {
-  /// `context`: the longest sequence; blocks beyond it are never complete.
-  PageFormat(const ModelConfig& config, std::int64_t block_size, DType dtype, std::int64_t context);
+  /// `block_sizes`: one for all layers, or one for each. `context`: the longest sequence; blocks beyond it
+  /// are never complete. Throws UsageError where a page would have to be too long to hold whole blocks of
+  /// every layer.
+  PageFormat(const ModelConfig& config, std::span<const std::int64_t> block_sizes, DType dtype,
+             std::int64_t context);
 
-  std::int64_t layers, page_tokens;
-  PageLayout first_layer;
-  std::size_t layer_bytes, bytes;  // of one layer without means, and of a page
+  std::int64_t page_tokens;
+  std::vector<PageLayout> layers;
+  std::size_t bytes;  // of a page
 
-  PageLayout layer(std::int64_t index) const;
+  std::int64_t layer_count() const { return static_cast<std::int64_t>(layers.size()); }
+  const PageLayout& layer(std::int64_t index) const { return layers[static_cast<std::size_t>(index)]; }
+  std::int64_t block_size(std::int64_t index) const { return layer(index).block_size; }
   /// Floats of one mean, and of the means of one layer in a page.
-  std::int64_t mean_size() const { return first_layer.kv_heads * first_layer.head_dim; }
-  std::int64_t means_size() const { return page_tokens / first_layer.block_size * mean_size(); }
+  std::int64_t mean_size() const { return layers.front().kv_heads * layers.front().head_dim; }
+  std::int64_t means_size(std::int64_t index) const { return page_tokens / block_size(index) * mean_size(); }
   float* means(std::byte* page, std::int64_t layer) const;
   std::int64_t pages_for(std::int64_t tokens) const { return (tokens + page_tokens - 1) / page_tokens; }
+
+ private:
+  std::vector<std::size_t> means_offsets_;  // by layer, in bytes
 };
 
 /// The KV cache of one request: pages, and copies of their means in one piece, which the gate streams.

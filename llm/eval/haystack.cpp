@@ -14,6 +14,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
+constexpr const char* kLicences = "/usr/share/common-licenses";
 constexpr std::size_t kMaxBytes = std::size_t{64} << 20;
 
 /// Returns /usr/lib/python3.11 or the like; the last in alphabetical order.
@@ -28,6 +29,31 @@ fs::path python_library() {
   throw DataError("--data: expected files or folders with text, got no paths and no Python in /usr/lib");
 }
 
+/// A text with what it is made of.
+struct Collection {
+  std::string text;
+  std::size_t files = 0;
+};
+
+/// Joins texts of files in random order, only those with `extension` unless it is empty.
+Collection collect(const std::vector<fs::path>& paths, std::string_view extension, std::int64_t seed) {
+  std::vector<TextFile> files = find_text_files(paths);
+  if (!extension.empty())
+    std::erase_if(files, [&](const TextFile& file) { return file.path.extension() != extension; });
+  Random{seed}.shuffle(files);
+  Collection found;
+  for (const TextFile& file : files) {
+    const MappedFile mapped(file.path);
+    const std::string_view text = text_in(file, mapped).substr(0, kMaxBytes - found.text.size());
+    if (text.empty()) continue;
+    found.text += text;
+    if (!text.ends_with('\n')) found.text += '\n';
+    ++found.files;
+    if (found.text.size() >= kMaxBytes) break;
+  }
+  return found;
+}
+
 std::string names_of(const std::vector<fs::path>& paths) {
   std::string names;
   for (const fs::path& path : paths) names += (names.empty() ? "" : ", ") + path.string();
@@ -37,42 +63,46 @@ std::string names_of(const std::vector<fs::path>& paths) {
 }  // namespace
 
 Haystack Haystack::open(std::vector<fs::path> paths, std::int64_t seed) {
-  const bool is_default = paths.empty();
-  if (is_default) paths = {python_library()};
-  std::vector<TextFile> files = find_text_files(paths);
-  if (is_default) std::erase_if(files, [](const TextFile& file) { return file.path.extension() != ".py"; });
-  Random{seed}.shuffle(files);
-
   Haystack haystack;
-  std::size_t used = 0;
-  for (const TextFile& file : files) {
-    const MappedFile mapped(file.path);
-    const std::string_view text = text_in(file, mapped).substr(0, kMaxBytes - haystack.text_.size());
-    if (text.empty()) continue;
-    haystack.text_ += text;
-    if (!text.ends_with('\n')) haystack.text_ += '\n';
-    ++used;
-    if (haystack.text_.size() >= kMaxBytes) break;
+  const auto add = [&](Collection collection, const std::string& name) {
+    if (collection.files == 0) return;
+    haystack.source_ +=
+        fmt::format("{}{} ({} files, {:.1f} MiB)", haystack.source_.empty() ? "" : " and ", name,
+                    collection.files, static_cast<double>(collection.text.size()) / (1 << 20));
+    haystack.texts_.push_back(std::move(collection.text));
+  };
+  if (paths.empty()) {
+    const fs::path python = python_library();
+    add(collect({python}, ".py", seed), python.string() + ", Python's standard library");
+    if (fs::exists(kLicences))
+      add(collect({kLicences}, "", seed), fmt::format("{}, Debian's licences", kLicences));
+  } else {
+    add(collect(paths, "", seed), names_of(paths));
   }
-  if (used == 0)
+  if (haystack.texts_.empty())
     throw DataError(fmt::format("--data {}: expected files with text, got none", names_of(paths)));
-  haystack.source_ = fmt::format("{}{} ({} files, {:.1f} MiB)", names_of(paths),
-                                 is_default ? ", Python's standard library" : "", used,
-                                 static_cast<double>(haystack.text_.size()) / (1 << 20));
   return haystack;
 }
 
 std::vector<std::int32_t> Haystack::take(const Tokenizer& tokenizer, std::int64_t tokens,
                                          Random& random) const {
-  const auto at = static_cast<std::size_t>(random.below(static_cast<std::int64_t>(text_.size())));
-  const std::size_t begin = (text_.find('\n', at) + 1) % text_.size();
   const auto wanted = static_cast<std::size_t>(tokens);
+  // A text that would repeat itself leaves its share to the longest one.
+  constexpr std::size_t kBytesPerToken = 8;
+  const std::string* text =
+      &texts_[texts_.size() == 1 ? 0 : static_cast<std::size_t>(random.below(std::ssize(texts_)))];
+  if (text->size() < kBytesPerToken * wanted) {
+    text = &*std::max_element(texts_.begin(), texts_.end(),
+                              [](const std::string& a, const std::string& b) { return a.size() < b.size(); });
+  }
+  const auto at = static_cast<std::size_t>(random.below(std::ssize(*text)));
+  const std::size_t begin = (text->find('\n', at) + 1) % text->size();
   for (std::size_t bytes = 4 * wanted;; bytes *= 2) {
-    std::string text = text_.substr(begin, bytes);
-    if (text.size() < bytes) text += text_.substr(0, std::min(begin, bytes - text.size()));
-    std::vector<std::int32_t> ids = tokenizer.encode(text, /*add_special=*/false, /*parse_special=*/false);
+    std::string part = text->substr(begin, bytes);
+    if (part.size() < bytes) part += text->substr(0, std::min(begin, bytes - part.size()));
+    std::vector<std::int32_t> ids = tokenizer.encode(part, /*add_special=*/false, /*parse_special=*/false);
     if (ids.size() >= wanted) return ids;
-    if (text.size() < bytes) {
+    if (part.size() < bytes) {
       throw DataError(
           fmt::format("--data {}: expected at least {} tokens of text, got {}", source_, tokens, ids.size()));
     }
@@ -83,12 +113,14 @@ std::vector<std::string> Haystack::words() const {
   const auto is_letter = [](char c) { return c >= 'a' && c <= 'z'; };
   const auto is_part = [](char c) { return std::isalnum(static_cast<unsigned char>(c)) != 0 || c == '_'; };
   std::set<std::string> words;
-  for (auto begin = text_.begin(); begin != text_.end();) {
-    begin = std::find_if(begin, text_.end(), is_part);
-    const auto end = std::find_if_not(begin, text_.end(), is_part);
-    if (end - begin >= 4 && end - begin <= 12 && std::all_of(begin, end, is_letter))
-      words.emplace(begin, end);
-    begin = end;
+  for (const std::string& text : texts_) {
+    for (auto begin = text.begin(); begin != text.end();) {
+      begin = std::find_if(begin, text.end(), is_part);
+      const auto end = std::find_if_not(begin, text.end(), is_part);
+      if (end - begin >= 4 && end - begin <= 12 && std::all_of(begin, end, is_letter))
+        words.emplace(begin, end);
+      begin = end;
+    }
   }
   return {words.begin(), words.end()};
 }

@@ -13,8 +13,9 @@ namespace moba::llm::eval {
 /// The text that needles are planted in.
 class Haystack {
  public:
-  /// Reads files and folders, the files shuffled by `seed`, up to 64 MiB. Without paths it reads the sources
-  /// of this machine's Python standard library. Throws DataError.
+  /// Reads files and folders, the files shuffled by `seed`, up to 64 MiB. Without paths it reads code and
+  /// prose, the sources of this machine's Python standard library and Debian's licences, which take() draws
+  /// from in equal shares. Throws DataError.
   static Haystack open(std::vector<std::filesystem::path> paths, std::int64_t seed);
 
   /// Returns a description of the source of the text.
@@ -26,7 +27,8 @@ class Haystack {
   std::vector<std::string> words() const;
 
  private:
-  std::string text_, source_;
+  std::vector<std::string> texts_;  // of the same share each
+  std::string source_;
 };
 
 }  // namespace moba::llm::eval

@@ -7,6 +7,7 @@
 #include "llm/eval/random.h"
 #include "llm/formats/mapped_file.h"
 #include "llm/formats/text_files.h"
+#include "src/stopwatch.h"
 
 namespace moba::llm::eval {
 namespace {
@@ -16,6 +17,18 @@ using Tokens = std::vector<std::int32_t>;
 /// Logits in memory at a time: 64 MiB of f32.
 std::size_t tokens_at_a_time(std::size_t vocab) {
   return std::clamp<std::size_t>((std::size_t{1} << 24) / vocab, 16, 2048);
+}
+
+/// Returns log(sum(exp(logits))).
+double log_sum(std::span<const float> logits) {
+  const float max_logit = *std::max_element(logits.begin(), logits.end());
+  double sum = 0;
+  for (const float logit : logits) sum += static_cast<double>(std::exp(logit - max_logit));
+  return std::log(sum) + static_cast<double>(max_logit);
+}
+
+std::ptrdiff_t likeliest(std::span<const float> logits) {
+  return std::max_element(logits.begin(), logits.end()) - logits.begin();
 }
 
 /// Cuts a stream of tokens into sequences.
@@ -73,33 +86,68 @@ std::vector<Tokens> sequences_of(const std::vector<std::filesystem::path>& paths
 }
 
 double loss_of(std::span<const float> logits, std::int32_t token) {
-  const float max_logit = *std::max_element(logits.begin(), logits.end());
+  return log_sum(logits) - static_cast<double>(logits[static_cast<std::size_t>(token)]);
+}
+
+double divergence(std::span<const float> reference, std::span<const float> logits) {
+  const double of_reference = log_sum(reference), of_logits = log_sum(logits);
   double sum = 0;
-  for (const float logit : logits) sum += static_cast<double>(std::exp(logit - max_logit));
-  return std::log(sum) + static_cast<double>(max_logit) -
-         static_cast<double>(logits[static_cast<std::size_t>(token)]);
-}
-
-std::vector<double> token_losses(Session& session, std::span<const std::int32_t> tokens,
-                                 const Parallel& parallel, const Session::Progress& progress) {
-  const std::size_t vocab = static_cast<std::size_t>(session.vocab());
-  session.rewind(0);
-  std::vector<double> losses(tokens.size() - 1);
-  for (std::size_t first = 0; first < losses.size();) {
-    const std::size_t count = std::min(tokens_at_a_time(vocab), losses.size() - first);
-    const std::vector<float> logits = session.prefill(
-        tokens.subspan(first, count), [&](double read) { progress(static_cast<double>(first) + read); },
-        Logits::all);
-    parallel.run(static_cast<std::int64_t>(count), [&](std::int64_t row, int) {
-      const auto r = static_cast<std::size_t>(row);
-      losses[first + r] = loss_of(std::span(logits).subspan(r * vocab, vocab), tokens[first + r + 1]);
-    });
-    first += count;
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    const double log_p = static_cast<double>(reference[i]) - of_reference;
+    sum += std::exp(log_p) * (log_p - (static_cast<double>(logits[i]) - of_logits));
   }
-  return losses;
+  return sum;
 }
 
-void add(Losses& losses, const Positions& positions, const std::vector<double>& of_tokens) {
+std::vector<TokenScores> token_scores(
+    std::span<Session> sessions, std::optional<std::size_t> reference, std::span<const std::int32_t> tokens,
+    std::int64_t first, const Parallel& parallel,
+    const std::function<void(std::size_t session, double tokens)>& progress) {
+  const auto vocab = static_cast<std::size_t>(sessions.front().vocab());
+  const std::size_t unscored = static_cast<std::size_t>(first) - 1, scored = tokens.size() - 1 - unscored;
+  std::vector<TokenScores> scores(sessions.size());
+  for (std::size_t s = 0; s < sessions.size(); ++s) {
+    scores[s].losses.resize(scored);
+    if (reference) scores[s].divergences.resize(scored);
+    sessions[s].rewind(0);
+    const ScopedTimer timer(scores[s].seconds);
+    if (unscored > 0)
+      sessions[s].prefill(
+          tokens.first(unscored), [&](double read) { progress(s, read); }, Logits::none);
+  }
+  // vector<bool> is not for several threads.
+  std::vector<std::vector<char>> agreements(sessions.size(), std::vector<char>(reference ? scored : 0));
+  std::vector<std::vector<float>> logits(sessions.size());
+  for (std::size_t begin = 0; begin < scored;) {
+    const std::size_t count = std::min(tokens_at_a_time(vocab), scored - begin);
+    const std::span<const std::int32_t> read = tokens.subspan(unscored + begin, count);
+    for (std::size_t s = 0; s < sessions.size(); ++s) {
+      const ScopedTimer timer(scores[s].seconds);
+      logits[s] = sessions[s].prefill(
+          read, [&](double done) { progress(s, static_cast<double>(unscored + begin) + done); }, Logits::all);
+    }
+    for (std::size_t s = 0; s < sessions.size(); ++s) {
+      parallel.run(static_cast<std::int64_t>(count), [&](std::int64_t index, int) {
+        const auto row = static_cast<std::size_t>(index), at = begin + row;
+        const auto row_of = [&](const std::vector<float>& all) {
+          return std::span<const float>(all).subspan(row * vocab, vocab);
+        };
+        scores[s].losses[at] = loss_of(row_of(logits[s]), tokens[unscored + at + 1]);
+        if (!reference) return;
+        const std::span<const float> expected = row_of(logits[*reference]), found = row_of(logits[s]);
+        scores[s].divergences[at] = divergence(expected, found);
+        agreements[s][at] = likeliest(expected) == likeliest(found);
+      });
+    }
+    begin += count;
+  }
+  for (std::size_t s = 0; s < sessions.size(); ++s)
+    scores[s].agrees.assign(agreements[s].begin(), agreements[s].end());
+  return scores;
+}
+
+void add(Losses& losses, const Positions& positions, const TokenScores& scores) {
+  const std::vector<double>& of_tokens = scores.losses;
   losses.positions.resize(static_cast<std::size_t>(positions.buckets));
   Portion& all = losses.all.emplace_back();
   Portion trailing;
@@ -112,6 +160,11 @@ void add(Losses& losses, const Positions& positions, const std::vector<double>& 
   }
   const bool is_full = static_cast<std::int64_t>(of_tokens.size()) + 1 == positions.seq_len;
   if (is_full) losses.trailing.push_back(trailing);
+  if (scores.divergences.empty()) return;
+  Portion& divergence = losses.divergence.emplace_back();
+  Portion& agreement = losses.agreement.emplace_back();
+  for (const double of_token : scores.divergences) divergence.add(of_token);
+  for (const bool agrees : scores.agrees) agreement.add(agrees ? 1 : 0);
 }
 
 std::vector<Portion> difference(const std::vector<Portion>& a, const std::vector<Portion>& b) {

@@ -2,6 +2,8 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -30,10 +32,28 @@ std::vector<std::vector<std::int32_t>> sequences_of(const std::vector<std::files
                                                     const Tokenizer& tokenizer,
                                                     const SequenceSettings& settings);
 
-/// Returns -log p of every token of a sequence but the first, given those before it: [tokens - 1], in nats.
-/// Every token is read in the session's prefill mode; clears the session first.
-std::vector<double> token_losses(Session& session, std::span<const std::int32_t> tokens,
-                                 const Parallel& parallel, const Session::Progress& progress);
+/// How well one attention variant predicts each token of a sequence but those before the first scored one.
+struct TokenScores {
+  /// -log p of the token, in nats.
+  std::vector<double> losses;
+  /// Kullback-Leibler divergence of the distribution from that of the reference, in nats, and whether both
+  /// have the same likeliest token. Empty without a reference.
+  std::vector<double> divergences;
+  std::vector<bool> agrees;
+  /// Time to read the sequence.
+  double seconds = 0;
+};
+
+/// Scores tokens [first, tokens.size()) of a sequence, first >= 1, under every session, in their prefill
+/// modes; clears the sessions first. `reference` is the session that the others are compared with, or none.
+/// Progress is in tokens of all sessions.
+std::vector<TokenScores> token_scores(
+    std::span<Session> sessions, std::optional<std::size_t> reference, std::span<const std::int32_t> tokens,
+    std::int64_t first, const Parallel& parallel,
+    const std::function<void(std::size_t session, double tokens)>& progress);
+
+/// Compares the distributions of two rows of logits: the divergence of `logits` from `reference`.
+double divergence(std::span<const float> reference, std::span<const float> logits);
 
 /// Returns -log softmax(logits)[token].
 double loss_of(std::span<const float> logits, std::int32_t token);
@@ -46,6 +66,8 @@ struct Losses {
   std::vector<Portion> trailing;
   /// [buckets][sequences]: by position in the sequence.
   std::vector<std::vector<Portion>> positions;
+  /// One portion per sequence: divergences, and agreements as 0 and 1. Empty without a reference.
+  std::vector<Portion> divergence{}, agreement{};
 };
 
 /// The positions at which losses are reported.
@@ -57,8 +79,8 @@ struct Positions {
   std::int64_t begin_of(std::int64_t bucket) const { return (bucket * seq_len + buckets - 1) / buckets; }
 };
 
-/// Adds the losses of a sequence, losses[i] that of the token at position i + 1.
-void add(Losses& losses, const Positions& positions, const std::vector<double>& of_tokens);
+/// Adds the scores of a sequence from the token at position 1 on.
+void add(Losses& losses, const Positions& positions, const TokenScores& of_tokens);
 
 /// The differences, token by token, of two attention variants on the same sequences.
 std::vector<Portion> difference(const std::vector<Portion>& a, const std::vector<Portion>& b);

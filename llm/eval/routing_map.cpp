@@ -21,8 +21,11 @@ std::int64_t parts(std::int64_t whole, std::int64_t part) {
 }
 
 RoutingMap empty_map(const ModelConfig& config, std::int64_t tokens, const RoutingMapSettings& settings) {
+  std::int64_t longest = 1;
+  for (const Routing& routing : settings.layers) longest = std::max(longest, routing.block_size);
   RoutingMap map{.tokens = tokens,
-                 .blocks = parts(tokens, settings.moba.block_size),
+                 .block_size = longest,
+                 .blocks = parts(tokens, longest),
                  .queries_in_row = 1,
                  .blocks_in_column = 1,
                  .rows = 0,
@@ -98,7 +101,8 @@ class Recorder {
   void record(HeadMap& head, std::int64_t query, const std::int32_t* selected, std::int64_t width) const {
     const std::int64_t own = query / moba_.block_size, row = query / map_.queries_in_row;
     for (std::int64_t i = 0; i < width && selected[i] >= 0; ++i) {
-      ++head.chosen[static_cast<std::size_t>(row * map_.columns + selected[i] / map_.blocks_in_column)];
+      const std::int64_t block = selected[i] * moba_.block_size / map_.block_size;
+      ++head.chosen[static_cast<std::size_t>(row * map_.columns + block / map_.blocks_in_column)];
       ++head.places[static_cast<std::size_t>(place_of(selected[i], own))];
     }
   }
@@ -130,20 +134,17 @@ RoutingMap map_routing(const Model& model, std::span<const std::int32_t> tokens,
   const ModelConfig& config = model.config();
   const auto total = static_cast<std::int64_t>(tokens.size());
   RoutingMap map = empty_map(config, total, settings);
-  const Recorder recorder(map, settings.moba);
   Execution execution;
   execution.parallel = openmp(settings.threads);
-  Routing dense = Routing::full();
-  dense.block_size = settings.moba.block_size;
 
   std::vector<KvCache> caches;
   std::vector<BlockMeans> means;
-  for (std::int64_t l = 0; l < config.layers; ++l) {
+  for (const Routing& routing : settings.layers) {
     caches.emplace_back(KvCache::Shape{.kv_heads = config.kv_heads,
                                        .head_dim = config.head_dim,
-                                       .block_size = settings.moba.block_size,
+                                       .block_size = routing.block_size,
                                        .dtype = model.dtype()});
-    means.emplace_back(settings.moba.block_size, config.kv_heads, config.head_dim);
+    means.emplace_back(routing.block_size, config.kv_heads, config.head_dim);
   }
   std::vector<std::int32_t> selection;
 
@@ -154,9 +155,11 @@ RoutingMap map_routing(const Model& model, std::span<const std::int32_t> tokens,
       const auto l = static_cast<std::size_t>(layer);
       caches[l].append(k, v);
       means[l].append(k);
-      const std::int64_t width = selection_width(one_sequence(count, first + count), settings.moba);
+      const Routing& moba = settings.layers[l];
+      const Recorder recorder(map, moba);
+      const std::int64_t width = selection_width(one_sequence(count, first + count), moba);
       selection.resize(static_cast<std::size_t>(config.heads * count * width));
-      attention(q, caches[l], 0, settings.moba, {.out = out, .selection = selection.data()}, execution);
+      attention(q, caches[l], 0, moba, {.out = out, .selection = selection.data()}, execution);
       execution.parallel.run(config.heads, [&](std::int64_t head, int) {
         HeadMap& head_map = map.layers[l][static_cast<std::size_t>(head)];
         std::vector<float> scores, query;
@@ -167,7 +170,8 @@ RoutingMap map_routing(const Model& model, std::span<const std::int32_t> tokens,
                                  means[l], scores);
         }
       });
-      if (settings.reads_fully[l]) attention(q, caches[l], 0, dense, {.out = out}, execution);
+      if (settings.reads_fully[l])
+        attention(q, caches[l], 0, full_on_blocks_of(moba), {.out = out}, execution);
       progress(static_cast<double>(first) +
                static_cast<double>(count * (layer + 1)) / static_cast<double>(config.layers));
       if (layer + 1 == config.layers) throw LastLayerSeen();

@@ -8,6 +8,7 @@
 
 #include "llm/eval/interval.h"
 #include "llm/model/model.h"
+#include "llm/session/session.h"
 #include "moba/attention.h"
 
 namespace moba::llm::eval {
@@ -30,13 +31,15 @@ struct HeadMap {
 
 /// The selection of every head, queries gathered into rows and blocks into columns.
 struct RoutingMap {
-  std::int64_t tokens, blocks;
+  /// `block_size`: that of the layer with the longest blocks; shorter ones are counted where they lie.
+  std::int64_t tokens, block_size, blocks;
   std::int64_t queries_in_row, blocks_in_column, rows, columns;
   std::vector<std::vector<HeadMap>> layers;  // [layers][heads]
 };
 
 struct RoutingMapSettings {
-  Routing moba;
+  /// [layers]: the gate's routing of each layer.
+  std::vector<Routing> layers;
   /// [layers]: layers with dense attention; the map records what the gate would select there.
   std::vector<bool> reads_fully;
   int threads = 1;

@@ -1,10 +1,12 @@
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "llm/error.h"
 #include "llm/formats/quoted.h"
@@ -192,16 +194,41 @@ std::int64_t count_or_none(const JsonValue& object, const std::string& key) {
   return value && value->integer() == 0 ? 0 : size_or(object, key, 0);
 }
 
+/// Returns a number, or a list with one for each layer.
+std::vector<std::int64_t> count_or_list(const JsonValue& root, const std::string& key, std::int64_t layers,
+                                        std::int64_t low) {
+  const auto value = root.find(key);
+  if (!value) return {low};
+  const auto count_of = [&](const JsonValue& number) {
+    return low == 0 && number.integer() == 0 ? 0 : size_from(number);
+  };
+  if (!value->value().is_array()) return {count_of(*value)};
+  std::vector<std::int64_t> counts;
+  for (std::size_t i = 0; i < value->array().size(); ++i) counts.push_back(count_of(value->element(i)));
+  if (static_cast<std::int64_t>(counts.size()) != layers)
+    value->fail(fmt::format("{} numbers (one for each layer)", layers), std::to_string(counts.size()));
+  return counts;
+}
+
 std::optional<TrainedAttention> trained_attention(const JsonValue& root, std::int64_t layers) {
   if (!root.find("moba_chunk_size") && !root.find("moba_topk")) return std::nullopt;
-  TrainedAttention moba{.block_size = size_from(root.at("moba_chunk_size")),
-                        .top_k = size_from(root.at("moba_topk")),
-                        .sink_blocks = count_or_none(root, "moba_sink"),
+  root.at("moba_chunk_size"), root.at("moba_topk");  // both or neither
+  const auto blocks = count_or_list(root, "moba_chunk_size", layers, 1),
+             top_k = count_or_list(root, "moba_topk", layers, 1),
+             sinks = count_or_list(root, "moba_sink", layers, 0);
+  TrainedAttention moba{.block_size = blocks.front(),
+                        .top_k = top_k.front(),
+                        .sink_blocks = sinks.front(),
                         .full_tail = count_or_none(root, "moba_full_tail"),
                         .full_layers = {}};
-  if (moba.sink_blocks >= moba.top_k) {
-    root.at("moba_sink")
-        .fail(fmt::format("fewer than moba_topk {}", moba.top_k), std::to_string(moba.sink_blocks));
+  const std::size_t lists = std::max({blocks.size(), top_k.size(), sinks.size()});
+  for (std::size_t l = 0; l < lists; ++l) {
+    const auto at = [&](const std::vector<std::int64_t>& list) { return list[list.size() == 1 ? 0 : l]; };
+    if (at(sinks) >= at(top_k)) {
+      root.at("moba_sink").fail(fmt::format("fewer than moba_topk {}", at(top_k)), std::to_string(at(sinks)));
+    }
+    if (lists > 1)
+      moba.layers.push_back({.block_size = at(blocks), .top_k = at(top_k), .sink_blocks = at(sinks)});
   }
   const auto full = root.find("moba_full_layers");
   for (std::size_t i = 0; full && i < full->array().size(); ++i) {

@@ -38,6 +38,15 @@ void add_attention(nlohmann::ordered_json& json, const TrainedAttention& moba) {
   json["moba_chunk_size"] = moba.block_size;
   json["moba_topk"] = moba.top_k;
   json["moba_sink"] = moba.sink_blocks;
+  if (!moba.layers.empty()) {
+    for (const char* list : {"moba_chunk_size", "moba_topk", "moba_sink"})
+      json[list] = nlohmann::json::array();
+    for (const Routing& layer : moba.layers) {
+      json["moba_chunk_size"].push_back(layer.block_size);
+      json["moba_topk"].push_back(layer.top_k);
+      json["moba_sink"].push_back(layer.sink_blocks);
+    }
+  }
   json["moba_full_tail"] = moba.full_tail;
   json["moba_full_layers"] = layers_in(moba.full_layers);
 }

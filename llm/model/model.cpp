@@ -4,6 +4,8 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -93,6 +95,18 @@ struct Activations {
         added(at::empty({n, c.hidden}, dtype)) {}
 };
 
+std::vector<float> floats_of(const at::Tensor& tensor) {
+  const at::Tensor wide = tensor.to(at::kFloat);
+  const float* first = wide.const_data_ptr<float>();
+  return {first, first + wide.numel()};
+}
+
+/// A view [n, columns] of memory, which at::from_blob() takes without const.
+at::Tensor rows_in(std::span<const float> values, std::int64_t columns) {
+  return at::from_blob(const_cast<float*>(values.data()),
+                       {static_cast<std::int64_t>(values.size()) / columns, columns}, at::kFloat);
+}
+
 at::Tensor last_rows(const at::Tensor& tensor, std::int64_t rows) {
   return tensor.narrow(0, tensor.size(0) - rows, rows);
 }
@@ -119,6 +133,12 @@ struct Model::Impl {
   /// The logits of the last layer's output, normalised.
   std::vector<float> logits(const at::Tensor& normed, bool by_rows) const;
   void multiply(const Linear& linear, const at::Tensor& x, const at::Tensor& y, bool by_rows) const;
+  /// Attends one layer, and writes and returns the last `rows` rows of a.attended.
+  at::Tensor attend_layer(std::int64_t index, std::int64_t rows, const Activations& a,
+                          const std::vector<float>& rope_table, const AttentionFn& attend,
+                          bool by_rows) const;
+  /// Adds the attention and the MLP of a layer to the residual stream, and normalises it for what comes next.
+  void finish_layer(std::int64_t index, const at::Tensor& x, const Activations& a, bool by_rows) const;
   std::vector<float> forward(std::span<const std::int32_t> tokens, const std::vector<float>& rope_table,
                              const AttentionFn& attend, Logits logits, bool by_rows) const;
 };
@@ -170,9 +190,38 @@ void Model::Impl::multiply(const Linear& linear, const at::Tensor& x, const at::
 std::vector<float> Model::Impl::logits(const at::Tensor& normed, bool by_rows) const {
   const at::Tensor result = at::empty({normed.size(0), config().vocab}, normed.options());
   multiply(head, normed, result, by_rows);
-  const at::Tensor wide = result.to(at::kFloat);
-  const float* first = wide.const_data_ptr<float>();
-  return {first, first + wide.numel()};
+  return floats_of(result);
+}
+
+at::Tensor Model::Impl::attend_layer(std::int64_t index, std::int64_t rows, const Activations& a,
+                                     const std::vector<float>& rope_table, const AttentionFn& attend,
+                                     bool by_rows) const {
+  const ModelConfig& c = config();
+  const Layer& layer = layers[static_cast<std::size_t>(index)];
+  multiply(layer.qkv, a.normed, a.qkv, by_rows);
+  norm_and_rotate(a.qkv, {c.heads, c.kv_heads, c.head_dim, c.norm_eps}, layer.q_norm, layer.k_norm,
+                  rope_table.data());
+  const at::Tensor attended = last_rows(a.attended, rows);
+  attend(index, heads_of(last_rows(a.qkv, rows), 0, c.heads, c.head_dim),
+         heads_of(a.qkv, c.heads, c.kv_heads, c.head_dim),
+         heads_of(a.qkv, c.heads + c.kv_heads, c.kv_heads, c.head_dim),
+         heads_of(attended, 0, c.heads, c.head_dim));
+  return attended;
+}
+
+void Model::Impl::finish_layer(std::int64_t index, const at::Tensor& x, const Activations& a,
+                               bool by_rows) const {
+  const ModelConfig& c = config();
+  const Layer& layer = layers[static_cast<std::size_t>(index)];
+  multiply(layer.output, a.attended, a.added, by_rows);
+  add_and_rms_norm(x, a.added, layer.mlp_norm, c.norm_eps, a.normed);
+
+  multiply(layer.gate_up, a.normed, a.gate_up, by_rows);
+  swiglu(a.gate_up);
+  multiply(layer.down, a.gate_up.narrow(1, 0, c.intermediate), a.added, by_rows);
+  const bool is_last = index + 1 == c.layers;
+  const at::Tensor& next_norm = is_last ? norm : layers[static_cast<std::size_t>(index + 1)].attention_norm;
+  add_and_rms_norm(x, a.added, next_norm, c.norm_eps, a.normed);
 }
 
 std::vector<float> Model::Impl::forward(std::span<const std::int32_t> tokens,
@@ -180,7 +229,6 @@ std::vector<float> Model::Impl::forward(std::span<const std::int32_t> tokens,
                                         Logits logits_of, bool by_rows) const {
   const at::AutoDispatchBelowADInplaceOrView no_gradients;
   const ModelConfig& c = config();
-  const HeadsShape heads{c.heads, c.kv_heads, c.head_dim, c.norm_eps};
   const auto n = static_cast<std::int64_t>(tokens.size());
   const std::int64_t answered = logits_of == Logits::all    ? n
                                 : logits_of == Logits::last ? std::min<std::int64_t>(n, 1)
@@ -191,30 +239,15 @@ std::vector<float> Model::Impl::forward(std::span<const std::int32_t> tokens,
   rms_norm(x, layers.front().attention_norm, c.norm_eps, a.normed);
 
   for (std::int64_t l = 0; l < c.layers; ++l) {
-    const Layer& layer = layers[static_cast<std::size_t>(l)];
-    multiply(layer.qkv, a.normed, a.qkv, by_rows);
-    norm_and_rotate(a.qkv, heads, layer.q_norm, layer.k_norm, rope_table.data());
-
     const bool is_last = l + 1 == c.layers;  // past its keys and values computes only the tokens with logits
     if (is_last) x = last_rows(x, answered);
-    const at::Tensor attended = last_rows(a.attended, x.size(0));
-    attend(l, heads_of(last_rows(a.qkv, x.size(0)), 0, c.heads, c.head_dim),
-           heads_of(a.qkv, c.heads, c.kv_heads, c.head_dim),
-           heads_of(a.qkv, c.heads + c.kv_heads, c.kv_heads, c.head_dim),
-           heads_of(attended, 0, c.heads, c.head_dim));
+    const at::Tensor attended = attend_layer(l, x.size(0), a, rope_table, attend, by_rows);
     if (x.size(0) == 0) return {};
     if (is_last) {
       a = Activations(answered, c, dtype_for(answered, by_rows));
       a.attended.copy_(attended);
     }
-    multiply(layer.output, a.attended, a.added, by_rows);
-    add_and_rms_norm(x, a.added, layer.mlp_norm, c.norm_eps, a.normed);
-
-    multiply(layer.gate_up, a.normed, a.gate_up, by_rows);
-    swiglu(a.gate_up);
-    multiply(layer.down, a.gate_up.narrow(1, 0, c.intermediate), a.added, by_rows);
-    const at::Tensor& next_norm = is_last ? norm : layers[static_cast<std::size_t>(l + 1)].attention_norm;
-    add_and_rms_norm(x, a.added, next_norm, c.norm_eps, a.normed);
+    finish_layer(l, x, a, by_rows);
   }
   return logits(a.normed, by_rows);
 }
@@ -223,6 +256,43 @@ std::vector<float> Model::forward(std::span<const std::int32_t> tokens, std::int
                                   const AttentionFn& attend, Logits logits) const {
   const auto count = static_cast<std::int64_t>(tokens.size());
   return impl_->forward(tokens, rope_rows(impl_->rope, first, count), attend, logits, /*by_rows=*/false);
+}
+
+std::vector<float> Model::embed(std::span<const std::int32_t> tokens) const {
+  return floats_of(impl_->embed(tokens));
+}
+
+void Model::run_layers(std::span<float> residual, std::int64_t first, std::int64_t begin, std::int64_t end,
+                       const AttentionFn& attend) const {
+  const at::AutoDispatchBelowADInplaceOrView no_gradients;
+  const ModelConfig& c = config();
+  const at::Tensor x = rows_in(residual, c.hidden);
+  const std::int64_t n = x.size(0);
+  const Activations a(n, c, impl_->dtype_for(n, /*by_rows=*/false));
+  const std::vector<float> rope_table = rope_rows(impl_->rope, first, n);
+  rms_norm(x, impl_->layers[static_cast<std::size_t>(begin)].attention_norm, c.norm_eps, a.normed);
+  for (std::int64_t l = begin; l < end; ++l) {
+    impl_->attend_layer(l, n, a, rope_table, attend, /*by_rows=*/false);
+    impl_->finish_layer(l, x, a, /*by_rows=*/false);
+  }
+}
+
+std::vector<float> Model::attention_output(std::int64_t layer, std::span<const float> attended) const {
+  const at::AutoDispatchBelowADInplaceOrView no_gradients;
+  const ModelConfig& c = config();
+  const at::Tensor x = rows_in(attended, c.heads * c.head_dim);
+  const at::ScalarType dtype = impl_->dtype_for(x.size(0), /*by_rows=*/false);
+  const at::Tensor y = at::empty({x.size(0), c.hidden}, dtype);
+  impl_->multiply(impl_->layers[static_cast<std::size_t>(layer)].output, x.to(dtype), y, /*by_rows=*/false);
+  return floats_of(y);
+}
+
+std::vector<float> Model::logits(std::span<const float> residual) const {
+  const at::AutoDispatchBelowADInplaceOrView no_gradients;
+  const at::Tensor x = rows_in(residual, config().hidden);
+  const at::Tensor normed = at::empty_like(x, impl_->dtype_for(x.size(0), /*by_rows=*/false));
+  rms_norm(x, impl_->norm, config().norm_eps, normed);
+  return impl_->logits(normed, /*by_rows=*/false);
 }
 
 std::vector<float> Model::decode(std::span<const std::int32_t> tokens,

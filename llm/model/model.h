@@ -37,6 +37,19 @@ class Model {
   /// or tokens.size() according to `logits`. Throws DataError for an id outside the vocabulary.
   std::vector<float> forward(std::span<const std::int32_t> tokens, std::int64_t first,
                              const AttentionFn& attend, Logits logits) const;
+  // The parts of a forward pass, for those who look into it. The residual stream is [tokens, hidden].
+
+  /// Returns the residual stream before the first layer.
+  std::vector<float> embed(std::span<const std::int32_t> tokens) const;
+  /// Passes the residual stream of tokens from position `first` on through layers [begin, end), in place.
+  void run_layers(std::span<float> residual, std::int64_t first, std::int64_t begin, std::int64_t end,
+                  const AttentionFn& attend) const;
+  /// Returns the product of attention outputs [n, Hq * D] with the output matrix of a layer, [n, hidden]:
+  /// what the layer's attention adds to the residual stream.
+  std::vector<float> attention_output(std::int64_t layer, std::span<const float> attended) const;
+  /// Returns the logits [tokens, vocab] of the residual stream after the last layer.
+  std::vector<float> logits(std::span<const float> residual) const;
+
   /// Reads one token of each of several sequences, at `positions`. Returns logits [tokens, vocab], in each
   /// row the bits that forward() gives for the token alone.
   std::vector<float> decode(std::span<const std::int32_t> tokens, std::span<const std::int64_t> positions,

@@ -8,8 +8,13 @@ namespace {
 
 AttentionReason reason_for(const AttentionRequest& request) {
   if (request.prefill) return AttentionReason::requested;
-  if (request.prompt_tokens <= break_even_length(request.moba)) return AttentionReason::short_prompt;
-  return request.trained ? AttentionReason::trained : AttentionReason::not_trained;
+  const bool is_calibrated = !request.calibrated.empty();
+  const std::int64_t break_even =
+      is_calibrated ? break_even_length(request.calibrated) : break_even_length(request.moba);
+  if (request.prompt_tokens <= break_even) return AttentionReason::short_prompt;
+  return request.trained ? AttentionReason::trained
+         : is_calibrated ? AttentionReason::calibrated
+                         : AttentionReason::not_trained;
 }
 
 }  // namespace
@@ -20,6 +25,8 @@ std::string_view name_of(AttentionReason reason) {
       return "requested";
     case AttentionReason::short_prompt:
       return "short prompt";
+    case AttentionReason::calibrated:
+      return "calibrated for MoBA";
     case AttentionReason::trained:
       return "trained with MoBA";
     case AttentionReason::not_trained:
@@ -36,10 +43,18 @@ std::int64_t break_even_length(const Routing& moba) {
   return kFactor * moba.block_size * std::min(moba.top_k, kMax / (kFactor * moba.block_size));
 }
 
+std::int64_t break_even_length(const std::vector<Routing>& layers) {
+  std::int64_t longest = 0;
+  for (const Routing& routing : layers) {
+    if (!is_full(routing)) longest = std::max(longest, break_even_length(routing));
+  }
+  return longest > 0 ? longest : Routing::kEverything;
+}
+
 AttentionChoice choose_attention(const AttentionRequest& request) {
   const AttentionReason reason = reason_for(request);
-  return {.prefill = request.prefill.value_or(reason == AttentionReason::trained ? AttentionMode::moba
-                                                                                 : AttentionMode::full),
+  const bool is_sparse = reason == AttentionReason::trained || reason == AttentionReason::calibrated;
+  return {.prefill = request.prefill.value_or(is_sparse ? AttentionMode::moba : AttentionMode::full),
           .decode = request.decode.value_or(AttentionMode::full),
           .reason = reason};
 }

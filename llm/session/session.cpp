@@ -18,11 +18,33 @@ std::string_view name_of(AttentionMode mode) {
       return "moba";
     case AttentionMode::moba_naive:
       return "moba-naive";
+    case AttentionMode::oracle:
+      return "oracle";
   }
   return "?";
 }
 
+Routing full_on_blocks_of(const Routing& routing) {
+  Routing full = Routing::full();
+  full.block_size = routing.block_size;
+  return full;
+}
+
+std::vector<Routing> layer_routings(const Routing& moba, const std::vector<Routing>& layers,
+                                    const std::vector<LayerRange>& full_layers, std::int64_t count) {
+  std::vector<Routing> routings =
+      layers.empty() ? std::vector<Routing>(static_cast<std::size_t>(count), moba) : layers;
+  for (const std::int64_t layer : layers_in(full_layers)) {
+    Routing& routing = routings[static_cast<std::size_t>(layer)];
+    routing = full_on_blocks_of(routing);
+  }
+  return routings;
+}
+
 void check(const SessionSettings& settings, const ModelConfig& config) {
+  const auto layers = static_cast<std::int64_t>(settings.layers.size());
+  if (layers != 0 && layers != config.layers)
+    throw UsageError(fmt::format("layers: expected {} routings, got {}", config.layers, layers));
   for (const LayerRange& range : settings.full_layers) {
     if (range.first < 0 || range.last < range.first || range.last >= config.layers) {
       throw UsageError(fmt::format("--moba-full-layers: expected layers from 0 to {}, got {}-{}",
@@ -35,22 +57,15 @@ Session::Session(Model model, const SessionSettings& settings)
     : model_(std::move(model)), settings_(settings), parallel_(openmp(settings.threads)) {
   const ModelConfig& config = model_.config();
   check(settings_, config);
-  is_full_.resize(static_cast<std::size_t>(config.layers));
-  for (const LayerRange& range : settings_.full_layers) {
-    std::fill(is_full_.begin() + range.first, is_full_.begin() + range.last + 1, true);
+  moba_ = layer_routings(settings_.moba, settings_.layers, settings_.full_layers, config.layers);
+  for (const Routing& routing : moba_) {
+    full_.push_back(full_on_blocks_of(routing));
+    caches_.emplace_back(KvCache::Shape{.kv_heads = config.kv_heads,
+                                        .head_dim = config.head_dim,
+                                        .block_size = routing.block_size,
+                                        .dtype = settings_.kv_dtype.value_or(model_.dtype())});
   }
-  const KvCache::Shape shape{.kv_heads = config.kv_heads,
-                             .head_dim = config.head_dim,
-                             .block_size = settings_.moba.block_size,
-                             .dtype = settings_.kv_dtype.value_or(model_.dtype())};
-  for (std::int64_t l = 0; l < config.layers; ++l) caches_.emplace_back(shape);
-}
-
-Routing Session::routing(AttentionMode mode, std::int64_t layer) const {
-  if (mode != AttentionMode::full && !is_full_[static_cast<std::size_t>(layer)]) return settings_.moba;
-  Routing everything = Routing::full();
-  everything.block_size = settings_.moba.block_size;
-  return everything;
+  if (settings_.prefill == AttentionMode::oracle) oracles_.resize(caches_.size());
 }
 
 std::vector<float> Session::read(std::span<const std::int32_t> tokens, const Step& step) {
@@ -58,17 +73,24 @@ std::vector<float> Session::read(std::span<const std::int32_t> tokens, const Ste
   execution.parallel = parallel_;
   if (step.mode == AttentionMode::moba_naive) execution.backend = "reference";
 
+  const std::vector<Routing>& routings = step.mode == AttentionMode::full ? full_ : moba_;
   const auto attend = [&](std::int64_t layer, const Tensor& q, const Tensor& k, const Tensor& v,
                           const Tensor& out) {
     {
       const ScopedTimer timer(step.attention_seconds);
       KvCache& cache = caches_[static_cast<std::size_t>(layer)];
       cache.append(k, v, 0, execution);
-      const Routing layer_routing = routing(step.mode, layer);
+      Routing routing = routings[static_cast<std::size_t>(layer)];
+      if (!oracles_.empty()) {
+        OracleGate& oracle = oracles_[static_cast<std::size_t>(layer)];
+        oracle.append(k);
+        if (step.mode == AttentionMode::oracle && !is_full(routing) && q.sizes[0] > 0)
+          routing = oracle.select(q, routing, parallel_);
+      }
       if (q.sizes[0] == 1) {
-        moba::decode(q, cache, layer_routing, {.out = out}, execution);
+        moba::decode(q, cache, routing, {.out = out}, execution);
       } else if (q.sizes[0] > 1) {
-        attention(q, cache, 0, layer_routing, {.out = out}, execution);
+        attention(q, cache, 0, routing, {.out = out}, execution);
       }
     }
     if (step.progress) {
@@ -111,6 +133,7 @@ std::vector<float> Session::decode(std::int32_t token) {
 
 void Session::rewind(std::int64_t tokens) {
   for (KvCache& cache : caches_) cache.truncate(tokens);
+  for (OracleGate& oracle : oracles_) oracle.truncate(tokens);
   length_ = tokens;
 }
 

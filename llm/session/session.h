@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "llm/model/model.h"
+#include "llm/session/oracle_gate.h"
 #include "moba/attention.h"
 #include "moba/cache.h"
 
@@ -17,6 +18,7 @@ enum class AttentionMode : std::uint8_t {
   full,
   moba,
   moba_naive,  // the same routing through libmoba's reference backend
+  oracle,      // the blocks of the most attention mass, in place of the gate's: a measuring tool
 };
 std::string_view name_of(AttentionMode mode);
 
@@ -32,6 +34,8 @@ struct SessionSettings {
   std::int64_t full_tail = 128;
   /// Layers that are in mode full throughout.
   std::vector<LayerRange> full_layers;
+  /// The routing of each layer in mode moba, top_k kEverything where it is full; empty: `moba` in all.
+  std::vector<Routing> layers;
   /// The storage type of the KV cache: f32, bf16, f16 or i8; unset: the dtype of the model.
   std::optional<DType> kv_dtype;
   /// Tokens read at a time. Bounds memory; the result does not depend on it.
@@ -39,6 +43,16 @@ struct SessionSettings {
   /// Threads of the attention; use_threads() sets those of the model.
   int threads = 1;
 };
+
+/// Returns the routing of each of `count` layers in mode moba: those of `layers`, where it is empty `moba`,
+/// and dense attention with the same blocks in `full_layers`.
+std::vector<Routing> layer_routings(const Routing& moba, const std::vector<Routing>& layers,
+                                    const std::vector<LayerRange>& full_layers, std::int64_t count);
+inline bool is_full(const Routing& routing) {
+  return routing.top_k == Routing::kEverything;
+}
+/// Returns dense attention over the blocks of `routing`.
+Routing full_on_blocks_of(const Routing& routing);
 
 /// Throws UsageError for settings that do not fit a model of this shape.
 void check(const SessionSettings& settings, const ModelConfig& config);
@@ -81,13 +95,13 @@ class Session {
     double& attention_seconds;
     Progress progress;
   };
-  Routing routing(AttentionMode mode, std::int64_t layer) const;
   std::vector<float> read(std::span<const std::int32_t> tokens, const Step& step);
 
   Model model_;
   SessionSettings settings_;
-  std::vector<bool> is_full_;  // by layer
+  std::vector<Routing> moba_, full_;  // by layer
   std::vector<KvCache> caches_;
+  std::vector<OracleGate> oracles_;  // by layer; empty without AttentionMode::oracle
   Parallel parallel_;
   std::int64_t length_ = 0;
   AttentionSeconds seconds_;

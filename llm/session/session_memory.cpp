@@ -99,8 +99,11 @@ SessionMemory session_memory(const Weights& weights, const Arithmetic& arithmeti
 
   const DType kv_dtype = settings.kv_dtype.value_or(arithmetic.dtype);
   const std::int64_t scales = kv_dtype == DType::i8 ? c.kv_heads * 4 : 0;
-  memory.token = c.layers * (2 * (kv_heads * static_cast<std::int64_t>(size_of(kv_dtype)) + scales) +
-                             kv_heads * 4 / settings.moba.block_size);
+  for (const Routing& routing :
+       layer_routings(settings.moba, settings.layers, settings.full_layers, c.layers)) {
+    memory.token += 2 * (kv_heads * static_cast<std::int64_t>(size_of(kv_dtype)) + scales) +
+                    kv_heads * 4 / routing.block_size;
+  }
   return memory;
 }
 

@@ -147,6 +147,10 @@ def attention(
             raise TypeError(
                 "attention: config: expected either a config or block_size and top_k, got both"
             )
+        if config.is_by_layer:
+            raise TypeError(
+                "attention: config: expected that of one layer (config.of_layer(layer, layers)), got lists of layers"
+            )
         block_size, top_k, sink_blocks = (
             config.moba_chunk_size,
             config.moba_topk,

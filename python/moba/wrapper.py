@@ -236,6 +236,12 @@ def refuse(module: Module, dropout: float, is_causal: bool | None, options: dict
             )
 
 
+def of_layer(config: MoBAConfig, module: Module) -> MoBAConfig:
+    """Return the configuration of a model's attention layer."""
+    layers = getattr(getattr(module, "config", None), "num_hidden_layers", 0)
+    return config.of_layer(getattr(module, "layer_idx", None) or 0, layers)
+
+
 def is_full(config: MoBAConfig, module: Module, queries: int) -> bool:
     """Return whether a layer attends fully in a step of `queries` tokens a row."""
     forced = current_mode()
@@ -266,6 +272,7 @@ def moba_layer(
     """Compute one layer's attention: `query` [B, Hq, Sq, D], `key` and `value` [B, Hkv, Sk, D]. Returns [B, Sq, Hq, D] and,
     from the naive implementation with output_attentions, the weights [B, Hq, Sq, Sk]."""
     check_tensors("moba_layer", query, key, value, "[batch, heads, tokens, head_dim]")
+    config = of_layer(config, module)
     refuse(module, dropout, is_causal, options)
     weights = bool(options.get("output_attentions"))
     if weights and not naive:

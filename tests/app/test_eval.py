@@ -1,5 +1,6 @@
 """`moba eval`: losses against `transformers`, the JSON of each evaluation, and refusals."""
 
+import contextlib
 import json
 import math
 import re
@@ -169,6 +170,99 @@ def test_moba_losses_equal_those_of_its_logits(loss_report, byte_model, data, lo
     check_losses(loss_report["by_attn"][1], losses)
 
 
+def test_divergence_and_agreement_equal_those_of_the_logits(
+    loss_report, byte_model, data, logits_of
+):
+    flags = dict(block_size=16, top_k=3, sink=0, full_tail=0)
+    divergences, agreements = [], []
+    for ids in sequences_of(data):
+        full, sparse = (
+            torch.as_tensor(logits_of(byte_model, ids, attn=attn, **flags))[:-1]
+            .double()
+            .log_softmax(-1)
+            for attn in ("full", "moba")
+        )
+        divergence = torch.nn.functional.kl_div(sparse, full, reduction="none", log_target=True)
+        divergences.append(divergence.sum(-1))
+        agreements.append((full.argmax(-1) == sparse.argmax(-1)).double())
+    full, sparse = loss_report["by_attn"]
+    assert full["kl"]["kl"] == 0 and full["top1_agreement"]["agreement"] == 1
+    assert sparse["kl"]["kl"] == pytest.approx(torch.cat(divergences).mean().item(), rel=1e-3)
+    assert sparse["kl"]["kl"] > 1e-4
+    agreement = torch.cat(agreements).mean().item()
+    assert sparse["top1_agreement"]["agreement"] == pytest.approx(agreement, abs=1e-9)
+
+
+def test_oracle_selects_the_blocks_of_the_most_mass(moba, byte_model, data, loss_report):
+    flags = [
+        "-m",
+        byte_model,
+        "--data",
+        data,
+        "--seq-len",
+        SEQ_LEN,
+        "--attn",
+        "full,oracle",
+        *BLOCKS,
+    ]
+    report = evaluate(moba, "loss", *flags)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        byte_model, attn_implementation="eager"
+    )
+    losses = []
+    for ids in sequences_of(data):
+        with torch.no_grad(), oracle_attention(block=16, top_k=3):
+            losses.append(losses_of(model(torch.tensor([ids])).logits[0], ids))
+    oracle = report["by_attn"][1]
+    assert oracle["loss"] == pytest.approx(torch.cat(losses).double().mean().item(), rel=1e-5)
+    assert oracle["kl"]["kl"] < loss_report["by_attn"][1]["kl"]["kl"]
+
+
+@contextlib.contextmanager
+def oracle_attention(block, top_k):
+    """Make eager attention of transformers attend to the own block and the best others, by their share of the softmax."""
+    softmax = torch.nn.functional.softmax
+
+    def softmax_over_best(scores, dim=-1, dtype=None):
+        probabilities = softmax(scores, dim=dim, dtype=torch.float64)
+        tokens = scores.shape[-1]
+        blocks = -(-tokens // block)
+        mass = torch.nn.functional.pad(probabilities, (0, blocks * block - tokens))
+        mass = mass.unflatten(-1, (blocks, block)).sum(-1)
+        own = torch.arange(tokens) // block
+        mass[..., torch.arange(tokens), own] = 2
+        best = mass.topk(min(top_k, blocks), -1).indices
+        selected = torch.zeros_like(mass, dtype=torch.bool).scatter(-1, best, True)
+        selected = selected.repeat_interleave(block, -1)[..., :tokens]
+        return softmax(scores.masked_fill(~selected, float("-inf")), dim=dim, dtype=dtype)
+
+    torch.nn.functional.softmax = softmax_over_best
+    try:
+        yield
+    finally:
+        torch.nn.functional.softmax = softmax
+
+
+def test_lm_eval_results_have_its_layout(moba, byte_model, data, loss_report):
+    done = moba("eval", "loss", "-m", byte_model, "--data", data, "--seq-len", SEQ_LEN, "--trailing", 24,
+                "--dtype", "f32", "-o", "lm-eval", *BLOCKS)  # fmt: skip
+    found = json.loads(done.stdout)
+    tasks = ["moba_loss_full", "moba_loss_moba"]
+    for member in ("results", "versions", "n-shot", "higher_is_better", "n-samples"):
+        assert list(found[member]) == tasks
+    assert found["config"]["model"] == str(byte_model) == found["model_name"]
+    for task, variant in zip(tasks, loss_report["by_attn"]):
+        result = found["results"][task]
+        assert result["alias"] == task
+        assert result["loss,none"] == pytest.approx(variant["loss"], rel=1e-5)
+        means = [s["loss"] for s in variant["by_sequence"]]
+        error = np.sqrt(sum((m - variant["loss"]) ** 2 for m in means) / 4 / 5)
+        assert result["loss_stderr,none"] == pytest.approx(error, rel=1e-4)
+        assert result["top1_agreement,none"] == variant["top1_agreement"]["agreement"]
+        assert found["higher_is_better"][task]["top1_agreement"] is True
+        assert found["n-samples"][task] == {"original": 5, "effective": 5}
+
+
 def test_differences_equal_those_of_the_losses(loss_report):
     full, sparse = loss_report["by_attn"]
     (difference,) = loss_report["differences"]
@@ -267,6 +361,7 @@ def test_loss_table_has_differences_and_buckets(moba, byte_model, data):
     assert done.returncode == 0 and done.stderr == b""
     assert lines[0] == "5 sequences of up to 96 tokens, 3 full; 351 tokens predicted"
     assert any(line.startswith("moba against full: loss ") for line in lines)
+    assert any(line.startswith("moba against full: KL divergence ") for line in lines)
     assert re.match(r" +64-95 +\d+ +\d\.\d{4} +\d\.\d{4}$", lines[-1])
 
 

@@ -217,3 +217,123 @@ def test_names_that_transformers_understands_otherwise_are_refused(name):
 def test_a_name_needs_a_configuration():
     with pytest.raises(TypeError, match="^register_moba: cfg: expected a MoBAConfig, got NoneType"):
         moba.register_moba(name="moba-none")
+
+
+LISTS = dict(moba_chunk_size=[8, 16, 4], moba_topk=[3, 2, 5], moba_sink=[1, 0, 2])
+
+
+def test_layers_have_their_own_blocks():
+    ids = random_ids(2, 120)
+    model = build("llama", moba_full_layers=[1], moba_decode="moba", **LISTS)
+    found = logits(model, "moba", ids)
+    assert (found - logits(model, "moba_naive", ids)).abs().max() < 1e-4
+    with moba.routing(model) as record:
+        logits(model, "moba", ids)
+    assert record.layers() == [0, 2]
+    assert [record[layer][0].shape[-1] for layer in (0, 2)] == [3, 5]
+    # Layer 0 selects what it selects with its blocks alone.
+    with moba.mode("moba"), moba.routing(model) as alone:
+        moba.register_moba(MoBAConfig(8, 3, sink_blocks=1), name="moba-first")
+        logits(model, "moba-first", ids)
+    assert torch.equal(record[0][0], alone[0][0])
+    expected = generated(model, "moba_naive", ids)
+    assert generated(model, "moba", ids, past_key_values=MobaCache()) == expected
+    assert generated(model, "moba", ids) == expected
+
+
+@pytest.mark.parametrize(
+    "change, error",
+    (
+        ({"moba_topk": [3, 2]}, "config.moba_topk: expected 3 layers .as moba_chunk_size., got 2"),
+        ({"moba_topk": [3, 0, 5]}, r"config.moba_topk\[1\]: expected at least 1, got 0"),
+        (
+            {"moba_sink": [3, 0, 2]},
+            "config.moba_sink: expected 0 to 2 for moba_topk 3 in layer 0, got 3",
+        ),
+        (
+            {name: values * 2 for name, values in LISTS.items()},
+            "moba_chunk_size: expected 3 layers, got 6",
+        ),
+    ),
+)
+def test_wrong_lists_of_layers_are_refused(change, error):
+    model = build("llama", **(LISTS | change))
+    with pytest.raises(ValueError, match=f"^moba_layer: {error}$"):
+        logits(model, "moba", random_ids(1, 20))
+
+
+CALIBRATION = {
+    "format": "moba calibration",
+    "version": 1,
+    "model": "small",
+    "fingerprint": "0",
+    "full_tail": 5,
+    "layers": [
+        {"attention": "moba", "block_size": 8, "top_k": 3, "sink": 1},
+        {"attention": "full"},
+        {"attention": "moba", "block_size": 16, "top_k": 2, "sink": 0},
+    ],
+}
+
+
+def write(path, document):
+    path.write_text(document if isinstance(document, str) else json.dumps(document))
+    return path
+
+
+def test_a_calibration_is_a_configuration(tmp_path):
+    config = MoBAConfig.from_file(write(tmp_path / "model.moba.json", CALIBRATION))
+    assert config == MoBAConfig(
+        (8, 8, 16), (3, 3, 2), full_layers=(1,), full_tail=5, sink_blocks=(1, 1, 0)
+    )
+    moba.register_moba(config, name="moba-calibrated")
+    model, ids = build("llama"), random_ids(1, 120)
+    own = build(
+        "llama",
+        moba_chunk_size=[8, 4, 16],
+        moba_topk=[3, 1, 2],
+        moba_sink=[1, 0, 0],
+        moba_full_layers=[1],
+        moba_full_tail=5,
+    )
+    assert torch.equal(logits(model, "moba-calibrated", ids), logits(own, "moba", ids))
+
+
+@pytest.mark.parametrize(
+    "document, error",
+    (
+        (json.dumps(CALIBRATION)[:100], "expected JSON, got something else"),
+        ("[]", 'format: expected "moba calibration", got another file'),
+        (CALIBRATION | {"version": 2}, "version: expected 1, got 2"),
+        (CALIBRATION | {"gate": "x"}, "gate: expected none"),
+        (CALIBRATION | {"layers": [{"attention": "none"}]}, "expected full or moba, got 'none'"),
+        (CALIBRATION | {"layers": [{"attention": "moba"}]}, "expected a calibration"),
+        ({k: v for k, v in CALIBRATION.items() if k != "layers"}, "expected a calibration"),
+        (
+            CALIBRATION
+            | {"layers": [{"attention": "moba", "block_size": 8, "top_k": 1, "sink": 1}]},
+            "sink_blocks: expected 0 to 0",
+        ),
+    ),
+)
+def test_damaged_calibrations_are_refused(tmp_path, document, error):
+    path = write(tmp_path / "model.moba.json", document)
+    with pytest.raises(ValueError, match=f"^from_file: {re.escape(str(path))}: .*{error}"):
+        MoBAConfig.from_file(path)
+
+
+def test_a_calibration_of_another_number_of_layers_is_refused(tmp_path):
+    shorter = CALIBRATION | {"layers": CALIBRATION["layers"][:2]}
+    config = MoBAConfig.from_file(write(tmp_path / "model.moba.json", shorter))
+    moba.register_moba(config, name="moba-shorter")
+    with pytest.raises(ValueError, match="^moba_layer: moba_chunk_size: expected 3 layers, got 2"):
+        logits(build("llama"), "moba-shorter", random_ids(1, 20))
+
+
+def test_attention_takes_the_configuration_of_one_layer():
+    config = MoBAConfig((8, 16), (3, 2))
+    q = torch.randn(1, 64, 2, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(TypeError, match="^attention: config: expected that of one layer"):
+        moba.attention(q, q, q, config=config)
+    found = moba.attention(q, q, q, config=config.of_layer(1, 2))
+    assert torch.equal(found, moba.attention(q, q, q, block_size=16, top_k=2))

@@ -9,7 +9,7 @@ from torch.nn import Module
 from ..config import MoBAConfig
 from ..functional import EVERYTHING, check_tensors
 from ..modes import records_of
-from ..wrapper import documents_of_mask, is_full, refuse
+from ..wrapper import documents_of_mask, is_full, of_layer, refuse
 from .arguments import STRATEGIES
 from .context_parallel import ContextParallel, context_parallel_attention
 from .exchange import all_gather, process_group
@@ -77,6 +77,7 @@ def context_parallel_layer(
             'moba_layer: context_parallel: expected attn_implementation "moba" without output_attentions, got moba_naive or '
             "output_attentions"
         )
+    config = of_layer(config, module)
     batch, _, share, _ = query.shape
     full = is_full(
         config, module, queries=share * process_group("moba_layer", settings.group).size()

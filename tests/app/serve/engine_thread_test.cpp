@@ -24,7 +24,7 @@ llm::Engine make_engine(std::int64_t max_running = 4) {
     return llm::test::random_model(llm::test::small_config());
   }();
   llm::EngineSettings settings;
-  settings.block_size = kBlock;
+  settings.block_sizes = {kBlock};
   settings.kv_dtype = DType::f32;
   settings.cache_bytes = std::size_t{1} << 26;
   settings.max_running = max_running;

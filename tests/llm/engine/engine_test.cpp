@@ -31,7 +31,7 @@ const Model& model() {
 
 EngineSettings settings() {
   EngineSettings settings;
-  settings.block_size = kBlock;
+  settings.block_sizes = {kBlock};
   settings.kv_dtype = DType::f32;
   settings.cache_bytes = std::size_t{1} << 28;
   return settings;
@@ -99,6 +99,7 @@ Tokens answer_of_session(const Request& request, const std::vector<LayerRange>& 
   alone.moba = request.moba;
   alone.full_tail = request.full_tail;
   alone.full_layers = full_layers;
+  alone.layers = request.layers;
   alone.kv_dtype = DType::f32;
   Session session(model(), alone);
   Sampler sampler(request.sampling);
@@ -148,6 +149,38 @@ TEST(Engine, FullLayersGiveTheAnswerOfASession) {
     request.prefill = request.decode = AttentionMode::moba;
     EXPECT_EQ(run_alone(engine, request).tokens, answer_of_session(request, with_full.full_layers));
   }
+}
+
+/// Blocks of 8 and 24 tokens in layers with MoBA, so that pages hold 72; the second one is full.
+std::vector<Routing> different_layers() {
+  Routing full = Routing::full();
+  full.block_size = 24;
+  return {{.block_size = 8, .top_k = 5, .sink_blocks = 2}, full, {.block_size = 24, .top_k = 2}};
+}
+
+TEST(Engine, LayersWithTheirOwnRoutingGiveTheAnswerOfASession) {
+  EngineSettings with = settings();
+  with.block_sizes = {8, 24, 24};
+  Engine engine(model(), with);
+  EXPECT_EQ(engine.statistics().page_tokens, 72);
+  std::vector<Outcome> outcomes(mixed_requests().size());
+  std::size_t next = 0;
+  for (Request request : mixed_requests()) {  // together, with prefixes and batches in common
+    request.layers = different_layers();
+    engine.submit(recorded(request, outcomes[next++]));
+  }
+  while (engine.step()) {
+  }
+  next = 0;
+  bool differs = false;
+  for (Request request : mixed_requests()) {
+    const Tokens uniform = answer_of_session(request);
+    request.layers = different_layers();
+    EXPECT_EQ(outcomes[next].tokens, answer_of_session(request));
+    differs |= outcomes[next++].tokens != uniform;
+  }
+  EXPECT_TRUE(differs);
+  EXPECT_GT(engine.statistics().cached_tokens, 0);
 }
 
 /// One schedule: random settings, arrivals and cancellations, with or without pages in `folder`. `answers`
@@ -524,6 +557,9 @@ TEST(Engine, InvalidRequestsThrow) {
             "sink_blocks: expected 0 to 2, one less than top_k, got 3");
   EXPECT_EQ(with_change([](Request& r) { r.max_tokens = -1; }), "max_tokens: expected at least 0, got -1");
   EXPECT_EQ(with_change([](Request& r) { r.full_tail = -1; }), "full_tail: expected at least 0, got -1");
+  EXPECT_EQ(with_change([](Request& r) { r.layers.resize(2); }), "layers: expected 3 routings, got 2");
+  EXPECT_EQ(with_change([](Request& r) { r.layers = different_layers(); }),
+            "block_size: expected 16 (the engine's), got 8");
   EXPECT_EQ(with_change([](Request& r) { r.decode = AttentionMode::moba_naive; }),
             "decode: expected full or moba, got moba-naive");
 
@@ -546,6 +582,12 @@ TEST(Engine, InvalidSettingsThrow) {
   with = settings();
   with.full_layers = {{0, 3}};
   EXPECT_THROW(Engine(model(), with), UsageError);
+  for (const std::vector<std::int64_t>& sizes :
+       {std::vector<std::int64_t>{}, {16, 16}, {16, 0, 16}, {16, 509, 521}}) {
+    with = settings();
+    with.block_sizes = sizes;
+    EXPECT_THROW(Engine(model(), with), UsageError);
+  }
 }
 
 TEST(ChunkSize, FollowsTheMeasuredSpeed) {

@@ -308,7 +308,7 @@ TEST_F(PrefixStoreTest, LaterEngineContinuesAfterStoredPages) {
   use_threads(1);
   const Model model = random_model(small_config());
   EngineSettings settings;
-  settings.block_size = 16;
+  settings.block_sizes = {16};
   settings.kv_dtype = DType::f32;
   settings.cache_bytes = std::size_t{1} << 26;
   settings.cache_folder = folder_;

@@ -19,6 +19,8 @@ namespace {
 
 class RandomTensors {
  public:
+  explicit RandomTensors(unsigned seed) : random_(seed) {}
+
   void add(const std::string& name, const std::vector<std::int64_t>& shape, bool is_norm) {
     std::int64_t size = 1;
     for (const std::int64_t n : shape) size *= n;
@@ -36,7 +38,7 @@ class RandomTensors {
   }
 
  private:
-  std::mt19937_64 random_{1};
+  std::mt19937_64 random_;
   std::vector<std::vector<float>> values_;
   std::vector<NamedTensor> tensors_;
 };
@@ -58,8 +60,8 @@ ModelConfig small_config() {
   return config;
 }
 
-Model random_model(const ModelConfig& config) {
-  RandomTensors tensors;
+Weights random_weights(const ModelConfig& config, unsigned seed) {
+  RandomTensors tensors(seed);
   tensors.add(std::string(kEmbeddingName) + ".weight", {config.vocab, config.hidden}, false);
   const LayerShape layer = layer_shape(config);
   for (std::int64_t i = 0; i < config.layers; ++i) {
@@ -74,9 +76,13 @@ Model random_model(const ModelConfig& config) {
   fs::create_directories(folder);
   std::ofstream(folder / "config.json") << config_json(config).dump();
   write_safetensors(folder / "model.safetensors", tensors.take());
-  Model model = Model::load(Weights::open(folder), {.dtype = DType::f32, .int8_decode = false});
+  Weights weights = Weights::open(folder);
   fs::remove_all(folder);  // the mapping stays
-  return model;
+  return weights;
+}
+
+Model random_model(const ModelConfig& config) {
+  return Model::load(random_weights(config), {.dtype = DType::f32, .int8_decode = false});
 }
 
 }  // namespace moba::llm::test

@@ -27,11 +27,17 @@ TEST(LossOf, HandlesLargeAndInfiniteLogits) {
   EXPECT_TRUE(std::isnan(loss_of(std::vector<float>{0, NAN}, 0)));
 }
 
+TokenScores scores_of(std::vector<double> losses) {
+  TokenScores scores;
+  scores.losses = std::move(losses);
+  return scores;
+}
+
 TEST(Losses, AreSplitByPositionAndTail) {
   const Positions positions{.seq_len = 8, .trailing = 2, .buckets = 4};
   Losses losses;
-  add(losses, positions, {1, 2, 3, 4, 5, 6, 7});  // positions 1 to 7
-  add(losses, positions, {10, 20});               // too short for a tail
+  add(losses, positions, scores_of({1, 2, 3, 4, 5, 6, 7}));  // positions 1 to 7
+  add(losses, positions, scores_of({10, 20}));               // too short for a tail
   EXPECT_DOUBLE_EQ(mean(losses.all), 58.0 / 9);
   ASSERT_THAT(losses.trailing, SizeIs(1));
   EXPECT_DOUBLE_EQ(mean(losses.trailing), 6.5);

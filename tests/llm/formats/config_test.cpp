@@ -53,6 +53,20 @@ TEST(Config, RoundTripsMobaSettings) {
   EXPECT_EQ(again.moba->sink_blocks, 0);
   EXPECT_EQ(again.moba->full_tail, 0);
   EXPECT_EQ(again.moba->full_layers.size(), 2U);
+  EXPECT_TRUE(again.moba->layers.empty());
+}
+
+TEST(Config, RoundTripsMobaListsOfLayers) {
+  const nlohmann::json given{{"moba_chunk_size", {128, 64}}, {"moba_topk", 16}, {"moba_sink", {0, 3}}};
+  const ModelConfig again = parsed(llm::config_json(parsed(config_json("llama", given))));
+  ASSERT_TRUE(again.moba);
+  EXPECT_EQ(again.moba->block_size, 128);
+  ASSERT_EQ(again.moba->layers.size(), 2U);
+  EXPECT_EQ(again.moba->layers[0].block_size, 128);
+  EXPECT_EQ(again.moba->layers[0].sink_blocks, 0);
+  EXPECT_EQ(again.moba->layers[1].block_size, 64);
+  EXPECT_EQ(again.moba->layers[1].top_k, 16);
+  EXPECT_EQ(again.moba->layers[1].sink_blocks, 3);
 }
 
 TEST(Config, InvalidMobaSettingsThrow) {
@@ -63,6 +77,11 @@ TEST(Config, InvalidMobaSettingsThrow) {
   given["moba_chunk_size"] = 64;
   given["moba_sink"] = 3;
   EXPECT_EQ(complaint("llama", given), "config.json: moba_sink: expected fewer than moba_topk 3, got 3");
+  given["moba_sink"] = {0, 3};
+  EXPECT_EQ(complaint("llama", given), "config.json: moba_sink: expected fewer than moba_topk 3, got 3");
+  given["moba_sink"] = {0, 0, 0};
+  EXPECT_EQ(complaint("llama", given),
+            "config.json: moba_sink: expected 2 numbers (one for each layer), got 3");
   given["moba_sink"] = 0;
   given["moba_full_layers"] = {2};
   EXPECT_EQ(complaint("llama", given), "config.json: moba_full_layers[0]: expected 0 to 1, got 2");

@@ -45,6 +45,18 @@ TEST(ChooseAttention, OtherModelsUseFullAttention) {
   expect_choice(request(1 << 20, false), full, full, AttentionReason::not_trained);
 }
 
+TEST(ChooseAttention, CalibratedModelReadsLongPromptsWithMoba) {
+  AttentionRequest calibrated = request(1 << 20, false);
+  calibrated.calibrated = {Routing::full(), kRouting, {.block_size = 64, .top_k = 4}};
+  EXPECT_EQ(break_even_length(calibrated.calibrated), break_even_length(kRouting));
+  expect_choice(calibrated, moba, full, AttentionReason::calibrated);
+  calibrated.prompt_tokens = break_even_length(kRouting);
+  expect_choice(calibrated, full, full, AttentionReason::short_prompt);
+  calibrated.calibrated = {Routing::full()};
+  calibrated.prompt_tokens = 1 << 20;
+  expect_choice(calibrated, full, full, AttentionReason::short_prompt);
+}
+
 TEST(ChooseAttention, RequestedModesStay) {
   AttentionRequest both = request(100, false);
   both.prefill = moba_naive;
