@@ -212,7 +212,9 @@ class _Attention(torch.autograd.Function):
         q, k, v = (plan.to_homes(t, group) for t in (q, k, v))
         q_heads, kv_heads = q.shape[1], k.shape[1]
         is_full = routing.top_k >= plan.max_blocks
-        selected = None if is_full else select(q, gather_means(k, plan, group), plan, routing)
+        selected = None
+        if not is_full:
+            selected = select(q, gather_means(k, plan, routing.backend, group), plan, routing)
         by_head = [None] * kv_heads if is_full else list(selected.unflatten(0, (kv_heads, -1)))
         strategy_of, needed, sizes = _choose(
             "fetch" if is_full else strategy, by_head, q, k, plan, routing, gradient, group

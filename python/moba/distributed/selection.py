@@ -25,30 +25,24 @@ class Routing:
     backend: str
 
 
-def block_means(k: Tensor, plan: BlockPlan) -> Tensor:
+def block_means(k: Tensor, plan: BlockPlan, backend: str) -> Tensor:
     """Return the mean keys of the whole blocks at home, [blocks here, Hkv, D], in the dtype of k; 0 for a block with fewer
-    tokens, which no query of another block selects. On the CPU, sums are in token order, as the library's, so that the bits
-    are the same."""
+    tokens, which no query of another block selects."""
     whole = plan.length[plan.here] == plan.block_size
-    rows = plan.at[plan.here[whole]][:, None] + torch.arange(plan.block_size)
-    keys = k[rows.to(k.device)]
-    if k.is_cpu and k.dtype != torch.float64:
-        total = torch.zeros_like(keys[:, 0], dtype=torch.float32)
-        for token in keys.unbind(1):
-            total += token
-        mean = total / plan.block_size
-    else:
-        mean = keys.mean(1, dtype=torch.promote_types(k.dtype, torch.float32))
+    blocks = plan.here[whole]
     means = k.new_zeros(len(plan.here), *k.shape[1:])
-    means[whole.to(k.device)] = mean.to(k.dtype)
+    if len(blocks):
+        keys = k[ranges(plan.at[blocks], plan.length[blocks]).to(k.device)]
+        mean, _, _ = ops.block_features(keys, len(keys), plan.block_size, backend)
+        means[whole.to(k.device)] = mean
     return means
 
 
-def gather_means(k: Tensor, plan: BlockPlan, group: dist.ProcessGroup) -> Tensor:
+def gather_means(k: Tensor, plan: BlockPlan, backend: str, group: dist.ProcessGroup) -> Tensor:
     """Return the mean keys of the blocks of all ranks, [blocks, Hkv, D]."""
     counts = plan.homes()
     padded = k.new_zeros(max(counts), *k.shape[1:])
-    padded[: len(plan.here)] = block_means(k, plan)
+    padded[: len(plan.here)] = block_means(k, plan, backend)
     gathered = all_gather(padded, group)
     means = k.new_empty(plan.blocks, *k.shape[1:])
     for rank, count in enumerate(counts):
