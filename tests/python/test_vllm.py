@@ -175,7 +175,11 @@ def job(model, rounds, **options):
 
 
 SETTINGS = dict(
-    moba_chunk_size=128, moba_topk=3, moba_sink=1, moba_full_tail=50, moba_full_layers=[0, -1]
+    moba_chunk_size=[128] * 30,
+    moba_topk=3,
+    moba_sink=1,
+    moba_full_tail=50,
+    moba_full_layers=[0, -1],
 )
 FLAGS = "--attn moba --moba-chunk-size 128 --moba-topk 3 --moba-sink 1 --moba-full-tail 50 --moba-full-layers 0,29"
 SPARSE = dict(moba_chunk_size=64, moba_topk=5, moba_sink=1, moba_full_tail=0, moba_decode="moba")

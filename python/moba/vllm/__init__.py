@@ -28,17 +28,7 @@ def register() -> None:
 
 
 def settings_of(vllm_config: "VllmConfig") -> MoBAConfig | None:
-    """Return the settings of a model, or None if it has none. Raises TypeError, ValueError or NotImplementedError naming the
-    setting."""
-    config = _settings_of(vllm_config)
-    if config is not None and config.is_by_layer:
-        raise NotImplementedError(
-            "moba.vllm: moba_chunk_size, moba_topk, moba_sink: expected one number for all layers, got lists of layers"
-        )
-    return config
-
-
-def _settings_of(vllm_config: "VllmConfig") -> MoBAConfig | None:
+    """Return the settings of a model, or None if it has none. Raises TypeError or ValueError naming the setting."""
     text = os.environ.get(_ENVIRONMENT)
     if text:
         try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -36,7 +36,7 @@ _MAX_HEAD_DIM = 256
 @dataclass
 class MobaMetadata(CPUAttentionMetadata):
     before: Tensor | None = None  # int32 [requests]: tokens in the cache before this step
-    completes_blocks: bool = False
+    completed: frozenset[int] = frozenset()  # the sizes of which a block is completed in this step
     runs: list[Run] = field(default_factory=list)
 
 
@@ -50,6 +50,7 @@ class MobaMetadataBuilder(CPUAttentionMetadataBuilder):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.config = settings_of(vllm_config)
+        self.block_sizes: set[int] = set()
         if self.config is None:
             return
         self._begin_layers(self.config)
@@ -62,19 +63,23 @@ class MobaMetadataBuilder(CPUAttentionMetadataBuilder):
             self.vllm_config, Attention, self.layer_names
         ).items():
             index = extract_layer_index(name)
-            is_full = index in config.full_layers or index - layers in config.full_layers
-            if not is_full:
-                self._check_layer(config, layer)
-            layer.impl.is_moba = not is_full
+            if index in config.full_layers or index - layers in config.full_layers:
+                continue
+            try:
+                layer.impl.config = config.of_layer(index, layers)
+            except ValueError as error:
+                raise ValueError(f"moba.vllm: {str(error).split(': ', 1)[1]}") from None
+            self._check_layer(layer.impl.config, layer)
+            self.block_sizes.add(layer.impl.config.moba_chunk_size)
         if self.vllm_config.kv_transfer_config is not None:
             raise NotImplementedError(
                 "moba.vllm: kv_transfer_config: expected none (means of blocks are not transferred), got one"
             )
         logger.info_once(
-            "MoBA: blocks of %d tokens, top-k %d, sink %d, full tail %d, full layers %s, decode %s",
-            config.moba_chunk_size,
-            config.moba_topk,
-            config.sink_blocks,
+            "MoBA: blocks of %s tokens, top-k %s, sink %s, full tail %d, full layers %s, decode %s",
+            str(config.moba_chunk_size),
+            str(config.moba_topk),
+            str(config.sink_blocks),
             config.full_tail,
             str(list(config.full_layers)),
             config.decode,
@@ -141,23 +146,25 @@ class MobaMetadataBuilder(CPUAttentionMetadataBuilder):
         parts = parts_of(
             self.config, starts, lengths, lengths if prompts is None else prompts.tolist()
         )
-        size = self.config.moba_chunk_size
         before = [length - (end - first) for length, first, end in zip(lengths, starts, starts[1:])]
         return MobaMetadata(
             **vars(metadata),
             before=torch.tensor(before, dtype=torch.int32),
-            completes_blocks=any(a // size < b // size for a, b in zip(before, lengths)),
+            completed=frozenset(
+                size
+                for size in self.block_sizes
+                if any(a // size < b // size for a, b in zip(before, lengths))
+            ),
             runs=runs_of(parts, metadata.block_table),
         )
 
 
 class MobaImpl(CPUAttentionBackendImpl):
-    """A layer of vLLM's CPU backend, or one with MoBA if its builder says so."""
+    """A layer of vLLM's CPU backend, or one with MoBA if its builder sets a configuration."""
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
-        self.config = settings_of(get_current_vllm_config())
-        self.is_moba = False
+        self.config: MoBAConfig | None = None
         self._kv_cache: Tensor | None = None
 
     def _bind(self, kv_cache: Tensor) -> None:
@@ -177,7 +184,7 @@ class MobaImpl(CPUAttentionBackendImpl):
         kv_cache: Tensor,
         slot_mapping: Tensor,
     ) -> None:
-        if not self.is_moba:
+        if self.config is None:
             return super().do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         if self._kv_cache is not kv_cache:
             self._bind(kv_cache)
@@ -199,7 +206,7 @@ class MobaImpl(CPUAttentionBackendImpl):
         output_scale: Tensor | None = None,
         output_block_scale: Tensor | None = None,
     ) -> Tensor:
-        if not self.is_moba or attn_metadata is None:
+        if self.config is None or attn_metadata is None:
             return super().forward(
                 layer,
                 query,
@@ -212,7 +219,7 @@ class MobaImpl(CPUAttentionBackendImpl):
                 output_block_scale,
             )
         config = self.config
-        if attn_metadata.completes_blocks:
+        if config.moba_chunk_size in attn_metadata.completed:
             ops.update_means(
                 self._k,
                 self._means,
