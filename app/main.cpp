@@ -24,11 +24,20 @@ void spin_briefly() {
   if (std::getenv("OMP_WAIT_POLICY") == nullptr) setenv("GOMP_SPINCOUNT", "1000", 0);  // some 50 microseconds
 }
 
+/// oneDNN, and LibTorch's wrapper around it, keep the compiled product of every shape that they have met,
+/// 1024 of them, and prompts are read in chunks of any number of tokens: without limits a server grows by
+/// half a GiB. They read these at their first product.
+void keep_few_products() {
+  setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64", 0);
+  setenv("LRU_CACHE_CAPACITY", "64", 0);
+}
+
 /// Goes on as moba-llm, which knows the flags; returns only where that fails.
 [[noreturn]] void hand_over(char** argv) {
   const std::filesystem::path program =
       std::filesystem::read_symlink("/proc/self/exe").parent_path() / "moba-llm";
   spin_briefly();
+  keep_few_products();
   execv(program.c_str(), argv);
   throw moba::llm::UsageError("cannot start " + program.string() +
                               ", which is built and installed beside moba: " + std::strerror(errno));

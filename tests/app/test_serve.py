@@ -791,7 +791,7 @@ def resident(server):
 
 def test_memory_stays_flat_over_many_requests(start):
     """Send 400 requests, or MOBA_TEST_REQUESTS, of every kind: streams, evidence, cancelled ones, errors."""
-    server = start("--cache-size", "16m", model=NEEDLE)
+    server = start("--cache-size", "16m", "--dtype", "auto", model=NEEDLE)
     client = server.client()
 
     def send(seed):
