@@ -29,6 +29,8 @@ using I32x8 = hn::CappedTag<std::int32_t, 8>;
 
 constexpr std::int64_t kLanes = hn::MaxLanes(F32());
 constexpr std::int64_t kGroup = 32;
+/// Rows of activations for which a group of weights is unpacked once.
+constexpr std::int64_t kRowsAtOnce = 4;
 /// How far ahead of a row memory is fetched: hardware stops at the ends of pages, which files have every 4
 /// KiB.
 constexpr std::int64_t kPrefetchBytes = 4096, kCacheLine = 64;
@@ -103,34 +105,45 @@ HWY_INLINE void row_scales(const Byte* HWY_RESTRICT in, std::int64_t blocks, flo
     Format::scales(in, scale + i * kScales, minimum + i * kScales);
 }
 
-/// Row `row` of rounded activations times a row of weights, whose scales were read.
-template <class Format>
-float int8_dot(const Byte* HWY_RESTRICT in, const float* HWY_RESTRICT w_scale,
+/// Rounded activations of rows [row, row + kRows) times a row of weights, whose scales were read: to out[0],
+/// out[y_stride], ... A group of weights is unpacked once for all rows. `combined` has room for
+/// `combined_stride` floats for each.
+template <class Format, std::int64_t kRows>
+void int8_dots(const Byte* HWY_RESTRICT in, const float* HWY_RESTRICT w_scale,
                const float* HWY_RESTRICT w_minimum, const FewRows& x, std::int64_t row,
-               float* HWY_RESTRICT combined) {
+               float* HWY_RESTRICT combined, std::size_t combined_stride, float* out, std::int64_t y_stride) {
   constexpr std::int64_t kPerGroup = kGroup / Format::kGroup;  // scales in a group of 32
   constexpr auto kOffset = static_cast<float>(Format::kOffset);
-  const float* HWY_RESTRICT x_scale =
-      (kPerGroup == 1 ? x.scale.data() : x.half_scale.data()) + row * x.groups * kPerGroup;
-  const float* HWY_RESTRICT x_sum =
-      (kPerGroup == 1 ? x.sum.data() : x.half_sum.data()) + row * x.groups * kPerGroup;
-  const std::int8_t* level = x.level.data() + row * x.groups * kGroup;
+  const std::int64_t scales = x.groups * kPerGroup, levels = x.groups * kGroup;
+  const float* HWY_RESTRICT x_scale = (kPerGroup == 1 ? x.scale.data() : x.half_scale.data()) + row * scales;
+  const float* HWY_RESTRICT x_sum = (kPerGroup == 1 ? x.sum.data() : x.half_sum.data()) + row * scales;
+  const std::int8_t* level = x.level.data() + row * levels;
   const std::int64_t blocks = x.columns / Format::kValues;
 #if MOBA_HAS_BYTE_PRODUCTS
   const F32x8 d;
-  auto sum0 = hn::Zero(d), sum1 = sum0, shifts = sum0;
+  hn::Vec<F32x8> sum0[kRows], sum1[kRows], shifts[kRows];
+  for (std::int64_t r = 0; r < kRows; ++r) sum0[r] = sum1[r] = shifts[r] = hn::Zero(d);
   for (std::int64_t i = 0; i < x.columns / Format::kGroup;
        i += 8) {  // whole vectors: all arrays are padded with zeros
     const auto scale = hn::LoadU(d, w_scale + i);
-    hn::StoreU(hn::Mul(scale, hn::LoadU(d, x_scale + i)), d, combined + i);
     auto shift = hn::Mul(scale, hn::Set(d, -kOffset));
     if constexpr (Format::kHasMinimum) shift = hn::LoadU(d, w_minimum + i);
-    shifts = hn::MulAdd(shift, hn::LoadU(d, x_sum + i), shifts);
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      hn::StoreU(hn::Mul(scale, hn::LoadU(d, x_scale + r * scales + i)), d,
+                 combined + static_cast<std::size_t>(r) * combined_stride + i);
+      shifts[r] = hn::MulAdd(shift, hn::LoadU(d, x_sum + r * scales + i), shifts[r]);
+    }
   }
   const auto add = [&](const Byte* block, auto g, std::int64_t group, auto& sum) HWY_ATTR {
     const Bytes32 q = Format::template group<g>(block);
-    const auto product = hn::ConvertTo(d, products<kMaxQ<Format>>(q, level + group * kGroup));
-    sum = hn::MulAdd(product, lane_scales<Format::kGroup>(combined, group), sum);
+#pragma GCC unroll 8
+    for (std::int64_t r = 0; r < kRows; ++r) {
+      const auto product = hn::ConvertTo(d, products<kMaxQ<Format>>(q, level + r * levels + group * kGroup));
+      sum[r] = hn::MulAdd(
+          product,
+          lane_scales<Format::kGroup>(combined + static_cast<std::size_t>(r) * combined_stride, group),
+          sum[r]);
+    }
   };
   if constexpr (Format::kValues == kGroup) {
     const std::integral_constant<int, 0> first;
@@ -146,25 +159,29 @@ float int8_dot(const Byte* HWY_RESTRICT in, const float* HWY_RESTRICT w_scale,
           [&](auto g) HWY_ATTR { add(in, g, i * (Format::kValues / kGroup) + g, g % 2 == 0 ? sum0 : sum1); });
     }
   }
-  return hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(sum0, sum1), shifts)));
+  for (std::int64_t r = 0; r < kRows; ++r)
+    out[r * y_stride] = hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(sum0[r], sum1[r]), shifts[r])));
 #else
   (void)combined;
-  float sum = 0;
+  (void)combined_stride;
+  float sum[kRows] = {};
   for (std::int64_t i = 0; i < blocks; ++i, in += Format::kBytes) {
     each_group<Format>([&](auto g) {
       const Bytes32 q = Format::template group<g>(in);
       const std::int64_t first = i * Format::kValues + g * kGroup;
-      for (std::int64_t part = 0; part < kPerGroup; ++part) {
-        std::int32_t product = 0;
-        for (std::int64_t j = part * Format::kGroup; j < (part + 1) * Format::kGroup; ++j)
-          product += static_cast<std::int32_t>(q[j]) * level[first + j];
-        const std::int64_t at = first / Format::kGroup + part;
-        sum += w_scale[at] * x_scale[at] * static_cast<float>(product);
-        sum += (Format::kHasMinimum ? w_minimum[at] : -kOffset * w_scale[at]) * x_sum[at];
+      for (std::int64_t r = 0; r < kRows; ++r) {
+        for (std::int64_t part = 0; part < kPerGroup; ++part) {
+          std::int32_t product = 0;
+          for (std::int64_t j = part * Format::kGroup; j < (part + 1) * Format::kGroup; ++j)
+            product += static_cast<std::int32_t>(q[j]) * level[r * levels + first + j];
+          const std::int64_t at = first / Format::kGroup + part;
+          sum[r] += w_scale[at] * x_scale[r * scales + at] * static_cast<float>(product);
+          sum[r] += (Format::kHasMinimum ? w_minimum[at] : -kOffset * w_scale[at]) * x_sum[r * scales + at];
+        }
       }
     });
   }
-  return sum;
+  for (std::int64_t r = 0; r < kRows; ++r) out[r * y_stride] = sum[r];
 #endif
 }
 
@@ -196,11 +213,13 @@ float stored_dot(const float* x, std::int64_t columns, Storage storage, const By
 /// The scales of a row of weights, or its values.
 struct RowScratch {
   std::vector<float> scale, minimum, combined, values;
+  std::size_t stride = 0;  // of `combined`
 
   void resize(std::int64_t columns) {
     values.resize(static_cast<std::size_t>(columns));
-    for (auto* v : {&scale, &minimum, &combined})
-      v->assign(static_cast<std::size_t>(columns / 16 + 16), 0.0F);
+    stride = static_cast<std::size_t>(columns / 16 + 16);
+    for (auto* v : {&scale, &minimum}) v->assign(stride, 0.0F);
+    combined.assign(kRowsAtOnce * stride, 0.0F);
   }
 };
 
@@ -249,11 +268,20 @@ void multiply(const FewRows& x, const StoredTensor& weight, const std::int32_t* 
         float* to = scratch.values.data() + i;
         each_value<Format>(block, [to](int j, auto d, auto v) HWY_ATTR { hn::StoreU(v, d, to + j); });
       }
-      for (std::int64_t r = 0; r < x.rows; ++r) {
-        out[r * y_stride] = is_rounded(r)
-                                ? int8_dot<Format>(row, scratch.scale.data(), scratch.minimum.data(), x, r,
-                                                   scratch.combined.data())
-                                : f32_dot(x.values + r * x.stride, x.columns, scratch.values.data());
+      const auto rounded = [&](auto rows, std::int64_t r) HWY_ATTR {
+        int8_dots<Format, decltype(rows)::value>(row, scratch.scale.data(), scratch.minimum.data(), x, r,
+                                                 scratch.combined.data(), scratch.stride, out + r * y_stride,
+                                                 y_stride);
+      };
+      std::int64_t r = 0;
+      for (; all_rounded && r + kRowsAtOnce <= x.rows; r += kRowsAtOnce)
+        rounded(std::integral_constant<std::int64_t, kRowsAtOnce>(), r);
+      for (; r < x.rows; ++r) {
+        if (is_rounded(r)) {
+          rounded(std::integral_constant<std::int64_t, 1>(), r);
+        } else {
+          out[r * y_stride] = f32_dot(x.values + r * x.stride, x.columns, scratch.values.data());
+        }
       }
     });
   });

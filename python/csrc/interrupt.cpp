@@ -5,7 +5,8 @@
 namespace moba::pytorch {
 namespace {
 
-/// Functions of Python's stable ABI, found in the process: one build serves every Python, and programs without.
+/// Functions of Python's stable ABI, found in the process: one build serves every Python, and programs
+/// without.
 struct Python {
   struct Object;
 
@@ -49,7 +50,8 @@ bool Interrupt::run_handlers() {
 
 }  // namespace moba::pytorch
 
-/// Raises in Python what a signal handler raised during the last call, if anything. Called with Python's global lock.
+/// Raises in Python what a signal handler raised during the last call, if anything. Called with Python's
+/// global lock.
 extern "C" __attribute__((visibility("default"))) void moba_raise_interrupt() {
   using namespace moba::pytorch;
   if (raised.type == nullptr) return;

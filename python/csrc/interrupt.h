@@ -1,5 +1,5 @@
-/// Ctrl-C during a call on the CPU. Python runs its signal handlers only between instructions of its own, so the main
-/// thread asks for them while it computes.
+/// Ctrl-C during a call on the CPU. Python runs its signal handlers only between instructions of its own, so
+/// the main thread asks for them while it computes.
 #pragma once
 
 #include <chrono>
@@ -10,8 +10,9 @@ namespace moba::pytorch {
 /// The handlers' part in one call.
 class Interrupt {
  public:
-  /// Runs pending handlers if this is Python's main thread and the last time was 100 ms ago. Returns whether one has
-  /// raised an exception, which is kept for `moba_raise_interrupt`. In a process without Python none does.
+  /// Runs pending handlers if this is Python's main thread and the last time was 100 ms ago. Returns whether
+  /// one has raised an exception, which is kept for `moba_raise_interrupt`. In a process without Python none
+  /// does.
   bool run_handlers();
 
  private:

@@ -18,7 +18,8 @@
 
 namespace {
 
-/// Smaller allocations are not counted: oneDNN uses the descriptions of its products, some of 200 KiB, unchecked.
+/// Smaller allocations are not counted: oneDNN uses the descriptions of its products, some of 200 KiB,
+/// unchecked.
 constexpr std::size_t kLargeAllocation = 1 << 20;
 
 std::atomic<long> count{0};

@@ -151,6 +151,34 @@ TEST_P(FewRowsProducts, AreExactWithinTheRoundingOfF32Sums) {
   }
 }
 
+/// Rows that are multiplied together keep the bits of a row alone.
+TEST_P(FewRowsProducts, DoNotDependOnTheOtherRows) {
+  if (block_of(GetParam()).values == 1) return;  // never rounded
+  std::mt19937 random(13);
+  constexpr std::int64_t kOutputs = 3;
+  const std::int64_t columns = 9 * block_of(GetParam()).values;
+  const RandomWeights weights(GetParam(), kOutputs, columns, random);
+  std::vector<float> x(static_cast<std::size_t>(kFewRows * columns));
+  std::normal_distribution<float> normal;
+  for (float& value : x) value = normal(random);
+  const auto product = [&](std::int64_t first, std::int64_t rows) {
+    FewRows few{.values = x.data() + first * columns, .rows = rows, .columns = columns, .stride = columns};
+    round_to_int8(few);
+    std::vector<float> y(static_cast<std::size_t>(rows * kOutputs));
+    multiply_few_rows(few, weights.tensor, nullptr, 0, kOutputs, y.data(), kOutputs);
+    return y;
+  };
+  std::vector<float> alone;
+  for (std::int64_t row = 0; row < kFewRows; ++row) {
+    const std::vector<float> y = product(row, 1);
+    alone.insert(alone.end(), y.begin(), y.end());
+  }
+  for (std::int64_t rows = 1; rows <= kFewRows; ++rows) {
+    const std::vector<float> expected(alone.begin(), alone.begin() + rows * kOutputs);
+    EXPECT_EQ(product(0, rows), expected) << rows << " rows";
+  }
+}
+
 /// Row 1 of three has a value that is not finite: its products are f32's, and the other rows keep their bits.
 TEST_P(FewRowsProducts, KeepNanAndInfinity) {
   if (block_of(GetParam()).values == 1) return;  // never rounded
