@@ -120,8 +120,8 @@ class Server:
         from model_files import hugging_face_folder
 
         folder = hugging_face_folder(options.cache_dir, model)
-        return [options.vllm / "bin/vllm", "serve", folder, "--port", self.port, "--max-model-len", context,
-                "--tokenizer", folder, "--skip-tokenizer-init", "--dtype", "bfloat16"]  # fmt: skip
+        return [options.vllm / "bin/python", "-m", "vllm.entrypoints.openai.api_server", "--model", folder,
+                "--port", self.port, "--max-model-len", context, "--dtype", "bfloat16"]  # fmt: skip
 
     def wait(self, timeout):
         end = time.monotonic() + timeout
@@ -196,10 +196,16 @@ class Answer:
 
 
 class Client:
-    """A connection that asks one request after the other."""
+    """A client that asks one request after the other, each on a connection of its own: servers differ in when they close
+    one."""
 
     def __init__(self, port, timeout):
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+        self.port, self.timeout = port, timeout
+        self.connection = None
+
+    def connect(self):
+        self.close()
+        self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=self.timeout)
         self.connection.connect()
         self.connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -207,6 +213,7 @@ class Client:
         """Continue a prompt of token ids by `tokens` tokens."""
         body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
                 "stream_options": {"include_usage": True}, **extra}  # fmt: skip
+        self.connect()
         begin = time.perf_counter()
         self.connection.request(
             "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}
@@ -237,7 +244,8 @@ class Client:
         return answer
 
     def close(self):
-        self.connection.close()
+        if self.connection:
+            self.connection.close()
 
 
 def percentile(values, share):
