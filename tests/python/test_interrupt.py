@@ -66,7 +66,7 @@ def test_an_own_handler_raises_its_own_exception():
 
 
 def test_a_handler_that_returns_lets_the_call_finish():
-    assert interrupted(1 << 14, "forward", "quiet") == ["seen", "finished", "True"]
+    assert interrupted(1 << 16, "forward", "quiet") == ["seen", "finished", "True"]
 
 
 def inputs(seed):
