@@ -42,7 +42,6 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const Sequence
   named("attention", [&] {
     check_attention(q, k, v, sequences, routing);
     check_outputs(q, outputs, routing, selection_width(sequences, routing));
-    check_no_weights(outputs);
     check_apart_from_keys(outputs, k, v);
     if (const DeviceFlow* device = device_for(q, execution))
       return device->attention(q, k, v, batch_of(sequences), routing, outputs, execution);
@@ -116,7 +115,6 @@ void attention(const Tensor& q, const KvCache& cache, std::int64_t sequence, con
     check_cached(q, cache, routing);
     check_outputs(q, outputs, routing,
                   selection_width(one_sequence(q.sizes[0], cache.length(sequence)), routing));
-    check_no_weights(outputs);
     check_execution(execution);
     const BlockMeans means = cached_means(cache, sequence);
     host::forward(cached_call(q, cache, sequence, routing), &means, outputs, execution);
@@ -128,7 +126,7 @@ void decode(const Tensor& q, const KvCache& cache, const Routing& routing, const
   named("decode", [&] {
     check_cached(q, cache, routing);
     check_decode(q, cache.shape().sequences, outputs);
-    check_outputs(q, outputs, routing, 0);
+    check_destinations(q, outputs, routing, 0);
     check_execution(execution);
     const Call call = decode_call(q, cache, routing);
     check_weights(outputs, call.sequences);
@@ -141,7 +139,6 @@ void attention(const Tensor& q, const PageLayout& layout, const PagedSequence& s
   named("attention", [&] {
     check_cached(q, layout, {&sequence, 1}, routing);
     check_outputs(q, outputs, routing, selection_width(one_sequence(q.sizes[0], sequence.length), routing));
-    check_no_weights(outputs);
     check_execution(execution);
     const BlockMeans means = cached_means(layout, {&sequence, 1});
     host::forward(cached_call(q, layout, sequence, routing), &means, outputs, execution);
@@ -153,7 +150,7 @@ void decode(const Tensor& q, const PageLayout& layout, std::span<const PagedSequ
   named("decode", [&] {
     check_cached(q, layout, sequences, routing);
     check_decode(q, static_cast<std::int64_t>(sequences.size()), outputs);
-    check_outputs(q, outputs, routing, 0);
+    check_destinations(q, outputs, routing, 0);
     check_execution(execution);
     const Call call = decode_call(q, layout, sequences, routing);
     check_weights(outputs, call.sequences);
@@ -166,7 +163,6 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceSe
   named("attention", [&] {
     check_attention(q, k, v, sequences, routing);
     check_outputs(q, outputs, routing, selection_width(sequences, routing));
-    check_no_weights(outputs);
     check_apart_from_keys(outputs, k, v);
     device_required(q, execution).attention(q, k, v, batch_of(sequences), routing, outputs, execution);
   });
@@ -225,7 +221,6 @@ void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, co
     check_paged(q, cache, routing);
     check_decode(q, cache.sequences, outputs);
     check_outputs(q, outputs, routing, 0);
-    check_no_weights(outputs);
     if (const DeviceFlow* device = device_for(q, execution))
       return device->decode(q, cache, routing, outputs, execution);
     require_host(q, execution);

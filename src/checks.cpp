@@ -267,13 +267,19 @@ void check_routing(const Tensor& q, const Routing& routing) {
            routing.sink_blocks);
 }
 
-void check_outputs(const Tensor& q, const Outputs& outputs, const Routing& routing, std::int64_t width) {
+void check_destinations(const Tensor& q, const Outputs& outputs, const Routing& routing, std::int64_t width) {
   check_view("out", outputs.out);
   check_same_shape("out", outputs.out, "q", q);
   check_written("out", outputs.out);
   check_apart("out", outputs.out, "q", q);
   check_lse(outputs.lse);
   check_selection("selection", outputs.selection, outputs.selection_stride, routing, width);
+}
+
+void check_outputs(const Tensor& q, const Outputs& outputs, const Routing& routing, std::int64_t width) {
+  check_destinations(q, outputs, routing, width);
+  if (!outputs.weights.empty())
+    refuse("weights", "expected none (decode on the host computes them), got ", outputs.weights.size());
 }
 
 void check_apart_from_keys(const Outputs& outputs, const Tensor& k, const Tensor& v) {
@@ -636,11 +642,6 @@ void check_weights(const Outputs& outputs, std::span<const SequenceView> sequenc
       refuse("weights.keys", "expected 0 to ", sequences[i].keys, " (those of the sequence), got ",
              weights.keys);
   }
-}
-
-void check_no_weights(const Outputs& outputs) {
-  if (!outputs.weights.empty())
-    refuse("weights", "expected none (decode on the host computes them), got ", outputs.weights.size());
 }
 
 void check_sequence(const KvCache& cache, std::int64_t sequence) {

@@ -19,7 +19,9 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v, const De
                      const Routing& routing);
 /// `q`: the queries, whose heads a selection of the caller has to divide.
 void check_routing(const Tensor& q, const Routing& routing);
-/// `width`: that of the gate's selection.
+/// Checks all destinations but the weights. `width`: that of the gate's selection.
+void check_destinations(const Tensor& q, const Outputs& outputs, const Routing& routing, std::int64_t width);
+/// The same of a call that computes no weights.
 void check_outputs(const Tensor& q, const Outputs& outputs, const Routing& routing, std::int64_t width);
 /// Checks, beyond check_outputs, that out shares no memory with the caller's keys and values.
 void check_apart_from_keys(const Outputs& outputs, const Tensor& k, const Tensor& v);
@@ -59,8 +61,6 @@ void check_update(const PagedCache& cache, const std::int32_t* before, std::int6
 void check_decode(const Tensor& q, std::int64_t sequences, const Outputs& outputs);
 /// Checks the destinations of weights against the sequences of a decode call.
 void check_weights(const Outputs& outputs, std::span<const SequenceView> sequences);
-/// Checks that no weights are requested where none are computed.
-void check_no_weights(const Outputs& outputs);
 void check_sequence(const KvCache& cache, std::int64_t sequence);
 
 }  // namespace moba

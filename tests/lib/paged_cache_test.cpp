@@ -308,6 +308,16 @@ TEST(PagedCacheChecks, InvalidArgumentsThrow) {
             "attention: causal: expected true (a cache takes causal queries only), got false");
 }
 
+TEST(PagedCacheChecks, WeightsThrow) {
+  const Case c = mixed_case(DType::f32, {.block_size = 8, .top_k = 2});
+  const Pages pages(c, 4);
+  Result result(c);
+  const KeyWeights weights{};
+  EXPECT_THROW(attention(c.q.view(), c.sequences.cu_seqlens_q.data(), pages.cache, c.routing,
+                         {.out = result.out.view(), .weights = {&weights, 1}}),
+               Error);
+}
+
 TEST(PagedCacheChecks, InvalidFormerLengthsThrow) {
   const Case c = mixed_case(DType::f32, {.block_size = 8, .top_k = 2});
   const Pages pages(c, 4);
