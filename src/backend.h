@@ -66,6 +66,11 @@ inline CacheRow cache_row(const KvLayout& layout, std::span<const std::byte* con
           layout.scale_offset == 0 ? nullptr : reinterpret_cast<float*>(page + layout.scale_offset) + slot};
 }
 
+/// Returns the threads of a call: OpenMP's, unless it names others.
+inline Parallel threads_of(const Execution& execution) {
+  return execution.parallel.run ? execution.parallel : openmp();
+}
+
 /// Execution::cancelled, which stays true once it was.
 class Cancel {
  public:

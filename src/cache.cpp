@@ -51,9 +51,7 @@ void append_rows(const Backend& backend, const Append& rows, const Execution& ex
     for (std::int64_t block = begin; block < std::min(begin + step, last); ++block)
       backend.append(rows, block, task % kv_heads);
   };
-  const Parallel parallel = added < kTokensPerTask   ? serial()
-                            : execution.parallel.run ? execution.parallel
-                                                     : openmp();
+  const Parallel parallel = added < kTokensPerTask ? serial() : threads_of(execution);
   parallel.run(tasks, append_blocks);
 }
 

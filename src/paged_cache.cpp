@@ -74,12 +74,6 @@ void add_sequences(Call& call, const PagedCache& cache, const std::vector<Part>&
   }
 }
 
-const Parallel& parallel_of(const Execution& execution, Parallel& fallback) {
-  if (execution.parallel.run) return execution.parallel;
-  fallback = openmp();
-  return fallback;
-}
-
 }  // namespace
 
 Call paged_call(const Tensor& q, const std::int32_t* cu_seqlens_q, const PagedCache& cache,
@@ -114,8 +108,7 @@ BlockMeans paged_means(const Call& call, const PagedCache& cache, Scratch& scrat
   BlockMeans copies{.head_stride = head_dim,
                     .block_stride = heads * head_dim,
                     .storage = Buffer<float>(scratch, total * heads * head_dim)};
-  Parallel fallback;
-  const Parallel& parallel = parallel_of(execution, fallback);
+  const Parallel parallel = threads_of(execution);
   float* base = copies.storage.data();
   for (std::int64_t s = 0; s < cache.sequences; ++s) {
     constexpr std::int64_t kBlocksPerTask = 256;  // enough to amortise its scheduling

@@ -35,7 +35,7 @@ Run::Run(const Call& call, const Execution& execution)
       execution_(execution),
       backend_(choose_backend(execution.backend, call)),
       cancelled_(execution.cancelled),
-      parallel_(cancellable(execution.parallel.run ? execution.parallel : openmp(), cancelled_)),
+      parallel_(cancellable(threads_of(execution), cancelled_)),
       scratch_(execution.scratch),
       context_{parallel_, scratch_, execution.workspace_bytes.value_or(kHostWorkspace), cancelled_} {}
 
