@@ -104,11 +104,7 @@ void write_calibration(const fs::path& path, const Calibration& calibration) {
             {"layers", Json::array()},
             {"measured", calibration.measured}};
   for (const Routing& routing : calibration.layers) json["layers"].push_back(to_json(routing));
-  const fs::path unfinished = path.string() + ".tmp";
-  write_file(unfinished, json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
-  std::error_code error;
-  fs::rename(unfinished, path, error);
-  if (error) throw DataError(fmt::format("{}: expected to write it, got {}", path.string(), error.message()));
+  replace_file(path, json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n");
 }
 
 fs::path calibration_beside(const fs::path& model) {

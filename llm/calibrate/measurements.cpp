@@ -1,10 +1,7 @@
 #include "llm/calibrate/measurements.h"
 
-#include <fmt/format.h>
-
 #include <nlohmann/json.hpp>
 
-#include "llm/error.h"
 #include "llm/formats/json.h"
 #include "llm/formats/output_file.h"
 
@@ -81,12 +78,7 @@ void Measurements::save() const {
                               {"agreement", score.agreement},
                               {"tokens", score.tokens}});
   }
-  const fs::path unfinished = path_.string() + ".tmp";
-  write_file(unfinished, json.dump() + "\n");
-  std::error_code error;
-  fs::rename(unfinished, path_, error);
-  if (error)
-    throw DataError(fmt::format("{}: expected to write it, got {}", path_.string(), error.message()));
+  replace_file(path_, json.dump() + "\n");
 }
 
 void Measurements::discard() const {

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <system_error>
 
 #include "llm/error.h"
@@ -49,6 +50,12 @@ void write_file(const std::filesystem::path& path, std::string_view text) {
   OutputFile file(path);
   file.write(text);
   file.finish();
+}
+
+void replace_file(const std::filesystem::path& path, std::string_view text) {
+  const std::filesystem::path unfinished = path.string() + ".tmp";
+  write_file(unfinished, text);
+  if (std::rename(unfinished.c_str(), path.c_str()) != 0) fail_to_write(path);
 }
 
 void sync_folder(const std::filesystem::path& folder) {

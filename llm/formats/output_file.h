@@ -30,6 +30,9 @@ class OutputFile {
 /// Writes a small file and syncs it to disk.
 void write_file(const std::filesystem::path& path, std::string_view text);
 
+/// The same, but the file appears under its name, in place of an older one, when it is complete.
+void replace_file(const std::filesystem::path& path, std::string_view text);
+
 /// Syncs a folder to disk: files created, renamed or removed in it.
 void sync_folder(const std::filesystem::path& folder);
 

@@ -321,15 +321,14 @@ void Run::Impl::resume(const fs::path& checkpoint) {
 
 /// Opens the log, with the lines up to the checkpoint's step.
 void Run::Impl::open_log() {
-  const fs::path path = settings.out / kLogFile, half_done = path.string() + ".part";
+  const fs::path path = settings.out / kLogFile;
   std::string kept;
   std::ifstream old(path);
   for (std::string line; std::getline(old, line);) {
     const nlohmann::json record = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
     if (record.is_object() && record.value("step", step + 1) <= step) kept += line + "\n";
   }
-  write_file(half_done, kept);
-  fs::rename(half_done, path);
+  replace_file(path, kept);
   log_file.open(path, std::ios::app);
 }
 
