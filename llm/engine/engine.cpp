@@ -95,6 +95,12 @@ struct Sequence {
   }
 };
 
+/// A sequence that a step decodes, and the routings of its token, by layer.
+struct Decoding {
+  Sequence* sequence;
+  std::vector<Routing> routings;
+};
+
 }  // namespace
 
 std::string_view name_of(Finish finish) {
@@ -131,7 +137,7 @@ struct Engine::Impl {
 
   std::vector<Routing> routings(const Sequence& sequence, std::int64_t tokens) const;
   void decode_all();
-  std::vector<float> decode(std::span<Sequence* const> batch);
+  std::vector<float> decode(std::span<const Decoding> batch);
   void prefill_one(double decode_seconds);
   Sequence* next_prefill();
   std::int64_t prefix_end(const Sequence& sequence) const;
@@ -399,19 +405,18 @@ bool comes_before(const std::vector<Routing>& a, const std::vector<Routing>& b) 
 }  // namespace
 
 /// Reads the last token of every sequence; returns the logits [batch, vocab].
-std::vector<float> Engine::Impl::decode(std::span<Sequence* const> batch) {
+std::vector<float> Engine::Impl::decode(std::span<const Decoding> batch) {
   std::vector<std::int32_t> tokens;
   std::vector<std::int64_t> positions;
-  std::vector<std::vector<Routing>> by_sequence;  // [batch][layers]
-  for (Sequence* s : batch) {
+  bool any_weights = false;
+  for (const auto& [s, routings] : batch) {
     tokens.push_back(s->tokens.back());
     positions.push_back(s->cache.length());
-    by_sequence.push_back(routings(*s, s->cache.length() + 1));
     s->cache.prepare(1);
-    if (s->weights) s->weights->clear();
+    if (!s->weights) continue;
+    s->weights->clear();
+    any_weights = true;
   }
-  const bool any_weights =
-      std::any_of(batch.begin(), batch.end(), [](const Sequence* s) { return s->weights.has_value(); });
   std::vector<KeyWeights> weights(any_weights ? batch.size() : 0);
   double seconds = 0;
   const Execution execution{.parallel = parallel};
@@ -422,14 +427,15 @@ std::vector<float> Engine::Impl::decode(std::span<Sequence* const> batch) {
         const ScopedTimer timer(seconds);
         const PageLayout& layout = format.layer(layer);
         for (std::size_t i = 0; i < batch.size(); ++i) {
-          views[i] = batch[i]->cache.view(layer, positions[i]);
+          Sequence& s = *batch[i].sequence;
+          views[i] = s.cache.view(layer, positions[i]);
           append(rows_of(k, i, 1), rows_of(v, i, 1), layout, views[i], execution);
           ++views[i].length;
-          if (batch[i]->weights) weights[i] = batch[i]->weights->layer();
+          if (s.weights) weights[i] = s.weights->layer();
         }
         for (std::size_t first = 0, last = 0; first < batch.size(); first = last) {
           const auto routing_of = [&](std::size_t i) -> const Routing& {
-            return by_sequence[i][static_cast<std::size_t>(layer)];
+            return batch[i].routings[static_cast<std::size_t>(layer)];
           };
           while (last < batch.size() && key_of(routing_of(last)) == key_of(routing_of(first))) ++last;
           Outputs outputs{.out = rows_of(out, first, last - first)};
@@ -437,10 +443,10 @@ std::vector<float> Engine::Impl::decode(std::span<Sequence* const> batch) {
           moba::decode(rows_of(q, first, last - first), layout, std::span(views).subspan(first, last - first),
                        routing_of(first), outputs, execution);
         }
-        for (Sequence* s : batch)
+        for (const auto& [s, routings] : batch)
           if (s->weights) s->weights->add_layer();
       });
-  for (Sequence* s : batch) {
+  for (const auto& [s, routings] : batch) {
     s->usage.attention.decode += seconds;
     advance(*s, 1);
   }
@@ -448,19 +454,18 @@ std::vector<float> Engine::Impl::decode(std::span<Sequence* const> batch) {
 }
 
 void Engine::Impl::decode_all() {
-  std::vector<Sequence*> batch;
+  std::vector<Decoding> batch;
   for (Sequence& sequence : running) {  // reserve() may take younger ones out of the list
-    if (sequence.is_decoding() && reserve(sequence, 1)) batch.push_back(&sequence);
+    if (sequence.is_decoding() && reserve(sequence, 1))
+      batch.push_back({&sequence, routings(sequence, sequence.cache.length() + 1)});
   }
   if (batch.empty()) return;
-  const auto routings_now = [&](const Sequence* s) { return routings(*s, s->cache.length() + 1); };
-  std::stable_sort(batch.begin(), batch.end(), [&](const Sequence* a, const Sequence* b) {
-    return comes_before(routings_now(a), routings_now(b));
-  });
+  std::stable_sort(batch.begin(), batch.end(),
+                   [](const Decoding& a, const Decoding& b) { return comes_before(a.routings, b.routings); });
   const std::vector<float> logits = decode(batch);
   const auto vocab = static_cast<std::size_t>(model.config().vocab);
   for (std::size_t i = 0; i < batch.size(); ++i)
-    sample(*batch[i], std::span(logits).subspan(i * vocab, vocab));
+    sample(*batch[i].sequence, std::span(logits).subspan(i * vocab, vocab));
 }
 
 /// The request whose prompt is read next: every other time the oldest, so that it ends, else the one with
