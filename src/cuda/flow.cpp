@@ -1,7 +1,5 @@
 #include "cuda/flow.h"
 
-#include <algorithm>
-
 #include "cuda/attend.h"
 #include "cuda/gate.h"
 #include "errors.h"
@@ -50,17 +48,10 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBa
   const bool on_sm90 = attends && uses_sm90(call);
   if (call.tokens == 0 || call.sequences == 0) return;
 
-  const auto bytes = [&](const WorkSlice& slice) {
-    ArenaLayout layout;
-    carve(layout, call, batch, slice, outputs);
-    return layout.used();
+  const auto carve_slice = [&](ArenaLayout& layout, const WorkSlice& slice) {
+    return carve(layout, call, batch, slice, outputs);
   };
-  const std::vector<WorkSlice> slices = slices_of(call, execution, bytes);
-  Stream stream(execution);
-  const Arena arena(stream, bytes(slices.front()));
-  for (const WorkSlice& slice : slices) {
-    ArenaLayout layout(arena.data());
-    const Memory memory = carve(layout, call, batch, slice, outputs);
+  run_slices(call, execution, carve_slice, [&](Stream& stream, const WorkSlice& slice, const Memory& memory) {
     const Batch on_device = lay_out(stream, call, batch, slice, memory.starts);
     if (call.needs_scores()) {
       // Later slices of the same heads find the means where the first has put them.
@@ -69,13 +60,11 @@ void attention(const Tensor& q, const Tensor& k, const Tensor& v, const DeviceBa
     }
     if (outputs.selection != nullptr && !call.needs_scores())
       write_unscored_selection(stream, call, slice, on_device, rows_in(outputs, call));
-    if (!attends) continue;
+    if (!attends) return;
     plan(stream, call, slice, on_device, memory.selection, memory.plan);
     (on_sm90 ? attend_sm90 : attend)(stream, call, slice, on_device, memory.plan, memory.partials, outputs);
     combine(stream, call, slice, on_device, memory.selection, memory.partials, outputs);
-  }
-  if (execution.profile != nullptr)
-    execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(slices.front()));
+  });
 }
 
 /// The gate keys take the place of the means.
@@ -89,17 +78,10 @@ void select(const GateInputs& gate, const DeviceBatch& batch, const Routing& rou
   if (call.tokens == 0 || call.sequences == 0) return;
   call.keys = call.needs_scores() ? gate.k.sizes[0] * call.routing.block_size : call.max_seqlen_k;
 
-  const auto bytes = [&](const WorkSlice& slice) {
-    ArenaLayout layout;
-    carve(layout, call, batch, slice, outputs);
-    return layout.used();
+  const auto carve_slice = [&](ArenaLayout& layout, const WorkSlice& slice) {
+    return carve(layout, call, batch, slice, outputs);
   };
-  const std::vector<WorkSlice> slices = slices_of(call, execution, bytes);
-  Stream stream(execution);
-  const Arena arena(stream, bytes(slices.front()));
-  for (const WorkSlice& slice : slices) {
-    ArenaLayout layout(arena.data());
-    const Memory memory = carve(layout, call, batch, slice, outputs);
+  run_slices(call, execution, carve_slice, [&](Stream& stream, const WorkSlice& slice, const Memory& memory) {
     const Batch on_device = lay_out(stream, call, batch, slice, memory.starts);
     if (call.needs_scores()) {
       if (slice.token0 == 0) lay_out_gate_keys(stream, call, slice, memory.means);
@@ -107,9 +89,7 @@ void select(const GateInputs& gate, const DeviceBatch& batch, const Routing& rou
     } else {
       write_unscored_selection(stream, call, slice, on_device, rows_in(outputs, call));
     }
-  }
-  if (execution.profile != nullptr)
-    execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(slices.front()));
+  });
 }
 
 void features(const Tensor& k, const DeviceBatch& batch, std::int64_t block_size, const BlockFeatures& to,

@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "checks.h"
 #include "cuda/decode.h"
 #include "cuda/flow.h"
@@ -40,17 +38,10 @@ void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, co
   check_list("lse", outputs.lse);
   if (call.sequences == 0) return;
 
-  const auto bytes = [&](const WorkSlice& slice) {
-    ArenaLayout layout;
-    carve_decoding(layout, call, slice);
-    return layout.used();
+  const auto carve = [&](ArenaLayout& layout, const WorkSlice& slice) {
+    return carve_decoding(layout, call, slice);
   };
-  const std::vector<WorkSlice> slices = slices_of(call, execution, bytes);
-  Stream stream(execution);
-  const Arena arena(stream, bytes(slices.front()));
-  for (const WorkSlice& slice : slices) {
-    ArenaLayout layout(arena.data());
-    const Decoding decoding = carve_decoding(layout, call, slice);
+  run_slices(call, execution, carve, [&](Stream& stream, const WorkSlice& slice, const Decoding& decoding) {
     if (call.needs_scores()) {
       decode_score(stream, call, slice, cache, decoding);
       decode_select(stream, call, slice, cache, decoding);
@@ -58,9 +49,7 @@ void decode(const Tensor& q, const PagedCache& cache, const Routing& routing, co
       decode_take_selection(stream, call, slice, cache, decoding);
     }
     decode_attend(stream, call, slice, cache, decoding, outputs);
-  }
-  if (execution.profile != nullptr)
-    execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(slices.front()));
+  });
 }
 
 void update_means(const PagedCache& cache, std::int64_t block_size, const std::int32_t* before,

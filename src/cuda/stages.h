@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <functional>
 #include <vector>
 
@@ -72,6 +73,27 @@ constexpr std::size_t kWorkspace = std::size_t{512} << 20;
 /// Splits a call into slices whose scratch memory is within the budget and whose entries can be counted.
 std::vector<WorkSlice> slices_of(const DeviceCall& call, const Execution& execution,
                                  const std::function<std::size_t(const WorkSlice&)>& bytes);
+
+/// Runs `stages(stream, slice, memory)` for each slice of a call, in one arena whose parts `carve(layout,
+/// slice)` assigns.
+template <typename Carve, typename Stages>
+void run_slices(const DeviceCall& call, const Execution& execution, const Carve& carve,
+                const Stages& stages) {
+  const auto bytes = [&](const WorkSlice& slice) {
+    ArenaLayout layout;
+    carve(layout, slice);
+    return layout.used();
+  };
+  const std::vector<WorkSlice> slices = slices_of(call, execution, bytes);
+  Stream stream(execution);
+  const Arena arena(stream, bytes(slices.front()));
+  for (const WorkSlice& slice : slices) {
+    ArenaLayout layout(arena.data());
+    stages(stream, slice, carve(layout, slice));
+  }
+  if (execution.profile != nullptr)
+    execution.profile->workspace_bytes = std::max(execution.profile->workspace_bytes, bytes(slices.front()));
+}
 
 /// Device memory for the offsets of the sequences.
 struct Starts {
