@@ -45,18 +45,15 @@ class MoBAConfig:
                     _check_number(f"{name}[{layer}]", of_layer, low)
             else:
                 _check_number(name, value, low)
-        lists = {
-            name: len(value)
-            for name in _BY_LAYER
-            if isinstance(value := getattr(self, name), tuple)
-        }
+        lists = self._lists
         first = next(iter(lists), "")
-        for name, layers in lists.items():
-            if layers != lists[first]:
+        layers = len(lists.get(first, (0,)))
+        for name, value in lists.items():
+            if len(value) != layers:
                 raise ValueError(
-                    f"MoBAConfig: {name}: expected {lists[first]} layers (as {first}), got {layers}"
+                    f"MoBAConfig: {name}: expected {layers} layers (as {first}), got {len(value)}"
                 )
-        for layer in range(lists.get(first, 1)):
+        for layer in range(layers):
             top_k, sinks = self._at("moba_topk", layer), self._at("sink_blocks", layer)
             if sinks >= top_k:
                 place = f" in layer {layer}" if lists else ""
@@ -70,9 +67,19 @@ class MoBAConfig:
             raise ValueError(f'MoBAConfig: decode: expected "full" or "moba", got {self.decode!r}')
 
     @property
+    def _lists(self) -> dict[str, tuple[int, ...]]:
+        """The fields that are lists."""
+        values = {name: getattr(self, name) for name in _BY_LAYER}
+        return {name: value for name, value in values.items() if isinstance(value, tuple)}
+
+    @property
     def is_by_layer(self) -> bool:
         """Whether a field is a list with one number for each layer."""
-        return any(isinstance(getattr(self, name), tuple) for name in _BY_LAYER)
+        return bool(self._lists)
+
+    def is_full_layer(self, layer: int, layers: int) -> bool:
+        """Return whether a layer of `layers` is one of `full_layers`."""
+        return layer in self.full_layers or layer - layers in self.full_layers
 
     def _at(self, name: str, layer: int) -> int:
         value = getattr(self, name)
@@ -81,9 +88,7 @@ class MoBAConfig:
     def of_layer(self, layer: int, layers: int) -> "MoBAConfig":
         """Return the configuration of one layer of `layers`, whose fields are numbers. Raises ValueError for lists of another
         length."""
-        lists = {
-            name: value for name in _BY_LAYER if isinstance(value := getattr(self, name), tuple)
-        }
+        lists = self._lists
         for name, value in lists.items():
             if len(value) != layers:
                 raise ValueError(f"moba_layer: {name}: expected {layers} layers, got {len(value)}")

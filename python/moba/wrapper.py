@@ -253,7 +253,7 @@ def is_full(config: MoBAConfig, module: Module, queries: int) -> bool:
     if layer is None or not config.full_layers:
         return False
     layers = getattr(getattr(module, "config", None), "num_hidden_layers", 0)
-    return layer in config.full_layers or layer - layers in config.full_layers
+    return config.is_full_layer(layer, layers)
 
 
 def moba_layer(

@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops
-from ..functional import EVERYTHING
 from .exchange import exchange
 from .plan import BlockPlan, Run, ranges
 from .selection import Routing, offsets, with_own
@@ -120,7 +118,6 @@ class Exchange:
         self.sent = ranges(plan.at[blocks], plan.length[blocks]).to(device)
         keys = _compact(selected, remote, plan)
         self.keys = _Compact(*(None if t is None else t.to(device) for t in keys))
-        self.top_k = EVERYTHING if selected is None else 0
 
     def _compact_keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Return the compact keys and values [keys, 1, D] of `k`, `v` [tokens, D]."""
@@ -140,18 +137,8 @@ class Exchange:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
         """Write `out` [tokens, heads, D] and `lse` [heads, tokens] of `q` [tokens, heads, D], `k` and `v` [tokens, D]."""
         keys, values = self._compact_keys(k, v)
-        out[:], lse[:], _ = ops.attention(
-            q,
-            keys,
-            values,
-            self.keys.cu_q,
-            self.keys.cu_k,
-            self.routing.block_size,
-            self.top_k,
-            scale=self.routing.scale,
-            backend=self.routing.backend,
-            selection=self.keys.selection,
-        )
+        _, cu_q, cu_k, selection = self.keys
+        out[:], lse[:] = self.routing.attend(q, keys, values, cu_q, cu_k, selection)
 
     def backward(
         self,
@@ -166,29 +153,15 @@ class Exchange:
     ) -> None:
         """Write `dq` [tokens, heads, D] and `d_keys` [2, tokens, D], the sums of dk and dv."""
         keys, values = self._compact_keys(k, v)
-        selection = self.keys.selection
-        if selection is None:
-            selection = torch.empty((*lse.shape, 0), dtype=torch.int32, device=q.device)
-        dq[:], *found = ops.attention_backward(
-            d_out,
-            q,
-            keys,
-            values,
-            out,
-            lse,
-            selection,
-            self.keys.cu_q,
-            self.keys.cu_k,
-            self.routing.block_size,
-            self.top_k,
-            scale=self.routing.scale,
-            backend=self.routing.backend,
+        _, cu_q, cu_k, selection = self.keys
+        dq[:], *found = self.routing.attend_backward(
+            d_out, q, keys, values, out, lse, cu_q, cu_k, selection
         )
         del keys, values
         plan, wide = self.plan, d_keys.dtype
         fetched = sum(self.wanted) * plan.block_size
         sums = q.new_zeros(2, plan.tokens + fetched, k.shape[1], dtype=wide)
-        for begin, end in pairwise(self.keys.cu_k.tolist()):
+        for begin, end in pairwise(cu_k.tolist()):
             rows = self.keys.rows[begin:end]  # none twice, so the order of sums is fixed
             for total, gradient in zip(sums, found):
                 total.index_add_(0, rows, gradient[begin:end, 0].to(wide))

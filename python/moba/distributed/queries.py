@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import ops
 from .exchange import exchange, pack, unpack
 from .plan import BlockPlan, ranges
 from .selection import Routing, offsets
@@ -79,18 +78,14 @@ class Exchange:
         """Merge the results of other blocks into `out` [tokens, heads, D] and `lse` [heads, tokens], in rank order."""
         head_dim, dtype = q.shape[2], q.dtype
         rows = exchange(q[self.token, self.head], self.there, self.here, self.group)
-        part, part_lse, _ = ops.attention(
+        part, part_lse = self.routing.attend(
             rows[:, None],
             k[self.keys][:, None],
             v[self.keys][:, None],
             self.cu_q,
             self.cu_k,
-            self.routing.block_size,
-            0,
+            self.selection,
             causal=False,
-            scale=self.routing.scale,
-            backend=self.routing.backend,
-            selection=self.selection,
         )
         back = exchange(
             pack((part, (slice(None), 0)), (part_lse[..., None], 0)),
@@ -133,21 +128,17 @@ class Exchange:
         del packed
         d_outs, qs, outs, lses = unpack(received, *[(dtype, head_dim)] * 3, (torch.float32, 1))
         del received
-        dqs, dk, dv = ops.attention_backward(
+        dqs, dk, dv = self.routing.attend_backward(
             d_outs[:, None],
             qs[:, None],
             k[self.keys][:, None],
             v[self.keys][:, None],
             outs[:, None],
             lses.T.contiguous(),
-            self.selection,
             self.cu_q,
             self.cu_k,
-            self.routing.block_size,
-            0,
+            self.selection,
             causal=False,
-            scale=self.routing.scale,
-            backend=self.routing.backend,
         )
         for total, d_key in zip(d_keys, (dk, dv)):
             total.index_add_(0, self.keys, d_key[:, 0].to(total.dtype))
@@ -172,19 +163,7 @@ def begin(
 ) -> tuple[Tensor, Tensor]:
     """Attend to each query's own block: out [tokens, Hq, D] and lse [Hq, tokens]."""
     own, cuts = _own_selection(plan, q.device)
-    out, lse, _ = ops.attention(
-        q,
-        k,
-        v,
-        cuts,
-        cuts,
-        routing.block_size,
-        0,
-        scale=routing.scale,
-        backend=routing.backend,
-        selection=own,
-    )
-    return out, lse
+    return routing.attend(q, k, v, cuts, cuts, own)
 
 
 def begin_backward(
@@ -200,20 +179,6 @@ def begin_backward(
     """Return the part of dq, and of dk and dv [2, tokens, Hkv, D], that comes from own blocks, for the merged `out` and `lse`,
     in float32 (float64 for float64)."""
     own, cuts = _own_selection(plan, q.device)
-    dq, *d_keys = ops.attention_backward(
-        d_out,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        own,
-        cuts,
-        cuts,
-        routing.block_size,
-        0,
-        scale=routing.scale,
-        backend=routing.backend,
-    )
+    dq, *d_keys = routing.attend_backward(d_out, q, k, v, out, lse, cuts, cuts, own)
     wide = torch.promote_types(k.dtype, torch.float32)
     return dq.to(wide), torch.stack(d_keys).to(wide)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
+from ..functional import EVERYTHING
 from .exchange import all_gather
 from .plan import BlockPlan, ranges
 
@@ -23,6 +24,67 @@ class Routing:
     sink_blocks: int
     scale: float | None
     backend: str
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        selection: Tensor | None,
+        causal: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to the blocks of a selection, or to all: out [tokens, Hq, D] and lse [Hq, tokens]."""
+        top_k = EVERYTHING if selection is None else 0
+        out, lse, _ = ops.attention(
+            q,
+            k,
+            v,
+            cu_q,
+            cu_k,
+            self.block_size,
+            top_k,
+            causal=causal,
+            scale=self.scale,
+            backend=self.backend,
+            selection=selection,
+        )
+        return out, lse
+
+    def attend_backward(
+        self,
+        d_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        cu_q: Tensor,
+        cu_k: Tensor,
+        selection: Tensor | None,
+        causal: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the part of dq, dk and dv that comes from these blocks, for the `out` and `lse` of one softmax over all."""
+        top_k = EVERYTHING if selection is None else 0
+        if selection is None:
+            selection = torch.empty((*lse.shape, 0), dtype=torch.int32, device=q.device)
+        return ops.attention_backward(
+            d_out,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            selection,
+            cu_q,
+            cu_k,
+            self.block_size,
+            top_k,
+            causal=causal,
+            scale=self.scale,
+            backend=self.backend,
+        )
 
 
 def block_means(k: Tensor, plan: BlockPlan, backend: str) -> Tensor:

@@ -63,7 +63,7 @@ class MobaMetadataBuilder(CPUAttentionMetadataBuilder):
             self.vllm_config, Attention, self.layer_names
         ).items():
             index = extract_layer_index(name)
-            if index in config.full_layers or index - layers in config.full_layers:
+            if config.is_full_layer(index, layers):
                 continue
             try:
                 layer.impl.config = config.of_layer(index, layers)
